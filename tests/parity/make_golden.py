@@ -94,7 +94,14 @@ def make_cope():
     query, key, value, gate_keys, shared, per_head = normal(
         0, shape, shape, shape, shape, (max_position, width), (heads, max_position, width)
     )
-    arrays = dict(query=query, key=key, value=value, gate_keys=gate_keys, shared=shared, per_head=per_head)
+    arrays = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "gate_keys": gate_keys,
+        "shared": shared,
+        "per_head": per_head,
+    }
     gates = {"logits": key, "keys": gate_keys, "values": value}
     for name, embedding in (("shared", shared), ("per_head", per_head)):
         for gate, other in gates.items():
@@ -115,7 +122,7 @@ def make_alibi():
     for heads in range(1, 65):
         bias = bloom.build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), heads, torch.float32)
         slopes[heads - 1, :heads] = bias[:, 0, 1].numpy()
-    arrays = dict(slopes=slopes)
+    arrays = {"slopes": slopes}
     for heads in (4, 6):
         shape = (2, 16, heads, 8)
         query, key, value = normal(heads, shape, shape, shape)
@@ -143,7 +150,7 @@ def t5_attention(num_buckets, max_distance, is_decoder, table):
 def make_t5():
     """Buckets of distances -6000..6000 and biases of T5's own attention module."""
     distances = np.arange(-6000, 6001)
-    arrays = dict(distances=distances.astype(np.int16))
+    arrays = {"distances": distances.astype(np.int16)}
     for num_buckets, max_distance in ((32, 128), (16, 50), (64, 4096)):
         for is_decoder in (False, True):
             label = f"{num_buckets}_{max_distance}_{'causal' if is_decoder else 'both'}"
@@ -168,13 +175,13 @@ def make_rope():
     their tables are used where they are good (to position 23), and their rotation, fed phases in float64, elsewhere.
     """
     query, key = normal(7, (1, 24, 2, 16), (1, 24, 2, 16))
-    near, far = np.arange(24), np.array([*range(0, 8), *range(500, 508), *range(99_993, 100_001)])
-    arrays = dict(query=query, key=key, near=near, far=far)
+    near, far = np.arange(24), np.array([*range(8), *range(500, 508), *range(99_993, 100_001)])
+    arrays = {"query": query, "key": key, "near": near, "far": far}
 
     config = types.SimpleNamespace(head_dim=16, hidden_size=32, num_attention_heads=2, max_position_embeddings=131_072)
     for label, theta, fraction in (("full", 10_000.0, 1.0), ("quarter", 500_000.0, 0.25)):
         width = int(16 * fraction)
-        config.rope_parameters = dict(rope_type="default", rope_theta=theta, partial_rotary_factor=fraction)
+        config.rope_parameters = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": fraction}
         # half: Llama for the whole head, GPT-NeoX for a part of it
         package = llama if fraction == 1.0 else neox
         embedding = (llama.LlamaRotaryEmbedding if fraction == 1.0 else neox.GPTNeoXRotaryEmbedding)(config)

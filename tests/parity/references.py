@@ -114,7 +114,7 @@ def alibi_slopes(num_heads):
     def power_of_two(count):
         return [2 ** (-8 * k / count) for k in range(1, count + 1)]
 
-    c = 2 ** int(math.floor(math.log2(num_heads)))
+    c = 2 ** math.floor(math.log2(num_heads))
     return np.array(power_of_two(c) + power_of_two(2 * c)[0::2][: num_heads - c])
 
 
