@@ -1,0 +1,312 @@
+"""``attention``: one entry for every encoding, mask and kernel."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from posjax.bias import BiasTerm, Mask
+from posjax.encoding import AttentionInputs, PositionalEncoding, identity
+from posjax.kernels import dense
+from posjax.typing import Array, Float, Params
+
+Implementation = Literal["xla", "xla_chunked", "pallas"]
+_NONE = identity()
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    encoding: PositionalEncoding | None = None,
+    params: Params | None = None,
+    *,
+    is_causal: bool = False,
+    mask: Array | None = None,
+    segment_ids: Array | tuple[Array, Array] | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    query_positions: Array | None = None,
+    key_positions: Array | None = None,
+    scale: Array | float | None = None,
+    logits_soft_cap: float | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T N V"]:
+    """Scaled dot-product attention under a positional encoding.
+
+    out = softmax(scale * q.k + bias) v over the allowed keys, where the encoding rotates or widens q and k and gives the bias.
+    The words and layout are those of ``jax.nn.dot_product_attention``, which it can replace.
+
+    Args:
+      query: [B, T, N, H] floating point.
+      key: [B, S, K, H], K dividing N (grouped-query attention: query head n reads key head n // (N / K)).
+      value: [B, S, K, V]; query, key and value have one dtype.
+      encoding: None is ``identity()``.
+      params: what ``encoding.init`` returned (after ``condition``, for encodings that read hidden states).
+      is_causal: a key's position must not be past the query's.
+      mask: bool, [B or 1, N or 1, T or 1, S or 1] (or fewer leading axes), True where a key may be attended to.
+      segment_ids: integers [B, T] where T = S, or a pair [B, T], [B, S]; only equal segments attend to each other.
+      local_window_size: keys from left to right of the query's position, as (left, right), None for no limit; w means (w, w).
+      query_positions, key_positions: non-negative integers [T] or [B, T], [S] or [B, S]. None: 0, 1, 2, ...
+      scale: what q.k is multiplied with; None: 1 / sqrt(H), of the head before an encoding widens it.
+      logits_soft_cap: c, scores become c * tanh(scores / c) after the bias and before the mask.
+      implementation: None takes the fastest that can do the call. "xla" is the dense oracle.
+
+    Returns:
+      [B, T, N, V] in the dtype of value. A query without any allowed key gets zeros.
+
+    Raises:
+      ValueError: an argument whose shape, dtype or value cannot work, by name.
+      TypeError: ``encoding`` is not a PositionalEncoding.
+      NotImplementedError: a named implementation that cannot do the call, with one that can.
+    """
+    _check_value(key, value)
+    call = _prepare(
+        query,
+        key,
+        value,
+        encoding,
+        params,
+        is_causal,
+        mask,
+        segment_ids,
+        local_window_size,
+        query_positions,
+        key_positions,
+        scale,
+        logits_soft_cap,
+        implementation,
+    )
+    return dense.attention(call.pop("query"), call.pop("key"), value, **call)
+
+
+def attention_weights(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    encoding: PositionalEncoding | None = None,
+    params: Params | None = None,
+    *,
+    value: Array | None = None,
+    is_causal: bool = False,
+    mask: Array | None = None,
+    segment_ids: Array | tuple[Array, Array] | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    query_positions: Array | None = None,
+    key_positions: Array | None = None,
+    scale: Array | float | None = None,
+    logits_soft_cap: float | None = None,
+) -> Float[Array, "B N T S"]:
+    """The probabilities that ``attention`` would weigh the values with, dense, float32; for looking at.
+
+    Arguments as in ``attention``; ``value`` is needed only where the encoding reads values (``cope(gates="values")``).
+    """
+    call = _prepare(
+        query,
+        key,
+        key if value is None else value,
+        encoding,
+        params,
+        is_causal,
+        mask,
+        segment_ids,
+        local_window_size,
+        query_positions,
+        key_positions,
+        scale,
+        logits_soft_cap,
+        None,
+    )
+    return dense.weights(**call)
+
+
+def attention_fn(encoding: PositionalEncoding, params: Params | None = None, *, is_causal: bool = False) -> Callable[..., Array]:
+    """``attention`` in the form that Flax's attention modules call.
+
+        flax.nnx.MultiHeadAttention(..., attention_fn=pj.attention_fn(encoding, params))
+        flax.linen.MultiHeadDotProductAttention(..., attention_fn=pj.attention_fn(encoding, params))
+
+    The function takes query, key, value [B, T, N, H] and ``mask``. Attention is causal where ``is_causal`` is true here or in the
+    call, or where the mask makes it so.
+
+    Raises (in the call):
+      ValueError: attention dropout, or a query and a key of different lengths (the module's own decoding): such calls bring no
+        positions, and those of a token in a cache cannot be guessed.
+    """
+
+    def call(
+        query: Array,
+        key: Array,
+        value: Array,
+        bias: None = None,
+        mask: Array | None = None,
+        dropout_rng: Array | None = None,
+        dropout_rate: float = 0.0,
+        broadcast_dropout: bool = True,
+        deterministic: bool = True,
+        dtype: Any = None,
+        precision: Any = None,
+        module: Any = None,
+        is_causal: bool = is_causal,
+        input_positions: Array | None = None,
+    ) -> Array:
+        if bias is not None:
+            raise ValueError("bias must be None: attention_fn takes its biases from the encoding; chain() adds encodings")
+        if module is not None:
+            raise ValueError("sow_weights must be False: attention_fn returns no weights; posjax.attention_weights does")
+        if dropout_rate and not deterministic:
+            raise ValueError(f"dropout_rate must be 0 in the attention module, got {dropout_rate}; drop out what it returns")
+        if query.shape[1] != key.shape[1]:
+            raise ValueError(
+                f"query and key must have one length in attention_fn, got {query.shape[1]} and {key.shape[1]}; "
+                "call posjax.attention with query_positions and key_positions instead"
+            )
+        return attention(
+            *(x.astype(dtype or x.dtype) for x in (query, key, value)),
+            encoding,
+            params,
+            is_causal=is_causal or causal,
+            mask=mask,
+            query_positions=input_positions,
+            key_positions=input_positions,
+        )
+
+    causal = is_causal
+    return call
+
+
+def _prepare(
+    query,
+    key,
+    value,
+    encoding,
+    params,
+    is_causal,
+    mask,
+    segment_ids,
+    local_window_size,
+    query_positions,
+    key_positions,
+    scale,
+    logits_soft_cap,
+    implementation,
+) -> dict[str, Any]:
+    """Checks a call and turns it into what a kernel takes: query, key, terms, mask, positions, scale, cap."""
+    _check_query_key(query, key)
+    encoding = _NONE if encoding is None else encoding
+    if not isinstance(encoding, PositionalEncoding):
+        raise TypeError(f"encoding must be a PositionalEncoding such as rope(), got {encoding!r}")
+    if implementation not in (None, "xla", "xla_chunked", "pallas"):
+        raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
+    if implementation in ("xla_chunked", "pallas"):
+        raise NotImplementedError(
+            f"implementation={implementation!r} cannot run encoding={encoding.name} yet; implementation='xla' can"
+        )
+    if encoding.is_contextual and not is_causal and mask is None:
+        raise ValueError(
+            f"is_causal must be True (or a mask given) for {encoding.name}, got is_causal={is_causal} and mask=None: "
+            "it counts over the keys between key and query, which has no meaning in both directions"
+        )
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    elif not isinstance(scale, jax.Array) and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale!r}; None takes 1 / sqrt(head_dim)")
+    if logits_soft_cap is not None and not logits_soft_cap > 0:
+        raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap!r}; None leaves the scores as they are")
+    inputs = AttentionInputs(
+        query=query,
+        key=key,
+        value=value,
+        query_positions=_positions("query_positions", query_positions, query.shape[0], query.shape[1]),
+        key_positions=_positions("key_positions", key_positions, key.shape[0], key.shape[1]),
+        scale=scale,
+    )
+    params = {} if params is None else params
+    terms: tuple[BiasTerm, ...] = encoding.bias(params, inputs)
+    query, key = encoding.rotate(params, query, key, inputs)
+    return dict(
+        query=query,
+        key=key,
+        terms=terms,
+        mask=_mask(inputs, is_causal, mask, segment_ids, local_window_size),
+        query_positions=inputs.query_positions,
+        key_positions=inputs.key_positions,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+    )
+
+
+def _check_query_key(query: Array, key: Array) -> None:
+    for name, x, letters in (("query", query, "[B, T, N, H]"), ("key", key, "[B, S, K, H]")):
+        if getattr(x, "ndim", None) != 4:
+            raise ValueError(f"{name} must have shape {letters}, got {getattr(x, 'shape', x)!r}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+        if 0 in x.shape:
+            raise ValueError(f"{name} must not be empty, got shape {x.shape}")
+    if query.dtype != key.dtype:
+        raise ValueError(f"key must have the dtype of query, {query.dtype}, got {key.dtype}")
+    if query.shape[0] != key.shape[0]:
+        raise ValueError(f"key must have the batch size of query, {query.shape[0]}, got {key.shape[0]}")
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"key must have the head dimension of query, {query.shape[3]}, got {key.shape[3]}")
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(f"key must have a number of heads that divides the query's {query.shape[2]}, got {key.shape[2]}")
+
+
+def _check_value(key: Array, value: Array) -> None:
+    if getattr(value, "ndim", None) != 4 or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value must have shape [B, S, K, V] with B, S, K of key, {key.shape[:3]}, got {getattr(value, 'shape', value)!r}"
+        )
+    if value.dtype != key.dtype:
+        raise ValueError(f"value must have the dtype of query and key, {key.dtype}, got {value.dtype}")
+
+
+def _positions(name: str, positions: Array | None, batch: int, length: int) -> Array:
+    """[1 or B, length] int32: one row for the whole batch unless rows differ."""
+    if positions is None:
+        return jnp.arange(length, dtype=jnp.int32)[None]
+    positions = jnp.asarray(positions)
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, got {positions.dtype}")
+    if positions.shape not in ((length,), (1, length), (batch, length)):
+        raise ValueError(f"{name} must have shape ({length},) or ({batch}, {length}), got {positions.shape}")
+    if not isinstance(positions, jax.core.Tracer) and int(positions.min()) < 0:
+        raise ValueError(f"{name} must not be negative, got {int(positions.min())}; mask padding out by mask or segment_ids")
+    return positions.astype(jnp.int32).reshape(-1, length)
+
+
+def _mask(inputs: AttentionInputs, is_causal: bool, mask: Any, segment_ids: Any, local_window_size: Any) -> Mask:
+    batch, length, heads, _ = inputs.query.shape
+    keys = inputs.key.shape[1]
+    if mask is not None:
+        if getattr(mask, "dtype", None) != jnp.bool_:
+            raise ValueError(
+                f"mask must be boolean, True where attention is allowed, got {getattr(mask, 'dtype', type(mask).__name__)}"
+            )
+        whole = (batch, heads, length, keys)
+        mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
+        if mask.ndim != 4 or any(m not in (1, w) for m, w in zip(mask.shape, whole, strict=True)):
+            raise ValueError(f"mask must broadcast to [B, N, T, S] = {whole}, got {mask.shape}")
+    query_segments, key_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    if segment_ids is not None:
+        for name, ids, size in (("queries", query_segments, length), ("keys", key_segments, keys)):
+            if getattr(ids, "shape", None) != (batch, size) or not jnp.issubdtype(ids.dtype, jnp.integer):
+                got = f"{ids.dtype}{list(ids.shape)}" if hasattr(ids, "shape") else repr(ids)
+                raise ValueError(f"segment_ids must be integers [{batch}, {size}] for the {name}, got {got}; a pair gives both")
+    return Mask(
+        boolean=mask,
+        query_segments=query_segments,
+        key_segments=key_segments,
+        is_causal=is_causal,
+        window=_window(local_window_size),
+    )
+
+
+def _window(size: Any) -> tuple[int | None, int | None]:
+    left, right = size if isinstance(size, tuple) and len(size) == 2 else (size, size)
+    for side in (left, right):
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
+            raise ValueError(f"local_window_size must be a non-negative integer or a pair (left, right) of them, got {size!r}")
+    return left, right

@@ -1,0 +1,158 @@
+"""What an attention kernel sees of a positional encoding: masks and bias terms, evaluated a tile at a time.
+
+The score of a query and a key is ``scale * q.k + sum of the terms' biases``. No term is ever a [T, S] array. It holds what it
+needs by query (``rows``), by key (``columns``) and once (``tables``), and a pure function that turns one tile of those into one tile
+of bias. A term whose bias depends on what stands between query and key (CoPE counts gates) also carries one value a row: tiles
+are visited from the right to the left, each receives the carry of the tile to its right and returns its own.
+
+    keys ->  0   1   2   3
+    row 3  [ c <- c <- c <- start ]        carry moves from the diagonal to the left
+
+``BiasTerm.dense`` is the same function on one tile that covers everything: the oracle for every tiled kernel.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from posjax.typing import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One tile of scores, before any bias.
+
+    Attributes:
+      logits: [B, N, t, s] float32, scale * q.k after rotation, not masked.
+      allowed: bool, broadcastable to logits; False where the mask forbids the pair.
+      query_positions: [B or 1, t] integers.
+      key_positions: [B or 1, s] integers.
+    """
+
+    logits: Float[Array, "B N t s"]
+    allowed: Bool[Array, "_ _ t s"]
+    query_positions: Int[Array, "_ t"]
+    key_positions: Int[Array, "_ s"]
+
+
+TileFunction = Callable[[Tile, Any, Any, Any, Any], tuple[Array, Any]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BiasTerm:
+    """A bias on attention scores, as a value.
+
+    Attributes:
+      function: (tile, rows, columns, tables, carry) -> (bias [B, N, t, s] or broadcastable, float32; carry).
+      rows: arrays [B, N, T, ...], cut along T with the query tile.
+      columns: arrays [B, K, S, ...], cut along S with the key tile.
+      tables: arrays every tile sees whole.
+      carry: the carry that the rightmost tile receives, arrays [B, N, T, ...], cut along T; None where nothing is carried.
+    """
+
+    function: TileFunction = dataclasses.field(metadata={"static": True})
+    rows: Any = None
+    columns: Any = None
+    tables: Any = None
+    carry: Any = None
+
+    def cut(self, row_start: Any, row_size: int, column_start: Any, column_size: int) -> "BiasTerm":
+        """The same term, seen from the tile of ``row_size`` queries and ``column_size`` keys that begins there."""
+
+        def along(start: Any, size: int) -> Callable[[Array], Array]:
+            return lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2)
+
+        return dataclasses.replace(
+            self,
+            rows=jax.tree.map(along(row_start, row_size), self.rows),
+            columns=jax.tree.map(along(column_start, column_size), self.columns),
+            carry=jax.tree.map(along(row_start, row_size), self.carry),
+        )
+
+    def tile(self, tile: Tile, carry: Any) -> tuple[Array, Any]:
+        """The bias of one tile, and the carry for the tile to its left. The term must have been cut to the tile."""
+        return self.function(tile, self.rows, self.columns, self.tables, carry)
+
+    def dense(self, tile: Tile) -> Array:
+        """The whole [B, N, T, S] bias, where ``tile`` covers all queries and keys."""
+        bias, _ = self.tile(tile, self.carry)
+        return jnp.broadcast_to(bias, tile.logits.shape)
+
+
+def position_bias(function: Callable[[Array, Array, Any], Array], tables: Any = None) -> BiasTerm:
+    """A bias that is a function of two positions: ALiBi, T5, and whatever a user writes.
+
+    Args:
+      function: (query_positions [B or 1, 1, t, 1], key_positions [B or 1, 1, 1, s], tables) -> bias broadcastable to [B, N, t, s].
+        It must be a module-level function, or the same object at every call, so that jit does not compile again.
+      tables: arrays that the function reads, learned ones included; their gradients have their own shape, never [T, S].
+    """
+    return BiasTerm(function=_PositionFunction(function), tables=tables)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PositionFunction:
+    """Equal for equal functions, so that a term made twice is one term to jit."""
+
+    function: Callable[[Array, Array, Any], Array]
+
+    def __call__(self, tile: Tile, rows: Any, columns: Any, tables: Any, carry: Any) -> tuple[Array, Any]:
+        query_positions = tile.query_positions[:, None, :, None]
+        key_positions = tile.key_positions[:, None, None, :]
+        return self.function(query_positions, key_positions, tables), carry
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Which pairs of query and key may meet.
+
+    Attributes:
+      boolean: [B or 1, N or 1, T or 1, S or 1], True where allowed; None allows all.
+      query_segments, key_segments: [B, T] and [B, S] integers; only equal segments meet.
+      is_causal: a key's position must not be past the query's.
+      window: (left, right); a key's position lies in [query - left, query + right]. None on a side is no limit.
+    """
+
+    boolean: Array | None = None
+    query_segments: Array | None = None
+    key_segments: Array | None = None
+    is_causal: bool = dataclasses.field(default=False, metadata={"static": True})
+    window: tuple[int | None, int | None] = dataclasses.field(default=(None, None), metadata={"static": True})
+
+    def cut(self, row_start: Any, row_size: int, column_start: Any, column_size: int) -> "Mask":
+        """The same mask, seen from one tile."""
+
+        def along(x: Array | None, axis: int, start: Any, size: int) -> Array | None:
+            if x is None or x.shape[axis] == 1:
+                return x
+            return jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
+
+        return dataclasses.replace(
+            self,
+            boolean=along(along(self.boolean, 2, row_start, row_size), 3, column_start, column_size),
+            query_segments=along(self.query_segments, 1, row_start, row_size),
+            key_segments=along(self.key_segments, 1, column_start, column_size),
+        )
+
+    def allowed(self, query_positions: Int[Array, "_ t"], key_positions: Int[Array, "_ s"]) -> Bool[Array, "_ _ t s"]:
+        """The tile of booleans at those positions, [B or 1, N or 1, t, s]. The mask must have been cut to the tile."""
+        distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
+        allowed = jnp.ones(distance.shape, bool)
+        left, right = self.window
+        if self.is_causal:
+            allowed &= distance >= 0
+        if left is not None:
+            allowed &= distance <= left
+        if right is not None:
+            allowed &= distance >= -right
+        if self.query_segments is not None and self.key_segments is not None:
+            allowed &= self.query_segments[:, None, :, None] == self.key_segments[:, None, None, :]
+        if self.boolean is not None:
+            allowed = allowed & self.boolean
+        return allowed

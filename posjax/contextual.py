@@ -1,0 +1,243 @@
+"""Contextual Position Encoding (CoPE): positions counted by gates that depend on content.
+
+    g_ij = sigmoid(q_i.k_j / sqrt(H))          gate: does key j count, as query i sees it?
+    p_ij = sum of g_ik for k = j .. i          position: how many counted between key and query, both included
+    bias_ij = q_i.e(p_ij)                      e interpolated between integer positions, clamped at the last
+
+Each bias term is a walk over tiles from the right to the left: a row carries its count so far, so nothing is [T, T].
+(Not Clipped RoPE, nor Complex Positional Encoding, which go by the same letters.)
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from posjax.bias import BiasTerm, Tile
+from posjax.encoding import AttentionInputs, Dims, PositionalEncoding, check_at_least, leaf
+from posjax.relative import alibi_slopes
+from posjax.typing import Array, Float, Params
+
+Gates = Literal["logits", "content", "keys", "values"]
+
+
+def cope(
+    max_position: int,
+    gates: Gates = "logits",
+    scaled: bool = False,
+    per_head: bool = False,
+    shared: bool = True,
+) -> PositionalEncoding:
+    """Contextual position encoding: a bias q_i.e(p_ij), where p_ij counts the gates from the key to the query.
+
+    p_ij = min(sum_{k=j..i} g_ik, P - 1); bias_ij = (1-w) z_i[floor p] + w z_i[floor p + 1], w = p - floor p, z_i = q_i.e.
+    A query counts itself: with all gates one, p_ij = i - j + 1. Keys must stand in the order of their positions; masked keys count zero.
+    Gates, counts and bias are float32 whatever the inputs are.
+
+    params["embedding"] is [P, H], or [N, P, H] with per_head, initially zero; with gates="keys" also ["gate_kernel"] [D, K, H].
+
+    Args:
+      max_position: P, the number of position embeddings; positions clamp to P - 1.
+      gates: where they come from. "logits": the scores scale * q.k, after rotation if there is one. "content": the same
+        before rotation. "keys": keys of their own, k = W_g h, which ``condition`` makes from the layer's input. "values": q.v.
+      scaled: False adds z as it is (Listing 1 of the paper); True scales it like q.k (the released code). They train differently.
+      per_head: embeddings for each head; False: one for all heads, as in the paper.
+      shared: one set of parameters for all layers, as in the paper; False: one for each.
+
+    Raises:
+      ValueError: max_position below 2, unknown gates, gates="keys" without ``condition``, or (in attention) neither is_causal nor a mask.
+
+    Golovneva et al., arXiv:2405.18719, equations 3 to 6 and Listing 1.
+    """
+    check_at_least("max_position", max_position, 2)
+    _check_gates(gates)
+
+    def init(key: Array, dims: Dims) -> Params:
+        heads = (dims.num_heads,) if per_head else ()
+        return _gate_params(gates, key, dims) | {"embedding": jnp.zeros((*heads, max_position, dims.head_dim), jnp.float32)}
+
+    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+        embedding = leaf(params, "embedding", "cope")
+        _check_shape(embedding, (max_position, inputs.query.shape[-1]), inputs.query.shape[2] if per_head else None)
+        query = inputs.query.astype(jnp.float32)
+        z = jnp.einsum("btnh,nph->bntp" if per_head else "btnh,ph->bntp", query, embedding)
+        z = z * inputs.scale if scaled else z
+        return (_counting_term(_interpolated, gates, params, inputs, {"z": z}),)
+
+    return _contextual("cope", gates, shared, init, bias)
+
+
+def cope_alibi(
+    slope: float | None = None, learned: bool = False, gates: Gates = "logits", shared: bool = True
+) -> PositionalEncoding:
+    """ALiBi over contextual positions: bias_ij = -m p_ij, with p_ij counted as in ``cope`` and no last position.
+
+    Args:
+      slope: m, for every head; None takes ALiBi's slope of each head.
+      learned: m is learned, params["slope"] [N], and begins at ``slope``.
+      gates, shared: as in ``cope``.
+
+    Raises:
+      ValueError: a slope that is not positive, unknown gates.
+
+    Golovneva et al., arXiv:2405.18719, the CoPE_ALiBi rows.
+    """
+    if slope is not None and not slope > 0:
+        raise ValueError(f"slope must be positive, got {slope!r}; None takes ALiBi's slopes")
+    _check_gates(gates)
+
+    def initial(num_heads: int) -> Array:
+        return jnp.asarray(alibi_slopes(num_heads)) if slope is None else jnp.full(num_heads, slope, jnp.float32)
+
+    def init(key: Array, dims: Dims) -> Params:
+        return _gate_params(gates, key, dims) | ({"slope": initial(dims.num_heads)} if learned else {})
+
+    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+        slopes = leaf(params, "slope", "cope_alibi") if learned else initial(inputs.query.shape[2])
+        return (_counting_term(_penalised, gates, params, inputs, {}, slopes),)
+
+    return _contextual("cope_alibi", gates, shared, init, bias)
+
+
+def cope_mlp(hidden_dim: int = 64, gates: Gates = "logits", scaled: bool = False, shared: bool = True) -> PositionalEncoding:
+    """CoPE with position embeddings made by a small network: bias_ij = q_i.e(p_ij), e(p) = W_2 relu(w_1 p + b_1).
+
+    There is no last position, and no b_2: it would add the same to every key of a row, which softmax does not see. q_i W_2 is made once a row, so that a cell costs ``hidden_dim`` products and not H times as many.
+    params: ["weight_in"] [F], ["bias_in"] [F], ["weight_out"] [F, H], initially zero; F = hidden_dim.
+
+    Args:
+      hidden_dim: F, the width of the network.
+      gates, scaled, shared: as in ``cope``.
+
+    Raises:
+      ValueError: hidden_dim below 1, unknown gates.
+
+    Golovneva et al., arXiv:2405.18719, the CoPE_MLP row; the paper does not give the network's shape, this one is ours.
+    """
+    check_at_least("hidden_dim", hidden_dim, 1)
+    _check_gates(gates)
+
+    def init(key: Array, dims: Dims) -> Params:
+        gate_key, key = jax.random.split(key)
+        # The kinks -b/w spread over positions 0 .. 64, where gates of a half put most of the first hundred tokens.
+        kinks = jnp.linspace(0.0, 64.0, hidden_dim, endpoint=False)
+        weight = jnp.abs(jax.random.normal(key, (hidden_dim,))) * 0.1 + 0.01
+        return _gate_params(gates, gate_key, dims) | {
+            "weight_in": weight,
+            "bias_in": -weight * kinks,
+            "weight_out": jnp.zeros((hidden_dim, dims.head_dim)),
+        }
+
+    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+        factor = inputs.scale if scaled else 1.0
+        query = inputs.query.astype(jnp.float32) * factor
+        rows = {"z": jnp.einsum("btnh,fh->bntf", query, leaf(params, "weight_out", "cope_mlp"))}
+        return (_counting_term(_network, gates, params, inputs, rows, (params["weight_in"], params["bias_in"])),)
+
+    return _contextual("cope_mlp", gates, shared, init, bias)
+
+
+# Bias as a function of the count -------------------------------------------------------------------------------------
+
+
+def _interpolated(counts: Array, rows: dict[str, Array], tables: None) -> Array:
+    """z at a fractional position, [B, N, t, s], clamped to the last."""
+    z = rows["z"]
+    last = z.shape[-1] - 1
+    position = jnp.minimum(counts, last)
+    floor = jnp.floor(position)
+    weight = position - floor
+    index = floor.astype(jnp.int32)
+    below = jnp.take_along_axis(z, index, axis=-1)
+    above = jnp.take_along_axis(z, jnp.minimum(index + 1, last), axis=-1)
+    return below + weight * (above - below)
+
+
+def _penalised(counts: Array, rows: dict[str, Array], slopes: Array) -> Array:
+    return -slopes[None, :, None, None] * counts
+
+
+def _network(counts: Array, rows: dict[str, Array], tables: tuple[Array, Array]) -> Array:
+    def add(total: Array, unit: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        weight, bias, out = unit  # one hidden unit at a time: [B, N, t, s, F] would be F attention matrices
+        return total + out[..., None] * jax.nn.relu(weight * counts + bias), None
+
+    units = (*tables, jnp.moveaxis(rows["z"], -1, 0))
+    total, _ = jax.lax.scan(add, jnp.zeros_like(counts), units)
+    return total
+
+
+# Counting ------------------------------------------------------------------------------------------------------------
+
+
+def contextual_positions(tile: Tile, rows: dict[str, Array], columns: dict[str, Array], scale: Array, carry: Array) -> Array:
+    """p_ij of one tile, not clamped, [B, N, t, s] float32; ``carry`` [B, N, t] is the count that came from the right."""
+    counted = jnp.where(tile.allowed, contextual_gates(tile, rows, columns, scale), 0.0)
+    return carry[..., None] + jax.lax.cumsum(counted, axis=3, reverse=True)
+
+
+def contextual_gates(tile: Tile, rows: dict[str, Array], columns: dict[str, Array], scale: Array) -> Array:
+    """g_ij of one tile before masking, [B, N, t, s] float32."""
+    logits = tile.logits
+    if columns:
+        query, key = rows["gate_query"], columns["gate_key"]
+        batch, heads, length, width = query.shape
+        grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], length, width)
+        logits = jnp.einsum("bkgth,bksh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
+        logits = logits.reshape(batch, heads, length, key.shape[2])
+    return jax.nn.sigmoid(logits)
+
+
+def _counting_tile(bias_of_count, tile: Tile, rows: dict, columns: dict, tables: tuple, carry: Array) -> tuple[Array, Array]:
+    scale, tables = tables
+    counts = contextual_positions(tile, rows, columns, scale, carry)
+    return bias_of_count(counts, rows, tables), counts[..., 0]
+
+
+_COUNTING = {f: functools.partial(_counting_tile, f) for f in (_interpolated, _penalised, _network)}
+
+
+def _counting_term(bias_of_count, gates: Gates, params: Params, inputs: AttentionInputs, rows: dict, tables=None) -> BiasTerm:
+    columns = {}
+    if gates != "logits":
+        key = {"content": inputs.key, "values": inputs.value}.get(gates)
+        key = leaf(params, "gate_key", "cope after condition(params, hidden)") if key is None else key
+        rows = rows | {"gate_query": jnp.swapaxes(inputs.query, 1, 2)}
+        columns = {"gate_key": jnp.swapaxes(key, 1, 2)}
+    batch, length, heads, _ = inputs.query.shape
+    return BiasTerm(
+        function=_COUNTING[bias_of_count],
+        rows=rows,
+        columns=columns,
+        tables=(jnp.asarray(inputs.scale, jnp.float32), tables),
+        carry=jnp.zeros((batch, heads, length), jnp.float32),
+    )
+
+
+def _contextual(name: str, gates: Gates, shared: bool, init, bias) -> PositionalEncoding:
+    def condition(params: Params, hidden: Float[Array, "B T D"]) -> Params:
+        if gates != "keys":
+            return params
+        kernel = leaf(params, "gate_kernel", name)
+        return params | {"gate_key": jnp.einsum("btd,dkh->btkh", hidden, kernel.astype(hidden.dtype))}
+
+    return PositionalEncoding(name=name, init=init, condition=condition, bias=bias, per_layer=not shared, is_contextual=True)
+
+
+def _gate_params(gates: Gates, key: Array, dims: Dims) -> Params:
+    if gates != "keys":
+        return {}
+    shape = (dims.embed_dim, dims.num_kv_heads, dims.head_dim)
+    return {"gate_kernel": jax.random.normal(key, shape, jnp.float32) * dims.embed_dim**-0.5}
+
+
+def _check_gates(gates: str) -> None:
+    if gates not in ("logits", "content", "keys", "values"):
+        raise ValueError(f"gates must be 'logits', 'content', 'keys' or 'values', got {gates!r}")
+
+
+def _check_shape(embedding: Array, shape: tuple[int, int], heads: int | None) -> None:
+    expected = shape if heads is None else (heads, *shape)
+    if embedding.shape != expected:
+        raise ValueError(f"params['embedding'] of cope must have shape {expected}, got {embedding.shape}")

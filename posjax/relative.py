@@ -1,0 +1,123 @@
+"""Static relative biases, functions of two positions: ALiBi and T5."""
+
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from posjax.bias import BiasTerm, position_bias
+from posjax.encoding import AttentionInputs, Dims, PositionalEncoding, check_at_least, leaf
+from posjax.typing import Array, Int, Params
+
+
+def alibi() -> PositionalEncoding:
+    """A linear penalty on distance, with a fixed slope a head: bias = -m_n |i - j|, not divided by sqrt(H).
+
+    Slopes start at 2^(-8/N) with that ratio; where N is not a power of two, by the rule of the released code.
+
+    Press et al., arXiv:2108.12409.
+    """
+
+    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+        slopes = jnp.asarray(alibi_slopes(inputs.query.shape[2]))
+        return (position_bias(_linear_penalty, slopes),)
+
+    return PositionalEncoding(name="alibi", bias=bias)
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """ALiBi's slopes [N], float32: 2^(-8/c) and its powers for the largest power of two c in N, then every other slope of 2c.
+
+    The paper's formula read literally differs where N is not a power of two; this is what its code, and BLOOM, do.
+    """
+    check_at_least("num_heads", num_heads, 1)
+    closest = 2 ** int(math.log2(num_heads))
+
+    def powers(n: int) -> np.ndarray:
+        return 2.0 ** (-8.0 / n * np.arange(1, n + 1))
+
+    return np.concatenate([powers(closest), powers(2 * closest)[0::2][: num_heads - closest]]).astype(np.float32)
+
+
+def _linear_penalty(query_positions: Array, key_positions: Array, slopes: Array) -> Array:
+    distance = jnp.abs(query_positions - key_positions).astype(jnp.float32)
+    return -slopes[None, :, None, None] * distance
+
+
+def t5(num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = False) -> PositionalEncoding:
+    """A learned bias a head and bucket of distance: bias = b_n[bucket(j - i)], buckets exact up to a point, then logarithmic.
+
+    params["bias"] is [num_buckets, N], initially zero. It is added to the scores as they are: T5 itself does not scale q.k, so
+    a T5 checkpoint also needs ``scale=1``.
+
+    Args:
+      num_buckets: how many; half of them for each direction where bidirectional. The last holds all that is further.
+      max_distance: distance, in positions, from which on all share the last bucket.
+      bidirectional: keys after the query have buckets of their own (encoders); False: they share bucket 0 (decoders).
+
+    Raises:
+      ValueError: too few buckets, an odd number where bidirectional, or max_distance not past the exact buckets.
+
+    Raffel et al., arXiv:1910.10683, section 2.1.
+    """
+    check_buckets(num_buckets, max_distance, bidirectional)
+    function = _bucket_function(num_buckets, max_distance, bidirectional)
+
+    def init(key: Array, dims: Dims) -> Params:
+        return {"bias": jnp.zeros((num_buckets, dims.num_heads), jnp.float32)}
+
+    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+        return (position_bias(function, leaf(params, "bias", "t5")),)
+
+    return PositionalEncoding(name="t5", init=init, bias=bias)
+
+
+def check_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> None:
+    """Raises ValueError where the bucket rule has no exact or no logarithmic part."""
+    check_at_least("num_buckets", num_buckets, 4 if bidirectional else 2)
+    if bidirectional and num_buckets % 2:
+        raise ValueError(f"num_buckets must be even where bidirectional=True, got {num_buckets}")
+    exact = num_buckets // (4 if bidirectional else 2)
+    if isinstance(max_distance, bool) or not isinstance(max_distance, int) or max_distance <= exact:
+        raise ValueError(
+            f"max_distance must be an integer past the {exact} exact buckets of num_buckets={num_buckets}, got {max_distance!r}"
+        )
+
+
+def t5_bucket(relative_position: Int[Array, "..."], num_buckets: int, max_distance: int, bidirectional: bool) -> Int[Array, "..."]:
+    """T5's bucket of j - i (key minus query).
+
+    The logarithmic part is a count of thresholds, taken on the host in float64: a float32 logarithm puts some distances on the wrong
+    side of an edge on some devices.
+    """
+    span = num_buckets // 2 if bidirectional else num_buckets
+    distance = jnp.abs(relative_position) if bidirectional else jnp.maximum(-relative_position, 0)
+    bucket = jnp.zeros(jnp.shape(relative_position), jnp.int32)
+    exact = span // 2
+    bucket = bucket + jnp.minimum(distance, exact)
+    for threshold in _bucket_thresholds(span, exact, max_distance):
+        bucket = bucket + (distance >= threshold)
+    if bidirectional:
+        bucket = bucket + span * (relative_position > 0)
+    return bucket
+
+
+@functools.cache
+def _bucket_thresholds(span: int, exact: int, max_distance: int) -> tuple[int, ...]:
+    """The least distance of each bucket past the first logarithmic one: exact + floor(log(d/exact) / log(max/exact) * (span - exact))."""
+    steps = np.arange(1, span - exact)
+    edges = exact * (max_distance / exact) ** (steps / (span - exact))
+    rounded = np.round(edges)
+    return tuple(int(e) for e in np.where(np.abs(edges - rounded) < 1e-9 * edges, rounded, np.ceil(edges)))
+
+
+@functools.cache
+def _bucket_function(num_buckets: int, max_distance: int, bidirectional: bool):
+    """One function object for equal arguments, as position_bias asks."""
+
+    def function(query_positions: Array, key_positions: Array, table: Array) -> Array:
+        bucket = t5_bucket(key_positions - query_positions, num_buckets, max_distance, bidirectional)
+        return jnp.moveaxis(jnp.take(table.astype(jnp.float32), bucket[:, 0], axis=0), -1, 1)
+
+    return function

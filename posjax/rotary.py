@@ -1,0 +1,113 @@
+"""Rotary position embedding (RoPE)."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+
+from posjax.absolute import check_theta
+from posjax.encoding import AttentionInputs, PositionalEncoding
+from posjax.phases import angles, geometric_frequencies
+from posjax.typing import Array, Float, Int, Params
+
+Pairing = Literal["half", "interleaved"]
+
+
+def rope(theta: float = 10_000.0, fraction: float = 1.0, pairing: Pairing = "half") -> PositionalEncoding:
+    """Rotates pairs of channels of query and key by position * theta_m, so that q.k depends on the distance alone.
+
+    (q_a, q_b) -> (q_a cos - q_b sin, q_a sin + q_b cos) with phase p * theta^(-2m/R), m = 0 .. R/2 - 1, R = fraction * H.
+
+    Args:
+      theta: base of the frequencies; wavelengths run from 2 pi to 2 pi theta positions.
+      fraction: share of the head's channels that are rotated, the first ones; 0.25 in GPT-NeoX.
+      pairing: which channels form pair m: "half" is (m, m + R/2) (GPT-NeoX, transformers' Llama), "interleaved" is
+        (2m, 2m + 1) (GPT-J, Meta's Llama). Checkpoints of one are wrong in the other: ``convert_pairing`` reorders them.
+
+    Raises:
+      ValueError: theta is not positive, fraction is outside (0, 1], pairing is unknown, or (in ``rotate``) fraction * H is
+        not an even number of channels.
+
+    Su et al., arXiv:2104.09864, equation 34.
+    """
+    check_theta(theta)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must lie in (0, 1], got {fraction!r}")
+    check_pairing(pairing)
+
+    def rotate(params: Params, query: Array, key: Array, inputs: AttentionInputs) -> tuple[Array, Array]:
+        width = rotated_width(query.shape[-1], fraction)
+        frequencies = geometric_frequencies(theta, width)
+        return (
+            apply_rotation(query, angles(inputs.query_positions, frequencies), pairing),
+            apply_rotation(key, angles(inputs.key_positions, frequencies), pairing),
+        )
+
+    return PositionalEncoding(name="rope", rotate=rotate)
+
+
+def rotated_width(head_dim: int, fraction: float) -> int:
+    """How many of a head's channels are rotated.
+
+    Raises:
+      ValueError: the number is odd or not whole.
+    """
+    width = round(head_dim * fraction)
+    if width < 2 or width % 2 or abs(width - head_dim * fraction) > 1e-6:
+        raise ValueError(
+            f"fraction * head_dim must be an even number of channels of at least 2, got {fraction!r} * {head_dim} = {head_dim * fraction:g}"
+        )
+    return width
+
+
+def apply_rotation(x: Float[Array, "B T N H"], phase: Float[Array, "B T R2"], pairing: Pairing = "half") -> Float[Array, "B T N H"]:
+    """Rotates the first 2 * phase.shape[-1] channels of x; the products are float32, the result has x's dtype."""
+    width = 2 * phase.shape[-1]
+    cos, sin = jnp.cos(phase)[:, :, None, :], jnp.sin(phase)[:, :, None, :]
+    turned = x[..., :width].astype(jnp.float32)
+    if pairing == "half":
+        first, second = turned[..., : width // 2], turned[..., width // 2 :]
+    else:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    pair = first * cos - second * sin, first * sin + second * cos
+    turned = jnp.concatenate(pair, -1) if pairing == "half" else jnp.stack(pair, -1).reshape(turned.shape)
+    return jnp.concatenate([turned.astype(x.dtype), x[..., width:]], axis=-1)
+
+
+def convert_pairing(
+    kernel: Float[Array, "D N H"], *, source: Pairing, target: Pairing, fraction: float = 1.0
+) -> Float[Array, "D N H"]:
+    """Reorders the output channels of a query or key projection made for one pairing, so that it gives the same attention in the other.
+
+    Args:
+      kernel: [..., H]: any array whose last axis is a head's channels (a bias [N, H] too).
+      source: the pairing that it was trained with.
+      target: the pairing that it will be used with.
+      fraction: rope's fraction.
+
+    Raises:
+      ValueError: an unknown pairing, or fraction * H is not an even number of channels.
+    """
+    check_pairing(source)
+    check_pairing(target)
+    width = rotated_width(kernel.shape[-1], fraction)
+    channels = jnp.arange(kernel.shape[-1])
+    if source == target:
+        return kernel
+    pairs = channels[:width].reshape(width // 2, 2) if source == "interleaved" else channels[:width].reshape(2, width // 2)
+    return kernel[..., jnp.concatenate([pairs.T.reshape(-1), channels[width:]])]
+
+
+def check_pairing(pairing: str) -> None:
+    """Raises ValueError for an unknown pairing."""
+    if pairing not in ("half", "interleaved"):
+        raise ValueError(f"pairing must be 'half' or 'interleaved', got {pairing!r}")
+
+
+def decay_bound(distances: Int[Array, " S"], head_dim: int, theta: float = 10_000.0) -> Float[Array, " S"]:
+    """RoFormer's upper bound on the decay of a rotated product: mean over m of |S_m|, S_m = sum_{l<m} exp(i * distance * theta_l).
+
+    Only this bound decays with distance; the product itself need not. Su et al., arXiv:2104.09864, section 3.4.3.
+    """
+    phase = angles(distances, geometric_frequencies(theta, head_dim))
+    partial = jnp.hypot(jnp.cumsum(jnp.cos(phase), -1), jnp.cumsum(jnp.sin(phase), -1))
+    return partial.mean(-1)
