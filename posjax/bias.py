@@ -1,8 +1,8 @@
 """What an attention kernel sees of a positional encoding: masks and bias terms, evaluated a tile at a time.
 
 The score of a query and a key is ``scale * q.k + sum of the terms' biases``. No term is ever a [T, S] array. It holds what it
-needs by query (``rows``), by key (``columns``) and once (``tables``), and a pure function that turns one tile of those into one tile
-of bias. A term whose bias depends on what stands between query and key (CoPE counts gates) also carries one value a row: tiles
+needs by query (``rows``), by key (``columns``) and once (``tables``), and a pure function that turns one tile of those into one
+tile of bias. A term whose bias depends on what stands between query and key (CoPE counts gates) also carries one value a row: tiles
 are visited from the right to the left, each receives the carry of the tile to its right and returns its own.
 
     keys ->  0   1   2   3

@@ -32,8 +32,8 @@ def cope(
     """Contextual position encoding: a bias q_i.e(p_ij), where p_ij counts the gates from the key to the query.
 
     p_ij = min(sum_{k=j..i} g_ik, P - 1); bias_ij = (1-w) z_i[floor p] + w z_i[floor p + 1], w = p - floor p, z_i = q_i.e.
-    A query counts itself: with all gates one, p_ij = i - j + 1. Keys must stand in the order of their positions; masked keys count zero.
-    Gates, counts and bias are float32 whatever the inputs are.
+    A query counts itself: with all gates one, p_ij = i - j + 1. Keys must stand in the order of their positions; masked keys
+    count zero. Gates, counts and bias are float32 whatever the inputs are.
 
     params["embedding"] is [P, H], or [N, P, H] with per_head, initially zero; with gates="keys" also ["gate_kernel"] [D, K, H].
 
@@ -46,7 +46,8 @@ def cope(
       shared: one set of parameters for all layers, as in the paper; False: one for each.
 
     Raises:
-      ValueError: max_position below 2, unknown gates, gates="keys" without ``condition``, or (in attention) neither is_causal nor a mask.
+      ValueError: max_position below 2, unknown gates, gates="keys" without ``condition``, or (in attention) neither is_causal nor
+        a mask.
 
     Golovneva et al., arXiv:2405.18719, equations 3 to 6 and Listing 1.
     """
@@ -103,7 +104,8 @@ def cope_alibi(
 def cope_mlp(hidden_dim: int = 64, gates: Gates = "logits", scaled: bool = False, shared: bool = True) -> PositionalEncoding:
     """CoPE with position embeddings made by a small network: bias_ij = q_i.e(p_ij), e(p) = W_2 relu(w_1 p + b_1).
 
-    There is no last position, and no b_2: it would add the same to every key of a row, which softmax does not see. q_i W_2 is made once a row, so that a cell costs ``hidden_dim`` products and not H times as many.
+    There is no last position, and no b_2: it would add the same to every key of a row, which softmax does not see.
+    q_i W_2 is made once a row, so that a cell costs ``hidden_dim`` products and not H times as many.
     params: ["weight_in"] [F], ["bias_in"] [F], ["weight_out"] [F, H], initially zero; F = hidden_dim.
 
     Args:

@@ -2,7 +2,8 @@
 
     out_t = sum_s (R_t phi(q_t))^T (R_s phi(k_s)) v_s  /  sum_s phi(q_t)^T phi(k_s)
 
-The rotation stands in the numerator alone, so weights may be negative and need not sum to one. Su et al., arXiv:2104.09864, equation 19.
+The rotation stands in the numerator alone, so weights may be negative and need not sum to one.
+Su et al., arXiv:2104.09864, equation 19.
 """
 
 from typing import Literal
@@ -52,7 +53,7 @@ def linear_attention(
     _check_value(key, value)
     if feature_map not in ("elu", "exp"):
         raise ValueError(f"feature_map must be 'elu' or 'exp', got {feature_map!r}")
-    batch, length, heads, width = query.shape
+    batch, length, heads, _ = query.shape
     keys, group = key.shape[1], heads // key.shape[2]
     if (is_causal or segment_ids is not None) and length != keys:
         raise ValueError(f"query and key must have one length for causal or segmented linear attention, got {length} and {keys}")

@@ -88,8 +88,8 @@ def check_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> N
 def t5_bucket(relative_position: Int[Array, "..."], num_buckets: int, max_distance: int, bidirectional: bool) -> Int[Array, "..."]:
     """T5's bucket of j - i (key minus query).
 
-    The logarithmic part is a count of thresholds, taken on the host in float64: a float32 logarithm puts some distances on the wrong
-    side of an edge on some devices.
+    The logarithmic part is a count of thresholds, taken on the host in float64: a float32 logarithm puts some distances on the
+    wrong side of an edge on some devices.
     """
     span = num_buckets // 2 if bidirectional else num_buckets
     distance = jnp.abs(relative_position) if bidirectional else jnp.maximum(-relative_position, 0)
@@ -105,7 +105,10 @@ def t5_bucket(relative_position: Int[Array, "..."], num_buckets: int, max_distan
 
 @functools.cache
 def _bucket_thresholds(span: int, exact: int, max_distance: int) -> tuple[int, ...]:
-    """The least distance of each bucket past the first logarithmic one: exact + floor(log(d/exact) / log(max/exact) * (span - exact))."""
+    """The least distance of each bucket past the first logarithmic one.
+
+    bucket(d) = exact + floor(log(d / exact) / log(max_distance / exact) * (span - exact)).
+    """
     steps = np.arange(1, span - exact)
     edges = exact * (max_distance / exact) ** (steps / (span - exact))
     rounded = np.round(edges)

@@ -54,7 +54,8 @@ def rotated_width(head_dim: int, fraction: float) -> int:
     width = round(head_dim * fraction)
     if width < 2 or width % 2 or abs(width - head_dim * fraction) > 1e-6:
         raise ValueError(
-            f"fraction * head_dim must be an even number of channels of at least 2, got {fraction!r} * {head_dim} = {head_dim * fraction:g}"
+            "fraction * head_dim must be an even number of channels of at least 2, "
+            f"got {fraction!r} * {head_dim} = {head_dim * fraction:g}"
         )
     return width
 
@@ -76,7 +77,7 @@ def apply_rotation(x: Float[Array, "B T N H"], phase: Float[Array, "B T R2"], pa
 def convert_pairing(
     kernel: Float[Array, "D N H"], *, source: Pairing, target: Pairing, fraction: float = 1.0
 ) -> Float[Array, "D N H"]:
-    """Reorders the output channels of a query or key projection made for one pairing, so that it gives the same attention in the other.
+    """Reorders the output channels of a query or key projection made for one pairing, for the same attention in the other.
 
     Args:
       kernel: [..., H]: any array whose last axis is a head's channels (a bias [N, H] too).
