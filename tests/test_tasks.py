@@ -1,0 +1,303 @@
+"""The synthetic tasks against independent readings of their definitions.
+
+Answers are checked by plain Python loops over the text, distributions against closed forms or a sampler that rejects
+as the definition says. Keys are fixed, and a tolerance is five standard errors of what is counted.
+"""
+
+import math
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from posjax import tasks
+
+SIGMAS = 5.0
+
+
+def draw(task, batch_size, seed=0):
+    sample = jax.jit(task.sample, static_argnums=1)
+    return tuple(np.asarray(x) for x in sample(jax.random.key(seed), batch_size))
+
+
+def assert_share(hits, probability):
+    """The share of true `hits` is `probability`, to within a binomial error."""
+    hits = np.asarray(hits)
+    error = math.sqrt(probability * (1 - probability) / hits.size)
+    assert abs(hits.mean() - probability) <= SIGMAS * error, (hits.mean(), probability, error)
+
+
+ALL_TASKS = [
+    tasks.flip_flop(16),
+    *tasks.flip_flop(16).variants.values(),
+    tasks.selective_copy(5, 4, 7),
+    *tasks.selective_copy(5, 4, 7).variants.values(),
+    tasks.counting(2, 20, length=24),
+    *tasks.counting(2, 20, length=24).variants.values(),
+]
+
+
+@pytest.mark.parametrize("task", ALL_TASKS, ids=lambda task: task.name)
+def test_shapes_ids_and_shifted_targets(task):
+    tokens, targets, weights = draw(task, 8)
+    for array, dtype in ((tokens, np.int32), (targets, np.int32), (weights, np.float32)):
+        assert array.shape == (8, task.length) and array.dtype == dtype
+    assert tokens.min() >= 0 and max(tokens.max(), targets.max()) < task.vocab_size
+    np.testing.assert_array_equal(targets[:, :-1], tokens[:, 1:])
+    assert set(np.unique(weights)) == {0.0, 1.0} and (weights.sum(1) >= 1).all()
+    assert len({row.tobytes() for row in tokens}) > 4
+
+
+@pytest.mark.parametrize("task", ALL_TASKS[::3], ids=lambda task: task.name)
+def test_sampling_is_a_pure_function_of_the_key(task):
+    first, again, other = draw(task, 8, seed=1), draw(task, 8, seed=1), draw(task, 8, seed=2)
+    for left, right in zip(first, again, strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert (first[0] != other[0]).any()
+    keys = jax.random.split(jax.random.key(3), 2)
+    looped = jax.jit(lambda keys: jax.lax.map(lambda key: task.sample(key, 8)[0], keys))(keys)
+    np.testing.assert_array_equal(looped[1], jax.jit(task.sample, static_argnums=1)(keys[1], 8)[0])
+
+
+# flip-flop
+
+
+@pytest.mark.parametrize("variant", [None, "dense", "sparse"])
+def test_flip_flop_bits_after_read_are_the_last_written(variant):
+    task = tasks.flip_flop(64)
+    task = task.variants[variant] if variant else task
+    tokens, targets, weights = draw(task, 50)
+    for row, target, weight in zip(tokens, targets, weights, strict=True):
+        words = task.detokenize(row).split()
+        assert words[0] == "w" and words[-2] == "r" and len(words) == 64
+        for place in range(0, 64, 2):
+            instruction, bit = words[place], words[place + 1]
+            assert instruction in ("w", "r", "i") and bit in ("0", "1")
+            if instruction == "w":
+                memory = bit
+            if instruction == "r":
+                assert bit == memory and task.words[target[place]] == memory
+            assert weight[place] == (instruction == "r") and weight[place + 1] == 0
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.8, 0.98, 1.0])
+def test_flip_flop_frequencies(probability):
+    tokens, _, weights = draw(tasks.flip_flop(128, probability), 1000)
+    instructions, bits = tokens[:, 2:-2:2], tokens[:, 3:-2:2]
+    assert_share(instructions == 2, probability)
+    assert_share(instructions == 0, (1 - probability) / 2)
+    assert_share(instructions == 1, (1 - probability) / 2)
+    assert_share(tokens[:, 1] == 4, 0.5)
+    if probability > 0:
+        assert_share(bits[instructions == 2] == 4, 0.5)
+    if probability == 1.0:
+        assert (weights.sum(1) == 1).all()
+
+
+def test_flip_flop_variants_have_the_published_settings():
+    task = tasks.flip_flop(128)
+    for name, probability in (("dense", 0.1), ("sparse", 0.98)):
+        assert_share(draw(task.variants[name], 500)[0][:, 2:-2:2] == 2, probability)
+    assert_share(draw(task, 500)[0][:, 2:-2:2] == 2, 0.8)
+    assert tasks.flip_flop().length == 512 and task.words == ("w", "r", "i", "0", "1")
+
+
+# selective copy
+
+
+@pytest.mark.parametrize(("letters", "blanks", "vocab"), [(8, 8, 16), (5, 0, 3), (3, 17, 30)])
+def test_selective_copy_repeats_the_letters_in_order(letters, blanks, vocab):
+    task = tasks.selective_copy(letters, blanks, vocab)
+    tokens, targets, weights = draw(task, 20)
+    assert task.length == 2 * letters + blanks and task.vocab_size == vocab
+    for row, target, weight in zip(tokens, targets, weights, strict=True):
+        words = task.detokenize(row).split()
+        mixed, copied = words[: words.index("|")], words[words.index("|") + 1 :]
+        kept = [word for word in mixed if word != "_"]
+        assert len(mixed) == letters + blanks and len(kept) == letters
+        assert copied == kept[:-1]
+        assert [task.words[t] for t, w in zip(target, weight, strict=True) if w] == kept
+        assert not weight[: len(mixed)].any()
+
+
+def test_selective_copy_draws_letters_and_places_uniformly():
+    tokens, _, _ = draw(tasks.selective_copy(6, 3, 8), 4000)
+    mixed = tokens[:, :9]
+    for place in range(9):
+        assert_share(mixed[:, place] == 0, 3 / 9)
+    for letter in range(1, 7):
+        assert_share(mixed[mixed > 0] == letter, 1 / 6)
+    assert_share((mixed[:, 0] == 0) & (mixed[:, 1] == 0), 3 / 9 * 2 / 8)
+
+
+def test_selective_copy_variants_have_the_published_lengths():
+    task = tasks.selective_copy()
+    assert (task.length, task.variants["dense"].length, task.variants["sparse"].length) == (768, 640, 1024)
+    assert {v.vocab_size for v in task.variants.values()} == {task.vocab_size} == {16}
+
+
+# counting
+
+
+def interpret(text):
+    """Runs a program and returns (answer, printed answer); None where the set lies before the text's beginning."""
+    words = text.split()
+    assert words[-3] == "print"
+    state, place = {}, 0
+    body = words[:-3]
+    while place < len(body):
+        word = body[place]
+        if word == "pass;":
+            place += 1
+        elif body[place + 1 : place + 2] == ["++;"]:
+            if word in state:
+                state[word] += 1
+                assert state[word] <= 10
+            place += 2
+        elif body[place + 1 : place + 2] == ["="]:
+            assert body[place + 2 : place + 4] == ["0", ";"]
+            state[word] = 0
+            place += 4
+        else:
+            raise AssertionError(f"no operation starts at {body[place : place + 4]}")
+    return state.get(words[-2]), int(words[-1])
+
+
+@pytest.mark.parametrize("num_variables", [1, 3, 5])
+def test_counting_answers_are_what_the_program_says(num_variables):
+    task = tasks.counting(num_variables, 60, pass_weight=5, length=250)  # long enough for any of these programs
+    tokens, targets, weights = draw(task, 200)
+    for row, target, weight in zip(tokens, targets, weights, strict=True):
+        truth, printed = interpret(task.detokenize(row))
+        (answered,) = np.flatnonzero(weight)
+        assert truth == printed == int(task.words[target[answered]])
+        assert task.words[row[answered]] in "abcde"[:num_variables]
+        assert row[answered + 1] != 0 and not row[answered + 2 :].any()  # the answer is the last word
+
+
+def reference_program(generator, num_variables, max_operations, weights):
+    """The definition with its rejections spelt out. Returns (n, place of the first set, counts by kind, answer)."""
+    while True:
+        n = generator.randint(3, max_operations)
+        state, kinds = {}, []
+        while len(kinds) < n:
+            (kind,) = generator.choices(("set", "increment", "pass"), weights)
+            if kind == "set":
+                state[generator.randrange(num_variables)] = 0
+            elif kind == "increment":
+                if not state:
+                    continue
+                variable = generator.choice(sorted(state))
+                if state[variable] == 10:
+                    continue
+                state[variable] += 1
+            kinds.append(kind)
+        if state:
+            return (
+                n,
+                kinds.index("set"),
+                kinds.count("increment"),
+                kinds.count("set"),
+                state[generator.choice([*state])],
+            )
+
+
+@pytest.mark.parametrize(("num_variables", "max_operations", "weights"), [(1, 60, (1, 7, 50)), (3, 40, (2, 30, 10))])
+def test_counting_has_the_distribution_of_the_rejecting_sampler(num_variables, max_operations, weights):
+    generator = random.Random(0)
+    wanted = np.array(
+        [reference_program(generator, num_variables, max_operations, weights) for _ in range(8000)], float
+    )
+    task = tasks.counting(num_variables, max_operations, *weights, length=4 * max_operations + 3)
+    tokens, targets, answered = draw(task, 8000)
+    is_set = tokens == 3
+    increments, sets, passes = (tokens == 2).sum(1), is_set.sum(1), (tokens == 1).sum(1)
+    first = is_set.argmax(1) - 1  # nothing but passes, one token each, stands before the first set
+    answer = targets[answered > 0] - 6
+    got = np.stack([increments + sets + passes, first, increments, sets, answer], 1).astype(float)
+    error = np.sqrt((wanted.var(0) + got.var(0)) / len(wanted))
+    assert (np.abs(wanted.mean(0) - got.mean(0)) < SIGMAS * error).all(), (wanted.mean(0), got.mean(0), error)
+    squares = np.sqrt(((wanted**2).var(0) + (got**2).var(0)) / len(wanted))
+    assert (np.abs((wanted**2).mean(0) - (got**2).mean(0)) < SIGMAS * squares).all()
+    for value in range(11):
+        share = (wanted[:, 4] == value).mean()
+        spread = math.sqrt(2 * max(share, 1e-3) * (1 - share) / len(wanted))
+        assert abs((answer == value).mean() - share) < SIGMAS * spread, value
+
+
+def test_counting_without_passes_sets_at_once():
+    tokens, _, _ = draw(tasks.counting(2, 8, 1, 3, 0, length=40), 100)
+    assert (tokens[:, 1] == 3).all() and not (tokens == 1).any()
+
+
+@pytest.mark.parametrize(("num_variables", "lost"), [(1, 0.0), (3, 0.0017), (5, 0.0030)])
+def test_counting_truncation_loses_as_many_sets_as_the_released_data(num_variables, lost):
+    rows = 0
+    losses = 0
+    for seed in range(3):
+        tokens, _, weights = draw(tasks.counting(num_variables), 8000, seed)
+        asked = tokens[weights > 0][:, None]
+        losses += (~((tokens[:, :-1] == asked) & (tokens[:, 1:] == 3)).any(1)).sum()
+        rows += len(tokens)
+    error = math.sqrt(max(lost, 1e-4) / rows)
+    assert abs(losses / rows - lost) < 3 * error, losses / rows
+
+
+def test_counting_always_answering_ten_is_right_in_a_fifth():
+    _, targets, weights = draw(tasks.counting(1), 8000)
+    assert abs((targets[weights > 0] == 16).mean() - 0.21) < 0.03  # published: about 21 %
+
+
+def test_counting_cuts_the_left_end():
+    programs = tasks.counting(3, 200, length=803), tasks.counting(3, 200, length=40)
+    whole, cut = (draw(task, 50) for task in programs)
+    for full, short in zip(whole[0], cut[0], strict=True):
+        words = programs[0].detokenize(full).split()
+        assert programs[1].detokenize(short).split() == words[-40:]
+    assert cut[2].sum(1).tolist() == [1.0] * 50
+
+
+def test_counting_variants_pass_more_and_less():
+    task = tasks.counting(1, 200, length=803)
+    operations = {name: draw(variant, 500)[0] for name, variant in task.variants.items()}
+    share = {name: (t == 1).sum() / ((t == 1) | (t == 2) | (t == 3)).sum() for name, t in operations.items()}
+    assert set(share) == {"pass_100", "pass_10"}
+    assert share["pass_100"] > 100 / 108 - 0.01 and share["pass_10"] < 0.8
+
+
+def test_batch_adds_segments_and_positions():
+    batch = tasks.counting(1, 10, length=50).batch(jax.random.key(0), 5)
+    for tokens, segments, positions in zip(batch["tokens"], batch["segment_ids"], batch["positions"], strict=True):
+        used = int(np.flatnonzero(tokens)[-1]) + 1
+        assert segments.tolist() == [1] * used + [0] * (50 - used)
+        assert positions.tolist() == [*range(used)] + [0] * (50 - used)
+    batch = tasks.flip_flop(8).batch(jax.random.key(0), 5)
+    assert batch["segment_ids"].min() == 1 and batch["positions"][2].tolist() == [*range(8)]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tasks.flip_flop(7), "length must be even.*7"),
+        (lambda: tasks.flip_flop(2), "length must be a whole number, at least 4, got 2"),
+        (lambda: tasks.flip_flop("512"), "length must be a whole number.*'512'"),
+        (lambda: tasks.flip_flop(8, 1.1), "ignore_probability must be from 0 to 1, got 1.1"),
+        (lambda: tasks.flip_flop(8, "0.8"), "ignore_probability must be from 0 to 1, got '0.8'"),
+        (lambda: tasks.selective_copy(0), "num_tokens must be a whole number, at least 1, got 0"),
+        (lambda: tasks.selective_copy(4, -1), "num_blanks must be a whole number, at least 0, got -1"),
+        (lambda: tasks.selective_copy(4, 4, 2), "vocab_size must be a whole number, at least 3, got 2"),
+        (lambda: tasks.counting(0), "num_variables must be a whole number, from 1 to 26, got 0"),
+        (lambda: tasks.counting(27), "num_variables must be a whole number, from 1 to 26, got 27"),
+        (lambda: tasks.counting(1, 2), "max_operations must be a whole number, at least 3, got 2"),
+        (lambda: tasks.counting(set_weight=0), "set_weight must be a positive number.*got 0"),
+        (lambda: tasks.counting(increment_weight=-1), "increment_weight must be 0 or a positive number, got -1"),
+        (lambda: tasks.counting(pass_weight=float("nan")), "pass_weight must be 0 or a positive number, got nan"),
+        (lambda: tasks.counting(length=2), "length must be a whole number, at least 3, got 2"),
+        (lambda: tasks.flip_flop(8).detokenize([[0, 1]]), r"tokens must be one row \[T\], got shape \(1, 2\)"),
+        (lambda: tasks.flip_flop(8).detokenize([0, 5]), "tokens must be ids of flip_flop, 0 to 4, got 0 to 5"),
+    ],
+)
+def test_a_wrong_argument_says_what_would_work(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
