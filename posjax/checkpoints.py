@@ -1,0 +1,299 @@
+"""Checkpoints that are whole or refused: Orbax writes them, a manifest of SHA-256 sums tells later whether they are still what was written.
+
+    <directory>/<step>/               one finished checkpoint, readable by Orbax alone
+        state/ _CHECKPOINT_METADATA   Orbax's files; the iterator's state and the config are in the metadata's `custom_metadata`
+        manifest.json                 {"file": "sha256", ...} of every other file of the step
+    <directory>/saving/               a save in progress; renamed to <step> in one move when its manifest is written
+
+So whatever bears the name of a step was once complete, and a kill at any moment leaves at most a `saving` folder, which the next save clears.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+MANIFEST = "manifest.json"
+SAVING = "saving"
+ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
+
+
+class CheckpointError(RuntimeError):
+    """There are checkpoints, but none that can be used; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What `restore_latest` found.
+
+    Attributes:
+      step: the step that it was saved at.
+      state: a pytree shaped and placed like the abstract state.
+      data_state: what was passed to `save`: bytes, or a JSON value.
+      config: what was passed to `save`, a JSON value.
+    """
+
+    step: int
+    state: Any
+    data_state: Any
+    config: Any
+
+
+class Checkpoints:
+    """The checkpoints of one run. With several processes, all of them make the same calls and share the directory.
+
+    Args:
+      directory: made on the first save.
+      keep: newest good checkpoints that are kept; older ones go when a newer one has been written and read back.
+
+    Raises:
+      ValueError: keep is below 1.
+    """
+
+    def __init__(self, directory: str | os.PathLike, keep: int = 3):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.directory = Path(directory).absolute()
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, good or damaged, in ascending order."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint, naming the first bad file, or None when all are as they were written."""
+        return _damage(self.directory / str(step))
+
+    def newest_good(self) -> int | None:
+        """The newest step whose files are all as they were written, or None."""
+        return next((step for step in reversed(self.steps()) if self.damage(step) is None), None)
+
+    def save(self, step: int, state: Any, data_state: Any = None, config: Any = None, *, prune: bool = True) -> None:
+        """Writes a checkpoint and, when it is known to be good, removes what is older than the `keep` newest good ones.
+
+        Blocks until all is on disk. A checkpoint of the same step is replaced, but only after the new one has been written.
+
+        Args:
+          step: the name of the checkpoint.
+          state: pytree of jax arrays, typed PRNG keys among them.
+          data_state: where the data iterator stands, bytes or a JSON value; each process passes its own.
+          config: a JSON value, for whoever reads the checkpoint later.
+          prune: False keeps every older checkpoint.
+        """
+        from orbax.checkpoint import v1 as ocp
+
+        saving = self.directory / SAVING
+        metadata = {"data_states": _gather(_encode(data_state)), "config": config, "leaves": _describe(state)}
+        if jax.process_index() == 0:
+            self._clear_leftovers()
+            saving.mkdir(parents=True)
+        _barrier("posjax_save_begin")
+        with ocp.training.Checkpointer(saving) as checkpointer:
+            checkpointer.save_checkpointables(step, {"state": state}, force=True, custom_metadata=metadata)
+        _barrier("posjax_save_written")
+        if jax.process_index() == 0:
+            _write_manifest(saving / str(step))
+            self._move_in_place(saving / str(step))
+            if prune and (reason := self.damage(step)) is None:
+                self._prune()
+            elif prune:
+                warnings.warn(f"checkpoint {step} is damaged just after it was written ({reason}); none is removed", stacklevel=2)
+        _barrier("posjax_save_end")
+
+    def restore_latest(self, abstract_state: Any) -> Restored | None:
+        """The newest checkpoint whose files are all as they were written.
+
+        Damaged ones are named in a warning with the file and what is wrong with it, and stay where they are.
+
+        Args:
+          abstract_state: pytree of arrays or `jax.ShapeDtypeStruct`; their shapes and dtypes must be those saved, their shardings say where
+            the state goes (any number of devices; the default device where there is none).
+
+        Returns:
+          The checkpoint, or None when the directory holds none.
+
+        Raises:
+          CheckpointError: there are checkpoints and all are damaged; or the newest good one holds another state, then naming the first leaf
+            that differs, with both shapes.
+        """
+        steps, reasons, good = self.steps(), [], -1
+        if jax.process_index() == 0:
+            for step in reversed(steps):
+                reason = self.damage(step)
+                if reason is None:
+                    good = step
+                    break
+                reasons.append(f"checkpoint {step} in {self.directory} is damaged: {reason}")
+                warnings.warn(f"{reasons[-1]}; trying an older one", stacklevel=2)
+        good, found = (int(number) for number in _from_first_process(np.array([good, len(steps)])))
+        if not found:
+            return None
+        if good < 0:
+            raise CheckpointError(
+                "\n".join([f"none of the {found} checkpoints in {self.directory} can be used", *reasons])
+                + "\nMove them away to start over."
+            )
+        return self._load(good, abstract_state)
+
+    def _load(self, step: int, abstract_state: Any) -> Restored:
+        from orbax.checkpoint import v1 as ocp
+
+        path = self.directory / str(step)
+        metadata = ocp.checkpointables_metadata(path).custom_metadata
+        _check_same(metadata["leaves"], _describe(abstract_state), path)
+        data_states = metadata["data_states"]
+        if len(data_states) != jax.process_count():
+            raise CheckpointError(
+                f"checkpoint {path} was saved by {len(data_states)} processes and cannot be read by {jax.process_count()}: "
+                "each has its own place in the data"
+            )
+        abstract_state = jax.tree.map(_abstract, abstract_state)
+        state = ocp.load_checkpointables(path, {"state": abstract_state})["state"]
+        return Restored(step, state, _decode(data_states[jax.process_index()]), metadata["config"])
+
+    def _clear_leftovers(self) -> None:
+        """Removes what an interrupted save left behind; never anything that bears the name of a step."""
+        if self.directory.is_dir():
+            for path in self.directory.iterdir():
+                if path.name == SAVING or ORBAX_TEMPORARY in path.name:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _move_in_place(self, written: Path) -> None:
+        place = self.directory / written.name
+        if place.exists():  # a damaged one, or one of a run that was restarted from further back
+            os.replace(place, self.directory / SAVING / "replaced")
+        os.replace(written, place)
+        _sync(self.directory)
+        shutil.rmtree(self.directory / SAVING)
+
+    def _prune(self) -> None:
+        # A look at names and sizes is enough here: the newest was just read back in full, and nothing newer than it is removed.
+        steps = self.steps()
+        good = [step for step in steps if _damage(self.directory / str(step), read=False) is None]
+        for step in steps:
+            if step < good[-self.keep :][0]:
+                shutil.rmtree(self.directory / str(step))
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST)
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_manifest(folder: Path) -> None:
+    entries = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in _files(folder).items()}
+    for path in _files(folder).values():
+        _sync(path)
+    with (folder / MANIFEST).open("w") as file:
+        json.dump(entries, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Waits until the disk has it: a rename must not outlive, after a power cut, the bytes that it stands for."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _damage(folder: Path, read: bool = True) -> str | None:
+    """What is wrong with the files in `folder`; read=False looks at names and sizes only."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        entries = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    files = _files(folder)
+    for name, size, digest in entries:
+        if name not in files:
+            return f"{name} is missing"
+        if (found := files[name].stat().st_size) != size:
+            return f"{name} has {found} bytes instead of {size}"
+        if read and _sha256(files[name]) != digest:
+            return f"{name} has other contents than were written (SHA-256 differs)"
+    return None
+
+
+def _describe(state: Any) -> dict[str, list]:
+    """{path of a leaf: [shape, dtype]}, in the order of the tree."""
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves
+    }
+
+
+def _check_same(saved: dict[str, list], wanted: dict[str, list], path: Path) -> None:
+    def words(leaf):
+        return "is absent" if leaf is None else f"has shape {tuple(leaf[0])} and dtype {leaf[1]}"
+
+    for name in [*wanted, *(name for name in saved if name not in wanted)]:
+        there, here = saved.get(name), wanted.get(name)
+        if there != here:
+            raise CheckpointError(
+                f"checkpoint {path} is of another model or optimizer: {name} {words(there)} there, but {words(here)} in this run. "
+                "Use another directory, or the config that it was made with; nothing was changed."
+            )
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    # Orbax warns, and trusts the devices of the run that saved, where there is no sharding.
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _encode(data_state: Any) -> Any:
+    if isinstance(data_state, bytes):
+        return {"base64": base64.b64encode(data_state).decode()}
+    return {"json": data_state}
+
+
+def _decode(entry: dict[str, Any]) -> Any:
+    return base64.b64decode(entry["base64"]) if "base64" in entry else entry["json"]
+
+
+def _gather(value: Any) -> list[Any]:
+    """The JSON value of every process, in order, on all of them."""
+    if jax.process_count() == 1:
+        return [json.loads(json.dumps(value))]
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(np.max(multihost_utils.process_allgather(np.int32(text.size))))
+    padded = np.pad(text, (0, size - text.size), constant_values=ord(" "))
+    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+
+
+def _from_first_process(array: np.ndarray) -> np.ndarray:
+    if jax.process_count() == 1:
+        return array
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.broadcast_one_to_all(array)
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
