@@ -156,9 +156,7 @@ def make_t5():
             label = f"{num_buckets}_{max_distance}_{'causal' if is_decoder else 'both'}"
             (table,) = normal(num_buckets + is_decoder, (num_buckets, 3))
             module = t5_attention(num_buckets, max_distance, is_decoder, table)
-            buckets = module._relative_position_bucket(
-                torch.from_numpy(distances), not is_decoder, num_buckets, max_distance
-            )
+            buckets = module._relative_position_bucket(torch.from_numpy(distances), not is_decoder, num_buckets, max_distance)
             arrays[f"buckets_{label}"] = buckets.numpy().astype(np.uint8)
             arrays[f"table_{label}"] = table
             arrays[f"bias_{label}"] = module.compute_bias(24, 24).detach().numpy()[0]
@@ -191,9 +189,7 @@ def make_rope():
             arrays[f"half_{label}_near_{name}"] = array.numpy()
         phases = torch64(far)[:, None] * theta ** (-torch.arange(0, width, 2).double() / width)
         doubled = torch.cat((phases, phases), -1)[None]
-        turned = package.apply_rotary_pos_emb(
-            torch64(query), torch64(key), doubled.cos(), doubled.sin(), unsqueeze_dim=2
-        )
+        turned = package.apply_rotary_pos_emb(torch64(query), torch64(key), doubled.cos(), doubled.sin(), unsqueeze_dim=2)
         for name, array in zip(("query", "key"), turned, strict=True):
             arrays[f"half_{label}_far_{name}"] = array.numpy()
         # interleaved: rotary-embedding-torch with float64 frequencies, GPT-J with its own float32 table
@@ -207,9 +203,7 @@ def make_rope():
             if theta == 10_000.0:
                 table = gptj.create_sinusoidal_positions(24, width)
                 sin, cos = table[None].chunk(2, dim=-1)
-                arrays[f"interleaved_{label}_near_{name}"] = gptj.apply_rotary_pos_emb(
-                    torch.from_numpy(array), sin, cos
-                ).numpy()
+                arrays[f"interleaved_{label}_near_{name}"] = gptj.apply_rotary_pos_emb(torch.from_numpy(array), sin, cos).numpy()
     save("rope", **arrays)
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (what needs the packages is imported after they are known to be there)
 """posjax against other people's packages, run here and now on fresh random inputs; skipped where they are missing.
 
 The seed is PARITY_SEED (0 unless set), so that a longer hunt is a shell loop. posjax computes in float32 and must agree
@@ -27,7 +28,7 @@ import posjax as pj
 from posjax.relative import alibi_slopes
 
 SEED = int(os.environ.get("PARITY_SEED", "0"))
-ROUNDS = [pytest.param(100 * SEED + r, id=f"seed{100 * SEED + r}") for r in range(3)]
+ROUNDS = [pytest.param(100 * SEED + r, id=f"seed{100 * SEED + r}") for r in range(2)]
 
 
 def sizes(seed, longest=40):
@@ -56,9 +57,7 @@ def test_rope_half_equals_llama_near_the_start(seed, theta):
     batch, length, heads, width = sizes(seed)
     query, key = normal(seed, (batch, length, heads, width), (batch, length, heads, width))
     positions = np.arange(length)
-    cos, sin = llama.LlamaRotaryEmbedding(config_of(width, theta, 1.0))(
-        torch.zeros(1), torch.from_numpy(positions)[None]
-    )
+    cos, sin = llama.LlamaRotaryEmbedding(config_of(width, theta, 1.0))(torch.zeros(1), torch.from_numpy(positions)[None])
     want = llama.apply_rotary_pos_emb(torch.from_numpy(query), torch.from_numpy(key), cos, sin, unsqueeze_dim=2)
     for got, recorded in zip(rotate(pj.rope(theta), query, key, positions), want, strict=True):
         close(got, recorded.numpy())
@@ -105,9 +104,7 @@ def test_rope_equals_packages_to_position_100_000(seed, pairing):
         module = rotary_embedding_torch.RotaryEmbedding(dim=width, custom_freqs=frequencies, cache_if_possible=False)
         phases = module.double()(torch.from_numpy(positions).double())
         want = [
-            rotary_embedding_torch.apply_rotary_emb(phases, torch.from_numpy(x).double().transpose(1, 2)).transpose(
-                1, 2
-            )
+            rotary_embedding_torch.apply_rotary_emb(phases, torch.from_numpy(x).double().transpose(1, 2)).transpose(1, 2)
             for x in (query, key)
         ]
     else:
@@ -150,7 +147,7 @@ def test_alibi_bias_equals_bloom_up_to_a_constant_a_row(seed):
 @pytest.mark.parametrize("seed", ROUNDS)
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_t5_attention_equals_transformers(seed, bidirectional):
-    """T5's own attention module, its projections set to the identity, its eager float64 softmax; T5 does not scale q.k."""
+    """T5's own attention module with identity projections; T5 does not scale q.k."""
     batch, length, heads, _ = sizes(seed)
     rng = np.random.default_rng(seed)
     num_buckets, max_distance = 4 * int(rng.integers(2, 12)), int(rng.integers(30, 300))
@@ -165,9 +162,7 @@ def test_t5_attention_equals_transformers(seed, bidirectional):
     want = module(torch.from_numpy(x).double(), mask=hidden)[0].detach().numpy()
     split = jnp.asarray(x).reshape(batch, length, heads, 4)
     encoding = pj.t5(num_buckets=num_buckets, max_distance=max_distance, bidirectional=bidirectional)
-    got = pj.attention(
-        split, split, split, encoding, {"bias": jnp.asarray(table)}, is_causal=not bidirectional, scale=1.0
-    )
+    got = pj.attention(split, split, split, encoding, {"bias": jnp.asarray(table)}, is_causal=not bidirectional, scale=1.0)
     close(np.asarray(got).reshape(x.shape), want)
 
 
@@ -203,6 +198,7 @@ def test_cope_equals_x_transformers(seed, per_head, scaled, gates):
     max_position = int(np.random.default_rng(seed).integers(2, 12))
     shape, table = (batch, length, heads, width), (max_position, width)
     query, key, value, embedding = normal(seed, shape, shape, shape, (heads, *table) if per_head else table)
+    embedding /= np.float32(width) ** 0.5  # biases of order one: 1e-5 is below one rounding of a float32 near 100
     other = key if gates == "logits" else value
     want, want_bias = make_golden.cope_case(query, key, value, embedding, other, scaled)
     encoding = pj.cope(max_position=max_position, gates=gates, scaled=scaled, per_head=per_head)
