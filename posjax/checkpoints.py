@@ -1,11 +1,12 @@
-"""Checkpoints that are whole or refused: Orbax writes them, a manifest of SHA-256 sums tells later whether they are still what was written.
+"""Checkpoints that are whole or refused: Orbax writes them, a manifest of SHA-256 sums tells whether they still are as written.
 
     <directory>/<step>/               one finished checkpoint, readable by Orbax alone
-        state/ _CHECKPOINT_METADATA   Orbax's files; the iterator's state and the config are in the metadata's `custom_metadata`
-        manifest.json                 {"file": "sha256", ...} of every other file of the step
+        state/ _CHECKPOINT_METADATA   Orbax's files; the iterator's state and the config are `custom_metadata` in the latter
+        manifest.json                 {file: {"bytes": size, "sha256": sum}} of every other file of the step
     <directory>/saving/               a save in progress; renamed to <step> in one move when its manifest is written
 
-So whatever bears the name of a step was once complete, and a kill at any moment leaves at most a `saving` folder, which the next save clears.
+So whatever bears the name of a step was once complete, and a kill at any moment leaves at most a `saving` folder, which the
+next save clears.
 """
 
 import base64
@@ -71,7 +72,7 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with the files of a checkpoint, naming the first bad file, or None when all are as they were written."""
+        """What is wrong with the files of a checkpoint, naming the first bad one, or None when all are as they were written."""
         return _damage(self.directory / str(step))
 
     def newest_good(self) -> int | None:
@@ -79,9 +80,9 @@ class Checkpoints:
         return next((step for step in reversed(self.steps()) if self.damage(step) is None), None)
 
     def save(self, step: int, state: Any, data_state: Any = None, config: Any = None, *, prune: bool = True) -> None:
-        """Writes a checkpoint and, when it is known to be good, removes what is older than the `keep` newest good ones.
+        """Writes a checkpoint; when it reads back as it was written, removes what is older than the `keep` newest good ones.
 
-        Blocks until all is on disk. A checkpoint of the same step is replaced, but only after the new one has been written.
+        Blocks until all is on disk. A checkpoint of the same step is replaced, but only after the new one was written.
 
         Args:
           step: the name of the checkpoint.
@@ -107,7 +108,8 @@ class Checkpoints:
             if prune and (reason := self.damage(step)) is None:
                 self._prune()
             elif prune:
-                warnings.warn(f"checkpoint {step} is damaged just after it was written ({reason}); none is removed", stacklevel=2)
+                text = f"checkpoint {step} in {self.directory} is damaged just after it was written: {reason}; none is removed"
+                warnings.warn(text, stacklevel=2)
         _barrier("posjax_save_end")
 
     def restore_latest(self, abstract_state: Any) -> Restored | None:
@@ -116,15 +118,15 @@ class Checkpoints:
         Damaged ones are named in a warning with the file and what is wrong with it, and stay where they are.
 
         Args:
-          abstract_state: pytree of arrays or `jax.ShapeDtypeStruct`; their shapes and dtypes must be those saved, their shardings say where
-            the state goes (any number of devices; the default device where there is none).
+          abstract_state: pytree of arrays or `jax.ShapeDtypeStruct`; their shapes and dtypes must be those saved, their
+            shardings say where the state goes (any number of devices; the first device where there is none).
 
         Returns:
           The checkpoint, or None when the directory holds none.
 
         Raises:
-          CheckpointError: there are checkpoints and all are damaged; or the newest good one holds another state, then naming the first leaf
-            that differs, with both shapes.
+          CheckpointError: there are checkpoints and all are damaged; or the newest good one holds another state: then the
+            message names the first leaf that differs, with both shapes.
         """
         steps, reasons, good = self.steps(), [], -1
         if jax.process_index() == 0:
@@ -238,9 +240,7 @@ def _damage(folder: Path, read: bool = True) -> str | None:
 def _describe(state: Any) -> dict[str, list]:
     """{path of a leaf: [shape, dtype]}, in the order of the tree."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves
-    }
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
 
 
 def _check_same(saved: dict[str, list], wanted: dict[str, list], path: Path) -> None:
@@ -251,8 +251,8 @@ def _check_same(saved: dict[str, list], wanted: dict[str, list], path: Path) -> 
         there, here = saved.get(name), wanted.get(name)
         if there != here:
             raise CheckpointError(
-                f"checkpoint {path} is of another model or optimizer: {name} {words(there)} there, but {words(here)} in this run. "
-                "Use another directory, or the config that it was made with; nothing was changed."
+                f"checkpoint {path} is of another model or optimizer: {name} {words(there)} there, "
+                f"but {words(here)} in this run. Use another directory, or the config that it was made with."
             )
 
 

@@ -1,7 +1,7 @@
 """Where arrays live: one mesh, one small table of partition rules, and the jit and pmap forms of a train step.
 
-Both forms have the same signature, `(state, batch) -> (state, metrics)`, take a batch of host arrays [B, ...], keep the state replicated with
-no extra axis (so a checkpoint of one fits the other), and donate it.
+Both forms have the same signature, `(state, batch) -> (state, metrics)`, take a batch of host arrays [B, ...], keep the state
+replicated with no extra axis (so a checkpoint of one fits the other), and donate it.
 """
 
 import re
@@ -14,8 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 
-# Batch leaves are cut along their leading axis. Leaves of the state follow the first rule whose pattern is found in their path
-# ("params/layers/kernel", "opt_state/1/mu/layers/kernel", ...): the moments of a parameter lie where the parameter does.
+# Batch leaves are cut along their leading axis. Leaves of the state follow the first rule whose pattern is found in their
+# path ("params/layers/kernel", "opt_state/1/mu/layers/kernel", ...): the moments of a parameter lie where it does.
 BATCH_SPEC = PartitionSpec("data")
 PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = ((r"", PartitionSpec()),)
 
@@ -34,7 +34,7 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """The NamedSharding of every leaf of `state` (arrays or ShapeDtypeStructs) by PARTITION_RULES: a pytree shaped like `state`."""
+    """The NamedSharding of each leaf of `state` (arrays or ShapeDtypeStructs) by PARTITION_RULES, in a like pytree."""
 
     def sharding(path, _):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -47,7 +47,8 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Puts this process's rows of a batch, leaves [B, ...], on its devices, cut along the leading axis.
 
     Args:
-      batch: pytree of NumPy or JAX arrays; with several processes, each passes its own rows. Leaves already in place are left alone.
+      batch: pytree of NumPy or JAX arrays; with several processes, each passes its own rows. Leaves that are in place already
+        are left alone.
       mesh: from `make_mesh`.
 
     Raises:
@@ -70,7 +71,8 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 def jit_train_step(step: Step, mesh: Mesh) -> Step:
     """`step` (made without an axis name) compiled for `mesh`: the main path.
 
-    The state may live anywhere at first; it comes back sharded by PARTITION_RULES and is donated: use the returned one from then on.
+    The state may live anywhere at first; it comes back sharded by PARTITION_RULES. It is donated: use the returned one from
+    then on.
     """
     compiled = shardings = None
 
@@ -95,8 +97,9 @@ def jit_train_step(step: Step, mesh: Mesh) -> Step:
 def pmap_train_step(step: Step, num_devices: int | None = None, axis_name: str = "data") -> Step:
     """The pmap twin of `jit_train_step`; `step` is made with `axis_name`.
 
-    The state goes in and comes out replicated without a device axis (`in_axes=None`, `out_axes=None`): nothing to replicate or to unreplicate.
-    The same batch gives the same loss as the jit form up to rounding; only noise drawn in `loss_fn` differs, as each device has its own key.
+    The state goes in and comes out replicated without a device axis (`in_axes=None`, `out_axes=None`): there is nothing to
+    replicate or to unreplicate. The same batch gives the same loss as the jit form up to rounding; only noise drawn in
+    `loss_fn` differs, as each device has its own key. For the devices of one process.
     """
     devices = make_mesh(num_devices).local_devices
     mapped = jax.pmap(step, axis_name, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)

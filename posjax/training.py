@@ -3,7 +3,8 @@
     batch -> micro-batches -> sum of losses, sum of weights, gradient of the sum
           -> (sum over devices) -> divide once by the total weight -> clip -> AdamW -> new state
 
-Sums are divided once, at the very end, so how a batch was cut up (accumulation, devices, uneven weights) changes nothing but rounding.
+Sums are divided once, at the very end, so how a batch was cut up (accumulation, devices, uneven weights) changes nothing
+but rounding.
 """
 
 import dataclasses
@@ -95,8 +96,8 @@ def learning_rate_schedule(
 def decay_mask(params: Params) -> Any:
     """Which leaves weight decay pulls towards zero: a pytree of bools shaped like `params`.
 
-    A leaf decays when it has two or more dimensions, is not called `bias` or `scale`, and nothing on its path has "norm", "encoding" or
-    "position" in its name. Dimensions alone do not do: with scanned layers a bias is [layers, D].
+    A leaf decays when it has two or more dimensions, is not called `bias` or `scale`, and nothing on its path has "norm",
+    "encoding" or "position" in its name. Dimensions alone do not do: with scanned layers a bias is [layers, D].
     """
 
     def decays(path, leaf):
@@ -118,7 +119,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter, 1711.05101) after clipping by global norm.
 
-        g <- g * min(1, clip_norm / |g|);  m, v <- moments of g;  x <- x - lr * (m^ / (sqrt(v^) + eps) + weight_decay * x)
+        g <- g * min(1, clip_norm / |g|);  m, v <- moments of g
+        x <- x - learning_rate * (m^ / (sqrt(v^) + eps) + weight_decay * x)
 
     Args:
       learning_rate: a number, or a function of the count of applied steps (see `learning_rate_schedule`).
@@ -144,9 +146,9 @@ def make_optimizer(
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step. Copies `params`, so that a step that donates its state leaves the caller's arrays alone."""
+    """The state before the first step. Copies `params`: a step that donates its state leaves the caller's arrays alone."""
 
-    # jnp.array with a dtype also drops weak types, which would make the first step compile twice and scan refuse its carry.
+    # jnp.array with a dtype also drops weak types, with which the step would compile twice and scan refuse its carry.
     def own(leaf):
         return jnp.array(leaf, dtype=leaf.dtype)
 
@@ -170,19 +172,22 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Makes `step(state, batch) -> (state, metrics)`, a pure function.
 
-    The loss is sum(loss_sum) / sum(weight_sum) over all micro-batches and devices. A step whose loss or gradient norm is not finite leaves
-    `params` and `opt_state` as they were, is counted, and still advances `step` (and with it the key). A batch of total weight 0 has loss 0
-    and gradient 0.
+    The loss is sum(loss_sum) / sum(weight_sum) over all micro-batches and devices. A step whose loss or gradient norm is not
+    finite leaves `params` and `opt_state` as they were, is counted, and still advances `step` (and with it the key). A batch
+    of total weight 0 has loss 0 and gradient 0.
 
     Args:
-      loss_fn: (params, batch, key) -> (loss_sum, weight_sum), float32 scalars: the sum of weighted losses (nats) and the sum of weights.
+      loss_fn: (params, batch, key) -> (loss_sum, weight_sum), float32 scalars: the sum of weighted losses (nats) and the sum
+        of weights.
       optimizer: an optax transformation.
-      accumulate_steps: micro-batches that a batch is cut into along its leading axis; they run one after the other, in the memory of one.
-      axis_name: mapped axis to sum over, for `jax.pmap` (`jit` over sharded arrays needs none). Each device then draws its own noise.
+      accumulate_steps: micro-batches that a batch is cut into along its leading axis; they run one after the other, in the
+        memory of one.
+      axis_name: mapped axis to sum over, for `jax.pmap` (`jit` over sharded arrays needs none). Each device then draws its
+        own noise.
 
     Returns:
-      The step. Its metrics are scalars: loss (nats per unit of weight), grad_norm (before clipping), weight (total weight of the batch, the
-      tokens counted), skipped, skipped_in_a_row, and learning_rate where the optimizer's state holds one.
+      The step. Its metrics are scalars: loss (nats per unit of weight), grad_norm (before clipping), weight (total weight of
+      the batch, the tokens counted), skipped, skipped_in_a_row, and learning_rate where the optimizer's state holds one.
 
     Raises:
       ValueError: accumulate_steps is below 1, or (when tracing) does not divide the batch.
@@ -242,6 +247,7 @@ def make_train_step(
             "skipped": new_state.skipped,
             "skipped_in_a_row": new_state.skipped_in_a_row,
         }
+        # The schedule's own counter bears the same name; only the number is an array.
         rate = optax.tree.get(opt_state, "learning_rate", filtering=lambda _, leaf: isinstance(leaf, jax.Array))
         if rate is not None:
             metrics["learning_rate"] = rate
@@ -251,9 +257,9 @@ def make_train_step(
 
 
 def _micro_batches(batch: Batch, accumulate_steps: int) -> Batch:
-    """[B, ...] -> [accumulate_steps, B / accumulate_steps, ...]; micro-batch i holds the rows i, i + accumulate_steps, ...
+    """[B, ...] -> [accumulate_steps, B / accumulate_steps, ...]; micro-batch i has rows i, i + accumulate_steps, ...
 
-    Strided, not contiguous: when B is sharded over devices, every micro-batch then lies on all of them and no row has to move.
+    Strided, not contiguous: when B is sharded over devices, every micro-batch then lies on all of them and no row moves.
     """
 
     def split(leaf):

@@ -1,8 +1,9 @@
-"""What was saved comes back bit for bit, or is refused by name; damage of every kind costs one checkpoint, never the run."""
+"""What was saved comes back bit for bit, or is refused by name; damage costs one checkpoint, never the run."""
 
 import re
 import shutil
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,10 @@ CONFIG = {"encoding": "cope", "dim": 8}
 def make_state(dim=8, scale=1.0, optimizer=None):
     rng = np.random.default_rng(0)
     params = {
-        "layers": {"kernel": (scale * rng.normal(size=(4, dim))).astype(np.float32), "bias": np.full(dim, scale, np.float32)},
+        "layers": {
+            "kernel": (scale * rng.normal(size=(4, dim))).astype(np.float32),
+            "bias": np.full(dim, scale, np.float32),
+        },
         "half": jnp.asarray(rng.normal(size=3), jnp.bfloat16),
     }
     return init_state(params, optimizer or make_optimizer(0.1), seed=7)
@@ -94,7 +98,8 @@ def flip(path):
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"), [(truncate, "has [0-9]+ bytes instead of"), (flip, "SHA-256 differs"), (lambda p: p.unlink(), "is missing")]
+    ("harm", "words"),
+    [(truncate, "has [0-9]+ bytes instead of"), (flip, "SHA-256 differs"), (Path.unlink, "is missing")],
 )
 @pytest.mark.parametrize("victim", ["largest", "_CHECKPOINT_METADATA", "state/_METADATA"])
 def test_a_damaged_checkpoint_is_named_and_an_older_one_used(copy, harm, words, victim):
@@ -124,7 +129,10 @@ def test_every_file_is_guarded(copy):
 def test_all_damaged_is_an_error_and_loses_nothing(copy):
     for step in copy.steps():
         flip(largest(copy.directory / str(step) / "state"))
-    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="none of the 3 checkpoints.*(\n.*){3}damaged"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(CheckpointError, match=r"none of the 3 checkpoints.*(\n.*){3}damaged"),
+    ):
         copy.restore_latest(make_state())
     assert copy.steps() == [10, 20, 30]
 
@@ -155,7 +163,7 @@ def test_nothing_is_removed_when_the_new_checkpoint_cannot_be_verified(copy, mon
         flip(largest(self.directory / written.name / "state"))
 
     monkeypatch.setattr(Checkpoints, "_move_in_place", move_and_spoil)
-    with pytest.warns(UserWarning, match="checkpoint 40 is damaged just after"):
+    with pytest.warns(UserWarning, match="checkpoint 40 .* is damaged just after"):
         copy.save(40, make_state())
     assert copy.steps() == [10, 20, 30, 40]
 

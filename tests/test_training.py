@@ -108,7 +108,10 @@ def test_schedule_errors(arguments, words):
 
 def test_decay_mask_keeps_norms_encodings_and_biases():
     params = {
-        "layers": {"query": {"kernel": jnp.ones((2, 4, 4)), "bias": jnp.ones((2, 4))}, "norm1": {"w": jnp.ones((2, 4))}},
+        "layers": {
+            "query": {"kernel": jnp.ones((2, 4, 4)), "bias": jnp.ones((2, 4))},
+            "norm1": {"w": jnp.ones((2, 4))},
+        },
         "encoding": {"embedding": jnp.ones((8, 4))},
         "embedding": jnp.ones((16, 4)),
         "out": {"scale": jnp.ones((2, 4)), "v": jnp.ones(4)},
