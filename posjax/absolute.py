@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from posjax.encoding import Dims, PositionalEncoding, check_at_least, leaf
 from posjax.phases import angles, geometric_frequencies
@@ -76,7 +77,7 @@ def check_within(name: str, positions: Array, length: int) -> None:
     """Raises ValueError where positions reach past a table of that length, as far as shapes and known values can tell."""
     reach = positions.shape[-1]
     if not isinstance(positions, jax.core.Tracer) and positions.size:
-        reach = int(jnp.max(positions)) + 1
+        reach = int(np.asarray(positions).max()) + 1
     if reach > length:
         raise ValueError(
             f"{name} has positions for a max_length of {length}, got a sequence that needs {reach}; "

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from posjax.bias import BiasTerm, Mask
 from posjax.encoding import AttentionInputs, PositionalEncoding, identity
@@ -272,8 +273,9 @@ def _positions(name: str, positions: Array | None, batch: int, length: int) -> A
         raise ValueError(f"{name} must be integers, got {positions.dtype}")
     if positions.shape not in ((length,), (1, length), (batch, length)):
         raise ValueError(f"{name} must have shape ({length},) or ({batch}, {length}), got {positions.shape}")
-    if not isinstance(positions, jax.core.Tracer) and int(positions.min()) < 0:
-        raise ValueError(f"{name} must not be negative, got {int(positions.min())}; mask padding out by mask or segment_ids")
+    # NumPy, because even on a known array a jax operation inside jit gives a value that is not.
+    if not isinstance(positions, jax.core.Tracer) and (least := np.asarray(positions).min()) < 0:
+        raise ValueError(f"{name} must not be negative, got {least}; mask padding out by mask or segment_ids")
     return positions.astype(jnp.int32).reshape(-1, length)
 
 

@@ -38,8 +38,8 @@ def tupe(
       relative: adds a T5 bias inside the reset, unscaled (TUPE-R).
       untie_cls: reset the row and column of [CLS]; False is the paper's ablation with tied [CLS].
       released: the authors' code in place of the paper: a LayerNorm on p, projections with biases, and two more rows of p whose
-        products through U are theta_1 = p_0.p_0 and theta_2 = p_1.p_1 (p_1 is also [CLS]'s own); in TUPE-R, [CLS] cells take
-        two buckets of their own instead of nothing.
+        products through U are theta_1 = p_0.p_0 and theta_2 = p_1.p_1 (p_1 is also [CLS]'s own); in TUPE-R, the column of [CLS] takes one
+        more bucket, and its row bucket num_buckets / 2, which no distance falls in.
       num_buckets, max_distance: of the relative bias, as in ``t5``, in both directions.
 
     Raises:
@@ -69,7 +69,7 @@ def tupe(
         elif untie_cls:
             params["reset"] = jnp.zeros((2, dims.num_heads))
         if relative:
-            extra = 2 if released and untie_cls else 0
+            extra = extra_row  # the bucket of a key that is [CLS]
             params["bias"] = jnp.zeros((num_buckets + extra, dims.num_heads))
         return params
 
@@ -145,7 +145,7 @@ def _relative_function(num_buckets: int, max_distance: int, untie_cls: bool, rel
         bucket = t5_bucket(key_positions - query_positions, num_buckets, max_distance, True)
         query_is_cls, key_is_cls = query_positions == 0, key_positions == 0
         if untie_cls and released:
-            bucket = jnp.where(query_is_cls, num_buckets + 1, jnp.where(key_is_cls, num_buckets, bucket))
+            bucket = jnp.where(query_is_cls, num_buckets // 2, jnp.where(key_is_cls, num_buckets, bucket))
         bias = jnp.moveaxis(jnp.take(table.astype(jnp.float32), bucket[:, 0], axis=0), -1, 1)
         return jnp.where(query_is_cls | key_is_cls, 0.0, bias) if untie_cls and not released else bias
 
