@@ -43,6 +43,14 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
+def shard_state(state: Any, mesh: Mesh) -> Any:
+    """Puts a state on the devices of `mesh` by `state_shardings`; with several processes, all pass the same values."""
+    shardings = state_shardings(state, mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(state, shardings)
+    return jax.jit(lambda state: state, out_shardings=shardings)(state)  # device_put takes no keys to another process
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Puts this process's rows of a batch, leaves [B, ...], on its devices, cut along the leading axis.
 
@@ -71,8 +79,8 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 def jit_train_step(step: Step, mesh: Mesh) -> Step:
     """`step` (made without an axis name) compiled for `mesh`: the main path.
 
-    The state may live anywhere at first; it comes back sharded by PARTITION_RULES. It is donated: use the returned one from
-    then on.
+    The state may live anywhere at first; it comes back sharded as `shard_state` does. It is donated: use the returned one
+    from then on.
     """
     compiled = shardings = None
 
@@ -88,7 +96,7 @@ def jit_train_step(step: Step, mesh: Mesh) -> Step:
                 donate_argnums=0,
             )
         if state.step.sharding != shardings.step:  # the first call, or just restored
-            state = jax.device_put(state, shardings)
+            state = shard_state(state, mesh)
         return compiled(state, shard_batch(batch, mesh))
 
     return call
