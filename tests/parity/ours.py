@@ -50,7 +50,21 @@ def inputs_of(query, key, value, query_positions=None, key_positions=None, scale
     )
 
 
+def attention(query, key, value, encoding, params, **options):
+    return pj.attention(*(jnp.asarray(x) for x in (query, key, value)), encoding, params, **options)
+
+
+def attention_weights(query, key, value, encoding, params, **options):
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    return pj.attention_weights(query, key, encoding, params, value=value, **options)
+
+
+def linear_attention(query, key, value, encoding, **options):
+    return pj.linear_attention(*(jnp.asarray(x) for x in (query, key, value)), encoding, {}, **options)
+
+
 def rotate(encoding, query, key, positions, params=None):
+    """Rotated (or widened) query and key at those positions."""
     inputs = inputs_of(query, key, key, positions, positions)
     return encoding.rotate(params or {}, inputs.query, inputs.key, inputs)
 

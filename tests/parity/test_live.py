@@ -22,7 +22,7 @@ neox = pytest.importorskip("transformers.models.gpt_neox.modeling_gpt_neox")
 gptj = pytest.importorskip("transformers.models.gptj.modeling_gptj")
 
 import make_golden
-from ours import close, dense_bias, normal, rotate, visible
+from ours import attention, close, dense_bias, normal, rotate, visible
 
 import posjax as pj
 from posjax.relative import alibi_slopes
@@ -160,9 +160,9 @@ def test_t5_attention_equals_transformers(seed, bidirectional):
     if not bidirectional:
         hidden = hidden.masked_fill(torch.ones(length, length).triu(1).bool(), torch.finfo(torch.float64).min)
     want = module(torch.from_numpy(x).double(), mask=hidden)[0].detach().numpy()
-    split = jnp.asarray(x).reshape(batch, length, heads, 4)
+    split = x.reshape(batch, length, heads, 4)
     encoding = pj.t5(num_buckets=num_buckets, max_distance=max_distance, bidirectional=bidirectional)
-    got = pj.attention(split, split, split, encoding, {"bias": jnp.asarray(table)}, is_causal=not bidirectional, scale=1.0)
+    got = attention(split, split, split, encoding, {"bias": jnp.asarray(table)}, is_causal=not bidirectional, scale=1.0)
     close(np.asarray(got).reshape(x.shape), want)
 
 
@@ -204,5 +204,5 @@ def test_cope_equals_x_transformers(seed, per_head, scaled, gates):
     encoding = pj.cope(max_position=max_position, gates=gates, scaled=scaled, per_head=per_head)
     params = {"embedding": jnp.asarray(embedding)}
     close(visible(dense_bias(encoding, params, query, key, value, is_causal=True)), visible(want_bias))
-    got = pj.attention(*(jnp.asarray(x) for x in (query, key, value)), encoding, params, is_causal=True)
+    got = attention(query, key, value, encoding, params, is_causal=True)
     close(got, want)
