@@ -210,7 +210,9 @@ def decay_curve(
 
 
 def rope_bound(distances: Int[Array, " S"], head_dim: int, theta: float = 10_000.0) -> Float[Array, " S"]:
-    """RoFormer's relative upper bound on ``decay_curve`` of rope, in its units: sqrt(H) (b_d / b_0 - 1), b of ``decay_bound``.
+    """The shape of RoFormer's bound, to hold against ``decay_curve`` of rope: sqrt(H) (b_d / b_0 - 1), b of ``rotary.decay_bound``.
+
+    Scaled to begin where the curve does, it is no bound on it any more: the bound itself lies far above equal queries and keys.
 
     Args:
       distances: i - j in tokens, integers.

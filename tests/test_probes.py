@@ -163,7 +163,8 @@ DISTANCES = np.array([0, 1, 2, 5, 17, 38])
 
 def curve(encoding, params=None, distances=DISTANCES, **arrays):
     params = encoding.init(jax.random.key(0), DIMS) if params is None else params
-    return np.asarray(probes.decay_curve(encoding, params, distances, DIMS, **arrays))
+    compiled = jax.jit(lambda params, arrays: probes.decay_curve(encoding, params, distances, DIMS, **arrays))
+    return np.asarray(compiled(params, arrays))
 
 
 def mean_cos(width):
