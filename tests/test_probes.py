@@ -122,7 +122,8 @@ def test_gates_come_from_where_the_encoding_says(kind):
         hidden = normal(4, 1, length, N * H)
         params = encoding.condition(params, jnp.asarray(hidden))
         source = np.einsum("btd,dkh->btkh", hidden, params["gate_kernel"])
-    gates, positions = probes.cope_positions(query, key, value, pj.chain(pj.rope(), encoding), {"cope": params})
+    both = pj.chain(pj.rope(), encoding)
+    gates, positions = jax.jit(lambda *a: probes.cope_positions(*a, both, {"cope": params}))(query, key, value)
     logits = np.einsum("btnh,bsnh->bnts", query.astype(np.float64), source) / np.sqrt(H)
     expected_gates, expected = counted(logits, np.tril(np.ones((length, length), bool)))
     np.testing.assert_allclose(gates, expected_gates, atol=2e-6)
@@ -238,7 +239,7 @@ def test_grouped_keys_and_gates_with_keys_of_their_own_work():
     dims = pj.Dims(num_heads=4, head_dim=H, num_kv_heads=2)
     encoding = pj.cope_alibi(slope=0.5, gates="keys")
     params = encoding.init(jax.random.key(0), dims)
-    values = probes.decay_curve(encoding, params, np.arange(5), dims)
+    values = jax.jit(lambda params: probes.decay_curve(encoding, params, np.arange(5), dims))(params)
     # The hidden state is zero, so every gate is a half.
     np.testing.assert_allclose(values, np.tile(-0.25 * np.arange(5), (4, 1)), atol=1e-6)
 
