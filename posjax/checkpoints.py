@@ -62,6 +62,9 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, keep: int = 3):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
+        # Here, not at the first save: importing Orbax makes JAX forget its compiled programs, and the step would compile twice.
+        from orbax.checkpoint import v1  # noqa: F401
+
         self.directory = Path(directory).absolute()
         self.keep = keep
 

@@ -19,6 +19,7 @@ import pytest
 
 from posjax.checkpoints import CheckpointError, Checkpoints
 from posjax.loop import Interrupted, NonFiniteLoss, fit, forget_after
+from posjax.sharding import jit_train_step, make_mesh, pmap_train_step
 from posjax.training import init_state, learning_rate_schedule, make_optimizer, make_train_step
 
 STEPS = 40
@@ -65,6 +66,12 @@ def loss_fn(params, batch, key):
     noise = 0.1 * jax.random.normal(key, batch["tokens"].shape)
     target = jnp.tanh(jnp.sum(batch["tokens"], -1, keepdims=True))
     error = jnp.tanh((batch["tokens"] + noise) @ params["kernel"]) - target
+    return jnp.sum(batch["weights"] * jnp.sum(error**2, -1)), jnp.sum(batch["weights"])
+
+
+def loss_fn_quiet(params, batch, key):
+    """Without noise: that differs between the twins, as each device of a pmap draws its own."""
+    error = jnp.tanh(batch["tokens"] @ params["kernel"]) - 0.5
     return jnp.sum(batch["weights"] * jnp.sum(error**2, -1)), jnp.sum(batch["weights"])
 
 
@@ -234,6 +241,23 @@ def test_killed_at_any_moment_and_restarted(tmp_path, straight):
             file.write('{"step": 35, "lo')
         (checkpoints.directory / "saving" / "40.orbax-checkpoint-tmp").mkdir(parents=True, exist_ok=True)
     assert_same_run(run(tmp_path), tmp_path, straight)
+
+
+def test_a_run_goes_on_with_other_devices_and_the_other_twin(tmp_path):
+    twins = {
+        10: pmap_train_step(make_train_step(loss_fn_quiet, OPTIMIZER, axis_name="data")),
+        20: jit_train_step(make_train_step(loss_fn_quiet, OPTIMIZER), make_mesh(8)),
+        30: pmap_train_step(make_train_step(loss_fn_quiet, OPTIMIZER, axis_name="data"), num_devices=4),
+        40: jit_train_step(make_train_step(loss_fn_quiet, OPTIMIZER), make_mesh(2)),
+    }
+    for steps, step in twins.items():
+        state = fit(step, new_state(), Batches(), steps=steps, log_every=1, workdir=tmp_path / "many", quiet=True)
+    one = jax.jit(make_train_step(loss_fn_quiet, OPTIMIZER))
+    alone = fit(one, new_state(), Batches(), steps=40, log_every=1, workdir=tmp_path / "one", quiet=True)
+    losses = [[entry["loss"] for entry in lines(tmp_path / name)] for name in ("many", "one")]
+    assert len(losses[0]) == 40
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
+    np.testing.assert_allclose(state.params["kernel"], alone.params["kernel"], atol=1e-5)
 
 
 def test_the_newest_checkpoint_is_damaged(tmp_path, straight):
