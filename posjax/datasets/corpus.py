@@ -7,14 +7,11 @@ once, or one that is killed half-way, leave nothing wrong behind.
 """
 
 import contextlib
-import difflib
 import functools
 import hashlib
-import io
 import json
 import os
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,12 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from posjax.datasets.files import VALIDATION_SHARE, list_files, read_file, validation_paths
+from posjax.datasets.sources import Text, near, open_source
 
 NUM_BYTES = 256
 NUM_SPECIAL = 2  # beginning of a document (and [CLS]), [MASK]
 DEFAULT_BPE_VOCAB = 8192
-SPLITS = ("train", "validation")
 _LAYOUT = "1"  # part of every cache name: change it when the files change
 
 
@@ -129,7 +125,7 @@ def load_corpus(
       ImportError: if a package that this source or tokenizer needs is not installed.
     """
     if tokenizer not in ("bytes", "bpe"):
-        raise ValueError(f"tokenizer must be 'bytes' or 'bpe', got {tokenizer!r}{_near(tokenizer, ('bytes', 'bpe'))}")
+        raise ValueError(f"tokenizer must be 'bytes' or 'bpe', got {tokenizer!r}{near(tokenizer, ('bytes', 'bpe'))}")
     if tokenizer == "bytes" and vocab_size not in (None, NUM_BYTES + NUM_SPECIAL):
         raise ValueError(f"vocab_size must be 258 or left out when tokenizer is 'bytes', got {vocab_size!r}")
     vocab_size = DEFAULT_BPE_VOCAB if vocab_size is None else vocab_size
@@ -138,9 +134,9 @@ def load_corpus(
 
     given = data_dir or os.environ.get("POSJAX_DATA_DIR")
     cache = Path(given or "~/.cache/posjax").expanduser()
-    text = _open_source(str(source), cache, Path(given).expanduser() if given else None)
+    text = open_source(str(source), cache, Path(given).expanduser() if given else None)
     if not text.has_split(split):
-        raise ValueError(f"split must be one of {', '.join(text.splits)}, got {split!r}{_near(split, text.splits)}")
+        raise ValueError(f"split must be one of {', '.join(text.splits)}, got {split!r}{near(split, text.splits)}")
     tokenizer_path = _trained_bpe(text, vocab_size, cache) if tokenizer == "bpe" else None
     name = _cache_name(text.key, split, tokenizer, str(vocab_size) if tokenizer_path else "")
     folder = _build_once(cache / "corpora" / name, lambda new: _write_corpus(new, text, split, tokenizer_path))
@@ -164,166 +160,6 @@ def unigram_bits_per_byte(corpus: Corpus) -> float:
     counts = np.bincount(corpus.tokens, minlength=1).astype(np.float64)
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log2(share)).sum() * len(corpus.tokens) / corpus.num_bytes)
-
-
-# ------------------------------------------------------------------------------------------------------------ sources
-
-
-@dataclass(frozen=True)
-class _Text:
-    """A source that is open: `documents(split)` gives its texts, and `key` changes whenever they do."""
-
-    key: str
-    documents: Callable[[str], Iterator[bytes]]
-    splits: tuple[str, ...] = SPLITS
-
-    def has_split(self, split: str) -> bool:
-        return split.partition("[")[0] in self.splits if self.key.startswith("tfds:") else split in self.splits
-
-
-def _near(word: str, candidates) -> str:
-    close = difflib.get_close_matches(str(word), list(candidates), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _open_source(source: str, cache: Path, tfds_dir: Path | None) -> _Text:
-    if source == "stdlib":
-        return _open_stdlib(cache)
-    if source.startswith("tfds:"):
-        return _open_tfds(source, tfds_dir)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _open_folder(path.resolve())
-    if path.is_file():
-        return _open_file(path.resolve())
-    siblings = [str(path.parent / other.name) for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    hint = _near(source, ["stdlib", *siblings])
-    raise ValueError(f"source must be 'stdlib', 'tfds:NAME' or a file or folder that exists, got {source!r}{hint}")
-
-
-def _import_tfds():
-    try:
-        import array_record  # noqa: F401 (what the files are read with)
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"this source needs tensorflow-datasets and array_record ({error}): "
-            "pip install tensorflow-datasets importlib_resources array_record grain"
-        ) from error
-    return tfds
-
-
-def _prepare(make_builder, progress):
-    """Builds a TFDS data set if need be. TFDS builds aside and renames; here the loser of a race takes the winner's."""
-    builder = make_builder()
-    try:
-        with contextlib.redirect_stdout(progress), contextlib.redirect_stderr(progress):
-            builder.download_and_prepare()
-    except Exception:
-        builder = make_builder()
-        if not builder.data_path.exists():
-            raise
-    return builder
-
-
-def _open_stdlib(cache: Path) -> _Text:
-    from posjax.datasets.stdlib_source import source_name
-
-    def documents(split):
-        _import_tfds()
-        from posjax.datasets.stdlib_source.stdlib_source_dataset_builder import Builder
-
-        builder = _prepare(lambda: Builder(data_dir=str(cache / "tfds"), file_format="array_record"), io.StringIO())
-        for example in builder.as_data_source(split=split):
-            yield example["text"]
-
-    return _Text(f"stdlib:{source_name()}", documents)
-
-
-def _open_tfds(source: str, data_dir: Path | None) -> _Text:
-    tfds = _import_tfds()
-    name, _, feature = source.removeprefix("tfds:").partition(":")
-    if feature[:1].isdigit():  # "NAME:1.0.0" is a version
-        version, _, feature = feature.partition(":")
-        name = f"{name}:{version}"
-    try:
-        where = {"data_dir": str(data_dir / "tfds")} if data_dir else {}
-        builder = _prepare(lambda: tfds.builder(name, file_format="array_record", **where), sys.stderr)
-    except tfds.core.DatasetNotFoundError as error:
-        names = tfds.list_builders(with_community_datasets=False)
-        hint = _near(name.partition("/")[0], names)
-        raise ValueError(f"source names a data set that TFDS does not know, got {source!r}{hint}") from error
-    feature = _text_feature(tfds, builder, feature, source)
-    split_of = {split: split for split in builder.info.splits}
-    if "validation" not in split_of and "train" in split_of:
-        border = f"{round(100 * (1 - VALIDATION_SHARE))}%"
-        split_of |= {"train": f"train[:{border}]", "validation": f"train[{border}:]"}
-
-    def documents(split):
-        for example in builder.as_data_source(split=split_of.get(split, split)):
-            yield bytes(example[feature])
-
-    return _Text(f"tfds:{builder.info.full_name}:{feature}", documents, tuple(split_of))
-
-
-def _text_feature(tfds, builder, feature: str, source: str) -> str:
-    features = builder.info.features
-    texts = [name for name in features if isinstance(features[name], tfds.features.Text)]
-    if feature:
-        if feature not in texts:
-            raise ValueError(f"source must name a text feature of {texts}, got {source!r}{_near(feature, texts)}")
-        return feature
-    if "text" in texts or len(texts) == 1:
-        return "text" if "text" in texts else texts[0]
-    raise ValueError(f"source must name one text feature of {texts}, as in 'tfds:NAME:FEATURE', got {source!r}")
-
-
-def _state(path: Path) -> str:
-    facts = path.stat()
-    return f"{facts.st_size}:{facts.st_mtime_ns}"
-
-
-def _read_text(path: Path) -> bytes:
-    data = read_file(path)
-    try:
-        data.decode()
-        place = data.find(b"\0")
-    except UnicodeDecodeError as error:
-        place = error.start
-    if place >= 0:
-        raise ValueError(
-            f"source must hold UTF-8 text only, {path} has the byte {data[place]:#04x} at {place}; "
-            "convert it or move it elsewhere"
-        )
-    return data
-
-
-def _open_folder(folder: Path) -> _Text:
-    paths = list_files(folder, lambda path: not path.name.startswith("."))
-    if len(paths) == 1:
-        return _open_file(folder / paths[0])
-    held_out = validation_paths(paths)
-    state = [f"{path}:{_state(folder / path) if (folder / path).exists() else ''}" for path in paths]
-
-    def documents(split):
-        for path in paths:
-            if (path in held_out) == (split == "validation"):
-                yield _read_text(folder / path)
-
-    return _Text("\n".join([f"folder:{folder}", *state]), documents)
-
-
-def _open_file(path: Path) -> _Text:
-    def documents(split):
-        data = _read_text(path)
-        border = int(len(data) * (1 - VALIDATION_SHARE))
-        line_end = data.find(b"\n", border) + 1
-        border = line_end if 0 < line_end < len(data) else border
-        while 0 < border < len(data) and data[border] & 0xC0 == 0x80:
-            border += 1  # never inside a character
-        yield data[border:] if split == "validation" else data[:border]
-
-    return _Text(f"file:{path}:{_state(path)}", documents)
 
 
 # --------------------------------------------------------------------------------------------------- tokens and cache
@@ -356,7 +192,7 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _write_corpus(folder: Path, text: _Text, split: str, tokenizer_path: Path | None) -> None:
+def _write_corpus(folder: Path, text: Text, split: str, tokenizer_path: Path | None) -> None:
     size = _load_tokenizer(tokenizer_path).get_vocab_size() if tokenizer_path else NUM_BYTES
     dtype = np.min_scalar_type(size - 1)
     lengths, num_bytes = [], 0
@@ -403,7 +239,7 @@ def _load_tokenizer(path: Path):
     return _import_tokenizers().Tokenizer.from_file(str(path))
 
 
-def _trained_bpe(text: _Text, vocab_size: int, cache: Path) -> Path:
+def _trained_bpe(text: Text, vocab_size: int, cache: Path) -> Path:
     """The file of a byte-level BPE trained on the train split, which the other splits share."""
 
     def train(folder):
