@@ -1,0 +1,207 @@
+"""Every encoding as a case of one behavioural suite, and the tiny layer that the suite runs it in.
+
+A new encoding joins by one line in CASES: what it is, and what it claims. test_encodings.py and test_encoding_calls.py run them.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import posjax as pj
+
+# D is not N * H, so that a table of the wrong width cannot pass. One length and its half nearly everywhere: operations are compiled
+# once a shape, which is most of the time that these tests take.
+B, T, N, K, H, D = 2, 12, 4, 2, 8, 24
+DIMS = pj.Dims(num_heads=N, head_dim=H, embed_dim=D, max_length=16, num_kv_heads=K)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An encoding and its claims.
+
+    Attributes:
+      shift_invariant: adding one number to all positions changes nothing.
+      shift: how far, in positions.
+      order_blind: without a causal mask, permuting the tokens permutes the output and does nothing else.
+      inert: a learned leaf that adds the same to all scores of a row, which softmax does not see.
+    """
+
+    name: str
+    encoding: pj.PositionalEncoding
+    shift_invariant: bool = False
+    shift: int = 1000
+    order_blind: bool = False
+    inert: str | None = None
+
+    @property
+    def is_causal_choices(self) -> tuple[bool, ...]:
+        return (True,) if self.encoding.is_contextual else (True, False)
+
+
+FAR = 100_000  # where a float32 phase is off by more than 6e-3 rad
+CASES = [
+    Case("identity", pj.identity(), shift_invariant=True, order_blind=True),
+    Case("sinusoidal", pj.sinusoidal()),
+    Case("learned", pj.learned()),
+    Case("rope half", pj.rope(), shift_invariant=True, shift=FAR),
+    Case("rope interleaved", pj.rope(pairing="interleaved"), shift_invariant=True, shift=FAR),
+    Case("rope fraction", pj.rope(theta=500.0, fraction=0.25), shift_invariant=True, shift=FAR),
+    Case("alibi", pj.alibi(), shift_invariant=True),
+    Case("t5", pj.t5(num_buckets=6, max_distance=8), shift_invariant=True),
+    Case("t5 bidirectional", pj.t5(num_buckets=8, max_distance=8, bidirectional=True), shift_invariant=True),
+    Case("tupe a", pj.tupe()),
+    Case("tupe a tied", pj.tupe(untie_cls=False)),
+    Case("tupe a released", pj.tupe(released=True)),
+    Case("tupe a released tied", pj.tupe(released=True, untie_cls=False), inert="key_bias"),
+    Case("tupe r", pj.tupe(relative=True)),
+    Case("tupe r tied", pj.tupe(relative=True, untie_cls=False)),
+    Case("tupe r released", pj.tupe(relative=True, released=True)),
+    Case("tupe r released tied", pj.tupe(relative=True, released=True, untie_cls=False), inert="key_bias"),
+    Case("cope", pj.cope(max_position=4), shift_invariant=True),
+    Case("cope scaled", pj.cope(max_position=16, scaled=True), shift_invariant=True),
+    Case("cope per head", pj.cope(max_position=4, per_head=True), shift_invariant=True),
+    Case("cope content", pj.cope(max_position=4, gates="content"), shift_invariant=True),
+    Case("cope keys", pj.cope(max_position=4, gates="keys", per_head=True), shift_invariant=True),
+    Case("cope values", pj.cope(max_position=4, gates="values"), shift_invariant=True),
+    Case("cope_alibi", pj.cope_alibi(slope=0.5), shift_invariant=True),
+    Case("cope_alibi learned", pj.cope_alibi(learned=True), shift_invariant=True),
+    Case("cope_mlp", pj.cope_mlp(hidden_dim=8), shift_invariant=True),
+    Case("cope_mlp keys", pj.cope_mlp(hidden_dim=8, gates="keys", scaled=True), shift_invariant=True),
+    Case("rope + cope", pj.chain(pj.rope(), pj.cope(4)), shift_invariant=True, shift=FAR),
+    Case("rope + cope content", pj.chain(pj.rope(), pj.cope(4, gates="content")), shift_invariant=True, shift=FAR),
+    Case("cope + alibi", pj.chain(pj.cope(4), pj.alibi()), shift_invariant=True),
+    Case("cope + t5", pj.chain(pj.cope(4), pj.t5(6, 8)), shift_invariant=True),
+    Case("learned + rope", pj.chain(pj.learned(), pj.rope())),
+]
+LEARNED = [case for case in CASES if jax.tree.leaves(jax.eval_shape(lambda case=case: case.encoding.init(jax.random.key(0), DIMS)))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """For modules that import it: thousands of tiny programs, which take longer to optimise than to run."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def noisy(params, seed: int = 0):
+    """The same tree with noise on every leaf: tables that start at zero have no effect, and would hide any fault."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: leaf + 0.3 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params)
+
+
+@functools.cache
+def random_params(encoding: pj.PositionalEncoding, seed: int = 0):
+    return noisy(encoding.init(jax.random.key(seed), DIMS), seed)
+
+
+TOKENS = normal(1, B, T, D)
+WEIGHTS = {name: normal(seed, D, heads, H) / math.sqrt(D) for name, seed, heads in (("q", 2, N), ("k", 3, K), ("v", 4, K))}
+
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+learned_cases = pytest.mark.parametrize("case", LEARNED, ids=lambda case: case.name)
+
+
+def close(got, want, atol=2e-5):
+    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=0, atol=atol)
+
+
+def differs(a, b) -> bool:
+    """By far more than rounding."""
+    return float(jnp.abs(a - b).max()) > 1e-3
+
+
+# One layer -----------------------------------------------------------------------------------------------------------
+
+
+def project(hidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query, key and value by fixed kernels, in the type of hidden."""
+    return tuple(jnp.einsum("btd,dnh->btnh", hidden, WEIGHTS[name].astype(hidden.dtype)) for name in "qkv")
+
+
+def layer(encoding, params, x, positions=None, rows=slice(None), **options) -> jax.Array:
+    """Tokens x [B, T, D] through embed, projections, condition and attention: [B, rows, N, H].
+
+    Args:
+      positions: [T] or [B, T], of queries and keys. None: 0, 1, 2, ..., given explicitly.
+      rows: which tokens ask; all are keys.
+      **options: of ``pj.attention``.
+    """
+    positions = jnp.arange(x.shape[1]) if positions is None else jnp.asarray(positions)
+    positions = jnp.broadcast_to(positions, x.shape[:2])
+    hidden = encoding.embed(params, x, positions)
+    query, key, value = project(hidden)
+    params = encoding.condition(params, hidden)
+    return pj.attention(
+        query[:, rows], key, value, encoding, params, query_positions=positions[:, rows], key_positions=positions, **options
+    )
+
+
+@functools.cache
+def causal(case: Case) -> jax.Array:
+    """The plain causal call on TOKENS that most tests compare with."""
+    return layer(case.encoding, random_params(case.encoding), TOKENS, is_causal=True)
+
+
+def repeat_key_heads(params):
+    """The parameters of N key heads that equal those of K, each repeated."""
+    axis_of = {"gate_kernel": 1, "key_kernel": 1, "key_bias": 0}
+
+    def repeat(path, leaf):
+        axis = axis_of.get(path[-1].key)
+        return leaf if axis is None else jnp.repeat(leaf, N // K, axis=axis)
+
+    return jax.tree_util.tree_map_with_path(repeat, params)
+
+
+# Tiles ---------------------------------------------------------------------------------------------------------------
+
+
+def whole_call(encoding, params, x, mask: pj.Mask, positions) -> tuple[tuple[pj.BiasTerm, ...], pj.Tile]:
+    """The bias terms of a call on x, and the one tile of scores that covers it."""
+    hidden = encoding.embed(params, x, positions)
+    query, key, value = project(hidden)
+    inputs = pj.AttentionInputs(query, key, value, positions, positions, 1 / math.sqrt(H))
+    params = encoding.condition(params, hidden)
+    terms = encoding.bias(params, inputs)
+    query, key = encoding.rotate(params, query, key, inputs)
+    logits = jnp.einsum("btnh,bsnh->bnts", query, jnp.repeat(key, N // K, axis=2)) * inputs.scale
+    return terms, pj.Tile(logits, mask.allowed(positions, positions), positions, positions)
+
+
+def walk(term: pj.BiasTerm, mask: pj.Mask, whole: pj.Tile, size: int) -> jax.Array:
+    """The bias [B, N, T, S] put together from tiles of ``size``, each row of tiles from the right to the left."""
+    length = whole.logits.shape[-1]
+    edges = [(start, min(size, length - start)) for start in range(0, length, size)]
+    bands = []
+    for row, height in edges:
+        carry, band = term.cut(row, height, 0, length).carry, []
+        for column, width in reversed(edges):
+            query_positions, key_positions = (
+                jax.lax.dynamic_slice_in_dim(p, start, extent, axis=1)
+                for p, start, extent in ((whole.query_positions, row, height), (whole.key_positions, column, width))
+            )
+            tile = pj.Tile(
+                logits=whole.logits[:, :, row : row + height, column : column + width],
+                allowed=mask.cut(row, height, column, width).allowed(query_positions, key_positions),
+                query_positions=query_positions,
+                key_positions=key_positions,
+            )
+            bias, carry = term.cut(row, height, column, width).tile(tile, carry)
+            band.insert(0, jnp.broadcast_to(bias, tile.logits.shape))
+        bands.append(jnp.concatenate(band, axis=3))
+    return jnp.concatenate(bands, axis=2)
