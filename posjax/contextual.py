@@ -173,14 +173,18 @@ def _network(counts: Array, rows: dict[str, Array], tables: tuple[Array, Array])
 # Counting ------------------------------------------------------------------------------------------------------------
 
 
-def contextual_positions(tile: Tile, rows: dict[str, Array], columns: dict[str, Array], scale: Array, carry: Array) -> Array:
-    """p_ij of one tile, not clamped, [B, N, t, s] float32; ``carry`` [B, N, t] is the count that came from the right."""
-    counted = jnp.where(tile.allowed, contextual_gates(tile, rows, columns, scale), 0.0)
-    return carry[..., None] + jax.lax.cumsum(counted, axis=3, reverse=True)
+def gates_and_positions(term: BiasTerm, tile: Tile) -> tuple[Array, Array] | None:
+    """g_ij and p_ij as a term counts them on the tile that it was cut to, [B, N, t, s] float32 each.
+
+    Gates are zero where masked; positions are not clamped. None for a term that does not count.
+    """
+    if getattr(term.function, "func", None) is not _counting_tile:
+        return None
+    gates = _gates(tile, term.rows, term.columns, term.tables[0])
+    return gates, _positions(gates, term.carry)
 
 
-def contextual_gates(tile: Tile, rows: dict[str, Array], columns: dict[str, Array], scale: Array) -> Array:
-    """g_ij of one tile before masking, [B, N, t, s] float32."""
+def _gates(tile: Tile, rows: dict[str, Array], columns: dict[str, Array], scale: Array) -> Array:
     logits = tile.logits
     if columns:
         query, key = rows["gate_query"], columns["gate_key"]
@@ -188,12 +192,16 @@ def contextual_gates(tile: Tile, rows: dict[str, Array], columns: dict[str, Arra
         grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], length, width)
         logits = jnp.einsum("bkgth,bksh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
         logits = logits.reshape(batch, heads, length, key.shape[2])
-    return jax.nn.sigmoid(logits)
+    return jnp.where(tile.allowed, jax.nn.sigmoid(logits), 0.0)
+
+
+def _positions(gates: Array, carry: Array) -> Array:
+    return carry[..., None] + jax.lax.cumsum(gates, axis=3, reverse=True)
 
 
 def _counting_tile(bias_of_count, tile: Tile, rows: dict, columns: dict, tables: tuple, carry: Array) -> tuple[Array, Array]:
     scale, tables = tables
-    counts = contextual_positions(tile, rows, columns, scale, carry)
+    counts = _positions(_gates(tile, rows, columns, scale), carry)
     return bias_of_count(counts, rows, tables), counts[..., 0]
 
 

@@ -80,12 +80,13 @@ def save(figure: "Figure", path: str | Path) -> None:
 # Loss -----------------------------------------------------------------------------------------------------------------
 
 
-def loss_by_length(rows: Mapping[str, Mapping[int, Sequence[float]]], train_length: int) -> "Figure":
+def loss_by_length(rows: Mapping[str, Mapping[int, Sequence[float]]], train_length: int, label: str = "bits per byte") -> "Figure":
     """Loss against evaluation length: each seed thin, their mean thick. A curve that ends before the others ends in a cross.
 
     Args:
-      rows: {encoding: {length in tokens: bits per byte, one for each seed}}; those that it cannot take are absent or empty.
+      rows: {encoding: {length in tokens: loss of each seed}}; those that it cannot take are absent or empty.
       train_length: tokens.
+      label: what the loss is, in words, with its unit.
     """
     lengths = sorted({length for row in rows.values() for length in row})
     figure, axes = _figure(8.0, 4.6)
@@ -108,18 +109,19 @@ def loss_by_length(rows: Mapping[str, Mapping[int, Sequence[float]]], train_leng
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
     axes.set_xlabel("evaluation length (tokens)")
-    axes.set_ylabel("loss (bits per byte)")
+    axes.set_ylabel(label)
     _mark_training(axes, train_length)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 
-def loss_by_index(curves: Mapping[str, tuple[Array, Array]], train_length: int) -> "Figure":
+def loss_by_index(curves: Mapping[str, tuple[Array, Array]], train_length: int, label: str = "bits per byte") -> "Figure":
     """Loss against where in the text a token stands.
 
     Args:
-      curves: {encoding: (index in tokens [S], bits per byte [S])}, as ``posjax.probes.loss_by_index`` gives them (in bits).
+      curves: {encoding: (index in tokens [S], loss [S])}, as ``posjax.probes.loss_by_index`` gives them.
       train_length: tokens; marked where the curves go past it.
+      label: what the loss is, in words, with its unit.
     """
     figure, axes = _figure(8.0, 4.6)
     for name, style in styles(curves).items():
@@ -130,7 +132,7 @@ def loss_by_index(curves: Mapping[str, tuple[Array, Array]], train_length: int) 
         )
     axes.set_xlim(left=0)
     axes.set_xlabel("index of the token in its text (tokens)")
-    axes.set_ylabel("loss (bits per byte)")
+    axes.set_ylabel(label)
     _mark_training(axes, train_length)
     figure.legend(loc="outside right upper", frameon=False)
     return figure

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax import contextual
-from posjax.bias import BiasTerm, Mask, Tile
+from posjax.bias import Mask, Tile
+from posjax.contextual import gates_and_positions
 from posjax.encoding import AttentionInputs, Dims, PositionalEncoding, check_at_least
 from posjax.kernels.dense import whole_tile
 from posjax.rotary import decay_bound
@@ -121,21 +121,13 @@ def cope_positions(
     """
     inputs = _inputs(query, key, value, query_positions, key_positions, scale)
     mask = Mask(query_segments=segment_ids, key_segments=segment_ids, is_causal=True)
-    found = [parts for term in encoding.bias(params, inputs) if (parts := _counting_parts(term)) is not None]
+    tile = _tile(encoding, params, inputs, mask)
+    found = [counted for term in encoding.bias(params, inputs) if (counted := gates_and_positions(term, tile)) is not None]
     if len(found) != 1:
         raise ValueError(
             f"encoding must count by gates once, as cope(64) or chain(rope(), cope(64)) do; {encoding.name} has {len(found)}"
         )
-    tile, (rows, columns, count_scale, carry) = _tile(encoding, params, inputs, mask), found[0]
-    gates = jnp.where(tile.allowed, contextual.contextual_gates(tile, rows, columns, count_scale), 0.0)
-    return gates, contextual.contextual_positions(tile, rows, columns, count_scale, carry)
-
-
-def _counting_parts(term: BiasTerm) -> tuple[dict, dict, Array, Array] | None:
-    """(rows, columns, scale, carry) of a term that counts gates, None of any other."""
-    if getattr(term.function, "func", None) is not contextual._counting_tile:
-        return None
-    return term.rows, term.columns, term.tables[0], term.carry
+    return found[0]
 
 
 def decay_curve(

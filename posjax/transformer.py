@@ -227,7 +227,7 @@ class Transformer(nnx.Module):
             _init_layers(e, key, config.dims, self.layout.count(i))
             for i, (e, key) in enumerate(zip(self.encodings, keys, strict=True))
         ]
-        self.encoding = nnx.data([jax.tree.map(nnx.Param, params) for params in made])
+        self.encoding = nnx.data({str(i): jax.tree.map(nnx.Param, params) for i, params in enumerate(made)})
 
     def __call__(
         self,
@@ -270,6 +270,14 @@ class Transformer(nnx.Module):
         """What the attention of every layer is called with, first layer first."""
         return self._hidden(tokens, positions, segment_ids, None, keep=True)[1]
 
+    def encoding_params(self, layer: int) -> Params:
+        """The parameters of the encoding of one layer, as ``encoding.init`` shapes them."""
+        index = self.layout[layer]
+        return _layer_params(self.encodings[index], self._encoding_params(index), self.layout[:layer].count(index))
+
+    def _encoding_params(self, index: int) -> Params:
+        return jax.tree.map(lambda p: p[...], self.encoding[str(index)], is_leaf=lambda p: isinstance(p, nnx.Param))
+
     def _hidden(
         self, tokens: Array, positions: Array | None, segment_ids: Array | None, dropout_key: Array | None, keep: bool = False
     ) -> tuple[Array, list[LayerRecord]]:
@@ -278,7 +286,7 @@ class Transformer(nnx.Module):
             raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype}{list(tokens.shape)}")
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        params = [jax.tree.map(lambda p: p[...], e, is_leaf=lambda p: isinstance(p, nnx.Param)) for e in self.encoding]
+        params = [self._encoding_params(i) for i in range(len(self.encodings))]
         embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         layer_keys = None if dropout_key is None else jax.random.split(layers_key, config.num_layers)
 

@@ -37,9 +37,9 @@ def tupe(
     Args:
       relative: adds a T5 bias inside the reset, unscaled (TUPE-R).
       untie_cls: reset the row and column of [CLS]; False is the paper's ablation with tied [CLS].
-      released: the authors' code in place of the paper: a LayerNorm on p, projections with biases, and two more rows of p whose
-        products through U are theta_1 = p_0.p_0 and theta_2 = p_1.p_1 (p_1 is also [CLS]'s own); in TUPE-R, the column of [CLS] takes one
-        more bucket, and its row bucket num_buckets / 2, which no distance falls in.
+      released: the authors' code in place of the paper: a LayerNorm on p, projections with biases, and one more row of p, whose
+        products through U are theta_1 = p_0.p_0 and theta_2 = p_1.p_1 (p_1 is also [CLS]'s own); in TUPE-R, the column of [CLS]
+        takes one more bucket, and its row bucket num_buckets / 2, which no distance falls in.
       num_buckets, max_distance: of the relative bias, as in ``t5``, in both directions.
 
     Raises:

@@ -1,0 +1,166 @@
+"""The command line: posjax train | compare | evaluate | list."""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+USAGE = """\
+usage: posjax VERB configs/NAME.py [--field value ...] [--workdir DIR]
+
+  train      trains one encoding; the same command goes on where it stopped
+  compare    trains every encoding of the config on the same data, evaluates longer than trained, draws the figures
+  evaluate   evaluates the newest checkpoint of a workdir
+  list       lists the encodings and the configs
+
+posjax VERB configs/NAME.py --help explains every field.
+"""
+VERBS = ("train", "compare", "evaluate", "list")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Exits with 0 when done, 1 when the run failed, 2 on wrong usage, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0 if argv else 2)
+    verb, *rest = argv
+    if verb not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        _fail(f"verb must be {', '.join(VERBS)}, got {verb!r}" + (f"; did you mean {near[0]}?" if near else ""), code=2)
+    if verb == "list":
+        return list_all()
+    from posjax.checkpoints import CheckpointError
+    from posjax.loop import Interrupted, NonFiniteLoss
+
+    try:
+        run = {"train": train, "compare": compare, "evaluate": evaluate}[verb]
+        run(parse(rest), shlex.join(["posjax", *argv]))
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, ImportError, NotImplementedError, CheckpointError, NonFiniteLoss) as error:
+        if os.environ.get("POSJAX_TRACEBACK"):
+            raise
+        _fail(str(error))
+
+
+def _fail(message: str, code: int = 1) -> None:
+    print(f"posjax: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def parse(args: Sequence[str]):
+    """The Config of ``configs/NAME.py`` with the flags that follow it. tyro answers --help and misspelt flags."""
+    import tyro
+
+    from posjax.config import Config, load_config
+
+    if not args or args[0].startswith("-"):
+        if "--help" not in args and "-h" not in args:
+            raise ValueError(
+                "a config must come first, such as configs/quickstart.py, got " + (repr(args[0]) if args else "nothing")
+            )
+        default, flags = Config(), list(args)
+    else:
+        default, flags = load_config(args[0]), list(args[1:])
+    return tyro.cli(Config, default=default, args=flags, prog="posjax VERB configs/NAME.py", config=(tyro.conf.FlagConversionOff,))
+
+
+def train(config, command: str) -> None:
+    """posjax train: one encoding, one seed; then its evaluation."""
+    from posjax import runs
+
+    workdir, source = _open(config)
+    say = _say()
+    row = runs.train_and_evaluate(config, config.encoding, config.seed, workdir, source, command=command)
+    _report([{"encoding": config.encoding, "seed": config.seed} | row], config, source, workdir, say)
+
+
+def compare(config, command: str) -> None:
+    """posjax compare: every encoding and seed."""
+    from posjax import runs
+
+    for spec in config.encodings:
+        runs.parse_encoding(spec)  # a misspelt last one is told before the first is trained
+    workdir, source = _open(config)
+    say = _say()
+    rows = runs.compare(config, workdir, source, command=command, say=say)
+    _report(rows, config, source, workdir, say)
+
+
+def evaluate(config, command: str) -> None:
+    """posjax evaluate: the newest checkpoint of a workdir that ``posjax train`` made."""
+    from posjax import runs
+
+    workdir, source = _open(config)
+    params = runs.restore_params(config, config.encoding, config.seed, workdir, source)
+    row = runs.evaluate(config, config.encoding, params, config.seed, source)
+    _report([{"encoding": config.encoding, "seed": config.seed} | row], config, source, workdir, _say())
+
+
+def list_all() -> None:
+    """posjax list: encodings and configs."""
+    from posjax.specs import CONSTRUCTORS, one_line
+
+    print("encodings (join with +, alternate layers with /):")
+    for name in CONSTRUCTORS:
+        print(f"  {name:<12} {one_line(name)}")
+    print("configs:")
+    for path in sorted(Path("configs").glob("*.py")):
+        first = path.read_text().lstrip('"').split("\n")[0]
+        print(f"  {path!s:<28} {first}")
+
+
+def _open(config):
+    from posjax import runs
+    from posjax.config import claim_workdir
+
+    runs.parse_encoding(config.encoding)
+    source = runs.open_source(config)
+    return claim_workdir(config), source
+
+
+def _say() -> Callable[[str], None]:
+    import jax
+
+    return print if jax.process_index() == 0 else lambda text: None
+
+
+def _report(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
+    from posjax import report, runs
+    from posjax.datasets.corpus import unigram_bits_per_byte
+
+    measure, label = runs.MEASURES.get(config.task, runs.TASK_MEASURE)
+    heading = f"{label}, trained on {source.max_length} tokens, {config.steps:,} steps of {config.batch_size} sequences"
+    if config.task == "lm":
+        entropy = unigram_bits_per_byte(source.validation)
+        heading += f"; unigram entropy of the validation text: {entropy:.3f} bits per byte"
+    report.write_results(rows, measure, workdir, heading)
+    figures = report.write_figures(rows, measure, label, config.seq_length, workdir)
+    say("")
+    say(heading)
+    _print_table(*report.table_cells(rows, measure))
+    say("\n".join(str(path) for path in (workdir / "results.json", workdir / "results.md", *figures)))
+
+
+def _print_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    import jax
+    from rich.console import Console
+    from rich.table import Table
+
+    if jax.process_index():
+        return
+    table = Table()
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left", overflow="fold")
+    for line in cells:
+        table.add_row(*line)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

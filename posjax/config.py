@@ -1,0 +1,207 @@
+"""The configuration of a run: one frozen dataclass, every field of which is a flag on the command line."""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Literal
+
+from posjax.encoding import check_at_least
+from posjax.transformer import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to train, on what, and how.
+
+    Attributes:
+      workdir: where everything of the run goes. Empty: runs/ and the name of the config.
+      task: lm (next token), mlm (masked tokens, an encoder with [CLS]), or a synthetic task: flip_flop, selective_copy, counting.
+      data: stdlib (source code of Python's standard library), tfds:NAME, or a file or folder of text.
+      data_dir: where prepared data are kept. Empty: $POSJAX_DATA_DIR or ~/.cache/posjax.
+      tokenizer: bytes, or bpe (trained on the train split).
+      vocab_size: of bpe.
+      seq_length: tokens in a training sequence. Synthetic tasks bring their own.
+      batch_size: sequences in a step, over all devices.
+      encoding: for train and evaluate, e.g. rope, "rope + cope(64)", or "cope(64) / identity" for layers in turn.
+      encodings: for compare.
+      seeds: for compare; train takes the first.
+      num_layers: layers of the Transformer.
+      embed_dim: its width.
+      num_heads: query heads.
+      num_kv_heads: key heads; None is num_heads.
+      head_dim: channels of a head; None is embed_dim / num_heads.
+      mlp_dim: hidden width of the MLP; None is 4 embed_dim (8/3 of it with swiglu).
+      norm: rmsnorm or layernorm.
+      norm_position: pre or post.
+      activation: gelu or swiglu.
+      tie_embeddings: logits from the token embeddings.
+      dropout_rate: after the embedding and each branch.
+      remat: recompute layers in the backward pass, for less memory.
+      compute_dtype: float32 or bfloat16; parameters stay float32.
+      attention: softmax, or linear (with an encoding that only rotates).
+      local_window_size: how far back a token sees; None is all.
+      logits_soft_cap: of attention scores; None is none.
+      steps: optimiser steps.
+      learning_rate: peak of AdamW's.
+      warmup_steps: steps to the peak.
+      decay: cosine, linear or constant, after the peak.
+      end_fraction: of the peak, at the last step.
+      weight_decay: of AdamW, on matrices.
+      beta1: of AdamW.
+      beta2: of AdamW.
+      clip_norm: largest global norm of the gradient; None does not clip.
+      accumulate_steps: micro-batches of a step.
+      parallel: jit (with named sharding) or pmap.
+      log_every: steps between lines of metrics.
+      checkpoint_every: steps between checkpoints.
+      keep_checkpoints: how many are kept.
+      evaluate_every: steps between evaluations while training; None is at the end only.
+      eval_lengths: multiples of seq_length to evaluate at, in the end.
+      eval_tokens: tokens of the validation split that each length is evaluated on.
+    """
+
+    workdir: str = ""
+    task: Literal["lm", "mlm", "flip_flop", "selective_copy", "counting"] = "lm"
+    data: str = "stdlib"
+    data_dir: str = ""
+    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    vocab_size: int = 4096
+    seq_length: int = 256
+    batch_size: int = 16
+    encoding: str = "rope"
+    encodings: tuple[str, ...] = (
+        "identity",
+        "sinusoidal",
+        "learned",
+        "rope",
+        "alibi",
+        "tupe",
+        "cope(64)",
+        "rope + cope(64)",
+    )
+    seeds: tuple[int, ...] = (0,)
+    num_layers: int = 4
+    embed_dim: int = 128
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_dim: int | None = None
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_position: Literal["pre", "post"] = "pre"
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    tie_embeddings: bool = True
+    dropout_rate: float = 0.0
+    remat: bool = False
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["softmax", "linear"] = "softmax"
+    local_window_size: int | None = None
+    logits_soft_cap: float | None = None
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    end_fraction: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    clip_norm: float | None = 1.0
+    accumulate_steps: int = 1
+    parallel: Literal["jit", "pmap"] = "jit"
+    log_every: int = 20
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+    evaluate_every: int | None = None
+    eval_lengths: tuple[int, ...] = (1, 2, 4, 8)
+    eval_tokens: int = 32_768
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            choices = getattr(field.type, "__args__", ()) if getattr(field.type, "__origin__", None) is Literal else ()
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
+        for name in ("seq_length", "batch_size", "steps", "accumulate_steps", "log_every", "checkpoint_every", "eval_tokens"):
+            check_at_least(name, getattr(self, name), 1)
+        for name in ("encodings", "seeds", "eval_lengths"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty, got ()")
+        if any(multiple < 1 for multiple in self.eval_lengths):
+            raise ValueError(f"eval_lengths must be multiples of seq_length of at least 1, got {self.eval_lengths}")
+        if self.warmup_steps < 0 or self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps must lie in [0, steps={self.steps}], got {self.warmup_steps}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        self.transformer(vocab_size=2)
+
+    def transformer(self, vocab_size: int) -> TransformerConfig:
+        """The shape of the model; tables of positions are as long as the training sequences."""
+        own = {f.name for f in dataclasses.fields(self)}
+        same = {f.name: getattr(self, f.name) for f in dataclasses.fields(TransformerConfig) if f.name in own}
+        return TransformerConfig(**same | {"vocab_size": vocab_size}, max_length=self.seq_length, is_causal=self.task != "mlm")
+
+    @property
+    def seed(self) -> int:
+        return self.seeds[0]
+
+
+# What may differ between a run and its resumption; all else would make it another run.
+_RUN_ONLY = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints", "parallel", "encodings"}
+
+
+def load_config(path: str) -> Config:
+    """The Config that ``get_config()`` of a Python file returns, with a workdir if it has none.
+
+    Raises:
+      ValueError: no such file, one that does not run, or one without ``get_config() -> Config``.
+    """
+    file = Path(path)
+    if not file.is_file():
+        known = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        near = difflib.get_close_matches(path, known, n=1)
+        raise ValueError(
+            f"config must be a Python file such as configs/quickstart.py, got {path!r}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:
+        raise ValueError(f"config {path} does not run: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise ValueError(f"get_config() of {path} must return a posjax.config.Config, got {type(config).__name__}")
+    return config if config.workdir else dataclasses.replace(config, workdir=f"runs/{file.stem}")
+
+
+def claim_workdir(config: Config) -> Path:
+    """Makes the workdir and stores the config there, or checks that it is the config stored there.
+
+    Raises:
+      ValueError: the workdir belongs to another configuration (the fields that differ are named), or cannot be made.
+    """
+    workdir = Path(config.workdir)
+    stored = workdir / "config.json"
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    if stored.exists():
+        try:
+            before = json.loads(stored.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"workdir {workdir} has an unreadable config.json ({error}); remove that file or use another --workdir"
+            ) from None
+        differ = [name for name in now if name not in _RUN_ONLY and before.get(name) != now[name]]
+        if differ:
+            what = ", ".join(f"{name}={before.get(name)!r} there and {now[name]!r} here" for name in differ)
+            raise ValueError(f"workdir {workdir} belongs to a run with {what}; use another --workdir, or remove it to start over")
+        return workdir
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        part = stored.with_suffix(".part")
+        part.write_text(json.dumps(now, indent=1) + "\n")
+        part.replace(stored)
+    except OSError as error:
+        raise ValueError(f"workdir must be a folder that can be written, got {config.workdir!r}: {error}") from None
+    return workdir
