@@ -199,6 +199,7 @@ def test_onto_another_number_of_devices(tmp_path):
         assert all(len(leaf.sharding.device_set) == devices for leaf in jax.tree.leaves(restored))
 
 
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_orbax_alone_can_read_it(saved):
     from orbax.checkpoint import v1 as ocp
 
