@@ -1,0 +1,443 @@
+"""Every bad input of the core is refused by an error that names the argument, says what it was, and what would work."""
+
+import re
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import posjax as pj
+
+B, T, S, N, K, H = 2, 4, 6, 4, 2, 8
+DIMS = pj.Dims(num_heads=N, head_dim=H, max_length=5, num_kv_heads=K)
+X = jnp.ones((B, T, N * H))
+
+
+def ones(*shape, dtype=jnp.float32):
+    return jnp.ones(shape, dtype)
+
+
+def call(encoding=None, params=None, query=None, key=None, value=None, function=pj.attention, **options):
+    """A call that works, but for what is given."""
+    query = ones(B, T, N, H) if query is None else query
+    key = ones(B, T, K, H) if key is None else key
+    value = ones(B, T, K, H) if value is None else value
+    return function(query, key, value, encoding, params, **options)
+
+
+def linear(*args, **options):
+    return call(*args, function=pj.linear_attention, **options)
+
+
+def made(encoding):
+    return encoding.init(jax.random.key(0), DIMS)
+
+
+def with_params(encoding, **leaves):
+    return call(encoding, made(encoding) | leaves, is_causal=True)
+
+
+def weights(encoding=None, params=None, **options):
+    return pj.attention_weights(ones(B, T, N, H), ones(B, T, K, H), encoding, params, **options)
+
+
+def in_linen(attention_fn=None, mask=None, decode_length=None, **options):
+    module = flax.linen.MultiHeadDotProductAttention(
+        num_heads=N, attention_fn=attention_fn, decode=decode_length is not None, **options
+    )
+    long = ones(B, T if decode_length is None else decode_length, N * H)
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    variables = module.init(rngs, long)
+    return module.apply(variables, long[:, :1] if decode_length else long, mask=mask, rngs=rngs, mutable=["cache", "intermediates"])
+
+
+def in_nnx(decode=False, sow_weights=False, **options):
+    module = nnx.MultiHeadAttention(N, N * H, attention_fn=pj.attention_fn(pj.rope()), decode=decode, rngs=nnx.Rngs(0), **options)
+    if decode:
+        module.init_cache(X.shape)
+    return module(X[:, :1] if decode else X, sow_weights=sow_weights, deterministic=False)
+
+
+# (what is tried, the exception, a pattern its message must match: the argument ... the value ... what would work)
+BAD = {
+    # sizes
+    "Dims: no heads": (lambda: pj.Dims(0, 8), ValueError, r"num_heads must be an integer of at least 1, got 0"),
+    "Dims: a float": (lambda: pj.Dims(4, 8.0), ValueError, r"head_dim must be an integer of at least 1, got 8\.0"),
+    "Dims: a bool": (lambda: pj.Dims(True, 8), ValueError, r"num_heads must be an integer of at least 1, got True"),
+    "Dims: negative width": (lambda: pj.Dims(4, 8, embed_dim=-3), ValueError, r"embed_dim must be .* at least 1, got -3"),
+    "Dims: no length": (lambda: pj.Dims(4, 8, max_length=0), ValueError, r"max_length must be .* at least 1, got 0"),
+    "Dims: key heads": (lambda: pj.Dims(4, 8, num_kv_heads=3), ValueError, r"num_kv_heads must divide num_heads=4, got 3"),
+    # making an encoding
+    "sinusoidal: theta": (lambda: pj.sinusoidal(0.0), ValueError, r"theta must be positive, got 0\.0; 10_000"),
+    "rope: theta": (lambda: pj.rope(theta=-1.0), ValueError, r"theta must be positive, got -1\.0; 10_000"),
+    "rope: fraction 0": (lambda: pj.rope(fraction=0.0), ValueError, r"fraction must lie in \(0, 1\], got 0\.0"),
+    "rope: fraction 1.5": (lambda: pj.rope(fraction=1.5), ValueError, r"fraction must lie in \(0, 1\], got 1\.5"),
+    "rope: pairing": (lambda: pj.rope(pairing="neox"), ValueError, r"pairing must be 'half' or 'interleaved', got 'neox'"),
+    "convert_pairing: source": (
+        lambda: pj.convert_pairing(X, source="gptj", target="half"),
+        ValueError,
+        r"must be 'half' or 'interleaved', got 'gptj'",
+    ),
+    "t5: buckets": (lambda: pj.t5(num_buckets=1), ValueError, r"num_buckets must be .* at least 2, got 1"),
+    "t5: buckets of both directions": (
+        lambda: pj.t5(num_buckets=3, bidirectional=True),
+        ValueError,
+        r"num_buckets must be .* at least 4, got 3",
+    ),
+    "t5: odd buckets": (
+        lambda: pj.t5(num_buckets=7, bidirectional=True),
+        ValueError,
+        r"num_buckets must be even where bidirectional=True, got 7",
+    ),
+    "t5: max_distance": (lambda: pj.t5(32, 16), ValueError, r"max_distance must be .* past the 16 exact buckets.*, got 16"),
+    "t5: max_distance a float": (lambda: pj.t5(32, 64.0), ValueError, r"max_distance must be an integer.*, got 64\.0"),
+    "tupe: buckets": (lambda: pj.tupe(num_buckets=2), ValueError, r"num_buckets must be .* at least 4, got 2"),
+    "cope: max_position 1": (lambda: pj.cope(1), ValueError, r"max_position must be .* at least 2, got 1"),
+    "cope: max_position a float": (lambda: pj.cope(64.0), ValueError, r"max_position must be an integer of at least 2, got 64\.0"),
+    "cope: gates": (lambda: pj.cope(8, gates="query"), ValueError, r"gates must be 'logits', .* or 'values', got 'query'"),
+    "cope_alibi: slope": (lambda: pj.cope_alibi(slope=0.0), ValueError, r"slope must be positive, got 0\.0; None"),
+    "cope_alibi: gates": (lambda: pj.cope_alibi(gates="no"), ValueError, r"gates must be 'logits', .* got 'no'"),
+    "cope_mlp: hidden_dim": (lambda: pj.cope_mlp(hidden_dim=0), ValueError, r"hidden_dim must be .* at least 1, got 0"),
+    "cope_mlp: gates": (lambda: pj.cope_mlp(gates=None), ValueError, r"gates must be 'logits', .* got None"),
+    "chain: nothing": (lambda: pj.chain(), ValueError, r"chain needs at least one encoding, got none; identity\(\)"),
+    "chain: a function": (
+        lambda: pj.chain(pj.rope),
+        TypeError,
+        r"chain takes PositionalEncoding values, got <function rope.*; call",
+    ),
+    "chain: a list": (lambda: pj.chain([pj.rope()]), TypeError, r"chain takes PositionalEncoding values, got \["),
+    # parameters of an encoding
+    "learned: no length": (
+        lambda: pj.learned().init(jax.random.key(0), pj.Dims(2, 4)),
+        ValueError,
+        r"max_length must be given for learned.*got None",
+    ),
+    "tupe: no length": (
+        lambda: pj.tupe().init(jax.random.key(0), pj.Dims(2, 4)),
+        ValueError,
+        r"max_length must be given for tupe.*got None",
+    ),
+    "learned: no params": (
+        lambda: pj.learned().embed({}, X, jnp.arange(T)[None]),
+        ValueError,
+        r"params of learned must hold 'embedding', got .*; pass what encoding.init",
+    ),
+    "t5: no params": (lambda: call(pj.t5()), ValueError, r"params of t5 must hold 'bias', got .*encoding.init"),
+    "tupe: no params": (lambda: call(pj.tupe()), ValueError, r"params of tupe must hold '\w+', got .*encoding.init"),
+    "cope: other params": (
+        lambda: call(pj.cope(8), {"bias": X}, is_causal=True),
+        ValueError,
+        r"params of cope must hold 'embedding', got \['bias'\]; .*encoding.init",
+    ),
+    "cope_alibi: no params": (
+        lambda: call(pj.cope_alibi(learned=True), is_causal=True),
+        ValueError,
+        r"params of cope_alibi must hold 'slope', got",
+    ),
+    "cope_mlp: no params": (
+        lambda: call(pj.cope_mlp(), is_causal=True),
+        ValueError,
+        r"params of cope_mlp must hold 'weight_out', got",
+    ),
+    "cope_mlp: part of the params": (
+        lambda: call(pj.cope_mlp(8), {"weight_out": ones(8, H)}, is_causal=True),
+        ValueError,
+        r"params of cope_mlp must hold 'weight_in', got",
+    ),
+    "chain: params of one member": (
+        lambda: call(pj.chain(pj.t5(), pj.cope(8)), {"t5": made(pj.t5())}, is_causal=True),
+        ValueError,
+        r"params of cope must hold 'embedding', got",
+    ),
+    "cope keys: no condition": (
+        lambda: with_params(pj.cope(8, gates="keys")),
+        ValueError,
+        r"params of cope after condition\(params, hidden\) must hold 'gate_key', got",
+    ),
+    "cope: embedding of another size": (
+        lambda: with_params(pj.cope(8), embedding=ones(7, H)),
+        ValueError,
+        r"params\['embedding'\] of cope must have shape \(8, 8\), got \(7, 8\)",
+    ),
+    "cope: embedding without heads": (
+        lambda: with_params(pj.cope(8, per_head=True), embedding=ones(8, H)),
+        ValueError,
+        r"params\['embedding'\] of cope must have shape \(4, 8, 8\), got \(8, 8\)",
+    ),
+    "t5: a table of other heads": (
+        lambda: with_params(pj.t5(), bias=ones(32, 1)),
+        ValueError,
+        r"params\['bias'\] of t5 .*\(32, 4\), got \(32, 1\)",
+    ),
+    "t5: a table of other buckets": (
+        lambda: with_params(pj.t5(), bias=ones(8, N)),
+        ValueError,
+        r"params\['bias'\] of t5 .*\(32, 4\), got \(8, 4\)",
+    ),
+    "tupe: a table of other heads": (
+        lambda: with_params(pj.tupe(relative=True), bias=ones(32, 1)),
+        ValueError,
+        r"params\['bias'\] of tupe.* \(32, 4\), got \(32, 1\)",
+    ),
+    "cope_alibi: slopes of other heads": (
+        lambda: with_params(pj.cope_alibi(learned=True), slope=ones(1)),
+        ValueError,
+        r"params\['slope'\] of cope_alibi .*\(4,\), got \(1,\)",
+    ),
+    "learned: a table of another width": (
+        lambda: pj.learned().embed({"embedding": ones(5, 1)}, X, jnp.arange(T)[None]),
+        ValueError,
+        r"params\['embedding'\] of learned .*32.*, got \(5, 1\)",
+    ),
+    # positions
+    "sinusoidal: odd width": (
+        lambda: pj.sinusoidal().embed({}, ones(B, T, 7), jnp.arange(T)[None]),
+        ValueError,
+        r"embed_dim must be even for sinusoidal, got 7",
+    ),
+    "rope: odd channels": (
+        lambda: call(pj.rope(fraction=0.3)),
+        ValueError,
+        r"fraction \* head_dim must be an even number.*got 0\.3 \* 8 = 2\.4",
+    ),
+    "learned: a long sequence": (
+        lambda: pj.learned().embed(made(pj.learned()), ones(B, 6, N * H), jnp.arange(6)[None]),
+        ValueError,
+        r"learned has positions for a max_length of 5, got a sequence that needs 6; .*rope\(\)",
+    ),
+    "learned: a long sequence under jit": (
+        lambda: jax.jit(pj.learned().embed)(made(pj.learned()), ones(B, 6, N * H), jnp.arange(6)[None]),
+        ValueError,
+        r"learned has positions for a max_length of 5, got a sequence that needs 6",
+    ),
+    "learned: a far position": (
+        lambda: pj.learned().embed(made(pj.learned()), X, jnp.array([[0, 1, 2, 9]])),
+        ValueError,
+        r"max_length of 5, got a sequence that needs 10",
+    ),
+    "learned: a negative position": (
+        lambda: pj.learned().embed(made(pj.learned()), X, jnp.array([[-1, 0, 1, 2]])),
+        ValueError,
+        r"positions must not be negative, got -1",
+    ),
+    "tupe: a far position": (
+        lambda: call(pj.tupe(), made(pj.tupe()), key_positions=jnp.array([0, 1, 2, 5])),
+        ValueError,
+        r"tupe has positions for a max_length of 5, got a sequence that needs 6",
+    ),
+    "tupe: a long sequence": (
+        lambda: call(pj.tupe(), made(pj.tupe()), key=ones(B, S, K, H), value=ones(B, S, K, H)),
+        ValueError,
+        r"tupe has positions for a max_length of 5, got a sequence that needs 6",
+    ),
+    "positions: negative": (
+        lambda: call(query_positions=jnp.arange(T) - 1),
+        ValueError,
+        r"query_positions must not be negative, got -1; mask",
+    ),
+    "positions: floats": (lambda: call(key_positions=jnp.arange(4.0)), ValueError, r"key_positions must be integers, got float32"),
+    "positions: too few": (
+        lambda: call(query_positions=jnp.arange(3)),
+        ValueError,
+        r"query_positions must have shape \(4,\) or \(2, 4\), got \(3,\)",
+    ),
+    # query, key and value
+    "query: three axes": (lambda: call(query=ones(T, N, H)), ValueError, r"query must have shape \[B, T, N, H\], got \(4, 4, 8\)"),
+    "query: a list": (lambda: call(query=[1.0]), ValueError, r"query must have shape \[B, T, N, H\], got \[1\.0\]"),
+    "query: integers": (
+        lambda: call(query=ones(B, T, N, H, dtype=jnp.int32)),
+        ValueError,
+        r"query must be floating point, got int32",
+    ),
+    "query: empty": (lambda: call(query=ones(B, 0, N, H)), ValueError, r"query must not be empty, got shape \(2, 0, 4, 8\)"),
+    "key: dtype": (
+        lambda: call(key=ones(B, T, K, H, dtype=jnp.bfloat16)),
+        ValueError,
+        r"key must have the dtype of query, float32, got bfloat16",
+    ),
+    "key: batch": (lambda: call(key=ones(1, T, K, H)), ValueError, r"key must have the batch size of query, 2, got 1"),
+    "key: width": (lambda: call(key=ones(B, T, K, 4)), ValueError, r"key must have the head dimension of query, 8, got 4"),
+    "key: heads": (
+        lambda: call(key=ones(B, T, 3, H)),
+        ValueError,
+        r"key must have a number of heads that divides the query's 4, got 3",
+    ),
+    "value: length": (
+        lambda: call(value=ones(B, 3, K, H)),
+        ValueError,
+        r"value must have shape \[B, S, K, V\].*\(2, 4, 2\), got \(2, 3, 2, 8\)",
+    ),
+    "value: heads": (lambda: call(value=ones(B, T, 1, H)), ValueError, r"value must have shape .*\(2, 4, 2\), got \(2, 4, 1, 8\)"),
+    "value: dtype": (
+        lambda: call(value=ones(B, T, K, H, dtype=jnp.bfloat16)),
+        ValueError,
+        r"value must have the dtype .*float32, got bfloat16",
+    ),
+    "value: another width for value gates": (
+        lambda: call(pj.cope_alibi(gates="values"), value=ones(B, T, K, 3), is_causal=True),
+        ValueError,
+        r"value must have the head dimension of query, 8, .*gates='values', got 3",
+    ),
+    # the call
+    "encoding: a name": (lambda: call("rope"), TypeError, r"encoding must be a PositionalEncoding such as rope\(\), got 'rope'"),
+    "encoding: not called": (lambda: call(pj.alibi), TypeError, r"encoding must be a PositionalEncoding .*got <function alibi"),
+    "implementation: unknown": (
+        lambda: call(implementation="cudnn"),
+        ValueError,
+        r"implementation must be None, 'xla', .*got 'cudnn'",
+    ),
+    "cope: in both directions": (
+        lambda: call(pj.cope(8), made(pj.cope(8))),
+        ValueError,
+        r"is_causal must be True .*for cope, got is_causal=False and mask=None",
+    ),
+    "chain: contextual in both directions": (
+        lambda: call(pj.chain(pj.rope(), pj.cope_alibi())),
+        ValueError,
+        r"is_causal must be True .*for rope\+cope_alibi, got is_causal=False",
+    ),
+    "scale: zero": (lambda: call(scale=0.0), ValueError, r"scale must be positive, got 0\.0; None"),
+    "scale: negative": (lambda: call(scale=-1), ValueError, r"scale must be positive, got -1; None"),
+    "scale: nan": (lambda: call(scale=float("nan")), ValueError, r"scale must be positive, got nan; None"),
+    "soft cap: zero": (lambda: call(logits_soft_cap=0.0), ValueError, r"logits_soft_cap must be positive, got 0\.0; None"),
+    "mask: integers": (
+        lambda: call(mask=ones(T, T, dtype=jnp.int32)),
+        ValueError,
+        r"mask must be boolean, True where .*, got int32",
+    ),
+    "mask: a list": (lambda: call(mask=[[True]]), ValueError, r"mask must be boolean, .*got list"),
+    "mask: shape": (
+        lambda: call(mask=ones(3, T, dtype=bool)),
+        ValueError,
+        r"mask must broadcast to .*\(2, 4, 4, 4\), got \(1, 1, 3, 4\)",
+    ),
+    "mask: five axes": (
+        lambda: call(mask=ones(1, 1, 1, T, T, dtype=bool)),
+        ValueError,
+        r"mask must broadcast to .*got \(1, 1, 1, 4, 4\)",
+    ),
+    "segment_ids: shape": (
+        lambda: call(segment_ids=ones(T, dtype=jnp.int32)),
+        ValueError,
+        r"segment_ids must be integers \[2, 4\] for the queries, got int32\[4\]; a pair",
+    ),
+    "segment_ids: floats": (
+        lambda: call(segment_ids=ones(B, T)),
+        ValueError,
+        r"segment_ids must be integers .* got float32\[2, 4\]",
+    ),
+    "segment_ids: one array for two lengths": (
+        lambda: call(key=ones(B, S, K, H), value=ones(B, S, K, H), segment_ids=ones(B, T, dtype=jnp.int32)),
+        ValueError,
+        r"segment_ids must be integers \[2, 6\] for the keys, got int32\[2, 4\]; a pair",
+    ),
+    "segment_ids: half a pair": (
+        lambda: call(segment_ids=(ones(B, T, dtype=jnp.int32), None)),
+        ValueError,
+        r"segment_ids must be integers \[2, 4\] for the keys, got None; a pair",
+    ),
+    "window: negative": (lambda: call(local_window_size=-1), ValueError, r"local_window_size must be a non-negative .*got -1"),
+    "window: a float": (
+        lambda: call(local_window_size=(2.0, 0)),
+        ValueError,
+        r"local_window_size must be .*pair .*got \(2\.0, 0\)",
+    ),
+    "window: three": (lambda: call(local_window_size=(1, 2, 3)), ValueError, r"local_window_size must be .*got \(1, 2, 3\)"),
+    "weights: value gates without values": (
+        lambda: weights(pj.cope_alibi(gates="values"), is_causal=True),
+        ValueError,
+        r"value must be given .*gates='values'.*got None",
+    ),
+    "weights: value of another length": (
+        lambda: weights(value=ones(B, 3, K, H)),
+        ValueError,
+        r"value must have shape .*got \(2, 3, 2, 8\)",
+    ),
+    # linear attention
+    "linear: biases": (lambda: linear(pj.alibi()), ValueError, r"encoding must act by rotation alone .*got alibi; rope\(\)"),
+    "linear: widened heads": (
+        lambda: linear(pj.tupe(), made(pj.tupe())),
+        ValueError,
+        r"encoding must act by rotation alone .*got tupe; rope\(\)",
+    ),
+    "linear: feature map": (lambda: linear(feature_map="relu"), ValueError, r"feature_map must be 'elu' or 'exp', got 'relu'"),
+    "linear: causal of two lengths": (
+        lambda: linear(key=ones(B, S, K, H), value=ones(B, S, K, H), is_causal=True),
+        ValueError,
+        r"query and key must have one length .*got 4 and 6",
+    ),
+    "linear: segments' shape": (
+        lambda: linear(segment_ids=ones(B, 3, dtype=jnp.int32)),
+        ValueError,
+        r"segment_ids must .*\(2, 4\).*, got .*3",
+    ),
+    "linear: segments of floats": (lambda: linear(segment_ids=ones(B, T)), ValueError, r"segment_ids must be integers.*float32"),
+    "linear: encoding": (lambda: linear("rope"), TypeError, r"encoding must be a PositionalEncoding .*got 'rope'"),
+    "linear: query": (lambda: linear(query=ones(B, T, N)), ValueError, r"query must have shape \[B, T, N, H\], got \(2, 4, 4\)"),
+    # inside Flax's modules
+    "attention_fn: not an encoding": (
+        lambda: pj.attention_fn(pj.rope)(*[ones(B, T, N, H)] * 3),
+        TypeError,
+        r"encoding must be a PositionalEncoding .*got <function rope",
+    ),
+    "attention_fn: a bias": (
+        lambda: pj.attention_fn(pj.rope())(*[ones(B, T, N, H)] * 3, bias=ones(1, 1, T, T)),
+        ValueError,
+        r"bias must be None: .*chain\(\)",
+    ),
+    "linen: dropout": (
+        lambda: in_linen(pj.attention_fn(pj.rope()), dropout_rate=0.5, deterministic=False),
+        ValueError,
+        r"dropout_rate must be 0 in the attention module, got 0\.5",
+    ),
+    "linen: decoding": (
+        lambda: in_linen(pj.attention_fn(pj.rope()), decode_length=T),
+        ValueError,
+        r"query and key must have one length in attention_fn, got 1 and 4; .*query_positions",
+    ),
+    "nnx: dropout": (lambda: in_nnx(dropout_rate=0.5), ValueError, r"dropout_rate must be 0 in the attention module, got 0\.5"),
+    "nnx: decoding": (
+        lambda: in_nnx(decode=True),
+        ValueError,
+        r"query and key must have one length .*got 1 and 4; .*query_positions",
+    ),
+    "nnx: weights": (lambda: in_nnx(decode=False, sow_weights=True), ValueError, r"sow_weights must be False: .*attention_weights"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_by_name(name):
+    attempt, exception, pattern = BAD[name]
+    with pytest.raises(exception) as caught:
+        attempt()
+    assert type(caught.value) is exception
+    assert re.search(pattern, str(caught.value), re.DOTALL), str(caught.value)
+
+
+@pytest.mark.parametrize("implementation", ["xla_chunked", "pallas"])
+def test_a_named_implementation_computes_the_same_or_says_that_it_cannot(implementation):
+    query = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, N, H)), jnp.float32)
+    want = call(pj.alibi(), query=query, is_causal=True, implementation="xla")
+    try:
+        got = call(pj.alibi(), query=query, is_causal=True, implementation=implementation)
+    except NotImplementedError as error:
+        assert re.search(rf"implementation='{implementation}' cannot.*implementation='xla' can", str(error)), error
+    else:
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", [pj.learned(), pj.tupe()], ids=lambda encoding: encoding.name)
+def test_a_traced_position_past_the_table_gives_nan_and_never_another_row(encoding):
+    """Its value is not known while tracing, so there is no error; what comes out must not look like an answer."""
+    params, positions = made(encoding), jnp.array([0, 1, 2, 9])
+
+    def function(positions):
+        if encoding.name == "learned":
+            return encoding.embed(params, X, positions[None])
+        return call(encoding, params, query_positions=positions, key_positions=positions)
+
+    out = jax.jit(function)(positions)
+    assert np.isnan(out[:, 3]).all()
