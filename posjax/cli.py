@@ -39,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run = {"train": train, "compare": compare, "evaluate": evaluate}[verb]
         run(parse(rest), shlex.join(["posjax", *argv]))
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
+    except Interrupted:  # which has said how to resume
         sys.exit(130)
     except (ValueError, ImportError, NotImplementedError, CheckpointError, NonFiniteLoss) as error:
         if os.environ.get("POSJAX_TRACEBACK"):

@@ -42,7 +42,7 @@ def table_cells(rows: Sequence[Row], measure: str) -> tuple[list[str], list[list
         for column in columns:
             values = [row["metrics"][measure][column] for row in group]
             if None in values:
-                line.append(f"cannot: table of {group[0]['metrics']['limit']}")
+                line.append(f"stops at {group[0]['metrics']['limit']}")
                 continue
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             line.append(f"{np.mean(values):.3f}{spread}")
@@ -93,6 +93,6 @@ def write_figures(rows: Sequence[Row], measure: str, label: str, train_length: i
         if "line" in row:
             line = row["line"]
             titles = [f"layer {line['layer'] + 1}, head {head + 1}" for head in range(len(line["gates"]))]
-            figure = plots.cope_over_line("".join(line["text"]), line["gates"], line["positions"], titles)
+            figure = plots.cope_over_line(line["text"], line["gates"], line["positions"], titles)
             keep("cope_" + "-".join(encoding.replace("(", " ").replace(")", " ").replace("+", " ").split()), figure)
     return written

@@ -31,9 +31,6 @@ from posjax.typing import Array, Params
 MEASURES = {"lm": ("bits_per_byte", "bits per byte"), "mlm": ("masked_loss", "masked-token loss (nats)")}
 TASK_MEASURE = ("error", "error (%)")
 
-# A line that anyone can read: what CoPE counts on it is shown in a picture. The newlines before it are context.
-EXAMPLE_LINE = "    return [item for item in values if item is not None]\n"
-
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -299,23 +296,33 @@ def _probe(config: Config, model: Transformer, source: Source) -> dict[str, Any]
             )
             distances.append(np.asarray(probes.attention_distance(weights, positions, positions)).tolist())
         probed["attention_distance"] = distances
-    line = _cope_line(model, source) if is_causal and config.attention == "softmax" else None
+    line = _cope_line(config, model, source) if is_causal and config.attention == "softmax" else None
     return probed | ({"line": line} if line else {}) | {"decay": _decay(config, model, source)}
 
 
-def _cope_line(model: Transformer, source: Source) -> dict[str, Any] | None:
-    """Gates and contextual positions of the last token of a line of code, by head, in the last layer that counts."""
-    tokens = np.concatenate([[source.validation.bos], source.validation.encode(EXAMPLE_LINE)])[None]
-    counting = [(i, r) for i, r in enumerate(model.records(jnp.asarray(tokens, jnp.int32))) if r.encoding.is_contextual]
+def _cope_line(config: Config, model: Transformer, source: Source) -> dict[str, Any] | None:
+    """Gates and contextual positions over a real line of the validation text, as its last character sees them.
+
+    The heads are those of the last layer that counts; the line is read with the text before it. None where no layer counts, or where
+    tokens are not characters, or no line is of a length to draw.
+    """
+    text = bytes(source.validation.tokens[:200_000]) if config.tokenizer == "bytes" else b""
+    found = re.search(rb"\n( *\w[ -~]{40,68}\n)", text[config.seq_length :])
+    if found is None:
+        return None
+    end = config.seq_length + found.end(1)
+    tokens = np.frombuffer(text[end - config.seq_length : end], np.uint8)[None].astype(np.int32)
+    counting = [(i, r) for i, r in enumerate(model.records(jnp.asarray(tokens))) if r.encoding.is_contextual]
     if not counting:
         return None
     layer, record = counting[-1]
     gates, positions = probes.cope_positions(record.query, record.key, record.value, record.encoding, record.params)
+    line = slice(-len(found[1]), None)
     return {
         "layer": layer,
-        "text": [source.validation.decode(tokens[0, i : i + 1]) for i in range(1, tokens.shape[1])],
-        "gates": np.asarray(gates[0, :, -1, 1:]).tolist(),
-        "positions": np.asarray(positions[0, :, -1, 1:]).tolist(),
+        "text": found[1].decode(),
+        "gates": np.asarray(gates[0, :, -1, line]).tolist(),
+        "positions": np.asarray(positions[0, :, -1, line]).tolist(),
     }
 
 

@@ -318,23 +318,16 @@ def _write_programs(outcomes, within, num_variables, asked, answer, length):
     body = ends[:, -1:]
     cut = jnp.maximum(body + 3 - length, 0)  # print, variable, answer
     variable = _FIRST_VARIABLE + (outcomes - 1) % num_variables
-    pieces = (
-        jnp.where(is_pass, PASS, variable),
-        jnp.where(is_set, EQUALS, PLUS),
-        jnp.full_like(outcomes, ZERO),
-        jnp.full_like(outcomes, END),
-    )
+    zeros = jnp.zeros_like(outcomes)
+    statement = (jnp.where(is_pass, PASS, variable), jnp.where(is_set, EQUALS, PLUS), zeros + ZERO, zeros + END)
+    piece = jnp.arange(len(statement))[None, None, :]
+    places = (ends - sizes)[:, :, None] + piece - cut[:, :, None]
+    places = jnp.where((piece < sizes[:, :, None]) & (places >= 0), places, length)  # beyond the end: dropped
+    question = jnp.stack([jnp.full_like(answer, PRINT), _FIRST_VARIABLE + asked.astype(answer.dtype), answer], axis=1)
+
+    places = jnp.concatenate([places.reshape(batch_size, -1), body - cut + jnp.arange(3)[None, :]], axis=1)
+    words = jnp.concatenate([jnp.stack(statement, axis=-1).reshape(batch_size, -1), question], axis=1)
     rows = jnp.arange(batch_size)[:, None]
-    tokens = jnp.full((batch_size, length), PAD, jnp.int32)
-
-    def put(tokens, place, values, wanted):
-        place = place - cut
-        place = jnp.where(wanted & (place >= 0), place, length)  # places off either end are dropped
-        return tokens.at[rows, place].set(values.astype(jnp.int32), mode="drop")
-
-    for i, piece in enumerate(pieces):
-        tokens = put(tokens, ends - sizes + i, piece, i < sizes)
-    for i, token in enumerate((jnp.full_like(asked, PRINT), _FIRST_VARIABLE + asked, answer)):
-        tokens = put(tokens, body + i, token[:, None], True)
+    tokens = jnp.full((batch_size, length), PAD, jnp.int32).at[rows, places].set(words.astype(jnp.int32), mode="drop")
     asked_place = body + 1 - cut  # the variable asked about; the answer is predicted there
     return _predict_next(tokens, jnp.arange(length)[None, :] == asked_place)

@@ -84,7 +84,7 @@ LEARNED = [case for case in CASES if jax.tree.leaves(jax.eval_shape(lambda case=
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
     """For modules that import it: thousands of tiny programs, which take longer to optimise than to run."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -30,11 +30,11 @@ def assert_share(hits, probability):
 
 ALL_TASKS = [
     tasks.flip_flop(16),
-    *tasks.flip_flop(16).variants.values(),
+    tasks.flip_flop(16).variants["dense"],
     tasks.selective_copy(5, 4, 7),
-    *tasks.selective_copy(5, 4, 7).variants.values(),
+    tasks.selective_copy(5, 4, 7).variants["sparse"],
     tasks.counting(2, 20, length=24),
-    *tasks.counting(2, 20, length=24).variants.values(),
+    tasks.counting(2, 20, length=24).variants["pass_10"],
 ]
 
 
@@ -49,7 +49,7 @@ def test_shapes_ids_and_shifted_targets(task):
     assert len({row.tobytes() for row in tokens}) > 4
 
 
-@pytest.mark.parametrize("task", ALL_TASKS[::3], ids=lambda task: task.name)
+@pytest.mark.parametrize("task", ALL_TASKS[::2], ids=lambda task: task.name)
 def test_sampling_is_a_pure_function_of_the_key(task):
     first, again, other = draw(task, 8, seed=1), draw(task, 8, seed=1), draw(task, 8, seed=2)
     for left, right in zip(first, again, strict=True):
@@ -268,12 +268,12 @@ def test_counting_variants_pass_more_and_less():
 
 
 def test_batch_adds_segments_and_positions():
-    batch = tasks.counting(1, 10, length=50).batch(jax.random.key(0), 5)
+    batch = jax.jit(tasks.counting(1, 10, length=50).batch, static_argnums=1)(jax.random.key(0), 5)
     for tokens, segments, positions in zip(batch["tokens"], batch["segment_ids"], batch["positions"], strict=True):
         used = int(np.flatnonzero(tokens)[-1]) + 1
         assert segments.tolist() == [1] * used + [0] * (50 - used)
         assert positions.tolist() == [*range(used)] + [0] * (50 - used)
-    batch = tasks.flip_flop(8).batch(jax.random.key(0), 5)
+    batch = jax.jit(tasks.flip_flop(8).batch, static_argnums=1)(jax.random.key(0), 5)
     assert batch["segment_ids"].min() == 1 and batch["positions"][2].tolist() == [*range(8)]
 
 
