@@ -1,0 +1,80 @@
+"""``import posjax``, and attention, need jax and flax and what those two need; everything else loads on use."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+packaging = pytest.importorskip("packaging.requirements")
+
+PROGRAM = """
+import sys
+
+refused = set(sys.argv[1].split())
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in refused:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+try:
+    import hypothesis
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("nothing is refused")
+
+import jax.numpy as jnp
+import posjax as pj
+
+ones = jnp.ones((1, 4, 2, 8))
+out = pj.attention(ones, ones, ones, pj.chain(pj.rope(), pj.alibi()), is_causal=True)
+assert out.shape == ones.shape and bool(jnp.allclose(out, 1.0)), out
+print("loaded", *sorted(set(name.partition(".")[0] for name in sys.modules) & refused))
+"""
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def required_by(*roots: str) -> set[str]:
+    """The installed distributions that those need, themselves included."""
+    found, waiting = set(), list(roots)
+    while waiting:
+        name = canonical(waiting.pop())
+        if name in found:
+            continue
+        try:
+            requirements = importlib.metadata.requires(name) or ()
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found.add(name)
+        for requirement in map(packaging.Requirement, requirements):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(requirement.name)
+    return found
+
+
+def test_import_and_attention_with_jax_and_flax_alone():
+    allowed = required_by("jax", "flax")
+    refused = {
+        module
+        for module, owners in importlib.metadata.packages_distributions().items()
+        if not allowed & set(map(canonical, owners)) and module.isidentifier() and module not in sys.stdlib_module_names
+    } - {"posjax"}
+    assert {"hypothesis", "pytest"} <= refused
+    assert not {"jax", "jaxlib", "flax", "numpy"} & refused
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, " ".join(refused)],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["loaded"], done.stdout
