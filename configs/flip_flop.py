@@ -1,10 +1,11 @@
-"""Flip-flop language modelling: remember the last written bit while ignoring the rest. About three minutes an encoding on two CPU cores.
+"""Flip-flop language modelling: remember the last written bit and ignore the rest. Three minutes an encoding on two CPU cores.
 
     posjax compare configs/flip_flop.py
     posjax compare configs/flip_flop.py --seq_length 512 --embed_dim 256 --num_layers 4 --steps 10000 --workdir runs/flip_flop_paper
 
-The second is the setting of Golovneva et al., arXiv:2405.18719 (learning rate 3e-4, linear decay, batch 16), and wants an accelerator.
-Errors are of the bits after a read, in percent: on the training distribution, with few (dense) and with many (sparse) tokens to ignore.
+The second is the setting of Golovneva et al., arXiv:2405.18719 (learning rate 3e-4, linear decay, batch 16), and wants an
+accelerator. Errors are of the bits after a read, in percent: on the training distribution, and with few (dense) and many (sparse)
+tokens to ignore.
 """
 
 from posjax.config import Config

@@ -303,8 +303,8 @@ def _probe(config: Config, model: Transformer, source: Source) -> dict[str, Any]
 def _cope_line(config: Config, model: Transformer, source: Source) -> dict[str, Any] | None:
     """Gates and contextual positions over a real line of the validation text, as its last character sees them.
 
-    The heads are those of the last layer that counts; the line is read with the text before it. None where no layer counts, or where
-    tokens are not characters, or no line is of a length to draw.
+    The heads are those of the last layer that counts; the line is read with the text before it. None where no layer counts,
+    where tokens are not characters, or where no line is of a length to draw.
     """
     text = bytes(source.validation.tokens[:200_000]) if config.tokenizer == "bytes" else b""
     found = re.search(rb"\n( *\w[ -~]{40,68}\n)", text[config.seq_length :])

@@ -236,7 +236,7 @@ def test_counting_without_passes_sets_at_once():
 def test_counting_truncation_loses_as_many_sets_as_the_released_data(num_variables, lost):
     rows = 0
     losses = 0
-    for seed in range(3):
+    for seed in range(2):
         tokens, _, weights = draw(tasks.counting(num_variables), 8000, seed)
         asked = tokens[weights > 0][:, None]
         losses += (~((tokens[:, :-1] == asked) & (tokens[:, 1:] == 3)).any(1)).sum()
