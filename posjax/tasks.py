@@ -326,8 +326,9 @@ def _write_programs(outcomes, within, num_variables, asked, answer, length):
     question = jnp.stack([jnp.full_like(answer, PRINT), _FIRST_VARIABLE + asked.astype(answer.dtype), answer], axis=1)
 
     places = jnp.concatenate([places.reshape(batch_size, -1), body - cut + jnp.arange(3)[None, :]], axis=1)
-    words = jnp.concatenate([jnp.stack(statement, axis=-1).reshape(batch_size, -1), question], axis=1)
+    statement = jnp.stack(statement, axis=-1).reshape(batch_size, -1).astype(jnp.int32)
+    words = jnp.concatenate([statement, question.astype(jnp.int32)], axis=1)
     rows = jnp.arange(batch_size)[:, None]
-    tokens = jnp.full((batch_size, length), PAD, jnp.int32).at[rows, places].set(words.astype(jnp.int32), mode="drop")
+    tokens = jnp.full((batch_size, length), PAD, jnp.int32).at[rows, places].set(words, mode="drop")
     asked_place = body + 1 - cut  # the variable asked about; the answer is predicted there
     return _predict_next(tokens, jnp.arange(length)[None, :] == asked_place)
