@@ -1,6 +1,6 @@
 """Every encoding as a case of one behavioural suite, and the tiny layer that the suite runs it in.
 
-A new encoding joins by one line in CASES: what it is, and what it claims. test_encodings.py and test_encoding_calls.py run them.
+A new encoding joins by one line in CASES: what it is, and what it claims. test_encodings.py and its neighbours run them.
 """
 
 import dataclasses
@@ -157,6 +157,19 @@ def causal(case: Case) -> jax.Array:
     return layer(case.encoding, random_params(case.encoding), TOKENS, is_causal=True)
 
 
+PAST = 5  # positions before this one are the past
+
+
+@functools.cache
+def past_gradients(case: Case):
+    """Gradients of a weighted sum of the causal call's past outputs, in the parameters and in all tokens."""
+
+    def loss(params, x):
+        return (layer(case.encoding, params, x, is_causal=True)[:, :PAST] * normal(6, B, PAST, N, H)).sum()
+
+    return jax.grad(loss, argnums=(0, 1))(random_params(case.encoding), TOKENS)
+
+
 def repeat_key_heads(params):
     """The parameters of N key heads that equal those of K, each repeated."""
     axis_of = {"gate_kernel": 1, "key_kernel": 1, "key_bias": 0}
@@ -183,14 +196,13 @@ def whole_call(encoding, params, x, mask: pj.Mask, positions) -> tuple[tuple[pj.
     return terms, pj.Tile(logits, mask.allowed(positions, positions), positions, positions)
 
 
-def walk(term: pj.BiasTerm, mask: pj.Mask, whole: pj.Tile, size: int) -> jax.Array:
-    """The bias [B, N, T, S] put together from tiles of ``size``, each row of tiles from the right to the left."""
+def walk(term: pj.BiasTerm, mask: pj.Mask, whole: pj.Tile, height: int, width: int) -> jax.Array:
+    """The bias [B, N, T, S] put together from tiles, each row of tiles walked from the right to the left."""
     length = whole.logits.shape[-1]
-    edges = [(start, min(size, length - start)) for start in range(0, length, size)]
     bands = []
-    for row, height in edges:
+    for row in range(0, length, height):
         carry, band = term.cut(row, height, 0, length).carry, []
-        for column, width in reversed(edges):
+        for column in reversed(range(0, length, width)):
             query_positions, key_positions = (
                 jax.lax.dynamic_slice_in_dim(p, start, extent, axis=1)
                 for p, start, extent in ((whole.query_positions, row, height), (whole.key_positions, column, width))
