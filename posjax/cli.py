@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(parse(rest), shlex.join(["posjax", *argv]))
     except Interrupted:  # which has said how to resume
         sys.exit(130)
-    except (ValueError, ImportError, NotImplementedError, CheckpointError, NonFiniteLoss) as error:
+    except KeyboardInterrupt:  # outside the training loop, or for the second time
+        _fail(f"interrupted. To go on, run:\n  {shlex.join(['posjax', *argv])}", code=130)
+    except (ValueError, ImportError, OSError, NotImplementedError, CheckpointError, NonFiniteLoss) as error:
         if os.environ.get("POSJAX_TRACEBACK"):
             raise
         _fail(str(error))
@@ -73,9 +75,9 @@ def train(config, command: str) -> None:
     """posjax train: one encoding, one seed; then its evaluation."""
     from posjax import runs
 
-    workdir, source = _open(config)
+    workdir, source = _open(config, (config.encoding,))
     say = _say()
-    row = runs.train_and_evaluate(config, config.encoding, config.seed, workdir, source, command=command)
+    row = runs.train_and_evaluate(config, config.encoding, config.seed, workdir, source, command=command, say=say)
     _report([{"encoding": config.encoding, "seed": config.seed} | row], config, source, workdir, say)
 
 
@@ -83,9 +85,7 @@ def compare(config, command: str) -> None:
     """posjax compare: every encoding and seed."""
     from posjax import runs
 
-    for spec in config.encodings:
-        runs.parse_encoding(spec)  # a misspelt last one is told before the first is trained
-    workdir, source = _open(config)
+    workdir, source = _open(config, config.encodings)
     say = _say()
     rows = runs.compare(config, workdir, source, command=command, say=say)
     _report(rows, config, source, workdir, say)
@@ -95,7 +95,10 @@ def evaluate(config, command: str) -> None:
     """posjax evaluate: the newest checkpoint of a workdir that ``posjax train`` made."""
     from posjax import runs
 
-    workdir, source = _open(config)
+    folder = Path(config.workdir) / "checkpoints"
+    if not folder.is_dir():  # and no workdir is made
+        raise ValueError(f"workdir must hold checkpoints, which posjax train writes, got {config.workdir!r}: no folder {folder}")
+    workdir, source = _open(config, (config.encoding,))
     params = runs.restore_params(config, config.encoding, config.seed, workdir, source)
     row = runs.evaluate(config, config.encoding, params, config.seed, source)
     _report([{"encoding": config.encoding, "seed": config.seed} | row], config, source, workdir, _say())
@@ -114,12 +117,15 @@ def list_all() -> None:
         print(f"  {path!s:<28} {first}")
 
 
-def _open(config):
+def _open(config, specs: Sequence[str]):
+    """Workdir and data; what cannot work is told here, before the workdir is made and anything is trained."""
     from posjax import runs
     from posjax.config import claim_workdir
 
-    runs.parse_encoding(config.encoding)
+    for spec in specs:
+        runs.parse_encoding(spec)  # the cheapest first
     source = runs.open_source(config)
+    runs.check(config, specs, source)
     return claim_workdir(config), source
 
 

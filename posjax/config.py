@@ -122,8 +122,13 @@ class Config:
             choices = getattr(field.type, "__args__", ()) if getattr(field.type, "__origin__", None) is Literal else ()
             if choices and value not in choices:
                 raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("seq_length", "batch_size", "steps", "accumulate_steps", "log_every", "checkpoint_every", "eval_tokens"):
+        counts = ("seq_length", "batch_size", "steps", "accumulate_steps", "log_every", "checkpoint_every", "keep_checkpoints")
+        for name in (*counts, "eval_tokens"):
             check_at_least(name, getattr(self, name), 1)
+        if self.evaluate_every is not None:
+            check_at_least("evaluate_every", self.evaluate_every, 1)
+        if self.tokenizer == "bpe":
+            check_at_least("vocab_size", self.vocab_size, 259)  # bytes, two special tokens, one merge
         for name in ("encodings", "seeds", "eval_lengths"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty, got ()")
@@ -133,6 +138,17 @@ class Config:
             raise ValueError(f"warmup_steps must lie in [0, steps={self.steps}], got {self.warmup_steps}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, or None not to clip, got {self.clip_norm}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.end_fraction <= 1:
+            raise ValueError(f"end_fraction must lie in [0, 1], got {self.end_fraction}")
+        if any(not 0 <= seed < 2**31 for seed in self.seeds):  # 2^31 is the evaluation's own
+            raise ValueError(f"seeds must be from 0 to 2^31 - 1, got {self.seeds}")
         self.transformer(vocab_size=2)
 
     def transformer(self, vocab_size: int) -> TransformerConfig:
@@ -157,7 +173,7 @@ def load_config(path: str) -> Config:
       ValueError: no such file, one that does not run, or one without ``get_config() -> Config``.
     """
     file = Path(path)
-    if not file.is_file():
+    if not file.is_file() or file.suffix != ".py":
         known = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
         near = difflib.get_close_matches(path, known, n=1)
         raise ValueError(
@@ -187,8 +203,8 @@ def claim_workdir(config: Config) -> Path:
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     if stored.exists():
         try:
-            before = json.loads(stored.read_text())
-        except (OSError, ValueError) as error:
+            before = dict(json.loads(stored.read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise ValueError(
                 f"workdir {workdir} has an unreadable config.json ({error}); remove that file or use another --workdir"
             ) from None

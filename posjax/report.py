@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from posjax import plots
+from posjax.specs import slug
 
 Row = Mapping[str, Any]
 
@@ -94,5 +95,5 @@ def write_figures(rows: Sequence[Row], measure: str, label: str, train_length: i
             line = row["line"]
             titles = [f"layer {line['layer'] + 1}, head {head + 1}" for head in range(len(line["gates"]))]
             figure = plots.cope_over_line(line["text"], line["gates"], line["positions"], titles)
-            keep("cope_" + "-".join(encoding.replace("(", " ").replace(")", " ").replace("+", " ").split()), figure)
+            keep(f"cope_{slug(encoding)}", figure)
     return written

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from posjax.datasets.pipeline import batches
 from posjax.encoding import PositionalEncoding
 from posjax.loop import fit
 from posjax.sharding import jit_train_step, make_mesh, pmap_train_step
-from posjax.specs import parse_encoding
+from posjax.specs import parse_encoding, slug
 from posjax.training import TrainState, init_state, learning_rate_schedule, make_optimizer, make_train_step
 from posjax.transformer import Transformer, cross_entropy, functional
 from posjax.typing import Array, Params
@@ -58,7 +58,10 @@ def open_source(config: Config) -> Source:
             vocab_size=config.vocab_size if config.tokenizer == "bpe" else None,
             data_dir=config.data_dir or None,
         )
-        train, validation = (load_corpus(config.data, split, **options) for split in ("train", "validation"))
+        try:
+            train, validation = (load_corpus(config.data, split, **options) for split in ("train", "validation"))
+        except ValueError as error:
+            raise ValueError(f"data {config.data!r} cannot be used: {error}") from error
         return Source(train.vocab_size, config.seq_length, train=train, validation=validation)
     length = config.seq_length
     task = {
@@ -69,10 +72,55 @@ def open_source(config: Config) -> Source:
     return Source(task.vocab_size, max(t.length for t in (task, *task.variants.values())), task=task)
 
 
+def check(config: Config, specs: Sequence[str], source: Source) -> None:
+    """Tells what could not be trained or evaluated, without compiling anything.
+
+    Raises:
+      ValueError: a batch that does not divide over the devices, a text shorter than a sequence, encodings that cannot be told
+        apart, or one that the model cannot take.
+    """
+    devices = jax.device_count()
+    parts = devices * config.accumulate_steps if config.parallel == "pmap" else math.lcm(devices, config.accumulate_steps)
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size must be a multiple of {parts} on {devices} devices with accumulate_steps={config.accumulate_steps}, "
+            f"got {config.batch_size}"
+        )
+    names = [slug(spec) for spec in specs]
+    if twice := [spec for spec, name in zip(specs, names, strict=True) if names.count(name) > 1]:
+        raise ValueError(f"encodings must all differ, got {', '.join(map(repr, twice))}")
+    try:
+        batch = next(train_batches(config, source, config.seed))
+    except ValueError as error:
+        raise ValueError(f"seq_length={config.seq_length} does not fit the train split of {config.data!r}: {error}") from error
+    lengths = [] if source.task is not None else [config.seq_length * multiple for multiple in config.eval_lengths]
+    for length in lengths:
+        try:
+            _held_out(config, source, length)
+        except ValueError as error:
+            what = f"eval_lengths={config.eval_lengths} times seq_length={config.seq_length}"
+            raise ValueError(f"{what} must fit the validation split of {config.data!r}: {error}") from error
+    for spec in specs:
+        try:
+            with_params, params = _abstract_model(config, spec, source)
+            jax.eval_shape(make_loss(with_params, dropout=False), params, batch, jax.random.key(0))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ValueError(f"encoding {spec!r} does not fit this model: {error}") from error
+
+
+def _maker(config: Config, spec: str, source: Source, seed: int) -> Callable[[], Transformer]:
+    shape = dataclasses.replace(config.transformer(source.vocab_size), max_length=source.max_length)
+    return lambda: Transformer(shape, parse_encoding(spec), rngs=nnx.Rngs(seed))
+
+
+def _abstract_model(config: Config, spec: str, source: Source) -> tuple[Callable[[Params], Transformer], Params]:
+    """``build_model`` with shapes in place of parameters: nothing is drawn and nothing compiled."""
+    return functional(nnx.eval_shape(_maker(config, spec, source, 0)))
+
+
 def build_model(config: Config, spec: str, source: Source, seed: int) -> tuple[Callable[[Params], Transformer], Params]:
     """``functional`` of the model that a configuration and an encoding describe."""
-    shape = dataclasses.replace(config.transformer(source.vocab_size), max_length=source.max_length)
-    return functional(Transformer(shape, parse_encoding(spec), rngs=nnx.Rngs(seed)))
+    return functional(_maker(config, spec, source, seed)())
 
 
 class _TaskBatches:
@@ -190,7 +238,7 @@ def evaluate(config: Config, spec: str, params: Params, seed: int, source: Sourc
       in tokens for text and test sets for synthetic tasks; None where the encoding cannot go that long.
       loss_by_index, attention_distance, decay, line: what the pictures are made of (text only).
     """
-    with_params, _ = build_model(config, spec, source, seed)
+    with_params, _ = _abstract_model(config, spec, source)
     encodings = with_params(params).encodings
     dims = dataclasses.replace(config.transformer(source.vocab_size).dims, max_length=source.max_length)
     limit = min((n for e in encodings if (n := e.max_length(dims)) is not None), default=None)
@@ -340,11 +388,6 @@ def _decay(config: Config, model: Transformer, source: Source) -> dict[str, Any]
 # Comparison ----------------------------------------------------------------------------------------------------------
 
 
-def slug(spec: str) -> str:
-    """A folder's name for an encoding."""
-    return re.sub(r"[^a-z0-9]+", "-", spec.lower()).strip("-")
-
-
 def compare(
     config: Config, workdir: Path, source: Source, *, command: str | None, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
@@ -354,16 +397,25 @@ def compare(
     for number, (spec, seed) in enumerate(pairs, 1):
         folder = workdir / slug(spec) / f"seed-{seed}"
         say(f"{number} of {len(pairs)}: {spec}, seed {seed}")
-        rows.append({"encoding": spec, "seed": seed} | train_and_evaluate(config, spec, seed, folder, source, command=command))
+        row = train_and_evaluate(config, spec, seed, folder, source, command=command, say=say)
+        rows.append({"encoding": spec, "seed": seed} | row)
     return rows
 
 
 def train_and_evaluate(
-    config: Config, spec: str, seed: int, folder: Path, source: Source, *, command: str | None = None
+    config: Config,
+    spec: str,
+    seed: int,
+    folder: Path,
+    source: Source,
+    *,
+    command: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """One row of results, read from ``evaluation.json`` where it was written before."""
     done = folder / "evaluation.json"
     if done.exists():
+        say(f"{folder} is trained and evaluated already: done")
         return json.loads(done.read_text())
     params = train(config, spec, seed, folder, source, command=command)
     result = evaluate(config, spec, params, seed, source)

@@ -10,6 +10,7 @@ import ast
 import difflib
 import functools
 import inspect
+import re
 import types
 from collections.abc import Callable
 
@@ -77,7 +78,16 @@ def _construct(node: ast.expr, spec: str) -> PositionalEncoding:
         inspect.signature(CONSTRUCTORS[name]).bind(*args, **keywords)
     except TypeError as error:
         raise ValueError(f"{name} takes {name}{inspect.signature(CONSTRUCTORS[name])}, got {spec!r}: {error}") from None
-    return CONSTRUCTORS[name](*args, **keywords)
+    try:
+        return CONSTRUCTORS[name](*args, **keywords)
+    except TypeError as error:  # such as 8 < "a"
+        usage = f"{name}{inspect.signature(CONSTRUCTORS[name])}"
+        raise ValueError(f"{name} takes {usage}, got {spec!r}: {error}") from None
+
+
+def slug(spec: str) -> str:
+    """A file's or folder's name for an encoding: "cope(64) / identity" is cope-64-then-identity."""
+    return re.sub(r"[^a-z0-9_]+", "-", spec.lower().replace("/", " then ")).strip("-")
 
 
 @functools.cache

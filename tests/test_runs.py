@@ -1,0 +1,166 @@
+"""Whole runs in this process: what is shared between encodings, the encoder's four, and one device against eight."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from posjax import runs
+from posjax.config import Config
+from posjax.sharding import jit_train_step, make_mesh, pmap_train_step
+from posjax.specs import parse_encoding
+from posjax.training import init_state, make_optimizer, make_train_step
+
+WORDS = "def return for in while if else x y z = + ( ) : print range list dict None True 0 1 2".split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        words = rng.choice(WORDS, size=(150, 6))
+        (folder / f"{number}.txt").write_text("\n".join(" ".join(line) for line in words))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(text, tmp_path_factory):
+    return Config(
+        data=str(text),
+        data_dir=str(tmp_path_factory.mktemp("data")),
+        seq_length=16,
+        batch_size=8,
+        num_layers=2,
+        embed_dim=16,
+        num_heads=2,
+        steps=60,
+        warmup_steps=6,
+        learning_rate=1e-2,
+        log_every=5,
+        checkpoint_every=1000,
+    )
+
+
+def leaves(params):
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def losses(workdir):
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_encodings_start_from_the_same_weights(tiny):
+    """Seeds move every drawn matrix; an encoding moves none but its own."""
+    source = runs.open_source(tiny)
+    models = {spec: leaves(runs.build_model(tiny, spec, source, seed=3)[1]) for spec in ("rope", "cope(8)", "learned", "tupe / rope")}
+    common = [name for name in models["rope"] if not name.startswith("encoding")]
+    assert len(common) == 10
+    for spec, model in models.items():
+        for name in common:
+            np.testing.assert_array_equal(model[name], models["rope"][name], err_msg=f"{spec} {name}")
+    assert any(name.startswith("encoding") for name in models["learned"])
+    other = leaves(runs.build_model(tiny, "rope", source, seed=4)[1])
+    assert all(name.endswith("scale") != bool(np.any(other[name] != models["rope"][name])) for name in common)
+
+
+def test_every_encoding_reads_the_same_data(tiny, tmp_path, monkeypatch):
+    """What ``fit`` is handed, encoding by encoding, in ``compare`` itself."""
+    seen = {}
+
+    def fit(step, state, batches, *, workdir, **options):
+        workdir.mkdir(parents=True)
+        seen[workdir.parent.name, workdir.name] = [batch["tokens"] for batch in itertools.islice(batches, 5)]
+        return state
+
+    monkeypatch.setattr(runs, "fit", fit)
+    monkeypatch.setattr(runs, "evaluate", lambda *args: {"metrics": {}})
+    config = dataclasses.replace(tiny, encodings=("identity", "rope"), seeds=(0, 1))
+    rows = runs.compare(config, tmp_path, runs.open_source(tiny), command=None, say=lambda text: None)
+    assert [(row["encoding"], row["seed"]) for row in rows] == [("identity", 0), ("identity", 1), ("rope", 0), ("rope", 1)]
+    np.testing.assert_array_equal(seen["identity", "seed-0"], seen["rope", "seed-0"])
+    np.testing.assert_array_equal(seen["identity", "seed-1"], seen["rope", "seed-1"])
+    assert np.any(np.stack(seen["rope", "seed-0"]) != np.stack(seen["rope", "seed-1"]))
+
+
+@pytest.mark.parametrize("spec", ["tupe(relative=True)", "tupe", "learned", "t5(bidirectional=True)"])
+def test_encoder_learns(tiny, tmp_path, spec):
+    """The four of configs/encoder_mlm.py. A model that knows token frequencies only has the entropy of the characters as its loss."""
+    config = dataclasses.replace(
+        tiny, task="mlm", encoding=spec, norm="layernorm", norm_position="post", eval_lengths=(1,), eval_tokens=1024
+    )
+    source = runs.open_source(config)
+    params = runs.train(config, spec, 0, tmp_path, source, quiet=True)
+    seen = losses(tmp_path)
+    assert seen[0] > 5.0  # ln 258 is 5.55
+    assert np.mean(seen[-3:]) < 3.6
+    assert sum(np.any(leaf) for name, leaf in leaves(params).items() if name.startswith("encoding")) > 0
+    tokens = source.train.tokens
+    entropy = -sum(p * np.log(p) for p in np.bincount(tokens)[np.unique(tokens)] / len(tokens))
+    assert entropy < np.mean(seen[-3:]) + 0.5  # else the loss is below what can be known: the answer leaks
+
+
+def test_synthetic_task_learns(tmp_path):
+    """Flip-flop: from five words to a coin, whose loss is ln 2 = 0.69, in 60 steps."""
+    config = Config(
+        task="flip_flop",
+        seq_length=16,
+        batch_size=32,
+        num_layers=2,
+        embed_dim=16,
+        num_heads=2,
+        steps=60,
+        warmup_steps=0,
+        learning_rate=1e-2,
+        log_every=1,
+        eval_tokens=4096,
+    )
+    source = runs.open_source(config)
+    params = runs.train(config, "cope(8)", 0, tmp_path, source, quiet=True)
+    assert np.mean(losses(tmp_path)[-5:]) < 0.75 < 1.2 < losses(tmp_path)[0]
+    errors = runs.evaluate(config, "cope(8)", params, 0, source)["metrics"]["error"]
+    assert set(errors) == {"in distribution", *source.task.variants}
+    assert all(0 <= error <= 100 for error in errors.values()) and errors["in distribution"] < 55
+
+
+def test_one_device_eight_devices_and_pmap_agree(tiny):
+    """Twenty steps of the real Transformer on packed text: how a batch lies on devices changes rounding and nothing else."""
+    config = dataclasses.replace(tiny, batch_size=16)
+    source = runs.open_source(config)
+    with_params, params = runs.build_model(config, "rope + cope(8)", source, 0)
+    loss, optimizer = runs.make_loss(with_params, dropout=False), make_optimizer(3e-3, weight_decay=0.1)
+    batches = list(itertools.islice(runs.train_batches(config, source, 0), 20))
+    assert max(batch["segment_ids"].max() for batch in batches) > 1  # documents share rows
+    plain, mapped = (make_train_step(loss, optimizer, axis_name=axis) for axis in (None, "data"))
+    forms = [jit_train_step(plain, make_mesh(1)), jit_train_step(plain, make_mesh(8)), pmap_train_step(mapped)]
+    curves = []
+    for step in forms:
+        state, curve = init_state(params, optimizer, 0), []
+        for batch in batches:
+            state, metrics = step(state, batch)
+            curve.append(float(metrics["loss"]))
+        curves.append(curve)
+    assert curves[0][-1] < curves[0][0] - 0.3
+    np.testing.assert_allclose(curves[1], curves[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(curves[2], curves[0], rtol=0, atol=1e-5)
+
+
+def test_check_compiles_nothing(tiny, monkeypatch):
+    """All that a wrong command says, it says before the first compilation."""
+    source = runs.open_source(tiny)
+    monkeypatch.setattr(jax._src.compiler, "backend_compile_and_load", None)
+    runs.check(tiny, ("rope + cope(8)", "tupe / alibi"), source)
+    with pytest.raises(ValueError, match=r"encoding 'rope / alibi / rope' does not fit .* num_layers=2, got 3"):
+        runs.check(tiny, ("rope", "rope / alibi / rope"), source)
+    with pytest.raises(ValueError, match="encodings must all differ, got 'rope', 'rope'"):
+        runs.check(tiny, ("rope", "alibi", "rope"), source)
+
+
+def test_alternating_and_chained_encodings_have_folders_of_their_own():
+    specs = ("rope + cope(64)", "rope / cope(64)", "cope(64)", "cope_mlp", "t5(bidirectional=True)")
+    assert len({runs.slug(spec) for spec in specs}) == len(specs)
+    assert all("/" not in runs.slug(spec) for spec in specs)
+    assert isinstance(parse_encoding("rope / cope(64)"), tuple) and not isinstance(parse_encoding("rope + cope(64)"), tuple)
