@@ -355,7 +355,10 @@ def _cope_line(config: Config, model: Transformer, source: Source) -> dict[str, 
     where tokens are not characters, or where no line is of a length to draw.
     """
     text = bytes(source.validation.tokens[:200_000]) if config.tokenizer == "bytes" else b""
-    found = re.search(rb"\n( *\w[ -~]{40,68}\n)", text[config.seq_length :])
+    longest = min(70, config.seq_length)  # in bytes, with the end of the line
+    shortest = min(40, longest // 2)
+    line_form = rb"\n((?=.{%d,%d}\n) *\w[ -~]*\n)" % (shortest - 1, longest - 1)
+    found = re.search(line_form, text[config.seq_length :])
     if found is None:
         return None
     end = config.seq_length + found.end(1)

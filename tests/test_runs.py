@@ -14,7 +14,15 @@ from posjax.sharding import jit_train_step, make_mesh, pmap_train_step
 from posjax.specs import parse_encoding
 from posjax.training import init_state, make_optimizer, make_train_step
 
-WORDS = "def return for in while if else x y z = + ( ) : print range list dict None True 0 1 2".split()
+WORDS = [*"abcdefgh=():", "return", "range", "print", "None", "True", "while"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """XLA's optimisations cost more here than they save."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,9 @@ def tiny(text, tmp_path_factory):
 
 
 def leaves(params):
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
 
 
 def losses(workdir):
@@ -56,7 +66,9 @@ def losses(workdir):
 def test_encodings_start_from_the_same_weights(tiny):
     """Seeds move every drawn matrix; an encoding moves none but its own."""
     source = runs.open_source(tiny)
-    models = {spec: leaves(runs.build_model(tiny, spec, source, seed=3)[1]) for spec in ("rope", "cope(8)", "learned", "tupe / rope")}
+    models = {
+        spec: leaves(runs.build_model(tiny, spec, source, seed=3)[1]) for spec in ("rope", "cope(8)", "learned", "tupe / rope")
+    }
     common = [name for name in models["rope"] if not name.startswith("encoding")]
     assert len(common) == 10
     for spec, model in models.items():
@@ -88,7 +100,7 @@ def test_every_encoding_reads_the_same_data(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("spec", ["tupe(relative=True)", "tupe", "learned", "t5(bidirectional=True)"])
 def test_encoder_learns(tiny, tmp_path, spec):
-    """The four of configs/encoder_mlm.py. A model that knows token frequencies only has the entropy of the characters as its loss."""
+    """The four of configs/encoder_mlm.py learn the frequencies of characters, and hardly more in 60 steps: no answer leaks."""
     config = dataclasses.replace(
         tiny, task="mlm", encoding=spec, norm="layernorm", norm_position="post", eval_lengths=(1,), eval_tokens=1024
     )
@@ -101,29 +113,6 @@ def test_encoder_learns(tiny, tmp_path, spec):
     tokens = source.train.tokens
     entropy = -sum(p * np.log(p) for p in np.bincount(tokens)[np.unique(tokens)] / len(tokens))
     assert entropy < np.mean(seen[-3:]) + 0.5  # else the loss is below what can be known: the answer leaks
-
-
-def test_synthetic_task_learns(tmp_path):
-    """Flip-flop: from five words to a coin, whose loss is ln 2 = 0.69, in 60 steps."""
-    config = Config(
-        task="flip_flop",
-        seq_length=16,
-        batch_size=32,
-        num_layers=2,
-        embed_dim=16,
-        num_heads=2,
-        steps=60,
-        warmup_steps=0,
-        learning_rate=1e-2,
-        log_every=1,
-        eval_tokens=4096,
-    )
-    source = runs.open_source(config)
-    params = runs.train(config, "cope(8)", 0, tmp_path, source, quiet=True)
-    assert np.mean(losses(tmp_path)[-5:]) < 0.75 < 1.2 < losses(tmp_path)[0]
-    errors = runs.evaluate(config, "cope(8)", params, 0, source)["metrics"]["error"]
-    assert set(errors) == {"in distribution", *source.task.variants}
-    assert all(0 <= error <= 100 for error in errors.values()) and errors["in distribution"] < 55
 
 
 def test_one_device_eight_devices_and_pmap_agree(tiny):
