@@ -152,7 +152,7 @@ def assert_same_run(workdir, straight):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_at_any_step_and_started_again(run, straight, seed):
-    at = random.Random(seed).randrange(2, STEPS - 1)
+    at = random.Random(seed).randrange(2, 21)
     command = ("train", "tiny.py", "--workdir", f"killed-{at}")
     process = start(*command)
     when(process, lambda: len(steps(command[-1])) >= at)
@@ -258,17 +258,18 @@ def test_damaged_checkpoints(run, straight):
 def test_compare_goes_on_with_what_is_missing(run, home):
     command = ("compare", "tiny.py", "--workdir", "table")
     process = start(*command)
-    when(process, lambda: len(steps("table/rope/seed-0")) >= 3)
+    when(process, lambda: len(steps("table/learned/seed-1")) >= 3)
     process.kill()
     process.communicate()
-    done = [Path(f"table/learned/seed-{seed}/evaluation.json") for seed in (0, 1)]
-    before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in done]
-    assert not Path("table/results.json").exists() and not Path("table/rope/seed-0/evaluation.json").exists()
+    done = Path("table/learned/seed-0/evaluation.json")
+    before = done.stat().st_mtime_ns, done.read_bytes()
+    assert not Path("table/results.json").exists() and not Path("table/learned/seed-1/evaluation.json").exists()
     code, out, err = run(*command)
     assert code == 0, err
-    assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in done] == before
-    assert "table/learned/seed-1 is trained and evaluated already: done" in out and "4 of 4: rope, seed 1" in out
-    assert "step 5/" not in out.split("3 of 4")[0]
+    assert (done.stat().st_mtime_ns, done.read_bytes()) == before
+    first, others = out.split("2 of 4: learned, seed 1")
+    assert "table/learned/seed-0 is trained and evaluated already: done" in first and "tokens/s" not in first
+    assert "4 of 4: rope, seed 1" in others and "already" not in others
 
     rows = results("table")
     assert [(row["encoding"], row["seed"]) for row in rows] == [("learned", 0), ("learned", 1), ("rope", 0), ("rope", 1)]
