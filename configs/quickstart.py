@@ -2,7 +2,7 @@
 
     posjax compare configs/quickstart.py
 
-A decoder of three layers reads bytes, 128 at a time, and is evaluated at up to 1,024.
+A decoder of two layers reads bytes, 64 at a time, and is evaluated at up to 512.
 """
 
 from posjax.config import Config
@@ -10,15 +10,16 @@ from posjax.config import Config
 
 def get_config() -> Config:
     return Config(
-        seq_length=128,
-        batch_size=16,
-        num_layers=3,
-        embed_dim=128,
+        seq_length=64,
+        batch_size=8,
+        num_layers=2,
+        embed_dim=96,
         num_heads=4,
-        steps=400,
-        learning_rate=3e-3,
-        warmup_steps=40,
-        weight_decay=0.1,
-        eval_tokens=16_384,
-        checkpoint_every=200,
+        steps=1200,
+        learning_rate=5e-3,
+        warmup_steps=50,
+        beta2=0.95,
+        log_every=100,
+        checkpoint_every=600,
+        eval_tokens=65_536,
     )

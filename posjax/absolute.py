@@ -52,7 +52,7 @@ def learned(init_scale: float = 0.02) -> PositionalEncoding:
         return {"embedding": init_scale * jax.random.normal(key, (length, dims.embed_dim), jnp.float32)}
 
     def embed(params: Params, x: Array, positions: Array) -> Array:
-        table = leaf(params, "embedding", "learned")
+        table = leaf(params, "embedding", "learned", (None, x.shape[-1]))
         check_within("learned", positions, table.shape[0])
         return x + jnp.take(table, positions, axis=0).astype(x.dtype)
 
@@ -74,10 +74,14 @@ def require_max_length(name: str, dims: Dims) -> int:
 
 
 def check_within(name: str, positions: Array, length: int) -> None:
-    """Raises ValueError where positions reach past a table of that length, as far as shapes and known values can tell."""
+    """Raises ValueError where positions fall outside a table of that length, as far as shapes and known values can tell."""
     reach = positions.shape[-1]
     if not isinstance(positions, jax.core.Tracer) and positions.size:
-        reach = int(np.asarray(positions).max()) + 1
+        # NumPy, because even on a known array a jax operation inside jit gives a value that is not.
+        known = np.asarray(positions)
+        if known.min() < 0:
+            raise ValueError(f"positions must not be negative, got {known.min()}; mask padding out by mask or segment_ids")
+        reach = int(known.max()) + 1
     if reach > length:
         raise ValueError(
             f"{name} has positions for a max_length of {length}, got a sequence that needs {reach}; "

@@ -62,22 +62,22 @@ def attention(
       TypeError: ``encoding`` is not a PositionalEncoding.
       NotImplementedError: a named implementation that cannot do the call, with one that can.
     """
-    _check_value(key, value)
+    check_operands(query, key, value)
     call = _prepare(
         query,
         key,
         value,
         encoding,
         params,
-        is_causal,
-        mask,
-        segment_ids,
-        local_window_size,
-        query_positions,
-        key_positions,
-        scale,
-        logits_soft_cap,
-        implementation,
+        is_causal=is_causal,
+        mask=mask,
+        segment_ids=segment_ids,
+        local_window_size=local_window_size,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        implementation=implementation,
     )
     return dense.attention(call.pop("query"), call.pop("key"), value, **call)
 
@@ -89,39 +89,22 @@ def attention_weights(
     params: Params | None = None,
     *,
     value: Array | None = None,
-    is_causal: bool = False,
-    mask: Array | None = None,
-    segment_ids: Array | tuple[Array, Array] | None = None,
-    local_window_size: int | tuple[int | None, int | None] | None = None,
-    query_positions: Array | None = None,
-    key_positions: Array | None = None,
-    scale: Array | float | None = None,
-    logits_soft_cap: float | None = None,
+    **options: Any,
 ) -> Float[Array, "B N T S"]:
     """The probabilities that ``attention`` would weigh the values with, dense, float32; for looking at.
 
-    Arguments as in ``attention``; ``value`` is needed only where the encoding reads values (``cope(gates="values")``).
+    Args:
+      query, key, encoding, params: as in ``attention``.
+      value: needed only where the encoding reads values (``cope(gates="values")``).
+      **options: the keyword arguments of ``attention``, but for ``implementation``.
     """
-    call = _prepare(
-        query,
-        key,
-        key if value is None else value,
-        encoding,
-        params,
-        is_causal,
-        mask,
-        segment_ids,
-        local_window_size,
-        query_positions,
-        key_positions,
-        scale,
-        logits_soft_cap,
-        None,
-    )
-    return dense.weights(**call)
+    check_operands(query, key, key if value is None else value)
+    return dense.weights(**_prepare(query, key, value, encoding, params, **options))
 
 
-def attention_fn(encoding: PositionalEncoding, params: Params | None = None, *, is_causal: bool = False) -> Callable[..., Array]:
+def attention_fn(
+    encoding: PositionalEncoding | None = None, params: Params | None = None, *, is_causal: bool = False
+) -> Callable[..., Array]:
     """``attention`` in the form that Flax's attention modules call.
 
         flax.nnx.MultiHeadAttention(..., attention_fn=pj.attention_fn(encoding, params))
@@ -167,43 +150,42 @@ def attention_fn(encoding: PositionalEncoding, params: Params | None = None, *, 
             encoding,
             params,
             is_causal=is_causal or causal,
-            mask=mask,
+            mask=None if mask is None else mask.astype(bool),  # Flax makes its masks of float ones and zeros
             query_positions=input_positions,
             key_positions=input_positions,
         )
 
-    causal = is_causal
+    encoding, causal = check_encoding(encoding), is_causal
     return call
 
 
 def _prepare(
-    query,
-    key,
-    value,
-    encoding,
-    params,
-    is_causal,
-    mask,
-    segment_ids,
-    local_window_size,
-    query_positions,
-    key_positions,
-    scale,
-    logits_soft_cap,
-    implementation,
+    query: Array,
+    key: Array,
+    value: Array | None,
+    encoding: PositionalEncoding | None,
+    params: Params | None,
+    *,
+    is_causal: bool = False,
+    mask: Array | None = None,
+    segment_ids: Any = None,
+    local_window_size: Any = None,
+    query_positions: Array | None = None,
+    key_positions: Array | None = None,
+    scale: Array | float | None = None,
+    logits_soft_cap: float | None = None,
+    implementation: Implementation | None = None,
 ) -> dict[str, Any]:
     """Checks a call and turns it into what a kernel takes: query, key, terms, mask, positions, scale, cap."""
-    _check_query_key(query, key)
-    encoding = _NONE if encoding is None else encoding
-    if not isinstance(encoding, PositionalEncoding):
-        raise TypeError(f"encoding must be a PositionalEncoding such as rope(), got {encoding!r}")
+    encoding = check_encoding(encoding)
     if implementation not in (None, "xla", "xla_chunked", "pallas"):
         raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
     if implementation in ("xla_chunked", "pallas"):
         raise NotImplementedError(
             f"implementation={implementation!r} cannot run encoding={encoding.name} yet; implementation='xla' can"
         )
-    if encoding.is_contextual and not is_causal and mask is None:
+    window = _window(local_window_size)
+    if encoding.is_contextual and not is_causal and mask is None and window[1] != 0:
         raise ValueError(
             f"is_causal must be True (or a mask given) for {encoding.name}, got is_causal={is_causal} and mask=None: "
             "it counts over the keys between key and query, which has no meaning in both directions"
@@ -218,8 +200,8 @@ def _prepare(
         query=query,
         key=key,
         value=value,
-        query_positions=_positions("query_positions", query_positions, query.shape[0], query.shape[1]),
-        key_positions=_positions("key_positions", key_positions, key.shape[0], key.shape[1]),
+        query_positions=place("query_positions", query_positions, query.shape[0], query.shape[1]),
+        key_positions=place("key_positions", key_positions, key.shape[0], key.shape[1]),
         scale=scale,
     )
     params = {} if params is None else params
@@ -229,7 +211,7 @@ def _prepare(
         query=query,
         key=key,
         terms=terms,
-        mask=_mask(inputs, is_causal, mask, segment_ids, local_window_size),
+        mask=_mask(inputs, is_causal, mask, segment_ids, window),
         query_positions=inputs.query_positions,
         key_positions=inputs.key_positions,
         scale=scale,
@@ -237,7 +219,17 @@ def _prepare(
     )
 
 
-def _check_query_key(query: Array, key: Array) -> None:
+def check_encoding(encoding: Any) -> PositionalEncoding:
+    """``identity()`` for None; TypeError for what is not an encoding."""
+    if encoding is None:
+        return _NONE
+    if not isinstance(encoding, PositionalEncoding):
+        raise TypeError(f"encoding must be a PositionalEncoding such as rope(), got {encoding!r}")
+    return encoding
+
+
+def check_operands(query: Array, key: Array, value: Array) -> None:
+    """Raises ValueError where query, key and value do not fit together, query and key first."""
     for name, x, letters in (("query", query, "[B, T, N, H]"), ("key", key, "[B, S, K, H]")):
         if getattr(x, "ndim", None) != 4:
             raise ValueError(f"{name} must have shape {letters}, got {getattr(x, 'shape', x)!r}")
@@ -254,8 +246,6 @@ def _check_query_key(query: Array, key: Array) -> None:
     if query.shape[2] % key.shape[2]:
         raise ValueError(f"key must have a number of heads that divides the query's {query.shape[2]}, got {key.shape[2]}")
 
-
-def _check_value(key: Array, value: Array) -> None:
     if getattr(value, "ndim", None) != 4 or value.shape[:3] != key.shape[:3]:
         raise ValueError(
             f"value must have shape [B, S, K, V] with B, S, K of key, {key.shape[:3]}, got {getattr(value, 'shape', value)!r}"
@@ -264,7 +254,7 @@ def _check_value(key: Array, value: Array) -> None:
         raise ValueError(f"value must have the dtype of query and key, {key.dtype}, got {value.dtype}")
 
 
-def _positions(name: str, positions: Array | None, batch: int, length: int) -> Array:
+def place(name: str, positions: Array | None, batch: int, length: int) -> Array:
     """[1 or B, length] int32: one row for the whole batch unless rows differ."""
     if positions is None:
         return jnp.arange(length, dtype=jnp.int32)[None]
@@ -279,7 +269,7 @@ def _positions(name: str, positions: Array | None, batch: int, length: int) -> A
     return positions.astype(jnp.int32).reshape(-1, length)
 
 
-def _mask(inputs: AttentionInputs, is_causal: bool, mask: Any, segment_ids: Any, local_window_size: Any) -> Mask:
+def _mask(inputs: AttentionInputs, is_causal: bool, mask: Any, segment_ids: Any, window: tuple[int | None, int | None]) -> Mask:
     batch, length, heads, _ = inputs.query.shape
     keys = inputs.key.shape[1]
     if mask is not None:
@@ -302,7 +292,7 @@ def _mask(inputs: AttentionInputs, is_causal: bool, mask: Any, segment_ids: Any,
         query_segments=query_segments,
         key_segments=key_segments,
         is_causal=is_causal,
-        window=_window(local_window_size),
+        window=window,
     )
 
 

@@ -59,8 +59,9 @@ def cope(
         return _gate_params(gates, key, dims) | {"embedding": jnp.zeros((*heads, max_position, dims.head_dim), jnp.float32)}
 
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        embedding = leaf(params, "embedding", "cope")
-        _check_shape(embedding, (max_position, inputs.query.shape[-1]), inputs.query.shape[2] if per_head else None)
+        heads, head_dim = inputs.query.shape[2:]
+        shape = (heads, max_position, head_dim) if per_head else (max_position, head_dim)
+        embedding = leaf(params, "embedding", "cope", shape)
         query = inputs.query.astype(jnp.float32)
         z = jnp.einsum("btnh,nph->bntp" if per_head else "btnh,ph->bntp", query, embedding)
         z = z * inputs.scale if scaled else z
@@ -95,7 +96,7 @@ def cope_alibi(
         return _gate_params(gates, key, dims) | ({"slope": initial(dims.num_heads)} if learned else {})
 
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        slopes = leaf(params, "slope", "cope_alibi") if learned else initial(inputs.query.shape[2])
+        slopes = leaf(params, "slope", "cope_alibi", (inputs.query.shape[2],)) if learned else initial(inputs.query.shape[2])
         return (_counting_term(_penalised, gates, params, inputs, {}, slopes),)
 
     return _contextual("cope_alibi", gates, shared, init, bias)
@@ -134,8 +135,10 @@ def cope_mlp(hidden_dim: int = 64, gates: Gates = "logits", scaled: bool = False
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
         factor = inputs.scale if scaled else 1.0
         query = inputs.query.astype(jnp.float32) * factor
-        rows = {"z": jnp.einsum("btnh,fh->bntf", query, leaf(params, "weight_out", "cope_mlp"))}
-        return (_counting_term(_network, gates, params, inputs, rows, (params["weight_in"], params["bias_in"])),)
+        weight_out = leaf(params, "weight_out", "cope_mlp", (hidden_dim, inputs.query.shape[3]))
+        first = tuple(leaf(params, name, "cope_mlp", (hidden_dim,)) for name in ("weight_in", "bias_in"))
+        rows = {"z": jnp.einsum("btnh,fh->bntf", query, weight_out)}
+        return (_counting_term(_network, gates, params, inputs, rows, first),)
 
     return _contextual("cope_mlp", gates, shared, init, bias)
 
@@ -211,8 +214,7 @@ _COUNTING = {f: functools.partial(_counting_tile, f) for f in (_interpolated, _p
 def _counting_term(bias_of_count, gates: Gates, params: Params, inputs: AttentionInputs, rows: dict, tables=None) -> BiasTerm:
     columns = {}
     if gates != "logits":
-        key = {"content": inputs.key, "values": inputs.value}.get(gates)
-        key = leaf(params, "gate_key", "cope after condition(params, hidden)") if key is None else key
+        key = _gate_key(gates, params, inputs)
         rows = rows | {"gate_query": jnp.swapaxes(inputs.query, 1, 2)}
         columns = {"gate_key": jnp.swapaxes(key, 1, 2)}
     batch, length, heads, _ = inputs.query.shape
@@ -223,6 +225,19 @@ def _counting_term(bias_of_count, gates: Gates, params: Params, inputs: Attentio
         tables=(jnp.asarray(inputs.scale, jnp.float32), tables),
         carry=jnp.zeros((batch, heads, length), jnp.float32),
     )
+
+
+def _gate_key(gates: Gates, params: Params, inputs: AttentionInputs) -> Array:
+    if gates == "content":
+        return inputs.key
+    if gates == "keys":
+        return leaf(params, "gate_key", "cope after condition(params, hidden)", inputs.key.shape)
+    if inputs.value is None:
+        raise ValueError("value must be given to attention_weights for gates='values', got None")
+    width = inputs.query.shape[-1]
+    if inputs.value.shape[-1] != width:
+        raise ValueError(f"value must have the head dimension of query, {width}, for gates='values', got {inputs.value.shape[-1]}")
+    return inputs.value
 
 
 def _contextual(name: str, gates: Gates, shared: bool, init, bias) -> PositionalEncoding:
@@ -245,9 +260,3 @@ def _gate_params(gates: Gates, key: Array, dims: Dims) -> Params:
 def _check_gates(gates: str) -> None:
     if gates not in ("logits", "content", "keys", "values"):
         raise ValueError(f"gates must be 'logits', 'content', 'keys' or 'values', got {gates!r}")
-
-
-def _check_shape(embedding: Array, shape: tuple[int, int], heads: int | None) -> None:
-    expected = shape if heads is None else (heads, *shape)
-    if embedding.shape != expected:
-        raise ValueError(f"params['embedding'] of cope must have shape {expected}, got {embedding.shape}")

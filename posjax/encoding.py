@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from posjax.bias import BiasTerm
 from posjax.typing import Array, Params
@@ -59,7 +60,7 @@ class AttentionInputs:
     Attributes:
       query: [B, T, N, H] before rotation.
       key: [B, S, K, H] before rotation.
-      value: [B, S, K, H].
+      value: [B, S, K, V]; None where only the weights are asked for.
       query_positions: [B or 1, T] integers.
       key_positions: [B or 1, S] integers.
       scale: what q.k is multiplied with.
@@ -67,7 +68,7 @@ class AttentionInputs:
 
     query: Array
     key: Array
-    value: Array
+    value: Array | None
     query_positions: Array
     key_positions: Array
     scale: Any
@@ -203,15 +204,19 @@ def chain(*encodings: PositionalEncoding) -> PositionalEncoding:
     )
 
 
-def leaf(params: Params, name: str, encoding: str) -> Array:
-    """params[name], or an error that says where it comes from."""
+def leaf(params: Params, name: str, encoding: str, shape: tuple[int | None, ...] | None = None) -> Array:
+    """params[name], or an error that says where it comes from. ``shape``: what it must have, None for an axis of any length."""
     if not params or name not in params:
         have = sorted(params) if params else params
         raise ValueError(f"params of {encoding} must hold {name!r}, got {have}; pass what encoding.init(key, dims) returned")
-    return params[name]
+    found = params[name]
+    if shape is not None and (found.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, found.shape, strict=True))):
+        wanted = str(shape).replace("None", "any")
+        raise ValueError(f"params[{name!r}] of {encoding} must have shape {wanted}, got {found.shape}")
+    return found
 
 
 def check_at_least(name: str, value: Any, least: int) -> None:
     """Raises ValueError where a size is not an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -11,8 +11,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from posjax.attention import _check_query_key, _check_value, _positions
-from posjax.encoding import AttentionInputs, PositionalEncoding, identity
+from posjax.attention import check_encoding, check_operands, place
+from posjax.encoding import AttentionInputs, PositionalEncoding
 from posjax.typing import Array, Float, Params
 
 FeatureMap = Literal["elu", "exp"]
@@ -49,33 +49,33 @@ def linear_attention(
     Raises:
       ValueError: an argument that cannot work, an encoding with biases, or T different from S where causal or segmented.
     """
-    _check_query_key(query, key)
-    _check_value(key, value)
+    check_operands(query, key, value)
+    encoding = check_encoding(encoding)
     if feature_map not in ("elu", "exp"):
         raise ValueError(f"feature_map must be 'elu' or 'exp', got {feature_map!r}")
     batch, length, heads, _ = query.shape
     keys, group = key.shape[1], heads // key.shape[2]
     if (is_causal or segment_ids is not None) and length != keys:
         raise ValueError(f"query and key must have one length for causal or segmented linear attention, got {length} and {keys}")
-    if segment_ids is not None and segment_ids.shape != (batch, length):
-        raise ValueError(f"segment_ids must have shape ({batch}, {length}), got {segment_ids.shape}")
+    if segment_ids is not None and (segment_ids.shape != (batch, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
+        raise ValueError(f"segment_ids must be integers [{batch}, {length}], got {segment_ids.dtype}{list(segment_ids.shape)}")
     inputs = AttentionInputs(
         query,
         key,
         value,
-        _positions("query_positions", query_positions, batch, length),
-        _positions("key_positions", key_positions, batch, keys),
+        place("query_positions", query_positions, batch, length),
+        place("key_positions", key_positions, batch, keys),
         1.0,
     )
-    encoding = identity() if encoding is None else encoding
     params = {} if params is None else params
     phi = jnp.exp if feature_map == "exp" else lambda x: jax.nn.elu(x) + 1.0
     query_features = phi(query.astype(jnp.float32))
     key_features = jnp.repeat(phi(key.astype(jnp.float32)), group, axis=2)
     values = jnp.repeat(value.astype(jnp.float32), group, axis=2)
-    rotated_query, rotated_key = encoding.rotate(params, query_features, key_features, inputs)
-    if encoding.bias(params, inputs):
+    rotated_query, rotated_key = encoding.rotate(params, query_features, phi(key.astype(jnp.float32)), inputs)
+    if encoding.bias(params, inputs) or rotated_query.shape != query_features.shape:
         raise ValueError(f"encoding must act by rotation alone in linear_attention, got {encoding.name}; rope() does")
+    rotated_key = jnp.repeat(rotated_key, group, axis=2)
     ones = jnp.ones_like(values[..., :1])
     if not is_causal and segment_ids is None:
         numerator = jnp.einsum("btnh,bnhv->btnv", rotated_query, jnp.einsum("bsnh,bsnv->bnhv", rotated_key, values))

@@ -68,7 +68,7 @@ def t5(num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = Fal
         return {"bias": jnp.zeros((num_buckets, dims.num_heads), jnp.float32)}
 
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        return (position_bias(function, leaf(params, "bias", "t5")),)
+        return (position_bias(function, leaf(params, "bias", "t5", (num_buckets, inputs.query.shape[2]))),)
 
     return PositionalEncoding(name="t5", init=init, bias=bias)
 

@@ -17,7 +17,7 @@ from posjax import probes, tasks
 from posjax.attention import attention_weights
 from posjax.checkpoints import CheckpointError, Checkpoints
 from posjax.config import Config
-from posjax.datasets.corpus import Corpus, load_corpus
+from posjax.datasets.corpus import Corpus, excerpts, load_corpus
 from posjax.datasets.pipeline import batches
 from posjax.encoding import PositionalEncoding
 from posjax.loop import fit
@@ -39,7 +39,7 @@ class Source:
     Attributes:
       vocab_size: V.
       max_length: the longest sequence that the model will train on.
-      train, validation: a text's splits; None for synthetic tasks.
+      train, validation: a text's splits, the second cut down to what is evaluated; None for synthetic tasks.
       task: a synthetic task; None for text.
     """
 
@@ -62,6 +62,9 @@ def open_source(config: Config) -> Source:
             train, validation = (load_corpus(config.data, split, **options) for split in ("train", "validation"))
         except ValueError as error:
             raise ValueError(f"data {config.data!r} cannot be used: {error}") from error
+        # One token less than the longest rows, which begin with the token that opens a document.
+        longest = config.seq_length * max(config.eval_lengths) - 1
+        validation = excerpts(validation, longest, max(1, config.eval_tokens // longest))
         return Source(train.vocab_size, config.seq_length, train=train, validation=validation)
     length = config.seq_length
     task = {
@@ -273,7 +276,7 @@ def _token_losses(with_params: Callable[[Params], Transformer]) -> Callable[[Par
 
 
 def _held_out(config: Config, source: Source, length: int) -> Iterator[dict[str, np.ndarray]]:
-    """The validation split in its own order: every length reads the same text."""
+    """The validation text in its own order: every length reads the same."""
     if source.task is not None:
         return _TaskBatches(source.task, config.batch_size, seed=2**31)
     rows = max(1, config.batch_size * config.seq_length // length)

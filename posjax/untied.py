@@ -75,20 +75,24 @@ def tupe(
 
     def project(params: Params, positions: Array) -> tuple[Array, Array]:
         """p U^Q and p U^K at those rows of p, [..., N, H] and [..., K, H] float32."""
-        table = leaf(params, "position", "tupe")
+        table = leaf(params, "position", "tupe", (None, None))
         if released:
             centred = table - table.mean(-1, keepdims=True)
             table = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
-            table = table * params["norm_scale"] + params["norm_bias"]
+            width = table.shape[1:]
+            table = table * leaf(params, "norm_scale", "tupe", width) + leaf(params, "norm_bias", "tupe", width)
         rows = jnp.take(table, positions, axis=0)
-        query = jnp.einsum("...d,dnh->...nh", rows, params["query_kernel"])
-        key = jnp.einsum("...d,dkh->...kh", rows, params["key_kernel"])
-        return (query + params["query_bias"], key + params["key_bias"]) if released else (query, key)
+        width = table.shape[1]
+        query = jnp.einsum("...d,dnh->...nh", rows, leaf(params, "query_kernel", "tupe", (width, None, None)))
+        key = jnp.einsum("...d,dkh->...kh", rows, leaf(params, "key_kernel", "tupe", (width, None, None)))
+        if not released:
+            return query, key
+        return query + leaf(params, "query_bias", "tupe", query.shape[-2:]), key + leaf(params, "key_bias", "tupe", key.shape[-2:])
 
     def thetas(params: Params, scale: Array | float) -> tuple[Array, Array]:
         """theta_1 and theta_2, [N] each, as they stand in the score."""
         if not extra_row:
-            return tuple(leaf(params, "reset", "tupe"))
+            return tuple(leaf(params, "reset", "tupe", (2, None)))
         query, key = project(params, jnp.arange(2))
         key = jnp.repeat(key, query.shape[1] // key.shape[1], axis=1)
         return tuple((query * key).sum(-1) * scale / math.sqrt(2))
@@ -97,6 +101,11 @@ def tupe(
         length = leaf(params, "position", "tupe").shape[0] - extra_row
         check_within("tupe", inputs.query_positions, length)
         check_within("tupe", inputs.key_positions, length)
+        heads, kv_heads, head_dim = query.shape[2], key.shape[2], inputs.query.shape[3]
+        (
+            leaf(params, "query_kernel", "tupe", (None, heads, head_dim)),
+            leaf(params, "key_kernel", "tupe", (None, kv_heads, head_dim)),
+        )
         # The scale is 1/sqrt(H) of the plain head: the query brings the 1/sqrt(2) of sqrt(2H) along.
         position_query = project(params, inputs.query_positions + extra_row)[0]
         position_key = project(params, inputs.key_positions + extra_row)[1]
@@ -126,7 +135,8 @@ def tupe(
         if not relative:
             return ()
         function = _relative_function(num_buckets, max_distance, untie_cls, released)
-        return (position_bias(function, leaf(params, "bias", "tupe")),)
+        buckets = num_buckets + extra_row
+        return (position_bias(function, leaf(params, "bias", "tupe", (buckets, inputs.query.shape[2]))),)
 
     name = "tupe-r" if relative else "tupe"
     return PositionalEncoding(name=name, init=init, rotate=rotate, bias=bias, max_length=lambda dims: dims.max_length)

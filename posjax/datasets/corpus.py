@@ -15,7 +15,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +150,25 @@ def load_corpus(
         num_bytes=facts["num_bytes"],
         tokenizer_path=tokenizer_path,
     )
+
+
+def excerpts(corpus: Corpus, length: int, count: int) -> Corpus:
+    """Up to ``count`` excerpts of ``length`` tokens, spread evenly over a corpus, each within one document.
+
+    An evaluation on the first tokens of a split would be one on its first few documents. Each excerpt is a document of the corpus
+    returned. Where no document is as long as that, the corpus is returned as it is.
+    """
+    fits = np.diff(corpus.offsets) // length
+    total = int(fits.sum())
+    if total == 0:
+        return corpus
+    chosen = np.linspace(0, total, min(count, total), endpoint=False).astype(np.int64)
+    document = np.searchsorted(np.cumsum(fits), chosen, side="right")
+    begins = corpus.offsets[document] + (chosen - (np.cumsum(fits) - fits)[document]) * length
+    tokens = np.concatenate([corpus.tokens[begin : begin + length] for begin in begins])
+    share = corpus.num_bytes / len(corpus.tokens)
+    num_bytes = len(tokens) if corpus.tokenizer_path is None else round(len(tokens) * share)
+    return replace(corpus, tokens=tokens, offsets=np.arange(len(chosen) + 1) * length, num_bytes=num_bytes)
 
 
 def unigram_bits_per_byte(corpus: Corpus) -> float:
