@@ -122,9 +122,10 @@ class Config:
             choices = getattr(field.type, "__args__", ()) if getattr(field.type, "__origin__", None) is Literal else ()
             if choices and value not in choices:
                 raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
-        counts = ("seq_length", "batch_size", "steps", "accumulate_steps", "log_every", "checkpoint_every", "keep_checkpoints")
+        counts = ("batch_size", "steps", "accumulate_steps", "log_every", "checkpoint_every", "keep_checkpoints")
         for name in (*counts, "eval_tokens"):
             check_at_least(name, getattr(self, name), 1)
+        check_at_least("seq_length", self.seq_length, 2)  # one token to see and one to predict, or [CLS] and a token
         if self.evaluate_every is not None:
             check_at_least("evaluate_every", self.evaluate_every, 1)
         if self.tokenizer == "bpe":

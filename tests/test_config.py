@@ -23,7 +23,7 @@ WRONG_FIELDS = [
     ({"attention": "sparse"}, "attention must be .*softmax.*linear.*, got 'sparse'"),
     ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
     ({"steps": 1.5}, "steps must be an integer of at least 1, got 1.5"),
-    ({"seq_length": 0}, "seq_length must be an integer of at least 1, got 0"),
+    ({"seq_length": 1}, "seq_length must be an integer of at least 2, got 1"),
     ({"batch_size": -8}, "batch_size must be an integer of at least 1, got -8"),
     ({"accumulate_steps": 0}, "accumulate_steps must be an integer of at least 1, got 0"),
     ({"log_every": 0}, "log_every must be an integer of at least 1, got 0"),
