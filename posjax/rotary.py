@@ -60,7 +60,7 @@ def rotated_width(head_dim: int, fraction: float) -> int:
     return width
 
 
-def apply_rotation(x: Float[Array, "B T N H"], phase: Float[Array, "B T R2"], pairing: Pairing = "half") -> Float[Array, "B T N H"]:
+def apply_rotation(x: Float[Array, "B T N H"], phase: Float[Array, "_ T R2"], pairing: Pairing = "half") -> Float[Array, "B T N H"]:
     """Rotates the first 2 * phase.shape[-1] channels of x; the products are float32, the result has x's dtype."""
     width = 2 * phase.shape[-1]
     cos, sin = jnp.cos(phase)[:, :, None, :], jnp.sin(phase)[:, :, None, :]

@@ -1,0 +1,45 @@
+"""Shapes and types in signatures are checked while every encoding goes through the tiny layer of the suite, forward and backward.
+
+In a process of its own: jaxtyping's import hook with beartype refuses bad input before posjax's own errors can name it, which other tests
+are about.
+"""
+
+import subprocess
+import sys
+
+CHECK = """
+import os, sys
+sys.path[:0] = [os.path.join(os.getcwd(), "tests"), os.getcwd()]
+from jaxtyping import install_import_hook
+install_import_hook("posjax", "beartype.beartype")
+import jax, jax.numpy as jnp, numpy as np
+import pytest
+import posjax as pj
+from posjax.transformer import Transformer, TransformerConfig, cross_entropy, functional
+from flax import nnx
+
+with pytest.raises(Exception, match="encoding"):
+    pj.attention(jnp.ones((1, 2, 2, 4)), jnp.ones((1, 2, 2, 4)), jnp.ones((1, 2, 2, 4)), encoding=3)  # the hook is at work
+
+tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 12)), jnp.int32)
+specs = ["identity", "sinusoidal", "learned", "rope", "rope(fraction=0.5, pairing='interleaved')", "alibi", "t5", "tupe",
+         "tupe(relative=True, released=True)", "cope(8)", "cope(8, gates='keys', per_head=True, shared=False)", "cope_alibi(learned=True)",
+         "cope_mlp", "rope + cope(8, gates='values')", "cope(8) / identity"]
+from posjax.specs import parse_encoding
+for spec in specs:
+    config = TransformerConfig(vocab_size=11, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, max_length=12)
+    with_params, params = functional(Transformer(config, parse_encoding(spec), rngs=nnx.Rngs(0)))
+    loss = lambda p: cross_entropy(with_params(p)(tokens), tokens, jnp.ones(tokens.shape))[1]
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    assert np.isfinite(value), spec
+q = jnp.ones((2, 12, 4, 8))
+pj.linear_attention(q, q, q, pj.rope(), is_causal=True)
+pj.attention_weights(q, q, pj.alibi(), is_causal=True)
+print("checked", len(specs))
+"""
+
+
+def test_annotations_hold_where_they_are_checked():
+    done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "checked 15"
