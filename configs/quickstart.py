@@ -2,7 +2,7 @@
 
     posjax compare configs/quickstart.py
 
-A decoder of two layers reads bytes, 64 at a time, and is evaluated at up to 512.
+A decoder of four layers reads bytes, 64 at a time, and is evaluated at up to 512.
 """
 
 from posjax.config import Config
@@ -12,14 +12,15 @@ def get_config() -> Config:
     return Config(
         seq_length=64,
         batch_size=8,
-        num_layers=2,
-        embed_dim=96,
+        num_layers=4,
+        embed_dim=64,
         num_heads=4,
+        tie_embeddings=False,
         steps=1200,
-        learning_rate=5e-3,
+        learning_rate=4e-3,
         warmup_steps=50,
         beta2=0.95,
         log_every=100,
         checkpoint_every=600,
-        eval_tokens=65_536,
+        eval_tokens=32_768,
     )

@@ -100,7 +100,7 @@ def evaluate(config, command: str) -> None:
         raise ValueError(f"workdir must hold checkpoints, which posjax train writes, got {config.workdir!r}: no folder {folder}")
     workdir, source = _open(config, (config.encoding,))
     params = runs.restore_params(config, config.encoding, config.seed, workdir, source)
-    row = runs.evaluate(config, config.encoding, params, config.seed, source)
+    row = runs.evaluate_params(config, config.encoding, params, source)
     _report([{"encoding": config.encoding, "seed": config.seed} | row], config, source, workdir, _say())
 
 
@@ -121,10 +121,12 @@ def _open(config, specs: Sequence[str]):
     """Workdir and data; what cannot work is told here, before the workdir is made and anything is trained."""
     from posjax import runs
     from posjax.config import claim_workdir
+    from posjax.source import open_source
+    from posjax.specs import parse_encoding
 
     for spec in specs:
-        runs.parse_encoding(spec)  # the cheapest first
-    source = runs.open_source(config)
+        parse_encoding(spec)  # the cheapest first
+    source = open_source(config)
     runs.check(config, specs, source)
     return claim_workdir(config), source
 
@@ -136,10 +138,11 @@ def _say() -> Callable[[str], None]:
 
 
 def _report(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
-    from posjax import report, runs
+    from posjax import report
     from posjax.datasets.corpus import unigram_bits_per_byte
+    from posjax.evaluation import MEASURES, TASK_MEASURE
 
-    measure, label = runs.MEASURES.get(config.task, runs.TASK_MEASURE)
+    measure, label = MEASURES.get(config.task, TASK_MEASURE)
     heading = f"{label}, trained on {source.max_length} tokens, {config.steps:,} steps of {config.batch_size} sequences"
     if config.task == "lm":
         entropy = unigram_bits_per_byte(source.validation)

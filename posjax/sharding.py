@@ -68,11 +68,13 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     def put(leaf):
         if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
             return leaf
-        _check_divisible(leaf, devices)
-        if isinstance(leaf, jax.Array) and jax.process_count() == 1:
-            return jax.device_put(leaf, sharding)  # without a round trip through the host
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 
+    for leaf in jax.tree.leaves(batch):
+        if not (isinstance(leaf, jax.Array) and leaf.sharding == sharding):
+            _check_divisible(leaf, devices)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)  # all leaves in one call: a call a leaf takes as long as a small step
     return jax.tree.map(put, batch)
 
 

@@ -1,7 +1,7 @@
 """Shapes and types in signatures are checked while every encoding goes through the tiny layer of the suite, forward and backward.
 
-In a process of its own: jaxtyping's import hook with beartype refuses bad input before posjax's own errors can name it, which other tests
-are about.
+In a process of its own: jaxtyping's import hook with beartype refuses bad input before posjax's own errors can name it, which
+other tests are about.
 """
 
 import subprocess
@@ -23,8 +23,8 @@ with pytest.raises(Exception, match="encoding"):
 
 tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 12)), jnp.int32)
 specs = ["identity", "sinusoidal", "learned", "rope", "rope(fraction=0.5, pairing='interleaved')", "alibi", "t5", "tupe",
-         "tupe(relative=True, released=True)", "cope(8)", "cope(8, gates='keys', per_head=True, shared=False)", "cope_alibi(learned=True)",
-         "cope_mlp", "rope + cope(8, gates='values')", "cope(8) / identity"]
+         "tupe(relative=True, released=True)", "cope(8)", "cope(8, gates='keys', per_head=True, shared=False)",
+         "cope_alibi(learned=True)", "cope_mlp", "rope + cope(8, gates='values')", "cope(8) / identity"]
 from posjax.specs import parse_encoding
 for spec in specs:
     config = TransformerConfig(vocab_size=11, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, max_length=12)

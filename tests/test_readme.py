@@ -22,5 +22,5 @@ def test_every_path_in_the_map_exists():
     code_map = README.split("## A map of the code")[1].split("```")[0].split("Data goes one way")[0]
     root = Path(__file__).resolve().parents[1]
     names = re.findall(r"[\w/]+\.py|\b\w+/", code_map)
-    missing = [name for name in names if not ((root / name).exists() or (root / "posjax" / name).exists() or (root / "tests" / name).exists())]
+    missing = [name for name in names if not any((root / part / name).exists() for part in ("", "posjax", "tests"))]
     assert len(names) > 25 and not missing

@@ -11,7 +11,8 @@ import pytest
 from posjax import runs
 from posjax.config import Config
 from posjax.sharding import jit_train_step, make_mesh, pmap_train_step
-from posjax.specs import parse_encoding
+from posjax.source import open_source, train_batches
+from posjax.specs import parse_encoding, slug
 from posjax.training import init_state, make_optimizer, make_train_step
 
 WORDS = [*"abcdefgh=():", "return", "range", "print", "None", "True", "while"]
@@ -65,7 +66,7 @@ def losses(workdir):
 
 def test_encodings_start_from_the_same_weights(tiny):
     """Seeds move every drawn matrix; an encoding moves none but its own."""
-    source = runs.open_source(tiny)
+    source = open_source(tiny)
     models = {
         spec: leaves(runs.build_model(tiny, spec, source, seed=3)[1]) for spec in ("rope", "cope(8)", "learned", "tupe / rope")
     }
@@ -91,7 +92,7 @@ def test_every_encoding_reads_the_same_data(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "fit", fit)
     monkeypatch.setattr(runs, "evaluate", lambda *args: {"metrics": {}})
     config = dataclasses.replace(tiny, encodings=("identity", "rope"), seeds=(0, 1))
-    rows = runs.compare(config, tmp_path, runs.open_source(tiny), command=None, say=lambda text: None)
+    rows = runs.compare(config, tmp_path, open_source(tiny), command=None, say=lambda text: None)
     assert [(row["encoding"], row["seed"]) for row in rows] == [("identity", 0), ("identity", 1), ("rope", 0), ("rope", 1)]
     np.testing.assert_array_equal(seen["identity", "seed-0"], seen["rope", "seed-0"])
     np.testing.assert_array_equal(seen["identity", "seed-1"], seen["rope", "seed-1"])
@@ -104,7 +105,7 @@ def test_encoder_learns(tiny, tmp_path, spec):
     config = dataclasses.replace(
         tiny, task="mlm", encoding=spec, norm="layernorm", norm_position="post", eval_lengths=(1,), eval_tokens=1024
     )
-    source = runs.open_source(config)
+    source = open_source(config)
     params = runs.train(config, spec, 0, tmp_path, source, quiet=True)
     seen = losses(tmp_path)
     assert seen[0] > 5.0  # ln 258 is 5.55
@@ -118,10 +119,10 @@ def test_encoder_learns(tiny, tmp_path, spec):
 def test_one_device_eight_devices_and_pmap_agree(tiny):
     """Twenty steps of the real Transformer on packed text: how a batch lies on devices changes rounding and nothing else."""
     config = dataclasses.replace(tiny, batch_size=16)
-    source = runs.open_source(config)
+    source = open_source(config)
     with_params, params = runs.build_model(config, "rope + cope(8)", source, 0)
     loss, optimizer = runs.make_loss(with_params, dropout=False), make_optimizer(3e-3, weight_decay=0.1)
-    batches = list(itertools.islice(runs.train_batches(config, source, 0), 20))
+    batches = list(itertools.islice(train_batches(config, source, 0), 20))
     assert max(batch["segment_ids"].max() for batch in batches) > 1  # documents share rows
     plain, mapped = (make_train_step(loss, optimizer, axis_name=axis) for axis in (None, "data"))
     forms = [jit_train_step(plain, make_mesh(1)), jit_train_step(plain, make_mesh(8)), pmap_train_step(mapped)]
@@ -139,7 +140,7 @@ def test_one_device_eight_devices_and_pmap_agree(tiny):
 
 def test_check_compiles_nothing(tiny, monkeypatch):
     """All that a wrong command says, it says before the first compilation."""
-    source = runs.open_source(tiny)
+    source = open_source(tiny)
     monkeypatch.setattr(jax._src.compiler, "backend_compile_and_load", None)
     runs.check(tiny, ("rope + cope(8)", "tupe / alibi"), source)
     with pytest.raises(ValueError, match=r"encoding 'rope / alibi / rope' does not fit .* num_layers=2, got 3"):
@@ -150,6 +151,6 @@ def test_check_compiles_nothing(tiny, monkeypatch):
 
 def test_alternating_and_chained_encodings_have_folders_of_their_own():
     specs = ("rope + cope(64)", "rope / cope(64)", "cope(64)", "cope_mlp", "t5(bidirectional=True)")
-    assert len({runs.slug(spec) for spec in specs}) == len(specs)
-    assert all("/" not in runs.slug(spec) for spec in specs)
+    assert len({slug(spec) for spec in specs}) == len(specs)
+    assert all("/" not in slug(spec) for spec in specs)
     assert isinstance(parse_encoding("rope / cope(64)"), tuple) and not isinstance(parse_encoding("rope + cope(64)"), tuple)

@@ -172,7 +172,7 @@ def test_each_layer_uses_its_own_parameters(shared):
     params["encoding"]["0"]["embedding"] = noise if shared else table.at[1].set(noise)
     model = with_params(params)
     changed = [bool((a != b.query).any()) for a, b in zip(before, model.records(TOKENS), strict=True)]
-    # A layer's query depends on the layers below it: a shared table acts from the first layer on, the other from the third.
+    # A layer's query depends on the layers below it: a shared table acts from the first on, the other from the third.
     assert changed == ([False, True, True, True] if shared else [False, False, False, True])
     np.testing.assert_array_equal(model.encoding_params(2)["embedding"], noise)
     np.testing.assert_array_equal(model.encoding_params(0)["embedding"], noise if shared else table[0])
@@ -200,7 +200,10 @@ def test_records_give_the_models_own_attention():
 # The encoder ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", [pj.tupe(), pj.tupe(relative=True), pj.learned(), pj.t5(bidirectional=True)], ids=lambda e: e.name)
+ENCODER = [pj.tupe(), pj.tupe(relative=True), pj.learned(), pj.t5(bidirectional=True)]
+
+
+@pytest.mark.parametrize("encoding", ENCODER, ids=lambda e: e.name)
 def test_classification_on_cls_learns_where_a_token_stands(encoding):
     """Is token 3 in the first or the second half of the row? Words alone cannot tell."""
     import optax
@@ -254,7 +257,7 @@ def test_cross_entropy_counts_weighted_tokens_only():
         ({"compute_dtype": "float16"}, r"compute_dtype must be 'float32' or 'bfloat16', got 'float16'"),
         ({"dropout_rate": 1.0}, r"dropout_rate must lie in \[0, 1\), got 1.0"),
         ({"mlp_dim": 0}, r"mlp_dim must be an integer of at least 1, got 0"),
-        ({"attention": "linear", "local_window_size": 4}, r"local_window_size and logits_soft_cap must be None where attention='linear'"),
+        ({"attention": "linear", "local_window_size": 4}, r"local_window_size and logits_soft_cap must be None where attention="),
     ],
 )
 def test_impossible_shapes_are_refused(changes, message):

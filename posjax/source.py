@@ -1,0 +1,102 @@
+"""Where batches come from: a corpus or a synthetic task, as a configuration names it."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from posjax import tasks
+from posjax.config import Config
+from posjax.datasets.corpus import Corpus, excerpts, load_corpus
+from posjax.datasets.pipeline import batches
+
+_EVAL_BATCH_TOKENS = 4096  # at least, in a batch of an evaluation: small batches cost more to start than to compute
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where batches come from: two splits of a corpus, or a synthetic task.
+
+    Attributes:
+      vocab_size: V.
+      max_length: the longest sequence that the model will train on.
+      train, validation: a text's splits, the second cut down to what is evaluated; None for synthetic tasks.
+      task: a synthetic task; None for text.
+    """
+
+    vocab_size: int
+    max_length: int
+    train: Corpus | None = None
+    validation: Corpus | None = None
+    task: tasks.Task | None = None
+
+
+def open_source(config: Config) -> Source:
+    """Loads (and on first use prepares) what the configuration trains on."""
+    if config.task in ("lm", "mlm"):
+        options = dict(
+            tokenizer=config.tokenizer,
+            vocab_size=config.vocab_size if config.tokenizer == "bpe" else None,
+            data_dir=config.data_dir or None,
+        )
+        try:
+            train, validation = (load_corpus(config.data, split, **options) for split in ("train", "validation"))
+        except ValueError as error:
+            raise ValueError(f"data {config.data!r} cannot be used: {error}") from error
+        # One token less than the longest rows, which begin with the token that opens a document.
+        longest = config.seq_length * max(config.eval_lengths) - 1
+        validation = excerpts(validation, longest, max(1, config.eval_tokens // longest))
+        return Source(train.vocab_size, config.seq_length, train=train, validation=validation)
+    length = config.seq_length
+    task = {
+        "flip_flop": lambda: tasks.flip_flop(length=length),
+        "selective_copy": lambda: tasks.selective_copy(num_tokens=length // 2, num_blanks=length // 2),
+        "counting": lambda: tasks.counting(max_operations=length, length=length),
+    }[config.task]()
+    return Source(task.vocab_size, max(t.length for t in (task, *task.variants.values())), task=task)
+
+
+class TaskBatches:
+    """Endless batches of a synthetic task, each a function of the seed and its number."""
+
+    def __init__(self, task: tasks.Task, batch_size: int, seed: int):
+        self.drawn = 0
+        self.draw = jax.jit(lambda number: task.batch(jax.random.fold_in(jax.random.key(seed), number), batch_size))
+
+    def __iter__(self) -> "TaskBatches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self.drawn += 1
+        return jax.device_get(self.draw(self.drawn - 1))
+
+    def get_state(self) -> dict[str, int]:
+        return {"drawn": self.drawn}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.drawn = state["drawn"]
+
+
+def train_batches(config: Config, source: Source, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of a run: the same for every encoding."""
+    if source.task is not None:
+        return TaskBatches(source.task, config.batch_size, seed)
+    return batches(
+        source.train,
+        length=config.seq_length,
+        batch_size=config.batch_size,
+        seed=seed,
+        masked=config.task == "mlm",
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def held_out(config: Config, source: Source, length: int) -> Iterator[dict[str, np.ndarray]]:
+    """The validation text in its own order: every length reads the same."""
+    if source.task is not None:
+        return TaskBatches(source.task, config.batch_size, seed=2**31)
+    rows = max(1, max(config.batch_size * config.seq_length, _EVAL_BATCH_TOKENS) // length)
+    options = dict(length=length, batch_size=rows, seed=0, shuffle=False, repeat=False)
+    return batches(source.validation, **options, masked=config.task == "mlm")
