@@ -1,4 +1,4 @@
-"""Eight positional encodings on the source code of Python's standard library, in under five minutes on two CPU cores.
+"""Eight positional encodings on the source code of Python's standard library, in about five minutes on two CPU cores.
 
     posjax compare configs/quickstart.py
 
@@ -16,11 +16,11 @@ def get_config() -> Config:
         embed_dim=64,
         num_heads=4,
         tie_embeddings=False,
-        steps=1200,
+        steps=1100,
         learning_rate=4e-3,
         warmup_steps=50,
         beta2=0.95,
         log_every=100,
-        checkpoint_every=600,
+        checkpoint_every=550,
         eval_tokens=32_768,
     )
