@@ -18,7 +18,7 @@ from posjax.transformer import Transformer, cross_entropy
 from posjax.typing import Array, Params
 
 # What a task is measured by: its name in results, and the words for tables and axes.
-MEASURES = {"lm": ("bits_per_byte", "bits per byte"), "mlm": ("masked_loss", "masked-token loss (nats)")}
+MEASURES = {"lm": ("bits_per_byte", "loss (bits per byte)"), "mlm": ("masked_loss", "masked-token loss (nats)")}
 TASK_MEASURE = ("error", "error (%)")
 
 

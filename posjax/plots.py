@@ -80,7 +80,7 @@ def save(figure: "Figure", path: str | Path) -> None:
 # Loss -----------------------------------------------------------------------------------------------------------------
 
 
-def loss_by_length(rows: Mapping[str, Mapping[int, Sequence[float]]], train_length: int, label: str = "bits per byte") -> "Figure":
+def loss_by_length(rows: Mapping[str, Mapping[int, Sequence[float]]], train_length: int, label: str = "loss (bits per byte)") -> "Figure":
     """Loss against evaluation length: each seed thin, their mean thick. A curve that ends before the others ends in a cross.
 
     Args:
@@ -115,7 +115,7 @@ def loss_by_length(rows: Mapping[str, Mapping[int, Sequence[float]]], train_leng
     return figure
 
 
-def loss_by_index(curves: Mapping[str, tuple[Array, Array]], train_length: int, label: str = "bits per byte") -> "Figure":
+def loss_by_index(curves: Mapping[str, tuple[Array, Array]], train_length: int, label: str = "loss (bits per byte)") -> "Figure":
     """Loss against where in the text a token stands.
 
     Args:

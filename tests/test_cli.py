@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from posjax import cli, config, runs
+from posjax import cli, config, runs, source
 from posjax.checkpoints import Checkpoints
 from posjax.specs import CONSTRUCTORS
 
@@ -185,7 +185,7 @@ def test_interrupted_outside_of_training(run, straight, monkeypatch):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "open_source", interrupt)
+    monkeypatch.setattr(source, "open_source", interrupt)
     code, _, err = run("train", "tiny.py", "--workdir", "straight")
     assert code == 130 and err.splitlines()[-1].strip() == "posjax train tiny.py --workdir straight"
 
