@@ -80,7 +80,9 @@ def save(figure: "Figure", path: str | Path) -> None:
 # Loss -----------------------------------------------------------------------------------------------------------------
 
 
-def loss_by_length(rows: Mapping[str, Mapping[int, Sequence[float]]], train_length: int, label: str = "loss (bits per byte)") -> "Figure":
+def loss_by_length(
+    rows: Mapping[str, Mapping[int, Sequence[float]]], train_length: int, label: str = "loss (bits per byte)"
+) -> "Figure":
     """Loss against evaluation length: each seed thin, their mean thick. A curve that ends before the others ends in a cross.
 
     Args:
