@@ -147,6 +147,8 @@ def _report(rows, config, source, workdir: Path, say: Callable[[str], None]) -> 
     if config.task == "lm":
         entropy = unigram_bits_per_byte(source.validation)
         heading += f"; unigram entropy of the validation text: {entropy:.3f} bits per byte"
+    if source.task is None:
+        heading += ".\nColumns are evaluation lengths in tokens; 'max n' is where an encoding's table of positions ends."
     report.write_results(rows, measure, workdir, heading)
     figures = report.write_figures(rows, measure, label, config.seq_length, workdir)
     say("")

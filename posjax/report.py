@@ -33,22 +33,21 @@ def by_encoding(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def table_cells(rows: Sequence[Row], measure: str) -> tuple[list[str], list[list[str]]]:
     """Column heads and cells: mean over seeds, with the standard deviation where there are several.
 
-    A cell of a length that an encoding cannot take says so.
+    A cell of a length that an encoding cannot take says how far it goes: "max 64".
     """
     columns = list(rows[0]["metrics"][measure])
-    unit = " tokens" if all(column.isdigit() for column in columns) else ""
     cells = []
     for encoding, group in by_encoding(rows).items():
         line = [encoding]
         for column in columns:
             values = [row["metrics"][measure][column] for row in group]
             if None in values:
-                line.append(f"stops at {group[0]['metrics']['limit']}")
+                line.append(f"max {group[0]['metrics']['limit']}")
                 continue
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             line.append(f"{np.mean(values):.3f}{spread}")
         cells.append([*line, f"{group[0]['metrics']['parameters']:,}"])
-    return ["encoding", *(column + unit for column in columns), "parameters"], cells
+    return ["encoding", *columns, "parameters"], cells
 
 
 def markdown_table(rows: Sequence[Row], measure: str) -> str:

@@ -279,7 +279,7 @@ def test_compare_goes_on_with_what_is_missing(run, home):
         assert steps(f"table/{row['encoding']}/seed-{row['seed']}") == list(range(1, STEPS + 1))
         assert Path(f"table/{row['encoding']}/seed-{row['seed']}/checkpoints/{STEPS}").is_dir()
     assert rows[2]["metrics"]["bits_per_byte"] != rows[3]["metrics"]["bits_per_byte"]
-    assert "stops at 16" in Path("table/results.md").read_text() and "stops at 16" in out
+    assert "max 16" in Path("table/results.md").read_text() and "max 16" in out
     assert {path.name for path in Path("table").glob("*.png")} >= {
         "loss_by_length.png",
         "loss_by_index.png",

@@ -204,9 +204,9 @@ def test_results(tmp_path):
     table = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in (tmp_path / "results.md").read_text().splitlines()[2:]
     ]
-    assert table[0] == ["encoding", "16 tokens", "32 tokens", "parameters"]
+    assert table[0] == ["encoding", "16", "32", "parameters"]
     assert table[2] == ["rope", "3.000 ± 1.414", "3.250 ± 0.354", "1,234"]  # sqrt(2) and sqrt(2) / 4: n - 1 in the divisor
-    assert table[3] == ["learned", "1.500", "stops at 16", "1,234"]
+    assert table[3] == ["learned", "1.500", "max 16", "1,234"]
 
 
 def test_figures_of_any_encoding(tmp_path):
