@@ -1,4 +1,4 @@
-"""Flip-flop language modelling: remember the last written bit and ignore the rest. Three minutes an encoding on two CPU cores.
+"""Flip-flop language modelling: remember the last written bit and ignore the rest. A minute an encoding on two CPU cores.
 
     posjax compare configs/flip_flop.py
     posjax compare configs/flip_flop.py --seq_length 512 --embed_dim 256 --num_layers 4 --steps 10000 --workdir runs/flip_flop_paper

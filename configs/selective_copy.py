@@ -1,4 +1,4 @@
-"""Selective copying: write down the tokens, leave out the blanks. About four minutes an encoding on two CPU cores.
+"""Selective copying: write down the tokens, leave out the blanks. Three to four minutes an encoding on two CPU cores.
 
     posjax compare configs/selective_copy.py
     posjax compare configs/selective_copy.py --seq_length 512 --steps 100000 --workdir runs/selective_copy_paper

@@ -143,7 +143,8 @@ def _report(rows, config, source, workdir: Path, say: Callable[[str], None]) -> 
     from posjax.evaluation import MEASURES, TASK_MEASURE
 
     measure, label = MEASURES.get(config.task, TASK_MEASURE)
-    heading = f"{label}, trained on {source.max_length} tokens, {config.steps:,} steps of {config.batch_size} sequences"
+    length = config.seq_length if source.task is None else source.task.length
+    heading = f"{label}, trained on {length} tokens, {config.steps:,} steps of {config.batch_size} sequences"
     if config.task == "lm":
         entropy = unigram_bits_per_byte(source.validation)
         heading += f"; unigram entropy of the validation text: {entropy:.3f} bits per byte"
