@@ -1,4 +1,4 @@
-"""Counting: the value of a variable after it was set, incremented and passed over. Three to five minutes an encoding on two CPU cores.
+"""Counting: the value of a variable after sets, increments and passes. Three to five minutes an encoding on two CPU cores.
 
     posjax compare configs/counting.py
     posjax compare configs/counting.py --seq_length 512 --embed_dim 256 --num_layers 4 --steps 15700 --workdir runs/counting_paper
