@@ -63,7 +63,7 @@ def attention(
       NotImplementedError: a named implementation that cannot do the call, with one that can.
     """
     check_operands(query, key, value)
-    call = _prepare(
+    call = prepare(
         query,
         key,
         value,
@@ -77,9 +77,22 @@ def attention(
         key_positions=key_positions,
         scale=scale,
         logits_soft_cap=logits_soft_cap,
-        implementation=implementation,
     )
-    return dense.attention(call.pop("query"), call.pop("key"), value, **call)
+    return run(call, value, implementation)
+
+
+def run(call: dict[str, Any], value: Float[Array, "B S K V"], implementation: Implementation | None = None) -> Array:
+    """Attention of a prepared call in one of the kernels.
+
+    Raises:
+      ValueError: an unknown implementation.
+      NotImplementedError: one that cannot do the call, with one that can.
+    """
+    if implementation not in (None, "xla", "xla_chunked", "pallas"):
+        raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
+    if implementation in ("xla_chunked", "pallas"):
+        raise NotImplementedError(f"implementation={implementation!r} cannot run this call yet; implementation='xla' can")
+    return dense.attention(value=value, **call)
 
 
 def attention_weights(
@@ -99,7 +112,7 @@ def attention_weights(
       **options: the keyword arguments of ``attention``, but for ``implementation``.
     """
     check_operands(query, key, key if value is None else value)
-    return dense.weights(**_prepare(query, key, value, encoding, params, **options))
+    return dense.weights(**prepare(query, key, value, encoding, params, **options))
 
 
 def attention_fn(
@@ -159,7 +172,7 @@ def attention_fn(
     return call
 
 
-def _prepare(
+def prepare(
     query: Array,
     key: Array,
     value: Array | None,
@@ -174,16 +187,12 @@ def _prepare(
     key_positions: Array | None = None,
     scale: Array | float | None = None,
     logits_soft_cap: float | None = None,
-    implementation: Implementation | None = None,
 ) -> dict[str, Any]:
-    """Checks a call and turns it into what a kernel takes: query, key, terms, mask, positions, scale, cap."""
+    """Checks a call's options and turns it into what a kernel takes: query, key, terms, mask, positions, scale, cap.
+
+    The keyword arguments are those of ``attention``; query and key come out rotated. ``run`` takes the result.
+    """
     encoding = check_encoding(encoding)
-    if implementation not in (None, "xla", "xla_chunked", "pallas"):
-        raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
-    if implementation in ("xla_chunked", "pallas"):
-        raise NotImplementedError(
-            f"implementation={implementation!r} cannot run encoding={encoding.name} yet; implementation='xla' can"
-        )
     window = _window(local_window_size)
     if encoding.is_contextual and not is_causal and mask is None and window[1] != 0:
         raise ValueError(

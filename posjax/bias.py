@@ -8,6 +8,9 @@ are visited from the right to the left, each receives the carry of the tile to i
     keys ->  0   1   2   3
     row 3  [ c <- c <- c <- start ]        carry moves from the diagonal to the left
 
+Once the carry says that nothing to the left can change a row's bias any more (a count has reached the last position), the term has
+settled: from there on it is one number a row, and a kernel may leave the term's function out.
+
 ``BiasTerm.dense`` is the same function on one tile that covers everything: the oracle for every tiled kernel.
 """
 
@@ -40,6 +43,8 @@ class Tile:
 
 
 TileFunction = Callable[[Tile, Any, Any, Any, Any], tuple[Array, Any]]
+LoadFunction = Callable[[Any, Any], Any]
+SettleFunction = Callable[[Any, Any, Any], tuple[Array, Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -48,11 +53,16 @@ class BiasTerm:
     """A bias on attention scores, as a value.
 
     Attributes:
-      function: (tile, rows, columns, tables, carry) -> (bias [B, N, t, s] or broadcastable, float32; carry).
+      function: (tile, rows, columns, tables, carry) -> (bias [B, N, t, s] or broadcastable, float32; carry). A tile without any
+        allowed pair must hand its carry on as it came: kernels do not visit such tiles.
       rows: arrays [B, N, T, ...], cut along T with the query tile.
-      columns: arrays [B, K, S, ...], cut along S with the key tile.
+      columns: arrays [B, K, S, ...], cut along S with the key tile. Column j must depend on key j alone: a decoder caches it.
       tables: arrays every tile sees whole.
       carry: the carry that the rightmost tile receives, arrays [B, N, T, ...], cut along T; None where nothing is carried.
+      load: (rows, tables) -> rows as ``function`` sees them, once for each query tile: what is wide is made here (CoPE's q.e, as
+        wide as there are positions) and never exists for all queries at once. None: the rows as they are.
+      settle: (rows, tables, carry) -> (settled bool [B, N, t], bias float32 [B, N, t]): where settled, every pair further left has
+        that bias, whatever its key. None: a term that carries never settles.
     """
 
     function: TileFunction = dataclasses.field(metadata={"static": True})
@@ -60,6 +70,8 @@ class BiasTerm:
     columns: Any = None
     tables: Any = None
     carry: Any = None
+    load: LoadFunction | None = dataclasses.field(default=None, metadata={"static": True})
+    settle: SettleFunction | None = dataclasses.field(default=None, metadata={"static": True})
 
     def cut(self, row_start: Any, row_size: int, column_start: Any, column_size: int) -> "BiasTerm":
         """The same term, seen from the tile of ``row_size`` queries and ``column_size`` keys that begins there."""
@@ -74,9 +86,14 @@ class BiasTerm:
             carry=jax.tree.map(along(row_start, row_size), self.carry),
         )
 
+    def loaded(self) -> "BiasTerm":
+        """The same term with its rows as the function sees them. The term should have been cut to one query tile."""
+        return self if self.load is None else dataclasses.replace(self, rows=self.load(self.rows, self.tables), load=None)
+
     def tile(self, tile: Tile, carry: Any) -> tuple[Array, Any]:
         """The bias of one tile, and the carry for the tile to its left. The term must have been cut to the tile."""
-        return self.function(tile, self.rows, self.columns, self.tables, carry)
+        term = self.loaded()
+        return term.function(tile, term.rows, term.columns, term.tables, carry)
 
     def dense(self, tile: Tile) -> Array:
         """The whole [B, N, T, S] bias, where ``tile`` covers all queries and keys."""

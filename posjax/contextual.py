@@ -9,7 +9,7 @@ Each bias term is a walk over tiles from the right to the left: a row carries it
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,10 +62,8 @@ def cope(
         heads, head_dim = inputs.query.shape[2:]
         shape = (heads, max_position, head_dim) if per_head else (max_position, head_dim)
         embedding = leaf(params, "embedding", "cope", shape)
-        query = inputs.query.astype(jnp.float32)
-        z = jnp.einsum("btnh,nph->bntp" if per_head else "btnh,ph->bntp", query, embedding)
-        z = z * inputs.scale if scaled else z
-        return (_counting_term(_interpolated, gates, params, inputs, {"z": z}),)
+        embedding = embedding * inputs.scale if scaled else embedding
+        return (_counting_term("interpolated", gates, params, inputs, embedding),)
 
     return _contextual("cope", gates, shared, init, bias)
 
@@ -97,7 +95,7 @@ def cope_alibi(
 
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
         slopes = leaf(params, "slope", "cope_alibi", (inputs.query.shape[2],)) if learned else initial(inputs.query.shape[2])
-        return (_counting_term(_penalised, gates, params, inputs, {}, slopes),)
+        return (_counting_term("penalised", gates, params, inputs, slopes),)
 
     return _contextual("cope_alibi", gates, shared, init, bias)
 
@@ -133,12 +131,10 @@ def cope_mlp(hidden_dim: int = 64, gates: Gates = "logits", scaled: bool = False
         }
 
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        factor = inputs.scale if scaled else 1.0
-        query = inputs.query.astype(jnp.float32) * factor
-        weight_out = leaf(params, "weight_out", "cope_mlp", (hidden_dim, inputs.query.shape[3]))
         first = tuple(leaf(params, name, "cope_mlp", (hidden_dim,)) for name in ("weight_in", "bias_in"))
-        rows = {"z": jnp.einsum("btnh,fh->bntf", query, weight_out)}
-        return (_counting_term(_network, gates, params, inputs, rows, first),)
+        weight_out = leaf(params, "weight_out", "cope_mlp", (hidden_dim, inputs.query.shape[3]))
+        weight_out = weight_out * inputs.scale if scaled else weight_out
+        return (_counting_term("network", gates, params, inputs, (*first, weight_out)),)
 
     return _contextual("cope_mlp", gates, shared, init, bias)
 
@@ -146,7 +142,16 @@ def cope_mlp(hidden_dim: int = 64, gates: Gates = "logits", scaled: bool = False
 # Bias as a function of the count -------------------------------------------------------------------------------------
 
 
-def _interpolated(counts: Array, rows: dict[str, Array], tables: None) -> Array:
+def _products(query: Array, table: Array) -> Array:
+    """q.e of every query with every row of a table [P, H] or [N, P, H], [B, N, t, P] float32."""
+    return jnp.einsum("bnth,nph->bntp" if table.ndim == 3 else "bnth,ph->bntp", query.astype(jnp.float32), table)
+
+
+def _load_interpolated(rows: dict[str, Array], tables: tuple) -> dict[str, Array]:
+    return rows | {"z": _products(rows["query"], tables[1])}
+
+
+def _interpolated(counts: Array, rows: dict[str, Array], embedding: Array) -> Array:
     """z at a fractional position, [B, N, t, s], clamped to the last."""
     z = rows["z"]
     last = z.shape[-1] - 1
@@ -159,16 +164,26 @@ def _interpolated(counts: Array, rows: dict[str, Array], tables: None) -> Array:
     return below + weight * (above - below)
 
 
+def _settle_interpolated(rows: dict[str, Array], tables: tuple, carry: Array) -> tuple[Array, Array]:
+    """Past the last position the bias is z there, whatever is counted further left."""
+    last = rows["z"].shape[-1] - 1
+    return carry >= last, rows["z"][..., last]
+
+
 def _penalised(counts: Array, rows: dict[str, Array], slopes: Array) -> Array:
     return -slopes[None, :, None, None] * counts
 
 
-def _network(counts: Array, rows: dict[str, Array], tables: tuple[Array, Array]) -> Array:
+def _load_network(rows: dict[str, Array], tables: tuple) -> dict[str, Array]:
+    return rows | {"z": _products(rows["query"], tables[1][2])}
+
+
+def _network(counts: Array, rows: dict[str, Array], tables: tuple[Array, Array, Array]) -> Array:
     def add(total: Array, unit: tuple[Array, Array, Array]) -> tuple[Array, None]:
         weight, bias, out = unit  # one hidden unit at a time: [B, N, t, s, F] would be F attention matrices
         return total + out[..., None] * jax.nn.relu(weight * counts + bias), None
 
-    units = (*tables, jnp.moveaxis(rows["z"], -1, 0))
+    units = (*tables[:2], jnp.moveaxis(rows["z"], -1, 0))
     total, _ = jax.lax.scan(add, jnp.zeros_like(counts), units)
     return total
 
@@ -190,7 +205,7 @@ def gates_and_positions(term: BiasTerm, tile: Tile) -> tuple[Array, Array] | Non
 def _gates(tile: Tile, rows: dict[str, Array], columns: dict[str, Array], scale: Array) -> Array:
     logits = tile.logits
     if columns:
-        query, key = rows["gate_query"], columns["gate_key"]
+        query, key = rows["query"], columns["gate_key"]
         batch, heads, length, width = query.shape
         grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], length, width)
         logits = jnp.einsum("bkgth,bksh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
@@ -208,22 +223,27 @@ def _counting_tile(bias_of_count, tile: Tile, rows: dict, columns: dict, tables:
     return bias_of_count(counts, rows, tables), counts[..., 0]
 
 
-_COUNTING = {f: functools.partial(_counting_tile, f) for f in (_interpolated, _penalised, _network)}
+# What a term makes of counts: its function, load and settle. Made once, so that equal terms are one term to jit.
+_COUNTING = {
+    "interpolated": (functools.partial(_counting_tile, _interpolated), _load_interpolated, _settle_interpolated),
+    "penalised": (functools.partial(_counting_tile, _penalised), None, None),
+    "network": (functools.partial(_counting_tile, _network), _load_network, None),
+}
 
 
-def _counting_term(bias_of_count, gates: Gates, params: Params, inputs: AttentionInputs, rows: dict, tables=None) -> BiasTerm:
-    columns = {}
-    if gates != "logits":
-        key = _gate_key(gates, params, inputs)
-        rows = rows | {"gate_query": jnp.swapaxes(inputs.query, 1, 2)}
-        columns = {"gate_key": jnp.swapaxes(key, 1, 2)}
+def _counting_term(kind: str, gates: Gates, params: Params, inputs: AttentionInputs, tables: Any) -> BiasTerm:
+    function, load, settle = _COUNTING[kind]
+    rows = {} if load is None and gates == "logits" else {"query": jnp.swapaxes(inputs.query, 1, 2)}
+    columns = {} if gates == "logits" else {"gate_key": jnp.swapaxes(_gate_key(gates, params, inputs), 1, 2)}
     batch, length, heads, _ = inputs.query.shape
     return BiasTerm(
-        function=_COUNTING[bias_of_count],
+        function=function,
         rows=rows,
         columns=columns,
         tables=(jnp.asarray(inputs.scale, jnp.float32), tables),
         carry=jnp.zeros((batch, heads, length), jnp.float32),
+        load=load,
+        settle=settle,
     )
 
 
