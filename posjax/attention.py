@@ -10,7 +10,7 @@ import numpy as np
 
 from posjax.bias import BiasTerm, Mask
 from posjax.encoding import AttentionInputs, PositionalEncoding, identity
-from posjax.kernels import dense
+from posjax.kernels import dense, tiled
 from posjax.typing import Array, Float, Params
 
 Implementation = Literal["xla", "xla_chunked", "pallas"]
@@ -90,7 +90,9 @@ def run(call: dict[str, Any], value: Float[Array, "B S K V"], implementation: Im
     """
     if implementation not in (None, "xla", "xla_chunked", "pallas"):
         raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
-    if implementation in ("xla_chunked", "pallas"):
+    if implementation == "xla_chunked":
+        return tiled.attention(value=value, **call)
+    if implementation == "pallas":
         raise NotImplementedError(f"implementation={implementation!r} cannot run this call yet; implementation='xla' can")
     return dense.attention(value=value, **call)
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import posjax as pj
+from posjax.attention import prepare
+from posjax.kernels import tiled
 
 # D is not N * H, so that a table of the wrong width cannot pass. One length and its half nearly everywhere: operations are compiled
 # once a shape, which is most of the time that these tests take.
@@ -217,3 +219,64 @@ def walk(term: pj.BiasTerm, mask: pj.Mask, whole: pj.Tile, height: int, width: i
             band.insert(0, jnp.broadcast_to(bias, tile.logits.shape))
         bands.append(jnp.concatenate(band, axis=3))
     return jnp.concatenate(bands, axis=2)
+
+
+# Kernels -------------------------------------------------------------------------------------------------------------
+
+
+def _standin(tile=None, **call):
+    from posjax.kernels import dense
+
+    return dense.attention(**call)
+
+
+KERNELS = {"xla_chunked": _standin}  # a new kernel joins here
+every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
+
+
+def output_and_gradients(kernel, encoding, operands, hidden, weight, **options) -> dict:
+    """A kernel's output under "out", and the gradient of sum(weight * out) in every operand under its name.
+
+    Args:
+      kernel: ``dense.attention`` or one with its signature.
+      operands: a dict of query, key, value, params, and scale where it is an array.
+      hidden: [B, S, D], for the encodings that act on hidden states; what they add to it goes into keys and values.
+      weight: like the output.
+      **options: of ``pj.attention``.
+    """
+
+    def loss(operands):
+        rest = dict(operands)
+        query, key, value, params = (rest.pop(name) for name in ("query", "key", "value", "params"))
+        positions = options.get("key_positions", jnp.arange(key.shape[1]))
+        embedded = encoding.embed(params, hidden, jnp.broadcast_to(positions, hidden.shape[:2]))
+        params = encoding.condition(params, embedded)
+        if embedded is not hidden:
+            key, value = (x + jnp.mean(embedded, -1)[..., None, None] for x in (key, value))
+        out = kernel(value=value, **prepare(query, key, value, encoding, params, **rest, **options))
+        return (out * weight).sum(), out
+
+    (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(operands)
+    return {"out": out} | gradients
+
+
+def relative_errors(got, want, least: float = 0.01) -> dict[str, float]:
+    """norm(got - want) / norm(want) of every leaf, by its path.
+
+    A leaf whose root mean square is below ``least`` counts as having that: where the truth is zero (one visible key, a leaf that
+    softmax does not see), both sides are nothing but rounding.
+    """
+
+    def error(a, b):
+        assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        return np.linalg.norm(a - b) / max(np.linalg.norm(b), least * math.sqrt(b.size))
+
+    errors = jax.tree.map(error, got, want)
+    return {jax.tree_util.keystr(path): float(e) for path, e in jax.tree_util.tree_leaves_with_path(errors)}
+
+
+def agree(got, want, tolerance: float = 1e-4) -> None:
+    """Every leaf within a relative error. NaN does not agree."""
+    errors = relative_errors(got, want)
+    assert all(e < tolerance for e in errors.values()), errors

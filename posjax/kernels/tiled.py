@@ -1,0 +1,471 @@
+"""Attention as a walk over tiles, in plain XLA: memory grows with T, not with T * S, forward and backward, on any device.
+
+A query tile visits its key tiles from the right to the left and keeps an online softmax (Milakov & Gimelshein, arXiv:1805.02867;
+Dao et al., arXiv:2205.14135). Tiles in which the mask allows nothing are not visited. Bias terms are evaluated in each tile; what a
+term carries goes along, a number a row. Once every row has settled, what is left of the walk is plain: a constant a row.
+
+    keys ->      0       1       2       3
+    queries 2  [plain] [plain] [count] .......      counting from the diagonal to the left until all rows have settled
+    queries 3  [plain] [plain] [count] [count]
+
+The backward pass recomputes the scores of each tile from the log-sum-exp of its rows, and takes the derivative of a term by
+``jax.vjp`` of its function on that one tile: tables get table-sized gradients, and a term needs no backward of its own. Carries
+flow back from the left to the right; those that the tiles of one query tile received are made again first, one number a row and tile.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posjax.bias import BiasTerm, Mask, Tile
+from posjax.typing import Array, Float, Int
+
+_NEVER = -1e30  # a score that no softmax weight survives
+_LOWEST = -1e29  # the first maximum of a row, above _NEVER: in a row that sees nothing all weights are then zero
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    terms: tuple[BiasTerm, ...],
+    mask: Mask,
+    query_positions: Int[Array, "_ T"],
+    key_positions: Int[Array, "_ S"],
+    scale: Array | float,
+    logits_soft_cap: float | None = None,
+    *,
+    tile: tuple[int, int] | None = None,
+) -> Float[Array, "B T N V"]:
+    """What ``kernels.dense.attention`` computes, with gradients of first order for every floating-point argument.
+
+    Args:
+      tile: queries and keys of one tile; None chooses.
+    """
+    length, keys = query.shape[1], key.shape[1]
+    rows, columns = tile or (128, 128)
+    rows, columns = min(rows, length), min(columns, keys)
+    along_rows, along_columns = functools.partial(_pad, to=rows), functools.partial(_pad, to=columns)
+    plan = _Plan(rows, columns, keys, None if logits_soft_cap is None else float(logits_soft_cap))
+    operands = _Operands(
+        query=_blocks(along_rows(query, axis=1), rows),
+        key=_blocks(along_columns(key, axis=1), columns),
+        value=_blocks(along_columns(value, axis=1), columns),
+        terms=tuple(_pad_term(term, rows, columns) for term in terms),
+        mask=dataclasses.replace(
+            mask,
+            boolean=None if mask.boolean is None else along_columns(along_rows(mask.boolean, axis=2), axis=3),
+            query_segments=along_rows(mask.query_segments, axis=1),
+            key_segments=along_columns(mask.key_segments, axis=1),
+        ),
+        query_positions=along_rows(query_positions, axis=1),
+        key_positions=along_columns(key_positions, axis=1),
+        scale=jnp.asarray(scale, jnp.float32),
+    )
+    out = jnp.moveaxis(_attend(plan, operands), 0, 1)  # [B, T / t, N, t, V]
+    return jnp.swapaxes(out, 2, 3).reshape(out.shape[0], -1, out.shape[2], out.shape[4])[:, :length]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is known before compilation: the tile's size, the number of keys that are not padding, the soft cap."""
+
+    rows: int
+    columns: int
+    keys: int
+    soft_cap: float | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Operands:
+    """A call cut into tiles, T and S padded to whole ones. Letters: I query tiles of t rows, J key tiles of s columns."""
+
+    query: Array  # [I, B, N, t, H]
+    key: Array  # [J, B, K, s, H]
+    value: Array  # [J, B, K, s, V]
+    terms: tuple[BiasTerm, ...]
+    mask: Mask
+    query_positions: Array  # [1 or B, T]
+    key_positions: Array  # [1 or B, S]
+    scale: Array
+
+
+def _blocks(x: Array, size: int) -> Array:
+    """[B, L, N, H] as [L / size, B, N, size, H]: the one copy in which XLA also does what an encoding does to query and key."""
+    batch, length, heads, width = x.shape
+    return x.reshape(batch, length // size, size, heads, width).transpose(1, 0, 3, 2, 4)
+
+
+def _pad(x: Any, *, to: int, axis: int) -> Any:
+    """x up to a multiple of ``to`` along an axis, by repeating its end: a repeated query settles when the last one does."""
+    if x is None or x.shape[axis] == 1 or x.shape[axis] % to == 0:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % to)
+    return jnp.pad(x, widths, mode="edge")
+
+
+def _pad_term(term: BiasTerm, rows: int, columns: int) -> BiasTerm:
+    return dataclasses.replace(
+        term,
+        rows=jax.tree.map(functools.partial(_pad, to=rows, axis=2), term.rows),
+        columns=jax.tree.map(functools.partial(_pad, to=columns, axis=2), term.columns),
+        carry=jax.tree.map(functools.partial(_pad, to=rows, axis=2), term.carry),
+    )
+
+
+# What is seen from one query tile --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One query tile: its part of the operands, and the key tiles that it visits, in ascending order."""
+
+    plan: _Plan
+    operands: _Operands
+    index: Array
+    query: Array  # [B, N, t, H]
+    query_positions: Array
+    terms: tuple[BiasTerm, ...]  # cut to these queries, not loaded; their columns are not to be used
+    visits: Array  # [J] indices of key tiles, the first ``count`` of them valid
+    count: Array
+
+    def key_tile(self, j: Array) -> tuple[Array, Array, list[Any], Array, Array]:
+        """Key, value, columns of every term, allowed pairs and key positions of key tile j."""
+        plan, x = self.plan, self.operands
+        start = j * plan.columns
+        key_positions = jax.lax.dynamic_slice_in_dim(x.key_positions, start, plan.columns, axis=1)
+        mask = x.mask.cut(self.index * plan.rows, plan.rows, start, plan.columns)
+        allowed = mask.allowed(self.query_positions, key_positions)
+        if plan.keys < x.key_positions.shape[1]:
+            allowed &= start + jnp.arange(plan.columns) < plan.keys
+        columns = [term.cut(0, plan.rows, start, plan.columns).columns for term in x.terms]
+        return x.key[j], x.value[j], columns, allowed, key_positions
+
+    def logits(self, key: Array) -> Array:
+        """scale * q.k, [B, N, t, s] float32."""
+        return _of_groups("bkgth,bksh->bkgts", self.query, key) * self.operands.scale
+
+
+def _of_groups(form: str, x: Array, y: Array) -> Array:
+    """The product of an array by query heads [B, N, ...] and one by key heads [B, K, ...], by query heads, float32."""
+    grouped = x.reshape(x.shape[0], y.shape[1], -1, *x.shape[2:])
+    out = jnp.einsum(form, grouped, y, preferred_element_type=jnp.float32)
+    return out.reshape(x.shape[0], x.shape[1], *out.shape[3:])
+
+
+def _into_groups(x: Array, y: Array, heads: int) -> Array:
+    """sum over queries and the heads of a group of x^T y: [B, N, t, s], [B, N, t, H] -> [B, K, s, H], float32."""
+    x, y = (a.reshape(a.shape[0], heads, -1, *a.shape[2:]) for a in (x, y))
+    return jnp.einsum("bkgts,bkgth->bksh", x, y, preferred_element_type=jnp.float32)
+
+
+def _row(plan: _Plan, x: _Operands, index: Array) -> _Row:
+    query_positions = jax.lax.dynamic_slice_in_dim(x.query_positions, index * plan.rows, plan.rows, axis=1)
+    live = _live(plan, x, index, query_positions)
+    return _Row(
+        plan=plan,
+        operands=x,
+        index=index,
+        query=x.query[index],
+        query_positions=query_positions,
+        terms=tuple(term.cut(index * plan.rows, plan.rows, 0, plan.columns) for term in x.terms),
+        visits=jnp.nonzero(live, size=live.size, fill_value=0)[0].astype(jnp.int32),
+        count=live.sum(dtype=jnp.int32),
+    )
+
+
+def _live(plan: _Plan, x: _Operands, index: Array, query_positions: Array) -> Array:
+    """Which key tiles hold a pair that may be allowed, [J] bool: judged by the range of positions and segments in a tile."""
+
+    def ranges(ids: Array) -> tuple[Array, Array]:
+        tiles = ids.reshape(ids.shape[0], -1, plan.columns)
+        return tiles.min(-1), tiles.max(-1)
+
+    def ends(ids: Array) -> tuple[Array, Array]:
+        return ids.min(1, keepdims=True), ids.max(1, keepdims=True)
+
+    mask, (left, right) = x.mask, x.mask.window
+    (first, last), (least, most) = ranges(x.key_positions), ends(query_positions)
+    live = jnp.ones(first.shape, bool)
+    if mask.is_causal:
+        live &= first <= most
+    if left is not None:
+        live &= last >= least - left
+    if right is not None:
+        live &= first <= most + right
+    if mask.query_segments is not None and mask.key_segments is not None:
+        first, last = ranges(mask.key_segments)
+        least, most = ends(jax.lax.dynamic_slice_in_dim(mask.query_segments, index * plan.rows, plan.rows, axis=1))
+        live &= (first <= most) & (last >= least)
+    if mask.boolean is not None:
+        boolean = mask.cut(index * plan.rows, plan.rows, 0, x.key_positions.shape[1]).boolean.any((1, 2))
+        boolean = jnp.broadcast_to(boolean, (boolean.shape[0], x.key_positions.shape[1]))
+        live &= boolean.reshape(boolean.shape[0], -1, plan.columns).any(-1)
+    return live.any(0)
+
+
+def _scores(row: _Row, terms, allowed, key_positions, logits, rows, columns, tables, carries, settled) -> tuple[Array, list[Any]]:
+    """Scores of one tile before the mask, and the carries for the tile to its left. ``settled``: a bias a row, or None, a term."""
+    tile = Tile(logits, allowed, row.query_positions, key_positions)
+    scores, handed_on = logits, []
+    for term, own, by_key, table, carry, constant in zip(terms, rows, columns, tables, carries, settled, strict=True):
+        if constant is not None:
+            scores = scores + constant[..., None]
+        else:
+            bias, carry = term.function(tile, own, by_key, table, carry)
+            scores = scores + bias
+        handed_on.append(carry)
+    cap = row.plan.soft_cap
+    return scores if cap is None else cap * jnp.tanh(scores / cap), handed_on
+
+
+def _can_settle(terms: tuple[BiasTerm, ...]) -> bool:
+    """Whether a walk has a plain part: no term carries, or all that do can settle."""
+    return all(term.carry is None or term.settle is not None for term in terms)
+
+
+def _settle(terms: tuple[BiasTerm, ...], rows, tables, carries) -> tuple[Array, list[Array | None]]:
+    """Whether all rows of all terms have settled, and the constants of the terms that carry."""
+    done, constants = jnp.bool_(True), []
+    for term, own, table, carry in zip(terms, rows, tables, carries, strict=True):
+        constants.append(None)
+        if term.carry is not None:
+            settled, constants[-1] = term.settle(own, table, carry)
+            done &= settled.all()
+    return done, constants
+
+
+# Forward ---------------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: _Plan, operands: _Operands) -> Array:
+    """[I, B, N, t, V] in the dtype of value."""
+    return _forward(plan, operands)[0]
+
+
+def _forward(plan: _Plan, x: _Operands) -> tuple[Array, tuple[_Operands, Array, Array, Array]]:
+    def one(index: Array) -> tuple[Array, Array, Array]:
+        row = _row(plan, x, index)
+        loaded = [term.loaded() for term in row.terms]
+        rows, tables = [term.rows for term in loaded], [term.tables for term in loaded]
+
+        def visit(visit: Array, softmax: tuple[Array, Array, Array], carries, settled):
+            key, value, columns, allowed, key_positions = row.key_tile(row.visits[visit])
+            logits = row.logits(key)
+            scores, carries = _scores(row, loaded, allowed, key_positions, logits, rows, columns, tables, carries, settled)
+            scores = jnp.where(allowed, scores, _NEVER)
+            highest, total, out = softmax
+            new = jnp.maximum(highest, scores.max(-1))
+            weights, shrink = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
+            product = _of_groups("bkgts,bksv->bkgtv", weights.astype(value.dtype), value)
+            return visit - 1, (new, total * shrink + weights.sum(-1), out * shrink[..., None] + product), carries
+
+        batch, heads, height, _ = row.query.shape
+        statistics = jnp.full((batch, heads, height), _LOWEST), jnp.zeros((batch, heads, height))
+        softmax = (*statistics, jnp.zeros((batch, heads, height, x.value.shape[-1])))
+        state = row.count - 1, softmax, [term.carry for term in loaded]
+        unsettled = [None] * len(loaded)
+        if any(term.carry is not None for term in loaded):
+
+            def counts(state: Any) -> Array:
+                more = state[0] >= 0
+                return more & ~_settle(loaded, rows, tables, state[2])[0] if _can_settle(row.terms) else more
+
+            state = jax.lax.while_loop(counts, lambda state: visit(*state, unsettled), state)
+        first = state[0] + 1  # of the visited tiles, how many are plain
+        if _can_settle(row.terms):
+            at, softmax, carries = state
+            constants = _settle(loaded, rows, tables, carries)[1]
+            at, softmax = jax.lax.while_loop(
+                lambda state: state[0] >= 0, lambda state: visit(*state, carries, constants)[:2], (at, softmax)
+            )
+            state = at, softmax, carries
+        highest, total, out = state[1]
+        nothing = total == 0.0
+        out = out / jnp.where(nothing, 1.0, total)[..., None]
+        log_sum = jnp.where(nothing, -_NEVER, highest + jnp.log(jnp.where(nothing, 1.0, total)))
+        return out.astype(x.value.dtype), log_sum, first
+
+    out, log_sum, first = jax.lax.map(one, jnp.arange(x.query.shape[0]))
+    return out, (x, out, log_sum, first)
+
+
+# Backward --------------------------------------------------------------------------------------------------------------
+
+
+def _floats(tree: Any) -> tuple[list[Array], Any]:
+    """The leaves that have gradients, and the function that puts others in their place."""
+    leaves, structure = jax.tree.flatten(tree)
+    chosen = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+
+    def replaced(new: list[Array]) -> Any:
+        new = iter(new)
+        return jax.tree.unflatten(structure, [next(new) if c else leaf for leaf, c in zip(leaves, chosen, strict=True)])
+
+    return [leaf for leaf, c in zip(leaves, chosen, strict=True) if c], replaced
+
+
+def _zeros(leaves: list[Array]) -> list[Array]:
+    return [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+
+
+def _sum(a: list[Array], b: list[Array]) -> list[Array]:
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+def _backward(plan: _Plan, saved: tuple[_Operands, Array, Array, Array], d_out: Array) -> tuple[_Operands]:
+    x, out, log_sum, first = saved
+    all_columns, _ = _floats([term.columns for term in x.terms])
+    all_tables, _ = _floats([term.tables for term in x.terms])
+    kv_heads = x.key.shape[2]
+
+    def one(totals: Any, step: Any) -> tuple[Any, Any]:
+        index, out, log_sum, first, d_out = step
+        row = _row(plan, x, index)
+        raw_rows, with_raw_rows = _floats([term.rows for term in row.terms])
+        tables, with_tables = _floats([term.tables for term in row.terms])
+
+        def load(raw_rows: list[Array], tables: list[Array]) -> list[Array]:
+            pairs = zip(row.terms, with_raw_rows(raw_rows), with_tables(tables), strict=True)
+            made = [dataclasses.replace(term, rows=own, tables=table).loaded().rows for term, own, table in pairs]
+            return _floats(made)[0]
+
+        rows, load_vjp = jax.vjp(load, raw_rows, tables)
+        with_rows = _floats([term.loaded().rows for term in row.terms])[1]
+        carries, with_carries = _floats([term.carry for term in row.terms])
+        carrying = bool(carries)
+        d_out = d_out.astype(jnp.float32)
+        slack = (d_out * out.astype(jnp.float32)).sum(-1)
+
+        def scores(key_tile, logits, rows, columns, tables, carries, settled):
+            _, _, all_columns, allowed, key_positions = key_tile
+            _, with_columns = _floats(all_columns)
+            total, handed_on = _scores(
+                row, row.terms, allowed, key_positions, logits, with_rows(rows), with_columns(columns), with_tables(tables),
+                with_carries(carries), settled,
+            )  # fmt: skip
+            return total, _floats(handed_on)[0]
+
+        unsettled = [None] * len(row.terms)
+
+        def again(at: Array, state: Any) -> Any:
+            """From the right to the left: the carry that each counted tile receives."""
+            carries, received = state
+            visit = row.count - 1 - at
+            received = [r.at[visit].set(c) for r, c in zip(received, carries, strict=True)]
+            key_tile = row.key_tile(row.visits[visit])
+            columns = _floats(key_tile[2])[0]
+            return scores(key_tile, row.logits(key_tile[0]), rows, columns, tables, carries, unsettled)[1], received
+
+        def visit(visit: Array, state: Any, carries: list[Array], settled: list[Array | None]) -> Any:
+            (d_query, d_rows, d_tables), (d_key, d_value, d_columns), d_carries, d_settled = state
+            j = row.visits[visit]
+            key_tile = row.key_tile(j)
+            key, value, columns, allowed, _ = key_tile
+            (total, _), vjp = jax.vjp(
+                functools.partial(scores, key_tile), row.logits(key), rows, _floats(columns)[0], tables, carries, settled
+            )
+            weights = jnp.where(allowed, jnp.exp(total - log_sum[..., None]), 0.0)
+            d_weights = _of_groups("bkgtv,bksv->bkgts", d_out.astype(value.dtype), value)
+            d_total = weights * (d_weights - slack[..., None])
+            d_logits, more_rows, more_columns, more_tables, d_carries, more_settled = vjp((d_total, d_carries))
+            d_logits = d_logits.astype(key.dtype)
+            d_key = d_key.at[j].add(_into_groups(d_logits, row.query, kv_heads))
+            d_value = d_value.at[j].add(_into_groups(weights.astype(value.dtype), d_out.astype(value.dtype), kv_heads))
+            start = j * plan.columns
+            d_columns = [
+                jax.lax.dynamic_update_slice_in_dim(
+                    d, jax.lax.dynamic_slice_in_dim(d, start, plan.columns, 2) + m, start, 2
+                )
+                for d, m in zip(d_columns, more_columns, strict=True)
+            ]  # fmt: skip
+            d_query = d_query + _of_groups("bkgts,bksh->bkgth", d_logits, key)
+            d_settled = jax.tree.map(jnp.add, d_settled, more_settled)
+            return (
+                (d_query, _sum(d_rows, more_rows), _sum(d_tables, more_tables)),
+                (d_key, d_value, d_columns),
+                d_carries,
+                d_settled,
+            )
+
+        d_tables, by_key = totals
+        own = jnp.zeros(row.query.shape, jnp.float32), _zeros(rows), d_tables
+        d_carries, final, received = _zeros(carries), carries, None
+        if carrying:
+            received = [jnp.zeros((x.key.shape[0], *c.shape), c.dtype) for c in carries]
+            final, received = jax.lax.fori_loop(0, row.count - first, again, (carries, received))
+        if _can_settle(row.terms):
+
+            def settle(rows: list[Array], tables: list[Array], carries: list[Array]) -> list[Array | None]:
+                return _settle(row.terms, with_rows(rows), with_tables(tables), with_carries(carries))[1]
+
+            settled, settle_vjp = jax.vjp(settle, rows, tables, final)
+            own, by_key, _, d_settled = jax.lax.fori_loop(
+                0,
+                first,
+                lambda at, state: visit(at, state, final, settled),
+                (own, by_key, d_carries, jax.tree.map(jnp.zeros_like, settled)),
+            )
+            more_rows, more_tables, d_carries = settle_vjp(d_settled)
+            own = own[0], _sum(own[1], more_rows), _sum(own[2], more_tables)
+        if carrying:
+            own, by_key, d_carries, _ = jax.lax.fori_loop(
+                first,
+                row.count,
+                lambda at, state: visit(at, state, [r[at] for r in received], unsettled),
+                (own, by_key, d_carries, unsettled),
+            )
+        d_query, d_rows, d_tables = own
+        d_scale = (d_query * row.query.astype(jnp.float32)).sum()
+        d_raw_rows, more_tables = load_vjp([d.astype(r.dtype) for d, r in zip(d_rows, rows, strict=True)])
+        made = (d_query * x.scale).astype(x.query.dtype), d_raw_rows, d_carries, d_scale
+        return (_sum(d_tables, more_tables), by_key), made
+
+    zero = lambda a: jnp.zeros(a.shape, jnp.float32)  # noqa: E731
+    start = _zeros(all_tables), (zero(x.key), zero(x.value), _zeros(all_columns))
+    (d_tables, (d_key, d_value, d_columns)), (d_query, d_rows, d_carries, d_scale) = jax.lax.scan(
+        one, start, (jnp.arange(x.query.shape[0]), out, log_sum, first, d_out)
+    )
+    return (_cotangent(x, d_query, d_key * x.scale, d_value, d_rows, d_columns, d_tables, d_carries, d_scale.sum()),)
+
+
+def _cotangent(x: _Operands, d_query, d_key, d_value, d_rows, d_columns, d_tables, d_carries, d_scale) -> _Operands:
+    """The gradients in the form of the operands: of their dtypes, float0 where an operand is of integers."""
+
+    def like(primal: Any, floats: list[Array]) -> Any:
+        found, _ = _floats(primal)
+        floats = iter([d.astype(p.dtype) for d, p in zip(floats, found, strict=True)])
+        return jax.tree.map(
+            lambda p: next(floats) if jnp.issubdtype(p.dtype, jnp.inexact) else np.zeros(p.shape, jax.dtypes.float0), primal
+        )
+
+    def joined(tiles: Array) -> Array:
+        """[I, B, N, t, ...] as [B, N, T, ...]."""
+        tiles = jnp.moveaxis(tiles, 0, 2)
+        return tiles.reshape(*tiles.shape[:2], -1, *tiles.shape[4:])
+
+    rows = like([term.rows for term in x.terms], [joined(d) for d in d_rows])
+    columns = like([term.columns for term in x.terms], d_columns)
+    tables = like([term.tables for term in x.terms], d_tables)
+    carries = like([term.carry for term in x.terms], [joined(d) for d in d_carries])
+    parts = zip(x.terms, rows, columns, tables, carries, strict=True)
+    return _Operands(
+        query=d_query.astype(x.query.dtype),
+        key=d_key.astype(x.key.dtype),
+        value=d_value.astype(x.value.dtype),
+        terms=tuple(dataclasses.replace(term, rows=r, columns=c, tables=t, carry=k) for term, r, c, t, k in parts),
+        mask=like(x.mask, []),
+        query_positions=like(x.query_positions, []),
+        key_positions=like(x.key_positions, []),
+        scale=d_scale.astype(x.scale.dtype),
+    )
+
+
+_attend.defvjp(_forward, _backward)
