@@ -261,6 +261,40 @@ def decay_curves(curves: Mapping[str, tuple[Array, Array]], bounds: Mapping[str,
     return figure
 
 
+# Cost -----------------------------------------------------------------------------------------------------------------
+
+
+def cost_by_length(panels: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]]) -> "Figure":
+    """What attention costs against length, both logarithmic: a row for each pass, a panel for each measure, a line a contestant.
+
+    Args:
+      panels: {pass: {measure with its unit: {contestant: {length in tokens: value}}}}; values are positive.
+    """
+    columns = list(dict.fromkeys(label for row in panels.values() for label in row))
+    names = list(dict.fromkeys(name for row in panels.values() for curves in row.values() for name in curves))
+    lengths = sorted({n for row in panels.values() for curves in row.values() for curve in curves.values() for n in curve})
+    height = max(0.8 + 3.0 * len(panels), 0.6 + 0.21 * len(names))
+    figure, grid = _figure(3.2 + 3.6 * len(columns), height, len(panels), len(columns), squeeze=False, sharex=True)
+    look, drawn = styles(names), {}
+    for axes_row, (title, row) in zip(grid, panels.items(), strict=True):
+        for axes, label in zip(axes_row, columns, strict=True):
+            for name, curve in row.get(label, {}).items():
+                style, x = look[name], sorted(curve)
+                (drawn[name],) = axes.plot(
+                    x, [curve[n] for n in x], color=style.color, linestyle=style.line, marker=style.marker, markersize=4, linewidth=1.4
+                )
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+            axes.minorticks_off()
+            axes.set_title(title, fontsize=10)
+            axes.set_ylabel(label)
+    for axes in grid[-1]:
+        axes.set_xlabel("length (tokens)")
+    figure.legend([drawn[name] for name in names], names, loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
 # Shared ---------------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,344 @@
+"""``posjax bench attention``: time, memory and error of causal attention, side by side in one run.
+
+    inputs -> float64 oracle -> each contestant once, alone in a process: memory, error -> all of them in turn, here: time
+
+Processes come before anything here touches a device: an accelerator may let in one process at a time, and a contestant that
+does not fit in memory takes nobody along.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from posjax.bench.contestants import JAX_NN, Contestant, Prepared, counts, list_contestants, prepare
+from posjax.encoding import check_at_least
+from posjax.specs import parse_encoding
+
+Row = dict[str, Any]
+# Longer sequences are measured against the oracle on their last queries alone: the oracle's time grows with the square of the length.
+_ORACLE_LENGTH, _ORACLE_ROWS = 2048, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionBench:
+    """Times causal attention, and measures its memory and its error against a float64 oracle, for encodings and other packages.
+
+    Attributes:
+      lengths: tokens.
+      encodings: such as rope, "cope(64)" or "rope + cope(64)"; identity is always there as the baseline.
+      implementations: of posjax.attention: xla (dense), xla_chunked (tiles), pallas.
+      passes: forward, or both: forward and backward with gradients of query, key, value and all parameters.
+      gates: of encodings that count by content: half (random input), sparse (mean gate 0.02), saturating (0.98).
+      workdir: also takes the gates of a trained model: query, key and value of its validation text. A folder with checkpoints.
+      layer: of that model, from 0.
+      heads: N; with a workdir, those of its model.
+      head_dim: H, channels of a head; likewise.
+      batch: B.
+      dtype: of query, key and value; parameters are float32.
+      peers: other packages that are installed: jax.nn on cuDNN, torch, x-transformers.
+      peer_limit_seconds: a peer whose call takes longer is called once. Rounds of a peer stop at this time too.
+      repeats: rounds in which every contestant is called once.
+      out: a folder for attention.json, attention.md and attention.png.
+    """
+
+    lengths: tuple[int, ...] = (512, 2048)
+    encodings: tuple[str, ...] = ("identity", "rope", "cope(64)", "rope + cope(64)")
+    implementations: tuple[Literal["xla", "xla_chunked", "pallas"], ...] = ("xla", "xla_chunked")
+    passes: tuple[Literal["forward", "both"], ...] = ("forward", "both")
+    gates: tuple[Literal["half", "sparse", "saturating"], ...] = ("half", "sparse")
+    workdir: str = ""
+    layer: int = 0
+    heads: int = 4
+    head_dim: int = 64
+    batch: int = 1
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    peers: bool = True
+    peer_limit_seconds: float = 30.0
+    repeats: int = 5
+    out: str = "runs/bench"
+
+    def __post_init__(self) -> None:
+        for name in ("lengths", "encodings", "implementations", "passes", "gates"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty, got ()")
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must all differ, got {getattr(self, name)}")
+        for length in self.lengths:
+            check_at_least("lengths", length, 2)
+        for name in ("heads", "head_dim", "batch", "repeats"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("layer", self.layer, 0)
+        if not self.peer_limit_seconds > 0:
+            raise ValueError(f"peer_limit_seconds must be positive, got {self.peer_limit_seconds}")
+        for spec in self.encodings:
+            if isinstance(parse_encoding(spec), tuple):
+                raise ValueError(f"encodings must each be of one layer, got {spec!r}; name its parts one by one")
+        if self.workdir:
+            from posjax.bench.inputs import workdir_config
+
+            trained, spec = workdir_config(self.workdir)
+            if self.layer >= trained.num_layers:
+                raise ValueError(f"layer must be below the {trained.num_layers} layers of {spec} in {self.workdir!r}, got {self.layer}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row: a contestant at a length, in a pass, with gates (None where they do not matter)."""
+
+    contestant: Contestant
+    length: int
+    direction: str
+    gates: str | None
+
+    @property
+    def inputs(self) -> tuple[str, str | None, int]:
+        return self.contestant.encoding, self.gates, self.length
+
+
+def run(config: AttentionBench, contestants: Sequence[Contestant] | None = None, quiet: bool = False) -> list[Row]:
+    """Measures everything and writes attention.json, attention.md and attention.png, also when it is interrupted.
+
+    Args:
+      config: what to measure.
+      contestants: who; None: the encodings, implementations and peers of the config.
+      quiet: no progress on the terminal.
+
+    Returns:
+      Rows in the order of lengths, passes and contestants, as they stand in attention.json. What failed has its reason in notes.
+
+    Raises:
+      ValueError: a workdir whose model has other heads than the config, or a folder that cannot be written.
+      RuntimeError: no device.
+    """
+    out = Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out must be a folder that can be written, got {config.out!r}: {error}") from None
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share the device's memory
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="posjax-bench-") as folder, _progress(quiet) as progress:
+        jobs = Jobs(Path(folder))
+        device = jobs.run({"task": "device"})
+        if "failed" in device:
+            raise RuntimeError(f"jax has no device: {device['failed']}")
+        if contestants is None:
+            contestants = list_contestants(config.encodings, config.implementations, config.peers, device["platform"] == "gpu")
+        cases = list_cases(config, contestants)
+        rows += [_empty_row(case) for case in cases]
+        try:
+            _measure(config, cases, rows, jobs, progress)
+            _time(config, cases, rows, jobs, progress)
+        finally:
+            from posjax.bench import results
+
+            results.fill_ratios(rows)
+            results.write(rows, dataclasses.asdict(config), _hardware(device), _versions(), out)
+    return rows
+
+
+def list_cases(config: AttentionBench, contestants: Sequence[Contestant]) -> list[Case]:
+    """Encodings that do not count are measured once, those that do with every kind of gates."""
+    gates = (*config.gates, *(("trained",) if config.workdir else ()))
+    return [
+        Case(contestant, length, direction, kind)
+        for length in config.lengths
+        for direction in config.passes
+        for contestant in contestants
+        for kind in (gates if counts(contestant.encoding) else (None,))
+    ]
+
+
+def _empty_row(case: Case) -> Row:
+    empty = dict.fromkeys(
+        ("ms_min", "ms_median", "rounds", "ratio_to_identity", "ratio_to_jax_nn", "peak_bytes_process", "peak_bytes_growth")
+        + ("temp_bytes", "device_peak_bytes", "error_out", "error_grads", "mean_gate")
+    )
+    return {
+        "contestant": case.contestant.name,
+        "kind": case.contestant.kind,
+        "encoding": case.contestant.encoding,
+        "implementation": case.contestant.implementation,
+        "length": case.length,
+        "pass": case.direction,
+        "gates": case.gates,
+        **empty,
+        "notes": "",
+    }
+
+
+def _note(row: Row, text: str) -> None:
+    row["notes"] = f"{row['notes']}; {text}" if row["notes"] else text
+
+
+# Memory and error: a process for each contestant ------------------------------------------------------------------------
+
+
+class Jobs:
+    """Runs ``python -m posjax.bench`` with a job and returns its answer; files live in one folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files: dict[Any, Path] = {}
+
+    def file(self, *what: Any) -> Path:
+        """A path for something, the same each time."""
+        return self.files.setdefault(what, self.folder / f"{len(self.files)}.npz")
+
+    def run(self, job: dict[str, Any], timeout: float | None = None, **environment: str) -> dict[str, Any]:
+        """The answer, or {"failed": why} where the process died or took longer than ``timeout`` seconds."""
+        path, result = self.folder / "job.json", self.folder / "result.json"
+        result.unlink(missing_ok=True)
+        path.write_text(json.dumps(job | {"result": str(result)}))
+        search = os.pathsep.join(dict.fromkeys([str(Path(__file__).parents[2]), *filter(None, sys.path)]))
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "posjax.bench", str(path)],
+                env=os.environ | {"PYTHONPATH": search} | environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            return {"failed": f"stopped after {timeout:.0f} s"}
+        if result.exists():
+            return json.loads(result.read_text())
+        if done.returncode in (-9, 137):
+            return {"failed": "killed, most likely for want of memory"}
+        last = [line for line in done.stderr.strip().split("\n") if line.strip()][-1:]
+        return {"failed": f"exit code {done.returncode}: {''.join(last)}"[:300]}
+
+
+def _measure(config: AttentionBench, cases: list[Case], rows: list[Row], jobs: Jobs, progress: Callable) -> None:
+    wanted = list(dict.fromkeys(case.inputs for case in cases))
+    progress("inputs", 0, len(wanted) + len(cases))
+    files = [(spec, gates or "half", length, str(jobs.file("inputs", spec, gates, length))) for spec, gates, length in wanted]
+    made = jobs.run({"task": "inputs", "config": dataclasses.asdict(config), "files": files}, JAX_PLATFORMS="cpu")
+    if "failed" in made:
+        raise ValueError(made["failed"])
+    oracles: dict[Any, dict[str, Any]] = {}
+    for number, (case, row) in enumerate(zip(cases, rows, strict=True)):
+        first = _first_row(case.length)
+        if case.inputs not in oracles:
+            progress(f"oracle of {case.contestant.encoding}, {case.length:,} tokens", number + len(oracles), len(wanted) + len(cases))
+            job = {"task": "oracle", "encoding": case.contestant.encoding, "first": first, "gradients": "both" in config.passes}
+            job |= {"inputs": str(jobs.file("inputs", *case.inputs)), "arrays": str(jobs.file("oracle", *case.inputs))}
+            oracles[case.inputs] = jobs.run(job, JAX_PLATFORMS="cpu", JAX_ENABLE_X64="1")
+        progress(f"{case.contestant.name}, {case.length:,} tokens: memory, error", number + len(oracles), len(wanted) + len(cases))
+        job = {"task": "measure", "contestant": dataclasses.asdict(case.contestant), "gradients": case.direction == "both"}
+        job |= {"first": first, "dtype": config.dtype, "inputs": str(jobs.file("inputs", *case.inputs))}
+        job |= {"arrays": str(jobs.file("results"))}
+        limit = 60 + 4 * config.peer_limit_seconds if case.contestant.is_peer else None
+        answer, oracle = jobs.run(job, limit), oracles[case.inputs]
+        if "failed" in answer:
+            _note(row, answer["failed"])
+            continue
+        row["ms_min"] = row["ms_median"] = 1000 * answer.pop("seconds")  # until rounds give better
+        row["rounds"] = 0
+        row |= answer
+        if "failed" in oracle:
+            _note(row, f"no oracle: {oracle['failed']}")
+            continue
+        row["mean_gate"] = oracle["mean_gate"]
+        _fill_errors(row, np.load(jobs.file("results")), np.load(jobs.file("oracle", *case.inputs)))
+        if first:
+            _note(row, f"error of the last {case.length - first} queries")
+
+
+def _first_row(length: int) -> int:
+    return 0 if length <= _ORACLE_LENGTH else length - _ORACLE_ROWS
+
+
+def _fill_errors(row: Row, found: Any, oracle: Any) -> None:
+    """Norm of the difference over norm; of gradients, the worst array's."""
+
+    def error(name: str) -> float:
+        size = float(np.linalg.norm(oracle[name]))
+        off = float(np.linalg.norm(found[name] - oracle[name]))
+        return off / size if size else (0.0 if off == 0 else float("inf"))
+
+    row["error_out"] = error("out")
+    gradients = {name: error(name) for name in found.files if name.startswith("grads/")}
+    if gradients:
+        row["error_grads"] = max(gradients.values())
+        row["worst_gradient"] = max(gradients, key=gradients.get).removeprefix("grads/")
+    if not all(np.isfinite(found[name]).all() for name in found.files):
+        _note(row, "not finite")
+
+
+# Time: all contestants of a length in turn ------------------------------------------------------------------------------
+
+
+def _time(config: AttentionBench, cases: list[Case], rows: list[Row], jobs: Jobs, progress: Callable) -> None:
+    for length in config.lengths:
+        compiled: dict = {}
+        ready: list[tuple[Row, int, Prepared, list[float]]] = []
+        for case, row in zip(cases, rows, strict=True):
+            if case.length != length or row["ms_min"] is None:
+                continue
+            rounds, seconds = config.repeats, row["ms_min"] / 1000
+            if case.contestant.is_peer:
+                if seconds > config.peer_limit_seconds:
+                    _note(row, "one call, the first of its process")
+                    continue
+                rounds = max(1, min(rounds, int(config.peer_limit_seconds / seconds)))
+            progress(f"{case.contestant.name}, {length:,} tokens: compiling", len(ready), len(cases))
+            arrays = dict(np.load(jobs.file("inputs", *case.inputs)))
+            prepared = prepare(case.contestant, case.direction == "both", arrays, config.dtype, compiled)
+            prepared.call()
+            ready.append((row, rounds, prepared, []))
+        for turn in range(config.repeats):
+            for number, (row, rounds, prepared, times) in enumerate(ready):
+                if turn >= rounds:
+                    continue
+                progress(f"{length:,} tokens: round {turn + 1} of {config.repeats}", turn * len(ready) + number, config.repeats * len(ready))
+                time.sleep(0.005)  # threads of the contestant before may still spin
+                start = time.perf_counter()
+                prepared.call()
+                times.append(1000 * (time.perf_counter() - start))
+                row["ms_min"], row["ms_median"], row["rounds"] = min(times), float(np.median(times)), len(times)
+
+
+# The machine ------------------------------------------------------------------------------------------------------------
+
+
+def _hardware(device: dict[str, Any]) -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [s.split(":", 1)[1].strip() for s in cpuinfo.read_text().splitlines() if s.startswith("model name")] if cpuinfo.exists() else []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": names[0] if names else platform.processor() or platform.machine(), "cores": cores} | device
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("posjax", "jax", "jaxlib", "numpy", "torch", "x-transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """(what, done, of how many) on one line of the terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True, disable=quiet) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+__all__ = ["JAX_NN", "AttentionBench", "Case", "list_cases", "run"]

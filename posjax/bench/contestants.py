@@ -1,0 +1,196 @@
+"""Who takes part in ``posjax bench attention``: posjax's encodings and kernels, and the peers that are installed.
+
+A contestant is a name for a function of (query, key, value, params) with causal attention; ``prepare`` makes it ready to be called.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posjax.attention import attention
+from posjax.bench.inputs import flatten, unflatten
+from posjax.bench.oracle import members
+from posjax.specs import parse_encoding
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """Someone to be measured.
+
+    Attributes:
+      kind: posjax, jax.nn, torch, x-transformers, or function (a JAX function of query, key, value of one's own).
+      encoding: its text.
+      implementation: of posjax.attention or jax.nn.dot_product_attention; "package.module:name" of a function; else empty.
+    """
+
+    kind: str
+    encoding: str = "identity"
+    implementation: str = ""
+
+    @property
+    def name(self) -> str:
+        if self.kind == "posjax":
+            return f"{self.encoding} [{self.implementation}]"
+        position = "no position" if self.encoding == "identity" else self.encoding
+        return f"{self.kind} {position}" + (f" [{self.implementation}]" if self.implementation else "")
+
+    @property
+    def is_peer(self) -> bool:
+        """From another package; jax.nn's plain form is a baseline and always there."""
+        return self.kind in ("torch", "x-transformers") or self.implementation == "cudnn"
+
+
+JAX_NN = Contestant("jax.nn", implementation="xla")
+
+
+def list_contestants(encodings: tuple[str, ...], implementations: tuple[str, ...], peers: bool, on_gpu: bool) -> list[Contestant]:
+    """Baselines first, then posjax, then the peers that are installed."""
+    found = [JAX_NN]
+    encodings = tuple(dict.fromkeys(("identity", *encodings)))
+    found += [Contestant("posjax", encoding, implementation) for implementation in implementations for encoding in encodings]
+    if peers and on_gpu:
+        found.append(Contestant("jax.nn", implementation="cudnn"))
+    if peers and importlib.util.find_spec("torch"):
+        found.append(Contestant("torch"))
+        if importlib.util.find_spec("x_transformers"):
+            found += [Contestant("x-transformers", encoding) for encoding in encodings if _x_transformers_has(encoding)]
+    return found
+
+
+def _x_transformers_has(encoding: str) -> bool:
+    """It counts over logits, adds z unscaled, and has one table for all heads."""
+    (name, args), *others = members(encoding)
+    return name == "cope" and not others and args["gates"] == "logits" and not args["scaled"] and not args["per_head"]
+
+
+def counts(encoding: str) -> bool:
+    """Whether what an encoding does depends on gates."""
+    return parse_encoding(encoding).is_contextual
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A contestant that is compiled and has its inputs.
+
+    Attributes:
+      call: computes once and waits; what it returns is for ``fetch``.
+      fetch: {"out": [B, T, N, H], "grads/query": ..., "grads/params/...": ...} as float32 NumPy arrays.
+      temp_bytes: what the compiler says the program needs beside inputs and outputs; None where there is no compiler.
+    """
+
+    call: Callable[[], Any]
+    fetch: Callable[[Any], dict[str, np.ndarray]]
+    temp_bytes: int | None = None
+
+
+def prepare(contestant: Contestant, with_gradients: bool, arrays: dict[str, np.ndarray], dtype: str, compiled: dict) -> Prepared:
+    """Compiles a contestant and gives it its inputs.
+
+    Args:
+      contestant: who.
+      with_gradients: forward and backward, with gradients of query, key, value and all parameters.
+      arrays: of ``posjax.bench.inputs.make_inputs``.
+      dtype: of query, key, value and cotangent.
+      compiled: programs by what they depend on, filled here: other inputs of the same shape are not compiled again.
+
+    Raises:
+      whatever the contestant raises: NotImplementedError for what it cannot do.
+    """
+    if contestant.kind in ("torch", "x-transformers"):
+        return _prepare_torch(contestant, with_gradients, arrays, dtype)
+    inputs = {name: jnp.asarray(arrays[name], dtype) for name in ("query", "key", "value")}
+    inputs["params"] = jax.tree.map(jnp.asarray, unflatten(arrays))
+    cotangent = jnp.asarray(arrays["cotangent"], dtype)
+    forward = _jax_function(contestant)
+
+    def both(inputs: dict[str, Any], cotangent: Any) -> tuple[Any, Any]:
+        out, pull = jax.vjp(forward, inputs)
+        return out, pull(cotangent)[0]
+
+    args = (inputs, cotangent) if with_gradients else (inputs,)
+    key = (contestant, with_gradients, dtype, tuple((name, x.shape) for name, x in arrays.items()))
+    if key not in compiled:
+        compiled[key] = jax.jit(both if with_gradients else forward).lower(*args).compile()
+    program = compiled[key]
+
+    def fetch(result: Any) -> dict[str, np.ndarray]:
+        out, gradients = result if with_gradients else (result, {})
+        return {"out": np.asarray(out, np.float32)} | (flatten(jax.device_get(gradients), "grads") if gradients else {})
+
+    analysis = program.memory_analysis()
+    temp = None if analysis is None else int(analysis.temp_size_in_bytes)
+    return Prepared(lambda: jax.block_until_ready(program(*args)), fetch, temp)
+
+
+def _jax_function(contestant: Contestant) -> Callable[[dict[str, Any]], Any]:
+    if contestant.kind == "function":
+        module, _, name = contestant.implementation.partition(":")
+        function = getattr(importlib.import_module(module), name)
+        return lambda inputs: function(inputs["query"], inputs["key"], inputs["value"])
+    if contestant.kind == "jax.nn":
+        return lambda inputs: jax.nn.dot_product_attention(
+            inputs["query"], inputs["key"], inputs["value"], is_causal=True, implementation=contestant.implementation
+        )
+    encoding = parse_encoding(contestant.encoding)
+    return lambda inputs: attention(
+        inputs["query"],
+        inputs["key"],
+        inputs["value"],
+        encoding,
+        inputs["params"],
+        is_causal=True,
+        implementation=contestant.implementation,
+    )
+
+
+def _prepare_torch(contestant: Contestant, with_gradients: bool, arrays: dict[str, np.ndarray], dtype: str) -> Prepared:
+    """Torch has heads before tokens; its arrays are made so before any clock runs."""
+    import torch
+
+    on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
+    options = dict(device="cuda" if on_gpu else "cpu", dtype=getattr(torch, dtype))
+    heads_first = {name: np.ascontiguousarray(np.swapaxes(arrays[name], 1, 2)) for name in ("query", "key", "value", "cotangent")}
+    query, key, value, cotangent = (torch.from_numpy(x).to(**options) for x in heads_first.values())
+    leaves = {"query": query, "key": key, "value": value}
+    if contestant.kind == "torch":
+
+        def forward() -> Any:
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    else:
+        from x_transformers.attend import Attend
+        from x_transformers.x_transformers import CoPE
+
+        embedding = torch.from_numpy(arrays["params/embedding"])
+        cope = CoPE(dim=query.shape[-1], heads=query.shape[1], max_pos=embedding.shape[0]).to(**options)
+        cope.pos_emb.data.copy_(embedding)
+        attend = Attend(heads=query.shape[1], causal=True, cope=cope).to(**options)
+        leaves["params/embedding"] = cope.pos_emb
+
+        def forward() -> Any:
+            return attend(query, key, value)[0]
+
+    for leaf in leaves.values():
+        leaf.requires_grad_(with_gradients)
+
+    def call() -> dict[str, Any]:
+        for leaf in leaves.values():
+            leaf.grad = None
+        with torch.set_grad_enabled(with_gradients):
+            out = forward()
+        if with_gradients:
+            out.backward(cotangent)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return {"out": out.detach()} | ({f"grads/{name}": leaf.grad for name, leaf in leaves.items()} if with_gradients else {})
+
+    def fetch(result: dict[str, Any]) -> dict[str, np.ndarray]:
+        arrays = {name: x.float().cpu().numpy() for name, x in result.items()}
+        return {name: np.swapaxes(x, 1, 2) if x.ndim == 4 else x for name, x in arrays.items()}
+
+    return Prepared(call, fetch)

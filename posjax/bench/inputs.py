@@ -1,0 +1,158 @@
+"""What the contestants of a benchmark are called with: flat dicts of float32 arrays, the same for all of them, as .npz files.
+
+    query, key, value, cotangent [B, T, N, H]; params/... the encoding's parameters
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from posjax.encoding import Dims
+from posjax.specs import parse_encoding, slug
+from posjax.typing import Params
+
+# What q.k / sqrt(H) is on average. Its standard deviation is one, so that mean gates are a half, 0.02 and 0.98.
+GATES = {"half": 0.0, "sparse": -4.4, "saturating": 4.4}
+
+
+def make_inputs(spec: str, gates: str, length: int, config: Any, recorded: dict[str, Any] | None) -> dict[str, np.ndarray]:
+    """Normal query, key, value and cotangent, and parameters as if something had been learned.
+
+    Gates other than a half come from a constant in the last channel of query and key: it belongs to the slowest rotation of RoPE,
+    so that gates taken from rotated logits stay where they are for thousands of tokens.
+
+    Args:
+      spec: the encoding.
+      gates: one of GATES, or "trained" for ``recorded``.
+      length: T.
+      config: of the benchmark: batch, heads, head_dim, dtype.
+      recorded: what ``recorded_inputs`` returned.
+    """
+    rng = np.random.default_rng(length)
+    shape = (config.batch, length, config.heads, config.head_dim)
+    arrays = {name: rng.standard_normal(shape, np.float32) for name in ("query", "key", "value", "cotangent")}
+    encoding = parse_encoding(spec)
+    dims = Dims(config.heads, config.head_dim, max_length=length)
+    params = jax.tree.map(np.asarray, encoding.init(jax.random.key(0), dims))
+    params = jax.tree_util.tree_map_with_path(lambda path, leaf: _as_if_learned(path, leaf, length, config.head_dim, rng), params)
+    hidden = rng.standard_normal((config.batch, length, dims.embed_dim), np.float32)
+    params = encoding.condition(params, hidden)
+    if gates == "trained":
+        arrays |= {name: _end_to_end(recorded[name], shape[:2]) for name in ("query", "key", "value")}
+        if slug(recorded["encoding"]) == slug(spec):
+            first = recorded["query"].shape[:2]
+            params = jax.tree.map(lambda x: _end_to_end(x, shape[:2]) if x.shape[:2] == first else x, recorded["params"])
+    elif mean := GATES[gates]:
+        size = math.sqrt(abs(mean) * math.sqrt(config.head_dim))
+        arrays["query"][..., -1], arrays["key"][..., -1] = size, math.copysign(size, mean)
+    dtype = jax.numpy.dtype(config.dtype)
+    rounded = {name: x.astype(dtype).astype(np.float32) for name, x in arrays.items()}  # the oracle sees what the contestants see
+    return rounded | flatten(params)
+
+
+def _as_if_learned(path: tuple, leaf: np.ndarray, length: int, head_dim: int, rng: np.random.Generator) -> np.ndarray:
+    """Zero leaves are filled: a bias of zero would hide errors, and its gates would have no gradient."""
+    if leaf.any():
+        return leaf
+    # CoPE_MLP's output grows with the count, of which there is no last.
+    size = 1 / length if path[-1].key == "weight_out" else head_dim**-0.5
+    return size * rng.standard_normal(leaf.shape, np.float32)
+
+
+def recorded_inputs(workdir: str, layer: int, tokens: int) -> dict[str, Any]:
+    """What attention of one layer of a trained model is called with, over at least so many tokens of its validation data.
+
+    Rows have the length that the model was trained at; ``make_inputs`` lays them end to end and cuts, so that a longer sequence
+    is made of several texts, and gates between them are those of unrelated tokens.
+
+    Args:
+      workdir: a folder with checkpoints: of posjax train, or DIR/ENCODING/seed-N of posjax compare.
+      layer: counted from 0.
+      tokens: how many are wanted; fewer come back where the validation data have fewer.
+
+    Returns:
+      query, key, value [rows, T, N, H] (keys and values repeated where heads share them), encoding (its text), params.
+
+    Raises:
+      ValueError: no such folder, or no such layer.
+      CheckpointError: no checkpoint that is whole.
+    """
+    from posjax import runs
+    from posjax.source import held_out, open_source
+
+    config, spec = workdir_config(workdir)
+    source = open_source(config)
+    params = runs.restore_params(config, spec, config.seed, Path(workdir), source)
+    with_params, _ = runs.build_model(config, spec, source, config.seed)
+    found: list[dict[str, np.ndarray]] = []
+    used: Params = {}
+    for batch in held_out(config, source, config.seq_length):
+        record = with_params(params).records(batch["tokens"], batch["positions"], batch["segment_ids"])[layer]
+        repeat = record.query.shape[2] // record.key.shape[2]
+        arrays = {name: np.asarray(getattr(record, name), np.float32) for name in ("query", "key", "value")}
+        found.append({name: np.repeat(x, 1 if name == "query" else repeat, axis=2) for name, x in arrays.items()})
+        used = used or jax.tree.map(np.asarray, record.params)
+        if sum(x["query"][..., 0, 0].size for x in found) >= tokens or any(
+            leaf.shape[:2] == record.query.shape[:2] for leaf in jax.tree.leaves(record.params)
+        ):
+            break  # gate keys are made a batch at a time, and stay with theirs
+    joined = {name: np.concatenate([x[name] for x in found]) for name in found[0]}
+    return joined | {"encoding": spec, "params": used}
+
+
+def workdir_config(workdir: str) -> tuple[Any, str]:
+    """The Config of a trained workdir, and its encoding.
+
+    Raises:
+      ValueError: no such workdir.
+    """
+    import dataclasses
+
+    from posjax.config import Config
+
+    folder = Path(workdir)
+    above = next((place for place in (folder, folder.parent.parent) if (place / "config.json").exists()), None)
+    if above is None or not (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"workdir must hold checkpoints, as runs/mine of posjax train or runs/quickstart/cope-64/seed-0 of posjax compare, "
+            f"got {workdir!r}"
+        )
+    stored = json.loads((above / "config.json").read_text())
+    config = Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+    if above == folder:
+        return config, config.encoding
+    spec = next((spec for spec in config.encodings if slug(spec) == folder.parent.name), None)
+    if spec is None:
+        raise ValueError(f"workdir must be named after one of {config.encodings}, got {workdir!r}")
+    return dataclasses.replace(config, seeds=(int(folder.name.rpartition("-")[2]),)), spec
+
+
+def _end_to_end(x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """[rows, T', ...] as [B, T, ...], from the beginning again where it is too short."""
+    flat = x.reshape(-1, *x.shape[2:])
+    return np.resize(flat, (shape[0] * shape[1], *x.shape[2:])).reshape(*shape, *x.shape[2:])
+
+
+def flatten(tree: Params, prefix: str = "params") -> dict[str, np.ndarray]:
+    """A tree of dicts as {"params/name/...": array}."""
+    if not isinstance(tree, dict):
+        return {prefix: np.asarray(tree, np.float32)}
+    return {name: leaf for key, value in tree.items() for name, leaf in flatten(value, f"{prefix}/{key}").items()}
+
+
+def unflatten(arrays: dict[str, Any], prefix: str = "params") -> Params:
+    """The tree that ``flatten`` took apart."""
+    tree: Params = {}
+    for name, leaf in arrays.items():
+        first, *path = name.split("/")
+        if first != prefix:
+            continue
+        place = tree
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = leaf
+    return tree

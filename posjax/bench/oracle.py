@@ -1,0 +1,212 @@
+"""Causal attention under every encoding in float64, written out row by row from the papers: what contestants are measured against.
+
+It shares nothing with posjax's kernels and encodings but the names of parameters. ``xp`` is numpy for outputs; jax.numpy, in a
+process with 64-bit jax, for gradients of the very same lines. A block of query rows sees all of its keys at once, so memory is a
+block's.
+"""
+
+import ast
+import functools
+import inspect
+import math
+from typing import Any
+
+import numpy as np
+
+from posjax.specs import CONSTRUCTORS
+
+_CELLS = 2**21  # scores that are held at once; gradients hold some twenty arrays of that size
+
+
+def attend(spec: str, arrays: dict[str, np.ndarray], first: int) -> tuple[np.ndarray, float | None]:
+    """Output of the queries from ``first`` on, [B, T - first, N, H] float64, and the mean gate where there are gates."""
+    parts, gates = [], []
+    for start, stop in _blocks(arrays["query"].shape, first):
+        out, gate = _rows(np, spec, {name: np.asarray(x, np.float64) for name, x in arrays.items()}, start, stop)
+        parts.append(out)
+        gates += [] if gate is None else [(float(gate), (stop - start) * (start + stop + 1) / 2)]
+    mean = sum(g * cells for g, cells in gates) / sum(cells for _, cells in gates) if gates else None
+    return np.concatenate(parts, axis=1), mean
+
+
+def gradients(spec: str, arrays: dict[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
+    """Gradients of sum(output * cotangent) over the queries from ``first`` on, for every array but the cotangent.
+
+    Raises:
+      RuntimeError: jax computes in 32 bits.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    if not jax.config.jax_enable_x64:
+        raise RuntimeError("gradients need a process with JAX_ENABLE_X64=1")
+    inputs = {name: jnp.asarray(x, jnp.float64) for name, x in arrays.items() if name != "cotangent"}
+    total = {name: np.zeros(x.shape) for name, x in inputs.items()}
+    for start, stop in _blocks(arrays["query"].shape, first):
+        rows = functools.partial(_rows, jnp, spec, start=start, stop=stop)
+        _, pull = jax.vjp(lambda x, rows=rows: rows(x)[0], inputs)
+        for name, x in pull(jnp.asarray(arrays["cotangent"][:, start:stop], jnp.float64))[0].items():
+            total[name] += np.asarray(x)
+    return total
+
+
+def _blocks(shape: tuple[int, ...], first: int) -> list[tuple[int, int]]:
+    batch, length, heads, _ = shape
+    size = max(1, _CELLS // (batch * heads * length))
+    return [(start, min(start + size, length)) for start in range(first, length, size)]
+
+
+def members(spec: str) -> list[tuple[str, dict[str, Any]]]:
+    """("cope", {"max_position": 64, ...}) of each encoding that a text names."""
+    node, found = ast.parse(spec.strip(), mode="eval").body, []
+    while isinstance(node, ast.BinOp):
+        found.insert(0, node.right)
+        node = node.left
+    result = []
+    for part in (node, *found):
+        call = part if isinstance(part, ast.Call) else ast.Call(part, [], [])
+        bound = inspect.signature(CONSTRUCTORS[call.func.id]).bind(
+            *map(ast.literal_eval, call.args), **{k.arg: ast.literal_eval(k.value) for k in call.keywords}
+        )
+        bound.apply_defaults()
+        result.append((call.func.id, dict(bound.arguments)))
+    return result
+
+
+def _rows(xp: Any, spec: str, arrays: dict[str, Any], start: int, stop: int) -> tuple[Any, Any]:
+    """Output [B, stop - start, N, H] of some queries, and their mean gate."""
+    query, key, value = (xp.swapaxes(arrays[name], 1, 2) for name in ("query", "key", "value"))
+    query, key, value = query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop]
+    i, j = np.arange(start, stop)[:, None], np.arange(stop)[None]
+    visible = j <= i
+    scale = query.shape[-1] ** -0.5
+    parts = _parameters(spec, arrays)
+
+    rotated_query, rotated_key = query, key
+    for name, args, _ in parts:
+        if name == "rope":
+            rotated_query, rotated_key = _rotate(xp, rotated_query, i[:, 0], args), _rotate(xp, rotated_key, j[0], args)
+    logits = scale * rotated_query @ xp.swapaxes(rotated_key, 2, 3)
+    for name, args, params in parts:
+        if name == "tupe":
+            logits = logits / math.sqrt(2) + _tupe(xp, params, args, i, j, scale)
+    scores, mean_gate = logits, None
+    for name, args, params in parts:
+        if name == "alibi":
+            scores = scores - _slopes(query.shape[1])[:, None, None] * (i - j)
+        elif name == "t5" or (name == "tupe" and args["relative"]):
+            bucket = _tupe_bucket(i, j, args) if name == "tupe" else _bucket(j - i, **args)
+            bias = xp.moveaxis(params["bias"][bucket], -1, 0)
+            no_bias = (name == "tupe") and args["untie_cls"] and not args["released"]
+            scores = scores + (xp.where((i == 0) | (j == 0), 0.0, bias) if no_bias else bias)
+        elif name.startswith("cope"):
+            met = {"content": key, "values": value}.get(args["gates"])
+            if args["gates"] == "keys":
+                met = xp.swapaxes(params["gate_key"], 1, 2)[:, :, :stop]
+            gate_logits = logits if met is None else scale * query @ xp.swapaxes(met, 2, 3)
+            gate = xp.where(visible, 1 / (1 + xp.exp(-gate_logits)), 0.0)
+            count = xp.flip(xp.cumsum(xp.flip(gate, -1), -1), -1)
+            mean_gate = gate.sum() / (visible.sum() * math.prod(gate.shape[:2]))
+            scores = scores + _counted(xp, name, args, params, query, count, scale)
+    scores = xp.where(visible, scores, -np.inf)
+    weights = xp.exp(scores - scores.max(-1, keepdims=True))
+    out = (weights / weights.sum(-1, keepdims=True)) @ value
+    return xp.swapaxes(out, 1, 2), mean_gate
+
+
+def _parameters(spec: str, arrays: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(name, arguments, parameters) of each member; in a chain, those are under the member's name."""
+    parts, taken = [], {}
+    everything = members(spec)
+    names = [name for name, _ in everything]
+    if "tupe" in names and "rope" in names[names.index("tupe") :]:
+        raise NotImplementedError("the oracle has no rotation after tupe")
+    for name, args in everything:
+        own = "tupe-r" if name == "tupe" and args["relative"] else name
+        taken[own] = taken.get(own, -1) + 1
+        label = f"{own}_{taken[own]}" if taken[own] else own
+        prefix = "params/" if len(everything) == 1 else f"params/{label}/"
+        parts.append((name, args, {k.removeprefix(prefix): x for k, x in arrays.items() if k.startswith(prefix)}))
+    return parts
+
+
+def _rotate(xp: Any, x: Any, positions: np.ndarray, args: dict[str, Any]) -> Any:
+    width = round(x.shape[-1] * args["fraction"])
+    phase = positions[:, None] * args["theta"] ** (-np.arange(0, width, 2) / width)
+    cos, sin = np.cos(phase), np.sin(phase)
+    if args["pairing"] == "half":
+        a, b = x[..., : width // 2], x[..., width // 2 : width]
+        turned = xp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+    else:
+        a, b = x[..., 0:width:2], x[..., 1:width:2]
+        turned = xp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(*x.shape[:-1], width)
+    return xp.concatenate([turned, x[..., width:]], -1)
+
+
+def _slopes(heads: int) -> np.ndarray:
+    """2^(-8/N) and its powers; past the largest power of two in N, every other slope of twice as many heads."""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (n + 1) / power) for n in range(power)]
+    return np.array(slopes + [2 ** (-4 * (2 * n + 1) / power) for n in range(heads - power)])
+
+
+def _bucket(relative: np.ndarray, num_buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
+    """T5's bucket of key minus query."""
+    offset = np.zeros(relative.shape, int)
+    if bidirectional:
+        num_buckets //= 2
+        offset = num_buckets * (relative > 0)
+    distance = np.abs(relative) if bidirectional else np.maximum(-relative, 0)
+    exact = num_buckets // 2
+    ratio = np.log(np.maximum(distance, 1) / exact) / math.log(max_distance / exact)
+    far = exact + np.floor(ratio * (num_buckets - exact) + 1e-9).astype(int)  # an edge that is a whole number belongs to its bucket
+    return offset + np.where(distance < exact, distance, np.minimum(far, num_buckets - 1))
+
+
+def _tupe_bucket(i: np.ndarray, j: np.ndarray, args: dict[str, Any]) -> np.ndarray:
+    bucket = _bucket(j - i, args["num_buckets"], args["max_distance"], True)
+    if args["released"] and args["untie_cls"]:
+        bucket = np.where(j == 0, args["num_buckets"], bucket)
+        bucket = np.where(i == 0, args["num_buckets"] // 2, bucket)
+    return bucket
+
+
+def _tupe(xp: Any, params: dict[str, Any], args: dict[str, Any], i: np.ndarray, j: np.ndarray, scale: float) -> Any:
+    """[N, rows, keys]: products of positions, with the row and the column of [CLS] reset."""
+    table, own_row = params["position"], int(args["released"] and args["untie_cls"])
+    if args["released"]:
+        table = table - table.mean(-1, keepdims=True)
+        table = table / xp.sqrt((table**2).mean(-1, keepdims=True) + 1e-5) * params["norm_scale"] + params["norm_bias"]
+    query = xp.einsum("td,dnh->nth", table, params["query_kernel"])
+    key = xp.einsum("td,dnh->nth", table, params["key_kernel"])
+    if args["released"]:
+        query, key = query + params["query_bias"][:, None], key + params["key_bias"][:, None]
+    products = query[:, i[:, 0] + own_row] @ xp.swapaxes(key[:, j[0] + own_row], 1, 2) * (scale / math.sqrt(2))
+    if not args["untie_cls"]:
+        return products
+    if args["released"]:
+        row, column = ((query[:, n] * key[:, n]).sum(-1) * (scale / math.sqrt(2)) for n in (0, 1))
+    else:
+        row, column = params["reset"]
+    products = xp.where(j == 0, column[:, None, None], products)
+    return xp.where(i == 0, row[:, None, None], products)
+
+
+def _counted(xp: Any, name: str, args: dict[str, Any], params: dict[str, Any], query: Any, count: Any, scale: float) -> Any:
+    """CoPE's bias of a count, [B, N, rows, keys]."""
+    if name == "cope_alibi":
+        heads = query.shape[1]
+        slopes = params["slope"] if args["learned"] else _slopes(heads) if args["slope"] is None else np.full(heads, args["slope"])
+        return -slopes[:, None, None] * count
+    size = scale if args["scaled"] else 1.0
+    if name == "cope_mlp":
+        out = size * query @ params["weight_out"].T
+        units = zip(params["weight_in"], params["bias_in"], range(args["hidden_dim"]), strict=True)
+        return sum(out[..., f, None] * xp.maximum(weight * count + bias, 0.0) for weight, bias, f in units)
+    z = size * query @ xp.swapaxes(params["embedding"], -1, -2)
+    last = args["max_position"] - 1
+    position = xp.minimum(count, last)
+    low = xp.floor(position).astype(int)
+    high = xp.minimum(low + 1, last)
+    share = position - low
+    return (1 - share) * xp.take_along_axis(z, low, -1) + share * xp.take_along_axis(z, high, -1)
