@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from posjax import decoding
 from posjax.attention import attention
 from posjax.encoding import Dims, PositionalEncoding, check_at_least
 from posjax.linear_attention import linear_attention
@@ -156,7 +157,8 @@ class _Layer(nnx.Module):
         positions: Int[Array, "_ T"],
         segment_ids: Int[Array, "B T"] | None,
         dropout_key: Array | None,
-    ) -> tuple[Array, tuple[Array, Array, Array, Params]]:
+        cache: decoding.Cache | None = None,
+    ) -> tuple[Array, tuple[Array, Array, Array, Params], decoding.Cache | None]:
         config = self.config
         pre = config.norm_position == "pre"
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
@@ -167,6 +169,9 @@ class _Layer(nnx.Module):
         shared = dict(is_causal=config.is_causal, segment_ids=segment_ids, query_positions=positions, key_positions=positions)
         if config.attention == "linear":
             mixed = linear_attention(query, key, value, encoding, params, **shared)
+        elif cache is not None:
+            new = dict(positions=positions, segment_ids=segment_ids, logits_soft_cap=config.logits_soft_cap)
+            mixed, cache = decoding.attend(query, key, value, encoding, params, cache, **new)
         else:
             mixed = attention(
                 query,
@@ -186,7 +191,7 @@ class _Layer(nnx.Module):
         active = jax.nn.gelu(up) if config.activation == "gelu" else jax.nn.silu(self.gate(hidden)) * up
         x = x + _dropout(self.down(active), config.dropout_rate, keys[1])
         x = x if pre else self.mlp_norm(x)
-        return x, (query, key, value, params)
+        return x, (query, key, value, params), cache
 
 
 class Transformer(nnx.Module):
@@ -270,6 +275,65 @@ class Transformer(nnx.Module):
         """What the attention of every layer is called with, first layer first."""
         return self._hidden(tokens, positions, segment_ids, None, keep=True)[1]
 
+    def init_cache(
+        self, batch_size: int, max_length: int | None = None, *, window: int | None = None
+    ) -> tuple[decoding.Cache, ...]:
+        """An empty key-value cache: for each run of neighbouring layers under one encoding, their caches stacked.
+
+        Args:
+          batch_size: B.
+          max_length: how many tokens it holds, padding included; None: ``config.max_length``. A model with a local window
+            keeps that window alone, however long the text, and needs no max_length.
+          window: how many earlier tokens are kept and seen, where ``config.local_window_size`` is None or larger.
+
+        Raises:
+          ValueError: an encoder, linear attention, or a size below 1.
+        """
+        config = self.config
+        if not config.is_causal:
+            raise ValueError("is_causal must be True to decode, got False: an encoder reads all tokens at once")
+        if config.attention == "linear":
+            raise ValueError("attention must be 'softmax' to decode, got 'linear': call the model on the whole text instead")
+        window = min((w for w in (window, config.local_window_size) if w is not None), default=None)
+        length = None if window is not None else config.max_length if max_length is None else max_length
+
+        def empty(index: int, layers: int) -> decoding.Cache:
+            options = dict(max_length=length, window=window, dtype=jnp.dtype(config.compute_dtype))
+            one = decoding.init_cache(self.encodings[index], config.dims, batch_size, **options)
+            return jax.tree.map(lambda x: jnp.repeat(x[None], layers, axis=0), one)
+
+        return tuple(empty(index, len(list(run))) for index, run in itertools.groupby(self.layout))
+
+    def decode(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: tuple[decoding.Cache, ...],
+        positions: Array | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T V"], tuple[decoding.Cache, ...]]:
+        """Logits of the next tokens, one or many, after those that the cache has seen, and the cache with them in it.
+
+        Args:
+          tokens: [B, T] integers below V.
+          cache: from ``init_cache`` or the last call.
+          positions: [B, T] or [1, T]; None goes on from each row's last token.
+          segment_ids: 0 marks padding, which nothing sees; None: all tokens are of segment 1.
+
+        Returns:
+          float32 logits, as the whole text at once would have (NaN where a traced call runs past a full cache), and the next cache.
+
+        Raises:
+          ValueError: more tokens than the cache has room for.
+        """
+        if len(cache) != len(list(itertools.groupby(self.layout))):
+            raise ValueError(f"cache must be what init_cache of this model returned, got {len(cache)} runs of layers")
+        decoding.check_room(cache[0], tokens.shape[1])
+        first = jax.tree.map(lambda x: x[0], cache[0])
+        positions, segments = decoding.place_next(first, tokens.shape[1], positions, segment_ids)
+        segments = None if segment_ids is None else segments
+        hidden, _, cache = self._hidden(tokens, positions, segments, None, cache=cache)
+        return self._logits(hidden), cache
+
     def encoding_params(self, layer: int) -> Params:
         """The parameters of the encoding of one layer, as ``encoding.init`` shapes them."""
         index = self.layout[layer]
@@ -279,8 +343,14 @@ class Transformer(nnx.Module):
         return jax.tree.map(lambda p: p[...], self.encoding[str(index)], is_leaf=lambda p: isinstance(p, nnx.Param))
 
     def _hidden(
-        self, tokens: Array, positions: Array | None, segment_ids: Array | None, dropout_key: Array | None, keep: bool = False
-    ) -> tuple[Array, list[LayerRecord]]:
+        self,
+        tokens: Array,
+        positions: Array | None,
+        segment_ids: Array | None,
+        dropout_key: Array | None,
+        keep: bool = False,
+        cache: tuple[decoding.Cache, ...] = (),
+    ) -> tuple[Array, list[LayerRecord], tuple[decoding.Cache | None, ...]]:
         config = self.config
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype}{list(tokens.shape)}")
@@ -297,13 +367,17 @@ class Transformer(nnx.Module):
         x = x if config.norm_position == "pre" else self.outer_norm(x)
 
         records: list[LayerRecord] = []
-        for index, run in itertools.groupby(range(config.num_layers), key=self.layout.__getitem__):
+        caches: list[decoding.Cache | None] = []
+        runs = itertools.groupby(range(config.num_layers), key=self.layout.__getitem__)
+        for (index, run), seen in itertools.zip_longest(runs, cache):
             run = list(run)
             first = self.layout[: run[0]].count(index)  # of the layers under this encoding, which one the run begins with
             own = slice(first, first + len(run))
-            x, kept = self._run(x, slice(run[0], run[-1] + 1), index, params[index], own, positions, segment_ids, layer_keys, keep)
+            rows = slice(run[0], run[-1] + 1)
+            x, kept, seen = self._run(x, rows, index, params[index], own, positions, segment_ids, layer_keys, keep, seen)
             records += kept
-        return (self.outer_norm(x) if config.norm_position == "pre" else x), records
+            caches.append(seen)
+        return (self.outer_norm(x) if config.norm_position == "pre" else x), records, tuple(caches)
 
     def _run(
         self,
@@ -316,27 +390,34 @@ class Transformer(nnx.Module):
         segment_ids: Array | None,
         layer_keys: Array | None,
         keep: bool,
-    ) -> tuple[Array, list[LayerRecord]]:
+        cache: decoding.Cache | None,
+    ) -> tuple[Array, list[LayerRecord], decoding.Cache | None]:
         """Neighbouring layers under one encoding, as one scan."""
         encoding = self.encodings[index]
         shared, own = _split_params(encoding, params)
         graph, stacked = nnx.split(self.layers)
 
-        def layer(x: Array, xs: tuple[Any, Params, Array | None]) -> tuple[Array, Any]:
-            weights, own, key = xs
-            x, record = nnx.merge(graph, weights)(x, encoding, _join_params(shared, own), positions, segment_ids, key)
-            return x, record if keep else None
+        def layer(carry: tuple[Array, Any], xs: tuple[Any, Params, Array | None, Array]) -> tuple[Any, Any]:
+            x, cache = carry  # carried, not scanned over, so that each layer writes its part of one buffer
+            weights, own, key, i = xs
+            mine = jax.tree.map(lambda all: jax.lax.dynamic_index_in_dim(all, i, keepdims=False), cache)
+            params = _join_params(shared, own)
+            x, record, mine = nnx.merge(graph, weights)(x, encoding, params, positions, segment_ids, key, mine)
+            cache = jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0), cache, mine)
+            return (x, cache), record if keep else None
 
         xs = (
             jax.tree.map(lambda w: w[layers], stacked),
             jax.tree.map(lambda p: p[own_rows], own),
             None if layer_keys is None else layer_keys[layers],
+            jnp.arange(layers.stop - layers.start),
         )
-        x, kept = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False) if self.config.remat else layer, x, xs)
+        remat = self.config.remat and cache is None
+        (x, cache), kept = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False) if remat else layer, (x, cache), xs)
         if not keep:
-            return x, []
+            return x, [], cache
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i in range(layers.stop - layers.start)]
-        return x, [LayerRecord(query, key, value, encoding, params) for query, key, value, params in each]
+        return x, [LayerRecord(query, key, value, encoding, params) for query, key, value, params in each], cache
 
     def _logits(self, hidden: Array) -> Array:
         logits = self.token_embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
