@@ -1,6 +1,6 @@
 """Generating: prompts into a model's cache in chunks, then one token after another, all compiled once.
 
-prompts -> [ chunk, chunk, ... ] -> logits -> token -> logits -> token -> ...      rows of a batch in step, each at its own place
+prompts -> [ chunk, chunk, ... ] -> logits -> token -> logits -> token -> ...    rows of a batch in step, each at its own place
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.encoding import check_at_least
-from posjax.sampling import Sampling, sample
+from posjax.sampling import PLAIN, Sampling, sample
 from posjax.transformer import Transformer
 from posjax.typing import Array, Params
 
@@ -23,7 +23,8 @@ def generate(
     with_params: Callable[[Params], Transformer], params: Params, prompts: Sequence[Sequence[int]], **options: Any
 ) -> list[np.ndarray]:
     """The tokens that follow each prompt, int32 arrays of at most ``max_new_tokens``; see ``stream``."""
-    rows = np.stack([*stream(with_params, params, prompts, **options)], axis=1)
+    steps = [*stream(with_params, params, prompts, **options)]
+    rows = np.stack(steps, axis=1) if steps else np.zeros((len(prompts), 0), np.int32)
     return [row[row >= 0] for row in rows]
 
 
@@ -33,7 +34,7 @@ def stream(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = PLAIN,
     seed: int = 0,
     stop_tokens: Sequence[int] = (),
     chunk: int = 256,
@@ -74,8 +75,8 @@ def stream(
         limit = encoding.max_length(model.config.dims)
         if limit is not None and longest + max_new_tokens > limit:
             raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} must fit the max_length of {encoding.name}, {limit}; "
-                f"ask for at most {max(0, limit - longest)}, or take an encoding without a table, such as rope() or alibi()"
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} must fit the max_length of {encoding.name}, "
+                f"{limit}; ask for at most {max(0, limit - longest)}, or take an encoding without a table, such as rope() or alibi()"
             )
     width = min(chunk, _rounded(longest))
     chunks = -(-longest // width)
@@ -98,11 +99,11 @@ def _tokens(
     with_params: Callable,
     params: Params,
     cache: Any,
-    pieces: Sequence,
+    pieces: Sequence[tuple[np.ndarray, np.ndarray]],
     key: Array,
     count: int,
     sampling: Sampling,
-    stops: frozenset,
+    stops: frozenset[int],
 ) -> Iterator[np.ndarray]:
     logits = jnp.zeros((len(pieces[0][0]), with_params(params).config.vocab_size))
     for tokens, segments in pieces:
