@@ -12,11 +12,12 @@ usage: posjax VERB configs/NAME.py [--field value ...] [--workdir DIR]
   train      trains one encoding; the same command goes on where it stopped
   compare    trains every encoding of the config on the same data, evaluates longer than trained, draws the figures
   evaluate   evaluates the newest checkpoint of a workdir
+  bench      measures: posjax bench attention [--lengths 2048 8192 ...]
   list       lists the encodings and the configs
 
 posjax VERB configs/NAME.py --help explains every field.
 """
-VERBS = ("train", "compare", "evaluate", "list")
+VERBS = ("train", "compare", "evaluate", "bench", "list")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from posjax.loop import Interrupted, NonFiniteLoss
 
     try:
+        if verb == "bench":
+            return bench(rest)
         run = {"train": train, "compare": compare, "evaluate": evaluate}[verb]
         run(parse(rest), shlex.join(["posjax", *argv]))
     except Interrupted:  # which has said how to resume
@@ -102,6 +105,34 @@ def evaluate(config, command: str) -> None:
     params = runs.restore_params(config, config.encoding, config.seed, workdir, source)
     row = runs.evaluate_params(config, config.encoding, params, source)
     _report([{"encoding": config.encoding, "seed": config.seed} | row], config, source, workdir, _say())
+
+
+def bench(args: Sequence[str]) -> None:
+    """posjax bench attention: time, memory and error, side by side."""
+    import difflib
+
+    import tyro
+
+    known = "bench attention   time, memory and error of attention: encodings, implementations and other packages; --help for more"
+    if not args or args[0] in ("-h", "--help"):
+        print(f"usage: posjax bench WHAT [--field value ...]\n\n  {known}")
+        sys.exit(0 if args else 2)
+    if args[0] != "attention":
+        near = "; did you mean attention?" if difflib.get_close_matches(args[0], ["attention"]) else ""
+        raise ValueError(f"what to bench must be attention, got {args[0]!r}{near}")
+    from posjax.bench import attention, results
+
+    config = tyro.cli(attention.AttentionBench, args=args[1:], prog="posjax bench attention")
+    try:
+        rows = attention.run(config)
+    except KeyboardInterrupt:
+        _fail(f"interrupted; what was measured stands in {config.out}", code=130)
+    for heading, heads, cells, notes in results.tables(rows):
+        print(heading)
+        _print_table(heads, cells)
+        print("\n".join([*notes, ""]))
+    print(results.LEGEND)
+    print("\n".join(str(Path(config.out) / name) for name in results.FILES if (Path(config.out) / name).exists()))
 
 
 def list_all() -> None:

@@ -76,7 +76,7 @@ def stream(
         if limit is not None and longest + max_new_tokens > limit:
             raise ValueError(
                 f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} must fit the max_length of {encoding.name}, "
-                f"{limit}; ask for at most {max(0, limit - longest)}, or take an encoding without a table, such as rope() or alibi()"
+                f"{limit}; ask for at most {max(0, limit - longest)}, or take an encoding without a table, such as rope()"
             )
     width = min(chunk, _rounded(longest))
     chunks = -(-longest // width)

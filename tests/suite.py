@@ -224,13 +224,7 @@ def walk(term: pj.BiasTerm, mask: pj.Mask, whole: pj.Tile, height: int, width: i
 # Kernels -------------------------------------------------------------------------------------------------------------
 
 
-def _standin(tile=None, **call):
-    from posjax.kernels import dense
-
-    return dense.attention(**call)
-
-
-KERNELS = {"xla_chunked": _standin}  # a new kernel joins here
+KERNELS = {"xla_chunked": tiled.attention}  # a new kernel joins here
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from posjax import plots
 
 Row = dict[str, Any]
+FILES = ("attention.json", "attention.md", "attention.png")
 
 
 def fill_ratios(rows: Sequence[Row]) -> None:
@@ -36,7 +37,8 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         if row["ms_min"] is None:
             lines.append([row["contestant"], row["gates"] or "", row["notes"] or "not measured", *[""] * (len(heads) - 3)])
             continue
-        line = [row["contestant"], row["gates"] or ""]
+        gates = f"{row['gates']} {_number(row['mean_gate'], '.2f')}".strip() if row["gates"] else ""
+        line = [row["contestant"], gates]
         line += [_number(row[name], ",.1f" if row[name] >= 100 else ".2f") for name in ("ms_min", "ms_median")]
         line += [_number(row[name], ".2f") for name in ("ratio_to_identity", "ratio_to_jax_nn")]
         line += [_number(size and size / 1e6, ",.1f") for size in (memory(row), row["temp_bytes"])]
@@ -68,7 +70,7 @@ LEGEND = (
     "Times are in milliseconds, the least and the median of interleaved rounds. 'x identity' is the least time over that of identity "
     "in the same implementation, 'x jax.nn' over jax.nn.dot_product_attention without position. MB is how much a process that makes "
     "one call grows at its peak (on an accelerator, the device's own peak); temp MB is the compiler's figure. Errors are norms of "
-    "the difference to a float64 oracle over the oracle's norm; of gradients, the worst array's."
+    "the difference to a float64 oracle over the oracle's norm; of gradients, the worst array's. The number beside gates is their mean."
 )
 
 
