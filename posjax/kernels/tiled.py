@@ -250,8 +250,8 @@ def _attend(plan: _Plan, operands: _Operands) -> Array:
     return _forward(plan, operands)[0]
 
 
-def _forward(plan: _Plan, x: _Operands) -> tuple[Array, tuple[_Operands, Array, Array, Array]]:
-    def one(index: Array) -> tuple[Array, Array, Array]:
+def _forward(plan: _Plan, x: _Operands) -> tuple[Array, tuple[_Operands, Array, Array, Array, Any]]:
+    def one(index: Array) -> tuple[Array, Array, Array, Any]:
         row = _row(plan, x, index)
         loaded = [term.loaded() for term in row.terms]
         rows, tables = [term.rows for term in loaded], [term.tables for term in loaded]
@@ -291,10 +291,10 @@ def _forward(plan: _Plan, x: _Operands) -> tuple[Array, tuple[_Operands, Array, 
         nothing = total == 0.0
         out = out / jnp.where(nothing, 1.0, total)[..., None]
         log_sum = jnp.where(nothing, -_NEVER, highest + jnp.log(jnp.where(nothing, 1.0, total)))
-        return out.astype(x.value.dtype), log_sum, first
+        return out.astype(x.value.dtype), log_sum, first, state[2]
 
-    out, log_sum, first = jax.lax.map(one, jnp.arange(x.query.shape[0]))
-    return out, (x, out, log_sum, first)
+    out, *saved = jax.lax.map(one, jnp.arange(x.query.shape[0]))
+    return out, (x, out, *saved)
 
 
 # Backward --------------------------------------------------------------------------------------------------------------
@@ -320,14 +320,14 @@ def _sum(a: list[Array], b: list[Array]) -> list[Array]:
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
-def _backward(plan: _Plan, saved: tuple[_Operands, Array, Array, Array], d_out: Array) -> tuple[_Operands]:
-    x, out, log_sum, first = saved
+def _backward(plan: _Plan, saved: tuple[_Operands, Array, Array, Array, Any], d_out: Array) -> tuple[_Operands]:
+    x, out, log_sum, first, final = saved
     all_columns, _ = _floats([term.columns for term in x.terms])
     all_tables, _ = _floats([term.tables for term in x.terms])
     kv_heads = x.key.shape[2]
 
     def one(totals: Any, step: Any) -> tuple[Any, Any]:
-        index, out, log_sum, first, d_out = step
+        index, out, log_sum, first, final, d_out = step
         row = _row(plan, x, index)
         raw_rows, with_raw_rows = _floats([term.rows for term in row.terms])
         tables, with_tables = _floats([term.tables for term in row.terms])
@@ -356,13 +356,13 @@ def _backward(plan: _Plan, saved: tuple[_Operands, Array, Array, Array], d_out: 
         unsettled = [None] * len(row.terms)
 
         def again(at: Array, state: Any) -> Any:
-            """From the right to the left: the carry that each counted tile receives."""
+            """From the right to the left: the carry that each counted tile but the first receives."""
             carries, received = state
             visit = row.count - 1 - at
-            received = [r.at[visit].set(c) for r, c in zip(received, carries, strict=True)]
             key_tile = row.key_tile(row.visits[visit])
             columns = _floats(key_tile[2])[0]
-            return scores(key_tile, row.logits(key_tile[0]), rows, columns, tables, carries, unsettled)[1], received
+            carries = scores(key_tile, row.logits(key_tile[0]), rows, columns, tables, carries, unsettled)[1]
+            return carries, [r.at[visit - 1].set(c) for r, c in zip(received, carries, strict=True)]
 
         def visit(visit: Array, state: Any, carries: list[Array], settled: list[Array | None]) -> Any:
             (d_query, d_rows, d_tables), (d_key, d_value, d_columns), d_carries, d_settled = state
@@ -397,10 +397,10 @@ def _backward(plan: _Plan, saved: tuple[_Operands, Array, Array, Array], d_out: 
 
         d_tables, by_key = totals
         own = jnp.zeros(row.query.shape, jnp.float32), _zeros(rows), d_tables
-        d_carries, final, received = _zeros(carries), carries, None
+        d_carries, final, received = _zeros(carries), _floats(final)[0], None
         if carrying:
-            received = [jnp.zeros((x.key.shape[0], *c.shape), c.dtype) for c in carries]
-            final, received = jax.lax.fori_loop(0, row.count - first, again, (carries, received))
+            received = [jnp.broadcast_to(c, (x.key.shape[0], *c.shape)) for c in carries]
+            received = jax.lax.fori_loop(0, row.count - first - 1, again, (carries, received))[1]
         if _can_settle(row.terms):
 
             def settle(rows: list[Array], tables: list[Array], carries: list[Array]) -> list[Array | None]:
@@ -431,7 +431,7 @@ def _backward(plan: _Plan, saved: tuple[_Operands, Array, Array, Array], d_out: 
     zero = lambda a: jnp.zeros(a.shape, jnp.float32)  # noqa: E731
     start = _zeros(all_tables), (zero(x.key), zero(x.value), _zeros(all_columns))
     (d_tables, (d_key, d_value, d_columns)), (d_query, d_rows, d_carries, d_scale) = jax.lax.scan(
-        one, start, (jnp.arange(x.query.shape[0]), out, log_sum, first, d_out)
+        one, start, (jnp.arange(x.query.shape[0]), out, log_sum, first, final, d_out)
     )
     return (_cotangent(x, d_query, d_key * x.scale, d_value, d_rows, d_columns, d_tables, d_carries, d_scale.sum()),)
 
