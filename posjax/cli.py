@@ -127,11 +127,7 @@ def bench(args: Sequence[str]) -> None:
         rows = attention.run(config)
     except KeyboardInterrupt:
         _fail(f"interrupted; what was measured stands in {config.out}", code=130)
-    for heading, heads, cells, notes in results.tables(rows):
-        print(heading)
-        _print_table(heads, cells)
-        print("\n".join([*notes, ""]))
-    print(results.LEGEND)
+    results.show(rows)
     print("\n".join(str(Path(config.out) / name) for name in results.FILES if (Path(config.out) / name).exists()))
 
 

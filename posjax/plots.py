@@ -264,24 +264,38 @@ def decay_curves(curves: Mapping[str, tuple[Array, Array]], bounds: Mapping[str,
 # Cost -----------------------------------------------------------------------------------------------------------------
 
 
-def cost_by_length(panels: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]]) -> "Figure":
+_COST_LINES = ("-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (6, 4)), (0, (1, 3)))
+_COST_MARKERS = "o^sDvP"
+
+
+def cost_by_length(
+    panels: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]], looks: Mapping[str, tuple[str, str, str]]
+) -> "Figure":
     """What attention costs against length, both logarithmic: a row for each pass, a panel for each measure, a line a contestant.
 
     Args:
       panels: {pass: {measure with its unit: {contestant: {length in tokens: value}}}}; values are positive.
+      looks: {contestant: (encoding, implementation, gates)}, which give colour, line and marker; the legend has this order.
     """
     columns = list(dict.fromkeys(label for row in panels.values() for label in row))
-    names = list(dict.fromkeys(name for row in panels.values() for curves in row.values() for name in curves))
     lengths = sorted({n for row in panels.values() for curves in row.values() for curve in curves.values() for n in curve})
-    height = max(0.8 + 3.0 * len(panels), 0.6 + 0.21 * len(names))
-    figure, grid = _figure(3.2 + 3.6 * len(columns), height, len(panels), len(columns), squeeze=False, sharex=True)
-    look, drawn = styles(names), {}
+    encodings, implementations, gates = (list(dict.fromkeys(look[part] for look in looks.values())) for part in range(3))
+    colors = styles(encodings)
+    height = max(0.8 + 3.0 * len(panels), 0.6 + 0.21 * len(looks))
+    figure, grid = _figure(3.4 + 3.6 * len(columns), height, len(panels), len(columns), squeeze=False, sharex=True)
+    drawn: dict[str, Any] = {}
     for axes_row, (title, row) in zip(grid, panels.items(), strict=True):
         for axes, label in zip(axes_row, columns, strict=True):
             for name, curve in row.get(label, {}).items():
-                style, x = look[name], sorted(curve)
+                encoding, implementation, gate = looks[name]
                 (drawn[name],) = axes.plot(
-                    x, [curve[n] for n in x], color=style.color, linestyle=style.line, marker=style.marker, markersize=4, linewidth=1.4
+                    sorted(curve),
+                    [curve[n] for n in sorted(curve)],
+                    _COST_MARKERS[gates.index(gate) % len(_COST_MARKERS)],
+                    color=colors[encoding].color,
+                    linestyle=_COST_LINES[implementations.index(implementation) % len(_COST_LINES)],
+                    linewidth=1.3,
+                    markersize=4,
                 )
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
@@ -291,7 +305,8 @@ def cost_by_length(panels: Mapping[str, Mapping[str, Mapping[str, Mapping[int, f
             axes.set_ylabel(label)
     for axes in grid[-1]:
         axes.set_xlabel("length (tokens)")
-    figure.legend([drawn[name] for name in names], names, loc="outside right upper", frameon=False, fontsize=8)
+    shown = [name for name in looks if name in drawn]
+    figure.legend([drawn[n] for n in shown], shown, loc="outside right upper", frameon=False, fontsize=8, handlelength=3.5)
     return figure
 
 

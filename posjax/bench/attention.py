@@ -22,12 +22,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from posjax.bench.contestants import JAX_NN, Contestant, Prepared, counts, list_contestants, prepare
+from posjax.bench.contestants import Contestant, Prepared, counts, list_contestants, prepare
 from posjax.encoding import check_at_least
 from posjax.specs import parse_encoding
 
 Row = dict[str, Any]
-# Longer sequences are measured against the oracle on their last queries alone: the oracle's time grows with the square of the length.
+# Past this length the error is that of the last queries alone: the oracle's time grows with the square of the length.
 _ORACLE_LENGTH, _ORACLE_ROWS = 2048, 256
 
 
@@ -54,7 +54,7 @@ class AttentionBench:
     """
 
     lengths: tuple[int, ...] = (512, 2048)
-    encodings: tuple[str, ...] = ("identity", "rope", "cope(64)", "rope + cope(64)")
+    encodings: tuple[str, ...] = ("identity", "cope(64)", "rope + cope(64)")
     implementations: tuple[Literal["xla", "xla_chunked", "pallas"], ...] = ("xla", "xla_chunked")
     passes: tuple[Literal["forward", "both"], ...] = ("forward", "both")
     gates: tuple[Literal["half", "sparse", "saturating"], ...] = ("half", "sparse")
@@ -88,9 +88,9 @@ class AttentionBench:
         if self.workdir:
             from posjax.bench.inputs import workdir_config
 
-            trained, spec = workdir_config(self.workdir)
-            if self.layer >= trained.num_layers:
-                raise ValueError(f"layer must be below the {trained.num_layers} layers of {spec} in {self.workdir!r}, got {self.layer}")
+            layers = workdir_config(self.workdir)[0].num_layers
+            if self.layer >= layers:
+                raise ValueError(f"layer must be below the {layers} layers of {self.workdir!r}, got {self.layer}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +162,10 @@ def list_cases(config: AttentionBench, contestants: Sequence[Contestant]) -> lis
 
 
 def _empty_row(case: Case) -> Row:
-    empty = dict.fromkeys(
-        ("ms_min", "ms_median", "rounds", "ratio_to_identity", "ratio_to_jax_nn", "peak_bytes_process", "peak_bytes_growth")
-        + ("temp_bytes", "device_peak_bytes", "error_out", "error_grads", "worst_gradient", "mean_gate")
+    measured = (
+        *("ms_min", "ms_median", "rounds", "ratio_to_identity", "ratio_to_jax_nn"),
+        *("peak_bytes_process", "peak_bytes_growth", "temp_bytes", "device_peak_bytes"),
+        *("error_out", "error_grads", "worst_gradient", "mean_gate"),
     )
     return {
         "contestant": case.contestant.name,
@@ -174,7 +175,7 @@ def _empty_row(case: Case) -> Row:
         "length": case.length,
         "pass": case.direction,
         "gates": case.gates,
-        **empty,
+        **dict.fromkeys(measured),
         "notes": "",
     }
 
@@ -224,7 +225,8 @@ class Jobs:
 
 def _measure(config: AttentionBench, cases: list[Case], rows: list[Row], jobs: Jobs, progress: Callable) -> None:
     wanted = list(dict.fromkeys(case.inputs for case in cases))
-    progress("inputs", 0, len(wanted) + len(cases))
+    total = len(wanted) + len(cases)
+    progress("inputs", 0, total)
     files = [(spec, gates or "half", length, str(jobs.file("inputs", spec, gates, length))) for spec, gates, length in wanted]
     made = jobs.run({"task": "inputs", "config": dataclasses.asdict(config), "files": files}, JAX_PLATFORMS="cpu")
     if "failed" in made:
@@ -233,11 +235,11 @@ def _measure(config: AttentionBench, cases: list[Case], rows: list[Row], jobs: J
     for number, (case, row) in enumerate(zip(cases, rows, strict=True)):
         first = _first_row(case.length)
         if case.inputs not in oracles:
-            progress(f"oracle of {case.contestant.encoding}, {case.length:,} tokens", number + len(oracles), len(wanted) + len(cases))
+            progress(f"oracle of {case.contestant.encoding}, {case.length:,} tokens", number + len(oracles), total)
             job = {"task": "oracle", "encoding": case.contestant.encoding, "first": first, "gradients": "both" in config.passes}
             job |= {"inputs": str(jobs.file("inputs", *case.inputs)), "arrays": str(jobs.file("oracle", *case.inputs))}
             oracles[case.inputs] = jobs.run(job, JAX_PLATFORMS="cpu", JAX_ENABLE_X64="1")
-        progress(f"{case.contestant.name}, {case.length:,} tokens: memory, error", number + len(oracles), len(wanted) + len(cases))
+        progress(f"{case.contestant.name}, {case.length:,} tokens: memory, error", number + len(oracles), total)
         job = {"task": "measure", "contestant": dataclasses.asdict(case.contestant), "gradients": case.direction == "both"}
         job |= {"first": first, "dtype": config.dtype, "inputs": str(jobs.file("inputs", *case.inputs))}
         job |= {"arrays": str(jobs.file("results"))}
@@ -270,8 +272,8 @@ def _fill_errors(row: Row, found: Any, oracle: Any) -> None:
 
     def error(name: str) -> float:
         size = float(np.linalg.norm(oracle[name]))
-        if size <= 1e-9 * whole:  # zero but for rounding, where softmax does not see a parameter: it counts as a part of all gradients
-            size = whole
+        if size <= 1e-9 * whole:
+            size = whole  # zero but for rounding, where softmax does not see a parameter: a part of all gradients
         return float(np.linalg.norm(found[name] - oracle[name])) / size
 
     row["error_out"] = error("out")
@@ -307,7 +309,8 @@ def _time(config: AttentionBench, cases: list[Case], rows: list[Row], jobs: Jobs
             for number, (row, rounds, prepared, times) in enumerate(ready):
                 if turn >= rounds:
                     continue
-                progress(f"{length:,} tokens: round {turn + 1} of {config.repeats}", turn * len(ready) + number, config.repeats * len(ready))
+                done, total = turn * len(ready) + number, config.repeats * len(ready)
+                progress(f"{length:,} tokens: round {turn + 1} of {config.repeats}", done, total)
                 time.sleep(0.005)  # threads of the contestant before may still spin
                 start = time.perf_counter()
                 prepared.call()
@@ -320,7 +323,8 @@ def _time(config: AttentionBench, cases: list[Case], rows: list[Row], jobs: Jobs
 
 def _hardware(device: dict[str, Any]) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
-    names = [s.split(":", 1)[1].strip() for s in cpuinfo.read_text().splitlines() if s.startswith("model name")] if cpuinfo.exists() else []
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": names[0] if names else platform.processor() or platform.machine(), "cores": cores} | device
 
@@ -342,6 +346,3 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, transient=True, disable=quiet) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-
-
-__all__ = ["JAX_NN", "AttentionBench", "Case", "list_cases", "run"]

@@ -1,6 +1,6 @@
 """What the contestants of a benchmark are called with: flat dicts of float32 arrays, the same for all of them, as .npz files.
 
-    query, key, value, cotangent [B, T, N, H]; params/... the encoding's parameters
+query, key, value, cotangent [B, T, N, H]; params/... the encoding's parameters
 """
 
 import json

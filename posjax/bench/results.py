@@ -24,53 +24,85 @@ def fill_ratios(rows: Sequence[Row]) -> None:
 
 def memory(row: Row) -> int | None:
     """Bytes: of the device's own memory where it has one, else by how much the process grew."""
-    return row["device_peak_bytes"] or row["peak_bytes_growth"]
+    return row["peak_bytes_growth"] if row["device_peak_bytes"] is None else row["device_peak_bytes"]
 
 
-def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Column heads and cells of rows of one length and pass."""
-    heads = ["contestant", "gates", "ms (min)", "median", "x identity", "x jax.nn", "MB", "temp MB", "error"]
-    backward = any(row["error_grads"] is not None for row in rows)
-    heads += ["error grads"] if backward else []
+# Column heads; the fields of a row and how they are written. The last two columns of numbers are for the file alone.
+_COLUMNS = (
+    ("ms", "ms_min", ".2f"),
+    ("x id", "ratio_to_identity", ".2f"),
+    ("x nn", "ratio_to_jax_nn", ".2f"),
+    ("MB", "megabytes", ".1f"),
+    ("error", "error_out", ".0e"),
+    ("grads", "error_grads", ".0e"),
+    ("median", "ms_median", ".2f"),
+    ("temp MB", "temp_megabytes", ".1f"),
+)
+_ON_TERMINAL = 6
+
+
+def cells(rows: Sequence[Row], wide: bool) -> tuple[list[str], list[list[str]]]:
+    """Column heads and cells of rows of one length and pass; ``wide``: with the columns that a terminal has no room for."""
+    columns = _COLUMNS if wide else _COLUMNS[:_ON_TERMINAL]
+    if all(row["error_grads"] is None for row in rows):
+        columns = tuple(column for column in columns if column[0] != "grads")
     lines = []
     for row in rows:
-        if row["ms_min"] is None:
-            lines.append([row["contestant"], row["gates"] or "", row["notes"] or "not measured", *[""] * (len(heads) - 3)])
-            continue
+        temp = row["temp_bytes"]
+        row = row | {"megabytes": memory(row) / 1e6 if memory(row) is not None else None}
+        row |= {"temp_megabytes": temp / 1e6 if temp is not None else None}
         gates = f"{row['gates']} {_number(row['mean_gate'], '.2f')}".strip() if row["gates"] else ""
-        line = [row["contestant"], gates]
-        line += [_number(row[name], ",.1f" if row[name] >= 100 else ".2f") for name in ("ms_min", "ms_median")]
-        line += [_number(row[name], ".2f") for name in ("ratio_to_identity", "ratio_to_jax_nn")]
-        line += [_number(size and size / 1e6, ",.1f") for size in (memory(row), row["temp_bytes"])]
-        line += [_number(row[name], ".1e") for name in ("error_out", *(("error_grads",) if backward else ()))]
-        lines.append(line)
-    return heads, lines
+        numbers = [_number(row[name], form) for _, name, form in columns]
+        lines.append([row["contestant"], gates, *(numbers if row["ms_min"] is not None else ["-"] * len(columns))])
+    return ["contestant", "gates", *(head for head, _, _ in columns)], lines
 
 
 def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    """Text of at most seven characters or so: large numbers lose their decimals."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if form.endswith("f") and abs(value) >= 1000 else format(value, form)
 
 
-def tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]], list[str]]]:
-    """(heading, column heads, cells, notes) for each length and pass."""
+def groups(rows: Sequence[Row]) -> list[tuple[str, list[Row], list[str]]]:
+    """(heading, rows, notes) for each length and pass. A note says whom it is about, unless it is about all."""
     made = []
     for length, direction in dict.fromkeys((row["length"], row["pass"]) for row in rows):
         group = [row for row in rows if (row["length"], row["pass"]) == (length, direction)]
-        heading = f"{length:,} tokens, " + ("forward" if direction == "forward" else "forward and backward")
         notes: dict[str, list[str]] = {}
         for row in group:
-            if row["notes"] and row["ms_min"] is not None:
-                notes.setdefault(row["notes"], []).append(row["contestant"])
-        lines = [text if len(who) == len(group) else f"{', '.join(dict.fromkeys(who))}: {text}" for text, who in notes.items()]
-        made.append((heading, *cells(group), lines))
+            for note in filter(None, row["notes"].split("; ")):
+                notes.setdefault(note, []).append(_label(row))
+        whole = sum(row["ms_min"] is not None for row in group)
+        lines = [f"{'all' if len(who) >= whole > 1 else '; '.join(who)}: {note}" for note, who in notes.items()]
+        heading = f"{length:,} tokens, {'forward' if direction == 'forward' else 'forward and backward'}"
+        made.append((heading, group, lines))
     return made
 
 
+def show(rows: Sequence[Row]) -> None:
+    """Prints the tables."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)
+    for heading, group, notes in groups(rows):
+        heads, lines = cells(group, wide=False)
+        table = Table(title=heading, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
+        for number, head in enumerate(heads):
+            table.add_column(head, justify="right" if number > 1 else "left", no_wrap=number > 0, overflow="fold")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table, *notes, "", sep="\n")
+    console.print(LEGEND)
+
+
 LEGEND = (
-    "Times are in milliseconds, the least and the median of interleaved rounds. 'x identity' is the least time over that of identity "
-    "in the same implementation, 'x jax.nn' over jax.nn.dot_product_attention without position. MB is how much a process that makes "
-    "one call grows at its peak (on an accelerator, the device's own peak); temp MB is the compiler's figure. Errors are norms of "
-    "the difference to a float64 oracle over the oracle's norm; of gradients, the worst array's. The number beside gates is their mean."
+    "ms: the least of interleaved rounds (attention.md has the median too). x id: that time over identity's in the same "
+    "implementation; x nn: over that of jax.nn.dot_product_attention, which has no position. MB: how much a process that makes "
+    "this one call grows at its peak (on an accelerator: the device's own peak). error: norm of the difference to a float64 "
+    "oracle over the oracle's norm; grads: the same of the gradients, the worst array's. The number beside gates is their mean."
 )
 
 
@@ -83,24 +115,30 @@ def write(rows: Sequence[Row], config: Row, hardware: Row, versions: Row, out: P
     machine = f"{hardware['cpu']}, {hardware['cores']} cores; {hardware['devices']} x {hardware['device_kind']}"
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     shape = f"batch {config['batch']}, {config['heads']} heads of {config['head_dim']} channels, {config['dtype']}, causal"
-    lines = [f"{machine}. {packages}. {shape[0].upper()}{shape[1:]}.", "", LEGEND, ""]
-    for heading, heads, body, notes in tables(rows):
+    lines = [f"{machine}. {packages}. {shape[0].upper()}{shape[1:]}.", "", LEGEND + " temp MB is the compiler's figure.", ""]
+    for heading, group, notes in groups(rows):
+        heads, body = cells(group, wide=True)
         lines += [f"## {heading}", "", "| " + " | ".join(heads) + " |", "|---|---" + "|---:" * (len(heads) - 2) + "|"]
         lines += ["| " + " | ".join(line) + " |" for line in body]
-        lines += ["", *notes, ""]
+        lines += ["", *(f"- {note}" for note in notes), ""]
     (out / "attention.md").write_text("\n".join(lines).rstrip() + "\n")
-    measured = [row for row in rows if row["ms_min"] is not None]
-    if measured:
-        plots.save(plots.cost_by_length(curves(measured)), out / "attention.png")
+    if any(row["ms_min"] is not None for row in rows):
+        plots.save(draw(rows), out / "attention.png")
 
 
-def curves(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, dict[int, float]]]]:
-    """{pass: {"time (ms)" or "memory (MB)": {contestant: {length: value}}}}, for ``posjax.plots.cost_by_length``."""
-    made: dict = {}
+def draw(rows: Sequence[Row]) -> Any:
+    """Time and memory against length."""
+    panels: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
+    looks = {}
     for row in rows:
-        name = row["contestant"] + (f", {row['gates']}" if row["gates"] else "")
-        panels = made.setdefault("forward" if row["pass"] == "forward" else "forward and backward", {})
+        looks[_label(row)] = (row["encoding"], f"{row['kind']} {row['implementation']}", row["gates"] or "half")
+        labels = panels.setdefault("forward" if row["pass"] == "forward" else "forward and backward", {})
         for label, value in (("time (ms)", row["ms_min"]), ("memory (MB)", (memory(row) or 0) / 1e6)):
-            if value > 0:  # the axes are logarithmic
-                panels.setdefault(label, {}).setdefault(name, {})[row["length"]] = value
-    return made
+            curves = labels.setdefault(label, {})
+            if value:  # the axes are logarithmic
+                curves.setdefault(_label(row), {})[row["length"]] = value
+    return plots.cost_by_length(panels, looks)
+
+
+def _label(row: Row) -> str:
+    return row["contestant"] + (f", {row['gates']}" if row["gates"] else "")
