@@ -15,6 +15,7 @@ from posjax.typing import Array, Float, Params
 
 Implementation = Literal["xla", "xla_chunked", "pallas"]
 _NONE = identity()
+_SMALL = 128 * 128  # pairs of query and key up to which a walk is one tile, and dense attention the same thing with less to compile
 
 
 def attention(
@@ -52,7 +53,9 @@ def attention(
       query_positions, key_positions: non-negative integers [T] or [B, T], [S] or [B, S]. None: 0, 1, 2, ...
       scale: what q.k is multiplied with; None: 1 / sqrt(H), of the head before an encoding widens it.
       logits_soft_cap: c, scores become c * tanh(scores / c) after the bias and before the mask.
-      implementation: None takes the fastest that can do the call. "xla" is the dense oracle.
+      implementation: None takes the fastest that can do the call. "xla" is dense: the oracle, with [T, S] arrays, and the one that
+        has derivatives of every order and mode. "xla_chunked" walks over tiles on any device: memory grows with T + S, gradients
+        are of first order in reverse mode.
 
     Returns:
       [B, T, N, V] in the dtype of value. A query without any allowed key gets zeros.
@@ -90,11 +93,13 @@ def run(call: dict[str, Any], value: Float[Array, "B S K V"], implementation: Im
     """
     if implementation not in (None, "xla", "xla_chunked", "pallas"):
         raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
-    if implementation == "xla_chunked":
-        return tiled.attention(value=value, **call)
     if implementation == "pallas":
-        raise NotImplementedError(f"implementation={implementation!r} cannot run this call yet; implementation='xla' can")
-    return dense.attention(value=value, **call)
+        raise NotImplementedError("implementation='pallas' cannot run this call yet; implementation='xla_chunked' can")
+    if implementation is None:
+        small = call["query"].shape[1] * call["key"].shape[1] <= _SMALL
+        implementation = "xla" if small else "xla_chunked"
+    kernel = {"xla": dense.attention, "xla_chunked": tiled.attention}[implementation]
+    return kernel(value=value, **call)
 
 
 def attention_weights(

@@ -1,5 +1,6 @@
-"""The command line: posjax train | compare | evaluate | list."""
+"""The command line: posjax train | compare | evaluate | generate | bench | list."""
 
+import functools
 import os
 import shlex
 import sys
@@ -12,12 +13,13 @@ usage: posjax VERB configs/NAME.py [--field value ...] [--workdir DIR]
   train      trains one encoding; the same command goes on where it stopped
   compare    trains every encoding of the config on the same data, evaluates longer than trained, draws the figures
   evaluate   evaluates the newest checkpoint of a workdir
+  generate   goes on from a prompt with the newest checkpoint of a workdir: --prompt "def "
   bench      measures: posjax bench attention [--lengths 2048 8192 ...]
   list       lists the encodings and the configs
 
 posjax VERB configs/NAME.py --help explains every field.
 """
-VERBS = ("train", "compare", "evaluate", "bench", "list")
+VERBS = ("train", "compare", "evaluate", "generate", "bench", "list")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if verb == "bench":
             return bench(rest)
+        if verb == "generate":
+            return generate(rest)
         run = {"train": train, "compare": compare, "evaluate": evaluate}[verb]
         run(parse(rest), shlex.join(["posjax", *argv]))
     except Interrupted:  # which has said how to resume
@@ -57,8 +61,13 @@ def _fail(message: str, code: int = 1) -> None:
     sys.exit(code)
 
 
-def parse(args: Sequence[str]):
-    """The Config of ``configs/NAME.py`` with the flags that follow it. tyro answers --help and misspelt flags."""
+def parse(args: Sequence[str], options: type | None = None):
+    """The Config of ``configs/NAME.py`` with the flags that follow it. tyro answers --help and misspelt flags.
+
+    With ``options``, a dataclass whose fields are flags too: (options, Config).
+    """
+    import dataclasses
+
     import tyro
 
     from posjax.config import Config, load_config
@@ -71,7 +80,12 @@ def parse(args: Sequence[str]):
         default, flags = Config(), list(args)
     else:
         default, flags = load_config(args[0]), list(args[1:])
-    return tyro.cli(Config, default=default, args=flags, prog="posjax VERB configs/NAME.py", config=(tyro.conf.FlagConversionOff,))
+    cli = functools.partial(tyro.cli, args=flags, prog="posjax VERB configs/NAME.py")
+    if options is None:
+        return cli(Config, default=default, config=(tyro.conf.FlagConversionOff,))
+    both = dataclasses.make_dataclass("Both", [("verb", options), ("run", Config)])  # the names head two lists in --help
+    found = cli(both, default=both(options(), default), config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
+    return found.verb, found.run
 
 
 def train(config, command: str) -> None:
@@ -105,6 +119,25 @@ def evaluate(config, command: str) -> None:
     params = runs.restore_params(config, config.encoding, config.seed, workdir, source)
     row = runs.evaluate_params(config, config.encoding, params, source)
     _report([{"encoding": config.encoding, "seed": config.seed} | row], config, source, workdir, _say())
+
+
+def generate(args: Sequence[str]) -> None:
+    """posjax generate: prompts and what a trained model makes of them, on the terminal as it comes."""
+    from posjax.prompting import Prompting, continue_prompts
+
+    prompting, config = parse(args, Prompting)
+    # A model's bytes may spell commands to a terminal.
+    controls = {n: "\N{REPLACEMENT CHARACTER}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
+
+    def write(text: str) -> None:
+        sys.stdout.write(text.translate(controls) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+
+    try:
+        continue_prompts(config, prompting, write)
+    except KeyboardInterrupt:
+        write("\n")
+        sys.exit(130)
 
 
 def bench(args: Sequence[str]) -> None:

@@ -254,23 +254,31 @@ def output_and_gradients(kernel, encoding, operands, hidden, weight, **options) 
     return {"out": out} | gradients
 
 
-def relative_errors(got, want, least: float = 0.01) -> dict[str, float]:
-    """norm(got - want) / norm(want) of every leaf, by its path.
+def relative_errors(got: dict, want: dict, operands: dict) -> dict[str, float]:
+    """norm(got - want) / norm(want) of every leaf of what ``output_and_gradients`` returns, by its path.
 
-    A leaf whose root mean square is below ``least`` counts as having that: where the truth is zero (one visible key, a leaf that
-    softmax does not see), both sides are nothing but rounding.
+    Where the truth is zero or nearly (one visible key, a leaf that softmax does not see), both sides are the rounding of what has
+    cancelled, and the error is relative to that: to a root mean square of 0.01 in gradients of single tokens; in params, whose
+    gradients are sums over all rows, to 0.01 of the norm that such a sum of products of query and value has; in scale, one number,
+    to the norm of the terms of sum(query * gradient) / scale that it is.
     """
+    size = {name: float(jnp.sqrt(jnp.mean(jnp.square(operands[name])))) for name in ("query", "value")}
+    over_rows = 0.01 * size["query"] * size["value"] * math.sqrt(math.prod(want["out"].shape[:3]))
 
-    def error(a, b):
+    def error(path, a, b):
         assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        return np.linalg.norm(a - b) / max(np.linalg.norm(b), least * math.sqrt(b.size))
+        least = max(over_rows, 0.01) if path[0].key == "params" else 0.01
+        floor = least * math.sqrt(b.size)
+        if path[0].key == "scale":
+            floor = np.linalg.norm(np.maximum(np.abs(want["query"]), 0.01) * operands["query"]) / operands["scale"]
+        return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), floor))
 
-    errors = jax.tree.map(error, got, want)
-    return {jax.tree_util.keystr(path): float(e) for path, e in jax.tree_util.tree_leaves_with_path(errors)}
+    errors = jax.tree_util.tree_map_with_path(error, got, want)
+    return {jax.tree_util.keystr(path): e for path, e in jax.tree_util.tree_leaves_with_path(errors)}
 
 
-def agree(got, want, tolerance: float = 1e-4) -> None:
+def agree(got: dict, want: dict, operands: dict, tolerance: float = 1e-4) -> None:
     """Every leaf within a relative error. NaN does not agree."""
-    errors = relative_errors(got, want)
+    errors = relative_errors(got, want, operands)
     assert all(e < tolerance for e in errors.values()), errors

@@ -87,19 +87,21 @@ def recorded_inputs(workdir: str, layer: int, tokens: int) -> dict[str, Any]:
     config, spec = workdir_config(workdir)
     source = open_source(config)
     params = runs.restore_params(config, spec, config.seed, Path(workdir), source)
-    with_params, _ = runs.build_model(config, spec, source, config.seed)
-    found: list[dict[str, np.ndarray]] = []
-    used: Params = {}
-    for batch in held_out(config, source, config.seq_length):
+    with_params, _ = runs._abstract_model(config, spec, source)
+
+    @jax.jit
+    def attend(params: Params, batch: dict[str, Any]) -> tuple[dict[str, Any], Params]:
         record = with_params(params).records(batch["tokens"], batch["positions"], batch["segment_ids"])[layer]
-        repeat = record.query.shape[2] // record.key.shape[2]
-        arrays = {name: np.asarray(getattr(record, name), np.float32) for name in ("query", "key", "value")}
+        return {name: getattr(record, name) for name in ("query", "key", "value")}, record.params
+
+    found: list[dict[str, np.ndarray]] = []
+    for batch in held_out(config, source, config.seq_length):
+        arrays, used = jax.device_get(attend(params, {name: batch[name] for name in ("tokens", "positions", "segment_ids")}))
+        repeat = arrays["query"].shape[2] // arrays["key"].shape[2]
         found.append({name: np.repeat(x, 1 if name == "query" else repeat, axis=2) for name, x in arrays.items()})
-        used = used or jax.tree.map(np.asarray, record.params)
-        if sum(x["query"][..., 0, 0].size for x in found) >= tokens or any(
-            leaf.shape[:2] == record.query.shape[:2] for leaf in jax.tree.leaves(record.params)
-        ):
-            break  # gate keys are made a batch at a time, and stay with theirs
+        made_of_tokens = any(leaf.shape[:2] == arrays["query"].shape[:2] for leaf in jax.tree.leaves(used))
+        if made_of_tokens or sum(x["query"][..., 0, 0].size for x in found) >= tokens:
+            break  # gate keys are made of their batch's tokens, and fit no other
     joined = {name: np.concatenate([x[name] for x in found]) for name in found[0]}
     return joined | {"encoding": spec, "params": used}
 

@@ -42,10 +42,14 @@ def gradients(spec: str, arrays: dict[str, np.ndarray], first: int) -> dict[str,
         raise RuntimeError("gradients need a process with JAX_ENABLE_X64=1")
     inputs = {name: jnp.asarray(x, jnp.float64) for name, x in arrays.items() if name != "cotangent"}
     total = {name: np.zeros(x.shape) for name, x in inputs.items()}
+
+    @functools.partial(jax.jit, static_argnums=(2, 3))
+    def pull(inputs: dict[str, Any], cotangent: Any, start: int, stop: int) -> dict[str, Any]:
+        _, backward = jax.vjp(lambda arrays: _rows(jnp, spec, arrays, start, stop)[0], inputs)
+        return backward(cotangent)[0]
+
     for start, stop in _blocks(arrays["query"].shape, first):
-        rows = functools.partial(_rows, jnp, spec, start=start, stop=stop)
-        _, pull = jax.vjp(lambda x, rows=rows: rows(x)[0], inputs)
-        for name, x in pull(jnp.asarray(arrays["cotangent"][:, start:stop], jnp.float64))[0].items():
+        for name, x in pull(inputs, jnp.asarray(arrays["cotangent"][:, start:stop], jnp.float64), start, stop).items():
             total[name] += np.asarray(x)
     return total
 

@@ -24,6 +24,8 @@ import numpy as np
 from posjax.bias import BiasTerm, Mask, Tile
 from posjax.typing import Array, Float, Int
 
+# Large enough for matrix products to run at full speed on a CPU, small enough for rows to settle early and to fit its cache.
+_ROWS = _COLUMNS = 128
 _NEVER = -1e30  # a score that no softmax weight survives
 _LOWEST = -1e29  # the first maximum of a row, above _NEVER: in a row that sees nothing all weights are then zero
 
@@ -47,7 +49,7 @@ def attention(
       tile: queries and keys of one tile; None chooses.
     """
     length, keys = query.shape[1], key.shape[1]
-    rows, columns = tile or (128, 128)
+    rows, columns = tile or (_ROWS, max(_COLUMNS, _ROWS * _COLUMNS // length))  # few queries: wide tiles, so as not to walk in crumbs
     rows, columns = min(rows, length), min(columns, keys)
     along_rows, along_columns = functools.partial(_pad, to=rows), functools.partial(_pad, to=columns)
     plan = _Plan(rows, columns, keys, None if logits_soft_cap is None else float(logits_soft_cap))
@@ -250,7 +252,22 @@ def _attend(plan: _Plan, operands: _Operands) -> Array:
     return _forward(plan, operands)[0]
 
 
+def _one_by_one(function: Any) -> Any:
+    """Under vmap, one call after the other: as one, all would walk as far as the longest, copying what they sum up at every tile."""
+
+    def called(plan: _Plan, *args: Any) -> Any:
+        return jax.custom_batching.sequential_vmap(functools.partial(function, plan))(*args)
+
+    return called
+
+
 def _forward(plan: _Plan, x: _Operands) -> tuple[Array, tuple[_Operands, Array, Array, Array, Any]]:
+    out, saved = _outputs(plan, x)
+    return out, (x, out, saved)
+
+
+@_one_by_one
+def _outputs(plan: _Plan, x: _Operands) -> tuple[Array, Any]:
     def one(index: Array) -> tuple[Array, Array, Array, Any]:
         row = _row(plan, x, index)
         loaded = [term.loaded() for term in row.terms]
@@ -294,7 +311,7 @@ def _forward(plan: _Plan, x: _Operands) -> tuple[Array, tuple[_Operands, Array, 
         return out.astype(x.value.dtype), log_sum, first, state[2]
 
     out, *saved = jax.lax.map(one, jnp.arange(x.query.shape[0]))
-    return out, (x, out, *saved)
+    return out, saved
 
 
 # Backward --------------------------------------------------------------------------------------------------------------
@@ -320,8 +337,9 @@ def _sum(a: list[Array], b: list[Array]) -> list[Array]:
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
-def _backward(plan: _Plan, saved: tuple[_Operands, Array, Array, Array, Any], d_out: Array) -> tuple[_Operands]:
-    x, out, log_sum, first, final = saved
+@_one_by_one
+def _gradients(plan: _Plan, x: _Operands, out: Array, saved: Any, d_out: Array) -> dict[str, Any]:
+    log_sum, first, final = saved
     all_columns, _ = _floats([term.columns for term in x.terms])
     all_tables, _ = _floats([term.tables for term in x.terms])
     kv_heads = x.key.shape[2]
@@ -433,11 +451,22 @@ def _backward(plan: _Plan, saved: tuple[_Operands, Array, Array, Array, Any], d_
     (d_tables, (d_key, d_value, d_columns)), (d_query, d_rows, d_carries, d_scale) = jax.lax.scan(
         one, start, (jnp.arange(x.query.shape[0]), out, log_sum, first, final, d_out)
     )
-    return (_cotangent(x, d_query, d_key * x.scale, d_value, d_rows, d_columns, d_tables, d_carries, d_scale.sum()),)
+    return dict(
+        query=d_query,
+        key=d_key * x.scale,
+        value=d_value,
+        rows=d_rows,
+        columns=d_columns,
+        tables=d_tables,
+        carries=d_carries,
+        scale=d_scale.sum(),
+    )
 
 
-def _cotangent(x: _Operands, d_query, d_key, d_value, d_rows, d_columns, d_tables, d_carries, d_scale) -> _Operands:
+def _backward(plan: _Plan, saved: tuple[_Operands, Array, Any], d_out: Array) -> tuple[_Operands]:
     """The gradients in the form of the operands: of their dtypes, float0 where an operand is of integers."""
+    x = saved[0]
+    d = _gradients(plan, *saved, d_out)
 
     def like(primal: Any, floats: list[Array]) -> Any:
         found, _ = _floats(primal)
@@ -451,21 +480,22 @@ def _cotangent(x: _Operands, d_query, d_key, d_value, d_rows, d_columns, d_table
         tiles = jnp.moveaxis(tiles, 0, 2)
         return tiles.reshape(*tiles.shape[:2], -1, *tiles.shape[4:])
 
-    rows = like([term.rows for term in x.terms], [joined(d) for d in d_rows])
-    columns = like([term.columns for term in x.terms], d_columns)
-    tables = like([term.tables for term in x.terms], d_tables)
-    carries = like([term.carry for term in x.terms], [joined(d) for d in d_carries])
+    rows = like([term.rows for term in x.terms], [joined(tiles) for tiles in d["rows"]])
+    columns = like([term.columns for term in x.terms], d["columns"])
+    tables = like([term.tables for term in x.terms], d["tables"])
+    carries = like([term.carry for term in x.terms], [joined(tiles) for tiles in d["carries"]])
     parts = zip(x.terms, rows, columns, tables, carries, strict=True)
-    return _Operands(
-        query=d_query.astype(x.query.dtype),
-        key=d_key.astype(x.key.dtype),
-        value=d_value.astype(x.value.dtype),
+    gradient = _Operands(
+        query=d["query"].astype(x.query.dtype),
+        key=d["key"].astype(x.key.dtype),
+        value=d["value"].astype(x.value.dtype),
         terms=tuple(dataclasses.replace(term, rows=r, columns=c, tables=t, carry=k) for term, r, c, t, k in parts),
         mask=like(x.mask, []),
         query_positions=like(x.query_positions, []),
         key_positions=like(x.key_positions, []),
-        scale=d_scale.astype(x.scale.dtype),
+        scale=d["scale"].astype(x.scale.dtype),
     )
+    return (gradient,)
 
 
 _attend.defvjp(_forward, _backward)
