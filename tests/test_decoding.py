@@ -18,7 +18,6 @@ from suite import (
     H,
     K,
     T,
-    causal,
     close,
     every_case,
     layer,
@@ -52,14 +51,20 @@ def through_cache(encoding, x, cache, cuts, positions=None, segment_ids=None, **
     return jnp.concatenate(out, axis=1), cache
 
 
+def whole(encoding, x=TOKENS, **options):
+    """The same without a cache, by the dense oracle."""
+    return layer(encoding, random_params(encoding), x, is_causal=True, implementation="xla", **options)
+
+
 # Every encoding, one layer -------------------------------------------------------------------------------------------
 
 
 @every_case
 def test_any_split_equals_the_full_computation(case):
+    expected = whole(case.encoding)
     for how, cuts in CUTS.items():
         out, cache = through_cache(case.encoding, TOKENS, decoding.init_cache(case.encoding, DIMS, B, max_length=T), cuts)
-        np.testing.assert_allclose(out, causal(case), rtol=0, atol=1e-5, err_msg=how)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5, err_msg=how)
         assert cache.used == T and (cache.next_position == T).all()
 
 
@@ -67,7 +72,7 @@ def test_any_split_equals_the_full_computation(case):
 def test_a_window_equals_full_windowed_attention_past_the_training_length(case):
     far = 0 if case.encoding.max_length(DIMS) else 1000
     positions = far + jnp.arange(T)
-    expected = layer(case.encoding, random_params(case.encoding), TOKENS, positions, is_causal=True, local_window_size=WINDOW)
+    expected = whole(case.encoding, positions=positions, local_window_size=WINDOW)
     for cuts in (CUTS["in chunks"], CUTS["token by token"]):
         cache = decoding.init_cache(case.encoding, DIMS, B, window=WINDOW)
         before = jax.tree.map(jnp.shape, cache)
@@ -90,7 +95,7 @@ def test_rows_of_different_lengths_never_see_their_padding(case, window):
 
     order = np.asarray([[*range(T)], [*range(short), *range(HALF, T), *range(short, HALF)]])  # the padding goes last
     alone = jnp.take_along_axis(TOKENS, order[..., None], axis=1)
-    expected = layer(case.encoding, random_params(case.encoding), alone, is_causal=True, local_window_size=window)
+    expected = whole(case.encoding, alone, local_window_size=window)
     close(out[0], expected[0], 1e-5)
     close(jnp.concatenate([out[1, :short], out[1, HALF:]]), expected[1, : short + HALF], 1e-5)
 
@@ -107,14 +112,14 @@ def test_packed_segments_stay_apart(window):
         encoding, TOKENS, decoding.init_cache(encoding, DIMS, B, **options), CUTS["token by token"], positions, segments
     )
     packed = dict(segment_ids=jnp.broadcast_to(segments, (B, T)), local_window_size=window)
-    close(out, layer(encoding, random_params(encoding), TOKENS, positions, is_causal=True, **packed), 1e-5)
+    close(out, whole(encoding, positions=positions, **packed), 1e-5)
 
 
 def test_scale_soft_cap_and_the_tiled_kernel():
     encoding, options = parse_encoding("rope + cope(4)"), dict(scale=0.7, logits_soft_cap=2.0)
     cache = decoding.init_cache(encoding, DIMS, B, max_length=T + 3)
     out, _ = through_cache(encoding, TOKENS, cache, CUTS["in chunks"], implementation="xla_chunked", **options)
-    close(out, layer(encoding, random_params(encoding), TOKENS, is_causal=True, **options), 1e-5)
+    close(out, whole(encoding, **options), 1e-5)
 
 
 def test_what_each_encoding_caches():
