@@ -43,6 +43,7 @@ class Config:
       attention: softmax, or linear (with an encoding that only rotates).
       local_window_size: how far back a token sees; None is all.
       logits_soft_cap: of attention scores; None is none.
+      implementation: of attention: xla is dense, xla_chunked walks over tiles; None is the fastest.
       steps: optimiser steps.
       learning_rate: peak of AdamW's.
       warmup_steps: steps to the peak.
@@ -98,6 +99,7 @@ class Config:
     attention: Literal["softmax", "linear"] = "softmax"
     local_window_size: int | None = None
     logits_soft_cap: float | None = None
+    implementation: Literal["xla", "xla_chunked", "pallas"] | None = None
     steps: int = 1000
     learning_rate: float = 1e-3
     warmup_steps: int = 100
@@ -164,7 +166,7 @@ class Config:
 
 
 # What may differ between a run and its resumption; all else would make it another run.
-_RUN_ONLY = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints", "parallel", "encodings"}
+_RUN_ONLY = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints", "parallel", "implementation", "encodings"}
 
 
 def load_config(path: str) -> Config:

@@ -48,6 +48,7 @@ class TransformerConfig:
       attention: "softmax", or "linear" (RoFormer's, with an encoding that only rotates).
       local_window_size: how many earlier (and, in an encoder, later) positions a token sees; None: all.
       logits_soft_cap: of the attention scores; None: none.
+      implementation: of softmax attention, as in ``posjax.attention``; None: the fastest.
       num_classes: classes of a head on [CLS]; None: no such head.
 
     Raises:
@@ -73,6 +74,7 @@ class TransformerConfig:
     attention: Literal["softmax", "linear"] = "softmax"
     local_window_size: int | None = None
     logits_soft_cap: float | None = None
+    implementation: Literal["xla", "xla_chunked", "pallas"] | None = None
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +94,7 @@ class TransformerConfig:
             "activation": ("gelu", "swiglu"),
             "compute_dtype": ("float32", "bfloat16"),
             "attention": ("softmax", "linear"),
+            "implementation": (None, "xla", "xla_chunked", "pallas"),
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
@@ -101,6 +104,8 @@ class TransformerConfig:
             raise ValueError(
                 "local_window_size and logits_soft_cap must be None where attention='linear': it has no scores to limit"
             )
+        if self.attention == "linear" and self.implementation is not None:
+            raise ValueError(f"implementation must be None where attention='linear', got {self.implementation!r}")
         _ = self.dims  # num_kv_heads must divide num_heads
 
     @property
@@ -167,22 +172,14 @@ class _Layer(nnx.Module):
         params = encoding.condition(params, hidden)
         query, key, value = self.query(hidden), self.key(hidden), self.value(hidden)
         shared = dict(is_causal=config.is_causal, segment_ids=segment_ids, query_positions=positions, key_positions=positions)
+        how = dict(logits_soft_cap=config.logits_soft_cap, implementation=config.implementation)
         if config.attention == "linear":
             mixed = linear_attention(query, key, value, encoding, params, **shared)
         elif cache is not None:
-            new = dict(positions=positions, segment_ids=segment_ids, logits_soft_cap=config.logits_soft_cap)
-            mixed, cache = decoding.attend(query, key, value, encoding, params, cache, **new)
+            own = dict(positions=positions, segment_ids=segment_ids)
+            mixed, cache = decoding.attend(query, key, value, encoding, params, cache, **own, **how)
         else:
-            mixed = attention(
-                query,
-                key,
-                value,
-                encoding,
-                params,
-                **shared,
-                local_window_size=config.local_window_size,
-                logits_soft_cap=config.logits_soft_cap,
-            )
+            mixed = attention(query, key, value, encoding, params, **shared, local_window_size=config.local_window_size, **how)
         x = x + _dropout(self.out(mixed), config.dropout_rate, keys[0])
         x = x if pre else self.attention_norm(x)
 
