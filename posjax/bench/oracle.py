@@ -34,6 +34,7 @@ def gradients(spec: str, arrays: dict[str, np.ndarray], first: int) -> dict[str,
 
     Raises:
       RuntimeError: jax computes in 32 bits.
+      FloatingPointError: a gradient is not finite.
     """
     import jax
     import jax.numpy as jnp
@@ -51,6 +52,8 @@ def gradients(spec: str, arrays: dict[str, np.ndarray], first: int) -> dict[str,
     for start, stop in _blocks(arrays["query"].shape, first):
         for name, x in pull(inputs, jnp.asarray(arrays["cotangent"][:, start:stop], jnp.float64), start, stop).items():
             total[name] += np.asarray(x)
+    if bad := [name for name, x in total.items() if not np.isfinite(x).all()]:
+        raise FloatingPointError(f"gradients of {', '.join(bad)} are not finite")
     return total
 
 
