@@ -9,8 +9,9 @@ term carries goes along, a number a row. Once every row has settled, what is lef
     queries 3  [plain] [plain] [count] [count]
 
 The backward pass recomputes the scores of each tile from the log-sum-exp of its rows, and takes the derivative of a term by
-``jax.vjp`` of its function on that one tile: tables get table-sized gradients, and a term needs no backward of its own. Carries
-flow back from the left to the right; those that the tiles of one query tile received are made again first, one number a row and tile.
+``jax.vjp`` of its function on that one tile: tables get table-sized gradients, and a term needs no backward of its own. The
+gradient of a carry flows back from the left to the right, so the carries that the tiles of a query tile received, one number a row
+and tile, are first made again.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ def attention(
       tile: queries and keys of one tile; None chooses.
     """
     length, keys = query.shape[1], key.shape[1]
-    rows, columns = tile or (_ROWS, max(_COLUMNS, _ROWS * _COLUMNS // length))  # few queries: wide tiles, so as not to walk in crumbs
+    rows, columns = tile or (_ROWS, max(_COLUMNS, _ROWS * _COLUMNS // length))  # few queries walk in wide tiles
     rows, columns = min(rows, length), min(columns, keys)
     along_rows, along_columns = functools.partial(_pad, to=rows), functools.partial(_pad, to=columns)
     plan = _Plan(rows, columns, keys, None if logits_soft_cap is None else float(logits_soft_cap))
@@ -253,7 +254,7 @@ def _attend(plan: _Plan, operands: _Operands) -> Array:
 
 
 def _one_by_one(function: Any) -> Any:
-    """Under vmap, one call after the other: as one, all would walk as far as the longest, copying what they sum up at every tile."""
+    """Under vmap, one call after the other: as one, all would walk as far as the longest, copying their sums at every tile."""
 
     def called(plan: _Plan, *args: Any) -> Any:
         return jax.custom_batching.sequential_vmap(functools.partial(function, plan))(*args)
