@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import re
 import signal
@@ -148,7 +147,7 @@ def test_a_run_gives_a_row_of_everything_for_each_contestant(finished):
         assert row["ratio_to_jax_nn"] is None  # it was not there
         assert 0 < row["error_out"] < 1e-5
         assert 0 < row["error_grads"] < 1e-3
-        assert row["notes"] == "error of the last 5 queries"
+        assert row["notes"] == ["error of the last 5 queries"]
     assert identity["worst_gradient"] in ("query", "key", "value")
     assert 0.3 < cope["mean_gate"] < 0.7 and identity["mean_gate"] is None
 
@@ -165,7 +164,7 @@ def test_an_error_of_a_percent_and_200_megabytes_are_seen(finished):
 
 def test_who_dies_is_a_row_with_the_reason(finished):
     rows, out = finished
-    assert rows[3]["notes"] == "killed, most likely for want of memory"
+    assert rows[3]["notes"] == ["killed, most likely for want of memory"]
     assert rows[3]["ms_min"] is None and rows[3]["error_out"] is None
     assert "function, test_bench:dying: killed, most likely" in (out / "attention.md").read_text()
 
@@ -251,9 +250,39 @@ def test_a_gradient_that_is_zero_but_for_rounding_counts_as_a_part_of_all():
     measured = row("x", 8, 1.0)
     attention._fill_errors(measured, found, want)
     assert measured["error_out"] == 0.0 and measured["error_grads"] == pytest.approx(1e-6)
-    got["out"][0] = math.nan
-    attention._fill_errors(measured, type(found)(got), want)
-    assert measured["notes"] == "not finite"
+
+
+def test_what_is_not_finite_has_no_error_but_a_note():
+    found = type("Arrays", (dict,), {"files": ["out"]})(out=np.array([1.0, np.nan]))
+    measured = row("x", 8, 1.0)
+    attention._fill_errors(measured, found, {"out": np.ones(2)})
+    assert measured["notes"] == ["not finite"] and measured["error_out"] is None
+
+
+def test_slow_peers_run_fewer_rounds_and_failures_in_company_keep_their_first_time(tmp_path, monkeypatch):
+    seconds = {"identity": 50.0, "cope(4)": 0.1, "cope(5)": 3.0, "cope(6)": 20.0}
+    contestants = [Contestant("posjax", "identity", "xla"), Contestant("posjax", "cope(4)", "xla")]
+    contestants += [Contestant("x-transformers", "cope(5)"), Contestant("x-transformers", "cope(6)")]
+    config = AttentionBench(lengths=(8,), passes=("forward",), gates=("half",), peer_limit_seconds=10.0, repeats=4)
+    cases, jobs = attention.list_cases(config, contestants), attention.Jobs(tmp_path)
+    rows = [attention._empty_row(case) | {"ms_min": 1000 * seconds[case.contestant.encoding], "rounds": 0} for case in cases]
+    for case in cases:
+        np.savez(jobs.file("inputs", *case.inputs))
+    called = []
+
+    def prepared(contestant, *rest):
+        if contestant.encoding == "cope(4)":
+            raise MemoryError
+        return attention.Prepared(call=lambda: called.append(contestant.encoding), fetch=dict)
+
+    monkeypatch.setattr(attention, "prepare", prepared)
+    attention._time(config, cases, rows, jobs, lambda *progress: None)
+    assert [measured["rounds"] for measured in rows] == [4, 0, 3, 0]
+    assert called == ["identity", "cope(5)"] * 4 + ["identity"]  # once to warm up, then in turn
+    assert rows[0]["ms_min"] < 50_000 and rows[1]["ms_min"] == 100.0 and rows[3]["ms_min"] == 20_000.0
+    assert rows[1]["notes"] == ["not timed in rounds: MemoryError"]
+    (group,) = results.groups(rows)
+    assert "x-transformers cope(6), half: time of one call, the first of its process" in group[2][0]
 
 
 # Who takes part ----------------------------------------------------------------------------------------------------------
@@ -323,8 +352,11 @@ def test_gates_of_a_trained_model(tmp_path, monkeypatch):
     np.testing.assert_array_equal(other["value"][0, 128:], recorded["value"].reshape(-1, 2, 4)[:72])
     assert other["params/embedding"].shape == (6, 4)
     with pytest.raises(ValueError, match=r"layer must be below the 1 layers of .*, got 1"):
-        AttentionBench(workdir=config.workdir, layer=1)
-    cases = attention.list_cases(AttentionBench(workdir=config.workdir), [Contestant("posjax", "cope(4)", "xla")])
+        AttentionBench(workdir=config.workdir, layer=1, heads=2, head_dim=4)
+    with pytest.raises(ValueError, match=r"got 4 and 64; add --heads 2 --head-dim 4$"):
+        AttentionBench(workdir=config.workdir)
+    bench = AttentionBench(workdir=config.workdir, heads=2, head_dim=4)
+    cases = attention.list_cases(bench, [Contestant("posjax", "cope(4)", "xla")])
     assert [case.gates for case in cases[:3]] == ["half", "sparse", "trained"]
 
 

@@ -42,12 +42,6 @@ def write_inputs(job: dict[str, Any]) -> dict[str, Any]:
     recorded = None
     if config.workdir:
         recorded = inputs.recorded_inputs(config.workdir, config.layer, config.batch * max(config.lengths))
-        heads, head_dim = recorded["query"].shape[2:]
-        if (heads, head_dim) != (config.heads, config.head_dim):
-            raise ValueError(
-                f"heads and head_dim must be those of workdir {config.workdir!r}, got {config.heads} and {config.head_dim}; "
-                f"add --heads {heads} --head-dim {head_dim}"
-            )
     for spec, gates, length, path in job["files"]:
         np.savez(path, **inputs.make_inputs(spec, gates, length, config, recorded))
     return {}

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from posjax.bench.contestants import Contestant, Prepared, counts, list_contestants, prepare
+from posjax.bench.oracle import members
 from posjax.encoding import check_at_least
 from posjax.specs import parse_encoding
 
@@ -88,9 +89,15 @@ class AttentionBench:
         if self.workdir:
             from posjax.bench.inputs import workdir_config
 
-            layers = workdir_config(self.workdir)[0].num_layers
-            if self.layer >= layers:
-                raise ValueError(f"layer must be below the {layers} layers of {self.workdir!r}, got {self.layer}")
+            trained = workdir_config(self.workdir)[0]
+            if self.layer >= trained.num_layers:
+                raise ValueError(f"layer must be below the {trained.num_layers} layers of {self.workdir!r}, got {self.layer}")
+            dims = trained.transformer(vocab_size=2).dims
+            if (dims.num_heads, dims.head_dim) != (self.heads, self.head_dim):
+                raise ValueError(
+                    f"heads and head_dim must be those of workdir {self.workdir!r}, got {self.heads} and {self.head_dim}; "
+                    f"add --heads {dims.num_heads} --head-dim {dims.head_dim}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +183,8 @@ def _empty_row(case: Case) -> Row:
         "pass": case.direction,
         "gates": case.gates,
         **dict.fromkeys(measured),
-        "notes": "",
+        "notes": [],
     }
-
-
-def _note(row: Row, text: str) -> None:
-    row["notes"] = f"{row['notes']}; {text}" if row["notes"] else text
 
 
 # Memory and error: a process for each contestant ------------------------------------------------------------------------
@@ -248,18 +251,20 @@ def _measure(config: AttentionBench, cases: list[Case], rows: list[Row], jobs: J
         limit = 60 + 4 * config.peer_limit_seconds if case.contestant.is_peer else None
         answer, oracle = jobs.run(job, limit), oracles[case.inputs]
         if "failed" in answer:
-            _note(row, answer["failed"])
+            row["notes"].append(answer["failed"])
             continue
         row["ms_min"] = row["ms_median"] = 1000 * answer.pop("seconds")  # until rounds give better
         row["rounds"] = 0
         row |= answer
         if "failed" in oracle:
-            _note(row, f"no oracle: {oracle['failed']}")
+            row["notes"].append(f"no oracle: {oracle['failed']}")
             continue
         row["mean_gate"] = oracle["mean_gate"]
         _fill_errors(row, np.load(jobs.file("results")), np.load(jobs.file("oracle", *case.inputs)))
+        if {name for name, _ in members(case.contestant.encoding)} <= {"sinusoidal", "learned"}:
+            row["notes"].append("adds to the embeddings; attention is identity's")
         if first:
-            _note(row, f"error of the last {case.length - first} queries")
+            row["notes"].append(f"error of the last {case.length - first} queries")
 
 
 def _first_row(length: int) -> int:
@@ -268,7 +273,9 @@ def _first_row(length: int) -> int:
 
 def _fill_errors(row: Row, found: Any, oracle: Any) -> None:
     """Norm of the difference over norm; of gradients, the worst array's."""
-
+    if not all(np.isfinite(found[name]).all() for name in found.files):
+        row["notes"].append("not finite")
+        return
     gradients = [name for name in found.files if name.startswith("grads/")]
     whole = float(np.sqrt(sum(np.sum(oracle[name] ** 2) for name in gradients)))
 
@@ -282,8 +289,6 @@ def _fill_errors(row: Row, found: Any, oracle: Any) -> None:
     if gradients:
         errors = {name.removeprefix("grads/"): error(name) for name in gradients}
         row["error_grads"], row["worst_gradient"] = max(errors.values()), max(errors, key=errors.get)
-    if not all(np.isfinite(found[name]).all() for name in found.files):
-        _note(row, "not finite")
 
 
 # Time: all contestants of a length in turn ------------------------------------------------------------------------------
@@ -299,13 +304,16 @@ def _time(config: AttentionBench, cases: list[Case], rows: list[Row], jobs: Jobs
             rounds, seconds = config.repeats, row["ms_min"] / 1000
             if case.contestant.is_peer:
                 if seconds > config.peer_limit_seconds:
-                    _note(row, "one call, the first of its process")
                     continue
                 rounds = max(1, min(rounds, int(config.peer_limit_seconds / seconds)))
             progress(f"{case.contestant.name}, {length:,} tokens: compiling", len(ready), len(cases))
             arrays = dict(np.load(jobs.file("inputs", *case.inputs)))
-            prepared = prepare(case.contestant, case.direction == "both", arrays, config.dtype, compiled)
-            prepared.call()
+            try:
+                prepared = prepare(case.contestant, case.direction == "both", arrays, config.dtype, compiled)
+                prepared.call()
+            except Exception as error:  # alone it was well; here others hold memory too
+                row["notes"].append(f"not timed in rounds: {type(error).__name__}")
+                continue
             ready.append((row, rounds, prepared, []))
         for turn in range(config.repeats):
             for number, (row, rounds, prepared, times) in enumerate(ready):

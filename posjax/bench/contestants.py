@@ -6,6 +6,7 @@ A contestant is a name for a function of (query, key, value, params) with causal
 import dataclasses
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -150,6 +151,7 @@ def _prepare_torch(contestant: Contestant, with_gradients: bool, arrays: dict[st
     """Torch has heads before tokens; its arrays are made so before any clock runs."""
     import torch
 
+    torch.set_num_threads(os.cpu_count() or 1)
     on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
     options = dict(device="cuda" if on_gpu else "cpu", dtype=getattr(torch, dtype))
     heads_first = {name: np.ascontiguousarray(np.swapaxes(arrays[name], 1, 2)) for name in ("query", "key", "value", "cotangent")}

@@ -71,7 +71,8 @@ def groups(rows: Sequence[Row]) -> list[tuple[str, list[Row], list[str]]]:
         group = [row for row in rows if (row["length"], row["pass"]) == (length, direction)]
         notes: dict[str, list[str]] = {}
         for row in group:
-            for note in filter(None, row["notes"].split("; ")):
+            first_only = ["time of one call, the first of its process"] if row["rounds"] == 0 else []
+            for note in first_only + row["notes"]:
                 notes.setdefault(note, []).append(_label(row))
         whole = sum(row["ms_min"] is not None for row in group)
         lines = [f"{'all' if len(who) >= whole > 1 else '; '.join(who)}: {note}" for note, who in notes.items()]
