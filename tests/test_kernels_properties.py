@@ -20,11 +20,9 @@ from suite import (
     agree,
     every_case,
     every_kernel,
-    noisy,
     normal,
     output_and_gradients,
     quick_compilation,  # noqa: F401, a fixture
-    random_params,
 )
 
 import posjax as pj
@@ -78,7 +76,7 @@ def programs() -> dict[str, tuple[int, int]]:
 
     seen, numbers = {}, {}
     for case in CASES:
-        x, params = jnp.zeros((1, 2, suite.N, suite.H)), random_params(case.encoding)
+        x, params = jnp.zeros((1, 2, suite.N, suite.H)), suite.random_params(case.encoding)
         leaves, structure = jax.tree.flatten(jax.eval_shape(functools.partial(call, case.encoding), params, x))
         alike = seen.setdefault((structure, str(leaves)), [len(seen)])
         numbers[case.name] = alike[0], len(alike) - 1
@@ -197,20 +195,31 @@ def compiled(kernel):
     return jax.jit(cut, static_argnames=("length", "keys", "tile", "logits_soft_cap"))
 
 
+@functools.cache
+def oracle(encoding, soft_cap: float | None = None):
+    """Output and gradients of dense attention."""
+    return jax.jit(functools.partial(output_and_gradients, dense.attention, encoding, logits_soft_cap=soft_cap))
+
+
+def random_params(encoding, dims: pj.Dims, size: float, rng: np.random.Generator):
+    """Params of an encoding, all of them normal."""
+    shapes = jax.eval_shape(lambda: encoding.init(jax.random.key(0), dims))
+    return jax.tree.map(lambda leaf: jnp.asarray(size * rng.normal(size=leaf.shape), jnp.float32), shapes)
+
+
 def check(kernel, form: Form, encoding, seed: int, size: float, longest: int = LONGEST) -> None:
     """A random call of the form: the kernel's answer agrees with the oracle's."""
     rng = np.random.default_rng(seed)
     operands, options = random_call(form, rng, size, longest)
     heads, kv_heads, width, value_width = form.sizes
-    operands["params"] = noisy(encoding.init(jax.random.key(0), pj.Dims(heads, width, D, TABLE, kv_heads)), seed)
+    operands["params"] = random_params(encoding, pj.Dims(heads, width, D, TABLE, kv_heads), 0.3, rng)
     hidden, weight = normal(seed, B, longest, D), normal(seed + 1, B, longest, heads, value_width)
-    answer = functools.partial(
-        output_and_gradients, encoding=encoding, operands=operands, hidden=hidden, weight=weight, logits_soft_cap=form.soft_cap
-    )
+    static = {"is_causal": form.is_causal, "local_window_size": form.window, "logits_soft_cap": form.soft_cap}
     tiled = functools.partial(compiled(kernel), form.length, form.keys, tile=form.tile)
-    got = answer(tiled, is_causal=form.is_causal, local_window_size=form.window, **options)
+    got = output_and_gradients(tiled, encoding, operands, hidden, weight, **static, **options)
     positions = {name: options[name] for name in ("query_positions", "key_positions") if name in options}
-    want = answer(dense.attention, mask=jnp.asarray(allowed(form, options, longest)), **positions)
+    mask = jnp.asarray(allowed(form, options, longest))
+    want = oracle(encoding, form.soft_cap)(operands, hidden, weight, mask=mask, **positions)
     agree(got, want, operands)
 
 
@@ -243,13 +252,18 @@ EXTREMES = {
 }
 
 
+@functools.cache
+def extreme(name: str, max_position: int) -> pj.PositionalEncoding:
+    return EXTREMES[name](max_position)
+
+
 @every_kernel
 @pytest.mark.parametrize("regime", ["near 0", "near 1", "mixed"])
 @pytest.mark.parametrize("max_position", [2, LENGTH + 1])
 @pytest.mark.parametrize("name", EXTREMES)
 def test_gates_near_zero_and_one(kernel, name, max_position, regime):
     """Counts that never reach the last position, that reach it in a few keys, and both among the rows of one tile."""
-    encoding = EXTREMES[name](max_position)
+    encoding = extreme(name, max_position)
     heads, kv_heads, width = 4, 2, 8
     channel = width // 2 - 1  # the one that rope turns least: 1e-5 rad a position
     rng = np.random.default_rng(0)
@@ -259,11 +273,11 @@ def test_gates_near_zero_and_one(kernel, name, max_position, regime):
     gate_key = value if name == "values" else key
     gate_key[..., channel] = 8.0
     operands = {"query": query, "key": key, "value": value}
-    params = encoding.init(jax.random.key(0), pj.Dims(heads, width, D, num_kv_heads=kv_heads))
+    dims = pj.Dims(heads, width, D, num_kv_heads=kv_heads)
     hidden = np.ones((B, LENGTH, D)) + 0.1 * rng.normal(size=(B, LENGTH, D))
-    operands["params"] = jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape), params)
+    operands["params"] = random_params(encoding, dims, 0.1, rng)
     if name == "keys":
-        operands["params"]["gate_kernel"][..., channel] = 8.0 / D
+        operands["params"]["gate_kernel"] = operands["params"]["gate_kernel"].at[..., channel].set(8.0 / D)
         gate_key = np.einsum("btd,dkh->btkh", hidden, operands["params"]["gate_kernel"])
     operands, hidden = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (operands, hidden))
 
@@ -274,7 +288,7 @@ def test_gates_near_zero_and_one(kernel, name, max_position, regime):
     if regime == "mixed":
         assert all(0 < np.mean(sign[:, row : row + 8]) + 1 < 2 for row in range(0, 32, 8))
 
-    def answer(kernel):
-        return output_and_gradients(kernel, encoding, operands, hidden, normal(1, *query.shape), is_causal=True)
-
-    agree(answer(functools.partial(compiled(kernel), LENGTH, LENGTH, tile=(8, 8))), answer(dense.attention), operands)
+    tiled, weight = functools.partial(compiled(kernel), LENGTH, LENGTH, tile=(8, 8)), normal(1, *query.shape)
+    got = output_and_gradients(tiled, encoding, operands, hidden, weight, is_causal=True)
+    want = oracle(encoding)(operands, hidden, weight, mask=jnp.tril(jnp.ones((LENGTH, LENGTH), bool)))
+    agree(got, want, operands)

@@ -16,7 +16,7 @@ and tile, are first made again.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +125,16 @@ def _pad_term(term: BiasTerm, rows: int, columns: int) -> BiasTerm:
 # What is seen from one query tile --------------------------------------------------------------------------------------
 
 
+class _KeyTile(NamedTuple):
+    """One key tile as a query tile sees it."""
+
+    key: Array  # [B, K, s, H]
+    value: Array  # [B, K, s, V]
+    columns: list[Any]  # of every term
+    allowed: Array
+    positions: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class _Row:
     """One query tile: its part of the operands, and the key tiles that it visits, in ascending order."""
@@ -138,9 +148,10 @@ class _Row:
     visits: Array  # [J] indices of key tiles, the first ``count`` of them valid
     count: Array
 
-    def key_tile(self, j: Array) -> tuple[Array, Array, list[Any], Array, Array]:
-        """Key, value, columns of every term, allowed pairs and key positions of key tile j."""
+    def key_tile(self, at: Array) -> _KeyTile:
+        """The tile that is visited when ``at`` others on its left are still to be visited."""
         plan, x = self.plan, self.operands
+        j = self.visits[at]
         start = j * plan.columns
         key_positions = jax.lax.dynamic_slice_in_dim(x.key_positions, start, plan.columns, axis=1)
         mask = x.mask.cut(self.index * plan.rows, plan.rows, start, plan.columns)
@@ -148,7 +159,7 @@ class _Row:
         if plan.keys < x.key_positions.shape[1]:
             allowed &= start + jnp.arange(plan.columns) < plan.keys
         columns = [term.cut(0, plan.rows, start, plan.columns).columns for term in x.terms]
-        return x.key[j], x.value[j], columns, allowed, key_positions
+        return _KeyTile(x.key[j], x.value[j], columns, allowed, key_positions)
 
     def logits(self, key: Array) -> Array:
         """scale * q.k, [B, N, t, s] float32."""
@@ -213,11 +224,14 @@ def _live(plan: _Plan, x: _Operands, index: Array, query_positions: Array) -> Ar
     return live.any(0)
 
 
-def _scores(row: _Row, terms, allowed, key_positions, logits, rows, columns, tables, carries, settled) -> tuple[Array, list[Any]]:
-    """Scores of one tile before the mask, and the carries for the tile to its left. ``settled``: a bias a row, or None, a term."""
-    tile = Tile(logits, allowed, row.query_positions, key_positions)
+def _scores(row: _Row, seen: _KeyTile, logits, rows, columns, tables, carries, settled) -> tuple[Array, list[Any]]:
+    """Scores of one tile before the mask, and the carries for the tile to its left.
+
+    Rows, columns, tables and carries are lists over the terms; so is ``settled``: a bias a row where a term has settled.
+    """
+    tile = Tile(logits, seen.allowed, row.query_positions, seen.positions)
     scores, handed_on = logits, []
-    for term, own, by_key, table, carry, constant in zip(terms, rows, columns, tables, carries, settled, strict=True):
+    for term, own, by_key, table, carry, constant in zip(row.terms, rows, columns, tables, carries, settled, strict=True):
         if constant is not None:
             scores = scores + constant[..., None]
         else:
@@ -274,16 +288,15 @@ def _outputs(plan: _Plan, x: _Operands) -> tuple[Array, Any]:
         loaded = [term.loaded() for term in row.terms]
         rows, tables = [term.rows for term in loaded], [term.tables for term in loaded]
 
-        def visit(visit: Array, softmax: tuple[Array, Array, Array], carries, settled):
-            key, value, columns, allowed, key_positions = row.key_tile(row.visits[visit])
-            logits = row.logits(key)
-            scores, carries = _scores(row, loaded, allowed, key_positions, logits, rows, columns, tables, carries, settled)
-            scores = jnp.where(allowed, scores, _NEVER)
+        def visit(at: Array, softmax: tuple[Array, Array, Array], carries: list[Any], settled: list[Array | None]) -> Any:
+            seen = row.key_tile(at)
+            scores, carries = _scores(row, seen, row.logits(seen.key), rows, seen.columns, tables, carries, settled)
+            scores = jnp.where(seen.allowed, scores, _NEVER)
             highest, total, out = softmax
             new = jnp.maximum(highest, scores.max(-1))
             weights, shrink = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
-            product = _of_groups("bkgts,bksv->bkgtv", weights.astype(value.dtype), value)
-            return visit - 1, (new, total * shrink + weights.sum(-1), out * shrink[..., None] + product), carries
+            product = _of_groups("bkgts,bksv->bkgtv", weights.astype(seen.value.dtype), seen.value)
+            return at - 1, (new, total * shrink + weights.sum(-1), out * shrink[..., None] + product), carries
 
         batch, heads, height, _ = row.query.shape
         statistics = jnp.full((batch, heads, height), _LOWEST), jnp.zeros((batch, heads, height))
@@ -334,6 +347,12 @@ def _zeros(leaves: list[Array]) -> list[Array]:
     return [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
 
 
+def _add_at(x: Array, part: Array, start: Array) -> Array:
+    """x [B, K, S, ...] with a tile of columns added in its place."""
+    here = jax.lax.dynamic_slice_in_dim(x, start, part.shape[2], axis=2)
+    return jax.lax.dynamic_update_slice_in_dim(x, here + part, start, axis=2)
+
+
 def _sum(a: list[Array], b: list[Array]) -> list[Array]:
     return [x + y for x, y in zip(a, b, strict=True)]
 
@@ -363,48 +382,37 @@ def _gradients(plan: _Plan, x: _Operands, out: Array, saved: Any, d_out: Array) 
         d_out = d_out.astype(jnp.float32)
         slack = (d_out * out.astype(jnp.float32)).sum(-1)
 
-        def scores(key_tile, logits, rows, columns, tables, carries, settled):
-            _, _, all_columns, allowed, key_positions = key_tile
-            _, with_columns = _floats(all_columns)
-            total, handed_on = _scores(
-                row, row.terms, allowed, key_positions, logits, with_rows(rows), with_columns(columns), with_tables(tables),
-                with_carries(carries), settled,
-            )  # fmt: skip
-            return total, _floats(handed_on)[0]
-
         unsettled = [None] * len(row.terms)
+
+        def scores(seen: _KeyTile, logits, rows, columns, tables, carries, settled) -> tuple[Array, list[Array]]:
+            """``_scores`` as a function of floats alone."""
+            _, with_columns = _floats(seen.columns)
+            others = with_rows(rows), with_columns(columns), with_tables(tables), with_carries(carries)
+            total, handed_on = _scores(row, seen, logits, *others, settled)
+            return total, _floats(handed_on)[0]
 
         def again(at: Array, state: Any) -> Any:
             """From the right to the left: the carry that each counted tile but the first receives."""
             carries, received = state
-            visit = row.count - 1 - at
-            key_tile = row.key_tile(row.visits[visit])
-            columns = _floats(key_tile[2])[0]
-            carries = scores(key_tile, row.logits(key_tile[0]), rows, columns, tables, carries, unsettled)[1]
-            return carries, [r.at[visit - 1].set(c) for r, c in zip(received, carries, strict=True)]
+            at = row.count - 1 - at
+            seen = row.key_tile(at)
+            carries = scores(seen, row.logits(seen.key), rows, _floats(seen.columns)[0], tables, carries, unsettled)[1]
+            return carries, [r.at[at - 1].set(c) for r, c in zip(received, carries, strict=True)]
 
-        def visit(visit: Array, state: Any, carries: list[Array], settled: list[Array | None]) -> Any:
+        def visit(at: Array, state: Any, carries: list[Array], settled: list[Array | None]) -> Any:
             (d_query, d_rows, d_tables), (d_key, d_value, d_columns), d_carries, d_settled = state
-            j = row.visits[visit]
-            key_tile = row.key_tile(j)
-            key, value, columns, allowed, _ = key_tile
-            (total, _), vjp = jax.vjp(
-                functools.partial(scores, key_tile), row.logits(key), rows, _floats(columns)[0], tables, carries, settled
-            )
-            weights = jnp.where(allowed, jnp.exp(total - log_sum[..., None]), 0.0)
+            seen, j = row.key_tile(at), row.visits[at]
+            key, value, columns = seen.key, seen.value, _floats(seen.columns)[0]
+            inputs = row.logits(key), rows, columns, tables, carries, settled
+            (total, _), vjp = jax.vjp(functools.partial(scores, seen), *inputs)
+            weights = jnp.where(seen.allowed, jnp.exp(total - log_sum[..., None]), 0.0)
             d_weights = _of_groups("bkgtv,bksv->bkgts", d_out.astype(value.dtype), value)
             d_total = weights * (d_weights - slack[..., None])
             d_logits, more_rows, more_columns, more_tables, d_carries, more_settled = vjp((d_total, d_carries))
             d_logits = d_logits.astype(key.dtype)
             d_key = d_key.at[j].add(_into_groups(d_logits, row.query, kv_heads))
             d_value = d_value.at[j].add(_into_groups(weights.astype(value.dtype), d_out.astype(value.dtype), kv_heads))
-            start = j * plan.columns
-            d_columns = [
-                jax.lax.dynamic_update_slice_in_dim(
-                    d, jax.lax.dynamic_slice_in_dim(d, start, plan.columns, 2) + m, start, 2
-                )
-                for d, m in zip(d_columns, more_columns, strict=True)
-            ]  # fmt: skip
+            d_columns = [_add_at(d, more, j * plan.columns) for d, more in zip(d_columns, more_columns, strict=True)]
             d_query = d_query + _of_groups("bkgts,bksh->bkgth", d_logits, key)
             d_settled = jax.tree.map(jnp.add, d_settled, more_settled)
             return (
