@@ -262,7 +262,7 @@ def relative_errors(got: dict, want: dict, operands: dict) -> dict[str, float]:
     gradients are sums over all rows, to 0.01 of the norm that such a sum of products of query and value has; in scale, one number,
     to the norm of the terms of sum(query * gradient) / scale that it is.
     """
-    size = {name: float(jnp.sqrt(jnp.mean(jnp.square(operands[name])))) for name in ("query", "value")}
+    size = {name: np.linalg.norm(operands[name]) / math.sqrt(operands[name].size) for name in ("query", "value")}
     over_rows = 0.01 * size["query"] * size["value"] * math.sqrt(math.prod(want["out"].shape[:3]))
 
     def error(path, a, b):

@@ -84,19 +84,25 @@ def test_a_window_equals_full_windowed_attention_past_the_training_length(case):
 @every_case
 @pytest.mark.parametrize("window", [None, WINDOW])
 def test_rows_of_different_lengths_never_see_their_padding(case, window):
-    """Row 1 has a prompt of 3 tokens where row 0 has 6; what stands in the padding is as real as any token."""
-    short = 3
-    segments = jnp.asarray([[1] * T, [1] * short + [0] * (HALF - short) + [1] * HALF])
-    options = dict(max_length=T) if window is None else dict(window=window)
-    cache = decoding.init_cache(case.encoding, DIMS, B, **options)
-    out, cache = through_cache(case.encoding, TOKENS, cache, CUTS["in chunks"], segment_ids=segments)
-    assert list(cache.next_position) == [T, T - HALF + short]
+    """Row 1 has a prompt of 3 tokens where row 0 has 6, or 12, which is enough padding to fill a window.
 
-    order = np.asarray([[*range(T)], [*range(short), *range(HALF, T), *range(short, HALF)]])  # the padding goes last
-    alone = jnp.take_along_axis(TOKENS, order[..., None], axis=1)
+    What stands in the padding is as real as any token.
+    """
+    short, end = 3, HALF if window is None else T
+    x = jnp.concatenate([TOKENS, TOKENS[:, :HALF]], axis=1)[:, : end + HALF]
+    real = jnp.asarray([[1] * (end + HALF), [1] * short + [0] * (end - short) + [1] * HALF])
+    options = dict(max_length=T) if window is None else dict(window=window)
+    cache, cuts = decoding.init_cache(case.encoding, DIMS, B, **options), range(0, end + HALF + 1, HALF)
+    if (limit := case.encoding.max_length(DIMS)) is not None and end + HALF > limit:
+        x, real, cuts = x[:, :limit], real[:, :limit], (*cuts[:-1], limit)
+    out, cache = through_cache(case.encoding, x, cache, cuts, segment_ids=real)
+    row = np.flatnonzero(real[1])
+    assert list(cache.next_position) == [x.shape[1], len(row)]
+
+    alone = jnp.stack([x[0, :T], x[1, np.resize(row, T)]])  # each row from its own beginning; what follows is not looked at
     expected = whole(case.encoding, alone, local_window_size=window)
-    close(out[0], expected[0], 1e-5)
-    close(jnp.concatenate([out[1, :short], out[1, HALF:]]), expected[1, : short + HALF], 1e-5)
+    close(out[0, :T], expected[0], 1e-5)
+    close(out[1, row], expected[1, : len(row)], 1e-5)
 
 
 # One layer, other calls ----------------------------------------------------------------------------------------------
@@ -247,6 +253,8 @@ def test_a_model_reads_all_at_once_and_an_explicit_window_is_a_local_one():
         with_params, params = build("rope", num_layers=1)
         logits, _ = with_params(params).decode(TEXT, with_params(params).init_cache(B, window=window))
         close(logits, build("rope", num_layers=1, local_window_size=window)[0](params)(TEXT), 1e-5)
+    with_params, params = build("rope", local_window_size=3)
+    assert [with_params(params).init_cache(B, window=wish)[0].window for wish in (2, 5)] == [2, 3]  # the narrower of the two
 
 
 def test_models_that_cannot_decode_say_so():

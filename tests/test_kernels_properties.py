@@ -177,7 +177,7 @@ def allowed(form: Form, options: dict, longest: int) -> np.ndarray:
 
 @functools.cache
 def compiled(kernel):
-    """The kernel on the first queries and keys of a call, zeros where queries are left out."""
+    """The kernel on the first queries and keys of a call, zeros where queries are left out. Alike calls compile once."""
 
     def cut(length, keys, value, query, key, terms, mask, query_positions, key_positions, **rest):
         out = kernel(
@@ -193,12 +193,6 @@ def compiled(kernel):
         return jnp.pad(out, [(0, 0), (0, query.shape[1] - length), (0, 0), (0, 0)])
 
     return jax.jit(cut, static_argnames=("length", "keys", "tile", "logits_soft_cap"))
-
-
-@functools.cache
-def oracle(encoding, soft_cap: float | None = None):
-    """Output and gradients of dense attention."""
-    return jax.jit(functools.partial(output_and_gradients, dense.attention, encoding, logits_soft_cap=soft_cap))
 
 
 def random_params(encoding, dims: pj.Dims, size: float, rng: np.random.Generator):
@@ -217,9 +211,10 @@ def check(kernel, form: Form, encoding, seed: int, size: float, longest: int = L
     static = {"is_causal": form.is_causal, "local_window_size": form.window, "logits_soft_cap": form.soft_cap}
     tiled = functools.partial(compiled(kernel), form.length, form.keys, tile=form.tile)
     got = output_and_gradients(tiled, encoding, operands, hidden, weight, **static, **options)
-    positions = {name: options[name] for name in ("query_positions", "key_positions") if name in options}
-    mask = jnp.asarray(allowed(form, options, longest))
-    want = oracle(encoding, form.soft_cap)(operands, hidden, weight, mask=mask, **positions)
+    plain = {name: options[name] for name in ("query_positions", "key_positions") if name in options}
+    plain |= {"mask": jnp.asarray(allowed(form, options, longest)), "logits_soft_cap": form.soft_cap}
+    oracle = functools.partial(compiled(dense.attention), longest, longest)
+    want = output_and_gradients(oracle, encoding, operands, hidden, weight, **plain)
     agree(got, want, operands)
 
 
@@ -290,5 +285,6 @@ def test_gates_near_zero_and_one(kernel, name, max_position, regime):
 
     tiled, weight = functools.partial(compiled(kernel), LENGTH, LENGTH, tile=(8, 8)), normal(1, *query.shape)
     got = output_and_gradients(tiled, encoding, operands, hidden, weight, is_causal=True)
-    want = oracle(encoding)(operands, hidden, weight, mask=jnp.tril(jnp.ones((LENGTH, LENGTH), bool)))
+    oracle = functools.partial(compiled(dense.attention), LENGTH, LENGTH)
+    want = output_and_gradients(oracle, encoding, operands, hidden, weight, mask=jnp.tril(jnp.ones((LENGTH, LENGTH), bool)))
     agree(got, want, operands)

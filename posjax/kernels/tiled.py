@@ -147,6 +147,7 @@ class _Row:
     terms: tuple[BiasTerm, ...]  # cut to these queries, not loaded; their columns are not to be used
     visits: Array  # [J] indices of key tiles, the first ``count`` of them valid
     count: Array
+    leftmost: Array  # [1 or B, t] the first key tile in which a query may see something
 
     def key_tile(self, at: Array) -> _KeyTile:
         """The tile that is visited when ``at`` others on its left are still to be visited."""
@@ -181,7 +182,8 @@ def _into_groups(x: Array, y: Array, heads: int) -> Array:
 
 def _row(plan: _Plan, x: _Operands, index: Array) -> _Row:
     query_positions = jax.lax.dynamic_slice_in_dim(x.query_positions, index * plan.rows, plan.rows, axis=1)
-    live = _live(plan, x, index, query_positions)
+    may_meet = _may_meet(plan, x, index, query_positions)
+    live = may_meet.any((0, 1))
     return _Row(
         plan=plan,
         operands=x,
@@ -191,37 +193,35 @@ def _row(plan: _Plan, x: _Operands, index: Array) -> _Row:
         terms=tuple(term.cut(index * plan.rows, plan.rows, 0, plan.columns) for term in x.terms),
         visits=jnp.nonzero(live, size=live.size, fill_value=0)[0].astype(jnp.int32),
         count=live.sum(dtype=jnp.int32),
+        leftmost=jnp.where(may_meet.any(-1), may_meet.argmax(-1), live.size),
     )
 
 
-def _live(plan: _Plan, x: _Operands, index: Array, query_positions: Array) -> Array:
-    """Which key tiles hold a pair that may be allowed, [J] bool: judged by the range of positions and segments in a tile."""
+def _may_meet(plan: _Plan, x: _Operands, index: Array, query_positions: Array) -> Array:
+    """Which queries may see a key of which key tiles, [1 or B, t, J] bool: judged by the ranges of positions and segments."""
 
     def ranges(ids: Array) -> tuple[Array, Array]:
-        tiles = ids.reshape(ids.shape[0], -1, plan.columns)
+        tiles = ids.reshape(ids.shape[0], 1, -1, plan.columns)
         return tiles.min(-1), tiles.max(-1)
 
-    def ends(ids: Array) -> tuple[Array, Array]:
-        return ids.min(1, keepdims=True), ids.max(1, keepdims=True)
-
     mask, (left, right) = x.mask, x.mask.window
-    (first, last), (least, most) = ranges(x.key_positions), ends(query_positions)
-    live = jnp.ones(first.shape, bool)
+    (first, last), here = ranges(x.key_positions), query_positions[..., None]
+    may = jnp.ones((1, plan.rows, first.shape[-1]), bool)
     if mask.is_causal:
-        live &= first <= most
+        may &= first <= here
     if left is not None:
-        live &= last >= least - left
+        may &= last >= here - left
     if right is not None:
-        live &= first <= most + right
+        may &= first <= here + right
     if mask.query_segments is not None and mask.key_segments is not None:
         first, last = ranges(mask.key_segments)
-        least, most = ends(jax.lax.dynamic_slice_in_dim(mask.query_segments, index * plan.rows, plan.rows, axis=1))
-        live &= (first <= most) & (last >= least)
+        here = jax.lax.dynamic_slice_in_dim(mask.query_segments, index * plan.rows, plan.rows, axis=1)[..., None]
+        may &= (first <= here) & (here <= last)
     if mask.boolean is not None:
-        boolean = mask.cut(index * plan.rows, plan.rows, 0, x.key_positions.shape[1]).boolean.any((1, 2))
-        boolean = jnp.broadcast_to(boolean, (boolean.shape[0], x.key_positions.shape[1]))
-        live &= boolean.reshape(boolean.shape[0], -1, plan.columns).any(-1)
-    return live.any(0)
+        boolean = mask.cut(index * plan.rows, plan.rows, 0, x.key_positions.shape[1]).boolean.any(1)
+        boolean = jnp.broadcast_to(boolean, (*boolean.shape[:2], x.key_positions.shape[1]))
+        may &= boolean.reshape(*boolean.shape[:2], -1, plan.columns).any(-1)
+    return may
 
 
 def _scores(row: _Row, seen: _KeyTile, logits, rows, columns, tables, carries, settled) -> tuple[Array, list[Any]]:
@@ -247,15 +247,13 @@ def _can_settle(terms: tuple[BiasTerm, ...]) -> bool:
     return all(term.carry is None or term.settle is not None for term in terms)
 
 
-def _settle(terms: tuple[BiasTerm, ...], rows, tables, carries) -> tuple[Array, list[Array | None]]:
-    """Whether all rows of all terms have settled, and the constants of the terms that carry."""
-    done, constants = jnp.bool_(True), []
-    for term, own, table, carry in zip(terms, rows, tables, carries, strict=True):
-        constants.append(None)
-        if term.carry is not None:
-            settled, constants[-1] = term.settle(own, table, carry)
-            done &= settled.all()
-    return done, constants
+def _constants(terms: tuple[BiasTerm, ...], rows, tables, carries) -> tuple[list[Array | None], list[Array | None]]:
+    """Which rows of which terms have settled and on what bias; None for terms that do not carry."""
+    pairs = [
+        (None, None) if term.carry is None else term.settle(own, table, carry)
+        for term, own, table, carry in zip(terms, rows, tables, carries, strict=True)
+    ]
+    return [settled for settled, _ in pairs], [bias for _, bias in pairs]
 
 
 # Forward ---------------------------------------------------------------------------------------------------------------
@@ -306,14 +304,18 @@ def _outputs(plan: _Plan, x: _Operands) -> tuple[Array, Any]:
         if any(term.carry is not None for term in loaded):
 
             def counts(state: Any) -> Array:
-                more = state[0] >= 0
-                return more & ~_settle(loaded, rows, tables, state[2])[0] if _can_settle(row.terms) else more
+                at, _, carries = state
+                if not _can_settle(row.terms):
+                    return at >= 0
+                through = (row.visits[at] < row.leftmost)[:, None]  # nothing is left to see for these
+                settled = [s for s in _constants(row.terms, rows, tables, carries)[0] if s is not None]
+                return (at >= 0) & ~functools.reduce(jnp.logical_and, [(s | through).all() for s in settled])
 
             state = jax.lax.while_loop(counts, lambda state: visit(*state, unsettled), state)
         first = state[0] + 1  # of the visited tiles, how many are plain
         if _can_settle(row.terms):
             at, softmax, carries = state
-            constants = _settle(loaded, rows, tables, carries)[1]
+            constants = _constants(row.terms, rows, tables, carries)[1]
             at, softmax = jax.lax.while_loop(
                 lambda state: state[0] >= 0, lambda state: visit(*state, carries, constants)[:2], (at, softmax)
             )
@@ -431,7 +433,7 @@ def _gradients(plan: _Plan, x: _Operands, out: Array, saved: Any, d_out: Array) 
         if _can_settle(row.terms):
 
             def settle(rows: list[Array], tables: list[Array], carries: list[Array]) -> list[Array | None]:
-                return _settle(row.terms, with_rows(rows), with_tables(tables), with_carries(carries))[1]
+                return _constants(row.terms, with_rows(rows), with_tables(tables), with_carries(carries))[1]
 
             settled, settle_vjp = jax.vjp(settle, rows, tables, final)
             own, by_key, _, d_settled = jax.lax.fori_loop(
