@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+import posjax
 from posjax.bench.contestants import Contestant, Prepared, counts, list_contestants, prepare
 from posjax.bench.oracle import members
 from posjax.encoding import check_at_least
@@ -340,8 +341,8 @@ def _hardware(device: dict[str, Any]) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("posjax", "jax", "jaxlib", "numpy", "torch", "x-transformers"):
+    found = {"python": platform.python_version(), "posjax": posjax.__version__}
+    for package in ("jax", "jaxlib", "numpy", "torch", "x-transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
