@@ -42,7 +42,7 @@ def through_cache(encoding, x, cache, cuts, positions=None, segment_ids=None, **
     params, out = random_params(encoding), []
     for begin, end in itertools.pairwise(cuts):
         piece = slice(begin, end)
-        place, segments = (None if a is None else jnp.broadcast_to(a, (B, T))[:, piece] for a in (positions, segment_ids))
+        place, segments = (None if a is None else jnp.broadcast_to(a, x.shape[:2])[:, piece] for a in (positions, segment_ids))
         given = dict(positions=None if positions is None else place, segment_ids=segments)
         place = decoding.place_next(cache, end - begin, place, segments)[0]
         hidden = encoding.embed(params, x[:, piece], place)
