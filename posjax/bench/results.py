@@ -107,7 +107,7 @@ LEGEND = (
 )
 _LEGEND_OF_FILE = (
     "temp MB is the compiler's figure. CoPE's gradient jumps where a count passes a whole number, and float32 puts some counts on "
-    "the other side: 1e-4 in its gradients is no fault of an implementation."
+    "the other side: an error of 1e-4 in its gradients, and more in long sequences, can come of that alone."
 )
 
 
