@@ -250,6 +250,20 @@ def _last(seen: Cache, count: int, has_padding: bool) -> Cache:
     return dataclasses.replace(seen, **_slots(take, seen), used=jnp.zeros_like(seen.used))
 
 
+def store(stacked: Cache, layer: Array, one: Cache, tokens: int) -> Cache:
+    """Caches of several layers [L, ...] with what one layer's has become; a full cache is written at its new tokens alone."""
+    whole = jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, layer, 0), stacked, one)
+    if one.window is not None:
+        return whole
+    begin = one.used - tokens
+
+    def put(axis: int, all: Array, x: Array) -> Array:
+        new = jax.lax.dynamic_slice_in_dim(x, begin, tokens, axis)[None]
+        return jax.lax.dynamic_update_slice(all, new, [layer if a == 0 else begin if a == axis + 1 else 0 for a in range(all.ndim)])
+
+    return dataclasses.replace(whole, **_slots(put, stacked, one))
+
+
 # What an encoding caches ---------------------------------------------------------------------------------------------
 
 

@@ -400,7 +400,7 @@ class Transformer(nnx.Module):
             mine = jax.tree.map(lambda all: jax.lax.dynamic_index_in_dim(all, i, keepdims=False), cache)
             params = _join_params(shared, own)
             x, record, mine = nnx.merge(graph, weights)(x, encoding, params, positions, segment_ids, key, mine)
-            cache = jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0), cache, mine)
+            cache = None if cache is None else decoding.store(cache, i, mine, x.shape[1])
             return (x, cache), record if keep else None
 
         xs = (
