@@ -9,6 +9,7 @@ Each bias term is a walk over tiles from the right to the left: a row carries it
 """
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -104,7 +105,8 @@ def cope_mlp(hidden_dim: int = 64, gates: Gates = "logits", scaled: bool = False
     """CoPE with position embeddings made by a small network: bias_ij = q_i.e(p_ij), e(p) = W_2 relu(w_1 p + b_1).
 
     There is no last position, and no b_2: it would add the same to every key of a row, which softmax does not see.
-    q_i W_2 is made once a row, so that a cell costs ``hidden_dim`` products and not H times as many.
+    As a function of one number the network is straight lines between kinks: they are made once a row, and a pair of query and key
+    looks its line up.
     params: ["weight_in"] [F], ["bias_in"] [F], ["weight_out"] [F, H], initially zero; F = hidden_dim.
 
     Args:
@@ -155,12 +157,9 @@ def _load_interpolated(rows: dict[str, Array], tables: tuple) -> dict[str, Array
 
 def _interpolated(counts: Array, rows: dict[str, Array], embedding: Array) -> Array:
     """z at a fractional position, [B, N, t, s], clamped to the last."""
-    batch, heads, queries, length, _ = rows["z"].shape
-    position = jnp.minimum(counts, length - 1)
+    position = jnp.minimum(counts, rows["z"].shape[-2] - 1)
     floor = jnp.floor(position)
-    # One gather of value and slope together, from a flat table: on a CPU its transpose is three times as fast as that of two.
-    row = jnp.arange(batch * heads * queries, dtype=jnp.int32).reshape(batch, heads, queries, 1)
-    found = rows["z"].reshape(-1, 2).at[row * length + floor.astype(jnp.int32)].get(mode="promise_in_bounds")
+    found = _looked_up(rows["z"], floor.astype(jnp.int32))
     return found[..., 0] + (position - floor) * found[..., 1]
 
 
@@ -175,17 +174,44 @@ def _penalised(counts: Array, rows: dict[str, Array], slopes: Array) -> Array:
 
 
 def _load_network(rows: dict[str, Array], tables: tuple) -> dict[str, Array]:
-    return rows | {"z": _products(rows["query"], tables[1][2])}
+    """The network as straight lines: [B, N, t, F + 1, 2], slope and height of each piece between two kinks, and the kinks.
+
+    A unit of positive weight acts to the right of its kink -b/w, one of negative weight to the left.
+    """
+    weight, offset, weight_out = tables[1]
+    kinks = _kinks(weight, offset)
+    order = jnp.argsort(kinks)
+    z = _products(rows["query"], weight_out)[..., order]
+    lines = z[..., None] * jnp.stack([weight, offset], -1)[order]  # of one unit where it acts
+    falls = (weight < 0)[order, None]
+    passed = jnp.cumsum(jnp.where(falls, -lines, lines), axis=-2)
+    start = jnp.where(falls, lines, 0.0).sum(-2, keepdims=True)
+    return rows | {"z": start + jnp.concatenate([jnp.zeros_like(start), passed], axis=-2)}
+
+
+def _kinks(weight: Array, offset: Array) -> Array:
+    """Where each unit begins or ceases to act, [F]; a unit without weight acts everywhere or nowhere."""
+    flat = weight == 0.0
+    return jnp.where(flat, jnp.where(offset > 0, -jnp.inf, jnp.inf), -offset / jnp.where(flat, 1.0, weight))
 
 
 def _network(counts: Array, rows: dict[str, Array], tables: tuple[Array, Array, Array]) -> Array:
-    def add(total: Array, unit: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        weight, bias, out = unit  # one hidden unit at a time: [B, N, t, s, F] would be F attention matrices
-        return total + out[..., None] * jax.nn.relu(weight * counts + bias), None
+    """The piece that a count falls on, looked up: a unit costs a comparison."""
+    kinks = jax.lax.stop_gradient(jnp.sort(_kinks(*tables[:2])))
+    at = jax.lax.stop_gradient(counts)
+    none = jnp.zeros(counts.shape, jnp.int32)
+    piece, _ = jax.lax.scan(lambda n, kink: (n + (at >= kink), None), none, kinks, unroll=min(kinks.size, 64))
+    found = _looked_up(rows["z"], piece)
+    return found[..., 0] * counts + found[..., 1]
 
-    units = (*tables[:2], jnp.moveaxis(rows["z"], -1, 0))
-    total, _ = jax.lax.scan(add, jnp.zeros_like(counts), units)
-    return total
+
+def _looked_up(table: Array, index: Array) -> Array:
+    """Row ``index`` [B, N, t, s] of a table [B, N, t, P, 2] of its own for every query.
+
+    Both numbers in one gather from a flat array: on a CPU its transpose is three times as fast as that of two gathers.
+    """
+    row = jnp.arange(math.prod(table.shape[:3]), dtype=jnp.int32).reshape(*table.shape[:3], 1)
+    return table.reshape(-1, 2).at[row * table.shape[3] + index].get(mode="promise_in_bounds")
 
 
 # Counting ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from suite import (
     CASES,
@@ -52,3 +53,34 @@ def test_tiles_walked_from_right_to_left_equal_the_dense_bias(case):
         for evaluate in (lambda term, whole: term.dense(whole), lambda term, whole: walk(term, MASK, whole, T // 2, T // 3))
     )
     jax.tree.map(lambda a, b: close(a, b, atol=1e-4), tiled, dense)
+
+
+def test_the_network_of_cope_mlp_is_its_formula():
+    """e(p) = W_2 relu(w_1 p + b_1) at every count, with weights of both signs and none, on gates of one."""
+    hidden, length, width = 7, 9, 3
+    rng = np.random.default_rng(0)
+    weight, offset = rng.normal(size=hidden), 4 * rng.normal(size=hidden)
+    weight[:2], offset[:2] = 0.0, [1.5, -1.5]  # one acts everywhere, one nowhere
+    out, query = rng.normal(size=(hidden, width)), rng.normal(size=(1, length, 2, width))
+    params = {"weight_in": weight, "bias_in": offset, "weight_out": out}
+    query, key = jnp.asarray(query, jnp.float32), jnp.full((1, length, 2, width), 0.0)
+
+    def biases(params, query):
+        inputs = pj.AttentionInputs(query, key, None, jnp.arange(length)[None], jnp.arange(length)[None], 1.0)
+        (term,) = pj.cope_mlp(hidden).bias(params, inputs)
+        counted = jnp.full((1, 2, length, length), 40.0)  # logits at which a gate is one
+        allowed = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        return term.dense(pj.Tile(counted, allowed, inputs.query_positions, inputs.key_positions))
+
+    def formula(params, query):
+        counts = jnp.arange(length)[:, None] - jnp.arange(length)[None] + 1.0
+        e = jax.nn.relu(params["weight_in"] * counts[..., None] + params["bias_in"]) @ params["weight_out"]
+        return jnp.einsum("btnh,tsh->bnts", query, e)
+
+    params = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in params.items()}
+    weights = jnp.tril(normal(3, 1, 2, length, length))
+    for got, want in zip(
+        *(jax.value_and_grad(lambda *a, f=f: (f(*a) * weights).sum(), (0, 1))(params, query) for f in (biases, formula)),
+        strict=True,
+    ):
+        jax.tree.map(lambda a, b: close(a, b, atol=1e-4), got, want)
