@@ -22,6 +22,7 @@ import numpy as np
 
 from posjax.attention import Implementation, check_encoding, check_operands, prepare, run
 from posjax.encoding import Dims, PositionalEncoding, check_at_least
+from posjax.linear_attention import LinearCache
 from posjax.typing import Array, Float, Int, Params
 
 _EMPTY = 2**30  # position of a slot not yet written: past every query, so that slots are in the order of positions
@@ -51,6 +52,9 @@ class Cache:
     next_position: Array
     used: Array
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+LayerCache = Cache | LinearCache  # what a layer of a model keeps
 
 
 def init_cache(
@@ -163,7 +167,7 @@ def attend(
         columns=tuple(term.columns for term in call["terms"]),
         positions=positions,
         segments=segments,
-        next_position=_after(positions, segments, cache.next_position),
+        next_position=after(positions, segments, cache.next_position),
     )
     seen = _join(cache, new)
     call |= dict(
@@ -179,22 +183,22 @@ def attend(
     return out, _last(seen, cache.window, has_padding=segment_ids is not None)
 
 
-def check_room(cache: Cache, tokens: int) -> None:
+def check_room(cache: LayerCache, tokens: int) -> None:
     """Raises ValueError where a full cache has no room for so many more tokens, if what it holds is known here."""
-    if cache.window is not None or isinstance(cache.used, jax.core.Tracer):
+    if isinstance(cache, LinearCache) or cache.window is not None or isinstance(cache.used, jax.core.Tracer):
         return
     slots, used = cache.positions.shape[-1], int(np.max(cache.used))
     if used + tokens > slots:
         raise ValueError(f"max_length of the cache must be at least {used + tokens} to hold {tokens} more tokens, got {slots}")
 
 
-def place_next(cache: Cache, tokens: int, positions: Array | None, segment_ids: Array | None) -> tuple[Array, Array]:
+def place_next(cache: LayerCache, tokens: int, positions: Array | None, segment_ids: Array | None) -> tuple[Array, Array]:
     """Positions and segments [B, T] of the next tokens, from what a caller gave of them.
 
     Raises:
       ValueError: segment_ids that are not integers [B, T].
     """
-    batch = cache.positions.shape[0]
+    batch = cache.next_position.shape[0]
     segments = jnp.ones((batch, tokens), jnp.int32) if segment_ids is None else segment_ids
     if getattr(segments, "shape", None) != (batch, tokens) or not jnp.issubdtype(segments.dtype, jnp.integer):
         got = f"{segments.dtype}{list(segments.shape)}" if hasattr(segments, "shape") else repr(segments)
@@ -207,7 +211,7 @@ def place_next(cache: Cache, tokens: int, positions: Array | None, segment_ids: 
     return jnp.broadcast_to(jnp.asarray(positions, jnp.int32), (batch, tokens)), segments
 
 
-def _after(positions: Array, segments: Array, before: Array) -> Array:
+def after(positions: Array, segments: Array, before: Array) -> Array:
     """One past the position of each row's last token that is not padding."""
     real = segments != 0
     last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
@@ -250,10 +254,10 @@ def _last(seen: Cache, count: int, has_padding: bool) -> Cache:
     return dataclasses.replace(seen, **_slots(take, seen), used=jnp.zeros_like(seen.used))
 
 
-def store(stacked: Cache, layer: Array, one: Cache, tokens: int) -> Cache:
+def store(stacked: Any, layer: Array, one: LayerCache, tokens: int) -> Any:
     """Caches of several layers [L, ...] with what one layer's has become; a full cache is written at its new tokens alone."""
     whole = jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, layer, 0), stacked, one)
-    if one.window is not None:
+    if isinstance(one, LinearCache) or one.window is not None:
         return whole
     begin = one.used - tokens
 

@@ -6,6 +6,7 @@ The rotation stands in the numerator alone, so weights may be negative and need 
 Su et al., arXiv:2104.09864, equation 19.
 """
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from posjax.attention import check_encoding, check_operands, place
 from posjax.encoding import AttentionInputs, PositionalEncoding
-from posjax.typing import Array, Float, Params
+from posjax.typing import Array, Bool, Float, Params
 
 FeatureMap = Literal["elu", "exp"]
 _CHUNK = 128
@@ -59,23 +60,11 @@ def linear_attention(
         raise ValueError(f"query and key must have one length for causal or segmented linear attention, got {length} and {keys}")
     if segment_ids is not None and (segment_ids.shape != (batch, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
         raise ValueError(f"segment_ids must be integers [{batch}, {length}], got {segment_ids.dtype}{list(segment_ids.shape)}")
-    inputs = AttentionInputs(
-        query,
-        key,
-        value,
-        place("query_positions", query_positions, batch, length),
-        place("key_positions", key_positions, batch, keys),
-        1.0,
-    )
-    params = {} if params is None else params
-    phi = jnp.exp if feature_map == "exp" else lambda x: jax.nn.elu(x) + 1.0
-    query_features = phi(query.astype(jnp.float32))
-    key_features = jnp.repeat(phi(key.astype(jnp.float32)), group, axis=2)
+    query_positions = place("query_positions", query_positions, batch, length)
+    key_positions = place("key_positions", key_positions, batch, keys)
+    inputs = AttentionInputs(query, key, value, query_positions, key_positions, 1.0)
+    query_features, key_features, rotated_query, rotated_key = _features(inputs, encoding, params, feature_map)
     values = jnp.repeat(value.astype(jnp.float32), group, axis=2)
-    rotated_query, rotated_key = encoding.rotate(params, query_features, phi(key.astype(jnp.float32)), inputs)
-    if encoding.bias(params, inputs) or rotated_query.shape != query_features.shape:
-        raise ValueError(f"encoding must act by rotation alone in linear_attention, got {encoding.name}; rope() does")
-    rotated_key = jnp.repeat(rotated_key, group, axis=2)
     ones = jnp.ones_like(values[..., :1])
     if not is_causal and segment_ids is None:
         numerator = jnp.einsum("btnh,bnhv->btnv", rotated_query, jnp.einsum("bsnh,bsnv->bnhv", rotated_key, values))
@@ -85,6 +74,77 @@ def linear_attention(
         numerator = _chunked_sum(rotated_query, rotated_key, values, segments, is_causal)
         denominator = _chunked_sum(query_features, key_features, ones, segments, is_causal)
     return (numerator / denominator).astype(value.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearCache:
+    """All that causal linear attention needs of the tokens it has seen, however many they are; float32.
+
+    Attributes:
+      memory: [B, N, H, V], sum of rotated key features times values.
+      total: [B, N, H], sum of key features.
+      next_position: int32 [B], one past the last token of each row.
+    """
+
+    memory: Array
+    total: Array
+    next_position: Array
+
+
+def linear_attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K V"],
+    encoding: PositionalEncoding | None,
+    params: Params | None,
+    cache: LinearCache,
+    *,
+    positions: Array,
+    real: Bool[Array, "B T"],
+    feature_map: FeatureMap = "elu",
+) -> tuple[Float[Array, "B T N V"], LinearCache]:
+    """Causal linear attention of T new tokens to themselves and to all before them, and the next cache.
+
+    Args:
+      query, key, value, encoding, params, feature_map: as in ``linear_attention``.
+      cache: what the last call returned; all zero at first.
+      positions: [B, T] integers.
+      real: False for padding, which leaves no trace. ``next_position`` is the caller's to move.
+
+    Raises:
+      ValueError: as ``linear_attention``.
+    """
+    check_operands(query, key, value)
+    batch, length, heads, _ = query.shape
+    inputs = AttentionInputs(query, key, value, positions, positions, 1.0)
+    query_features, key_features, rotated_query, rotated_key = _features(inputs, check_encoding(encoding), params, feature_map)
+    # Chosen, not multiplied away: padding may hold anything, NaN too.
+    keep = real[..., None, None]
+    key_features, rotated_key = (jnp.where(keep, x, 0.0) for x in (key_features, rotated_key))
+    values = jnp.where(keep, jnp.repeat(value.astype(jnp.float32), heads // value.shape[2], axis=2), 0.0)
+    together = jnp.zeros((batch, length), jnp.int32)
+    numerator = _chunked_sum(rotated_query, rotated_key, values, together, True)
+    numerator += jnp.einsum("btnh,bnhv->btnv", rotated_query, cache.memory)
+    denominator = _chunked_sum(query_features, key_features, jnp.ones_like(values[..., :1]), together, True)
+    denominator += jnp.einsum("btnh,bnh->btn", query_features, cache.total)[..., None]
+    memory = cache.memory + jnp.einsum("bsnh,bsnv->bnhv", rotated_key, values)
+    cache = dataclasses.replace(cache, memory=memory, total=cache.total + key_features.sum(1))
+    return (numerator / jnp.where(denominator == 0.0, 1.0, denominator)).astype(value.dtype), cache
+
+
+def _features(
+    inputs: AttentionInputs, encoding: PositionalEncoding, params: Params | None, feature_map: FeatureMap
+) -> tuple[Array, Array, Array, Array]:
+    """phi of query and key, and both rotated; float32, one key for each query head."""
+    params = {} if params is None else params
+    phi = jnp.exp if feature_map == "exp" else lambda x: jax.nn.elu(x) + 1.0
+    query, key = (phi(x.astype(jnp.float32)) for x in (inputs.query, inputs.key))
+    rotated_query, rotated_key = encoding.rotate(params, query, key, inputs)
+    if encoding.bias(params, inputs) or rotated_query.shape != query.shape:
+        raise ValueError(f"encoding must act by rotation alone in linear_attention, got {encoding.name}; rope() does")
+    group = query.shape[2] // key.shape[2]
+    return query, jnp.repeat(key, group, axis=2), rotated_query, jnp.repeat(rotated_key, group, axis=2)
 
 
 def _chunked_sum(query: Array, key: Array, value: Array, segments: Array, is_causal: bool) -> Array:

@@ -19,7 +19,7 @@ from flax import nnx
 from posjax import decoding
 from posjax.attention import attention
 from posjax.encoding import Dims, PositionalEncoding, check_at_least
-from posjax.linear_attention import linear_attention
+from posjax.linear_attention import LinearCache, linear_attend, linear_attention
 from posjax.typing import Array, Float, Int, Params
 
 
@@ -162,8 +162,8 @@ class _Layer(nnx.Module):
         positions: Int[Array, "_ T"],
         segment_ids: Int[Array, "B T"] | None,
         dropout_key: Array | None,
-        cache: decoding.Cache | None = None,
-    ) -> tuple[Array, tuple[Array, Array, Array, Params], decoding.Cache | None]:
+        cache: decoding.LayerCache | None = None,
+    ) -> tuple[Array, tuple[Array, Array, Array, Params], decoding.LayerCache | None]:
         config = self.config
         pre = config.norm_position == "pre"
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
@@ -173,7 +173,12 @@ class _Layer(nnx.Module):
         query, key, value = self.query(hidden), self.key(hidden), self.value(hidden)
         shared = dict(is_causal=config.is_causal, segment_ids=segment_ids, query_positions=positions, key_positions=positions)
         how = dict(logits_soft_cap=config.logits_soft_cap, implementation=config.implementation)
-        if config.attention == "linear":
+        if config.attention == "linear" and cache is not None:
+            positions, segments = decoding.place_next(cache, x.shape[1], positions, segment_ids)
+            mixed, cache = linear_attend(query, key, value, encoding, params, cache, positions=positions, real=segments != 0)
+            after = decoding.after(positions, segments, cache.next_position)
+            cache = dataclasses.replace(cache, next_position=after)
+        elif config.attention == "linear":
             mixed = linear_attention(query, key, value, encoding, params, **shared)
         elif cache is not None:
             own = dict(positions=positions, segment_ids=segment_ids)
@@ -274,27 +279,31 @@ class Transformer(nnx.Module):
 
     def init_cache(
         self, batch_size: int, max_length: int | None = None, *, window: int | None = None
-    ) -> tuple[decoding.Cache, ...]:
+    ) -> tuple[decoding.LayerCache, ...]:
         """An empty key-value cache: for each run of neighbouring layers under one encoding, their caches stacked.
 
         Args:
           batch_size: B.
           max_length: how many tokens it holds, padding included; None: ``config.max_length``. A model with a local window
-            keeps that window alone, however long the text, and needs no max_length.
+            keeps that window alone, and linear attention its sums, however long the text: they need no max_length.
           window: how many earlier tokens are kept and seen, where ``config.local_window_size`` is None or larger.
 
         Raises:
-          ValueError: an encoder, linear attention, or a size below 1.
+          ValueError: an encoder, linear attention with a window, or a size below 1.
         """
         config = self.config
         if not config.is_causal:
             raise ValueError("is_causal must be True to decode, got False: an encoder reads all tokens at once")
-        if config.attention == "linear":
-            raise ValueError("attention must be 'softmax' to decode, got 'linear': call the model on the whole text instead")
+        if config.attention == "linear" and window is not None:
+            raise ValueError(f"window must be None where attention='linear', got {window}: a sum forgets nothing")
         window = min((w for w in (window, config.local_window_size) if w is not None), default=None)
         length = None if window is not None else config.max_length if max_length is None else max_length
 
-        def empty(index: int, layers: int) -> decoding.Cache:
+        def empty(index: int, layers: int) -> decoding.LayerCache:
+            if config.attention == "linear":
+                shape = (layers, batch_size, config.num_heads, config.dims.head_dim)
+                sums = jnp.zeros((*shape, shape[-1])), jnp.zeros(shape)
+                return LinearCache(*sums, next_position=jnp.zeros(shape[:2], jnp.int32))
             options = dict(max_length=length, window=window, dtype=jnp.dtype(config.compute_dtype))
             one = decoding.init_cache(self.encodings[index], config.dims, batch_size, **options)
             return jax.tree.map(lambda x: jnp.repeat(x[None], layers, axis=0), one)
@@ -304,10 +313,10 @@ class Transformer(nnx.Module):
     def decode(
         self,
         tokens: Int[Array, "B T"],
-        cache: tuple[decoding.Cache, ...],
+        cache: tuple[decoding.LayerCache, ...],
         positions: Array | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T V"], tuple[decoding.Cache, ...]]:
+    ) -> tuple[Float[Array, "B T V"], tuple[decoding.LayerCache, ...]]:
         """Logits of the next tokens, one or many, after those that the cache has seen, and the cache with them in it.
 
         Args:
@@ -346,8 +355,8 @@ class Transformer(nnx.Module):
         segment_ids: Array | None,
         dropout_key: Array | None,
         keep: bool = False,
-        cache: tuple[decoding.Cache, ...] = (),
-    ) -> tuple[Array, list[LayerRecord], tuple[decoding.Cache | None, ...]]:
+        cache: tuple[decoding.LayerCache, ...] = (),
+    ) -> tuple[Array, list[LayerRecord], tuple[decoding.LayerCache | None, ...]]:
         config = self.config
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype}{list(tokens.shape)}")
@@ -364,7 +373,7 @@ class Transformer(nnx.Module):
         x = x if config.norm_position == "pre" else self.outer_norm(x)
 
         records: list[LayerRecord] = []
-        caches: list[decoding.Cache | None] = []
+        caches: list[decoding.LayerCache | None] = []
         runs = itertools.groupby(range(config.num_layers), key=self.layout.__getitem__)
         for (index, run), seen in itertools.zip_longest(runs, cache):
             run = list(run)
@@ -387,8 +396,8 @@ class Transformer(nnx.Module):
         segment_ids: Array | None,
         layer_keys: Array | None,
         keep: bool,
-        cache: decoding.Cache | None,
-    ) -> tuple[Array, list[LayerRecord], decoding.Cache | None]:
+        cache: decoding.LayerCache | None,
+    ) -> tuple[Array, list[LayerRecord], decoding.LayerCache | None]:
         """Neighbouring layers under one encoding, as one scan."""
         encoding = self.encodings[index]
         shared, own = _split_params(encoding, params)

@@ -257,14 +257,32 @@ def test_a_model_reads_all_at_once_and_an_explicit_window_is_a_local_one():
     assert [with_params(params).init_cache(B, window=wish)[0].window for wish in (2, 5)] == [2, 3]  # the narrower of the two
 
 
+def test_linear_attention_keeps_two_sums():
+    """Row 1 brings padding of 3 tokens, which may hold anything, and goes on behind it."""
+    with_params, params = build("rope", attention="linear")
+    cache = with_params(params).init_cache(B)
+    assert {x.shape for x in jax.tree.leaves(cache)} == {(2, B, 4, 4, 4), (2, B, 4, 4), (2, B)}
+    expected, short = with_params(params)(TEXT), 3
+    prompt = TEXT[:, :HALF].at[1, short:].set(0)
+    real = jnp.asarray([[1] * HALF, [1] * short + [0] * (HALF - short)])
+    step = jax.jit(lambda p, *args: with_params(p).decode(*args))
+    logits, cache = step(params, prompt, cache, None, real)
+    close(logits[0], expected[0, :HALF], 1e-5)
+    close(logits[1, :short], expected[1, :short], 1e-5)
+    for n in range(HALF):
+        token = jnp.stack([TEXT[0, HALF + n], TEXT[1, short + n]])
+        logits, cache = step(params, token[:, None], cache, None, None)
+        close(logits[:, 0], jnp.stack([expected[0, HALF + n], expected[1, short + n]]), 1e-5)
+
+
 def test_models_that_cannot_decode_say_so():
-    for changes, message in (
-        ({"is_causal": False}, "is_causal must be True to decode, got False"),
-        ({"attention": "linear"}, "attention must be 'softmax' to decode, got 'linear'"),
+    for changes, window, message in (
+        ({"is_causal": False}, None, "is_causal must be True to decode, got False"),
+        ({"attention": "linear"}, 3, "window must be None where attention='linear', got 3"),
     ):
         with_params, params = build("rope", **changes)
         with pytest.raises(ValueError, match=message):
-            with_params(params).init_cache(B)
+            with_params(params).init_cache(B, window=window)
     with_params, params = build("rope")
     cache = with_params(params).init_cache(B, T - 1)
     with pytest.raises(ValueError, match="max_length of the cache must be at least 12"):
