@@ -66,23 +66,35 @@ def attention(
       NotImplementedError: a named implementation that cannot do the call, with one that can.
     """
     check_operands(query, key, value)
-    call = prepare(
-        query,
-        key,
-        value,
-        encoding,
-        params,
-        is_causal=is_causal,
-        mask=mask,
-        segment_ids=segment_ids,
-        local_window_size=local_window_size,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
-    )
-    return run(call, value, implementation)
 
+    options = dict(is_causal=is_causal, local_window_size=local_window_size, logits_soft_cap=logits_soft_cap)
+
+    def compute(query: Array, key: Array, value: Array, params: Params, arrays: dict[str, Any]) -> Array:
+        return run(prepare(query, key, value, encoding, params, **options, **arrays), value, implementation)
+
+    positions = dict(query_positions=query_positions, key_positions=key_positions)
+    arrays = dict(mask=mask, segment_ids=segment_ids, scale=scale) | positions
+    return auto_sharded(compute, query, key, value, params, arrays)
+
+
+def auto_sharded(compute: Callable[..., Array], query: Array, *args: Any) -> Array:
+    """compute(query, *args), an array of query's axes but the last, on a mesh whose axes may be explicit (jax.make_mesh's are).
+
+    A walk over tiles cannot state the sharding of each of its operations; inside, the compiler propagates it.
+    """
+    sharding = jax.typeof(query).sharding
+    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return compute(query, *args)
+    out = jax.sharding.PartitionSpec(*sharding.spec[:3], None)
+    leaves, structure = jax.tree.flatten(args)
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+
+    def automatic(query: Array, *arrays: Array) -> Array:
+        these = iter(arrays)
+        filled = [next(these) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+        return compute(query, *jax.tree.unflatten(structure, filled))
+
+    return jax.sharding.auto_axes(automatic, out_sharding=out)(query, *arrays)
 
 def run(call: dict[str, Any], value: Float[Array, "B S K V"], implementation: Implementation | None = None) -> Array:
     """Attention of a prepared call in one of the kernels.

@@ -133,9 +133,9 @@ def cope_mlp(hidden_dim: int = 64, gates: Gates = "logits", scaled: bool = False
         }
 
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        first = tuple(leaf(params, name, "cope_mlp", (hidden_dim,)) for name in ("weight_in", "bias_in"))
         weight_out = leaf(params, "weight_out", "cope_mlp", (hidden_dim, inputs.query.shape[3]))
         weight_out = weight_out * inputs.scale if scaled else weight_out
+        first = tuple(leaf(params, name, "cope_mlp", (hidden_dim,)) for name in ("weight_in", "bias_in"))
         return (_counting_term("network", gates, params, inputs, (*first, weight_out)),)
 
     return _contextual("cope_mlp", gates, shared, init, bias)

@@ -314,6 +314,27 @@ def test_a_batch_over_eight_devices(kernel):
     same(gradients["params"], jax.tree.map(lambda x: 8 // B * x, want["params"]))
 
 
+@pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
+@pytest.mark.parametrize("encoding", [ENCODING, pj.tupe(relative=True)], ids=lambda encoding: encoding.name)
+def test_a_mesh_with_explicit_axes(encoding, implementation):
+    """What jax.make_mesh makes: arrays carry their sharding in their type, and each operation must say what becomes of it."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    operands = random_operands(encoding, batch=4)
+
+    def loss(operands):
+        query, key, value, params = (operands[name] for name in ("query", "key", "value", "params"))
+        out = pj.attention(query, key, value, encoding, params, is_causal=True, implementation=implementation)
+        return (out * normal(4, *out.shape)).sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    want = gradient(operands)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, "model"))
+    with jax.set_mesh(mesh):
+        got = gradient({name: leaf if name == "params" else jax.device_put(leaf, sharding) for name, leaf in operands.items()})
+    assert got["query"].sharding.spec[:3] == ("data", None, "model")
+    same(jax.device_get(got), want)
+
+
 # Memory and compilation ----------------------------------------------------------------------------------------------
 
 
