@@ -2,13 +2,12 @@
 
 import jax
 import numpy as np
-import pytest
 from flax import nnx
 from suite import quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
 from posjax.runs import make_loss
-from posjax.sharding import jit_train_step, make_mesh, pmap_train_step
+from posjax.sharding import jit_train_step, make_mesh
 from posjax.training import init_state, make_optimizer, make_train_step
 from posjax.transformer import Transformer, TransformerConfig, functional
 
@@ -35,7 +34,7 @@ def batches(count: int, rows: int):
 def training(implementation: str | None):
     """A step and its first state."""
     config = TransformerConfig(
-        VOCABULARY, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, mlp_dim=16, implementation=implementation
+        VOCABULARY, num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1, mlp_dim=16, implementation=implementation
     )
     encoding = pj.chain(pj.rope(), pj.cope(max_position=16), pj.t5())
     with_params, params = functional(Transformer(config, encoding, rngs=nnx.Rngs(0)))
@@ -67,15 +66,14 @@ def primitives(jaxpr) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("form", ["jit", "pmap"])
-def test_a_training_step_neither_traces_again_nor_talks_to_the_host(form):
+def test_a_training_step_neither_traces_again_nor_talks_to_the_host():
     step, state = training(None)
     feed = [jax.device_put(batch) for batch in batches(4, rows=2)]
     used = primitives(jax.make_jaxpr(step)(state, feed[0]).jaxpr)
     assert {"while", "scan", "dot_general"} <= used  # of the walk
     assert not [name for name in used if any(word in name for word in ("callback", "infeed", "outfeed", "print", "device_put"))]
 
-    step = jit_train_step(step, make_mesh(1)) if form == "jit" else pmap_train_step(step, 1)
+    step = jit_train_step(step, make_mesh(1))
     state, _ = step(state, feed[0])
     state, _ = step(state, feed[1])  # the state has come back from a step
     with jax.no_tracing(), jax.transfer_guard("disallow"):

@@ -113,7 +113,8 @@ _LEGEND_OF_FILE = (
 
 def write(rows: Sequence[Row], config: Row, hardware: Row, versions: Row, out: Path) -> None:
     """Writes attention.json, attention.md and, once anything was measured, attention.png."""
-    whole = {"hardware": hardware, "versions": versions, "config": config, "rows": list(rows)}
+    asked = {name: value for name, value in config.items() if name != "out"}
+    whole = {"hardware": hardware, "versions": versions, "config": asked, "rows": list(rows)}
     part = out / "attention.json.part"
     part.write_text(json.dumps(whole, indent=1) + "\n")
     part.replace(out / "attention.json")
