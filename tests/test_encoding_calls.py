@@ -1,4 +1,4 @@
-"""What every encoding must do in each way of making the same call: grouped heads, packed rows, decoding."""
+"""What every encoding must do in each way of making the same call: grouped heads, packed rows. Decoding has a file of its own."""
 
 import jax.numpy as jnp
 from suite import (
@@ -36,13 +36,3 @@ def test_packed_segments_equal_separate_sequences(case):
         packed = layer(case.encoding, params, TOKENS, positions, is_causal=is_causal, segment_ids=segments)
         apart = [layer(case.encoding, params, x, is_causal=is_causal) for x in (TOKENS[:, :half], TOKENS[:, half:])]
         close(packed, jnp.concatenate(apart, axis=1))
-
-
-@every_case
-def test_decoding_equals_the_full_computation(case):
-    """A block of queries at the end, then one query at a time; the cache already holds later tokens, which must not count."""
-    params, half = random_params(case.encoding), T // 2
-    close(layer(case.encoding, params, TOKENS, rows=slice(half, T), is_causal=True), causal(case)[:, half:])
-    for now in (0, 4, T - 1):
-        one = slice(now, now + 1)
-        close(layer(case.encoding, params, TOKENS, rows=one, is_causal=True), causal(case)[:, one])

@@ -10,6 +10,7 @@ import random
 import jax
 import numpy as np
 import pytest
+from suite import quick_compilation  # noqa: F401, a fixture
 
 from posjax import tasks
 

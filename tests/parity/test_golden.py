@@ -25,6 +25,7 @@ from ours import (
     rotate,
     visible,
 )
+from suite import quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
 from posjax.bias import Tile
