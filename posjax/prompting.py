@@ -1,6 +1,7 @@
 """Text in, text out: the prompts of ``posjax generate`` as tokens, and tokens as text while they come."""
 
 import codecs
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -91,7 +92,7 @@ def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str]
     source = open_source(config)
     rows = [_encode(source, text) for text in prompts]
     params = runs.restore_params(config, config.encoding, config.seed, folder, source)
-    with_params, _ = runs.build_model(config, config.encoding, source, config.seed)
+    with_params, _ = runs.abstract_model(config, config.encoding, source)
     end = source.train.bos if source.task is None else source.task.pad_token  # None: nothing but their number ends the tokens
     tokens = stream(
         with_params,
@@ -137,11 +138,9 @@ def _trained(config: Config) -> Path:
     stored = workdir / "config.json"
     if stored.exists():
         if folder != workdir:  # which encoding and seed, its own folder has said
-            try:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # claim_workdir says what is wrong with the file
                 before = json.loads(stored.read_text())
                 config = dataclasses.replace(config, encoding=before["encoding"], seeds=tuple(before["seeds"]))
-            except (ValueError, KeyError, TypeError):
-                pass  # claim_workdir says what is wrong with the file
         claim_workdir(config)
     return folder
 

@@ -52,7 +52,7 @@ def check(config: Config, specs: Sequence[str], source: Source) -> None:
             raise ValueError(f"{what} must fit the validation split of {config.data!r}: {error}") from error
     for spec in specs:
         try:
-            with_params, params = _abstract_model(config, spec, source)
+            with_params, params = abstract_model(config, spec, source)
             jax.eval_shape(make_loss(with_params, dropout=False), params, batch, jax.random.key(0))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"encoding {spec!r} does not fit this model: {error}") from error
@@ -63,7 +63,7 @@ def _maker(config: Config, spec: str, source: Source, seed: int) -> Callable[[],
     return lambda: Transformer(shape, parse_encoding(spec), rngs=nnx.Rngs(seed))
 
 
-def _abstract_model(config: Config, spec: str, source: Source) -> tuple[Callable[[Params], Transformer], Params]:
+def abstract_model(config: Config, spec: str, source: Source) -> tuple[Callable[[Params], Transformer], Params]:
     """``build_model`` with shapes in place of parameters: nothing is drawn and nothing compiled."""
     return functional(nnx.eval_shape(_maker(config, spec, source, 0)))
 
@@ -130,7 +130,7 @@ def _optimizer(config: Config) -> Any:
 
 def evaluate_params(config: Config, spec: str, params: Params, source: Source) -> dict[str, Any]:
     """``evaluate`` of the model that a configuration and an encoding describe, with those parameters."""
-    return evaluate(config, _abstract_model(config, spec, source)[0], params, source)
+    return evaluate(config, abstract_model(config, spec, source)[0], params, source)
 
 
 def restore_params(config: Config, spec: str, seed: int, workdir: Path, source: Source) -> Params:

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 FLAGS = "--xla_force_host_platform_device_count=8"
 
 # Thousands of tiny programs take a third longer to compile with the fusion emitters of this version; later ones have no such flag.
@@ -15,3 +17,20 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command of the command line; returns (exit code, stdout, stderr)."""
+    from posjax import cli
+
+    def run(*argv):
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main([str(arg) for arg in argv])
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return run

@@ -135,12 +135,11 @@ def project(hidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return tuple(jnp.einsum("btd,dnh->btnh", hidden, WEIGHTS[name].astype(hidden.dtype)) for name in "qkv")
 
 
-def layer(encoding, params, x, positions=None, rows=slice(None), **options) -> jax.Array:
-    """Tokens x [B, T, D] through embed, projections, condition and attention: [B, rows, N, H].
+def layer(encoding, params, x, positions=None, **options) -> jax.Array:
+    """Tokens x [B, T, D] through embed, projections, condition and attention: [B, T, N, H].
 
     Args:
       positions: [T] or [B, T], of queries and keys. None: 0, 1, 2, ..., given explicitly.
-      rows: which tokens ask; all are keys.
       **options: of ``pj.attention``.
     """
     positions = jnp.arange(x.shape[1]) if positions is None else jnp.asarray(positions)
@@ -148,9 +147,7 @@ def layer(encoding, params, x, positions=None, rows=slice(None), **options) -> j
     hidden = encoding.embed(params, x, positions)
     query, key, value = project(hidden)
     params = encoding.condition(params, hidden)
-    return pj.attention(
-        query[:, rows], key, value, encoding, params, query_positions=positions[:, rows], key_positions=positions, **options
-    )
+    return pj.attention(query, key, value, encoding, params, query_positions=positions, key_positions=positions, **options)
 
 
 @functools.cache
@@ -181,6 +178,16 @@ def repeat_key_heads(params):
         return leaf if axis is None else jnp.repeat(leaf, N // K, axis=axis)
 
     return jax.tree_util.tree_map_with_path(repeat, params)
+
+
+def equations(jaxpr):
+    """All operations of a program, those of its loops and calls included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 # Tiles ---------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posjax import cli, plots
+from posjax import plots
 from posjax.bench import __main__ as child
 from posjax.bench import attention, inputs, oracle, results
 from posjax.bench.attention import AttentionBench
@@ -361,19 +361,6 @@ def test_gates_of_a_trained_model(tmp_path, monkeypatch):
 
 
 # The command line --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*argv):
-        code = 0
-        try:
-            cli.main([str(arg) for arg in argv])
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_the_command_says_what_can_be_benched(run):

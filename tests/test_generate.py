@@ -239,18 +239,8 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture
-def run(home, capsys):
-    """Runs a command here; returns (exit code, stdout, stderr)."""
-
-    def run(*argv):
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main([str(arg) for arg in argv])
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
+def run(home, run):
+    """The command line, in that folder."""
     return run
 
 

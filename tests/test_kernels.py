@@ -16,6 +16,7 @@ import pytest
 from suite import (
     KERNELS,
     agree,
+    equations,
     every_kernel,
     normal,
     output_and_gradients,
@@ -338,16 +339,6 @@ def test_a_mesh_with_explicit_axes(encoding, implementation):
 # Memory and compilation ----------------------------------------------------------------------------------------------
 
 
-def arrays_of(jaxpr):
-    """Shapes of everything that a jaxpr and those inside it compute."""
-    for equation in jaxpr.eqns:
-        yield from (variable.aval.shape for variable in equation.outvars)
-        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from arrays_of(inner)
-
-
 @every_kernel
 @pytest.mark.parametrize(
     "encoding",
@@ -363,7 +354,8 @@ def test_no_array_of_all_pairs_forward_or_backward(kernel, encoding):
         params = jax.eval_shape(lambda: made.init(jax.random.key(0), pj.Dims(1, H, max_length=length)))
         operands = {"query": x, "key": x, "value": x, "params": params}
         function = functools.partial(output_and_gradients, kernel, made, hidden=hidden, weight=hidden[:, :, None], is_causal=True)
-        return max(math.prod(shape) for shape in arrays_of(jax.make_jaxpr(function)(operands).jaxpr))
+        made = (variable.aval for equation in equations(jax.make_jaxpr(function)(operands).jaxpr) for variable in equation.outvars)
+        return max(math.prod(array.shape) for array in made)
 
     once, twice, bound = largest(with_tile(kernel, (32, 32)), 1024), largest(with_tile(kernel, (32, 32)), 2048), 1024 * 1024 / 8
     assert twice <= 2.1 * once

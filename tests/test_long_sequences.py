@@ -3,7 +3,10 @@
 import jax
 import numpy as np
 from flax import nnx
-from suite import quick_compilation  # noqa: F401, a fixture
+from suite import (
+    equations,
+    quick_compilation,  # noqa: F401, a fixture
+)
 
 import posjax as pj
 from posjax.runs import make_loss
@@ -55,21 +58,10 @@ def test_the_walk_and_dense_attention_learn_the_same():
     np.testing.assert_allclose(curves["xla_chunked"], curves["xla"], rtol=0, atol=1e-4)
 
 
-def primitives(jaxpr) -> set[str]:
-    """The names of all operations of a program, those of its loops and calls included."""
-    names = set()
-    for equation in jaxpr.eqns:
-        names.add(equation.primitive.name)
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
-            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                names |= primitives(getattr(inner, "jaxpr", inner))
-    return names
-
-
 def test_a_training_step_neither_traces_again_nor_talks_to_the_host():
     step, state = training(None)
     feed = [jax.device_put(batch) for batch in batches(4, rows=2)]
-    used = primitives(jax.make_jaxpr(step)(state, feed[0]).jaxpr)
+    used = {equation.primitive.name for equation in equations(jax.make_jaxpr(step)(state, feed[0]).jaxpr)}
     assert {"while", "scan", "dot_general"} <= used  # of the walk
     assert not [name for name in used if any(word in name for word in ("callback", "infeed", "outfeed", "print", "device_put"))]
 

@@ -87,7 +87,7 @@ def recorded_inputs(workdir: str, layer: int, tokens: int) -> dict[str, Any]:
     config, spec = workdir_config(workdir)
     source = open_source(config)
     params = runs.restore_params(config, spec, config.seed, Path(workdir), source)
-    with_params, _ = runs._abstract_model(config, spec, source)
+    with_params, _ = runs.abstract_model(config, spec, source)
 
     @jax.jit
     def attend(params: Params, batch: dict[str, Any]) -> tuple[dict[str, Any], Params]:

@@ -457,8 +457,7 @@ def _gradients(plan: _Plan, x: _Operands, out: Array, saved: Any, d_out: Array) 
         made = (d_query * x.scale).astype(x.query.dtype), d_raw_rows, d_carries, d_scale
         return (_sum(d_tables, more_tables), by_key), made
 
-    zero = lambda a: jnp.zeros(a.shape, jnp.float32)  # noqa: E731
-    start = _zeros(all_tables), (zero(x.key), zero(x.value), _zeros(all_columns))
+    start = _zeros(all_tables), (*_zeros([x.key, x.value]), _zeros(all_columns))
     (d_tables, (d_key, d_value, d_columns)), (d_query, d_rows, d_carries, d_scale) = jax.lax.scan(
         one, start, (jnp.arange(x.query.shape[0]), out, log_sum, first, final, d_out)
     )
