@@ -1,0 +1,469 @@
+"""Programs compiled for TPUs that are not attached, and the schedule that the compiler made of them.
+
+    compile_all([("package.module:function", {...}), ...], "v6e:2x2")
+        -> a child process with libtpu: function(**kwargs) -> jit -> lower -> compile, one job after the other
+        -> a Report of each: memory, operations, collectives, and for every Pallas kernel its loops in bundles
+
+The compiler of TPU programs is in libtpu, which needs no TPU (``pip install 'posjax[tpu-aot]'``). It reads its settings from the
+environment before jax starts, and may end its process over a program that it does not like: hence the child.
+
+A TPU core issues one bundle (one very long instruction) a cycle, in order, so the count of a loop's bundles is the time of one
+turn unless it waits for memory. It is the same on every run.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Job = tuple[str, Mapping[str, Any]]
+_MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A kind of TPU. Figures are of one TensorCore.
+
+    Attributes:
+      topology: the smallest that libtpu makes programs for; any other goes too, such as "v5e:16x16".
+      accelerator_type: what libtpu wants in TPU_ACCELERATOR_TYPE.
+      cores: TensorCores of a chip.
+      flops: peak bfloat16 operations a second.
+      bandwidth: bytes a second to and from HBM.
+      vmem: bytes of vector memory.
+      clock: bundles a second. Google publishes v4's; the others are flops / (what the matrix units do in a cycle), see below.
+      delay_slots: bundles after a branch that run whether it is taken or not, as they stand in the compiler's output.
+    """
+
+    topology: str
+    accelerator_type: str
+    cores: int
+    flops: float
+    bandwidth: float
+    vmem: int
+    clock: float
+    delay_slots: int
+
+
+# flops and bandwidth: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, per chip there, so over the number of cores here.
+# cores and vmem: docs.jax.dev/en/latest/pallas/tpu/hardware.html. clock of v4: 1050 MHz, Jouppi et al. 2023, arXiv 2304.01433,
+# table 4. The others' is not published: v5e and v5p have 4 matrix units of 128 x 128 a core, so 4 * 128 * 128 * 2 operations a
+# cycle make 1.5 and 1.75 GHz (and of v4 1.05); of v6e and tpu7x the compiler expects more than 2 units of 256 x 256 could do at
+# one pass a cycle, so 2 * 256 * 256 * 2 * 2, which makes 1.75 and 2.2 GHz.
+GENERATIONS = {
+    "v4": Generation("v4:2x2x1", "v4-8", 2, 275e12 / 2, 1228e9 / 2, 16 * _MIB, 1.05e9, 1),
+    "v5e": Generation("v5e:2x2", "v5litepod-4", 1, 197e12, 819e9, 128 * _MIB, 197e12 / (4 * 128**2 * 2), 4),
+    "v5p": Generation("v5p:2x2x1", "v5p-8", 2, 459e12 / 2, 2765e9 / 2, 64 * _MIB, 459e12 / 2 / (4 * 128**2 * 2), 4),
+    "v6e": Generation("v6e:2x2", "v6e-4", 1, 918e12, 1640e9, 128 * _MIB, 918e12 / (4 * 256**2 * 2), 4),
+    "tpu7x": Generation("tpu7x:2x2x1", "tpu7x-8", 2, 2307e12 / 2, 7380e9 / 2, 64 * _MIB, 2307e12 / 2 / (4 * 256**2 * 2), 6),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A run of bundles: the body of a loop, or what a branch may skip.
+
+    Attributes:
+      kind: loop or branch.
+      first: number of its first bundle in the kernel.
+      bundles: how many, with everything that is nested in it.
+      depth: loops around its first bundle; a loop counts itself.
+    """
+
+    kind: str
+    first: int
+    bundles: int
+    depth: int
+
+    def holds(self, other: "Section") -> bool:
+        """Whether the other lies within."""
+        inside = self.first <= other.first and other.first + other.bundles <= self.first + self.bundles
+        return inside and other is not self
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A Pallas kernel in a program.
+
+    Attributes:
+      name: of its instruction.
+      op_name: where in the program it was called.
+      bundles: of the whole; None where the compiler wrote no schedule of it.
+      sections: loops and branches in the order of their first bundles; the outermost loop is the grid's.
+      vmem: bytes that it has in VMEM at a time: scratch, and the blocks in flight.
+    """
+
+    name: str
+    op_name: str
+    bundles: int | None
+    sections: tuple[Section, ...]
+    vmem: int | None
+
+    @property
+    def loops(self) -> tuple[Section, ...]:
+        return tuple(section for section in self.sections if section.kind == "loop")
+
+    def turn(self, loop: Section) -> tuple[int, int]:
+        """(bundles of a turn, bundles of the work in it), where of the branches that hold no branch or loop only the longest runs.
+
+        In a kernel whose grid has an axis over keys, that is a step which neither starts nor ends a row of tiles: the others are
+        the beginning and the end of a row. Where no branch is, both are the whole loop. Nested loops count one turn.
+        """
+        inside = [section for section in self.sections if section.kind == "branch" and loop.holds(section)]
+        leaves = [leaf for leaf in inside if not any(leaf.holds(section) for section in self.sections)]
+        if not leaves:
+            return loop.bundles, loop.bundles
+        longest = max(leaf.bundles for leaf in leaves)
+        return loop.bundles - sum(leaf.bundles for leaf in leaves) + longest, longest
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All collectives of a kind.
+
+    Attributes:
+      kind: such as all-reduce.
+      count: in the program's text; what stands in a loop counts once.
+      bytes: of their results on a device.
+      op_names: where in the program they come from.
+    """
+
+    kind: str
+    count: int
+    bytes: int
+    op_names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of a job. Of a failed one only target, topology and failed are known.
+
+    Attributes:
+      target: "package.module:function".
+      topology: such as "v6e:2x2".
+      failed: why; None where the program compiled.
+      device_kind: as jax calls the TPU.
+      seconds: to trace, lower and compile.
+      memory: bytes of HBM on each device: argument, output, temp, alias, peak.
+      flops: of the whole program on a device, as XLA counts; it knows nothing of what a Pallas kernel does unless that tells.
+      bytes_accessed: likewise; it counts what moves within VMEM too.
+      collectives: by kind.
+      kernels: Pallas kernels.
+      custom_calls: how many of each other target.
+    """
+
+    target: str
+    topology: str
+    failed: str | None = None
+    device_kind: str = ""
+    seconds: float = 0.0
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    flops: float | None = None
+    bytes_accessed: float | None = None
+    collectives: tuple[Collective, ...] = ()
+    kernels: tuple[Kernel, ...] = ()
+    custom_calls: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Report":
+        """The inverse of dataclasses.asdict."""
+        kernels = tuple(Kernel(**k | {"sections": tuple(Section(**s) for s in k["sections"])}) for k in found.get("kernels", ()))
+        collectives = tuple(Collective(**c | {"op_names": tuple(c["op_names"])}) for c in found.get("collectives", ()))
+        return cls(**{**found, "kernels": kernels, "collectives": collectives})
+
+
+def generation_of(topology: str) -> Generation:
+    """The generation of a topology such as "v5p:8x8x8"."""
+    name = topology.partition(":")[0]
+    if name not in GENERATIONS or not re.fullmatch(r"[^:]+:\d+(x\d+)+", topology):
+        examples = ", ".join(generation.topology for generation in GENERATIONS.values())
+        raise ValueError(f"topology must be a generation and a shape, such as {examples}, got {topology!r}")
+    return GENERATIONS[name]
+
+
+def compile_ahead(target: str, kwargs: Mapping[str, Any], topology: str, *, flags: Sequence[str] = ()) -> Report:
+    """Compiles one function; see compile_all.
+
+    Raises:
+      RuntimeError: it did not compile. The message names the topology and says why.
+    """
+    (report,) = compile_all([(target, kwargs)], topology, flags=flags)
+    if report.failed is not None:
+        raise RuntimeError(f"{target} did not compile for {topology}: {report.failed}")
+    return report
+
+
+def compile_all(jobs: Sequence[Job], topology: str, *, flags: Sequence[str] = ()) -> list[Report]:
+    """Compiles functions for a TPU that is not attached, one after the other in one process of their own.
+
+    Args:
+      jobs: (target, kwargs) each. The target is "package.module:function", whose function is called with the kwargs, which must be
+        JSON, and with ``devices``, those of the topology, if it asks for them. It returns (what to compile, its arguments): a
+        function or a jax.jit object, and a tuple of trees of jax.ShapeDtypeStruct. An argument without a sharding is put on the
+        first device, or on every device of the mesh where another argument is on a mesh.
+      topology: such as "v6e:2x2" or "v5p:8x8x8"; GENERATIONS has the smallest ones.
+      flags: of libtpu, such as "--xla_tpu_scoped_vmem_limit_kib=65536".
+
+    Returns:
+      A report for each job. One that raised, or took its process along, has ``failed``; the others are compiled regardless.
+
+    Raises:
+      ImportError: libtpu is not installed.
+      RuntimeError: no job could be begun, as with a topology or a flag that libtpu does not know.
+      ValueError: the topology is not a generation and a shape.
+    """
+    generation_of(topology)
+    if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
+        raise ImportError("compiling for a TPU that is not attached needs libtpu; add it with: pip install 'posjax[tpu-aot]'")
+    reports: dict[int, Report] = {}
+    while len(reports) < len(jobs):
+        left = [n for n in range(len(jobs)) if n not in reports]
+        with tempfile.TemporaryDirectory() as folder:
+            found, begun, message = _run_child([jobs[n] for n in left], topology, flags, Path(folder))
+        reports |= {left[n]: report for n, report in found.items()}
+        if len(found) == len(left):
+            break
+        if begun is None or begun in found:
+            raise RuntimeError(f"compiling for {topology} failed: {message}")
+        reports[left[begun]] = Report(jobs[left[begun]][0], topology, failed=message)
+    return [reports[n] for n in range(len(jobs))]
+
+
+def _run_child(jobs: Sequence[Job], topology: str, flags: Sequence[str], folder: Path) -> tuple[dict[int, Report], int | None, str]:
+    """(reports of the jobs that came to an end, the last job that was begun, why the child ended)."""
+    answers, dump, errors = folder / "answers", folder / "dump", folder / "errors"
+    dump.mkdir()
+    answers.touch()
+    order = {"jobs": [[target, dict(kwargs)] for target, kwargs in jobs], "topology": topology}
+    order |= {"answers": str(answers), "dump": str(dump)}
+    with errors.open("wb") as file:
+        child = subprocess.run(
+            [sys.executable, "-m", "posjax.aot"],
+            input=json.dumps(order).encode(),
+            env=_environment(topology, flags, dump),
+            stdout=file,
+            stderr=file,
+        )
+    lines = [json.loads(line) for line in answers.read_text().splitlines() if line.endswith("}")]
+    begun = max((line["begin"] for line in lines if "begin" in line), default=None)
+    found = {line["end"]: Report.from_json(line["report"]) for line in lines if "end" in line}
+    return found, begun, _last_words(errors.read_text(errors="replace"), child.returncode)
+
+
+def _environment(topology: str, flags: Sequence[str], dump: Path) -> dict[str, str]:
+    """What libtpu and jax must find when they start."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TPU_") or name == "TPU_LIBRARY_PATH"}
+    environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+    path = [entry or os.getcwd() for entry in sys.path]  # targets are found as here
+    schedules = [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"]
+    return environment | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes out of a cache has no schedule
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": generation_of(topology).accelerator_type,
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it computes nothing, so several may compile side by side
+        "LIBTPU_INIT_ARGS": " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *schedules, *flags]).strip(),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
+    }
+
+
+def _last_words(text: str, code: int) -> str:
+    """Why a process ended, from what it wrote."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    noise = re.compile(
+        r"@|\*\*\*|PC:|\w+:? *0x[0-9a-f]{6,}|[IW]\d{4} |=+$|Extension modules:|File \"|\[?symbolize|E\d{4}.*process_state"
+    )
+    telling = [line for line in lines if not noise.match(line)] or lines
+    marked = [line for line in telling if re.search(r"check fail|fatal|\bF\d{4} |error|not found|unknown|invalid", line, re.I)]
+    ended = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+    return "; ".join([f"the compiler's process ended ({ended})", *(line[:400] for line in (marked or telling)[-3:])])
+
+
+# What the compiler wrote -------------------------------------------------------------------------------------------------
+
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2}\s*)*:\s*(>*)\s*\{")
+_REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
+_BRANCH = re.compile(r"= sbr\.\w+ .*?target = \$region(\d+)")
+
+
+def read_schedule(text: str, delay_slots: int) -> tuple[int, tuple[Section, ...]]:
+    """(bundles, sections) of a ``*final_bundles.txt``.
+
+    A line is a bundle, and ">" before it the loops that it is in:
+
+        0x18 LB: > { %s1 = ... }                                 /* Start region 9 */
+        0x19   : > { %5 = sbr.rel (%p1) target = $region4 }                               from here, past the delay slots,
+        0x1a   : > { ... }
+        0x1b PF: > { ... }                                       /* Start/End empty region 4 */     to here: a branch
+        0x1c   : > { %9 = sbr.rel (!%p2) target = $region9 }                              and back: a loop
+    """
+    bundles, depths = [], []
+    for line in text.splitlines():
+        if match := _BUNDLE.match(line):
+            bundles.append(line)
+            depths.append(len(match[1]))
+        elif bundles:  # a comment goes on
+            bundles[-1] += line
+    starts = {region: n for n, line in enumerate(bundles) for region in _REGION.findall(line)}
+    loops: dict[int, int] = {}
+    branches = set()
+    for n, line in enumerate(bundles):
+        for region in _BRANCH.findall(line):
+            to, after = starts.get(region), n + 1 + delay_slots
+            if to is not None and to <= n:
+                loops[to] = max(loops.get(to, 0), after - to)
+            elif to is not None and to > after:
+                branches.add(Section("branch", after, to - after, depths[n]))
+    sections = [*(Section("loop", first, size, depths[first]) for first, size in loops.items()), *branches]
+    return len(bundles), tuple(sorted(sections, key=lambda section: (section.first, -section.bundles)))
+
+
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)", re.S)
+_CALLED = re.compile(r'custom_call_target="([^"]+)"')
+_COLLECTIVES = "all-reduce|all-gather|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|collective-broadcast"
+_COLLECTIVE = re.compile(rf"^(\(?.*?\)?) ({_COLLECTIVES})(-start)?\(")
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+
+
+def read_program(text: str) -> tuple[tuple[Collective, ...], list[Kernel], dict[str, int]]:
+    """(collectives, kernels without their schedules, number of calls of each other custom target) of optimised HLO."""
+    moved: dict[str, list[tuple[int, str]]] = {}
+    kernels, others = [], {}
+    for name, body in _instructions(text):
+        op_name = match[1] if (match := re.search(r'op_name="([^"]*)"', body)) else ""
+        if match := _COLLECTIVE.match(body):
+            moved.setdefault(match[2], []).append((_result_bytes(match[1], match[2], match[3] is not None), op_name))
+        elif " custom-call(" in body and (match := _CALLED.search(body)):
+            if match[1] != "tpu_custom_call":
+                others[match[1]] = others.get(match[1], 0) + 1
+                continue
+            used = re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', body)
+            sizes = re.findall(r'"memory_space":"1","offset":"(\d+)","size":"(\d+)"', used[1] if used else "")
+            vmem = max((int(offset) + int(size) for offset, size in sizes), default=None)
+            kernels.append(Kernel(name, op_name, None, (), vmem))
+    collectives = (
+        Collective(kind, len(found), sum(size for size, _ in found), tuple(dict.fromkeys(op for _, op in found if op)))
+        for kind, found in sorted(moved.items())
+    )
+    return tuple(collectives), kernels, others
+
+
+def _instructions(text: str) -> Iterator[tuple[str, str]]:
+    """(name, what stands after the equals sign); some go on over several lines."""
+    for part in re.split(r"\n(?=\s+(?:ROOT )?%[\w.-]+ = )", text):
+        if match := _INSTRUCTION.match(part):
+            yield match[1], match[2]
+
+
+def _result_bytes(shape: str, kind: str, starts: bool) -> int:
+    """Bytes of a result; one that is only begun returns its operands too, where it is not an all-reduce."""
+    sizes = [math.prod(map(int, filter(None, dims.split(",")))) * _item_bytes(dtype) for dtype, dims in _SHAPE.findall(shape)]
+    if starts and kind != "all-reduce" and len(sizes) > 1:
+        sizes = sizes[: len(sizes) - 2] if kind == "collective-permute" and len(sizes) > 2 else sizes
+        sizes = sizes[len(sizes) // 2 :]
+    return math.ceil(sum(sizes))
+
+
+def _item_bytes(dtype: str) -> float:
+    return 1 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]) / 8
+
+
+def _with_schedule(kernel: Kernel, dump: Path, delay_slots: int) -> Kernel:
+    """The kernel with its bundles. Equal kernels are compiled once, under the name of one of them."""
+    files = {re.sub(r"^\d+-|-\d+-final_bundles\.txt$", "", path.name): path for path in sorted(dump.glob("*-final_bundles.txt"))}
+    stem = re.sub(r"\.\d+$", "", kernel.name)
+    near = [path for name, path in files.items() if re.sub(r"\.\d+$", "", name) == stem]
+    path = files.get(kernel.name) or (near[0] if len(near) == 1 else None)
+    if path is None:
+        return kernel
+    bundles, sections = read_schedule(path.read_text(errors="replace"), delay_slots)
+    return dataclasses.replace(kernel, bundles=bundles, sections=sections)
+
+
+# In the child ------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    order = json.loads(sys.stdin.read())
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=order["topology"]).devices
+    with open(order["answers"], "a") as answers:
+        for n, (target, kwargs) in enumerate(order["jobs"]):
+            print(json.dumps({"begin": n}), file=answers, flush=True)
+            for path in Path(order["dump"]).iterdir():
+                path.unlink()
+            try:
+                report = _compile(target, kwargs, order["topology"], devices, Path(order["dump"]))
+            except Exception as error:  # the parent tells it; a job may raise anything
+                report = Report(target, order["topology"], failed=f"{type(error).__name__}: {error}".strip()[:2000])
+            print(json.dumps({"end": n, "report": dataclasses.asdict(report)}), file=answers, flush=True)
+
+
+def _compile(target: str, kwargs: dict[str, Any], topology: str, devices: Sequence[Any], dump: Path) -> Report:
+    import jax
+
+    module, _, name = target.partition(":")
+    make = getattr(importlib.import_module(module), name)
+    if "devices" in inspect.signature(make).parameters:
+        kwargs = kwargs | {"devices": devices}
+    function, args = make(**kwargs)
+    jitted = function if hasattr(function, "lower") else jax.jit(function)
+    start = time.perf_counter()
+    compiled = jitted.lower(*_placed(args, devices[0])).compile()
+    seconds = time.perf_counter() - start
+    collectives, kernels, others = read_program(compiled.as_text())
+    delay_slots = generation_of(topology).delay_slots
+    cost = compiled.cost_analysis() or {}
+    stats = compiled.memory_analysis()
+    sizes = {name: getattr(stats, f"{name}_size_in_bytes", None) for name in ("argument", "output", "temp", "alias")}
+    sizes["peak"] = getattr(stats, "peak_memory_in_bytes", None)
+    return Report(
+        target=target,
+        topology=topology,
+        device_kind=devices[0].device_kind,
+        seconds=seconds,
+        memory={name: size for name, size in sizes.items() if size is not None},
+        flops=cost.get("flops"),
+        bytes_accessed=cost.get("bytes accessed"),
+        collectives=collectives,
+        kernels=tuple(_with_schedule(kernel, dump, delay_slots) for kernel in kernels),
+        custom_calls=others,
+    )
+
+
+def _placed(args: Any, device: Any) -> Any:
+    """The arguments with shardings for all of them."""
+    import jax
+
+    leaves = [leaf for leaf in jax.tree.leaves(args) if hasattr(leaf, "shape")]
+    if not leaves:
+        raise ValueError(f"what a target returns must be (function, arguments) with at least one array among them, got {args!r}")
+    meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding)]
+    default = jax.sharding.SingleDeviceSharding(device)
+    if meshes:
+        default = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec())
+
+    def place(leaf: Any) -> Any:
+        if not hasattr(leaf, "shape"):  # a static argument
+            return leaf
+        given = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None else default
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=given)
+
+    return jax.tree.map(place, args)
+
+
+if __name__ == "__main__":
+    main()
