@@ -56,6 +56,7 @@ class Generation:
     delay_slots: int
 
 
+# A device of jax is one core of v4 and tpu7x, and both cores of v5p; topologies are counted in chips.
 # flops and bandwidth: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, per chip there, so over the number of cores here.
 # cores and vmem: docs.jax.dev/en/latest/pallas/tpu/hardware.html. clock of v4: 1050 MHz, Jouppi et al. 2023, arXiv 2304.01433,
 # table 4. The others' is not published: v5e and v5p have 4 matrix units of 128 x 128 a core, so 4 * 128 * 128 * 2 operations a
@@ -256,9 +257,9 @@ def _run_child(jobs: Sequence[Job], topology: str, flags: Sequence[str], folder:
             stderr=file,
         )
     lines = [json.loads(line) for line in answers.read_text().splitlines() if line.endswith("}")]
-    begun = max((line["begin"] for line in lines if "begin" in line), default=None)
+    begun, said = max(((line["begin"], line["said"]) for line in lines if "begin" in line), default=(None, 0))
     found = {line["end"]: Report.from_json(line["report"]) for line in lines if "end" in line}
-    return found, begun, _last_words(errors.read_text(errors="replace"), child.returncode)
+    return found, begun, _last_words(errors.read_bytes()[said:].decode(errors="replace"), child.returncode)
 
 
 def _environment(topology: str, flags: Sequence[str], dump: Path) -> dict[str, str]:
@@ -280,13 +281,11 @@ def _environment(topology: str, flags: Sequence[str], dump: Path) -> dict[str, s
 
 
 def _last_words(text: str, code: int) -> str:
-    """Why a process ended, from what it wrote."""
+    """Why a process ended, from what it wrote: its last lines that say something, those of a failed check before others."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    noise = re.compile(
-        r"@|\*\*\*|PC:|\w+:? *0x[0-9a-f]{6,}|[IW]\d{4} |=+$|Extension modules:|File \"|\[?symbolize|E\d{4}.*process_state"
-    )
-    telling = [line for line in lines if not noise.match(line)] or lines
-    marked = [line for line in telling if re.search(r"check fail|fatal|\bF\d{4} |error|not found|unknown|invalid", line, re.I)]
+    noise = re.compile(r"@|\*\*\*|PC:|=+$|[IW]\d{4} |E\d{4} .*RAW:|https://symbolize|File \"")
+    telling = [line for line in lines if not noise.match(line)]
+    marked = [line for line in telling if re.match(r"F\d{4} ", line) or re.search("check fail|error|fatal", line, re.I)]
     ended = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
     return "; ".join([f"the compiler's process ended ({ended})", *(line[:400] for line in (marked or telling)[-3:])])
 
@@ -334,17 +333,22 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)", re.S)
 _CALLED = re.compile(r'custom_call_target="([^"]+)"')
 _COLLECTIVES = "all-reduce|all-gather|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|collective-broadcast"
 _COLLECTIVE = re.compile(rf"^(\(?.*?\)?) ({_COLLECTIVES})(-start)?\(")
+_SCATTER = "all-reduce-scatter"  # fusions that TPUs have for a reduce-scatter; within is an all-reduce
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 
 
 def read_program(text: str) -> tuple[tuple[Collective, ...], list[Kernel], dict[str, int]]:
     """(collectives, kernels without their schedules, number of calls of each other custom target) of optimised HLO."""
-    moved: dict[str, list[tuple[int, str]]] = {}
+    moved: dict[str, dict[str, tuple[int, str]]] = {}
     kernels, others = [], {}
-    for name, body in _instructions(text):
+    for computation, name, body in _instructions(text):
         op_name = match[1] if (match := re.search(r'op_name="([^"]*)"', body)) else ""
-        if match := _COLLECTIVE.match(body):
-            moved.setdefault(match[2], []).append((_result_bytes(match[1], match[2], match[3] is not None), op_name))
+        if match := re.match(rf"(\S+) fusion\(.* calls=%{_SCATTER}", body):
+            moved.setdefault("reduce-scatter", {})[name] = _result_bytes(match[1], "reduce-scatter", False), op_name
+        elif (match := _COLLECTIVE.match(body)) and not computation.startswith(_SCATTER):
+            channel = re.search(r"channel_id=(\d+)", body)  # the same one may stand in several fusions
+            size = _result_bytes(match[1], match[2], match[3] is not None)
+            moved.setdefault(match[2], {})[channel[1] if channel else name] = size, op_name
         elif " custom-call(" in body and (match := _CALLED.search(body)):
             if match[1] != "tpu_custom_call":
                 others[match[1]] = others.get(match[1], 0) + 1
@@ -354,17 +358,22 @@ def read_program(text: str) -> tuple[tuple[Collective, ...], list[Kernel], dict[
             vmem = max((int(offset) + int(size) for offset, size in sizes), default=None)
             kernels.append(Kernel(name, op_name, None, (), vmem))
     collectives = (
-        Collective(kind, len(found), sum(size for size, _ in found), tuple(dict.fromkeys(op for _, op in found if op)))
+        Collective(
+            kind, len(found), sum(size for size, _ in found.values()), tuple(dict.fromkeys(op for _, op in found.values() if op))
+        )
         for kind, found in sorted(moved.items())
     )
     return tuple(collectives), kernels, others
 
 
-def _instructions(text: str) -> Iterator[tuple[str, str]]:
-    """(name, what stands after the equals sign); some go on over several lines."""
-    for part in re.split(r"\n(?=\s+(?:ROOT )?%[\w.-]+ = )", text):
+def _instructions(text: str) -> Iterator[tuple[str, str, str]]:
+    """(computation, name, what stands after the equals sign); some go on over several lines."""
+    computation = ""
+    for part in re.split(r"\n(?=\s+(?:ROOT )?%[\w.-]+ = |(?:ENTRY )?%[\w.-]+ \()", text):
         if match := _INSTRUCTION.match(part):
-            yield match[1], match[2]
+            yield computation, match[1], match[2]
+        elif match := re.match(r"(?:ENTRY )?%([\w.-]+) \(", part):
+            computation = match[1]
 
 
 def _result_bytes(shape: str, kind: str, starts: bool) -> int:
@@ -402,7 +411,7 @@ def main() -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=order["topology"]).devices
     with open(order["answers"], "a") as answers:
         for n, (target, kwargs) in enumerate(order["jobs"]):
-            print(json.dumps({"begin": n}), file=answers, flush=True)
+            print(json.dumps({"begin": n, "said": os.fstat(2).st_size}), file=answers, flush=True)
             for path in Path(order["dump"]).iterdir():
                 path.unlink()
             try:
@@ -419,10 +428,15 @@ def _compile(target: str, kwargs: dict[str, Any], topology: str, devices: Sequen
     make = getattr(importlib.import_module(module), name)
     if "devices" in inspect.signature(make).parameters:
         kwargs = kwargs | {"devices": devices}
-    function, args = make(**kwargs)
-    jitted = function if hasattr(function, "lower") else jax.jit(function)
-    start = time.perf_counter()
-    compiled = jitted.lower(*_placed(args, devices[0])).compile()
+    first = devices[0]
+    kind = jax.sharding.AbstractDevice(first.device_kind, getattr(first, "num_cores", 1), first.platform)
+    with jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((), (), abstract_device=kind)
+    ):  # for who asks on what it will run
+        function, args = make(**kwargs)
+        jitted = function if hasattr(function, "lower") else jax.jit(function)
+        start = time.perf_counter()
+        compiled = jitted.lower(*_placed(args, first)).compile()
     seconds = time.perf_counter() - start
     collectives, kernels, others = read_program(compiled.as_text())
     delay_slots = generation_of(topology).delay_slots
@@ -433,7 +447,7 @@ def _compile(target: str, kwargs: dict[str, Any], topology: str, devices: Sequen
     return Report(
         target=target,
         topology=topology,
-        device_kind=devices[0].device_kind,
+        device_kind=first.device_kind,
         seconds=seconds,
         memory={name: size for name, size in sizes.items() if size is not None},
         flops=cost.get("flops"),
