@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -80,12 +81,14 @@ class Section:
       first: number of its first bundle in the kernel.
       bundles: how many, with everything that is nested in it.
       depth: loops around its first bundle; a loop counts itself.
+      products: instructions among them that feed a matrix unit.
     """
 
     kind: str
     first: int
     bundles: int
     depth: int
+    products: int
 
     def holds(self, other: "Section") -> bool:
         """Whether the other lies within."""
@@ -115,18 +118,30 @@ class Kernel:
     def loops(self) -> tuple[Section, ...]:
         return tuple(section for section in self.sections if section.kind == "loop")
 
-    def turn(self, loop: Section) -> tuple[int, int]:
-        """(bundles of a turn, bundles of the work in it), where of the branches that hold no branch or loop only the longest runs.
+    @property
+    def tiles(self) -> tuple[tuple[Section, int], ...]:
+        """(the work on a tile, bundles of a turn of the loop around it) of each form that the work on a tile takes.
 
-        In a kernel whose grid has an axis over keys, that is a step which neither starts nor ends a row of tiles: the others are
-        the beginning and the end of a row. Where no branch is, both are the whole loop. Nested loops count one turn.
+        The work is the outermost section that multiplies matrices itself; if there is a loop in the grid's loop, it is in there. Its
+        forms are such as with and without a mask. A turn leaves out what other branches and loops in the innermost loop around the
+        work do, such as the beginning and the end of a row of tiles. Loops within the work count one turn.
         """
-        inside = [section for section in self.sections if section.kind == "branch" and loop.holds(section)]
-        leaves = [leaf for leaf in inside if not any(leaf.holds(section) for section in self.sections)]
-        if not leaves:
-            return loop.bundles, loop.bundles
-        longest = max(leaf.bundles for leaf in leaves)
-        return loop.bundles - sum(leaf.bundles for leaf in leaves) + longest, longest
+        return tuple((work, self._turn(around, work)) for work, around in self._forms(None, None) if around)
+
+    def _forms(self, at: Section | None, around: Section | None) -> list[tuple[Section, Section | None]]:
+        inside = [s for s in self.sections if s.products and (at is None or at.holds(s))]
+        found = [s for s in inside if not any(other.holds(s) for other in inside)]
+        inner = [s for s in found if any(s == loop or s.holds(loop) for loop in inside if loop.kind == "loop")]
+        if around is not None and around.depth == 1 and inner:
+            found = inner
+        elif at is not None and (not found or at.products > sum(s.products for s in found)):
+            return [(at, around)]
+        return [form for s in found for form in self._forms(s, s if s.kind == "loop" else around)]
+
+    def _turn(self, loop: Section, work: Section) -> int:
+        beside = [s for s in self.sections if loop.holds(s) and not (s == work or s.holds(work) or work.holds(s))]
+        outermost = [s for s in beside if not any(other.holds(s) for other in beside)]
+        return loop.bundles - sum(s.bundles for s in outermost)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,9 +250,10 @@ def compile_all(jobs: Sequence[Job], topology: str, *, flags: Sequence[str] = ()
         reports |= {left[n]: report for n, report in found.items()}
         if len(found) == len(left):
             break
-        if begun is None or begun in found:
+        if begun is None:
             raise RuntimeError(f"compiling for {topology} failed: {message}")
-        reports[left[begun]] = Report(jobs[left[begun]][0], topology, failed=message)
+        if begun not in found:
+            reports[left[begun]] = Report(jobs[left[begun]][0], topology, failed=message)
     return [reports[n] for n in range(len(jobs))]
 
 
@@ -316,17 +332,21 @@ def read_schedule(text: str, delay_slots: int) -> tuple[int, tuple[Section, ...]
         elif bundles:  # a comment goes on
             bundles[-1] += line
     starts = {region: n for n, line in enumerate(bundles) for region in _REGION.findall(line)}
+    products = [0, *itertools.accumulate(line.count("= vmatmul") for line in bundles)]
+    spans = set()  # kind, first, past the last
     loops: dict[int, int] = {}
-    branches = set()
     for n, line in enumerate(bundles):
         for region in _BRANCH.findall(line):
             to, after = starts.get(region), n + 1 + delay_slots
             if to is not None and to <= n:
-                loops[to] = max(loops.get(to, 0), after - to)
+                loops[to] = max(loops.get(to, 0), min(after, len(bundles)))
             elif to is not None and to > after:
-                branches.add(Section("branch", after, to - after, depths[n]))
-    sections = [*(Section("loop", first, size, depths[first]) for first, size in loops.items()), *branches]
-    return len(bundles), tuple(sorted(sections, key=lambda section: (section.first, -section.bundles)))
+                spans.add(("branch", after, to))
+    spans |= {("loop", first, stop) for first, stop in loops.items()}
+    return len(bundles), tuple(
+        Section(kind, first, stop - first, depths[first], products[stop] - products[first])
+        for kind, first, stop in sorted(spans, key=lambda span: (span[1], -span[2], span[0] == "branch"))
+    )
 
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)", re.S)
@@ -430,9 +450,8 @@ def _compile(target: str, kwargs: dict[str, Any], topology: str, devices: Sequen
         kwargs = kwargs | {"devices": devices}
     first = devices[0]
     kind = jax.sharding.AbstractDevice(first.device_kind, getattr(first, "num_cores", 1), first.platform)
-    with jax.sharding.use_abstract_mesh(
-        jax.sharding.AbstractMesh((), (), abstract_device=kind)
-    ):  # for who asks on what it will run
+    asked = jax.sharding.AbstractMesh((), (), abstract_device=kind)  # for who asks on what it will run
+    with jax.sharding.use_abstract_mesh(asked):
         function, args = make(**kwargs)
         jitted = function if hasattr(function, "lower") else jax.jit(function)
         start = time.perf_counter()
