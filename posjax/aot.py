@@ -91,9 +91,10 @@ class Section:
     products: int
 
     def holds(self, other: "Section") -> bool:
-        """Whether the other lies within."""
-        inside = self.first <= other.first and other.first + other.bundles <= self.first + self.bundles
-        return inside and other is not self
+        """Whether the other lies within. A branch over just a loop holds the loop."""
+        if (self.first, self.bundles) == (other.first, other.bundles):
+            return self.kind == "branch" and other.kind == "loop"
+        return self.first <= other.first and other.first + other.bundles <= self.first + self.bundles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +123,9 @@ class Kernel:
     def tiles(self) -> tuple[tuple[Section, int], ...]:
         """(the work on a tile, bundles of a turn of the loop around it) of each form that the work on a tile takes.
 
-        The work is the outermost section that multiplies matrices itself; if there is a loop in the grid's loop, it is in there. Its
-        forms are such as with and without a mask. A turn leaves out what other branches and loops in the innermost loop around the
-        work do, such as the beginning and the end of a row of tiles. Loops within the work count one turn.
+        The work is the outermost section that multiplies matrices itself, and lies in the loops within the grid's loop if there are
+        any. Its forms are such as with and without a mask. A turn leaves out what other branches and loops in the innermost loop
+        around the work do, such as the beginning and the end of a row of tiles. Loops within the work count one turn.
         """
         return tuple((work, self._turn(around, work)) for work, around in self._forms(None, None) if around)
 

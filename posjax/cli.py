@@ -14,7 +14,7 @@ usage: posjax VERB configs/NAME.py [--field value ...] [--workdir DIR]
   compare    trains every encoding of the config on the same data, evaluates longer than trained, draws the figures
   evaluate   evaluates the newest checkpoint of a workdir
   generate   goes on from a prompt with the newest checkpoint of a workdir: --prompt "def "
-  bench      measures: posjax bench attention [--lengths 2048 8192 ...]
+  bench      measures: posjax bench attention [--lengths 2048 8192 ...] | schedule [--generations v6e ...]
   list       lists the encodings and the configs
 
 posjax VERB configs/NAME.py --help explains every field.
@@ -141,27 +141,39 @@ def generate(args: Sequence[str]) -> None:
 
 
 def bench(args: Sequence[str]) -> None:
-    """posjax bench attention: time, memory and error, side by side."""
+    """posjax bench attention | schedule."""
     import difflib
 
     import tyro
 
-    known = "bench attention   time, memory and error of attention: encodings, implementations and other packages; --help for more"
+    known = {
+        "attention": "time, memory and error of attention: encodings, implementations and other packages",
+        "schedule": "what the TPU compiler makes of attention, counted in cycles, with no TPU attached",
+    }
     if not args or args[0] in ("-h", "--help"):
-        print(f"usage: posjax bench WHAT [--field value ...]\n\n  {known}")
+        lines = [f"  bench {what:<12}{about}" for what, about in known.items()]
+        print("usage: posjax bench WHAT [--field value ...]\n\n" + "\n".join(lines) + "\n\nposjax bench WHAT --help for more")
         sys.exit(0 if args else 2)
-    if args[0] != "attention":
-        near = "; did you mean attention?" if difflib.get_close_matches(args[0], ["attention"]) else ""
-        raise ValueError(f"what to bench must be attention, got {args[0]!r}{near}")
-    from posjax.bench import attention, results
+    if args[0] not in known:
+        near = difflib.get_close_matches(args[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"what to bench must be {' or '.join(known)}, got {args[0]!r}{hint}")
+    if args[0] == "attention":
+        from posjax.bench import attention as what
+        from posjax.bench import results as tables
 
-    config = tyro.cli(attention.AttentionBench, args=args[1:], prog="posjax bench attention")
+        options = what.AttentionBench
+    else:
+        from posjax.bench import schedule as what
+
+        tables, options = what, what.ScheduleBench
+    config = tyro.cli(options, args=args[1:], prog=f"posjax bench {args[0]}")
     try:
-        rows = attention.run(config)
+        rows = what.run(config)
     except KeyboardInterrupt:
         _fail(f"interrupted; what was measured stands in {config.out}", code=130)
-    results.show(rows)
-    print("\n".join(str(Path(config.out) / name) for name in results.FILES if (Path(config.out) / name).exists()))
+    tables.show(rows)
+    print("\n".join(str(Path(config.out) / name) for name in tables.FILES if (Path(config.out) / name).exists()))
 
 
 def list_all() -> None:

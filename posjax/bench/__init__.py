@@ -1,1 +1,1 @@
-"""Benchmarks: ``posjax bench attention``. Contestants run in processes of their own; the parent times them side by side."""
+"""Benchmarks: ``posjax bench attention``, timed, and ``posjax bench schedule``, compiled for TPUs that are not attached."""

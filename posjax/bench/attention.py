@@ -130,14 +130,10 @@ def run(config: AttentionBench, contestants: Sequence[Contestant] | None = None,
       ValueError: a workdir whose model has other heads than the config, or a folder that cannot be written.
       RuntimeError: no device.
     """
-    out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out must be a folder that can be written, got {config.out!r}: {error}") from None
+    out = make_folder(config.out)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share the device's memory
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="posjax-bench-") as folder, _progress(quiet) as progress:
+    with tempfile.TemporaryDirectory(prefix="posjax-bench-") as folder, show_progress(quiet) as progress:
         jobs = Jobs(Path(folder))
         device = jobs.run({"task": "device"})
         if "failed" in device:
@@ -153,8 +149,21 @@ def run(config: AttentionBench, contestants: Sequence[Contestant] | None = None,
             from posjax.bench import results
 
             results.fill_ratios(rows)
-            results.write(rows, dataclasses.asdict(config), _hardware(device), _versions(), out)
+            results.write(rows, dataclasses.asdict(config), _hardware(device), versions(), out)
     return rows
+
+
+def make_folder(out: str) -> Path:
+    """The folder ``out``, which may be there.
+
+    Raises:
+      ValueError: it cannot be made.
+    """
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out must be a folder that can be written, got {out!r}: {error}") from None
+    return Path(out)
 
 
 def list_cases(config: AttentionBench, contestants: Sequence[Contestant]) -> list[Case]:
@@ -340,16 +349,17 @@ def _hardware(device: dict[str, Any]) -> dict[str, Any]:
     return {"cpu": names[0] if names else platform.processor() or platform.machine(), "cores": cores} | device
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of what takes part."""
     found = {"python": platform.python_version(), "posjax": posjax.__version__}
-    for package in ("jax", "jaxlib", "numpy", "torch", "x-transformers"):
+    for package in ("jax", "jaxlib", "libtpu", "numpy", "torch", "x-transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
 
 
 @contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+def show_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """(what, done, of how many) on one line of the terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

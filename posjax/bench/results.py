@@ -1,4 +1,4 @@
-"""What ``posjax bench attention`` measured, as tables and files."""
+"""What ``posjax bench`` measured, as tables and files."""
 
 import json
 from collections.abc import Sequence
@@ -83,20 +83,29 @@ def groups(rows: Sequence[Row]) -> list[tuple[str, list[Row], list[str]]]:
 
 def show(rows: Sequence[Row]) -> None:
     """Prints the tables."""
+    for heading, group, notes in groups(rows):
+        print_table(heading, *cells(group, wide=False), notes)
+    print_text(LEGEND)
+
+
+def print_table(heading: str, heads: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
+    """Two columns of text, columns of numbers, and what there is to say below."""
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, highlight=False)
-    for heading, group, notes in groups(rows):
-        heads, lines = cells(group, wide=False)
-        table = Table(title=heading, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
-        for number, head in enumerate(heads):
-            table.add_column(head, justify="right" if number > 1 else "left", no_wrap=number > 0, overflow="fold")
-        for line in lines:
-            table.add_row(*line)
-        console.print(table, *notes, "", sep="\n")
-    console.print(LEGEND)
+    table = Table(title=heading, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number > 1 else "left", no_wrap=number > 0, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    print_text(table, *notes, "")
+
+
+def print_text(*parts: Any) -> None:
+    """One under the other, as wide as the terminal."""
+    from rich.console import Console
+
+    Console(markup=False, highlight=False).print(*parts, sep="\n")
 
 
 LEGEND = (
@@ -113,23 +122,31 @@ _LEGEND_OF_FILE = (
 
 def write(rows: Sequence[Row], config: Row, hardware: Row, versions: Row, out: Path) -> None:
     """Writes attention.json, attention.md and, once anything was measured, attention.png."""
-    asked = {name: value for name, value in config.items() if name != "out"}
-    whole = {"hardware": hardware, "versions": versions, "config": asked, "rows": list(rows)}
-    part = out / "attention.json.part"
-    part.write_text(json.dumps(whole, indent=1) + "\n")
-    part.replace(out / "attention.json")
+    write_json(rows, config, hardware, versions, out / "attention.json")
     machine = f"{hardware['cpu']}, {hardware['cores']} cores; {hardware['devices']} x {hardware['device_kind']}"
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     shape = f"batch {config['batch']}, {config['heads']} heads of {config['head_dim']} channels, {config['dtype']}, causal"
     lines = [f"{machine}. {packages}. {shape[0].upper()}{shape[1:]}.", "", f"{LEGEND} {_LEGEND_OF_FILE}", ""]
     for heading, group, notes in groups(rows):
-        heads, body = cells(group, wide=True)
-        lines += [f"## {heading}", "", "| " + " | ".join(heads) + " |", "|---|---" + "|---:" * (len(heads) - 2) + "|"]
-        lines += ["| " + " | ".join(line) + " |" for line in body]
-        lines += ["", *(f"- {note}" for note in notes), ""]
+        lines += markdown(heading, *cells(group, wide=True), notes)
     (out / "attention.md").write_text("\n".join(lines).rstrip() + "\n")
     if any(row["ms_min"] is not None for row in rows):
         plots.save(draw(rows), out / "attention.png")
+
+
+def write_json(rows: Sequence[Row], config: Row, hardware: Row, versions: Row, path: Path) -> None:
+    """Rows and what they come of; the file is never seen half written."""
+    asked = {name: value for name, value in config.items() if name != "out"}
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps({"hardware": hardware, "versions": versions, "config": asked, "rows": list(rows)}, indent=1) + "\n")
+    part.replace(path)
+
+
+def markdown(heading: str, heads: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> list[str]:
+    """Lines of a section with what print_table prints."""
+    table = ["| " + " | ".join(heads) + " |", "|---|---" + "|---:" * (len(heads) - 2) + "|"]
+    table += ["| " + " | ".join(line) + " |" for line in lines]
+    return [f"## {heading}", "", *table, "", *(f"- {note}" for note in notes), ""]
 
 
 def draw(rows: Sequence[Row]) -> Any:

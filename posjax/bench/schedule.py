@@ -1,0 +1,305 @@
+"""``posjax bench schedule``: what the TPU compiler made of attention, counted in bundles, with no TPU attached.
+
+    contestants x generations -> posjax.aot, a process for each generation -> kernels: loops, bundles of a tile, VMEM, HBM
+        -> distance to the roofline of the chip: schedule.json, schedule.md
+
+A bundle is a cycle. What a count does not know is waiting for memory, so it is a lower bound of the time, and one that can be
+compared: the same program gives the same count.
+"""
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from posjax import aot
+from posjax.attention import attention
+from posjax.bench import results
+from posjax.bench.attention import Row, make_folder, show_progress, versions
+from posjax.encoding import Dims, check_at_least
+from posjax.specs import parse_encoding
+
+FILES = ("schedule.json", "schedule.md")
+_DEFAULT_TILE = 128  # of splash's BlockSizes.get_default()
+# Matrix products of a tile, by the name of the kernel. Splash's fused backward kernel is named as the one for keys and values.
+_PRODUCTS = (("dq", 3), ("dkv", 4), ("fwd", 2), ("forward", 2), ("backward", 5))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleBench:
+    """Compiles causal attention for TPUs that are not attached and counts the bundles of its kernels.
+
+    Needs libtpu: pip install 'posjax[tpu-aot]'.
+
+    Attributes:
+      generations: of TPU.
+      encodings: such as rope, "cope(64)" or "rope + cope(64)"; with implementation="pallas".
+      passes: forward, or both: forward and backward with gradients of query, key, value and all parameters.
+      seq_len: tokens.
+      heads: N.
+      kv_heads: K, which divides heads; None: heads.
+      head_dim: H, channels of a head.
+      batch: B.
+      dtype: of query, key and value; parameters are float32.
+      peers: splash attention too, with its default blocks and with those of ``tile``.
+      tile: queries and keys of a tile of splash attention.
+      out: a folder for schedule.json and schedule.md.
+    """
+
+    generations: tuple[Literal["v4", "v5e", "v5p", "v6e", "tpu7x"], ...] = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+    encodings: tuple[str, ...] = ("identity", "rope", "alibi", "t5", "tupe", "cope(64)", "rope + cope(64)")
+    passes: tuple[Literal["forward", "both"], ...] = ("forward", "both")
+    seq_len: int = 8192
+    heads: int = 8
+    kv_heads: int | None = None
+    head_dim: int = 128
+    batch: int = 1
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    peers: bool = True
+    tile: int = 512
+    out: str = "runs/bench"
+
+    def __post_init__(self) -> None:
+        for name in ("generations", "passes"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty, got ()")
+        for name in ("generations", "encodings", "passes"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must all differ, got {getattr(self, name)}")
+        if not self.encodings and not self.peers:
+            raise ValueError("encodings must not be empty without peers, got ()")
+        check_at_least("seq_len", self.seq_len, 2)
+        for name in ("heads", "head_dim", "batch"):
+            check_at_least(name, getattr(self, name), 1)
+        if self.kv_heads is not None:
+            check_at_least("kv_heads", self.kv_heads, 1)
+            if self.heads % self.kv_heads:
+                raise ValueError(f"kv_heads must divide heads, {self.heads}, got {self.kv_heads}")
+        if self.tile < 128 or self.tile % 128:
+            raise ValueError(f"tile must be a multiple of 128, got {self.tile}")
+        for spec in self.encodings:
+            if isinstance(parse_encoding(spec), tuple):
+                raise ValueError(f"encodings must each be of one layer, got {spec!r}; name its parts one by one")
+
+
+def run(config: ScheduleBench, quiet: bool = False) -> list[Row]:
+    """Compiles everything and writes schedule.json and schedule.md, after each generation.
+
+    Returns:
+      Rows in the order of generations, passes and contestants, as they stand in schedule.json. What failed has its reason in notes.
+
+    Raises:
+      ImportError: libtpu is not installed.
+      RuntimeError: libtpu knows none of it.
+      ValueError: a folder that cannot be written.
+    """
+    out = make_folder(config.out)
+    rows: list[Row] = []
+    chips = {name: dataclasses.asdict(aot.GENERATIONS[name]) for name in config.generations}
+    with show_progress(quiet) as progress:
+        for number, name in enumerate(config.generations):
+            progress(f"compiling for {name}", number, len(config.generations))
+            wanted = _contestants(config)
+            reports = aot.compile_all([job for _, job in wanted], aot.GENERATIONS[name].topology)
+            rows += [_row(config, name, found, report) for (found, _), report in zip(wanted, reports, strict=True)]
+            results.write_json(rows, dataclasses.asdict(config), {"generations": chips}, versions(), out / FILES[0])
+            text = [_heading(config), "", LEGEND, ""]
+            text += [line for group in groups(rows) for line in results.markdown(*group)]
+            (out / FILES[1]).write_text("\n".join(text).rstrip() + "\n")
+    return rows
+
+
+def _heading(config: ScheduleBench) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items() if name in ("posjax", "jax", "libtpu"))
+    heads = f"{config.heads} heads" + (f" over {config.kv_heads}" if config.kv_heads else "")
+    return f"{packages}. {config.seq_len:,} tokens, batch {config.batch}, {heads} of {config.head_dim}, {config.dtype}, causal."
+
+
+def _contestants(config: ScheduleBench) -> list[tuple[Row, aot.Job]]:
+    """(what a row says of it, its job) of every contestant, pass by pass."""
+    sizes = {name: getattr(config, name) for name in ("seq_len", "heads", "head_dim", "batch", "dtype")}
+    sizes["kv_heads"] = config.kv_heads or config.heads
+    found: list[tuple[Row, aot.Job]] = []
+    for direction in config.passes:
+        for spec in config.encodings:
+            about = {"contestant": f"{spec}, pallas", "kind": "posjax", "encoding": spec, "pass": direction}
+            job = sizes | {"spec": spec, "with_gradients": direction == "both"}
+            found.append((about, ("posjax.bench.schedule:posjax_job", job)))
+        for tile in dict.fromkeys((_DEFAULT_TILE, config.tile)) if config.peers else ():
+            for fused in (False, True) if direction == "both" else (False,):
+                name = f"splash {tile} x {tile}" + (", fused backward" if fused else "")
+                about = {"contestant": name, "kind": "splash", "encoding": "identity", "pass": direction, "tile": [tile, tile]}
+                job = sizes | {"tile": tile, "with_gradients": direction == "both", "fused": fused}
+                found.append((about, ("posjax.bench.schedule:splash_job", job)))
+    return found
+
+
+# In the compiler's process ----------------------------------------------------------------------------------------------
+
+
+def posjax_job(
+    spec: str, with_gradients: bool, seq_len: int, heads: int, kv_heads: int, head_dim: int, batch: int, dtype: str
+) -> tuple[Callable, tuple]:
+    """posjax.attention for posjax.aot."""
+    encoding = parse_encoding(spec)
+    dims = Dims(heads, head_dim, max_length=seq_len, num_kv_heads=kv_heads)
+
+    def parameters() -> Any:
+        hidden = jnp.zeros((batch, seq_len, dims.embed_dim), dtype)
+        return encoding.condition(encoding.init(jax.random.key(0), dims), hidden)
+
+    def forward(query: Any, key: Any, value: Any, params: Any) -> Any:
+        return attention(query, key, value, encoding, params, is_causal=True, implementation="pallas")
+
+    query = jax.ShapeDtypeStruct((batch, seq_len, heads, head_dim), dtype)
+    key = jax.ShapeDtypeStruct((batch, seq_len, kv_heads, head_dim), dtype)
+    return _maybe_both(forward, (query, key, key, jax.eval_shape(parameters)), query, with_gradients)
+
+
+def splash_job(
+    tile: int,
+    with_gradients: bool,
+    fused: bool,
+    seq_len: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    batch: int,
+    dtype: str,
+) -> tuple[Callable, tuple]:
+    """jax.experimental's splash attention for posjax.aot."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    names += () if fused else ("block_q_dq", "block_kv_dq")
+    sizes = splash_attention_kernel.BlockSizes(**dict.fromkeys(names, tile), use_fused_bwd_kernel=fused)
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((seq_len, seq_len))] * heads)
+    kernel = splash_attention_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    query = jax.ShapeDtypeStruct((batch, heads, seq_len, head_dim), dtype)
+    key = jax.ShapeDtypeStruct((batch, kv_heads, seq_len, head_dim), dtype)
+    return _maybe_both(jax.vmap(kernel), (query, key, key), query, with_gradients)
+
+
+def _maybe_both(forward: Callable, args: tuple, cotangent: Any, with_gradients: bool) -> tuple[Callable, tuple]:
+    if not with_gradients:
+        return forward, args
+
+    def both(cotangent: Any, *args: Any) -> Any:
+        out, pull = jax.vjp(forward, *args)
+        return out, pull(cotangent)
+
+    return both, (cotangent, *args)
+
+
+# Rows -------------------------------------------------------------------------------------------------------------------
+
+
+def _row(config: ScheduleBench, generation: str, about: Row, report: aot.Report) -> Row:
+    tile = about.get("tile") or _own_tile(config, generation)
+    row = {"generation": generation, **about, "tile": tile, "compile_seconds": report.seconds, "device_kind": report.device_kind}
+    row |= {"hbm_bytes": report.memory, "xla_flops": report.flops, "xla_bytes_accessed": report.bytes_accessed}
+    row["kernels"] = [_kernel(config, generation, tile, "fused" in about["contestant"], report, k) for k in report.kernels]
+    row["notes"] = [] if report.failed is None else [report.failed.strip().split("\n")[0][:300]]
+    return row
+
+
+def _own_tile(config: ScheduleBench, generation: str) -> list[int] | None:
+    """Queries and keys of a tile of posjax's kernel; None while there is none."""
+    if importlib.util.find_spec("posjax.kernels.blocks") is None:
+        return None
+    from posjax.kernels.blocks import CHIPS
+
+    blocks = CHIPS[generation].blocks(config.dtype, config.head_dim)
+    return [blocks.queries, blocks.keys]
+
+
+def _kernel(
+    config: ScheduleBench, generation: str, tile: Sequence[int] | None, fused: bool, report: aot.Report, kernel: aot.Kernel
+) -> Row:
+    """A kernel as it stands in a row; a form's distance is known where it is of a whole tile."""
+    roofline = _roofline(config, generation, tile, fused, report, kernel.name) if tile else None
+    outermost = min((work.depth for work, _ in kernel.tiles), default=0)
+    forms = []
+    for work, turn in kernel.tiles:
+        nested = any(work.holds(loop) for loop in kernel.loops)
+        whole = roofline is not None and work.depth == outermost and not nested
+        form = dataclasses.asdict(work) | {"turn": turn, "has_loops": nested}
+        forms.append(form | {"distance": turn / roofline if whole else None})
+    return {
+        "name": kernel.name,
+        "bundles": kernel.bundles,
+        "vmem_bytes": kernel.vmem,
+        "loops": [dataclasses.asdict(loop) for loop in kernel.loops],
+        "tiles": forms,
+        "roofline_bundles": roofline,
+    }
+
+
+def _roofline(
+    config: ScheduleBench, generation: str, tile: Sequence[int], fused: bool, report: aot.Report, name: str
+) -> float | None:
+    """Bundles that a tile would take at the peak of the matrix units, or with inputs and outputs of the call moved once."""
+    products = next((count for part, count in _PRODUCTS if part in name), None)
+    if products is None:
+        return None
+    products = 5 if fused and "dkv" in name else products
+    chip = aot.GENERATIONS[generation]
+    queries, keys = tile
+    rows = range(0, config.seq_len, queries)
+    tiles = config.batch * config.heads * sum(math.ceil(min(row + queries, config.seq_len) / keys) for row in rows)
+    moved = (report.memory["argument"] + report.memory["output"]) / tiles
+    return chip.clock * max(products * 2 * queries * keys * config.head_dim / chip.flops, moved / chip.bandwidth)
+
+
+# Tables -----------------------------------------------------------------------------------------------------------------
+
+LEGEND = (
+    "tile: bundles of the work on a tile, of each form that it takes (with and without a mask, counting or not); + where loops in it "
+    "are counted for one turn. turn: bundles of a turn of the loop that walks over tiles, with what it does beside the work. x roof: "
+    "a turn over what the tile would take at the chip's peak (its products on the matrix units, or inputs and outputs of the call "
+    "moved once); clocks but v4's follow from published peaks. whole: bundles of the kernel. VMEM: MB that the kernel holds. HBM: MB "
+    "of the whole call at its peak."
+)
+_HEADS = ["contestant", "kernel", "tile", "turn", "x roof", "whole", "VMEM", "HBM"]
+
+
+def groups(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]], list[str]]]:
+    """(heading, column heads, cells, notes) for each generation and pass: a line for each kernel."""
+    made = []
+    for generation, direction in dict.fromkeys((row["generation"], row["pass"]) for row in rows):
+        group = [row for row in rows if (row["generation"], row["pass"]) == (generation, direction)]
+        lines, notes = [], {}
+        for row in group:
+            lines += [_cells(row, kernel, first=n == 0) for n, kernel in enumerate(row["kernels"])]
+            if not row["kernels"]:
+                lines.append([row["contestant"], "", *["-"] * (len(_HEADS) - 2)])
+            for note in row["notes"]:
+                notes.setdefault(note, []).append(row["contestant"])
+        said = [f"{'; '.join(who)}: {note}" for note, who in notes.items()]
+        made.append((f"{generation}, {'forward' if direction == 'forward' else 'forward and backward'}", _HEADS, lines, said))
+    return made
+
+
+def _cells(row: Row, kernel: Row, first: bool) -> list[str]:
+    tiles, peak = kernel["tiles"], row["hbm_bytes"].get("peak")
+    return [
+        row["contestant"] if first else "",
+        kernel["name"].removeprefix("splash_mha_").removeprefix("posjax_attention_").partition(".")[0],
+        " / ".join(f"{form['bundles']}{'+' if form['has_loops'] else ''}" for form in tiles),
+        " / ".join(str(form["turn"]) for form in tiles),
+        " / ".join("" if form["distance"] is None else f"{form['distance']:.1f}" for form in tiles),
+        "" if kernel["bundles"] is None else str(kernel["bundles"]),
+        "" if kernel["vmem_bytes"] is None else f"{kernel['vmem_bytes'] / 1e6:.1f}",
+        f"{peak / 1e6:.0f}" if first and peak is not None else "",
+    ]
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Prints the tables."""
+    for group in groups(rows):
+        results.print_table(*group)
+    results.print_text(LEGEND)
