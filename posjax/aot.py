@@ -282,7 +282,8 @@ def _run_child(jobs: Sequence[Job], topology: str, flags: Sequence[str], folder:
 def _environment(topology: str, flags: Sequence[str], dump: Path) -> dict[str, str]:
     """What libtpu and jax must find when they start."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TPU_") or name == "TPU_LIBRARY_PATH"}
-    environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+    for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # libtpu ends over a flag that another XLA knows
+        environment.pop(name, None)
     path = [entry or os.getcwd() for entry in sys.path]  # targets are found as here
     schedules = [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"]
     return environment | {

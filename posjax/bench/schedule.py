@@ -258,11 +258,11 @@ def _roofline(
 # Tables -----------------------------------------------------------------------------------------------------------------
 
 LEGEND = (
-    "tile: bundles of the work on a tile, of each form that it takes (with and without a mask, counting or not); + where loops in it "
-    "are counted for one turn. turn: bundles of a turn of the loop that walks over tiles, with what it does beside the work. x roof: "
-    "a turn over what the tile would take at the chip's peak (its products on the matrix units, or inputs and outputs of the call "
-    "moved once); clocks but v4's follow from published peaks. whole: bundles of the kernel. VMEM: MB that the kernel holds. HBM: MB "
-    "of the whole call at its peak."
+    "tile: bundles of the work on a tile, of each form that it takes (with and without a mask, counting or not); + where loops "
+    "in it are counted for one turn. turn: bundles of a turn of the loop that walks over tiles, with what it does beside the "
+    "work. x roof: a turn over what the tile would take at the chip's peak (its products on the matrix units, or inputs and "
+    "outputs of the call moved once); clocks but v4's follow from published peaks. whole: bundles of the kernel. VMEM: MB that "
+    "the kernel holds. HBM: MB of the whole call at its peak."
 )
 _HEADS = ["contestant", "kernel", "tile", "turn", "x roof", "whole", "VMEM", "HBM"]
 
