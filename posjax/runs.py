@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from posjax.checkpoints import CheckpointError, Checkpoints
-from posjax.config import Config
+from posjax.config import Config, load_config
+from posjax.datasets.corpus import NUM_BYTES, NUM_SPECIAL
 from posjax.evaluation import evaluate, mean_loss, token_losses
 from posjax.loop import fit
-from posjax.sharding import jit_train_step, make_mesh, pmap_train_step
-from posjax.source import Source, held_out, train_batches
+from posjax.sharding import SHARDED_RULES, abstract_train_step, gathered, jit_train_step, make_mesh, pmap_train_step
+from posjax.source import Source, held_out, open_source, train_batches
 from posjax.specs import parse_encoding, slug
 from posjax.training import TrainState, init_state, learning_rate_schedule, make_optimizer, make_train_step
 from posjax.transformer import Transformer, cross_entropy, functional
@@ -82,6 +84,49 @@ def make_loss(with_params: Callable[[Params], Transformer], dropout: bool) -> Ca
         return cross_entropy(logits, batch["targets"], batch["weights"])[1:]
 
     return loss
+
+
+def abstract_step(
+    config: Config | str, devices: Sequence[Any], *, tensor: int = 1, vocab_size: int | None = None, **fields: Any
+) -> tuple[Any, tuple[TrainState, Any]]:
+    """A configuration's train step for devices that need not be attached, its state cut over all of them: nothing is drawn, no data
+    is read.
+
+        posjax.aot.compile_ahead("posjax.runs:abstract_step", {"config": "configs/decoder_1b.py", "tensor": 4}, "v5e:16x16")
+
+    Args:
+      config: or the file of one.
+      devices: all of them are used.
+      tensor: how many devices share the heads and the MLP of a sequence.
+      vocab_size: of a text's tokenizer, special tokens included; None: as many as the configuration asks for.
+      **fields: of the configuration, in place of its own.
+
+    Returns:
+      The jax.jit object, and (state, batch), jax.ShapeDtypeStructs with shardings.
+
+    Raises:
+      ValueError: the devices or the batch do not divide, or the configuration is wrong.
+    """
+    config = dataclasses.replace(load_config(config) if isinstance(config, str) else config, **fields)
+    mesh = make_mesh(tensor=tensor, devices=devices)
+    if config.batch_size % (mesh.shape["data"] * config.accumulate_steps):
+        raise ValueError(
+            f"batch_size must be a multiple of {mesh.shape['data'] * config.accumulate_steps} on {len(devices)} devices with "
+            f"tensor={tensor} and accumulate_steps={config.accumulate_steps}, got {config.batch_size}"
+        )
+    if config.task in ("lm", "mlm"):
+        own = config.vocab_size if config.tokenizer == "bpe" else NUM_BYTES + NUM_SPECIAL
+        source = Source(own if vocab_size is None else vocab_size, config.seq_length)
+    else:
+        source = open_source(config)
+    with_params, params = abstract_model(config, config.encoding, source)
+    loss = gathered(make_loss(with_params, config.dropout_rate > 0))
+    step = make_train_step(loss, _optimizer(config), accumulate_steps=config.accumulate_steps)
+    state = jax.eval_shape(lambda params: init_state(params, _optimizer(config), config.seed), params)
+    shape = (config.batch_size, source.max_length)
+    dtypes = dict(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32, segment_ids=jnp.int32, positions=jnp.int32)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+    return abstract_train_step(step, mesh, state, batch, SHARDED_RULES)
 
 
 def train(

@@ -1,0 +1,155 @@
+"""A state cut over a mesh with two axes: the step computes what it does on one device, and every part lies where the rules say."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from posjax.config import Config, load_config
+from posjax.runs import abstract_step, make_loss
+from posjax.sharding import SHARDED_RULES, abstract_train_step, gathered, jit_train_step, make_mesh, shard_batch, shard_state
+from posjax.source import open_source, train_batches
+from posjax.specs import parse_encoding
+from posjax.training import init_state, make_optimizer, make_train_step
+from posjax.transformer import Transformer, TransformerConfig, functional
+
+BATCH, LENGTH, WIDTH = 24, 20, 16
+MODEL = TransformerConfig(32, num_layers=2, embed_dim=WIDTH, num_heads=4, num_kv_heads=2, mlp_dim=48, activation="swiglu")
+# eps far above the rounding of gradients that are zero but for rounding: Adam would make whole steps of them.
+OPTIMIZER = make_optimizer(1e-2, eps=1e-3, weight_decay=0.1)
+
+
+@functools.cache
+def model():
+    """The pure form of the model, and its parameters on the host, with CoPE's embedding not zero."""
+    with_params, params = functional(Transformer(MODEL, parse_encoding("rope + cope(5)"), rngs=nnx.Rngs(0)))
+    embedding = params["encoding"]["0"]["cope"]["embedding"]
+    params["encoding"]["0"]["cope"]["embedding"] = jax.random.normal(jax.random.key(1), embedding.shape)
+    return with_params, jax.device_get(params)
+
+
+def make_state():
+    return init_state(model()[1], OPTIMIZER, 0), make_loss(model()[0], dropout=False)
+
+
+def make_batch(seed=0):
+    tokens = np.random.default_rng(seed).integers(0, 32, (BATCH, LENGTH + 1), np.int32)
+    segments = np.repeat(np.arange(1, 3, dtype=np.int32), LENGTH // 2)[None].repeat(BATCH, 0)
+    positions = np.arange(LENGTH, dtype=np.int32)[None].repeat(BATCH, 0) % (LENGTH // 2)
+    weights = np.linspace(0, 1, BATCH * LENGTH, dtype=np.float32).reshape(BATCH, LENGTH)
+    return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], weights=weights, segment_ids=segments, positions=positions)
+
+
+def leaves_by_path(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def compiled_step(wrapped, mesh, rules):
+    """A compiled step that takes host arrays, and its program."""
+    state, loss = make_state()
+    jitted, arguments = abstract_train_step(make_train_step(wrapped(loss), OPTIMIZER), mesh, state, make_batch(), rules)
+    compiled = jitted.lower(*arguments).compile()
+    return lambda state, batch: compiled(shard_state(state, mesh, rules), shard_batch(batch, mesh)), compiled.as_text()
+
+
+def two_steps(step):
+    state = make_state()[0]
+    for number in range(2):
+        state, metrics = step(state, make_batch(number))
+    return state, metrics
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return two_steps(jit_train_step(make_train_step(make_state()[1], OPTIMIZER), make_mesh(1)))
+
+
+def agrees(found, expected):
+    for name, value in expected[1].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-5, err_msg=name)
+    whole = leaves_by_path(expected[0].params)
+    for path, leaf in leaves_by_path(found[0].params).items():
+        np.testing.assert_allclose(leaf, whole[path], atol=1e-5, err_msg=path)
+    for path, leaf in leaves_by_path(model()[1]).items():
+        assert np.abs(leaf - whole[path]).max() > 1e-3, path  # or the comparison would say nothing
+
+
+def lies(state, parts):
+    leaves = leaves_by_path(state)
+    for path, shape in parts.items():
+        same = [name for name in leaves if name.endswith(path)]
+        assert len(same) == 3, same  # the parameter and Adam's two moments
+        for name in same:
+            assert {shard.data.shape for shard in leaves[name].addressable_shards} == {shape}, name
+
+
+def test_one_axis_cuts_batch_and_state(one_device):
+    _, loss = make_state()
+    step = make_train_step(gathered(loss), OPTIMIZER, accumulate_steps=1)
+    found = two_steps(jit_train_step(step, make_mesh(), SHARDED_RULES))
+    agrees(found, one_device)
+    lies(found[0], {"query/kernel": (2, 2, 4, 4), "down/kernel": (2, 48, 2), "token_embedding/embedding": (32, 16)})
+
+
+def test_two_axes_cut_batch_heads_and_state_and_no_device_holds_the_whole_batch(one_device):
+    whole = re.compile(rf"f32\[{BATCH},(\d+,)*{LENGTH}\b|f32\[\d+,{BATCH},{LENGTH},")
+    step, program = compiled_step(gathered, make_mesh(tensor=4), SHARDED_RULES)
+    assert not whole.search(program)
+    found = two_steps(step)
+    agrees(found, one_device)
+    parts = {
+        "query/kernel": (2, 8, 1, 4),
+        "key/kernel": (2, 8, 2, 4),  # 4 devices do not divide 2 heads: not cut
+        "layers/out/kernel": (2, 1, 4, 8),
+        "up/kernel": (2, 8, 12),
+        "gate/kernel": (2, 8, 12),
+        "down/kernel": (2, 12, 8),
+        "token_embedding/embedding": (8, 16),
+        "cope/embedding": (5, 4),
+        "outer_norm/scale": (16,),
+    }
+    lies(found[0], parts)
+    assert whole.search(compiled_step(lambda loss: loss, make_mesh(tensor=4), SHARDED_RULES)[1])  # what gathered is there for
+
+
+def test_a_configuration_becomes_a_step_for_any_devices():
+    config = Config(
+        task="counting", seq_length=16, batch_size=8, num_layers=2, embed_dim=32, num_heads=2, encoding="rope + cope(4)"
+    )
+    jitted, (state, batch) = abstract_step(config, jax.devices(), tensor=2, compute_dtype="bfloat16")
+    assert state.params["layers"]["query"]["kernel"].sharding.shard_shape((2, 32, 2, 16)) == (2, 8, 1, 16)
+    found = next(train_batches(config, open_source(config), 0))
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in batch.items()} == {n: (x.shape, x.dtype) for n, x in found.items()}
+    assert {leaf.sharding.shard_shape(leaf.shape)[0] for leaf in batch.values()} == {2}
+    new, metrics = jitted.eval_shape(state, batch)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), new) == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+    assert metrics["loss"].shape == ()
+
+
+def test_the_configuration_of_a_billion():
+    _, (state, batch) = abstract_step("configs/decoder_1b.py", jax.devices(), tensor=4, batch_size=2)
+    config = load_config("configs/decoder_1b.py")
+    assert 1.0e9 < sum(leaf.size for leaf in jax.tree.leaves(state.params)) < 1.2e9
+    assert batch["tokens"].shape == (2, config.seq_length)
+    large = [leaf for leaf in jax.tree.leaves(state) if leaf.size > 1e6]
+    assert all(leaf.size >= 4 * np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in large)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    (
+        (lambda: make_mesh(tensor=3), "tensor must divide the number of devices, 8, got 3"),
+        (lambda: make_mesh(4, tensor=0), "tensor must divide the number of devices, 4, got 0"),
+        (
+            lambda: abstract_step(Config(batch_size=6), jax.devices(), tensor=2),
+            "batch_size must be a multiple of 4 on 8 devices with tensor=2 and accumulate_steps=1, got 6",
+        ),
+    ),
+)
+def test_errors(call, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        call()
