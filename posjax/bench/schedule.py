@@ -3,14 +3,16 @@
     contestants x generations -> posjax.aot, a process for each generation -> kernels: loops, bundles of a tile, VMEM, HBM
         -> distance to the roofline of the chip: schedule.json, schedule.md
 
-A bundle is a cycle. What a count does not know is waiting for memory, so it is a lower bound of the time, and one that can be
-compared: the same program gives the same count.
+A bundle is a cycle. A count does not know of waiting, for memory or for a matrix unit that is still busy, so it is a lower bound of
+the time, and one that can be compared: the same program gives the same count.
 """
 
 import dataclasses
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -87,7 +89,7 @@ class ScheduleBench:
 
 
 def run(config: ScheduleBench, quiet: bool = False) -> list[Row]:
-    """Compiles everything and writes schedule.json and schedule.md, after each generation.
+    """Compiles everything and writes schedule.json and schedule.md, after each contestant.
 
     Returns:
       Rows in the order of generations, passes and contestants, as they stand in schedule.json. What failed has its reason in notes.
@@ -98,19 +100,31 @@ def run(config: ScheduleBench, quiet: bool = False) -> list[Row]:
       ValueError: a folder that cannot be written.
     """
     out = make_folder(config.out)
-    rows: list[Row] = []
     chips = {name: dataclasses.asdict(aot.GENERATIONS[name]) for name in config.generations}
+    wanted = _contestants(config)
+    together: dict[tuple[str, str], list[int]] = {}  # both passes of an encoding in one process; all of splash
+    for n, (about, _) in enumerate(wanted):
+        together.setdefault((about["kind"], about["encoding"]), []).append(n)
+    rows: list[Row] = []
     with show_progress(quiet) as progress:
         for number, name in enumerate(config.generations):
-            progress(f"compiling for {name}", number, len(config.generations))
-            wanted = _contestants(config)
-            reports = aot.compile_all([job for _, job in wanted], aot.GENERATIONS[name].topology)
-            rows += [_row(config, name, found, report) for (found, _), report in zip(wanted, reports, strict=True)]
-            results.write_json(rows, dataclasses.asdict(config), {"generations": chips}, versions(), out / FILES[0])
-            text = [_heading(config), "", LEGEND, ""]
-            text += [line for group in groups(rows) for line in results.markdown(*group)]
-            (out / FILES[1]).write_text("\n".join(text).rstrip() + "\n")
+            before, found = rows, {}
+            for part, numbers in enumerate(together.values()):
+                kind, encoding = wanted[numbers[0]][0]["kind"], wanted[numbers[0]][0]["encoding"]
+                label = f"{name}: {encoding if kind == 'posjax' else kind}"
+                progress(label, number * len(together) + part, len(config.generations) * len(together))
+                reports = aot.compile_all([wanted[n][1] for n in numbers], aot.GENERATIONS[name].topology)
+                found |= {n: _row(config, name, wanted[n][0], report) for n, report in zip(numbers, reports, strict=True)}
+                rows = before + [found[n] for n in sorted(found)]
+                _write(rows, config, chips, out)
     return rows
+
+
+def _write(rows: Sequence[Row], config: ScheduleBench, chips: Row, out: Path) -> None:
+    results.write_json(rows, dataclasses.asdict(config), {"generations": chips}, versions(), out / FILES[0])
+    text = [_heading(config), "", LEGEND, ""]
+    text += [line for group in groups(rows) for line in results.markdown(*group)]
+    (out / FILES[1]).write_text("\n".join(text).rstrip() + "\n")
 
 
 def _heading(config: ScheduleBench) -> str:
@@ -220,13 +234,15 @@ def _own_tile(config: ScheduleBench, generation: str) -> list[int] | None:
 def _kernel(
     config: ScheduleBench, generation: str, tile: Sequence[int] | None, fused: bool, report: aot.Report, kernel: aot.Kernel
 ) -> Row:
-    """A kernel as it stands in a row; a form's distance is known where it is of a whole tile."""
+    """A kernel as it stands in a row. The distance is that of the forms that are a whole tile: not of a strip of it, nor of loops
+    beside the walk over tiles, such as one that rotates keys when they arrive."""
     roofline = _roofline(config, generation, tile, fused, report, kernel.name) if tile else None
     outermost = min((work.depth for work, _ in kernel.tiles), default=0)
+    branches = any(work.kind == "branch" and work.depth == outermost for work, _ in kernel.tiles)
     forms = []
     for work, turn in kernel.tiles:
         nested = any(work.holds(loop) for loop in kernel.loops)
-        whole = roofline is not None and work.depth == outermost and not nested
+        whole = roofline is not None and not nested and work.depth == outermost and (work.kind == "branch" or not branches)
         form = dataclasses.asdict(work) | {"turn": turn, "has_loops": nested}
         forms.append(form | {"distance": turn / roofline if whole else None})
     return {
@@ -258,11 +274,12 @@ def _roofline(
 # Tables -----------------------------------------------------------------------------------------------------------------
 
 LEGEND = (
-    "tile: bundles of the work on a tile, of each form that it takes (with and without a mask, counting or not); + where loops "
-    "in it are counted for one turn. turn: bundles of a turn of the loop that walks over tiles, with what it does beside the "
-    "work. x roof: a turn over what the tile would take at the chip's peak (its products on the matrix units, or inputs and "
-    "outputs of the call moved once); clocks but v4's follow from published peaks. whole: bundles of the kernel. VMEM: MB that "
-    "the kernel holds. HBM: MB of the whole call at its peak."
+    "tile: bundles of the work on a tile, of each form that it takes (with and without a mask, counting a strip of it), and of "
+    "other loops that multiply matrices; + where loops in it are counted for one turn. turn: bundles of a turn of the loop "
+    "around it, with what that does beside the work. x roof: a turn over what a whole tile would take at the chip's peak (its "
+    "products on the matrix units, or inputs and outputs of the call moved once); below 1 it would wait for the matrix units; "
+    "clocks but v4's follow from published peaks. whole: bundles of the kernel. VMEM: MB that the kernel holds. HBM: MB of the "
+    "whole call at its peak."
 )
 _HEADS = ["contestant", "kernel", "tile", "turn", "x roof", "whole", "VMEM", "HBM"]
 
@@ -288,7 +305,7 @@ def _cells(row: Row, kernel: Row, first: bool) -> list[str]:
     tiles, peak = kernel["tiles"], row["hbm_bytes"].get("peak")
     return [
         row["contestant"] if first else "",
-        kernel["name"].removeprefix("splash_mha_").removeprefix("posjax_attention_").partition(".")[0],
+        re.sub(r"splash_mha_|posjax_attention_|jvp_|transpose_|_*\.\d+$", "", kernel["name"]),
         " / ".join(f"{form['bundles']}{'+' if form['has_loops'] else ''}" for form in tiles),
         " / ".join(str(form["turn"]) for form in tiles),
         " / ".join("" if form["distance"] is None else f"{form['distance']:.1f}" for form in tiles),
