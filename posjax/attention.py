@@ -10,7 +10,8 @@ import numpy as np
 
 from posjax.bias import BiasTerm, Mask
 from posjax.encoding import AttentionInputs, PositionalEncoding, identity
-from posjax.kernels import dense, tiled
+from posjax.kernels import dense, tiled, tpu
+from posjax.kernels.shards import Cut, find_cut
 from posjax.typing import Array, Float, Params
 
 Implementation = Literal["xla", "xla_chunked", "pallas"]
@@ -55,7 +56,9 @@ def attention(
       logits_soft_cap: c, scores become c * tanh(scores / c) after the bias and before the mask.
       implementation: None takes the fastest that can do the call. "xla" is dense: the oracle, with [T, S] arrays, and the one that
         has derivatives of every order and mode. "xla_chunked" walks over tiles on any device: memory grows with T + S, gradients
-        are of first order in reverse mode.
+        are of first order in reverse mode. "pallas" is the kernel of the platform that the program is lowered for: on a TPU one
+        kernel forward and one backward, on a CPU the same, interpreted, for tests; it takes no mask arrays, and of the encodings
+        rope, alibi, t5, tupe, cope with gates="logits", and their chains.
 
     Returns:
       [B, T, N, V] in the dtype of value. A query without any allowed key gets zeros.
@@ -69,8 +72,11 @@ def attention(
 
     options = dict(is_causal=is_causal, local_window_size=local_window_size, logits_soft_cap=logits_soft_cap)
 
+    cut = find_cut(query)
+
     def compute(query: Array, key: Array, value: Array, params: Params, arrays: dict[str, Any]) -> Array:
-        return run(prepare(query, key, value, encoding, params, **options, **arrays), value, implementation)
+        call = prepare(query, key, value, encoding, params, **options, **arrays, rotated=False)
+        return run(call, value, implementation, cut)
 
     positions = dict(query_positions=query_positions, key_positions=key_positions)
     arrays = dict(mask=mask, segment_ids=segment_ids, scale=scale) | positions
@@ -96,8 +102,17 @@ def auto_sharded(compute: Callable[..., Array], query: Array, *args: Any) -> Arr
 
     return jax.sharding.auto_axes(automatic, out_sharding=out)(query, *arrays)
 
-def run(call: dict[str, Any], value: Float[Array, "B S K V"], implementation: Implementation | None = None) -> Array:
+
+def run(
+    call: dict[str, Any], value: Float[Array, "B S K V"], implementation: Implementation | None = None, cut: Cut | None = None
+) -> Array:
     """Attention of a prepared call in one of the kernels.
+
+    Args:
+      call: from ``prepare``.
+      value: [B, S, K, V].
+      implementation: as in ``attention``.
+      cut: how a mesh cuts the call's batch and heads, for kernels that run on each device's part; None: as the query's type shows.
 
     Raises:
       ValueError: an unknown implementation.
@@ -106,12 +121,37 @@ def run(call: dict[str, Any], value: Float[Array, "B S K V"], implementation: Im
     if implementation not in (None, "xla", "xla_chunked", "pallas"):
         raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
     if implementation == "pallas":
-        raise NotImplementedError("implementation='pallas' cannot run this call yet; implementation='xla_chunked' can")
+        if (reason := tpu.refusal(value=value, **call)) is not None:
+            raise NotImplementedError(f"implementation='pallas' cannot run this call: {reason}; implementation='xla_chunked' can")
+        return tpu.attention(value=value, **call, cut=cut)
     if implementation is None:
         small = call["query"].shape[1] * call["key"].shape[1] <= _SMALL
+        if not small and tpu.refusal(value=value, **call) is None:
+            return _of_the_platform(call, value, cut)
         implementation = "xla" if small else "xla_chunked"
     kernel = {"xla": dense.attention, "xla_chunked": tiled.attention}[implementation]
-    return kernel(value=value, **call)
+    return kernel(value=value, **_rotated(call))
+
+
+def _of_the_platform(call: dict[str, Any], value: Array, cut: Cut | None) -> Array:
+    """The kernel of the platform that the program is lowered for, whatever devices this process has."""
+    static = {name: x for name, x in call.items() if x is None or isinstance(x, bool | int | float)}
+    arrays = {name: x for name, x in call.items() if name not in static}
+    return jax.lax.platform_dependent(
+        arrays,
+        value,
+        tpu=lambda arrays, value: tpu.attention(value=value, **static, **arrays, cut=cut),
+        default=lambda arrays, value: tiled.attention(value=value, **_rotated(static | arrays)),
+    )
+
+
+def _rotated(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with the rotation done that ``prepare`` left to the kernel."""
+    rotation, rest = call.get("rotation"), {name: x for name, x in call.items() if name not in ("rotation", "raw")}
+    if rotation is None:
+        return rest
+    query, key = rotation.applied(call["query"], call["key"])
+    return rest | dict(query=query, key=key)
 
 
 def attention_weights(
@@ -206,10 +246,12 @@ def prepare(
     key_positions: Array | None = None,
     scale: Array | float | None = None,
     logits_soft_cap: float | None = None,
+    rotated: bool = True,
 ) -> dict[str, Any]:
     """Checks a call's options and turns it into what a kernel takes: query, key, terms, mask, positions, scale, cap.
 
-    The keyword arguments are those of ``attention``; query and key come out rotated. ``run`` takes the result.
+    The keyword arguments are those of ``attention``; query and key come out rotated. ``run`` takes the result. With ``rotated``
+    false a plain rotation is left to the kernel: ``run`` alone takes that.
     """
     encoding = check_encoding(encoding)
     window = _window(local_window_size)
@@ -234,8 +276,11 @@ def prepare(
     )
     params = {} if params is None else params
     terms: tuple[BiasTerm, ...] = encoding.bias(params, inputs)
-    query, key = encoding.rotate(params, query, key, inputs)
-    return dict(
+    rotation = encoding.rotation(params, inputs) if encoding.rotation is not None and not rotated else None
+    if rotation is None:
+        query, key = encoding.rotate(params, query, key, inputs)
+    left = {} if rotated else dict(rotation=rotation, raw=rotation is not None or not encoding.turns)
+    return left | dict(
         query=query,
         key=key,
         terms=terms,

@@ -16,7 +16,7 @@ settled: from there on it is one number a row, and a kernel may leave the term's
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,30 @@ class Tile:
     key_positions: Int[Array, "_ s"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Penalty:
+    """A term whose bias is -slope_n |i - j|; ``tables`` is the slopes [N], which do not learn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """A term whose bias is table[index, n]; ``tables`` is the table [W, N]. An index of W or more finds zero.
+
+    Attributes:
+      index: (query positions, key positions) -> index, elementwise.
+      uniform: (first query position, last, first key position, last) -> whether all pairs between have the index of the first
+        query and the last key.
+    """
+
+    index: Callable[[Array, Array], Array]
+    uniform: Callable[[Array, Array, Array, Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Interpolation:
+    """A term that counts gates sigmoid(logits) and interpolates q.e there; rows["query"] is q, ``tables`` is (scale, e)."""
+
+
 TileFunction = Callable[[Tile, Any, Any, Any, Any], tuple[Array, Any]]
 LoadFunction = Callable[[Any, Any], Any]
 SettleFunction = Callable[[Any, Any, Any], tuple[Array, Array]]
@@ -63,6 +87,7 @@ class BiasTerm:
         wide as there are positions) and never exists for all queries at once. None: the rows as they are.
       settle: (rows, tables, carry) -> (settled bool [B, N, t], bias float32 [B, N, t]): where settled, every pair further left has
         that bias, whatever its key. None: a term that carries never settles.
+      fused: what the term is, for kernels of their own machine code that know some terms by name; None: no more than its function.
     """
 
     function: TileFunction = dataclasses.field(metadata={"static": True})
@@ -72,6 +97,7 @@ class BiasTerm:
     carry: Any = None
     load: LoadFunction | None = dataclasses.field(default=None, metadata={"static": True})
     settle: SettleFunction | None = dataclasses.field(default=None, metadata={"static": True})
+    fused: Penalty | Lookup | Interpolation | None = dataclasses.field(default=None, metadata={"static": True})
 
     def cut(self, row_start: Any, row_size: int, column_start: Any, column_size: int) -> "BiasTerm":
         """The same term, seen from the tile of ``row_size`` queries and ``column_size`` keys that begins there."""
@@ -101,15 +127,18 @@ class BiasTerm:
         return jnp.broadcast_to(bias, tile.logits.shape)
 
 
-def position_bias(function: Callable[[Array, Array, Any], Array], tables: Any = None) -> BiasTerm:
+def position_bias(
+    function: Callable[[Array, Array, Any], Array], tables: Any = None, fused: Penalty | Lookup | None = None
+) -> BiasTerm:
     """A bias that is a function of two positions: ALiBi, T5, and whatever a user writes.
 
     Args:
       function: (query_positions [B or 1, 1, t, 1], key_positions [B or 1, 1, 1, s], tables) -> bias broadcastable to [B, N, t, s].
         It must be a module-level function, or the same object at every call, so that jit does not compile again.
       tables: arrays that the function reads, learned ones included; their gradients have their own shape, never [T, S].
+      fused: the same bias by name, where it has one.
     """
-    return BiasTerm(function=_PositionFunction(function), tables=tables)
+    return BiasTerm(function=_PositionFunction(function), tables=tables, fused=fused)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,3 +202,40 @@ class Mask:
         if self.boolean is not None:
             allowed = allowed & self.boolean
         return allowed
+
+
+Pairing = Literal["half", "interleaved"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """A rotation of pairs of channels of query and key that is still to be done: a kernel may do it on tiles as they are loaded.
+
+    Attributes:
+      query_phase: [B or 1, T, R / 2] float32 radians, R the number of channels that are rotated, from the first on.
+      key_phase: [B or 1, S, R / 2].
+      pairing: "half" pairs channel c with c + R / 2, "interleaved" 2c with 2c + 1.
+    """
+
+    query_phase: Array
+    key_phase: Array
+    pairing: Pairing = dataclasses.field(default="half", metadata={"static": True})
+
+    def applied(self, query: Array, key: Array) -> tuple[Array, Array]:
+        """Both rotated, in their own types."""
+        return apply_rotation(query, self.query_phase, self.pairing), apply_rotation(key, self.key_phase, self.pairing)
+
+
+def apply_rotation(x: Float[Array, "B T N H"], phase: Float[Array, "_ T R2"], pairing: Pairing = "half") -> Float[Array, "B T N H"]:
+    """Rotates the first 2 * phase.shape[-1] channels of x; the products are float32, the result has x's dtype."""
+    width = 2 * phase.shape[-1]
+    cos, sin = jnp.cos(phase)[:, :, None, :], jnp.sin(phase)[:, :, None, :]
+    turned = x[..., :width].astype(jnp.float32)
+    if pairing == "half":
+        first, second = turned[..., : width // 2], turned[..., width // 2 :]
+    else:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    pair = first * cos - second * sin, first * sin + second * cos
+    turned = jnp.concatenate(pair, -1) if pairing == "half" else jnp.stack(pair, -1).reshape(turned.shape)
+    return jnp.concatenate([turned.astype(x.dtype), x[..., width:]], axis=-1)

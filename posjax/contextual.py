@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from posjax.bias import BiasTerm, Tile
+from posjax.bias import BiasTerm, Interpolation, Tile
 from posjax.encoding import AttentionInputs, Dims, PositionalEncoding, check_at_least, leaf
 from posjax.relative import alibi_slopes
 from posjax.typing import Array, Float, Params
@@ -285,6 +285,7 @@ def _counting_term(kind: str, gates: Gates, params: Params, inputs: AttentionInp
         carry=jnp.zeros((batch, heads, length), jnp.float32),
         load=load,
         settle=settle,
+        fused=Interpolation() if kind == "interpolated" and gates == "logits" else None,
     )
 
 

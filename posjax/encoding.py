@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from posjax.bias import BiasTerm
+from posjax.bias import BiasTerm, Rotation
 from posjax.typing import Array, Params
 
 
@@ -109,6 +109,8 @@ class PositionalEncoding:
       condition: (params, hidden [B, T, D]) -> params: per-token arrays made from the input of an attention layer join the
         parameters (CoPE's separate gate keys). Models call it once a layer before attention.
       rotate: (params, query, key, inputs) -> (query, key), rotated or widened. Query and key of equal new width.
+      rotation: (params, inputs) -> the rotation that ``rotate`` is, where it is one of pairs of channels and nothing else; None: it
+        is something else, or nothing.
       bias: (params, inputs) -> bias terms.
       per_layer: True where every layer learns its own params, False where one set serves all; or a dict of the params'
         form, down to where it is the same for all below.
@@ -121,10 +123,16 @@ class PositionalEncoding:
     embed: Callable[[Params, Array, Array], Array] = _same_embedding
     condition: Callable[[Params, Array], Params] = _same_params
     rotate: Callable[[Params, Array, Array, AttentionInputs], tuple[Array, Array]] = _no_rotation
+    rotation: Callable[[Params, AttentionInputs], Rotation] | None = None
     bias: Callable[[Params, AttentionInputs], tuple[BiasTerm, ...]] = _no_bias
     per_layer: bool | Mapping[str, Any] = False
     max_length: Callable[[Dims], int | None] = _no_limit
     is_contextual: bool = False
+
+    @property
+    def turns(self) -> bool:
+        """Whether query and key are changed at all."""
+        return self.rotate is not _no_rotation
 
 
 def identity() -> PositionalEncoding:
@@ -184,6 +192,12 @@ def chain(*encodings: PositionalEncoding) -> PositionalEncoding:
             query, key = member.rotate(part(params, name), query, key, inputs)
         return query, key
 
+    turning = {name: member for name, member in members.items() if member.turns}
+
+    def rotation(params: Params, inputs: AttentionInputs) -> Rotation:
+        ((name, member),) = turning.items()
+        return member.rotation(part(params, name), inputs)
+
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
         return tuple(term for name, member in members.items() for term in member.bias(part(params, name), inputs))
 
@@ -196,7 +210,8 @@ def chain(*encodings: PositionalEncoding) -> PositionalEncoding:
         init=init,
         embed=embed,
         condition=condition,
-        rotate=rotate,
+        rotate=rotate if turning else _no_rotation,
+        rotation=rotation if [member.rotation is not None for member in turning.values()] == [True] else None,
         bias=bias,
         per_layer={name: member.per_layer for name, member in members.items()},
         max_length=max_length,

@@ -2,11 +2,12 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.bias import BiasTerm, position_bias
+from posjax.bias import BiasTerm, Lookup, Penalty, position_bias
 from posjax.encoding import AttentionInputs, Dims, PositionalEncoding, check_at_least, leaf
 from posjax.typing import Array, Int, Params
 
@@ -21,7 +22,7 @@ def alibi() -> PositionalEncoding:
 
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
         slopes = jnp.asarray(alibi_slopes(inputs.query.shape[2]))
-        return (position_bias(_linear_penalty, slopes),)
+        return (position_bias(_linear_penalty, slopes, Penalty()),)
 
     return PositionalEncoding(name="alibi", bias=bias)
 
@@ -62,13 +63,13 @@ def t5(num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = Fal
     Raffel et al., arXiv:1910.10683, section 2.1.
     """
     check_buckets(num_buckets, max_distance, bidirectional)
-    function = _bucket_function(num_buckets, max_distance, bidirectional)
+    function, lookup = _bucket_function(num_buckets, max_distance, bidirectional)
 
     def init(key: Array, dims: Dims) -> Params:
         return {"bias": jnp.zeros((num_buckets, dims.num_heads), jnp.float32)}
 
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        return (position_bias(function, leaf(params, "bias", "t5", (num_buckets, inputs.query.shape[2]))),)
+        return (position_bias(function, leaf(params, "bias", "t5", (num_buckets, inputs.query.shape[2])), lookup),)
 
     return PositionalEncoding(name="t5", init=init, bias=bias)
 
@@ -115,12 +116,26 @@ def _bucket_thresholds(span: int, exact: int, max_distance: int) -> tuple[int, .
     return tuple(int(e) for e in np.where(np.abs(edges - rounded) < 1e-9 * edges, rounded, np.ceil(edges)))
 
 
+def one_bucket(num_buckets: int, max_distance: int, bidirectional: bool) -> Callable[[Array, Array, Array, Array], Array]:
+    """(first query position, last, first key position, last) -> whether all pairs between fall in one bucket: the furthest
+    of their direction, or, where keys ahead share bucket 0, that one."""
+    span = num_buckets // 2 if bidirectional else num_buckets
+    furthest = max((span // 2, *_bucket_thresholds(span, span // 2, max_distance)))
+
+    def uniform(first_query: Array, last_query: Array, first_key: Array, last_key: Array) -> Array:
+        return (first_query - last_key >= furthest) | (first_key - last_query >= (furthest if bidirectional else 0))
+
+    return uniform
+
+
 @functools.cache
 def _bucket_function(num_buckets: int, max_distance: int, bidirectional: bool):
-    """One function object for equal arguments, as position_bias asks."""
+    """One pair of objects for equal arguments, as position_bias asks: the bias, and the same by name."""
+
+    def index(query_positions: Array, key_positions: Array) -> Array:
+        return t5_bucket(key_positions - query_positions, num_buckets, max_distance, bidirectional)
 
     def function(query_positions: Array, key_positions: Array, table: Array) -> Array:
-        bucket = t5_bucket(key_positions - query_positions, num_buckets, max_distance, bidirectional)
-        return jnp.moveaxis(jnp.take(table.astype(jnp.float32), bucket[:, 0], axis=0), -1, 1)
+        return jnp.moveaxis(jnp.take(table.astype(jnp.float32), index(query_positions, key_positions)[:, 0], axis=0), -1, 1)
 
-    return function
+    return function, Lookup(index, one_bucket(num_buckets, max_distance, bidirectional))

@@ -1,15 +1,12 @@
 """Rotary position embedding (RoPE)."""
 
-from typing import Literal
-
 import jax.numpy as jnp
 
 from posjax.absolute import check_theta
+from posjax.bias import Pairing, Rotation
 from posjax.encoding import AttentionInputs, PositionalEncoding
 from posjax.phases import angles, geometric_frequencies
 from posjax.typing import Array, Float, Int, Params
-
-Pairing = Literal["half", "interleaved"]
 
 
 def rope(theta: float = 10_000.0, fraction: float = 1.0, pairing: Pairing = "half") -> PositionalEncoding:
@@ -34,15 +31,14 @@ def rope(theta: float = 10_000.0, fraction: float = 1.0, pairing: Pairing = "hal
         raise ValueError(f"fraction must lie in (0, 1], got {fraction!r}")
     check_pairing(pairing)
 
-    def rotate(params: Params, query: Array, key: Array, inputs: AttentionInputs) -> tuple[Array, Array]:
-        width = rotated_width(query.shape[-1], fraction)
-        frequencies = geometric_frequencies(theta, width)
-        return (
-            apply_rotation(query, angles(inputs.query_positions, frequencies), pairing),
-            apply_rotation(key, angles(inputs.key_positions, frequencies), pairing),
-        )
+    def rotation(params: Params, inputs: AttentionInputs) -> Rotation:
+        frequencies = geometric_frequencies(theta, rotated_width(inputs.query.shape[-1], fraction))
+        return Rotation(angles(inputs.query_positions, frequencies), angles(inputs.key_positions, frequencies), pairing)
 
-    return PositionalEncoding(name="rope", rotate=rotate)
+    def rotate(params: Params, query: Array, key: Array, inputs: AttentionInputs) -> tuple[Array, Array]:
+        return rotation(params, inputs).applied(query, key)
+
+    return PositionalEncoding(name="rope", rotate=rotate, rotation=rotation)
 
 
 def rotated_width(head_dim: int, fraction: float) -> int:
@@ -58,20 +54,6 @@ def rotated_width(head_dim: int, fraction: float) -> int:
             f"got {fraction!r} * {head_dim} = {head_dim * fraction:g}"
         )
     return width
-
-
-def apply_rotation(x: Float[Array, "B T N H"], phase: Float[Array, "_ T R2"], pairing: Pairing = "half") -> Float[Array, "B T N H"]:
-    """Rotates the first 2 * phase.shape[-1] channels of x; the products are float32, the result has x's dtype."""
-    width = 2 * phase.shape[-1]
-    cos, sin = jnp.cos(phase)[:, :, None, :], jnp.sin(phase)[:, :, None, :]
-    turned = x[..., :width].astype(jnp.float32)
-    if pairing == "half":
-        first, second = turned[..., : width // 2], turned[..., width // 2 :]
-    else:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-    pair = first * cos - second * sin, first * sin + second * cos
-    turned = jnp.concatenate(pair, -1) if pairing == "half" else jnp.stack(pair, -1).reshape(turned.shape)
-    return jnp.concatenate([turned.astype(x.dtype), x[..., width:]], axis=-1)
 
 
 def convert_pairing(

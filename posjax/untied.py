@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from posjax.absolute import check_within, require_max_length
-from posjax.bias import BiasTerm, position_bias
+from posjax.bias import BiasTerm, Lookup, position_bias
 from posjax.encoding import AttentionInputs, Dims, PositionalEncoding, leaf
-from posjax.relative import check_buckets, t5_bucket
+from posjax.relative import check_buckets, one_bucket, t5_bucket
 from posjax.typing import Array, Params
 
 
@@ -134,9 +134,9 @@ def tupe(
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
         if not relative:
             return ()
-        function = _relative_function(num_buckets, max_distance, untie_cls, released)
+        function, lookup = _relative_function(num_buckets, max_distance, untie_cls, released)
         buckets = num_buckets + extra_row
-        return (position_bias(function, leaf(params, "bias", "tupe", (buckets, inputs.query.shape[2]))),)
+        return (position_bias(function, leaf(params, "bias", "tupe", (buckets, inputs.query.shape[2])), lookup),)
 
     name = "tupe-r" if relative else "tupe"
     return PositionalEncoding(name=name, init=init, rotate=rotate, bias=bias, max_length=lambda dims: dims.max_length)
@@ -149,14 +149,25 @@ def _join(parts: list[Array], like: Array) -> Array:
 
 @functools.cache
 def _relative_function(num_buckets: int, max_distance: int, untie_cls: bool, released: bool):
-    """b_{j-i} inside the reset: no bias at [CLS] cells in the paper, buckets of their own in the released code."""
+    """b_{j-i} inside the reset, as a function and by name: no bias at [CLS] cells in the paper, buckets of their own in the
+    released code."""
+    in_one_bucket = one_bucket(num_buckets, max_distance, True)
+
+    def index(query_positions: Array, key_positions: Array) -> Array:
+        bucket = t5_bucket(key_positions - query_positions, num_buckets, max_distance, True)
+        if not untie_cls:
+            return bucket
+        of_row, of_column = (num_buckets // 2, num_buckets) if released else (num_buckets, num_buckets)
+        return jnp.where(query_positions == 0, of_row, jnp.where(key_positions == 0, of_column, bucket))
+
+    def uniform(first_query: Array, last_query: Array, first_key: Array, last_key: Array) -> Array:
+        one = in_one_bucket(first_query, last_query, first_key, last_key)
+        return one & (first_query > 0) & (first_key > 0) if untie_cls else one
 
     def function(query_positions: Array, key_positions: Array, table: Array) -> Array:
-        bucket = t5_bucket(key_positions - query_positions, num_buckets, max_distance, True)
-        query_is_cls, key_is_cls = query_positions == 0, key_positions == 0
-        if untie_cls and released:
-            bucket = jnp.where(query_is_cls, num_buckets // 2, jnp.where(key_is_cls, num_buckets, bucket))
-        bias = jnp.moveaxis(jnp.take(table.astype(jnp.float32), bucket[:, 0], axis=0), -1, 1)
-        return jnp.where(query_is_cls | key_is_cls, 0.0, bias) if untie_cls and not released else bias
+        if untie_cls and not released:
+            table = jnp.concatenate([table, jnp.zeros_like(table[:1])])
+        found = jnp.take(table.astype(jnp.float32), index(query_positions, key_positions)[:, 0], axis=0)
+        return jnp.moveaxis(found, -1, 1)
 
-    return function
+    return function, Lookup(index, uniform)

@@ -1,0 +1,77 @@
+"""Block sizes of the TPU kernels, and what they must know of the chip."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Blocks(NamedTuple):
+    """Sizes of a kernel's blocks.
+
+    Attributes:
+      queries: rows of a tile, a multiple of 128.
+      keys: columns of a tile, a multiple of ``strip``.
+      strip: keys that are counted at a time, a multiple of 128.
+      resident: keys held in VMEM at once.
+    """
+
+    queries: int
+    keys: int
+    strip: int
+    resident: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU generation.
+
+    Attributes:
+      name: as in ``posjax.aot.GENERATIONS``.
+      vmem: bytes of VMEM that a kernel may take.
+      gathers: registers are looked up along sublanes in one operation.
+      resident_bytes: of VMEM that the keys held at once may take, with all that comes with them.
+    """
+
+    name: str
+    vmem: int
+    gathers: bool
+    sizes: Blocks
+
+    def blocks(self, dtype: Any, width: int) -> Blocks:
+        """The block sizes for a type and a head dimension."""
+        wide = max(1, width // 128) * jnp.dtype(dtype).itemsize // 2
+        return self.sizes._replace(resident=max(self.sizes.keys, self.sizes.resident // wide))
+
+
+_MIB = 2**20
+CHIPS = {
+    "v4": Chip("v4", 15 * _MIB, False, Blocks(512, 512, 256, 1024)),
+    "v5e": Chip("v5e", 100 * _MIB, True, Blocks(1024, 512, 256, 8192)),
+    "v5p": Chip("v5p", 80 * _MIB, True, Blocks(1024, 512, 256, 8192)),
+    "v6e": Chip("v6e", 100 * _MIB, True, Blocks(1024, 512, 256, 8192)),
+    "tpu7x": Chip("tpu7x", 56 * _MIB, True, Blocks(1024, 512, 256, 4096)),
+}
+# What every generation can run: for programs that are lowered where no chip is known.
+ANY = Chip("any", 15 * _MIB, False, Blocks(512, 512, 256, 1024))
+
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "TPU v7x": "tpu7x",
+}
+
+
+def chip_at_hand() -> Chip:
+    """The generation of the mesh in context, or else of this process's devices; ``ANY`` where neither is a known TPU."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
+    return CHIPS.get(_KINDS.get(kind, ""), ANY)

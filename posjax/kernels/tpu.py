@@ -1,0 +1,337 @@
+"""Attention on TPU: the entry of the Pallas kernels, with what they ask for and what they refuse.
+
+``tpu_forward.py`` and ``tpu_backward.py`` hold one kernel each.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posjax.bias import BiasTerm, Interpolation, Lookup, Mask, Penalty, Rotation
+from posjax.kernels.blocks import Blocks, Chip, chip_at_hand
+from posjax.kernels.shards import Cut, exact, find_cut, per_shard
+from posjax.kernels.tpu_backward import backward
+from posjax.kernels.tpu_forward import forward
+from posjax.kernels.tpu_step import Operands, Plan
+from posjax.kernels.tpu_tiles import LANES, SUBLANES, Counting, Rules
+from posjax.typing import Array, Float, Int
+
+_FAR = 2**30  # the position of a key that is padding: no causal query sees it
+_MOST_POSITIONS = 512  # of CoPE: beyond, its tables fill VMEM
+_MOST_COMPARED = 128  # on a chip that finds its place in them by comparing
+
+
+def refusal(
+    query: Array,
+    key: Array,
+    value: Array,
+    terms: tuple[BiasTerm, ...],
+    mask: Mask,
+    **_: Any,
+) -> str | None:
+    """Why the kernel cannot do a call, by the argument; None: it can."""
+    if mask.boolean is not None:
+        return "mask is an array (is_causal, segment_ids and local_window_size are made inside of the tile)"
+    if query.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"query has dtype {query.dtype} (bfloat16 and float32 are supported)"
+    if max(query.shape[-1], value.shape[-1]) > 1024:
+        return f"query has {query.shape[-1]} channels and value {value.shape[-1]} (at most 1024)"
+    kinds = [type(term.fused) for term in terms]
+    for term in terms:
+        if term.fused is None:
+            return f"encoding has a bias that the kernel does not know ({term.function})"
+        most = _MOST_POSITIONS if chip_at_hand().gathers else _MOST_COMPARED
+        if isinstance(term.fused, Interpolation) and (count := term.tables[1].shape[-2]) > most:
+            return f"max_position={count} of cope (at most {most} on this chip)"
+        if isinstance(term.fused, Lookup) and (width := term.tables.shape[0]) >= LANES:
+            return f"num_buckets={width} (fewer than {LANES})"
+    for kind, name in ((Interpolation, "cope"), (Lookup, "t5"), (Penalty, "alibi")):
+        if kinds.count(kind) > 1:
+            return f"encoding chains {name} twice"
+    return None
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    terms: tuple[BiasTerm, ...],
+    mask: Mask,
+    query_positions: Int[Array, "_ T"],
+    key_positions: Int[Array, "_ S"],
+    scale: Array | float,
+    logits_soft_cap: float | None = None,
+    rotation: Rotation | None = None,
+    raw: bool = False,
+    *,
+    tile: Blocks | None = None,
+    chip: Chip | None = None,
+    cut: Cut | None = None,
+    interpret: Any = None,
+) -> Float[Array, "B T N V"]:
+    """Attention in the kernel, on each device's own rows and heads.
+
+    Args:
+      query, ..., logits_soft_cap: as in ``dense.attention``; what ``refusal`` gives a reason for is not looked at again.
+      rotation: to be done on query and key inside of the kernel.
+      raw: the query is the one that CoPE multiplies its embedding with (before any rotation); False: that is in its term's rows.
+      tile: block sizes; None: those of the chip.
+      chip: the TPU generation; None: the one that this process, or the mesh in context, has.
+      cut: how a mesh cuts batch and heads; None: as the query's type shows.
+      interpret: None interprets the kernel where the program is lowered for a CPU; or what ``pallas_call`` takes.
+
+    Returns:
+      [B, T, N, V] in the dtype of value; rows without an allowed key are zero.
+    """
+    cut = find_cut(query) if cut is None else cut
+    chip = chip_at_hand() if chip is None else chip
+    blocks = _fitted(tile or chip.blocks(query.dtype, max(query.shape[-1], value.shape[-1])), query.shape[1], key.shape[1])
+    kinds = {type(term.fused): term for term in terms}
+    counts, looks, penalty = (kinds.get(kind) for kind in (Interpolation, Lookup, Penalty))
+    length = query.shape[1]
+
+    # Grouped heads: where there are more parts than key heads, each part gets a key head of its own.
+    repeats = math.lcm(key.shape[2], cut.head_parts) // key.shape[2]
+    if repeats > 1:
+        key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
+    kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
+    keys = _up(key.shape[1], blocks.keys)
+    keys = _up(keys, min(blocks.resident, keys))
+
+    def by_query(x: Array) -> Array:
+        x = _padded(x, blocks.queries, 1)
+        return jnp.moveaxis(x.reshape(*x.shape[:2], kv_heads, group, -1), 1, 3)
+
+    def by_key(x: Array) -> Array:
+        return jnp.swapaxes(_padded(x, keys, 1), 1, 2)
+
+    def by_head(x: Array) -> Array:
+        return x.reshape(kv_heads, group, *x.shape[1:])
+
+    def by_tile(x: Array) -> Array:
+        x = _padded(x, blocks.queries, 1)
+        return x.reshape(x.shape[0], -1, blocks.queries // LANES, LANES)
+
+    def lanes(x: Array) -> Array:
+        return by_head(jnp.pad(x, [(0, 0), (0, LANES - x.shape[1])])[:, None])
+
+    def turn(phase: Array, to: int) -> Array:
+        """[B or 1, 2, L, C]: cosine and sine of every channel, 1 and 0 of those that are not rotated."""
+        both = jnp.stack([jnp.cos(phase), jnp.sin(phase)], 1)
+        both = jnp.concatenate([both, both], -1) if rotation.pairing == "half" else jnp.repeat(both, 2, axis=-1)
+        rest = jnp.broadcast_to(jnp.asarray([1.0, 0.0])[:, None, None], (*both.shape[:3], query.shape[-1] - both.shape[-1]))
+        return _padded(jnp.concatenate([both, rest], -1), to, 2)
+
+    segments = mask.query_segments, mask.key_segments
+    padding = keys - key.shape[1]
+    key_positions = jnp.pad(key_positions, [(0, 0), (0, padding)], constant_values=_FAR if mask.is_causal else 0)
+    if padding and not mask.is_causal and segments[0] is None:
+        segments = jnp.zeros((1, length), jnp.int32), jnp.zeros((1, key.shape[1]), jnp.int32)
+    if segments[1] is not None:  # below every segment: padding is of none
+        none = jnp.minimum(segments[0].min(), segments[1].min()) - 1
+        segments = segments[0], jnp.concatenate([segments[1], jnp.broadcast_to(none, (segments[1].shape[0], padding))], 1)
+    turn_keys = rotation is not None and keys <= blocks.resident
+    key_turned = key
+    if rotation is not None and not turn_keys:  # keys that come and go would be rotated again for each query tile
+        key_turned = dataclasses.replace(rotation, query_phase=rotation.key_phase).applied(key, key)[1]
+    counting = None
+    if counts is not None:
+        positions = counts.tables[1].shape[-2]
+        counting = Counting(
+            last=positions - 1,
+            rows=_up(positions, SUBLANES),
+            exact=query.dtype == jnp.float32,
+            gathers=chip.gathers,
+        )
+    plan = Plan(
+        blocks=blocks,
+        rules=Rules(mask.is_causal, *mask.window, segmented=segments[0] is not None),
+        soft_cap=logits_soft_cap,
+        counting=counting,
+        index=looks.fused.index if looks else None,
+        uniform=looks.fused.uniform if looks else None,
+        penalised=penalty is not None,
+        turn_keys=turn_keys,
+        vmem=chip.vmem,
+        interpret=interpret,
+    )
+    operands = Operands(
+        query=by_query(query),
+        key=by_key(key_turned),
+        value=by_key(value),
+        scale=jnp.asarray(scale, jnp.float32).reshape(1),
+        query_positions=by_tile(query_positions),
+        key_positions=key_positions[:, None],
+        query_segments=None if segments[0] is None else by_tile(segments[0]),
+        key_segments=None if segments[1] is None else segments[1][:, None],
+        counted_query=None if counts is None or raw else by_query(jnp.swapaxes(counts.rows["query"], 1, 2)),
+        embedding=None if counts is None else _embedding(counts.tables[1], counting.rows, by_head),
+        table=None if looks is None else lanes(looks.tables.astype(jnp.float32).T),
+        slopes=None if penalty is None else lanes(jnp.broadcast_to(penalty.tables[:, None], (query.shape[2], LANES))),
+        query_turn=None if rotation is None else turn(rotation.query_phase, blocks.queries),
+        key_turn=turn(rotation.key_phase, keys) if turn_keys else None,
+        partner=None if rotation is None else _partner(query.shape[-1], 2 * rotation.query_phase.shape[-1], rotation.pairing),
+    )
+    out = _attend(plan, cut, operands)  # [B, K, G, T, V]
+    return jnp.moveaxis(out, 3, 1).reshape(out.shape[0], -1, query.shape[2], value.shape[-1])[:, :length]
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _fitted(blocks: Blocks, queries: int, keys: int) -> Blocks:
+    """Blocks that are no larger than the call and leave little padding."""
+    rows = _up(-(-queries // -(-queries // blocks.queries)), LANES)
+    columns = _up(-(-keys // -(-keys // blocks.keys)), blocks.strip)
+    strip = blocks.strip
+    if columns >= keys + LANES:  # short calls: strips of the shortest kind
+        strip = LANES
+        columns = _up(-(-keys // -(-keys // blocks.keys)), strip)
+    tiles = -(-keys // columns)
+    held = max(1, blocks.resident // columns)
+    held = -(-tiles // -(-tiles // held))
+    return Blocks(rows, columns, strip, held * columns)
+
+
+def _padded(x: Array, to: int, axis: int) -> Array:
+    """x up to a multiple of ``to`` along an axis, by repeating its end."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % to)
+    return jnp.pad(x, widths, mode="edge") if widths[axis][1] else x
+
+
+def _embedding(embedding: Array, rows: int, by_head: Any) -> Array:
+    """[K or 1, G or 1, 2, P, H]: the embedding up to whole sublanes, and what is added from each position to the next."""
+    embedding = embedding.astype(jnp.float32)
+    steps = jnp.concatenate([jnp.diff(embedding, axis=-2), jnp.zeros_like(embedding[..., :1, :])], -2)
+    both = _padded(jnp.stack([embedding, steps], -3), rows, embedding.ndim - 1)
+    return by_head(both) if embedding.ndim == 3 else both[None, None]
+
+
+def _partner(width: int, turned: int, pairing: str) -> Array:
+    """[C, C]: x @ partner is, for each channel, minus the second of its pair for the first, and the first for the second."""
+    first = np.arange(turned // 2) if pairing == "half" else np.arange(0, turned, 2)
+    second = first + (turned // 2 if pairing == "half" else 1)
+    partner = np.zeros((width, width), np.float32)
+    partner[second, first] = -1.0
+    partner[first, second] = 1.0
+    return jnp.asarray(partner)
+
+
+# Forward and backward, each on its part of a mesh ------------------------------------------------------------------------------
+
+_INPUTS = Operands(
+    query="bn...",
+    key="bn..",
+    value="bn..",
+    scale=".",
+    query_positions="b...",
+    key_positions="b..",
+    query_segments="b...",
+    key_segments="b..",
+    counted_query="bn...",
+    embedding="n....",
+    table="n...",
+    slopes="n...",
+    query_turn="b...",
+    key_turn="b...",
+    partner="..",
+)
+_ROWS = "bn...."
+
+
+def _letters(x: Operands) -> tuple[str, ...]:
+    return tuple(getattr(_INPUTS, field.name) for field in dataclasses.fields(x) if getattr(x, field.name) is not None)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(function: Any, plan: Plan, x: Operands, *more: Array) -> Any:
+    """In a jit of its own, whose cache spares tracing the kernel again, ten thousand operations."""
+    return function(plan, x, *more)
+
+
+def _sharded(
+    function: Any, plan: Plan, cut: Cut, x: Operands, more: tuple[Array, ...], letters: tuple[str, ...], results: Any
+) -> Any:
+    """function(plan, operands, *more) on each device's part, in the kernel or, where lowered for a CPU, interpreted."""
+    present = [field.name for field in dataclasses.fields(x) if getattr(x, field.name) is not None]
+
+    def part(*arrays: Array) -> Any:
+        fields = dict.fromkeys(field.name for field in dataclasses.fields(x)) | dict(zip(present, arrays, strict=False))
+        own, rest = Operands(**fields), arrays[len(present) :]
+
+        def call(interpret: Any) -> Any:
+            return functools.partial(_run, function, dataclasses.replace(plan, interpret=interpret))
+
+        if plan.interpret is not None:
+            return call(plan.interpret)(own, *rest)
+        return jax.lax.platform_dependent(own, *rest, cpu=call(True), tpu=call(False))
+
+    arrays = [getattr(x, name) for name in present]
+    return per_shard(part, cut, (*_letters(x), *letters), results)(*arrays, *more)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(plan: Plan, cut: Cut, x: Operands) -> Array:
+    """[B, K, G, T, V] in the dtype of value."""
+    return _forward(plan, cut, x)[0]
+
+
+def _outputs(plan: Plan, x: Operands) -> tuple[Array, ...]:
+    return tuple(forward(plan, x))
+
+
+def _forward(plan: Plan, cut: Cut, x: Operands) -> tuple[Array, Any]:
+    rows = 1 if plan.counting is None else 4
+    out, *saved = _sharded(_outputs, plan, cut, x, (), (), ("bn...", *[_ROWS] * rows))
+    return out, (x, out, tuple(saved))
+
+
+def _learned(x: Operands) -> list[str]:
+    """The operands that have gradients."""
+    names = ["query", "key", "value", "scale"]
+    return names + [name for name in ("counted_query", "embedding", "table") if getattr(x, name) is not None]
+
+
+def _gradients(plan: Plan, x: Operands, d_out: Array, slack: Array, *saved: Array) -> tuple[Array, ...]:
+    found = backward(plan, x, saved, d_out, slack)
+    found["scale"] = found["scale"].sum().reshape(1)
+    if "embedding" in found:
+        over = tuple(n for n, size in enumerate(x.embedding.shape[:2]) if size == 1)
+        of_positions = found["embedding"].sum(0).sum(over, keepdims=True)
+        # all of it comes by way of the positions: a step is the difference of two
+        found["embedding"] = jnp.stack([of_positions, jnp.zeros_like(of_positions)], 2)
+    if "table" in found:  # by place in the table and lane of the query
+        found["table"] = found["table"].sum((0, -1))[:, :, None]
+    return tuple(found[name] for name in _learned(x))
+
+
+def _backward(plan: Plan, cut: Cut, kept: Any, d_out: Array) -> tuple[Operands]:
+    x, out, saved = kept
+    slack = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    slack = slack.reshape(*slack.shape[:3], -1, plan.groups, LANES)
+    names = _learned(x)
+    results = tuple(exact(getattr(_INPUTS, name), getattr(x, name)) for name in names)
+    found = _sharded(_gradients, plan, cut, x, (d_out, slack, *saved), ("bn...", *[_ROWS] * (1 + len(saved))), results)
+    given = dict(zip(names, found, strict=True))
+
+    def like(name: str) -> Any:
+        primal = getattr(x, name)
+        if primal is None:
+            return None
+        if name in given:
+            return given[name].astype(primal.dtype)
+        if jnp.issubdtype(primal.dtype, jnp.inexact):
+            return jnp.zeros_like(primal)
+        return np.zeros(primal.shape, jax.dtypes.float0)
+
+    return (Operands(**{field.name: like(field.name) for field in dataclasses.fields(x)}),)
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,223 @@
+"""Attention on TPU, forward and backward: one Pallas kernel each, with rotation and every bias made inside the tile.
+
+A grid step is one query tile of one head. Keys and values of up to ``Blocks.resident`` positions lie in VMEM and serve all query
+tiles and all query heads of their group; longer sequences bring them block by block. The step walks over the key tiles that the
+mask leaves, in the forward pass from the right to the left:
+
+    plain tile      one product, one exponential, one product: a bias that is one number a row costs nothing here
+    detailed tile   in strips of ``Blocks.strip`` keys and groups of 128 queries, each of which counts, looks up or neither
+
+A group of queries leaves off counting as soon as all its counts have passed the last position. What is kept for the backward pass
+is the logarithm of the softmax's sum, the counts at the left end and where counting ended, all [T]; the backward pass walks from
+the left to the right and takes the counts off again.
+
+The tile's mathematics is in ``tpu_tiles.py``, what both passes share in ``tpu_step.py``.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from posjax.kernels.tpu_step import OPTIONAL, Operands, Plan, Scalars, Step, blocks_of, inputs_of, make_scalars, scratch_of, soft
+from posjax.kernels.tpu_tiles import (
+    LANES,
+    LOG2E,
+    LOWEST,
+    NEVER,
+    NT,
+    SUBLANES,
+    TN,
+    chunks,
+    gates,
+    interpolated,
+    joined,
+    product,
+    sums_to_the_right,
+)
+from posjax.typing import Array
+
+
+def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) -> None:
+    scalars, scale, rest = Scalars(*refs[:5]), refs[5], dict(zip(names, refs[6:], strict=True))
+    rest = dict.fromkeys(OPTIONAL) | rest
+    batch, _, group, tile, turn = (pl.program_id(n) for n in range(5))
+    row = batch if rows > 1 else 0
+    blocks, counting = plan.blocks, plan.counting
+    at = (row * (scalars.visits.shape[0] // rows // 2) + tile) * 2
+    first_block, last_block = blocks_of(scalars.visits[at], scalars.visits[at + 1], held)
+    s = Step(plan, scalars, rest, row, rows, tile, jnp.maximum(last_block - turn, first_block))
+    factor = scale[0] * LOG2E
+
+    if plan.turn_keys:  # all keys are here, and stay
+
+        @pl.when((group == 0) & (tile == 0))
+        def _() -> None:
+            s.prepare_keys()
+
+    @pl.when(turn == 0)
+    def _() -> None:
+        s.prepare_queries()
+        s.highest[...] = jnp.full(s.highest.shape, LOWEST, jnp.float32)
+        s.total[...] = jnp.zeros(s.total.shape, jnp.float32)
+        s.sums[...] = jnp.zeros(s.sums.shape, jnp.float32)
+        if counting is not None:
+            s.high[...] = jnp.zeros(s.high.shape, jnp.float32)
+            s.low[...] = jnp.zeros(s.low.shape, jnp.float32)
+            s.unsettled[0] = 2**plan.groups - 1
+            for g in range(plan.groups):
+                s.ended[g] = 2**30
+
+    def logits(start: Array, size: int) -> Array:
+        key = s.keys(start, size)
+        return product(key, s.queries(), NT, key.dtype == jnp.float32) * factor
+
+    def softmax(scores: list[Array], allowed: list[Array] | None, start: Array, size: int) -> None:
+        """Takes scores with their counts and lookups in, [s, t] in pieces along t, of ``size`` keys from ``start`` on."""
+        weights, lane = [], 0
+        for n, piece in enumerate(scores):
+            at = slice(lane, lane := lane + piece.shape[1])
+            if plan.penalised:
+                piece = piece + s.penalty(start, size)[:, at]
+            piece = soft(plan, piece)
+            piece = piece if allowed is None else jnp.where(allowed[n], piece, NEVER)
+            highest = s.highest[:, at]
+            new = jnp.maximum(highest, piece.max(0, keepdims=True))
+            weight, shrink = jnp.exp2(piece - new), jnp.exp2(highest - new)
+            s.total[:, at] = s.total[:, at] * shrink + weight.sum(0, keepdims=True)
+            s.highest[:, at] = new
+            s.sums[:, at] = s.sums[:, at] * shrink
+            weights.append(weight.astype(s.value.dtype))
+        value = s.value[pl.ds(start, size), :]
+        s.sums[...] += product(value, joined(weights, 1), TN, value.dtype == jnp.float32)
+
+    def plain(j: Array, masked: bool) -> None:
+        start = pl.multiple_of(j * blocks.keys, blocks.keys)
+        scores, constant = logits(start, blocks.keys), s.constant(s.query_extent(), s.key_extent(j))
+        if constant is not None:
+            scores = scores + constant
+        softmax([scores], [s.pairs(start, blocks.keys)] if masked else None, start, blocks.keys)
+
+    def detailed_strip(strip: Array, masked: bool) -> None:
+        start, every = pl.multiple_of(strip * blocks.strip, blocks.strip), range(plan.groups)
+        scores, allowed = logits(start, blocks.strip), s.pairs(start, blocks.strip) if masked else None
+        more = s.lookups(start, strip) if plan.index is not None else None
+        if counting is None:
+            softmax([scores + more], [allowed] if masked else None, start, blocks.strip)
+            return
+        widest = s.count(sums_to_the_right(gates(scores, allowed, counting.exact), counting))
+        s.by_group(s.scores, scores if more is None else scores + more)
+
+        def together() -> None:
+            for g in every:  # 128 queries at a time, which the registers hold
+                s.scores[g] += interpolated(chunks(s.positions[g], blocks.strip), s.z[g], s.slope[g], counting)[0]
+
+        def apart() -> None:
+            def add(g: Array, rows: int) -> None:
+                s.scores[g] += interpolated(chunks(s.positions[g], rows), s.z[g], s.slope[g], counting)[0]
+
+            def add_last(g: Array) -> None:
+                s.scores[g] += s.z[g, pl.ds(counting.last, 1), :]
+
+            jax.lax.fori_loop(0, plan.groups, lambda g, _: s.by_need(g, strip, add, add_last), None)
+
+        pl.when(widest < SUBLANES)(together)
+        pl.when(widest >= SUBLANES)(apart)
+        pieces = [allowed[:, g * LANES : (g + 1) * LANES] for g in every] if masked else None
+        softmax([s.scores[g] for g in every], pieces, start, blocks.strip)
+
+    def detailed(j: Array, masked: bool) -> None:
+        strips = blocks.keys // blocks.strip
+        jax.lax.fori_loop(0, strips, lambda n, _: detailed_strip(j * strips + strips - 1 - n, masked), None)
+        if counting is not None:
+            s.unsettled[0] = s.unsettled_groups()
+
+    def visit(n: Array, _: None) -> None:
+        j = last - 1 - n
+        queries, keys = s.query_extent(), s.key_extent(j)
+        fine = jnp.zeros((), bool)
+        if counting is not None:
+            for g in range(plan.groups):
+                here = ((s.unsettled[0] >> g) & 1 == 1) & ~plan.rules.none(s.group_extent(g), keys)
+                s.ended[g] = jnp.where(here, s.first_tile() + j, s.ended[g])
+                fine |= here
+        if plan.index is not None:
+            fine |= ~s.is_uniform(queries, keys)
+        whole = plan.rules.all(queries, keys)
+        for masked, here in ((False, whole), (True, ~whole)):
+            if plan.detailed:
+                pl.when(fine & here)(functools.partial(detailed, j, masked))
+            pl.when(~fine & here)(functools.partial(plain, j, masked))
+
+    first, last = s.visits()
+
+    @pl.when(last_block - turn >= first_block)
+    def _() -> None:
+        jax.lax.fori_loop(0, last - first, visit, None)
+
+    @pl.when(turn == pl.num_programs(4) - 1)
+    def _() -> None:
+        total = s.total[...]
+        nothing = total == 0.0
+        total = jnp.where(nothing, 1.0, total)
+        s.out[...] = (s.sums[...] / total).T.astype(s.out.dtype)
+        log_sum = jnp.where(nothing, -NEVER, s.highest[...] + jnp.log2(total))
+        for g in range(plan.groups):
+            s.log_sum[pl.ds(g, 1), :] = log_sum[:, g * LANES : (g + 1) * LANES]
+            if counting is not None:
+                s.out_ended[pl.ds(g, 1), :] = jnp.full((1, LANES), s.ended[g], jnp.int32)
+        if counting is not None:
+            s.out_high[...], s.out_low[...] = s.high[...], s.low[...]
+
+
+def forward(plan: Plan, x: Operands) -> tuple[Array, ...]:
+    """out [B, K, G, T, V] and, by query tile [B, K, G, I, t / 128, 128]: log2 of the softmax's sum, and of counts the state."""
+    batch, kv_heads, group, length, _ = x.query.shape
+    blocks, keys = plan.blocks, x.key.shape[2]
+    resident = min(blocks.resident, keys)
+    held, turns, tiles = resident // blocks.keys, keys // resident, length // blocks.queries
+    scalars = make_scalars(plan, x)
+    rows = scalars[1].shape[0] // (tiles * 4)
+
+    def key_block(b, i, r, visits, *_):
+        at = ((b if rows > 1 else 0) * tiles + i) * 2
+        first, last = blocks_of(visits[at], visits[at + 1], held)
+        return jnp.maximum(last - r, first)
+
+    names, arrays, specs = inputs_of(plan, x, key_block)
+    by_tile = (batch, kv_heads, group, tiles, plan.groups, LANES)
+    row_spec = pl.BlockSpec((None,) * 4 + by_tile[4:], lambda b, k, g, i, r, *_: (b, k, g, i, 0, 0))
+    width = x.value.shape[-1]
+    out = jax.ShapeDtypeStruct((*x.query.shape[:4], width), x.value.dtype)
+    outs = {"out": out, "log_sum": jax.ShapeDtypeStruct(by_tile, jnp.float32)}
+    if plan.counting is not None:
+        outs |= {f"out_{name}": jax.ShapeDtypeStruct(by_tile, jnp.float32) for name in ("high", "low")}
+        outs["out_ended"] = jax.ShapeDtypeStruct(by_tile, jnp.int32)
+    out_specs = [row_spec] * len(outs)
+    out_specs[0] = pl.BlockSpec((None,) * 3 + (blocks.queries, width), lambda b, k, g, i, r, *_: (b, k, g, i, 0))
+    scratch = scratch_of(plan, x) | {
+        "highest": pltpu.VMEM((1, blocks.queries), jnp.float32),
+        "total": pltpu.VMEM((1, blocks.queries), jnp.float32),
+        "sums": pltpu.VMEM((width, blocks.queries), jnp.float32),
+    }
+    if plan.counting is not None:
+        scratch["ended"] = pltpu.SMEM((plan.groups,), jnp.int32)
+    return pl.pallas_call(
+        functools.partial(_body, plan, (*names, *outs, *scratch), rows, held),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=6,
+            grid=(batch, kv_heads, group, tiles, turns),
+            in_specs=specs,
+            out_specs=out_specs,
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=list(outs.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=plan.vmem
+        ),
+        interpret=plan.interpret,
+        name="posjax_attention_forward",
+    )(*scalars, x.scale, *arrays)

@@ -1,0 +1,292 @@
+"""What the TPU kernels compute inside a tile: visibility, biases, counts, and their gradients.
+
+Scores stand transposed, keys along sublanes and queries along lanes, [s, t]: a row's statistics are then lane vectors [1, t] that
+broadcast for nothing, products need no transposes, and CoPE looks its embedding up along sublanes, which the chip does in one
+operation. Scores are in units of log2 e, so that the exponential is a power of two.
+
+A query's embedding products z_n = q.e_n stand as [P, t]. Between two of them the bias is a straight line, so a count c needs two
+numbers of its cell n = floor c: z_n and the slope z_{n+1} - z_n. Over ``SUBLANES`` keys a count passes fewer than ``SUBLANES``
+cells, since a gate is at most one. So a chunk of 8 keys, or of more where the gates are small, finds all its cells in 8
+consecutive rows of z: they are fetched once a chunk, and each pair then looks up in one register.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from posjax.typing import Array
+
+SUBLANES, LANES = 8, 128
+LOG2E = math.log2(math.e)
+NEVER = -2e38  # a score that is not allowed
+LOWEST = -1e30  # the running maximum before anything was seen: above NEVER, so that what is forbidden weighs nothing
+
+NN = (((1,), (0,)), ((), ()))  # a b
+NT = (((1,), (1,)), ((), ()))  # a b^T
+TN = (((0,), (0,)), ((), ()))  # a^T b
+
+
+def product(a: Array, b: Array, form: Any = NN, exact: bool = False) -> Array:
+    """A matrix product accumulated in float32; ``exact`` also multiplies in float32."""
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(a, b, form, precision=precision, preferred_element_type=jnp.float32)
+
+
+def column(row: Array, width: int) -> Array:
+    """[1, s] as [s, width], the same in every lane."""
+    square = jnp.broadcast_to(row, (LANES, row.shape[1])).T
+    return square if width == LANES else jnp.tile(square, (1, width // LANES))
+
+
+def to_sublanes(x: Array) -> Array:
+    """The sum over groups of eight rows, [s, t] -> [8, t]."""
+    return x.reshape(x.shape[0] // SUBLANES, SUBLANES, x.shape[1]).sum(0)
+
+
+# Visibility ------------------------------------------------------------------------------------------------------------
+
+
+class Extent(NamedTuple):
+    """Least and greatest position and segment in a piece of queries or of keys."""
+
+    first: Array
+    last: Array
+    first_segment: Array
+    last_segment: Array
+
+
+class Rules(NamedTuple):
+    """Which pairs may meet."""
+
+    is_causal: bool
+    left: int | None
+    right: int | None
+    segmented: bool
+
+    def none(self, queries: Extent, keys: Extent) -> Array:
+        """No pair may meet."""
+        no = jnp.zeros((), bool) if isinstance(queries.first, jax.Array) else False
+        if self.is_causal:
+            no |= keys.first > queries.last
+        if self.left is not None:
+            no |= queries.first - keys.last > self.left
+        if self.right is not None:
+            no |= keys.first - queries.last > self.right
+        if self.segmented:
+            no |= (queries.first_segment > keys.last_segment) | (keys.first_segment > queries.last_segment)
+        return no
+
+    def all(self, queries: Extent, keys: Extent) -> Array:
+        """Every pair may meet."""
+        yes = jnp.ones((), bool)
+        if self.is_causal:
+            yes &= keys.last <= queries.first
+        if self.left is not None:
+            yes &= queries.last - keys.first <= self.left
+        if self.right is not None:
+            yes &= keys.last - queries.first <= self.right
+        if self.segmented:
+            one = (queries.first_segment == queries.last_segment) & (keys.first_segment == keys.last_segment)
+            yes &= one & (queries.first_segment == keys.first_segment)
+        return yes
+
+    def pairs(self, query_positions: Array, key_positions: Array, query_segments: Any, key_segments: Any) -> Array:
+        """[s, t] bool from lane vectors [1, t] of queries and columns [s, t] of keys."""
+        allowed = jnp.ones(key_positions.shape, bool) if not self.is_causal else query_positions >= key_positions
+        distance = query_positions - key_positions if (self.left, self.right) != (None, None) else None
+        if self.left is not None:
+            allowed &= distance <= self.left
+        if self.right is not None:
+            allowed &= distance >= -self.right
+        if self.segmented:
+            allowed &= query_segments == key_segments
+        return allowed
+
+
+# Counting --------------------------------------------------------------------------------------------------------------
+
+
+class Counting(NamedTuple):
+    """What is known of a counting term before compilation.
+
+    Attributes:
+      last: P - 1, where counts stop to matter.
+      rows: P up to whole sublanes.
+      exact: sums of gates in full float32, for float32 calls; otherwise gates are cut into two bfloat16 halves, 16 bits in all.
+      gathers: the chip looks up along sublanes in one operation (all but the v4 do).
+    """
+
+    last: int
+    rows: int
+    exact: bool
+    gathers: bool
+
+
+def sums_to_the_right(gates: Array, counting: Counting) -> Array:
+    """For each key of [s, t] the sum over itself and later keys: a product with a triangle of ones, exact in its float32 sums."""
+    return _sums(gates, True, 3 if counting.exact else 2)
+
+
+def sums_to_the_left(gradient: Array, counting: Counting) -> Array:
+    """For each key of [s, t] the sum over itself and earlier keys; of bfloat16 calls rounded like every other gradient."""
+    return _sums(gradient, False, 3 if counting.exact else 1)
+
+
+def _sums(x: Array, later: bool, parts: int) -> Array:
+    """x is cut into bfloat16 parts, 8 bits each, which the triangle multiplies without rounding; one product sums them all."""
+    row, col = (jax.lax.broadcasted_iota(jnp.int32, (x.shape[0],) * 2, axis) for axis in (0, 1))
+    ones = ((col >= row) if later else (col <= row)).astype(jnp.float32).astype(jnp.bfloat16)
+    pieces = []
+    for n in range(parts):
+        pieces.append(x.astype(jnp.bfloat16))
+        x = x - pieces[-1].astype(jnp.float32) if n < parts - 1 else x
+    return product(jnp.concatenate([ones] * parts, axis=1), jnp.concatenate(pieces, axis=0))
+
+
+def gates(logits: Array, allowed: Array | None, exact: bool) -> Array:
+    """sigmoid of scores in units of log2 e; zero where not allowed."""
+    g = 1.0 / (1.0 + jnp.exp2(-logits)) if exact else 0.5 * jnp.tanh(logits * (0.5 / LOG2E)) + 0.5
+    return g if allowed is None else jnp.where(allowed, g, 0.0)
+
+
+def add_exactly(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
+    """(high + low) + x in two floats: what x loses to high is kept in low, so that subtracting x later undoes it."""
+    total = high + x
+    part = total - high
+    return total, low + ((high - (total - part)) + (x - part))
+
+
+def pick(table: Array, index: Array, gathers: bool) -> Array:
+    """table [8, t] at the sublane ``index`` [r, t] of the same lane."""
+    if not gathers:
+        found = jnp.broadcast_to(table[:1], index.shape)
+        for n in range(1, SUBLANES):
+            found = jnp.where(index == n, table[n : n + 1], found)
+        return found
+
+    def one(row: int, lane: int) -> Array:
+        here = index[row : row + SUBLANES, lane : lane + LANES]
+        return jnp.take_along_axis(table[:, lane : lane + LANES], here, axis=0, mode="promise_in_bounds")
+
+    lanes = range(0, index.shape[1], LANES)
+    return joined([joined([one(row, lane) for lane in lanes], 1) for row in range(0, index.shape[0], SUBLANES)], 0)
+
+
+def joined(parts: list[Array], axis: int) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
+
+
+def eight_from(table: Array, start: Array, counting: Counting) -> Array:
+    """Rows start .. start + 7 of a table [P, t], each lane from its own start [1, t]; past the last, the last."""
+    shape = (SUBLANES, table.shape[1])
+    at = jnp.minimum(start + jax.lax.broadcasted_iota(jnp.int32, shape, 0), counting.last)
+    if not counting.gathers:
+        found = jnp.zeros(shape, jnp.float32)
+        for n in range(counting.last + 1):
+            found = jnp.where(at == n, table[n : n + 1], found)
+        return found
+    within, group = at & (SUBLANES - 1), at >> 3
+    found = pick(table[:SUBLANES], within, True)
+    for n in range(1, counting.rows // SUBLANES):
+        found = jnp.where(group == n, pick(table[n * SUBLANES : (n + 1) * SUBLANES], within, True), found)
+    return found
+
+
+def positions(counts: Array, counting: Counting) -> Array:
+    """Counts, clamped. Past the last position there is one more cell, whose slope is zero, which stops the gradient as well."""
+    return jnp.minimum(counts, counting.last + 0.25)
+
+
+def spans(positions: Array, rows: int) -> Array:
+    """The greatest number of cells that each query passes within a chunk of ``rows`` keys, [1, t] int32."""
+    cell = [positions[at : at + 1].astype(jnp.int32) for at in range(positions.shape[0]) if at % rows in (0, rows - 1)]
+    return functools.reduce(jnp.maximum, [a - b for a, b in zip(cell[::2], cell[1::2], strict=True)])
+
+
+class Chunk(NamedTuple):
+    """``rows`` keys of t queries, whose positions pass at most 7 cells.
+
+    Attributes:
+      base: [1, t] int32, the least cell.
+      inside: [rows, t], the position from there on, in [0, 8).
+      here: [rows, t] int32, the cell from there on.
+    """
+
+    base: Array
+    inside: Array
+    here: Array
+
+
+def chunks(positions: Array, rows: int) -> list[Chunk]:
+    """[s, t] cut into chunks. With gates that are one, rounding can make 8 counts pass 8 cells: the last is held in its cell."""
+    made = []
+    for at in range(0, positions.shape[0], rows):
+        piece = positions[at : at + rows]
+        base = piece[rows - 1 :].astype(jnp.int32)
+        inside = piece - base.astype(jnp.float32)
+        inside = jnp.minimum(inside, SUBLANES - 2.0**-20) if rows == SUBLANES else inside
+        made.append(Chunk(base, inside, inside.astype(jnp.int32)))
+    return made
+
+
+def interpolated(cut: list[Chunk], z: Array, slope: Array, counting: Counting) -> tuple[Array, Array]:
+    """The bias and its slope at the positions, [s, t] each, from z and its steps [P, t]."""
+    biases, slopes = [], []
+    for chunk in cut:
+        steep = pick(eight_from(slope, chunk.base, counting), chunk.here, counting.gathers)
+        start = pick(eight_from(z, chunk.base, counting), chunk.here, counting.gathers)
+        biases.append(start + (chunk.inside - chunk.here.astype(jnp.float32)) * steep)
+        slopes.append(steep)
+    return jnp.concatenate(biases, 0), jnp.concatenate(slopes, 0)
+
+
+def spread(positions: Array, gradient: Array, rows: int, most: Any, counting: Counting) -> Array:
+    """The transpose of interpolation: the gradient [P, t] of z, from positions and gradients [s, t] of the bias.
+
+    A gradient g at position u beyond the chunk's base gives node m the part g max(0, 1 - |u - m|), which is the second difference
+    of sums of g max(0, u - m): one product and one sum a node.
+
+    Args:
+      positions: [s, t], clamped.
+      gradient: [s, t].
+      rows: keys that pass at most ``most`` cells together.
+      most: a scalar below 8, or 7.
+    """
+    width = positions.shape[1]
+    total = jnp.zeros((counting.rows, width), jnp.float32)
+    sublane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, width), 0)
+    everywhere = jax.lax.broadcasted_iota(jnp.int32, (counting.rows, width), 0)
+    for at in range(0, positions.shape[0], rows):
+        value = gradient[at : at + rows]
+        inside = jnp.minimum(positions[at : at + rows], counting.last)
+        base = inside[rows - 1 :].astype(jnp.int32)
+        inside = inside - base.astype(jnp.float32)
+        if rows == SUBLANES:
+            nodes = sublane.astype(jnp.float32)
+            local, beyond = jnp.zeros((SUBLANES, width), jnp.float32), jnp.zeros((1, width), jnp.float32)
+            for n in range(rows):
+                here, part = inside[n : n + 1], value[n : n + 1]
+                local = local + jnp.maximum(1.0 - jnp.abs(here - nodes), 0.0) * part
+                beyond = beyond + jnp.maximum(here - (SUBLANES - 1.0), 0.0) * part
+        else:
+
+            def ramps(m: Any, sums: Array, inside: Array = inside, value: Array = value) -> Array:
+                """Row m: the sum of g max(0, u - m)."""
+                found = to_sublanes(jnp.maximum(inside - m.astype(jnp.float32), 0.0) * value).sum(0, keepdims=True)
+                return jnp.where(sublane == m, found, sums)
+
+            first = to_sublanes(inside * value).sum(0, keepdims=True)
+            before = first + to_sublanes(value).sum(0, keepdims=True)
+            sums = jnp.where(sublane == 0, first, 0.0)
+            sums = jax.lax.fori_loop(1, most + 1, ramps, sums)
+            beyond = sums[SUBLANES - 1 :]  # the ramp from node 7 on is all that reaches node 8
+            left = jnp.concatenate([before, sums[:-1]], 0)
+            right = jnp.concatenate([sums[1:], jnp.zeros_like(before)], 0)
+            local = left - 2.0 * sums + right
+        place = everywhere - base
+        found = pick(local, place & (SUBLANES - 1), counting.gathers)
+        total = total + jnp.where((place >= 0) & (place < SUBLANES), found, jnp.where(place == SUBLANES, beyond, 0.0))
+    return total
