@@ -419,7 +419,7 @@ def test_bad_input_is_refused_by_name(name):
 
 def test_a_named_implementation_that_cannot_says_which_can():
     with pytest.raises(NotImplementedError, match=r"implementation='pallas' cannot .*implementation='xla_chunked' can"):
-        call(pj.cope_mlp(), is_causal=True, implementation="pallas")
+        call(pj.cope_alibi(), is_causal=True, implementation="pallas")
 
 
 @pytest.mark.parametrize("encoding", [pj.learned(), pj.tupe()], ids=lambda encoding: encoding.name)

@@ -226,7 +226,7 @@ def _partner(width: int, turned: int, pairing: str) -> Array:
 
 # Forward and backward, each on its part of a mesh ------------------------------------------------------------------------------
 
-_INPUTS = Operands(
+_LETTERS = dict(  # of the operands, for ``per_shard``
     query="bn...",
     key="bn..",
     value="bn..",
@@ -244,10 +244,6 @@ _INPUTS = Operands(
     partner="..",
 )
 _ROWS = "bn...."
-
-
-def _letters(x: Operands) -> tuple[str, ...]:
-    return tuple(getattr(_INPUTS, field.name) for field in dataclasses.fields(x) if getattr(x, field.name) is not None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -274,7 +270,7 @@ def _sharded(
         return jax.lax.platform_dependent(own, *rest, cpu=call(True), tpu=call(False))
 
     arrays = [getattr(x, name) for name in present]
-    return per_shard(part, cut, (*_letters(x), *letters), results)(*arrays, *more)
+    return per_shard(part, cut, (*[_LETTERS[name] for name in present], *letters), results)(*arrays, *more)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -317,7 +313,7 @@ def _backward(plan: Plan, cut: Cut, kept: Any, d_out: Array) -> tuple[Operands]:
     slack = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     slack = slack.reshape(*slack.shape[:3], -1, plan.groups, LANES)
     names = _learned(x)
-    results = tuple(exact(getattr(_INPUTS, name), getattr(x, name)) for name in names)
+    results = tuple(exact(_LETTERS[name], getattr(x, name)) for name in names)
     found = _sharded(_gradients, plan, cut, x, (d_out, slack, *saved), ("bn...", *[_ROWS] * (1 + len(saved))), results)
     given = dict(zip(names, found, strict=True))
 
