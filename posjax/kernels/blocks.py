@@ -53,8 +53,8 @@ CHIPS = {
     "v6e": Chip("v6e", 100 * _MIB, True, Blocks(1024, 512, 256, 8192)),
     "tpu7x": Chip("tpu7x", 56 * _MIB, True, Blocks(1024, 512, 256, 4096)),
 }
-# What every generation can run: for programs that are lowered where no chip is known.
-ANY = Chip("any", 15 * _MIB, False, Blocks(512, 512, 256, 1024))
+# For programs that are lowered where no chip is known: what v5e and later can run.
+ANY = Chip("any", 30 * _MIB, True, Blocks(512, 512, 256, 1024))
 
 _KINDS = {
     "TPU v4": "v4",
@@ -69,9 +69,10 @@ _KINDS = {
 }
 
 
-def chip_at_hand() -> Chip:
-    """The generation of the mesh in context, or else of this process's devices; ``ANY`` where neither is a known TPU."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = getattr(mesh, "abstract_device", None)
-    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
+def chip_at_hand(x: Any = None) -> Chip:
+    """The generation of the mesh that an array lies on, or of the mesh in context, or of this process's devices; ``ANY`` where none
+    of them is a known TPU."""
+    meshes = [jax.sharding.get_abstract_mesh()] if x is None else [jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()]
+    devices = [device for mesh in meshes if (device := getattr(mesh, "abstract_device", None)) is not None]
+    kind = devices[0].device_kind if devices else jax.devices()[0].device_kind
     return CHIPS.get(_KINDS.get(kind, ""), ANY)

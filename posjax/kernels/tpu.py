@@ -45,7 +45,7 @@ def refusal(
     for term in terms:
         if term.fused is None:
             return f"encoding has a bias that the kernel does not know ({term.function})"
-        most = _MOST_POSITIONS if chip_at_hand().gathers else _MOST_COMPARED
+        most = _MOST_POSITIONS if chip_at_hand(query).gathers else _MOST_COMPARED
         if isinstance(term.fused, Interpolation) and (count := term.tables[1].shape[-2]) > most:
             return f"max_position={count} of cope (at most {most} on this chip)"
         if isinstance(term.fused, Lookup) and (width := term.tables.shape[0]) >= LANES:
@@ -89,7 +89,7 @@ def attention(
       [B, T, N, V] in the dtype of value; rows without an allowed key are zero.
     """
     cut = find_cut(query) if cut is None else cut
-    chip = chip_at_hand() if chip is None else chip
+    chip = chip_at_hand(query) if chip is None else chip
     blocks = _fitted(tile or chip.blocks(query.dtype, max(query.shape[-1], value.shape[-1])), query.shape[1], key.shape[1])
     kinds = {type(term.fused): term for term in terms}
     counts, looks, penalty = (kinds.get(kind) for kind in (Interpolation, Lookup, Penalty))

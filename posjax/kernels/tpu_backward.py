@@ -146,36 +146,34 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         widest = s.count(sums_to_the_right(gate, counting), back=True)
         s.by_group(s.scores, scores)
 
-        def add(g: Array, rows: int) -> None:
-            bias, slope = interpolated(chunks(s.positions[g], rows), s.z[g], s.slope[g], counting)
-            s.scores[g] += bias
-            s.slopes_there[g] = slope
+        def add(g: Any, at: Any, rows: int) -> None:
+            bias, slope = interpolated(chunks(s.positions[g, at, :], rows), s.z[g], s.slope[g], counting)
+            s.scores[g, at, :] += bias
+            s.slopes_there[g, at, :] = slope
 
         def add_last(g: Array) -> None:
             s.scores[g] += s.z[g, pl.ds(counting.last, 1), :]
             s.slopes_there[g] = jnp.zeros((blocks.strip, LANES), jnp.float32)
 
-        def back(g: Array, rows: int) -> None:
-            where = s.positions[g]
-            s.d_z[g] += spread(where, s.d_scores[g], rows, jnp.max(spans(where, rows)), counting)
+        def back(g: Any, at: Any, rows: int) -> None:
+            where = s.positions[g, at, :]
+            most = jnp.max(spans(where, min(rows, LANES)))
+            s.d_z[g] += spread(where, s.d_scores[g, at, :], min(rows, LANES), most, counting)
 
         def back_last(g: Array) -> None:
             s.d_last[pl.ds(g, 1), :] += s.d_scores[g].sum(0, keepdims=True)
 
-        def together(each: Any, rows: int) -> None:
+        def together(each: Any) -> None:
             for g in every:  # 128 queries at a time, which the registers hold
-                each(g, rows)
-
-        def apart(each: Any, each_last: Any) -> None:
-            jax.lax.fori_loop(0, plan.groups, lambda g, _: s.by_need(g, strip, each, each_last), None)
+                each(g, pl.ds(0, blocks.strip), blocks.strip)
 
         few = widest < SUBLANES
-        pl.when(few)(functools.partial(together, add, blocks.strip))
-        pl.when(~few)(functools.partial(apart, add, add_last))
+        pl.when(few)(lambda: together(add))
+        pl.when(~few)(lambda: s.by_need(strip, add, add_last))
         weights, gradient = weigh(s.all_groups(s.scores), d_weights, allowed, start, blocks.strip)
         s.by_group(s.d_scores, gradient)
-        pl.when(few)(functools.partial(together, back, LANES))
-        pl.when(~few)(functools.partial(apart, back, back_last))
+        pl.when(few)(lambda: together(back))
+        pl.when(~few)(lambda: s.by_need(strip, back, back_last))
         # Each count's gradient reaches the gates of all keys from its own to the query.
         steps = gradient * (s.all_groups(s.slopes_there) * (1.0 / LOG2E))
         sums = sums_to_the_left(steps, counting) + as_row(s.gathered)

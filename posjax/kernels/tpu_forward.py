@@ -111,21 +111,19 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         widest = s.count(sums_to_the_right(gates(scores, allowed, counting.exact), counting))
         s.by_group(s.scores, scores if more is None else scores + more)
 
+        def add(g: Any, at: Any, rows: int) -> None:
+            cut = chunks(s.positions[g, at, :], rows)
+            s.scores[g, at, :] += interpolated(cut, s.z[g], s.slope[g], counting)[0]
+
+        def add_last(g: Array) -> None:
+            s.scores[g] += s.z[g, pl.ds(counting.last, 1), :]
+
         def together() -> None:
             for g in every:  # 128 queries at a time, which the registers hold
-                s.scores[g] += interpolated(chunks(s.positions[g], blocks.strip), s.z[g], s.slope[g], counting)[0]
-
-        def apart() -> None:
-            def add(g: Array, rows: int) -> None:
-                s.scores[g] += interpolated(chunks(s.positions[g], rows), s.z[g], s.slope[g], counting)[0]
-
-            def add_last(g: Array) -> None:
-                s.scores[g] += s.z[g, pl.ds(counting.last, 1), :]
-
-            jax.lax.fori_loop(0, plan.groups, lambda g, _: s.by_need(g, strip, add, add_last), None)
+                add(g, pl.ds(0, blocks.strip), blocks.strip)
 
         pl.when(widest < SUBLANES)(together)
-        pl.when(widest >= SUBLANES)(apart)
+        pl.when(widest >= SUBLANES)(lambda: s.by_need(strip, add, add_last))
         pieces = [allowed[:, g * LANES : (g + 1) * LANES] for g in every] if masked else None
         softmax([s.scores[g] for g in every], pieces, start, blocks.strip)
 

@@ -21,6 +21,7 @@ from posjax.kernels.tpu_tiles import (
     Rules,
     add_exactly,
     column,
+    gathered,
     positions,
     product,
     spans,
@@ -223,15 +224,24 @@ class Step:
         group = jax.lax.broadcasted_iota(jnp.int32, short.shape, 0)
         return jnp.sum(short.max(1, keepdims=True) << group[:, :1])
 
-    def by_need(self, g: Array, strip: Array, add: Any, add_last: Any) -> None:
-        """For a group in a strip: ``add_last(g)`` where all its counts are past the last position or nothing is seen;
-        ``add(g, rows)`` elsewhere, with as many keys to a chunk as pass few cells."""
-        where, last = self.positions[g], self.plan.counting.last
-        past = self.plan.rules.none(self.group_extent(g), self.strip_extent(strip)) | (jnp.min(where) >= last)
-        few = jnp.max(spans(where, _MANY)) < SUBLANES
-        pl.when(past)(lambda: add_last(g))
-        pl.when(~past & few)(lambda: add(g, _MANY))
-        pl.when(~past & ~few)(lambda: add(g, SUBLANES))
+    def by_need(self, strip: Array, add: Any, add_last: Any) -> None:
+        """For every group in a strip: ``add_last(g)`` where all its counts are past the last position or nothing is seen;
+        elsewhere ``add(g, at, rows)`` for each piece ``at`` of the strip, with as many keys to a chunk as pass few cells."""
+        pieces, last = self.plan.blocks.strip // _MANY, self.plan.counting.last
+
+        def one_group(g: Array, _: None) -> None:
+            where = self.positions[g]
+            past = self.plan.rules.none(self.group_extent(g), self.strip_extent(strip)) | (jnp.min(where) >= last)
+            few = jnp.max(spans(where, _MANY)) < SUBLANES
+
+            def each(rows: int) -> None:
+                jax.lax.fori_loop(0, pieces, lambda n, _: add(g, pl.ds(pl.multiple_of(n * _MANY, _MANY), _MANY), rows), None)
+
+            pl.when(past)(lambda: add_last(g))
+            pl.when(~past & few)(lambda: each(_MANY))
+            pl.when(~past & ~few)(lambda: each(SUBLANES))
+
+        jax.lax.fori_loop(0, self.plan.groups, one_group, None)
 
     def lookups(self, start: Array, strip: Array) -> Array:
         """What the table adds to a strip, [s, t]."""
@@ -273,10 +283,7 @@ class Step:
     def looked_up(self, index: Array) -> Array:
         """The table's entries at [s, 128]."""
         table = jnp.broadcast_to(self.table[...] * LOG2E, (SUBLANES, LANES))
-        rows = [
-            jnp.take_along_axis(table, index[at : at + SUBLANES], axis=1, mode="promise_in_bounds")
-            for at in range(0, index.shape[0], SUBLANES)
-        ]
+        rows = [gathered(table, index[at : at + SUBLANES], 1) for at in range(0, index.shape[0], SUBLANES)]
         return jnp.concatenate(rows, axis=0)
 
     def index_of(self, start: Array, size: int, group: Array) -> Array:

@@ -159,6 +159,18 @@ def add_exactly(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
     return total, low + ((high - (total - part)) + (x - part))
 
 
+def gathered(table: Array, index: Array, axis: int) -> Array:
+    """``jnp.take_along_axis`` of one register [8, 128], in the one form that the chip has, and none of its many operations."""
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=(),
+        collapsed_slice_dims=(axis,),
+        start_index_map=(axis,),
+        operand_batching_dims=(1 - axis,),
+        start_indices_batching_dims=(1 - axis,),
+    )
+    return jax.lax.gather(table, index[..., None], numbers, (1, 1), mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+
+
 def pick(table: Array, index: Array, gathers: bool) -> Array:
     """table [8, t] at the sublane ``index`` [r, t] of the same lane."""
     if not gathers:
@@ -168,8 +180,7 @@ def pick(table: Array, index: Array, gathers: bool) -> Array:
         return found
 
     def one(row: int, lane: int) -> Array:
-        here = index[row : row + SUBLANES, lane : lane + LANES]
-        return jnp.take_along_axis(table[:, lane : lane + LANES], here, axis=0, mode="promise_in_bounds")
+        return gathered(table[:, lane : lane + LANES], index[row : row + SUBLANES, lane : lane + LANES], 0)
 
     lanes = range(0, index.shape[1], LANES)
     return joined([joined([one(row, lane) for lane in lanes], 1) for row in range(0, index.shape[0], SUBLANES)], 0)
