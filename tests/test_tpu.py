@@ -1,0 +1,433 @@
+"""The TPU kernel, interpreted on the CPU, equals dense attention; what it refuses; which programs contain it.
+
+An interpreted kernel takes seconds to compile, one that counts 15 of them. So the tests that always run ask much of few programs;
+those marked ``thorough`` ask one thing each: ``pytest -m thorough --dist load tests/test_tpu.py``.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import suite
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from suite import (
+    agree,
+    differs,
+    normal,
+    output_and_gradients,
+    quick_compilation,  # noqa: F401, a fixture
+    relative_errors,
+)
+
+import posjax as pj
+from posjax.kernels import dense, tpu
+from posjax.kernels.blocks import CHIPS, Blocks
+
+D = 6  # model width
+SMALL = Blocks(queries=128, keys=128, strip=128, resident=1024)
+STREAMED = Blocks(128, 128, 128, resident=128)
+LARGE = Blocks(256, 256, 128, 512)  # groups of queries and strips within a tile, two tiles held at a time
+ONE_CORE = pltpu.InterpretParams(detect_races=True)
+TWO_CORES = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, random_seed=0)  # which share the parallel grid axes
+GATED = pj.chain(pj.rope(theta=1e6), pj.cope(12))
+EVERYTHING = pj.chain(pj.rope(theta=1e6), pj.cope(12), pj.t5(6, 8), pj.alibi())
+
+
+@pytest.fixture(autouse=True)
+def no_races(capfd):
+    """Races raise in newer versions of jax, and are printed in older ones."""
+    yield
+    pltpu.reset_tpu_interpret_mode_state()  # which an exception leaves behind
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+# Calls ---------------------------------------------------------------------------------------------------------------
+
+
+def make_operands(encoding, batch, length, keys, heads, gates=None, scale=None):
+    """Query, key, value, params, and scale where given; ``heads`` is N, K, H, V.
+
+    Args:
+      gates: None for random ones; "near 0" and "near 1" within 1e-6; "mixed" among the rows; "by group" of 128 queries.
+    """
+    count, kv_heads, width, value_width = heads
+    rng = np.random.default_rng(0)
+    query, key = 0.5 * normal(1, batch, length, count, width), normal(2, batch, keys, kv_heads, width)
+    if gates is not None:
+        channel = width // 2 - 1  # the one that rope turns least
+        index = np.broadcast_to(np.arange(length)[:, None], (batch, length, count))
+        signs = {"near 0": -1, "near 1": 1, "mixed": rng.choice([-1, 1], index.shape), "by group": 1 - 2 * (index // 128 % 2)}
+        query, key = (0.3 * x for x in (query, key))
+        query = query.at[..., channel].set(4.0 * math.sqrt(width) * signs[gates])
+        key = key.at[..., channel].set(4.0)
+    dims = pj.Dims(count, width, D, max(length, keys) + 7, kv_heads)  # as far as packed() goes
+    params = encoding.init(jax.random.key(0), dims)
+    params = jax.tree.map(lambda leaf: leaf + 0.3 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params)
+    operands = {"query": query, "key": key, "value": normal(3, batch, keys, kv_heads, value_width), "params": params}
+    return operands | ({} if scale is None else {"scale": jnp.float32(scale)})
+
+
+@functools.cache
+def compiled(encoding, static, tile=None, chip="v6e", interpret=ONE_CORE):
+    """(operands, hidden, weight, arrays) -> output and gradients, of dense attention for ``tile=None``."""
+    kernel, rest = dense.attention, {}
+    if tile is not None:
+        kernel, rest = functools.partial(tpu.attention, tile=tile, chip=CHIPS[chip], interpret=interpret), {"rotated": False}
+
+    def answers(operands, hidden, weight, arrays):
+        return output_and_gradients(kernel, encoding, operands, hidden, weight, **dict(static), **rest, **arrays)
+
+    return jax.jit(answers)
+
+
+def answers(
+    encoding, tile=SMALL, chip="v6e", interpret=ONE_CORE, dtype="float32", length=140, keys=None, batch=1, heads=(2, 1, 16, 16),
+    gates=None, scale=None, arrays=None, **static,
+):  # fmt: skip
+    """What the kernel and dense attention answer to a call, and its operands, in float32 all.
+
+    Args:
+      arrays: a dict of the options of ``pj.attention`` that are arrays.
+      **static: the other options.
+    """
+    keys = keys or length
+    operands = make_operands(encoding, batch, length, keys, heads, gates, scale)
+    low = operands | {name: operands[name].astype(dtype) for name in ("query", "key", "value")}
+    given = normal(5, batch, keys, D), normal(4, batch, length, heads[0], heads[3]), arrays or {}
+    static = tuple(static.items())
+    got = compiled(encoding, static, tile, chip, interpret)(low, *given)
+    assert got["out"].dtype == dtype
+    assert jax.tree.map(lambda a, b: a.dtype == b.dtype, {name: got[name] for name in low}, low)
+    low, got = jax.tree.map(lambda x: x.astype(jnp.float32), (low, got))
+    return got, compiled(encoding, static)(low, *given), low
+
+
+def check(encoding, dtype="float32", tolerance=1e-4, **call):
+    """The kernel's answer agrees with that of dense attention in float32 on the same inputs."""
+    got, want, operands = answers(encoding, dtype=dtype, **call)
+    if dtype == "float32":
+        agree(got, want, operands, tolerance)
+    else:  # weights and the result are rounded to 8 bits: 2^-9 each, and 2^-6 in gradients
+        errors = relative_errors(got, want, operands)
+        assert errors.pop("['out']") < 2.0**-7, errors
+        assert max(errors.values()) < 2.0**-6, errors
+    return got
+
+
+@functools.cache
+def packed(batch, length, keys):
+    """Packed rows whose queries are the last of the keys, at positions of their own; queries 20 to 29 have no key at all."""
+    rng = np.random.default_rng(0)
+    segments = np.sort(rng.integers(0, 3, (batch, keys)))
+    of_queries = segments[:, keys - length :].copy()
+    of_queries[:, 20:30] = 9
+    positions = np.arange(keys) + np.asarray([[0], [7]])[:batch]
+    rows = dict(query_positions=positions[:, keys - length :], key_positions=positions)
+    return jax.tree.map(jnp.asarray, rows | {"segment_ids": (of_queries, segments)})
+
+
+# What always runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gates", [None, "near 0", "near 1", "mixed"])
+def test_everything_at_once(gates):
+    """Rotation, CoPE, T5 and ALiBi; packed rows, a window, a soft cap, grouped heads, a learned scale; keys that come in blocks."""
+    out = check(
+        EVERYTHING,
+        tile=STREAMED,
+        length=140,
+        keys=300,
+        batch=2,
+        gates=gates,
+        scale=0.25,
+        arrays=packed(2, 140, 300),
+        is_causal=True,
+        local_window_size=(200, None),
+        logits_soft_cap=20.0,
+    )["out"]
+    assert not out[:, 20:30].any()
+    assert out[:, :20].any()
+
+
+def test_bfloat16_within_its_rounding_of_float32_on_the_same_inputs():
+    check(GATED, dtype="bfloat16", is_causal=True)
+
+
+@pytest.mark.thorough
+def test_queries_beyond_the_keys_in_both_directions_on_two_cores_that_do_not_race():
+    check(pj.tupe(relative=True, num_buckets=8, max_distance=30), interpret=TWO_CORES, length=140, keys=100, heads=(2, 2, 16, 8))
+
+
+@pytest.mark.parametrize("races", [True, False])
+def test_the_detector_sees_races(races, capfd):
+    """Both cores write the first block; or each its own."""
+
+    def body(x, out):
+        out[...] = x[...]
+
+    kernel = pl.pallas_call(
+        body,
+        grid=(2,),
+        in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
+        out_specs=pl.BlockSpec((8, 128), lambda i: (0 if races else i, 0)),
+        out_shape=jax.ShapeDtypeStruct((16, 128), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=TWO_CORES,
+    )
+    try:
+        kernel(jnp.ones((16, 128))).block_until_ready()
+        found = capfd.readouterr().out
+    except RuntimeError as error:
+        found = str(error)
+        capfd.readouterr()
+    assert ("RACE DETECTED" in found) == races
+
+
+def test_tiles_that_the_mask_rules_out_are_not_visited():
+    """NaN in a key or a value reaches every row whose tiles hold it, through a weight of zero too."""
+    operands = make_operands(pj.alibi(), 1, 200, 200, (2, 1, 16, 16))
+    for name in ("key", "value"):
+        operands[name] = operands[name].at[:, 128:].set(jnp.nan)
+    given = jnp.zeros((1, 200, D)), jnp.zeros((1, 200, 2, 16)).at[:, :128].set(1.0), {}
+    found, dense = (compiled(pj.alibi(), (("is_causal", True),), tile)(operands, *given) for tile in (SMALL, None))
+    for name in ("out", "query"):
+        assert np.isfinite(found[name][:, :128]).all()
+        assert np.isnan(found[name][:, 128:]).all()
+        assert np.isnan(dense[name]).all()
+
+
+def mesh_of(kind):
+    assert jax.device_count() == 8
+    return jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(kind,) * 2)
+
+
+def gradients_on(mesh, encoding, operands, implementation):
+    """Gradients through ``pj.attention``, batch and heads cut over a mesh where there is one; and where query's part lies."""
+
+    def loss(operands):
+        query, key, value, params = (operands[name] for name in ("query", "key", "value", "params"))
+        out = pj.attention(query, key, value, encoding, params, is_causal=True, implementation=implementation)
+        return (out * normal(4, *out.shape)).sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    if mesh is None:
+        return gradient(operands)
+    sharding = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+    cut = {name: operands[name] for name in ("query", "key", "value") if operands[name].shape[2] % 2 == 0}
+    with jax.set_mesh(mesh):
+        return gradient(operands | jax.device_put(cut, sharding))
+
+
+def on_a_mesh(kind, encoding, kv_heads, length):
+    operands = make_operands(encoding, 4, length, length, (4, kv_heads, 8, 8))
+    got = gradients_on(mesh_of(kind), encoding, operands, "pallas")
+    assert got["query"].sharding.shard_shape(got["query"].shape) == (1, length, 2, 8)
+    got, want = jax.device_get((got, gradients_on(None, encoding, operands, "xla")))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5), got, want)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_mesh_of_data_and_tensor_axes(kind):
+    on_a_mesh(kind, pj.t5(6, 8), 2, 20)
+
+
+# What it refuses, and where it is ------------------------------------------------------------------------------------
+
+LONG = 160  # LONG^2 is above the size up to which dense attention is taken anyway
+
+
+def shapes(encoding, length=LONG, width=16, dtype="float32"):
+    x = jax.ShapeDtypeStruct((1, length, 2, width), dtype)
+    hidden = jnp.zeros((1, length, D))
+    params = jax.eval_shape(lambda: encoding.condition(encoding.init(jax.random.key(0), pj.Dims(2, width, D, length)), hidden))
+    return {"query": x, "key": x, "value": x, "params": params}
+
+
+def loss(operands, encoding, **options):
+    return pj.attention(**operands, encoding=encoding, is_causal=True, **options).astype(jnp.float32).sum()
+
+
+REFUSED = {
+    "a mask": (pj.identity(), {}, {"mask": np.ones((LONG, LONG), bool)}, "mask is an array"),
+    "float16": (pj.identity(), {"dtype": "float16"}, {}, "query has dtype float16"),
+    "wide heads": (pj.identity(), {"width": 1032}, {}, "query has 1032 channels"),
+    "gates of their own": (pj.cope(4, gates="keys"), {}, {}, "encoding has a bias that the kernel does not know"),
+    "another bias": (pj.chain(pj.rope(), pj.cope_alibi()), {}, {}, "encoding has a bias that the kernel does not know"),
+    "many positions": (pj.cope(513), {}, {}, "max_position=513"),
+    "many buckets": (pj.t5(128, 256), {}, {}, "num_buckets=128"),
+    "cope twice": (pj.chain(pj.cope(4), pj.cope(8)), {}, {}, "encoding chains cope twice"),
+    "t5 twice": (pj.chain(pj.t5(6, 8), pj.t5(4, 8)), {}, {}, "encoding chains t5 twice"),
+    "alibi twice": (pj.chain(pj.alibi(), pj.alibi()), {}, {}, "encoding chains alibi twice"),
+}
+
+
+@pytest.mark.parametrize(("encoding", "sizes", "options", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_it_cannot_do_is_refused_by_name_and_done_by_another(encoding, sizes, options, reason):
+    operands = shapes(encoding, **sizes)
+    with pytest.raises(NotImplementedError, match=f"implementation='pallas' .*{reason}.*'xla_chunked'"):
+        jax.eval_shape(functools.partial(loss, encoding=encoding, implementation="pallas", **options), operands)
+    program = jax.jit(functools.partial(loss, encoding=encoding, **options)).trace(operands)
+    assert "tpu_custom_call" not in program.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("implementation", "encoding"),
+    [("pallas", pj.rope()), (None, pj.rope()), (None, pj.chain(pj.rope(), pj.cope(8))), (None, pj.t5(127, 256))],
+    ids=lambda x: getattr(x, "name", str(x)),
+)
+def test_programs_for_a_tpu_contain_it_wherever_they_are_lowered(implementation, encoding):
+    gradient = jax.jit(jax.grad(functools.partial(loss, encoding=encoding, implementation=implementation), allow_int=True))
+    texts = [gradient.trace(shapes(encoding)).lower(lowering_platforms=(platform,)).as_text() for platform in ("tpu", "cpu")]
+    for name in ("posjax_attention_forward", "posjax_attention_backward"):
+        assert name in texts[0]
+    assert [text.count("tpu_custom_call") for text in texts] == [2, 0]
+
+
+def test_short_calls_are_dense_unless_the_kernel_is_asked_for():
+    def calls(length, implementation):
+        function = jax.jit(functools.partial(loss, encoding=pj.rope(), implementation=implementation))
+        program = function.trace(shapes(pj.rope(), length))
+        return program.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
+
+    assert [calls(128, None), calls(129, None), calls(128, "pallas")] == [0, 1, 1]
+
+
+# One thing each ------------------------------------------------------------------------------------------------------
+
+thorough = pytest.mark.thorough
+KNOWN = [case for case in suite.CASES if not any(word in case.name for word in ("content", "keys", "values", "cope_"))]
+
+
+@thorough
+@pytest.mark.parametrize("case", KNOWN, ids=lambda case: case.name)
+def test_every_encoding(case):
+    check(case.encoding, is_causal=case.encoding.is_contextual, heads=(4, 2, 8, 8))
+
+
+@pytest.mark.parametrize("case", [case for case in suite.CASES if case not in KNOWN], ids=lambda case: case.name)
+def test_encodings_that_it_does_not_know(case):
+    with pytest.raises(NotImplementedError, match="encoding has a bias that the kernel does not know"):
+        jax.eval_shape(functools.partial(loss, encoding=case.encoding, implementation="pallas"), shapes(case.encoding))
+
+
+@thorough
+@pytest.mark.parametrize("gates", ["near 0", "near 1", "mixed"])
+@pytest.mark.parametrize(("last", "per_head"), [(2, False), (6, True), (64, False), (150, False)])
+def test_cope_where_gates_saturate(last, per_head, gates):
+    tolerance = 1e-4 if last < 128 else 2e-4  # counts past 128 are rounded to 2^-16, which steep embeddings multiply
+    check(saturating(last, per_head), tolerance=tolerance, gates=gates, length=200, heads=(2, 2, 16, 16), is_causal=True)
+
+
+@functools.cache
+def saturating(last, per_head):
+    return pj.cope(last, per_head=per_head)
+
+
+@thorough
+@pytest.mark.parametrize("gates", [None, "near 1", "mixed", "by group"])
+def test_groups_strips_and_blocks_of_several_tiles(gates):
+    """In one tile of 256 queries one group settles and the other does not."""
+    check(EVERYTHING, tile=LARGE, length=520, heads=(1, 1, 16, 16), gates=gates, is_causal=True)
+
+
+@thorough
+@pytest.mark.parametrize("gates", [None, "mixed"])
+def test_a_chip_that_does_not_look_up_along_sublanes(gates):
+    check(GATED, chip="v4", gates=gates, is_causal=True)
+
+
+CALLS = {
+    "a window to both sides": (pj.alibi(), dict(length=300, local_window_size=(70, 20))),
+    "a window to the right": (pj.t5(8, 30, bidirectional=True), dict(length=200, local_window_size=(None, 0))),
+    "packed in both directions": (pj.rope(), dict(batch=2, length=300, arrays=packed(2, 300, 300), logits_soft_cap=2.0, scale=0.3)),
+    "packed and padded": (pj.identity(), dict(batch=2, keys=150, arrays=packed(2, 140, 150))),
+    "tupe + cope": (pj.chain(pj.tupe(), pj.cope(12)), dict(is_causal=True, scale=0.3)),
+    "tupe + cope per head, packed": (
+        pj.chain(pj.tupe(relative=True), pj.cope(12, per_head=True)),
+        dict(is_causal=True, batch=2, keys=150, arrays=packed(2, 140, 150)),
+    ),
+    "blocks of keys, one direction": (pj.rope(), dict(tile=STREAMED, length=384, is_causal=True)),
+    "blocks of keys, both directions": (
+        pj.chain(pj.rope(pairing="interleaved"), pj.t5(8, 30, bidirectional=True)),
+        dict(tile=STREAMED, length=140, keys=384, scale=0.3),
+    ),
+    "blocks of keys that a window leaves out": (
+        pj.cope(12),
+        dict(tile=STREAMED, length=500, heads=(1, 1, 16, 16), is_causal=True, local_window_size=(100, None)),
+    ),
+    "blocks of keys in bfloat16": (GATED, dict(tile=STREAMED, length=384, dtype="bfloat16", is_causal=True)),
+    "bfloat16 and a learned scale": (pj.cope(64, per_head=True), dict(dtype="bfloat16", scale=0.2, is_causal=True)),
+    "bfloat16 in both directions": (pj.tupe(relative=True), dict(dtype="bfloat16")),
+    "two cores that count": (GATED, dict(interpret=TWO_CORES, heads=(2, 2, 16, 16), is_causal=True)),
+    "two cores, blocks of keys": (pj.t5(6, 8), dict(interpret=TWO_CORES, tile=STREAMED, batch=2, length=300, is_causal=True)),
+    "wide values": (pj.chain(pj.cope(12), pj.alibi()), dict(heads=(4, 1, 8, 136), is_causal=True)),
+    "one query": (GATED, dict(length=1, keys=150, arrays={"query_positions": jnp.asarray([149])}, is_causal=True)),
+    "positions in any order": (
+        pj.chain(pj.rope(), pj.t5(8, 30, bidirectional=True), pj.alibi()),
+        dict(
+            keys=200,
+            is_causal=True,
+            arrays={"query_positions": 37 * jnp.arange(140) % 140, "key_positions": 67 * jnp.arange(200) % 200},
+        ),
+    ),
+    "the chip's own blocks": (GATED, dict(tile=CHIPS["v6e"].sizes, length=600, heads=(1, 1, 16, 16), is_causal=True)),
+}
+
+
+@thorough
+@pytest.mark.parametrize(("encoding", "call"), CALLS.values(), ids=CALLS)
+def test_calls(encoding, call):
+    check(encoding, **call)
+
+
+def one_loss(operands, segments, encoding=GATED):
+    query, key, value, params = (operands[name] for name in ("query", "key", "value", "params"))
+    options = dict(is_causal=True, segment_ids=segments, implementation="pallas")
+    return (pj.attention(query, key, value, encoding, params, **options) * normal(4, *query.shape)).sum()
+
+
+def stacked():
+    """Two calls: operands and segments, and what dense attention answers to each."""
+    operands = [make_operands(GATED, 1, 140, 140, (2, 1, 16, 16), gates) for gates in ("mixed", None)]
+    segments = [jnp.arange(140)[None] // 60, jnp.arange(140)[None] // 100]
+    zeros, weight = jnp.zeros((1, 140, D)), normal(4, 1, 140, 2, 16)
+    one = compiled(GATED, (("is_causal", True),))
+    want = [one(x, zeros, weight, {"segment_ids": ids}) for x, ids in zip(operands, segments, strict=True)]
+    assert differs(want[0]["query"], want[1]["query"])
+    return *(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (operands, segments)), want
+
+
+def all_agree(gradients, operands, want):
+    for n, one in enumerate(want):
+        got, given = jax.tree.map(lambda x, n=n: x[n], (gradients, operands))
+        agree({"out": one["out"]} | got, one, given)
+
+
+@thorough
+def test_vmap():
+    operands, segments, want = stacked()
+    all_agree(jax.jit(jax.vmap(jax.grad(one_loss)))(operands, segments), operands, want)
+
+
+@thorough
+def test_gradients_inside_a_scan_and_through_a_checkpoint():
+    operands, segments, want = stacked()
+
+    def step(carry, call):
+        return carry + 1, jax.grad(jax.checkpoint(one_loss))(*call)
+
+    all_agree(jax.jit(lambda *calls: jax.lax.scan(step, 0, calls)[1])(operands, segments), operands, want)
+
+
+@thorough
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_mesh_and_what_counts(kind, kv_heads):
+    """A mesh that cuts four heads in two parts, of which there is one key head, or two for each part."""
+    on_a_mesh(kind, pj.chain(pj.tupe(), pj.cope(6, per_head=kv_heads == 4)), kv_heads, 40)
