@@ -87,6 +87,7 @@ def lies(state, parts):
             assert {shard.data.shape for shard in leaves[name].addressable_shards} == {shape}, name
 
 
+@pytest.mark.thorough
 def test_one_axis_cuts_batch_and_state(one_device):
     _, loss = make_state()
     step = make_train_step(gathered(loss), OPTIMIZER, accumulate_steps=1)
@@ -95,6 +96,7 @@ def test_one_axis_cuts_batch_and_state(one_device):
     lies(found[0], {"query/kernel": (2, 2, 4, 4), "down/kernel": (2, 48, 2), "token_embedding/embedding": (32, 16)})
 
 
+@pytest.mark.thorough
 def test_two_axes_cut_batch_heads_and_state_and_no_device_holds_the_whole_batch(one_device):
     whole = re.compile(rf"f32\[{BATCH},(\d+,)*{LENGTH}\b|f32\[\d+,{BATCH},{LENGTH},")
     step, program = compiled_step(gathered, make_mesh(tensor=4), SHARDED_RULES)
