@@ -136,13 +136,18 @@ def sums_to_the_left(gradient: Array, counting: Counting) -> Array:
 
 
 def _sums(x: Array, later: bool, parts: int) -> Array:
-    """x is cut into bfloat16 parts, 8 bits each, which the triangle multiplies without rounding; one product sums them all."""
+    """x is cut into bfloat16 parts, 8 bits each, which the triangle multiplies without rounding.
+
+    One product sums two parts. Three are summed apart, since the least would drown in the sums of the greatest.
+    """
     row, col = (jax.lax.broadcasted_iota(jnp.int32, (x.shape[0],) * 2, axis) for axis in (0, 1))
     ones = ((col >= row) if later else (col <= row)).astype(jnp.float32).astype(jnp.bfloat16)
     pieces = []
     for n in range(parts):
         pieces.append(x.astype(jnp.bfloat16))
         x = x - pieces[-1].astype(jnp.float32) if n < parts - 1 else x
+    if parts > 2:
+        return functools.reduce(jnp.add, [product(ones, piece) for piece in pieces[::-1]])
     return product(jnp.concatenate([ones] * parts, axis=1), jnp.concatenate(pieces, axis=0))
 
 
