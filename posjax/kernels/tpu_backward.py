@@ -204,11 +204,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
                 fine |= (s.first_tile() + j >= s.first[g]) & ~plan.rules.none(s.group_extent(g), keys)
         if plan.index is not None:
             fine |= ~s.is_uniform(queries, keys)
-        whole = plan.rules.all(queries, keys)
-        for masked, here in ((False, whole), (True, ~whole)):
-            if plan.detailed:
-                pl.when(fine & here)(functools.partial(detailed, j, masked))
-            pl.when(~fine & here)(functools.partial(plain, j, masked))
+        s.choose(j, fine, plain, detailed)
 
     jax.lax.fori_loop(*s.visits(), visit, None)
 

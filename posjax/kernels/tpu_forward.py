@@ -78,10 +78,10 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
     def softmax(scores: list[Array], allowed: list[Array] | None, start: Array, size: int) -> None:
         """Takes scores with their counts and lookups in, [s, t] in pieces along t, of ``size`` keys from ``start`` on."""
         weights, lane = [], 0
+        penalty = s.penalty(start, size) if plan.penalised else None
         for n, piece in enumerate(scores):
             at = slice(lane, lane := lane + piece.shape[1])
-            if plan.penalised:
-                piece = piece + s.penalty(start, size)[:, at]
+            piece = piece if penalty is None else piece + penalty[:, at]
             piece = soft(plan, piece)
             piece = piece if allowed is None else jnp.where(allowed[n], piece, NEVER)
             highest = s.highest[:, at]
@@ -144,11 +144,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
                 fine |= here
         if plan.index is not None:
             fine |= ~s.is_uniform(queries, keys)
-        whole = plan.rules.all(queries, keys)
-        for masked, here in ((False, whole), (True, ~whole)):
-            if plan.detailed:
-                pl.when(fine & here)(functools.partial(detailed, j, masked))
-            pl.when(~fine & here)(functools.partial(plain, j, masked))
+        s.choose(j, fine, plain, detailed)
 
     first, last = s.visits()
 

@@ -1,6 +1,7 @@
 """What the forward and the backward kernel on TPU have in common: plan, operands, scalars, and a query tile's view of them."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from posjax.kernels.tpu_tiles import (
 from posjax.typing import Array
 
 _MANY = 64  # keys of a chunk where gates are small
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -243,6 +245,14 @@ class Step:
 
         jax.lax.fori_loop(0, self.plan.groups, one_group, None)
 
+    def choose(self, j: Array, fine: Array, plain: Any, detailed: Any) -> None:
+        """Calls ``detailed(j, masked)`` on a tile that counts or looks up, ``plain(j, masked)`` on any other."""
+        whole = self.plan.rules.all(self.query_extent(), self.key_extent(j))
+        for masked, here in ((False, whole), (True, ~whole)):
+            if self.plan.detailed:
+                pl.when(fine & here)(functools.partial(detailed, j, masked))
+            pl.when(~fine & here)(functools.partial(plain, j, masked))
+
     def lookups(self, start: Array, strip: Array) -> Array:
         """What the table adds to a strip, [s, t]."""
 
@@ -316,9 +326,7 @@ class Step:
         if self.plan.counting is not None:
             counted = (raw if self.counted_query is None else self.counted_query[...]).astype(jnp.float32)
             for n, ref in enumerate((self.z, self.slope)):
-                z = product(self.embedding[n], counted, NT, exact=True) * LOG2E
-                for g in range(self.plan.groups):
-                    ref[g] = z[:, g * LANES : (g + 1) * LANES]
+                self.by_group(ref, product(self.embedding[n], counted, NT, exact=True) * LOG2E)
 
     def queries(self) -> Array:
         return (self.query if self.query_turn is None else self.turned_query)[...]
@@ -421,5 +429,3 @@ def scratch_of(plan: Plan, x: Operands) -> dict[str, Any]:
     if plan.index is not None:
         made["found"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
     return made
-
-
