@@ -6,6 +6,7 @@ from posjax.bias import BiasTerm, Mask, Tile, position_bias
 from posjax.contextual import cope, cope_alibi, cope_mlp
 from posjax.decoding import Cache, attend, cached, init_cache
 from posjax.encoding import AttentionInputs, Dims, PositionalEncoding, chain, identity
+from posjax.kernels.blocks import Blocks
 from posjax.linear_attention import linear_attention
 from posjax.relative import alibi, t5
 from posjax.rotary import convert_pairing, rope
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionInputs",
     "BiasTerm",
+    "Blocks",
     "Cache",
     "Dims",
     "Mask",

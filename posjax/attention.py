@@ -11,6 +11,7 @@ import numpy as np
 from posjax.bias import BiasTerm, Mask
 from posjax.encoding import AttentionInputs, PositionalEncoding, identity
 from posjax.kernels import dense, tiled, tpu
+from posjax.kernels.blocks import Blocks, check_blocks
 from posjax.kernels.shards import Cut, find_cut
 from posjax.typing import Array, Float, Params
 
@@ -35,6 +36,7 @@ def attention(
     scale: Array | float | None = None,
     logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
+    block_sizes: Blocks | None = None,
 ) -> Float[Array, "B T N V"]:
     """Scaled dot-product attention under a positional encoding.
 
@@ -59,13 +61,15 @@ def attention(
         are of first order in reverse mode. "pallas" is the kernel of the platform that the program is lowered for: on a TPU one
         kernel forward and one backward, on a CPU the same, interpreted, for tests; it takes no mask arrays, and of the encodings
         rope, alibi, t5, tupe, cope with gates="logits", and their chains.
+      block_sizes: of the "pallas" kernel; None: those of the chip, smaller where the call would not fit its VMEM. With
+        ``implementation`` None they count where the kernel is what runs.
 
     Returns:
       [B, T, N, V] in the dtype of value. A query without any allowed key gets zeros.
 
     Raises:
       ValueError: an argument whose shape, dtype or value cannot work, by name.
-      TypeError: ``encoding`` is not a PositionalEncoding.
+      TypeError: ``encoding`` is not a PositionalEncoding, or ``block_sizes`` no Blocks.
       NotImplementedError: a named implementation that cannot do the call, with one that can.
     """
     check_operands(query, key, value)
@@ -76,7 +80,7 @@ def attention(
 
     def compute(query: Array, key: Array, value: Array, params: Params, arrays: dict[str, Any]) -> Array:
         call = prepare(query, key, value, encoding, params, **options, **arrays, rotated=False)
-        return run(call, value, implementation, cut)
+        return run(call, value, implementation, cut, block_sizes)
 
     positions = dict(query_positions=query_positions, key_positions=key_positions)
     arrays = dict(mask=mask, segment_ids=segment_ids, scale=scale) | positions
@@ -104,7 +108,11 @@ def auto_sharded(compute: Callable[..., Array], query: Array, *args: Any) -> Arr
 
 
 def run(
-    call: dict[str, Any], value: Float[Array, "B S K V"], implementation: Implementation | None = None, cut: Cut | None = None
+    call: dict[str, Any],
+    value: Float[Array, "B S K V"],
+    implementation: Implementation | None = None,
+    cut: Cut | None = None,
+    block_sizes: Blocks | None = None,
 ) -> Array:
     """Attention of a prepared call in one of the kernels.
 
@@ -113,34 +121,42 @@ def run(
       value: [B, S, K, V].
       implementation: as in ``attention``.
       cut: how a mesh cuts the call's batch and heads, for kernels that run on each device's part; None: as the query's type shows.
+      block_sizes: as in ``attention``.
 
     Raises:
-      ValueError: an unknown implementation.
+      ValueError: an unknown implementation, or block sizes that it does not have.
       NotImplementedError: one that cannot do the call, with one that can.
     """
     if implementation not in (None, "xla", "xla_chunked", "pallas"):
         raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
+    if block_sizes is not None:
+        check_blocks(block_sizes)
+        if implementation not in (None, "pallas"):
+            raise ValueError(
+                f"block_sizes must be None with implementation={implementation!r}, got {block_sizes}; "
+                "implementation='pallas' has block sizes"
+            )
     if implementation == "pallas":
         if (reason := tpu.refusal(value=value, **call)) is not None:
             raise NotImplementedError(f"implementation='pallas' cannot run this call: {reason}; implementation='xla_chunked' can")
-        return tpu.attention(value=value, **call, cut=cut)
+        return tpu.attention(value=value, **call, tile=block_sizes, cut=cut)
     if implementation is None:
         small = call["query"].shape[1] * call["key"].shape[1] <= _SMALL
         if not small and tpu.refusal(value=value, **call) is None:
-            return _of_the_platform(call, value, cut)
+            return _of_the_platform(call, value, cut, block_sizes)
         implementation = "xla" if small else "xla_chunked"
     kernel = {"xla": dense.attention, "xla_chunked": tiled.attention}[implementation]
     return kernel(value=value, **_rotated(call))
 
 
-def _of_the_platform(call: dict[str, Any], value: Array, cut: Cut | None) -> Array:
+def _of_the_platform(call: dict[str, Any], value: Array, cut: Cut | None, block_sizes: Blocks | None) -> Array:
     """The kernel of the platform that the program is lowered for, whatever devices this process has."""
     static = {name: x for name, x in call.items() if x is None or isinstance(x, bool | int | float)}
     arrays = {name: x for name, x in call.items() if name not in static}
     return jax.lax.platform_dependent(
         arrays,
         value,
-        tpu=lambda arrays, value: tpu.attention(value=value, **static, **arrays, cut=cut),
+        tpu=lambda arrays, value: tpu.attention(value=value, **static, **arrays, tile=block_sizes, cut=cut),
         default=lambda arrays, value: tiled.attention(value=value, **_rotated(static | arrays)),
     )
 
@@ -168,7 +184,7 @@ def attention_weights(
     Args:
       query, key, encoding, params: as in ``attention``.
       value: needed only where the encoding reads values (``cope(gates="values")``).
-      **options: the keyword arguments of ``attention``, but for ``implementation``.
+      **options: the keyword arguments of ``attention``, but for ``implementation`` and ``block_sizes``.
     """
     check_operands(query, key, key if value is None else value)
     return dense.weights(**prepare(query, key, value, encoding, params, **options))

@@ -32,6 +32,10 @@ def linear(*args, **options):
     return call(*args, function=pj.linear_attention, **options)
 
 
+def blocks(sizes, implementation="pallas"):
+    return call(block_sizes=sizes, implementation=implementation)
+
+
 def made(encoding):
     return encoding.init(jax.random.key(0), DIMS)
 
@@ -298,6 +302,48 @@ BAD = {
         lambda: call(pj.chain(pj.rope(), pj.cope_alibi())),
         ValueError,
         r"is_causal must be True .*for rope\+cope_alibi, got is_causal=False",
+    ),
+    "block_sizes: a tuple": (lambda: blocks((128,) * 4), TypeError, r"block_sizes must be None or posjax.Blocks.*got \(128, 128"),
+    "block_sizes: no lanes": (
+        lambda: blocks(pj.Blocks(200, 256, 128, 512)),
+        ValueError,
+        r"block_sizes must have as queries a positive multiple of 128, such as 256, got Blocks\(queries=200",
+    ),
+    "block_sizes: zero": (
+        lambda: blocks(pj.Blocks(128, 0, 128, 512)),
+        ValueError,
+        r"block_sizes must have as keys a positive multiple of strip, 128, such as 128, got .*keys=0",
+    ),
+    "block_sizes: a float": (
+        lambda: blocks(pj.Blocks(128, 128, 128.0, 128)),
+        ValueError,
+        r"as strip a positive multiple of 128, s",
+    ),
+    "block_sizes: a bool": (lambda: blocks(pj.Blocks(128, 128, True, 128)), ValueError, r"as strip a positive multiple of 128, s"),
+    "block_sizes: keys that are no strips": (
+        lambda: blocks(pj.Blocks(128, 384, 256, 768)),
+        ValueError,
+        r"block_sizes must have as keys a positive multiple of strip, 256, such as 512, got .*keys=384",
+    ),
+    "block_sizes: resident that is no tiles": (
+        lambda: blocks(pj.Blocks(128, 256, 128, 640)),
+        ValueError,
+        r"block_sizes must have as resident a positive multiple of keys, 256, such as 768, got .*resident=640",
+    ),
+    "block_sizes: many queries": (
+        lambda: blocks(pj.Blocks(4096, 128, 128, 128)),
+        ValueError,
+        r"block_sizes must have at most 2048 queries, got Blocks\(queries=4096",
+    ),
+    "block_sizes: of dense attention": (
+        lambda: blocks(pj.Blocks(128, 128, 128, 128), "xla"),
+        ValueError,
+        r"block_sizes must be None with implementation='xla', got Blocks.*; implementation='pallas' has",
+    ),
+    "block_sizes: of the walk in XLA": (
+        lambda: blocks(pj.Blocks(128, 128, 128, 128), "xla_chunked"),
+        ValueError,
+        r"block_sizes must be None with implementation='xla_chunked', got",
     ),
     "scale: zero": (lambda: call(scale=0.0), ValueError, r"scale must be positive, got 0\.0; None"),
     "scale: negative": (lambda: call(scale=-1), ValueError, r"scale must be positive, got -1; None"),

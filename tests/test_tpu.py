@@ -6,6 +6,7 @@ those marked ``thorough`` ask one thing each: ``pytest -m thorough --dist load t
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -296,6 +297,23 @@ def test_short_calls_are_dense_unless_the_kernel_is_asked_for():
         return program.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
 
     assert [calls(128, None), calls(129, None), calls(128, "pallas")] == [0, 1, 1]
+
+
+def test_block_sizes_of_the_call():
+    """Blocks of another size give the same numbers, and stand in the program, also where no implementation is named."""
+    operands = make_operands(pj.alibi(), 1, 200, 200, (1, 1, 16, 16))
+    small, large = pj.Blocks(128, 128, 128, 128), pj.Blocks(256, 256, 128, 256)
+    out = [loss(operands, pj.alibi(), implementation="pallas", block_sizes=sizes) for sizes in (small, large, None)]
+    np.testing.assert_allclose(out, [loss(operands, pj.alibi(), implementation="xla")] * 3, rtol=1e-4)
+
+    def tiles(implementation, sizes):
+        program = jax.make_jaxpr(functools.partial(loss, encoding=pj.alibi(), implementation=implementation, block_sizes=sizes))
+        grids = re.findall(r"grid=\((.*?)\)", str(program(operands)))
+        return [tuple(int(n) for n in grid.split(",")) for grid in grids]
+
+    for implementation in ("pallas", None):
+        assert set(tiles(implementation, small)) == {(1, 1, 1, 2, 2)}
+        assert set(tiles(implementation, large)) == {(1, 1, 1, 1, 1)}
 
 
 # One thing each ------------------------------------------------------------------------------------------------------

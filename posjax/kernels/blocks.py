@@ -8,19 +8,34 @@ import jax.numpy as jnp
 
 
 class Blocks(NamedTuple):
-    """Sizes of a kernel's blocks.
+    """Sizes of the blocks of the TPU kernel; a call that is shorter takes smaller ones.
 
     Attributes:
-      queries: rows of a tile, a multiple of 128.
+      queries: rows of a tile, a multiple of 128, at most 2,048.
       keys: columns of a tile, a multiple of ``strip``.
       strip: keys that are counted at a time, a multiple of 128.
-      resident: keys held in VMEM at once.
+      resident: keys held in VMEM at once, a multiple of ``keys``.
     """
 
     queries: int
     keys: int
     strip: int
     resident: int
+
+
+def check_blocks(blocks: Any) -> None:
+    """Raises TypeError for what is no Blocks, ValueError for sizes that no kernel has, before anything is compiled."""
+    if not isinstance(blocks, Blocks):
+        raise TypeError(f"block_sizes must be None or posjax.Blocks(queries, keys, strip, resident), got {blocks!r}")
+    sizes = blocks._asdict()
+    for name, of in {"queries": "", "strip": "", "keys": "strip", "resident": "keys"}.items():
+        size, unit = sizes[name], sizes.get(of, 128)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % unit:
+            near = max(1, -(-size // unit)) * unit if isinstance(size, int) else unit
+            what = f"{of}, {unit}" if of else unit
+            raise ValueError(f"block_sizes must have as {name} a positive multiple of {what}, such as {near}, got {blocks}")
+    if blocks.queries > 2048:  # the kernel notes down a bit for each 128 of them
+        raise ValueError(f"block_sizes must have at most 2048 queries, got {blocks}")
 
 
 @dataclasses.dataclass(frozen=True)
