@@ -5,6 +5,7 @@ those marked ``thorough`` ask one thing each: ``pytest -m thorough --dist load t
 """
 
 import functools
+import itertools
 import math
 import re
 
@@ -290,6 +291,20 @@ def test_programs_for_a_tpu_contain_it_wherever_they_are_lowered(implementation,
     assert [text.count("tpu_custom_call") for text in texts] == [2, 0]
 
 
+def test_a_program_for_a_cpu_is_made_without_tracing_the_kernel(monkeypatch):
+    """Which takes ten times as long as all the rest."""
+    encoding = pj.chain(pj.rope(), pj.cope(9))  # no other test has it, so no cache
+
+    def program_id(axis):
+        raise RuntimeError("the kernel is traced")
+
+    monkeypatch.setattr(pl, "program_id", program_id)
+    gradient = jax.jit(jax.grad(functools.partial(loss, encoding=encoding), allow_int=True)).trace(shapes(encoding))
+    gradient.lower(lowering_platforms=("cpu",))
+    with pytest.raises(RuntimeError, match="the kernel is traced"):
+        gradient.lower(lowering_platforms=("tpu",))
+
+
 def test_short_calls_are_dense_unless_the_kernel_is_asked_for():
     def calls(length, implementation):
         function = jax.jit(functools.partial(loss, encoding=pj.rope(), implementation=implementation))
@@ -306,14 +321,9 @@ def test_block_sizes_of_the_call():
     out = [loss(operands, pj.alibi(), implementation="pallas", block_sizes=sizes) for sizes in (small, large, None)]
     np.testing.assert_allclose(out, [loss(operands, pj.alibi(), implementation="xla")] * 3, rtol=1e-4)
 
-    def tiles(implementation, sizes):
+    for implementation, sizes in itertools.product(("pallas", None), (small, large)):
         program = jax.make_jaxpr(functools.partial(loss, encoding=pj.alibi(), implementation=implementation, block_sizes=sizes))
-        grids = re.findall(r"grid=\((.*?)\)", str(program(operands)))
-        return [tuple(int(n) for n in grid.split(",")) for grid in grids]
-
-    for implementation in ("pallas", None):
-        assert set(tiles(implementation, small)) == {(1, 1, 1, 2, 2)}
-        assert set(tiles(implementation, large)) == {(1, 1, 1, 1, 1)}
+        assert set(re.findall(r"Blocks\(.*?\)", str(program(operands)))) == {str(sizes)}
 
 
 # One thing each ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 
 from posjax.bias import BiasTerm, Interpolation, Lookup, Mask, Penalty, Rotation
 from posjax.kernels.blocks import Blocks, Chip, chip_at_hand
+from posjax.kernels.deferred import deferred
 from posjax.kernels.shards import Cut, exact, find_cut, per_shard
 from posjax.kernels.tpu_backward import backward
 from posjax.kernels.tpu_forward import forward
@@ -246,29 +247,25 @@ _LETTERS = dict(  # of the operands, for ``per_shard``
 _ROWS = "bn...."
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(function: Any, plan: Plan, x: Operands, *more: Array) -> Any:
-    """In a jit of its own, whose cache spares tracing the kernel again, ten thousand operations."""
-    return function(plan, x, *more)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run(function: Any, plan: Plan, present: tuple[str, ...], interpret: Any, *arrays: Array) -> tuple[Array, ...]:
+    """function(plan, operands, *more), of which ``arrays`` are the operands that are ``present``, and more.
+
+    In a jit of its own, whose cache spares tracing the kernel again, ten thousand operations.
+    """
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(Operands)) | dict(zip(present, arrays, strict=False))
+    return function(dataclasses.replace(plan, interpret=interpret), Operands(**fields), *arrays[len(present) :])
 
 
 def _sharded(
     function: Any, plan: Plan, cut: Cut, x: Operands, more: tuple[Array, ...], letters: tuple[str, ...], results: Any
 ) -> Any:
     """function(plan, operands, *more) on each device's part, in the kernel or, where lowered for a CPU, interpreted."""
-    present = [field.name for field in dataclasses.fields(x) if getattr(x, field.name) is not None]
-
-    def part(*arrays: Array) -> Any:
-        fields = dict.fromkeys(field.name for field in dataclasses.fields(x)) | dict(zip(present, arrays, strict=False))
-        own, rest = Operands(**fields), arrays[len(present) :]
-
-        def call(interpret: Any) -> Any:
-            return functools.partial(_run, function, dataclasses.replace(plan, interpret=interpret))
-
-        if plan.interpret is not None:
-            return call(plan.interpret)(own, *rest)
-        return jax.lax.platform_dependent(own, *rest, cpu=call(True), tpu=call(False))
-
+    present = tuple(field.name for field in dataclasses.fields(x) if getattr(x, field.name) is not None)
+    if plan.interpret is None:
+        part = functools.partial(deferred, _run, (function, plan, present))
+    else:
+        part = functools.partial(_run, function, plan, present, plan.interpret)
     arrays = [getattr(x, name) for name in present]
     return per_shard(part, cut, (*[_LETTERS[name] for name in present], *letters), results)(*arrays, *more)
 
