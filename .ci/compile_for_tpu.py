@@ -22,6 +22,7 @@ from posjax.specs import parse_encoding  # noqa: E402
 CALLS = [
     dict(spec="rope + cope(64)", length=8192, heads=(4, 2), width=128, dtype="bfloat16", segmented=True),
     dict(spec="t5 + alibi", length=1024, heads=(2, 2), width=64, dtype="float32", soft_cap=30.0),
+    dict(spec="identity", length=8192, heads=(2, 2), width=256, dtype="float32"),  # too much for the v4 in tiles of its own size
     dict(spec="tupe(relative=True)", length=1024, heads=(2, 1), width=256, dtype="bfloat16", window=(300, 0)),
 ]
 

@@ -20,6 +20,7 @@ from posjax.kernels.tpu_backward import backward
 from posjax.kernels.tpu_forward import forward
 from posjax.kernels.tpu_step import Operands, Plan
 from posjax.kernels.tpu_tiles import LANES, SUBLANES, Counting, Rules
+from posjax.kernels.vmem import needed, smaller
 from posjax.typing import Array, Float, Int
 
 _FAR = 2**30  # the position of a key that is padding: no causal query sees it
@@ -33,9 +34,12 @@ def refusal(
     value: Array,
     terms: tuple[BiasTerm, ...],
     mask: Mask,
-    **_: Any,
+    *,
+    block_sizes: Blocks | None = None,
+    **rest: Any,
 ) -> str | None:
-    """Why the kernel cannot do a call, by the argument; None: it can."""
+    """Why the kernel cannot do a call, by the argument; None: it can. ``block_sizes`` are those that are asked for."""
+    chip = chip_at_hand(query)
     if mask.boolean is not None:
         return "mask is an array (is_causal, segment_ids and local_window_size are made inside of the tile)"
     if query.dtype not in (jnp.float32, jnp.bfloat16):
@@ -46,7 +50,7 @@ def refusal(
     for term in terms:
         if term.fused is None:
             return f"encoding has a bias that the kernel does not know ({term.function})"
-        most = _MOST_POSITIONS if chip_at_hand(query).gathers else _MOST_COMPARED
+        most = _MOST_POSITIONS if chip.gathers else _MOST_COMPARED
         if isinstance(term.fused, Interpolation) and (count := term.tables[1].shape[-2]) > most:
             return f"max_position={count} of cope (at most {most} on this chip)"
         if isinstance(term.fused, Lookup) and (width := term.tables.shape[0]) >= LANES:
@@ -54,7 +58,43 @@ def refusal(
     for kind, name in ((Interpolation, "cope"), (Lookup, "t5"), (Penalty, "alibi")):
         if kinds.count(kind) > 1:
             return f"encoding chains {name} twice"
-    return None
+    return _too_much(chip, block_sizes, dict(query=query, key=key, value=value, terms=terms, mask=mask) | rest)
+
+
+def _too_much(chip: Chip, block_sizes: Blocks | None, call: dict[str, Any]) -> str | None:
+    """Why a call does not fit the chip's VMEM; None: it does."""
+    if block_sizes is not None and (taken := _vmem_of(block_sizes, chip, call)) <= chip.vmem:
+        return None
+    fitting = _fitting(chip, call)
+    width, there = call["query"].shape[-1], f"{chip.vmem / 2**20:.0f} MiB of VMEM"
+    if fitting is None:
+        counts = [term for term in call["terms"] if isinstance(term.fused, Interpolation)]
+        others = tuple(term for term in call["terms"] if term not in counts)
+        if counts and _fitting(chip, call | {"terms": others}) is not None:
+            return f"max_position={counts[0].tables[1].shape[-2]} of cope on heads of {width} channels does not fit {there}"
+        return f"query has {width} channels and value {call['value'].shape[-1]}, of which no tile fits {there}"
+    if block_sizes is None:
+        return None
+    return f"block_sizes={block_sizes} takes about {taken / 2**20:.0f} MiB of {there}; block_sizes={fitting} fits"
+
+
+def _fitting(chip: Chip, call: dict[str, Any]) -> Blocks | None:
+    """The chip's own block sizes, or the first smaller ones that fit its VMEM."""
+    own = chip.blocks(call["query"].dtype, max(call["query"].shape[-1], call["value"].shape[-1]))
+    return next((blocks for blocks in smaller(own) if _vmem_of(blocks, chip, call) <= chip.vmem), None)
+
+
+def _vmem_of(blocks: Blocks, chip: Chip, call: dict[str, Any]) -> int:
+    """Bytes, on the safe side."""
+    plans = []
+
+    def operands() -> Operands:
+        plan, x = _laid_out(blocks, chip, Cut(), None, **call)
+        plans.append(plan)
+        return x
+
+    shapes = jax.eval_shape(operands)
+    return needed(plans[0], shapes)
 
 
 def attention(
@@ -81,7 +121,7 @@ def attention(
       query, ..., logits_soft_cap: as in ``dense.attention``; what ``refusal`` gives a reason for is not looked at again.
       rotation: to be done on query and key inside of the kernel.
       raw: the query is the one that CoPE multiplies its embedding with (before any rotation); False: that is in its term's rows.
-      tile: block sizes; None: those of the chip.
+      tile: block sizes; None: those of the chip, or smaller ones that fit its VMEM.
       chip: the TPU generation; None: the one that this process, or the mesh in context, has.
       cut: how a mesh cuts batch and heads; None: as the query's type shows.
       interpret: None interprets the kernel where the program is lowered for a CPU; or what ``pallas_call`` takes.
@@ -91,7 +131,35 @@ def attention(
     """
     cut = find_cut(query) if cut is None else cut
     chip = chip_at_hand(query) if chip is None else chip
-    blocks = _fitted(tile or chip.blocks(query.dtype, max(query.shape[-1], value.shape[-1])), query.shape[1], key.shape[1])
+    call = dict(query=query, key=key, value=value, terms=terms, mask=mask, scale=scale, logits_soft_cap=logits_soft_cap)
+    call |= dict(query_positions=query_positions, key_positions=key_positions, rotation=rotation, raw=raw)
+    if tile is None:
+        tile = _fitting(chip, call) or Blocks(LANES, LANES, LANES, LANES)
+    plan, operands = _laid_out(tile, chip, cut, interpret, **call)
+    out = _attend(plan, cut, operands)  # [B, K, G, T, V]
+    return jnp.moveaxis(out, 3, 1).reshape(out.shape[0], -1, query.shape[2], value.shape[-1])[:, : query.shape[1]]
+
+
+def _laid_out(
+    tile: Blocks,
+    chip: Chip,
+    cut: Cut,
+    interpret: Any,
+    *,
+    query: Array,
+    key: Array,
+    value: Array,
+    terms: tuple[BiasTerm, ...],
+    mask: Mask,
+    query_positions: Array,
+    key_positions: Array,
+    scale: Array | float,
+    logits_soft_cap: float | None = None,
+    rotation: Rotation | None = None,
+    raw: bool = False,
+) -> tuple[Plan, Operands]:
+    """A call as the kernel takes it; arguments as in ``attention``."""
+    blocks = _fitted(tile, query.shape[1], key.shape[1])
     kinds = {type(term.fused): term for term in terms}
     counts, looks, penalty = (kinds.get(kind) for kind in (Interpolation, Lookup, Penalty))
     length = query.shape[1]
@@ -178,8 +246,7 @@ def attention(
         key_turn=turn(rotation.key_phase, keys) if turn_keys else None,
         partner=None if rotation is None else _partner(query.shape[-1], 2 * rotation.query_phase.shape[-1], rotation.pairing),
     )
-    out = _attend(plan, cut, operands)  # [B, K, G, T, V]
-    return jnp.moveaxis(out, 3, 1).reshape(out.shape[0], -1, query.shape[2], value.shape[-1])[:, :length]
+    return plan, operands
 
 
 def _up(n: int, to: int) -> int:
