@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if verb == "list":
         return list_all()
     from posjax.checkpoints import CheckpointError
+    from posjax.kernels.refused import KernelRefused
     from posjax.loop import Interrupted, NonFiniteLoss
 
     try:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except KeyboardInterrupt:  # outside the training loop, or for the second time
         _fail(f"interrupted. To go on, run:\n  {shlex.join(['posjax', *argv])}", code=130)
-    except (ValueError, ImportError, OSError, NotImplementedError, CheckpointError, NonFiniteLoss) as error:
+    except (ValueError, ImportError, OSError, NotImplementedError, CheckpointError, NonFiniteLoss, KernelRefused) as error:
         if os.environ.get("POSJAX_TRACEBACK"):
             raise
         _fail(str(error))
@@ -123,6 +124,7 @@ def evaluate(config, command: str) -> None:
 
 def generate(args: Sequence[str]) -> None:
     """posjax generate: prompts and what a trained model makes of them, on the terminal as it comes."""
+    from posjax.kernels.refused import naming_refusals
     from posjax.prompting import Prompting, continue_prompts
 
     prompting, config = parse(args, Prompting)
@@ -134,7 +136,8 @@ def generate(args: Sequence[str]) -> None:
         sys.stdout.flush()
 
     try:
-        continue_prompts(config, prompting, write)
+        with naming_refusals(config.implementation):
+            continue_prompts(config, prompting, write)
     except KeyboardInterrupt:
         write("\n")
         sys.exit(130)

@@ -15,6 +15,7 @@ from posjax.checkpoints import CheckpointError, Checkpoints
 from posjax.config import Config, load_config
 from posjax.datasets.corpus import NUM_BYTES, NUM_SPECIAL
 from posjax.evaluation import evaluate, mean_loss, token_losses
+from posjax.kernels.refused import naming_refusals
 from posjax.loop import fit
 from posjax.sharding import SHARDED_RULES, abstract_train_step, gathered, jit_train_step, make_mesh, pmap_train_step
 from posjax.source import Source, held_out, open_source, train_batches
@@ -132,7 +133,11 @@ def abstract_step(
 def train(
     config: Config, spec: str, seed: int, workdir: Path, source: Source, *, command: str | None = None, quiet: bool = False
 ) -> Params:
-    """Trains one model, or goes on where its workdir stopped, and returns its parameters."""
+    """Trains one model, or goes on where its workdir stopped, and returns its parameters.
+
+    Raises:
+      KernelRefused: the compiler of the chip does not take the attention kernel.
+    """
     with_params, params = build_model(config, spec, source, seed)
     step = make_train_step(
         make_loss(with_params, config.dropout_rate > 0),
@@ -146,21 +151,22 @@ def train(
         batch_iterator = held_out(config, source, config.seq_length)
         return {"loss": mean_loss(losses, state.params, batch_iterator, config.eval_tokens)[0]}
 
-    state = fit(
-        pmap_train_step(step) if config.parallel == "pmap" else jit_train_step(step, make_mesh()),
-        init_state(params, _optimizer(config), seed),
-        train_batches(config, source, seed),
-        steps=config.steps,
-        workdir=workdir,
-        config=dataclasses.asdict(config) | {"encoding": spec, "seeds": [seed]},
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
-        keep=config.keep_checkpoints,
-        evaluate=evaluate_now if config.evaluate_every else None,
-        evaluate_every=config.evaluate_every,
-        resume_command=command,
-        quiet=quiet,
-    )
+    with naming_refusals(config.implementation):
+        state = fit(
+            pmap_train_step(step) if config.parallel == "pmap" else jit_train_step(step, make_mesh()),
+            init_state(params, _optimizer(config), seed),
+            train_batches(config, source, seed),
+            steps=config.steps,
+            workdir=workdir,
+            config=dataclasses.asdict(config) | {"encoding": spec, "seeds": [seed]},
+            log_every=config.log_every,
+            checkpoint_every=config.checkpoint_every,
+            keep=config.keep_checkpoints,
+            evaluate=evaluate_now if config.evaluate_every else None,
+            evaluate_every=config.evaluate_every,
+            resume_command=command,
+            quiet=quiet,
+        )
     return state.params
 
 
@@ -175,7 +181,8 @@ def _optimizer(config: Config) -> Any:
 
 def evaluate_params(config: Config, spec: str, params: Params, source: Source) -> dict[str, Any]:
     """``evaluate`` of the model that a configuration and an encoding describe, with those parameters."""
-    return evaluate(config, abstract_model(config, spec, source)[0], params, source)
+    with naming_refusals(config.implementation):
+        return evaluate(config, abstract_model(config, spec, source)[0], params, source)
 
 
 def restore_params(config: Config, spec: str, seed: int, workdir: Path, source: Source) -> Params:

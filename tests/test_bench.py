@@ -191,6 +191,20 @@ def test_what_a_contestant_raises_is_its_answer(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out.json").read_text()) == {"failed": "NotImplementedError: not on Sundays"}
 
 
+def test_a_kernel_that_the_compiler_refuses_is_an_answer_that_says_what_to_do(tmp_path, monkeypatch):
+    def refuse(job):
+        raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile posjax_attention_forward\nsecond line")
+
+    monkeypatch.setattr(child, "measure", refuse)
+    job = {"task": "measure", "contestant": {"implementation": "pallas"}, "result": str(tmp_path / "out.json")}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "job.json")])
+    child.main()
+    answer = json.loads((tmp_path / "out.json").read_text())["failed"]
+    assert answer.startswith("KernelRefused: implementation must be 'xla_chunked', got 'pallas'")
+    assert answer.endswith("INTERNAL: Mosaic failed to compile posjax_attention_forward")
+
+
 def test_what_needs_more_memory_than_there_is_is_refused():
     if not Path("/proc/meminfo").exists():
         pytest.skip("the limit is Linux's")

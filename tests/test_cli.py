@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from posjax import cli, config, runs, source
+from posjax import cli, config, prompting, runs, source
 from posjax.checkpoints import Checkpoints
+from posjax.kernels.refused import naming_refusals
 from posjax.specs import CONSTRUCTORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,6 +244,41 @@ def test_damaged_checkpoints(run, straight):
     assert code == 1 and f"none of the {len(kept)} checkpoints" in err and "Move them away to start over" in err
     assert all(f"checkpoint {step} in" in err for step in kept)
     assert files("damaged") == before
+
+
+NO_ROOM = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 16.37M of 16.00M vmem.\n\n  Program ..."
+
+
+@pytest.mark.parametrize("verb", ["train", "compare", "evaluate", "generate"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_kernel_that_the_compiler_refuses(run, straight, home, monkeypatch, verb, wrapped):
+    """jax raises what the compiler said, or an error of Mosaic's from it."""
+
+    def refuse(*args, **options):
+        try:
+            raise jax.errors.JaxRuntimeError(NO_ROOM)
+        except jax.errors.JaxRuntimeError as error:
+            if wrapped:
+                raise RuntimeError("Internal TPU kernel compiler error") from error
+            raise
+
+    module, name = (prompting, "stream") if verb == "generate" else (runs, "evaluate" if verb == "evaluate" else "fit")
+    monkeypatch.setattr(module, name, refuse)
+    workdir = "straight" if verb in ("evaluate", "generate") else "refused"
+    code, _, err = run(verb, "tiny.py", "--workdir", workdir)
+    assert code == 1
+    why = r"the compiler of the chip refuses the attention kernel: RESOURCE_EXHAUSTED: .* 16.00M vmem."
+    assert re.fullmatch(rf"posjax: implementation must be 'xla_chunked', got None, with which {why}\n", err)
+    shutil.rmtree(home / "refused", ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "implementation"),
+    [("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.", "pallas"), (NO_ROOM, "xla_chunked")],
+)
+def test_errors_that_are_not_about_the_kernel_stay_what_they_are(said, implementation):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), naming_refusals(implementation):
+        raise jax.errors.JaxRuntimeError(said)
 
 
 def test_compare_goes_on_with_what_is_missing(run, home):
