@@ -137,12 +137,12 @@ def run(
                 "implementation='pallas' has block sizes"
             )
     if implementation == "pallas":
-        if (reason := tpu.refusal(value=value, block_sizes=block_sizes, **call)) is not None:
+        if (reason := tpu.refusal(value=value, block_sizes=block_sizes, cut=cut, **call)) is not None:
             raise NotImplementedError(f"implementation='pallas' cannot run this call: {reason}; implementation='xla_chunked' can")
         return tpu.attention(value=value, **call, tile=block_sizes, cut=cut)
     if implementation is None:
         small = call["query"].shape[1] * call["key"].shape[1] <= _SMALL
-        if not small and tpu.refusal(value=value, block_sizes=block_sizes, **call) is None:
+        if not small and tpu.refusal(value=value, block_sizes=block_sizes, cut=cut, **call) is None:
             return _of_the_platform(call, value, cut, block_sizes)
         implementation = "xla" if small else "xla_chunked"
     kernel = {"xla": dense.attention, "xla_chunked": tiled.attention}[implementation]

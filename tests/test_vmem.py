@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import posjax as pj
+from posjax.attention import prepare
 from posjax.kernels import tpu, vmem
 from posjax.kernels.blocks import CHIPS, Blocks, Chip, check_blocks
+from posjax.kernels.shards import Cut
 from posjax.kernels.tpu_backward import backward
 from posjax.kernels.tpu_forward import forward
 
@@ -206,3 +208,28 @@ def test_what_does_not_fit_is_refused_by_name_and_done_by_another(chip, encoding
         jax.eval_shape(gradients(encoding, None, sizes), *shapes)
     monkeypatch.setattr(tpu, "chip_at_hand", lambda x=None: dataclasses.replace(chip, vmem=2**40))
     assert laid_out(encoding, 65536, width, "float32", implementation=None, block_sizes=sizes)
+
+
+def test_more_extents_than_scalar_memory_holds_are_refused():
+    """The compiler says of the first that it takes 2.13 MiB on a v4, and takes a quarter of it."""
+
+    def refusal(rows, mesh=None, **options):
+        arrays = {name: jax.ShapeDtypeStruct((rows, 131072), jnp.int32) for name in options}
+        x = jax.ShapeDtypeStruct((rows, 131072, 1, 128), jnp.bfloat16)
+        found = []
+
+        def call(x, arrays):
+            found.append(tpu.refusal(**prepare(x, x, x, None, None, is_causal=True, rotated=False, **arrays), value=x, cut=mesh))
+
+        with on("TPU v4"):
+            jax.eval_shape(call, x, arrays)
+        return found[0]
+
+    reason = "segment_ids of 64 x 131072 tokens takes 2.1 MiB of 1 MiB of SMEM (fewer on a device fit)"
+    assert refusal(64, segment_ids=True) == reason
+    both = refusal(64, query_positions=True, key_positions=True)
+    assert both.startswith("query_positions and key_positions of 64 x 131072 tokens takes 2.1 MiB")
+    assert refusal(16, segment_ids=True) is None
+    assert refusal(64) is None  # rows that are all alike take no more than one
+    mesh = jax.sharding.AbstractMesh((4, 2), ("data", "tensor"))
+    assert refusal(64, Cut(mesh, ("data",), ("tensor",)), segment_ids=True) is None

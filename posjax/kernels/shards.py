@@ -37,6 +37,10 @@ class Cut:
     def head_parts(self) -> int:
         return math.prod(self.mesh.shape[name] for name in self.heads) if self.heads else 1
 
+    @property
+    def batch_parts(self) -> int:
+        return math.prod(self.mesh.shape[name] for name in self.batch) if self.batch else 1
+
 
 def find_cut(query: Array) -> Cut:
     """The cut of a call with that query [B, T, N, H], to be found before ``auto_axes`` hides an explicit sharding."""

@@ -20,7 +20,7 @@ from posjax.kernels.tpu_backward import backward
 from posjax.kernels.tpu_forward import forward
 from posjax.kernels.tpu_step import Operands, Plan
 from posjax.kernels.tpu_tiles import LANES, SUBLANES, Counting, Rules
-from posjax.kernels.vmem import needed, smaller
+from posjax.kernels.vmem import SMEM, needed, scalars, smaller
 from posjax.typing import Array, Float, Int
 
 _FAR = 2**30  # the position of a key that is padding: no causal query sees it
@@ -36,9 +36,10 @@ def refusal(
     mask: Mask,
     *,
     block_sizes: Blocks | None = None,
+    cut: Cut | None = None,
     **rest: Any,
 ) -> str | None:
-    """Why the kernel cannot do a call, by the argument; None: it can. ``block_sizes`` are those that are asked for."""
+    """Why the kernel cannot do a call, by the argument; None: it can. ``block_sizes`` and ``cut`` as in ``attention``."""
     chip = chip_at_hand(query)
     if mask.boolean is not None:
         return "mask is an array (is_causal, segment_ids and local_window_size are made inside of the tile)"
@@ -58,7 +59,19 @@ def refusal(
     for kind, name in ((Interpolation, "cope"), (Lookup, "t5"), (Penalty, "alibi")):
         if kinds.count(kind) > 1:
             return f"encoding chains {name} twice"
-    return _too_much(chip, block_sizes, dict(query=query, key=key, value=value, terms=terms, mask=mask) | rest)
+    call = dict(query=query, key=key, value=value, terms=terms, mask=mask) | rest
+    return _too_much(chip, block_sizes, call) or _too_many(chip, block_sizes, find_cut(query) if cut is None else cut, call)
+
+
+def _too_many(chip: Chip, block_sizes: Blocks | None, cut: Cut, call: dict[str, Any]) -> str | None:
+    """Why the scalars of a call do not fit the chip's SMEM; None: they do."""
+    taken = scalars(*_shapes(block_sizes or _fitting(chip, call), chip, call), cut.batch_parts)
+    if taken <= SMEM:
+        return None
+    of = dict(segment_ids=call["mask"].query_segments, query_positions=call["query_positions"], key_positions=call["key_positions"])
+    rows = {name: array.shape[0] for name, array in of.items() if array is not None and array.shape[0] > 1} or {"query": 1}
+    tokens = f"{max(rows.values())} x {call['query'].shape[1]} tokens"
+    return f"{' and '.join(rows)} of {tokens} takes {taken / 2**20:.1f} MiB of 1 MiB of SMEM (fewer on a device fit)"
 
 
 def _too_much(chip: Chip, block_sizes: Blocks | None, call: dict[str, Any]) -> str | None:
@@ -86,6 +99,11 @@ def _fitting(chip: Chip, call: dict[str, Any]) -> Blocks | None:
 
 def _vmem_of(blocks: Blocks, chip: Chip, call: dict[str, Any]) -> int:
     """Bytes, on the safe side."""
+    return needed(*_shapes(blocks, chip, call))
+
+
+def _shapes(blocks: Blocks, chip: Chip, call: dict[str, Any]) -> tuple[Plan, Operands]:
+    """``_laid_out`` with shapes for arrays."""
     plans = []
 
     def operands() -> Operands:
@@ -94,7 +112,7 @@ def _vmem_of(blocks: Blocks, chip: Chip, call: dict[str, Any]) -> int:
         return x
 
     shapes = jax.eval_shape(operands)
-    return needed(plans[0], shapes)
+    return plans[0], shapes
 
 
 def attention(

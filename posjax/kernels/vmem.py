@@ -1,4 +1,5 @@
-"""How much VMEM the TPU kernel takes, estimated before anything is compiled, and the block sizes to try where it is too much.
+"""How much VMEM the TPU kernel takes, estimated before anything is compiled, and the block sizes to try where it is too much;
+and how much SMEM.
 
 The backward pass takes more than the forward pass in everything, so its need is the call's:
 
@@ -13,12 +14,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from posjax.kernels.blocks import Blocks
-from posjax.kernels.tpu_step import Operands, Plan, inputs_of, scratch_of
+from posjax.kernels.tpu_step import Operands, Plan, inputs_of, make_scalars, scratch_of
 from posjax.kernels.tpu_tiles import LANES, SUBLANES
 
+SMEM = 2**20 - 2**14  # bytes; all generations have 1 MiB
 # Bytes by the size of a number: for each pair of a tile, each channel of its queries and keys, and for each of its queries and each
 # position of CoPE or key of a strip. Fitted to what ``posjax.aot`` reports as ``Kernel.vmem``, on the safe side of it.
 _SPILLED = {2: (11, 5, 8), 4: (16, 16, 24)}
@@ -50,7 +53,7 @@ def buffers(plan: Plan, x: Operands) -> int:
     windows |= {f"d_{name}": windows[name] for name in ("key", "value", "counted_query", "embedding") if name in windows}
     windows["d_out"] = size((blocks.queries, value_width), x.value.dtype)
     windows["d_query"] = size((blocks.queries, width), x.query.dtype if held == x.key.shape[2] else jnp.float32)
-    windows["rows"] = 10 * size((plan.groups, LANES), jnp.float32)  # statistics and the state of counts
+    windows["rows"] = 12 * size((plan.groups, LANES), jnp.float32)  # statistics and the state of counts
     scratch = {name: size(a.shape, a.dtype) for name, a in scratch_of(plan, x).items() if "vmem" in str(a.memory_space)}
     scratch |= {f"d_{name}": n for name, n in scratch.items() if not name.startswith("turned")}
     for name, shape in {"key": (held, width), "value": (held, value_width), "query": (width, blocks.queries)}.items():
@@ -69,6 +72,14 @@ def _spilled(plan: Plan, x: Operands) -> int:
     if plan.counting is not None:
         spilled += by_count * blocks.queries * (plan.counting.rows + blocks.strip)
     return spilled
+
+
+def scalars(plan: Plan, x: Operands, parts: int) -> int:
+    """Bytes of SMEM that the extents of tiles take where ``parts`` devices share the batch."""
+    shapes = jax.eval_shape(lambda x: make_scalars(plan, x), x)
+    given = [x.query_positions, x.key_positions, x.query_segments, x.key_segments]
+    rows = max(array.shape[0] for array in given if array is not None)
+    return sum(4 * array.size for array in shapes) // min(rows, parts)
 
 
 def smaller(blocks: Blocks) -> Iterator[Blocks]:
