@@ -23,6 +23,7 @@ from posjax.attention import attention
 from posjax.bench import results
 from posjax.bench.attention import Row, make_folder, show_progress, versions
 from posjax.encoding import Dims, check_at_least
+from posjax.kernels.blocks import Blocks
 from posjax.specs import parse_encoding
 
 FILES = ("schedule.json", "schedule.md")
@@ -156,9 +157,18 @@ def _contestants(config: ScheduleBench) -> list[tuple[Row, aot.Job]]:
 
 
 def posjax_job(
-    spec: str, with_gradients: bool, seq_len: int, heads: int, kv_heads: int, head_dim: int, batch: int, dtype: str
+    spec: str,
+    with_gradients: bool,
+    seq_len: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    batch: int,
+    dtype: str,
+    block_sizes: Sequence[int] | None = None,
 ) -> tuple[Callable, tuple]:
     """posjax.attention for posjax.aot."""
+    sizes = None if block_sizes is None else Blocks(*block_sizes)
     encoding = parse_encoding(spec)
     dims = Dims(heads, head_dim, max_length=seq_len, num_kv_heads=kv_heads)
 
@@ -167,7 +177,7 @@ def posjax_job(
         return encoding.condition(encoding.init(jax.random.key(0), dims), hidden)
 
     def forward(query: Any, key: Any, value: Any, params: Any) -> Any:
-        return attention(query, key, value, encoding, params, is_causal=True, implementation="pallas")
+        return attention(query, key, value, encoding, params, is_causal=True, implementation="pallas", block_sizes=sizes)
 
     query = jax.ShapeDtypeStruct((batch, seq_len, heads, head_dim), dtype)
     key = jax.ShapeDtypeStruct((batch, seq_len, kv_heads, head_dim), dtype)
@@ -234,17 +244,13 @@ def _own_tile(config: ScheduleBench, generation: str) -> list[int] | None:
 def _kernel(
     config: ScheduleBench, generation: str, tile: Sequence[int] | None, fused: bool, report: aot.Report, kernel: aot.Kernel
 ) -> Row:
-    """A kernel as it stands in a row. The distance is that of the forms that are a whole tile: not of a strip of it, nor of loops
-    beside the walk over tiles, such as one that rotates keys when they arrive."""
+    """A kernel as it stands in a row. The distance is that of the forms that are a whole tile."""
     roofline = _roofline(config, generation, tile, fused, report, kernel.name) if tile else None
-    outermost = min((work.depth for work, _ in kernel.tiles), default=0)
-    branches = any(work.kind == "branch" and work.depth == outermost for work, _ in kernel.tiles)
-    forms = []
-    for work, turn in kernel.tiles:
-        nested = any(work.holds(loop) for loop in kernel.loops)
-        whole = roofline is not None and not nested and work.depth == outermost and (work.kind == "branch" or not branches)
-        form = dataclasses.asdict(work) | {"turn": turn, "has_loops": nested}
-        forms.append(form | {"distance": turn / roofline if whole else None})
+    forms = [
+        dataclasses.asdict(work)
+        | {"turn": turn, "has_loops": nested, "distance": turn / roofline if whole and roofline is not None else None}
+        for work, turn, nested, whole in forms_of(kernel)
+    ]
     return {
         "name": kernel.name,
         "bundles": kernel.bundles,
@@ -253,6 +259,21 @@ def _kernel(
         "tiles": forms,
         "roofline_bundles": roofline,
     }
+
+
+def forms_of(kernel: aot.Kernel) -> list[tuple[aot.Section, int, bool, bool]]:
+    """(work, bundles of a turn, whether there are loops in the work, whether it is on a whole tile) of ``kernel.tiles``.
+
+    Not on a whole tile are a strip of one, and loops beside the walk over tiles, such as one that rotates keys when they arrive.
+    """
+    outermost = min((work.depth for work, _ in kernel.tiles), default=0)
+    branches = any(work.kind == "branch" and work.depth == outermost for work, _ in kernel.tiles)
+    forms = []
+    for work, turn in kernel.tiles:
+        nested = any(work.holds(loop) for loop in kernel.loops)
+        whole = not nested and work.depth == outermost and (work.kind == "branch" or not branches)
+        forms.append((work, turn, nested, whole))
+    return forms
 
 
 def _roofline(

@@ -1,6 +1,8 @@
 """Block sizes of the TPU kernels, and what they must know of the chip."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -46,7 +48,7 @@ class Chip:
       name: as in ``posjax.aot.GENERATIONS``.
       vmem: bytes of VMEM that a kernel may take.
       gathers: registers are looked up along sublanes in one operation.
-      resident_bytes: of VMEM that the keys held at once may take, with all that comes with them.
+      sizes: for bfloat16 and heads of 128 channels.
     """
 
     name: str
@@ -55,18 +57,20 @@ class Chip:
     sizes: Blocks
 
     def blocks(self, dtype: Any, width: int) -> Blocks:
-        """The block sizes for a type and a head dimension."""
+        """The block sizes for a type and a head dimension, before VMEM is looked at."""
         wide = max(1, width // 128) * jnp.dtype(dtype).itemsize // 2
         return self.sizes._replace(resident=max(self.sizes.keys, self.sizes.resident // wide))
 
 
 _MIB = 2**20
+# The file is what experiments/tpu_block_sizes.py writes, from compiled schedules.
+_SIZES = {name: Blocks(**sizes) for name, sizes in json.loads(Path(__file__).with_name("blocks.json").read_text()).items()}
 CHIPS = {
-    "v4": Chip("v4", 15 * _MIB, False, Blocks(512, 512, 256, 1024)),
-    "v5e": Chip("v5e", 100 * _MIB, True, Blocks(1024, 512, 256, 8192)),
-    "v5p": Chip("v5p", 80 * _MIB, True, Blocks(1024, 512, 256, 8192)),
-    "v6e": Chip("v6e", 100 * _MIB, True, Blocks(1024, 512, 256, 8192)),
-    "tpu7x": Chip("tpu7x", 56 * _MIB, True, Blocks(1024, 512, 256, 4096)),
+    "v4": Chip("v4", 15 * _MIB, False, _SIZES["v4"]),
+    "v5e": Chip("v5e", 100 * _MIB, True, _SIZES["v5e"]),
+    "v5p": Chip("v5p", 80 * _MIB, True, _SIZES["v5p"]),
+    "v6e": Chip("v6e", 100 * _MIB, True, _SIZES["v6e"]),
+    "tpu7x": Chip("tpu7x", 56 * _MIB, True, _SIZES["tpu7x"]),
 }
 # For programs that are lowered where no chip is known: what v5e and later can run.
 ANY = Chip("any", 30 * _MIB, True, Blocks(512, 512, 256, 1024))
