@@ -26,6 +26,7 @@ SMEM = 2**20 - 2**14  # bytes; all generations have 1 MiB
 # position of CoPE or key of a strip. Fitted to what ``posjax.aot`` reports as ``Kernel.vmem``, on the safe side of it.
 _SPILLED = {2: (11, 5, 8), 4: (16, 16, 24)}
 _SPILLED_BY_ROTATION = 12  # for each channel of the queries
+_SPILLED_BY_COMPARING = 40  # for each query and position, on chips that do not look up
 
 
 def size(shape: tuple[int | None, ...], dtype: Any) -> int:
@@ -70,7 +71,8 @@ def _spilled(plan: Plan, x: Operands) -> int:
     if x.query_turn is not None:
         spilled += _SPILLED_BY_ROTATION * blocks.queries * width
     if plan.counting is not None:
-        spilled += by_count * blocks.queries * (plan.counting.rows + blocks.strip)
+        by_position = by_count if plan.counting.gathers else _SPILLED_BY_COMPARING
+        spilled += blocks.queries * (by_count * blocks.strip + by_position * plan.counting.rows)
     return spilled
 
 
