@@ -1,8 +1,11 @@
 """Every test runs on the CPU, with eight devices that are really one, so that sharded code is tested on any machine."""
 
+import atexit
 import importlib.metadata
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,14 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 # Before anything imports jax, which reads these once. Subprocesses of tests inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+
+# Most of the time goes into compiling, much of it into the same programs: the test processes and their children share them.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="posjax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 

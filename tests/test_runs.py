@@ -141,7 +141,7 @@ def test_one_device_eight_devices_and_pmap_agree(tiny):
 def test_check_compiles_nothing(tiny, monkeypatch):
     """All that a wrong command says, it says before the first compilation."""
     source = open_source(tiny)
-    monkeypatch.setattr(jax._src.compiler, "backend_compile_and_load", None)
+    monkeypatch.setattr(jax._src.compiler, "compile_or_get_cached", None)
     runs.check(tiny, ("rope + cope(8)", "tupe / alibi"), source)
     with pytest.raises(ValueError, match=r"encoding 'rope / alibi / rope' does not fit .* num_layers=2, got 3"):
         runs.check(tiny, ("rope", "rope / alibi / rope"), source)

@@ -4,6 +4,7 @@ Answers are checked by plain Python loops over the text, distributions against c
 as the definition says. Keys are fixed, and a tolerance is five standard errors of what is counted.
 """
 
+import functools
 import math
 import random
 
@@ -15,6 +16,7 @@ from suite import quick_compilation  # noqa: F401, a fixture
 from posjax import tasks
 
 SIGMAS = 5.0
+counting = functools.cache(tasks.counting)  # the same task is compiled once
 
 
 def draw(task, batch_size, seed=0):
@@ -167,7 +169,7 @@ def interpret(text):
 
 @pytest.mark.parametrize("num_variables", [1, 3, 5])
 def test_counting_answers_are_what_the_program_says(num_variables):
-    task = tasks.counting(num_variables, 60, pass_weight=5, length=250)  # long enough for any of these programs
+    task = counting(num_variables, 60, pass_weight=5, length=250)  # long enough for any of these programs
     tokens, targets, weights = draw(task, 200)
     for row, target, weight in zip(tokens, targets, weights, strict=True):
         truth, printed = interpret(task.detokenize(row))
@@ -210,7 +212,7 @@ def test_counting_has_the_distribution_of_the_rejecting_sampler(num_variables, m
     wanted = np.array(
         [reference_program(generator, num_variables, max_operations, weights) for _ in range(8000)], float
     )
-    task = tasks.counting(num_variables, max_operations, *weights, length=4 * max_operations + 3)
+    task = counting(num_variables, max_operations, *weights, length=4 * max_operations + 3)
     tokens, targets, answered = draw(task, 8000)
     is_set = tokens == 3
     increments, sets, passes = (tokens == 2).sum(1), is_set.sum(1), (tokens == 1).sum(1)
@@ -228,7 +230,7 @@ def test_counting_has_the_distribution_of_the_rejecting_sampler(num_variables, m
 
 
 def test_counting_without_passes_sets_at_once():
-    tokens, _, _ = draw(tasks.counting(2, 8, 1, 3, 0, length=40), 100)
+    tokens, _, _ = draw(counting(2, 8, 1, 3, 0, length=40), 100)
     assert (tokens[:, 1] == 3).all() and not (tokens == 1).any()
 
 
@@ -238,7 +240,7 @@ def test_counting_truncation_loses_as_many_sets_as_the_released_data(num_variabl
     rows = 0
     losses = 0
     for seed in range(2):
-        tokens, _, weights = draw(tasks.counting(num_variables), 8000, seed)
+        tokens, _, weights = draw(counting(num_variables), 8000, seed)
         asked = tokens[weights > 0][:, None]
         losses += (~((tokens[:, :-1] == asked) & (tokens[:, 1:] == 3)).any(1)).sum()
         rows += len(tokens)
@@ -247,12 +249,12 @@ def test_counting_truncation_loses_as_many_sets_as_the_released_data(num_variabl
 
 
 def test_counting_always_answering_ten_is_right_in_a_fifth():
-    _, targets, weights = draw(tasks.counting(1), 8000)
+    _, targets, weights = draw(counting(1), 8000)
     assert abs((targets[weights > 0] == 16).mean() - 0.21) < 0.03  # published: about 21 %
 
 
 def test_counting_cuts_the_left_end():
-    programs = tasks.counting(3, 200, length=803), tasks.counting(3, 200, length=40)
+    programs = counting(3, 200, length=803), counting(3, 200, length=40)
     whole, cut = (draw(task, 50) for task in programs)
     for full, short in zip(whole[0], cut[0], strict=True):
         words = programs[0].detokenize(full).split()
@@ -261,7 +263,7 @@ def test_counting_cuts_the_left_end():
 
 
 def test_counting_variants_pass_more_and_less():
-    task = tasks.counting(1, 200, length=803)
+    task = counting(1, 200, length=803)
     operations = {name: draw(variant, 500)[0] for name, variant in task.variants.items()}
     share = {name: (t == 1).sum() / ((t == 1) | (t == 2) | (t == 3)).sum() for name, t in operations.items()}
     assert set(share) == {"pass_100", "pass_10"}
@@ -269,7 +271,7 @@ def test_counting_variants_pass_more_and_less():
 
 
 def test_batch_adds_segments_and_positions():
-    batch = jax.jit(tasks.counting(1, 10, length=50).batch, static_argnums=1)(jax.random.key(0), 5)
+    batch = jax.jit(counting(1, 10, length=50).batch, static_argnums=1)(jax.random.key(0), 5)
     for tokens, segments, positions in zip(batch["tokens"], batch["segment_ids"], batch["positions"], strict=True):
         used = int(np.flatnonzero(tokens)[-1]) + 1
         assert segments.tolist() == [1] * used + [0] * (50 - used)
