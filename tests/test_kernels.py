@@ -107,7 +107,7 @@ def long_errors(kernel, length: int) -> dict[str, float]:
     with jax.enable_x64(True):
         single = [np.asarray(operands[name][0, :, 0], np.float64) for name in ("query", "key", "value")]
         truth = (jnp.asarray(single[0][rows]), jnp.asarray(single[1]), jnp.asarray(single[2]), jnp.asarray(embedding, jnp.float64))
-        want = [np.asarray(x) for x in float64_rows(truth, rows, np.asarray(weight[0, rows, 0], np.float64))]
+        want = jax.device_get(jax.jit(float64_rows)(truth, rows, np.asarray(weight[0, rows, 0], np.float64)))
     names = ("out", "query", "key", "value", "embedding")
     return {
         name: float(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b))
@@ -315,23 +315,33 @@ def test_a_batch_over_eight_devices(kernel):
     same(gradients["params"], jax.tree.map(lambda x: 8 // B * x, want["params"]))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
-@pytest.mark.parametrize("encoding", [ENCODING, pj.tupe(relative=True)], ids=lambda encoding: encoding.name)
-def test_a_mesh_with_explicit_axes(encoding, implementation):
-    """What jax.make_mesh makes: arrays carry their sharding in their type, and each operation must say what becomes of it."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
-    operands = random_operands(encoding, batch=4)
+def gradients_of_a_mesh_loss(encoding, implementation, operands):
+    """Gradients through ``pj.attention`` of a weighted sum, compiled."""
 
     def loss(operands):
         query, key, value, params = (operands[name] for name in ("query", "key", "value", "params"))
         out = pj.attention(query, key, value, encoding, params, is_causal=True, implementation=implementation)
         return (out * normal(4, *out.shape)).sum()
 
-    gradient = jax.jit(jax.grad(loss))
-    want = gradient(operands)
+    return jax.jit(jax.grad(loss))(operands)
+
+
+@functools.cache
+def without_a_mesh(encoding):
+    operands = random_operands(encoding, batch=4)
+    return operands, gradients_of_a_mesh_loss(encoding, "xla", operands)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
+@pytest.mark.parametrize("encoding", [ENCODING, pj.tupe(relative=True)], ids=lambda encoding: encoding.name)
+def test_a_mesh_with_explicit_axes(encoding, implementation):
+    """What jax.make_mesh makes: arrays carry their sharding in their type, and each operation must say what becomes of it."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    operands, want = without_a_mesh(encoding)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, "model"))
+    spread = {name: leaf if name == "params" else jax.device_put(leaf, sharding) for name, leaf in operands.items()}
     with jax.set_mesh(mesh):
-        got = gradient({name: leaf if name == "params" else jax.device_put(leaf, sharding) for name, leaf in operands.items()})
+        got = gradients_of_a_mesh_loss(encoding, implementation, spread)
     assert got["query"].sharding.spec[:3] == ("data", None, "model")
     same(jax.device_get(got), want)
 
