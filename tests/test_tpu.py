@@ -55,7 +55,8 @@ def make_operands(encoding, batch, length, keys, heads, gates=None, scale=None):
     """Query, key, value, params, and scale where given; ``heads`` is N, K, H, V.
 
     Args:
-      gates: None for random ones; "near 0" and "near 1" within 1e-6; "mixed" among the rows; "by group" of 128 queries.
+      gates: None for random ones; "near 0" and "near 1" within 1e-6; "mixed" among the rows; "by group" of 128 queries; "small",
+        around 0.02; "small and large", where those of keys 300 to 419 are around one half.
     """
     count, kv_heads, width, value_width = heads
     rng = np.random.default_rng(0)
@@ -64,9 +65,12 @@ def make_operands(encoding, batch, length, keys, heads, gates=None, scale=None):
         channel = width // 2 - 1  # the one that rope turns least
         index = np.broadcast_to(np.arange(length)[:, None], (batch, length, count))
         signs = {"near 0": -1, "near 1": 1, "mixed": rng.choice([-1, 1], index.shape), "by group": 1 - 2 * (index // 128 % 2)}
+        signs |= {"small": -0.25, "small and large": -0.25}
         query, key = (0.3 * x for x in (query, key))
         query = query.at[..., channel].set(4.0 * math.sqrt(width) * signs[gates])
         key = key.at[..., channel].set(4.0)
+        if gates == "small and large":
+            key = key.at[:, 300:420, ..., channel].set(0.0)
     dims = pj.Dims(count, width, D, max(length, keys) + 7, kv_heads)  # as far as packed() goes
     params = encoding.init(jax.random.key(0), dims)
     params = jax.tree.map(lambda leaf: leaf + 0.3 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params)
@@ -366,7 +370,33 @@ def test_groups_strips_and_blocks_of_several_tiles(gates):
 
 
 @thorough
-@pytest.mark.parametrize("gates", [None, "mixed"])
+@pytest.mark.parametrize("gates", [None, "small", "small and large", "by group"])
+@pytest.mark.parametrize("last", [4, 40])
+def test_strips_in_which_queries_pass_few_cells_and_many(last, gates):
+    """Two pieces to a strip, two groups to a passage; counts that stop to matter within small gates, or go on."""
+    tile = Blocks(256, 512, 256, 512)
+    check(counted(last), tile=tile, length=600, keys=700, gates=gates, is_causal=True, arrays=packed(1, 600, 700))
+
+
+@functools.cache
+def counted(last):
+    return pj.chain(pj.rope(theta=1e6), pj.cope(last), pj.alibi())
+
+
+@thorough
+@pytest.mark.parametrize("gates", [None, "small"])
+def test_small_gates_in_bfloat16(gates):
+    check(pj.cope(12), "bfloat16", tile=Blocks(512, 512, 256, 512), length=600, heads=(1, 1, 16, 16), gates=gates, is_causal=True)
+
+
+@thorough
+@pytest.mark.parametrize("gates", [None, "small"])
+def test_small_gates_under_a_soft_cap(gates):
+    check(pj.cope(12), tile=LARGE, length=520, heads=(1, 1, 16, 16), gates=gates, is_causal=True, logits_soft_cap=5.0)
+
+
+@thorough
+@pytest.mark.parametrize("gates", [None, "mixed", "small"])
 def test_a_chip_that_does_not_look_up_along_sublanes(gates):
     check(GATED, chip="v4", gates=gates, is_causal=True)
 

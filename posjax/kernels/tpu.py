@@ -366,7 +366,7 @@ def _outputs(plan: Plan, x: Operands) -> tuple[Array, ...]:
 
 
 def _forward(plan: Plan, cut: Cut, x: Operands) -> tuple[Array, Any]:
-    rows = 1 if plan.counting is None else 4
+    rows = 1 if plan.counting is None else 5
     out, *saved = _sharded(_outputs, plan, cut, x, (), (), ("bn...", *[_ROWS] * rows))
     return out, (x, out, tuple(saved))
 

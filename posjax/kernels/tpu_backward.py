@@ -6,6 +6,7 @@ VMEM, from all queries; where there are several blocks the kernel runs once for 
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.tpu_step import (
     OPTIONAL,
+    Groups,
     Operands,
     Plan,
     Scalars,
@@ -22,6 +24,7 @@ from posjax.kernels.tpu_step import (
     as_row,
     inputs_of,
     make_scalars,
+    masked_or_not,
     scratch_of,
     soft,
     soft_slack,
@@ -32,17 +35,24 @@ from posjax.kernels.tpu_tiles import (
     LOG2E,
     NN,
     NT,
+    QUARTER,
     SUBLANES,
     TN,
     chunks,
-    gates,
+    doubled_gates,
+    gate_slope,
     interpolated,
+    joined,
+    placed,
     product,
     spans,
     spread,
+    spread_within,
+    staggered,
     sums_to_the_left,
     sums_to_the_right,
     to_sublanes,
+    within,
 )
 from posjax.typing import Array
 
@@ -82,21 +92,25 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         s.d_last[...] = jnp.zeros(s.d_last.shape, jnp.float32)
         for g in range(plan.groups):
             s.first[g] = jnp.min(s.in_ended[pl.ds(g, 1), :])
+        s.hasty[0], s.hasty[1] = jnp.min(s.in_hasty[...]), jnp.max(s.in_hasty[...])
 
-    def products(start: Array, size: int) -> tuple[Array, Array]:
+    def d_out_of(groups: Groups | None) -> Array:
+        return s.d_out[...] if groups is None else s.d_out[groups.lanes, :]
+
+    def products(start: Array, size: int, groups: Groups | None = None) -> tuple[Array, Array]:
         """Scores before any bias, and the gradient of the weights, [s, t]."""
         key, value = s.keys(start, size), s.value[pl.ds(start, size), :]
         exact = key.dtype == jnp.float32
-        return product(key, s.queries(), NT, exact) * factor, product(value, s.d_out[...], NT, exact)
+        return product(key, s.queries(groups), NT, exact) * factor, product(value, d_out_of(groups), NT, exact)
 
-    def accumulate(start: Array, size: int, weights: Array, gradient: Array) -> None:
+    def accumulate(start: Array, size: int, weights: Array, gradient: Array, groups: Groups | None = None) -> None:
         """Adds a piece's part of the gradients of key, value and query."""
-        at, key, d_out, queries = pl.ds(start, size), s.keys(start, size), s.d_out[...], s.queries()
+        at, key, d_out, queries = pl.ds(start, size), s.keys(start, size), d_out_of(groups), s.queries(groups)
         exact = key.dtype == jnp.float32
         weights, gradient = weights.astype(d_out.dtype), gradient.astype(key.dtype)
         s.value_sums[at, :] += product(weights, d_out, NN, exact)
         s.key_sums[at, :] += product(gradient, queries, NN, exact)
-        s.query_sums[...] += product(key, gradient, TN, exact)
+        s.query_sums[:, Groups(0, plan.groups).lanes if groups is None else groups.lanes] += product(key, gradient, TN, exact)
 
     def into_table(index: Array, gradient: Array) -> None:
         """Adds the sums of gradient [s, 128] over equal indices, which all pairs of a piece have or few differ in."""
@@ -107,14 +121,16 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
 
         jax.lax.fori_loop(low, high + 1, add, None)
 
-    def weigh(scores: Array, d_weights: Array, allowed: Array | None, start: Array, size: int) -> tuple[Array, Array]:
+    def weigh(
+        scores: Array, d_weights: Array, allowed: Array | None, start: Array, size: int, groups: Groups | None = None
+    ) -> tuple[Array, Array]:
         """Weights, and the gradient of the scores, from scores with their counts and lookups in, [s, t]."""
         if plan.penalised:
-            scores = scores + s.penalty(start, size)
+            scores = scores + s.penalty(start, size, groups)
         scores = soft(plan, scores)
-        weights = jnp.exp2(scores - as_row(s.log_sum))
+        weights = jnp.exp2(scores - as_row(s.log_sum, groups))
         weights = weights if allowed is None else jnp.where(allowed, weights, 0.0)
-        gradient = weights * (d_weights - as_row(s.slack))
+        gradient = weights * (d_weights - as_row(s.slack, groups))
         return weights, gradient if plan.soft_cap is None else gradient * soft_slack(plan, scores)
 
     def plain(j: Array, masked: bool) -> None:
@@ -136,16 +152,67 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
                     s.table_sums[s.common_index(queries, keys), pl.ds(0, 1), :] += part
         accumulate(start, blocks.keys, weights, gradient)
 
-    def detailed_strip(strip: Array, masked: bool) -> None:
+    def straight(strip: Array, masked: bool) -> None:
+        """A strip in which no query passes many cells, some groups at a time: fewer wait for each other, more take long to compile,
+        which they are worth where they run most."""
+        most = math.gcd(plan.groups, 4 if masked else 8)
+        step = functools.partial(straight_part, strip, masked)
+        jax.lax.fori_loop(0, plan.groups // most, lambda n, _: step(Groups(n * most, most)), None)
+
+    def straight_part(strip: Array, masked: bool, groups: Groups) -> None:
+        start, halves = pl.multiple_of(strip * blocks.strip, blocks.strip), blocks.strip // LANES
+        passages, live, done = s.passages(groups, back=True), {}, []
+        pieces = [(passage, half) for passage in passages for half in range(halves)]
+        gathered = [as_row(s.gathered, passage.groups) for passage in passages]
+        nodes: dict[Any, Array] = {}
+
+        def begin(n: int) -> None:
+            passage, half = pieces[n]
+            at = pl.multiple_of(start + half * LANES, LANES)
+            logits, d_weights = products(at, LANES, passage.groups)
+            allowed = s.pairs(at, LANES, passage.groups) if masked else None
+            live[n] = at, allowed, logits, d_weights, doubled_gates(logits, allowed, counting.exact)
+
+        def counts(n: int) -> None:
+            live[n] = *live[n], pieces[n][0].through(sums_to_the_right(live[n][-1], counting))
+
+        def gradients(n: int) -> None:
+            passage, (at, allowed, logits, d_weights, gates, inside) = pieces[n][0], live[n]
+            found = []
+            for (g, part), lines in zip(passage.by_group(), passage.windows, strict=True):
+                bias, slope = within(lines, inside[:, part], counting)
+                seen = None if allowed is None else allowed[:, part]
+                weights, gradient = weigh(logits[:, part] + bias, d_weights[:, part], seen, at, LANES, Groups(g, 1))
+                rows = [slice(row, row + QUARTER) for row in range(0, LANES, QUARTER)]
+                for here in [spread_within(inside[row, part], gradient[row]) for row in rows]:
+                    nodes[n // halves, part.start] = nodes.get((n // halves, part.start), 0.0) + here
+                found.append((weights.astype(s.value.dtype), gradient, gradient * slope))
+            live[n] = gates, *(joined([one[k] for one in found], 1) for k in range(3))
+
+        def finish(n: int) -> None:
+            gates, weights, gradient, steps = live.pop(n)
+            sums = sums_to_the_left(steps, counting) + gathered[n // halves]
+            gathered[n // halves] = sums[LANES - 1 :]
+            done.append((weights, (gradient + sums * gate_slope(gates)).astype(s.key.dtype)))
+
+        staggered(len(pieces), [begin, counts, gradients, finish])
+        columns = [done[at : at + halves] for at in range(0, len(done), halves)]
+        weights, gradient = (joined([joined([piece[k] for piece in one], 0) for one in columns], 1) for k in range(2))
+        accumulate(start, blocks.strip, weights, gradient, groups)
+        for n, passage in enumerate(passages):
+            for g, part in passage.by_group():
+                s.gathered[pl.ds(g, 1), :] = gathered[n][:, part]
+                s.d_z[g] += placed(nodes[n, part.start], passage.base[:, part], counting)
+        s.leave(passages)
+
+    def bending(strip: Array) -> None:
+        """The same for any counts, group by group."""
         start, every = pl.multiple_of(strip * blocks.strip, blocks.strip), range(plan.groups)
         logits, d_weights = products(start, blocks.strip)
-        allowed = s.pairs(start, blocks.strip) if masked else None
+        allowed = s.pairs(start, blocks.strip)
         scores = logits + s.lookups(start, strip) if plan.index is not None else logits
-        if counting is None:
-            done(start, strip, *weigh(scores, d_weights, allowed, start, blocks.strip))
-            return
-        gate = gates(logits, allowed, counting.exact)
-        widest = s.count(sums_to_the_right(gate, counting), back=True)
+        gates = doubled_gates(logits, allowed, counting.exact)
+        s.count(sums_to_the_right(gates, counting), back=True)
         s.by_group(s.scores, scores)
 
         def add(g: Any, at: Any, rows: int) -> None:
@@ -153,35 +220,46 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
             s.scores[g, at, :] += bias
             s.slopes_there[g, at, :] = slope
 
-        def add_last(g: Array) -> None:
-            s.scores[g] += s.z[g, pl.ds(counting.last, 1), :]
-            s.slopes_there[g] = jnp.zeros((blocks.strip, LANES), jnp.float32)
+        def add_last(g: Array, at: Any) -> None:
+            s.scores[g, at, :] += s.z[g, pl.ds(counting.last, 1), :]
+            s.slopes_there[g, at, :] = jnp.zeros((QUARTER, LANES), jnp.float32)
 
         def back(g: Any, at: Any, rows: int) -> None:
             where = s.positions[g, at, :]
-            most = jnp.max(spans(where, min(rows, LANES)))
-            s.d_z[g] += spread(where, s.d_scores[g, at, :], min(rows, LANES), most, counting)
+            most = jnp.max(spans(where, rows))
+            s.d_z[g] += spread(where, s.d_scores[g, at, :], rows, most, counting)
 
-        def back_last(g: Array) -> None:
-            s.d_last[pl.ds(g, 1), :] += s.d_scores[g].sum(0, keepdims=True)
+        def back_last(g: Array, at: Any) -> None:
+            s.d_last[pl.ds(g, 1), :] += s.d_scores[g, at, :].sum(0, keepdims=True)
 
-        def together(each: Any) -> None:
-            for g in every:  # 128 queries at a time, which the registers hold
-                each(g, pl.ds(0, blocks.strip), blocks.strip)
-
-        few = widest < SUBLANES
-        pl.when(few)(lambda: together(add))
-        pl.when(~few)(lambda: s.by_need(strip, add, add_last))
+        s.by_need(strip, add, add_last)
         weights, gradient = weigh(s.all_groups(s.scores), d_weights, allowed, start, blocks.strip)
         s.by_group(s.d_scores, gradient)
-        pl.when(few)(lambda: together(back))
-        pl.when(~few)(lambda: s.by_need(strip, back, back_last))
+        s.by_need(strip, back, back_last)
         # Each count's gradient reaches the gates of all keys from its own to the query.
-        steps = gradient * (s.all_groups(s.slopes_there) * (1.0 / LOG2E))
+        steps = gradient * s.all_groups(s.slopes_there)
         sums = sums_to_the_left(steps, counting) + as_row(s.gathered)
         for g in every:
             s.gathered[pl.ds(g, 1), :] = sums[blocks.strip - 1 :, g * LANES : (g + 1) * LANES]
-        done(start, strip, weights, gradient, gradient + sums * (gate * (1.0 - gate)))
+        done(start, strip, weights, gradient, gradient + sums * gate_slope(gates))
+
+    def looking(strip: Array, masked: bool) -> None:
+        """A strip with lookups alone."""
+        start = pl.multiple_of(strip * blocks.strip, blocks.strip)
+        logits, d_weights = products(start, blocks.strip)
+        allowed = s.pairs(start, blocks.strip) if masked else None
+        done(start, strip, *weigh(logits + s.lookups(start, strip), d_weights, allowed, start, blocks.strip))
+
+    def detailed_strip(strip: Array, whole: Array) -> None:
+        if counting is None:
+            masked_or_not(functools.partial(looking, strip), whole)
+        elif plan.index is None:
+            number = s.key_block * (s.key.shape[0] // blocks.strip) + strip
+            hasty = (number >= s.hasty[0]) & (number <= s.hasty[1])
+            masked_or_not(functools.partial(straight, strip), whole, ~hasty)
+            pl.when(hasty)(lambda: bending(strip))
+        else:
+            bending(strip)
 
     def done(start: Array, strip: Array, weights: Array, gradient: Array, d_logits: Array | None = None) -> None:
         """Hands on the gradient of a strip's scores, and that of its logits where gates have added to it."""
@@ -194,9 +272,9 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
             jax.lax.fori_loop(0, plan.groups, one_group, None)
         accumulate(start, blocks.strip, weights, gradient if d_logits is None else d_logits)
 
-    def detailed(j: Array, masked: bool) -> None:
+    def detailed(j: Array, whole: Array) -> None:
         strips = blocks.keys // blocks.strip
-        jax.lax.fori_loop(0, strips, lambda n, _: detailed_strip(j * strips + n, masked), None)
+        jax.lax.fori_loop(0, strips, lambda n, _: detailed_strip(j * strips + n, whole), None)
 
     def visit(j: Array, _: None) -> None:
         queries, keys = s.query_extent(), s.key_extent(j)
@@ -293,7 +371,7 @@ def _backward_of_block(
     row_spec = pl.BlockSpec((None,) * 4 + by_tile[4:], lambda b, k, g, i, r, *_: (b, k, g, i, 0, 0))
     row_arrays = {"log_sum": log_sum, "slack": slack}
     if counting is not None:
-        row_arrays |= dict(zip(("in_high", "in_low", "in_ended", "in_gathered"), state, strict=True))
+        row_arrays |= dict(zip(("in_high", "in_low", "in_ended", "in_hasty", "in_gathered"), state, strict=True))
 
     def by_query(array: Array) -> pl.BlockSpec:
         return pl.BlockSpec((None,) * 3 + (blocks.queries, array.shape[-1]), lambda b, k, g, i, r, *_: (b, k, g, i, 0))
@@ -328,7 +406,7 @@ def _backward_of_block(
         scratch |= {name: pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32) for name in ("d_scores", "slopes_there")}
         scratch["d_z"] = pltpu.VMEM((plan.groups, counting.rows, LANES), jnp.float32)
         scratch |= {name: pltpu.VMEM((plan.groups, LANES), jnp.float32) for name in ("gathered", "d_last")}
-        scratch["first"] = pltpu.SMEM((plan.groups,), jnp.int32)
+        scratch |= {name: pltpu.SMEM((n,), jnp.int32) for name, n in (("first", plan.groups), ("hasty", 2))}
     if plan.index is not None:
         scratch["d_found"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
         scratch["table_sums"] = pltpu.VMEM((LANES, SUBLANES, LANES), jnp.float32)
@@ -351,5 +429,5 @@ def _backward_of_block(
     found = dict(zip(outs, found, strict=True))
     state = tuple(found.pop(f"out_{name}") for name in ("high", "low", "gathered")) if counting is not None else ()
     if counting is not None:
-        state = (*state[:2], row_arrays["in_ended"], state[2])
+        state = (*state[:2], row_arrays["in_ended"], row_arrays["in_hasty"], state[2])
     return {name.removeprefix("d_"): array for name, array in found.items()}, state

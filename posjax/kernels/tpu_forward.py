@@ -7,6 +7,10 @@ mask leaves, in the forward pass from the right to the left:
     plain tile      one product, one exponential, one product: a bias that is one number a row costs nothing here
     detailed tile   in strips of ``Blocks.strip`` keys and groups of 128 queries, each of which counts, looks up or neither
 
+A strip that counts is done in one straight line of instructions as if no query passed more than eight cells in it, as where gates
+are small. Where one did, the strip is done again, group by group. The backward pass takes as straight a line through strips where
+queries pass still fewer cells; the forward pass tells it between which strips of a query tile that does not hold.
+
 A group of queries leaves off counting as soon as all its counts have passed the last position. What is kept for the backward pass
 is the logarithm of the softmax's sum, the counts at the left end and where counting ended, all [T]; the backward pass walks from
 the left to the right and takes the counts off again.
@@ -22,8 +26,23 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from posjax.kernels.tpu_step import OPTIONAL, Operands, Plan, Scalars, Step, blocks_of, inputs_of, make_scalars, scratch_of, soft
+from posjax.kernels.tpu_step import (
+    OPTIONAL,
+    Groups,
+    Operands,
+    Plan,
+    Scalars,
+    Step,
+    blocks_of,
+    inputs_of,
+    make_scalars,
+    masked_or_not,
+    scratch_of,
+    soft,
+)
 from posjax.kernels.tpu_tiles import (
+    CALM,
+    HASTY,
     LANES,
     LOG2E,
     LOWEST,
@@ -31,12 +50,15 @@ from posjax.kernels.tpu_tiles import (
     NT,
     SUBLANES,
     TN,
+    WIDE,
     chunks,
-    gates,
+    doubled_gates,
     interpolated,
     joined,
     product,
+    staggered,
     sums_to_the_right,
+    within,
 )
 from posjax.typing import Array
 
@@ -70,6 +92,12 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
             s.high[...] = jnp.zeros(s.high.shape, jnp.float32)
             s.low[...] = jnp.zeros(s.low.shape, jnp.float32)
             s.unsettled[0] = 2**plan.groups - 1
+            s.hasty[0] = s.hasty[1] = -1
+
+            @pl.when(tile == 0)
+            def _() -> None:
+                s.haste[0] = CALM
+
             for g in range(plan.groups):
                 s.ended[g] = 2**30
 
@@ -77,15 +105,15 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         key = s.keys(start, size)
         return product(key, s.queries(), NT, key.dtype == jnp.float32) * factor
 
-    def softmax(scores: list[Array], allowed: list[Array] | None, start: Array, size: int) -> None:
+    def softmax(scores: list[Array], allowed: Array | None, start: Array, size: int) -> None:
         """Takes scores with their counts and lookups in, [s, t] in pieces along t, of ``size`` keys from ``start`` on."""
         weights, lane = [], 0
         penalty = s.penalty(start, size) if plan.penalised else None
-        for n, piece in enumerate(scores):
+        for piece in scores:
             at = slice(lane, lane := lane + piece.shape[1])
             piece = piece if penalty is None else piece + penalty[:, at]
             piece = soft(plan, piece)
-            piece = piece if allowed is None else jnp.where(allowed[n], piece, NEVER)
+            piece = piece if allowed is None else jnp.where(allowed[:, at], piece, NEVER)
             highest = s.highest[:, at]
             new = jnp.maximum(highest, piece.max(0, keepdims=True))
             weight, shrink = jnp.exp2(piece - new), jnp.exp2(highest - new)
@@ -101,37 +129,81 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         scores, constant = logits(start, blocks.keys), s.constant(s.query_extent(), s.key_extent(j))
         if constant is not None:
             scores = scores + constant
-        softmax([scores], [s.pairs(start, blocks.keys)] if masked else None, start, blocks.keys)
+        softmax([scores], s.pairs(start, blocks.keys) if masked else None, start, blocks.keys)
 
-    def detailed_strip(strip: Array, masked: bool) -> None:
-        start, every = pl.multiple_of(strip * blocks.strip, blocks.strip), range(plan.groups)
-        scores, allowed = logits(start, blocks.strip), s.pairs(start, blocks.strip) if masked else None
-        more = s.lookups(start, strip) if plan.index is not None else None
-        if counting is None:
-            softmax([scores + more], [allowed] if masked else None, start, blocks.strip)
-            return
-        widest = s.count(sums_to_the_right(gates(scores, allowed, counting.exact), counting))
-        s.by_group(s.scores, scores if more is None else scores + more)
+    def straight(strip: Array, masked: bool) -> None:
+        """Scores of a strip with their counts in, for queries that pass at most eight cells. ``s.haste`` tells afterwards what they
+        did pass; where it was more, nothing but the scores has changed."""
+        start, halves = pl.multiple_of(strip * blocks.strip, blocks.strip), blocks.strip // LANES
+        passages, live = s.passages(Groups(0, plan.groups)), {}
+        pieces = [(passage, half) for passage in passages for half in reversed(range(halves))]
+
+        def products(n: int) -> None:
+            passage, half = pieces[n]
+            at = pl.multiple_of(start + half * LANES, LANES)
+            key = s.keys(at, LANES)
+            raw = product(key, s.queries(passage.groups), NT, counting.exact) * factor
+            allowed = s.pairs(at, LANES, passage.groups) if masked else None
+            live[n] = raw, doubled_gates(raw, allowed, counting.exact)
+
+        def counts(n: int) -> None:
+            raw, gates = live[n]
+            live[n] = raw, pieces[n][0].through(sums_to_the_right(gates, counting))
+
+        def biases(n: int) -> None:
+            (passage, half), (raw, inside) = pieces[n], live.pop(n)
+            for (g, part), lines in zip(passage.by_group(), passage.windows, strict=True):
+                bias, _ = within(lines, inside[:, part], counting)
+                s.scores[g, pl.ds(half * LANES, LANES), :] = raw[:, part] + bias
+
+        staggered(len(pieces), [products, counts, biases])
+        haste = jnp.max(functools.reduce(jnp.maximum, [passage.haste(counting) for passage in passages]))
+        s.haste[0] = haste
+        s.leave(passages, haste < WIDE)
+
+    def bending(strip: Array) -> None:
+        """The same for any counts, group by group."""
+        start = pl.multiple_of(strip * blocks.strip, blocks.strip)
+        scores, allowed = logits(start, blocks.strip), s.pairs(start, blocks.strip)
+        widest = s.count(sums_to_the_right(doubled_gates(scores, allowed, counting.exact), counting))
+        s.by_group(s.scores, scores if plan.index is None else scores + s.lookups(start, strip))
 
         def add(g: Any, at: Any, rows: int) -> None:
             cut = chunks(s.positions[g, at, :], rows)
             s.scores[g, at, :] += interpolated(cut, s.z[g], s.slope[g], counting)[0]
 
-        def add_last(g: Array) -> None:
-            s.scores[g] += s.z[g, pl.ds(counting.last, 1), :]
+        def add_last(g: Array, at: Any) -> None:
+            s.scores[g, at, :] += s.z[g, pl.ds(counting.last, 1), :]
 
-        def together() -> None:
-            for g in every:  # 128 queries at a time, which the registers hold
-                add(g, pl.ds(0, blocks.strip), blocks.strip)
+        s.by_need(strip, add, add_last)
+        s.haste[0] = jnp.where(widest < SUBLANES, HASTY, WIDE)
 
-        pl.when(widest < SUBLANES)(together)
-        pl.when(widest >= SUBLANES)(lambda: s.by_need(strip, add, add_last))
-        pieces = [allowed[:, g * LANES : (g + 1) * LANES] for g in every] if masked else None
-        softmax([s.scores[g] for g in every], pieces, start, blocks.strip)
+    def detailed_strip(strip: Array, whole: Array) -> None:
+        start = pl.multiple_of(strip * blocks.strip, blocks.strip)
+        if counting is not None and plan.index is None:
+            masked_or_not(functools.partial(straight, strip), whole, s.haste[0] < WIDE)  # as the strip before it
+            pl.when(s.haste[0] == WIDE)(lambda: bending(strip))
 
-    def detailed(j: Array, masked: bool) -> None:
+            @pl.when(s.haste[0] > CALM)
+            def _() -> None:
+                number = s.key_block * (s.key.shape[0] // blocks.strip) + strip
+                s.hasty[0] = number
+                s.hasty[1] = jnp.maximum(s.hasty[1], number)
+        elif counting is not None:
+            bending(strip)
+
+        def take(masked: bool) -> None:
+            if counting is None:
+                scores = [logits(start, blocks.strip) + s.lookups(start, strip)]
+            else:
+                scores = [s.scores[g] for g in range(plan.groups)]
+            softmax(scores, s.pairs(start, blocks.strip) if masked else None, start, blocks.strip)
+
+        masked_or_not(take, whole)
+
+    def detailed(j: Array, whole: Array) -> None:
         strips = blocks.keys // blocks.strip
-        jax.lax.fori_loop(0, strips, lambda n, _: detailed_strip(j * strips + strips - 1 - n, masked), None)
+        jax.lax.fori_loop(0, strips, lambda n, _: detailed_strip(j * strips + strips - 1 - n, whole), None)
         if counting is not None:
             s.unsettled[0] = s.unsettled_groups()
 
@@ -165,6 +237,8 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
             s.log_sum[pl.ds(g, 1), :] = log_sum[:, g * LANES : (g + 1) * LANES]
             if counting is not None:
                 s.out_ended[pl.ds(g, 1), :] = jnp.full((1, LANES), s.ended[g], jnp.int32)
+                lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+                s.out_hasty[pl.ds(g, 1), :] = jnp.where(lane == 0, s.hasty[0], s.hasty[1])
         if counting is not None:
             s.out_high[...], s.out_low[...] = s.high[...], s.low[...]
 
@@ -191,7 +265,7 @@ def forward(plan: Plan, x: Operands) -> tuple[Array, ...]:
     outs = {"out": out, "log_sum": jax.ShapeDtypeStruct(by_tile, jnp.float32)}
     if plan.counting is not None:
         outs |= {f"out_{name}": jax.ShapeDtypeStruct(by_tile, jnp.float32) for name in ("high", "low")}
-        outs["out_ended"] = jax.ShapeDtypeStruct(by_tile, jnp.int32)
+        outs |= {f"out_{name}": jax.ShapeDtypeStruct(by_tile, jnp.int32) for name in ("ended", "hasty")}
     out_specs = [row_spec] * len(outs)
     out_specs[0] = pl.BlockSpec((None,) * 3 + (blocks.queries, width), lambda b, k, g, i, r, *_: (b, k, g, i, 0))
     scratch = scratch_of(plan, x) | {
@@ -200,7 +274,7 @@ def forward(plan: Plan, x: Operands) -> tuple[Array, ...]:
         "sums": pltpu.VMEM((width, blocks.queries), jnp.float32),
     }
     if plan.counting is not None:
-        scratch["ended"] = pltpu.SMEM((plan.groups,), jnp.int32)
+        scratch |= {name: pltpu.SMEM((n,), jnp.int32) for name, n in (("ended", plan.groups), ("haste", 1), ("hasty", 2))}
     return pl.pallas_call(
         functools.partial(_body, plan, (*names, *outs, *scratch), rows, held),
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -12,24 +12,34 @@ from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.blocks import Blocks
 from posjax.kernels.tpu_tiles import (
+    CALM,
+    FEW,
+    HASTY,
     LANES,
     LOG2E,
     NN,
     NT,
+    OFFSET,
+    QUARTER,
     SUBLANES,
+    WIDE,
     Counting,
     Extent,
     Rules,
+    Window,
     add_exactly,
+    cell,
     column,
     gathered,
+    joined,
     positions,
     product,
     spans,
+    window,
 )
 from posjax.typing import Array
 
-_MANY = 64  # keys of a chunk where gates are small
+_NOTHING, _FEW_CELLS, _MANY_CELLS = range(3)  # to be looked up in a quarter of a strip for a group of queries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +137,21 @@ class Scalars(NamedTuple):
 # Inside of a tile ----------------------------------------------------------------------------------------------------------
 
 
-def as_row(ref: Any) -> Array:
-    """[t / 128, 128] as one lane vector [1, t]."""
-    return jnp.concatenate([ref[pl.ds(g, 1), :] for g in range(ref.shape[0])], axis=1)
+class Groups(NamedTuple):
+    """Some of a tile's groups of 128 queries: ``count`` from ``first`` on."""
+
+    first: Array | int
+    count: int
+
+    @property
+    def lanes(self) -> Any:
+        return pl.ds(self.first * LANES, self.count * LANES)
+
+
+def as_row(ref: Any, groups: Groups | None = None) -> Array:
+    """[t / 128, 128], or some groups of it, as one lane vector [1, t]."""
+    first, count = groups or (0, ref.shape[0])
+    return jnp.concatenate([ref[pl.ds(first + n, 1), :] for n in range(count)], axis=1)
 
 
 def turned(x: Array, turn: Any, partner: Array, back: bool = False) -> Array:
@@ -142,6 +164,59 @@ def turned(x: Array, turn: Any, partner: Array, back: bool = False) -> Array:
     return x.astype(jnp.float32) * cos + product(x, other, NN, exact) * sin
 
 
+@dataclasses.dataclass
+class Passage:
+    """The counts of one or two groups of queries on their way through a strip, in pieces of 128 keys.
+
+    Attributes:
+      groups: which.
+      base: [1, t] int32, the cell that counts are given from.
+      now: [1, t], the counts at hand, less base.
+      windows: eight cells from base on, for each group.
+      back: counts are taken off, from the left; otherwise added, from the right.
+      sums: [1, t] for each piece passed, of its gates.
+      ends: of each quarter passed the counts with its first and with its last key.
+    """
+
+    groups: Groups
+    base: Array
+    now: Array
+    windows: list[Window]
+    back: bool
+    sums: list[Array] = dataclasses.field(default_factory=list)
+    ends: list[Array] = dataclasses.field(default_factory=list)
+
+    def by_group(self) -> list[tuple[Array | int, slice]]:
+        """The number of each group and its lanes here."""
+        return [(self.groups.first + n, slice(n * LANES, (n + 1) * LANES)) for n in range(self.groups.count)]
+
+    def through(self, later: Array) -> Array:
+        """The counts, less base, of a piece whose gates add up to ``later`` [128, t]."""
+        self.sums.append(later[:1])
+        right = self.now - later[:1] if self.back else self.now
+        self.now = right if self.back else right + later[:1]
+        inside = later + right
+        for at in range(0, LANES, QUARTER):
+            self.ends.append((inside[at : at + 1], inside[at + QUARTER - 1 : at + QUARTER]))
+        return inside
+
+    def haste(self, counting: Counting) -> Array:
+        """[1, 128] of CALM, where queries passed at most ``FEW`` cells in any quarter and seven in all, HASTY, or WIDE, where they
+        passed more than eight in all; with a margin for the backward pass, which rounds otherwise."""
+        margin = 2.0**-10
+
+        def passed(first: Array, last: Array) -> Array:
+            return cell(first + margin) - cell(last - margin)
+
+        first, last = self.ends[-2][0], self.ends[1][1]
+        hasty = passed(first, last) >= SUBLANES - 1
+        for ends in self.ends:
+            hasty |= passed(*ends) > FEW
+        wide = (cell(first + margin) >= SUBLANES) & (self.base < counting.last)
+        found = jnp.where(wide, WIDE, jnp.where(hasty, HASTY, CALM))
+        return functools.reduce(jnp.maximum, jnp.split(found, found.shape[1] // LANES, 1))
+
+
 def soft(plan: Plan, x: Array) -> Array:
     if plan.soft_cap is None:
         return x
@@ -152,6 +227,12 @@ def soft(plan: Plan, x: Array) -> Array:
 def soft_slack(plan: Plan, x: Array) -> Array:
     """The derivative of the soft cap where the capped score is x."""
     return 1.0 - jnp.square(x / (plan.soft_cap * LOG2E))
+
+
+def masked_or_not(do: Any, whole: Array, here: Array | bool = True) -> None:
+    """``do(masked)``, if ``here``, on pairs that all may meet (``whole``) or not."""
+    pl.when(whole & here)(lambda: do(False))
+    pl.when(~whole & here)(lambda: do(True))
 
 
 @dataclasses.dataclass
@@ -201,23 +282,54 @@ class Step:
         for g in range(self.plan.groups):
             ref[g] = x[:, g * LANES : (g + 1) * LANES]
 
+    def passages(self, groups: Groups, back: bool = False) -> list[Passage]:
+        """Of two groups of queries each, which fill the matrix unit."""
+        made, size, counting = [], 2 if groups.count % 2 == 0 else 1, self.plan.counting
+        for start in range(0, groups.count, size):
+            two = Groups(groups.first + start, size)
+            high, low = as_row(self.high, two), as_row(self.low, two)
+            base = (high + low + 2.0**-10).astype(jnp.int32) - (SUBLANES - 2) if back else (high + low).astype(jnp.int32)
+            passage = Passage(two, base, (high - base.astype(jnp.float32)) + low - OFFSET, [], back)
+            for g, part in passage.by_group():
+                passage.windows.append(window(self.z[g], self.slope[g], base[:, part], counting))
+            made.append(passage)
+        return made
+
+    def leave(self, passages: list[Passage], valid: Array | bool = True) -> None:
+        """Moves the counts past a strip, if ``valid``."""
+        for passage in passages:
+            sums = functools.reduce(jnp.add, passage.sums[::-1] if passage.back else passage.sums)
+            sums = jnp.where(valid, -sums if passage.back else sums, 0.0)
+            for g, part in passage.by_group():
+                row = pl.ds(g, 1)
+                self.high[row, :], self.low[row, :] = add_exactly(self.high[row, :], self.low[row, :], sums[:, part])
+
     def count(self, later: Array, back: bool = False) -> Array:
-        """Puts the positions in a strip, whose gates add up to ``later`` [s, t], in their place, and moves the counts on past it.
-        Forward, the counts kept are those to the strip's right, ``back`` those with it.
+        """Puts the positions in a strip, whose gates add up to ``later`` [s, t], in their place, and what to do with them in
+        ``self.need``; and moves the counts on past it. The counts kept are those right of the strip, ``back`` those with it.
 
         Returns:
           The greatest number of cells that a query passes in the strip, a scalar.
         """
-        widest = jnp.zeros((1, LANES), jnp.int32)
+        counting, widest = self.plan.counting, jnp.zeros((1, LANES), jnp.int32)
+        quarters = [slice(at, at + QUARTER) for at in range(0, later.shape[0], QUARTER)]
+        needs: list[list[Array]] = [[] for _ in quarters]
         for g in range(self.plan.groups):
             row, sums = pl.ds(g, 1), later[:, g * LANES : (g + 1) * LANES]
             high, low = self.high[row, :], self.low[row, :]
             moved = add_exactly(high, low, -sums[:1] if back else sums[:1])
             received = moved if back else (high, low)
-            where = positions(sums + (received[0] + received[1]), self.plan.counting)
+            where = positions(sums + (received[0] + received[1]), counting)
             self.high[row, :], self.low[row, :] = moved
             self.positions[g] = where
             widest = jnp.maximum(widest, spans(where, where.shape[0]))
+            for found, quarter in zip(needs, quarters, strict=True):
+                here = where[quarter]
+                many = jnp.where(spans(here, QUARTER) < SUBLANES, _FEW_CELLS, _MANY_CELLS)
+                found.append(jnp.where(here[-1:] >= counting.last, _NOTHING, many))
+        for n, found in enumerate(needs):
+            most = joined(found, 0).max(1, keepdims=True)  # of each group
+            self.need[n] = jnp.sum(most << (2 * jax.lax.broadcasted_iota(jnp.int32, most.shape, 0)))
         return jnp.max(widest)
 
     def unsettled_groups(self) -> Array:
@@ -227,31 +339,27 @@ class Step:
         return jnp.sum(short.max(1, keepdims=True) << group[:, :1])
 
     def by_need(self, strip: Array, add: Any, add_last: Any) -> None:
-        """For every group in a strip: ``add_last(g)`` where all its counts are past the last position or nothing is seen;
-        elsewhere ``add(g, at, rows)`` for each piece ``at`` of the strip, with as many keys to a chunk as pass few cells."""
-        pieces, last = self.plan.blocks.strip // _MANY, self.plan.counting.last
+        """For every group in a strip and every quarter ``at`` of it: ``add_last(g, at)`` where all counts are past the last
+        position or nothing is seen; elsewhere ``add(g, at, rows)``, with as many keys to a chunk as pass few cells."""
+        quarters = self.plan.blocks.strip // QUARTER
 
-        def one_group(g: Array, _: None) -> None:
-            where = self.positions[g]
-            past = self.plan.rules.none(self.group_extent(g), self.strip_extent(strip)) | (jnp.min(where) >= last)
-            few = jnp.max(spans(where, _MANY)) < SUBLANES
+        def one(n: Array, _: None) -> None:
+            g, quarter = jax.lax.div(n, np.int32(quarters)), jax.lax.rem(n, np.int32(quarters))
+            at = pl.ds(pl.multiple_of(quarter * QUARTER, QUARTER), QUARTER)
+            unseen = self.plan.rules.none(self.group_extent(g), self.strip_extent(strip))
+            need = jnp.where(unseen, _NOTHING, (self.need[quarter] >> (2 * g)) & 3)
+            pl.when(need == _NOTHING)(lambda: add_last(g, at))
+            pl.when(need == _FEW_CELLS)(lambda: add(g, at, QUARTER))
+            pl.when(need == _MANY_CELLS)(lambda: add(g, at, SUBLANES))
 
-            def each(rows: int) -> None:
-                jax.lax.fori_loop(0, pieces, lambda n, _: add(g, pl.ds(pl.multiple_of(n * _MANY, _MANY), _MANY), rows), None)
-
-            pl.when(past)(lambda: add_last(g))
-            pl.when(~past & few)(lambda: each(_MANY))
-            pl.when(~past & ~few)(lambda: each(SUBLANES))
-
-        jax.lax.fori_loop(0, self.plan.groups, one_group, None)
+        jax.lax.fori_loop(0, self.plan.groups * quarters, one, None)
 
     def choose(self, j: Array, fine: Array, plain: Any, detailed: Any) -> None:
-        """Calls ``detailed(j, masked)`` on a tile that counts or looks up, ``plain(j, masked)`` on any other."""
+        """Calls ``detailed(j, whole)`` on a tile that counts or looks up, ``plain(j, masked)`` on any other."""
         whole = self.plan.rules.all(self.query_extent(), self.key_extent(j))
-        for masked, here in ((False, whole), (True, ~whole)):
-            if self.plan.detailed:
-                pl.when(fine & here)(functools.partial(detailed, j, masked))
-            pl.when(~fine & here)(functools.partial(plain, j, masked))
+        if self.plan.detailed:
+            pl.when(fine)(lambda: detailed(j, whole))
+        masked_or_not(functools.partial(plain, j), whole, ~fine)
 
     def lookups(self, start: Array, strip: Array) -> Array:
         """What the table adds to a strip, [s, t]."""
@@ -276,18 +384,20 @@ class Step:
         ref = self.turned_key if self.plan.turn_keys else self.key
         return ref[pl.ds(start, size), :]
 
-    def pairs(self, start: Array, size: int) -> Array:
-        """Which pairs of ``size`` keys and the tile's queries may meet, [size, t]."""
+    def pairs(self, start: Array, size: int, groups: Groups | None = None) -> Array:
+        """Which pairs of ``size`` keys and the tile's queries, or some groups of them, may meet, [size, t]."""
 
         def both(queries: Any, keys: Any) -> tuple[Array, Array]:
-            return as_row(queries), column(keys[:, pl.ds(start, size)], self.plan.blocks.queries)
+            row = as_row(queries, groups)
+            return row, column(keys[:, pl.ds(start, size)], row.shape[1])
 
         segments = both(self.query_segments, self.key_segments) if self.plan.rules.segmented else (None, None)
         return self.plan.rules.pairs(*both(self.query_positions, self.key_positions), *segments)
 
-    def penalty(self, start: Array, size: int) -> Array:
-        distance = as_row(self.query_positions) - column(self.key_positions[:, pl.ds(start, size)], self.plan.blocks.queries)
-        slope = jnp.tile(self.slopes[...] * -LOG2E, (1, self.plan.groups))
+    def penalty(self, start: Array, size: int, groups: Groups | None = None) -> Array:
+        row = as_row(self.query_positions, groups)
+        distance = row - column(self.key_positions[:, pl.ds(start, size)], row.shape[1])
+        slope = jnp.tile(self.slopes[...] * -LOG2E, (1, row.shape[1] // LANES))
         return slope * jnp.abs(distance).astype(jnp.float32)
 
     def looked_up(self, index: Array) -> Array:
@@ -328,8 +438,9 @@ class Step:
             for n, ref in enumerate((self.z, self.slope)):
                 self.by_group(ref, product(self.embedding[n], counted, NT, exact=True) * LOG2E)
 
-    def queries(self) -> Array:
-        return (self.query if self.query_turn is None else self.turned_query)[...]
+    def queries(self, groups: Groups | None = None) -> Array:
+        ref = self.query if self.query_turn is None else self.turned_query
+        return ref[...] if groups is None else ref[groups.lanes, :]
 
     def prepare_keys(self) -> None:
         """Rotates the keys in VMEM, once for all query tiles."""
@@ -426,6 +537,7 @@ def scratch_of(plan: Plan, x: Operands) -> dict[str, Any]:
         for name in ("scores", "positions"):
             made[name] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
         made["unsettled"] = pltpu.SMEM((1,), jnp.int32)
+        made["need"] = pltpu.SMEM((blocks.strip // QUARTER,), jnp.int32)
     if plan.index is not None:
         made["found"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
     return made

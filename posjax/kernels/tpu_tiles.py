@@ -20,6 +20,9 @@ import jax.numpy as jnp
 from posjax.typing import Array
 
 SUBLANES, LANES = 8, 128
+CALM, HASTY, WIDE = range(3)  # how many cells the queries of a strip pass: see ``Passage.haste``
+FEW = 2  # cells that a query may pass in a quarter of a strip for it to be calm
+QUARTER = 64  # keys
 LOG2E = math.log2(math.e)
 NEVER = -2e38  # a score that is not allowed
 LOWEST = -1e30  # the running maximum before anything was seen: above NEVER, so that what is forbidden weighs nothing
@@ -126,22 +129,23 @@ class Counting(NamedTuple):
 
 
 def sums_to_the_right(gates: Array, counting: Counting) -> Array:
-    """For each key of [s, t] the sum over itself and later keys: a product with a triangle of ones, exact in its float32 sums."""
-    return _sums(gates, True, 3 if counting.exact else 2)
+    """For each key of [s, t], of which ``doubled_gates`` are given, the sum of the gates of itself and of later keys: a product
+    with a triangle, exact in its float32 sums."""
+    return _sums(gates, True, 3 if counting.exact else 2, 0.5)
 
 
 def sums_to_the_left(gradient: Array, counting: Counting) -> Array:
     """For each key of [s, t] the sum over itself and earlier keys; of bfloat16 calls rounded like every other gradient."""
-    return _sums(gradient, False, 3 if counting.exact else 1)
+    return _sums(gradient, False, 3 if counting.exact else 1, 1.0)
 
 
-def _sums(x: Array, later: bool, parts: int) -> Array:
-    """x is cut into bfloat16 parts, 8 bits each, which the triangle multiplies without rounding.
+def _sums(x: Array, later: bool, parts: int, factor: float) -> Array:
+    """x is cut into bfloat16 parts, 8 bits each, which the triangle, of a power of two, multiplies without rounding.
 
     One product sums two parts. Three are summed apart, since the least would drown in the sums of the greatest.
     """
     row, col = (jax.lax.broadcasted_iota(jnp.int32, (x.shape[0],) * 2, axis) for axis in (0, 1))
-    ones = ((col >= row) if later else (col <= row)).astype(jnp.float32).astype(jnp.bfloat16)
+    ones = jnp.where((col >= row) if later else (col <= row), factor, 0.0).astype(jnp.bfloat16)
     pieces = []
     for n in range(parts):
         pieces.append(x.astype(jnp.bfloat16))
@@ -151,10 +155,15 @@ def _sums(x: Array, later: bool, parts: int) -> Array:
     return product(jnp.concatenate([ones] * parts, axis=1), jnp.concatenate(pieces, axis=0))
 
 
-def gates(logits: Array, allowed: Array | None, exact: bool) -> Array:
-    """sigmoid of scores in units of log2 e; zero where not allowed."""
-    g = 1.0 / (1.0 + jnp.exp2(-logits)) if exact else 0.5 * jnp.tanh(logits * (0.5 / LOG2E)) + 0.5
+def doubled_gates(logits: Array, allowed: Array | None, exact: bool) -> Array:
+    """Twice the sigmoid of scores in units of log2 e; zero where not allowed. Sums take the factor off again, for nothing."""
+    g = 2.0 / (1.0 + jnp.exp2(-logits)) if exact else jnp.tanh(logits * (0.5 / LOG2E)) + 1.0
     return g if allowed is None else jnp.where(allowed, g, 0.0)
+
+
+def gate_slope(doubled: Array) -> Array:
+    """The derivative of the gates by their logits in units of log2 e."""
+    return doubled * (0.5 / LOG2E - (0.25 / LOG2E) * doubled)
 
 
 def add_exactly(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
@@ -211,6 +220,47 @@ def eight_from(table: Array, start: Array, counting: Counting) -> Array:
     return found
 
 
+# A cell is found by rounding to the nearest whole number, in one addition. So counts are given from half a cell above the base of a
+# window, and a little less, because a tie rounds to the even number.
+OFFSET = 0.5 - 2.0**-19
+_WHOLE = 1.5 * 2.0**23  # here floats are whole numbers, and the last bits of theirs are those of what was added
+
+
+def cell(inside: Array) -> Array:
+    """The cell from the base on, for counts ``inside`` + ``OFFSET`` from the base on."""
+    return (inside + _WHOLE) - _WHOLE
+
+
+class Window(NamedTuple):
+    """The straight lines of eight cells from a base on: start + slope * inside."""
+
+    start: Array  # [8, t]
+    slope: Array
+
+
+def window(z: Array, slope: Array, base: Array, counting: Counting) -> Window:
+    """From z and its steps [P, t]; below no cell and above the last, cells are whatever they are, or the last."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, z.shape[1]), 0).astype(jnp.float32)
+    steep = eight_from(slope, base, counting)
+    return Window(eight_from(z, base, counting) - (row - OFFSET) * steep, steep)
+
+
+def within(window: Window, inside: Array, counting: Counting) -> tuple[Array, Array]:
+    """The bias and its slope at counts ``inside``, [s, t], all in the window's eight cells."""
+    at = jax.lax.bitcast_convert_type(inside + _WHOLE, jnp.int32) & (SUBLANES - 1)
+    slope = pick(window.slope, at, counting.gathers)
+    return pick(window.start, at, counting.gathers) + inside * slope, slope
+
+
+def staggered(pieces: int, stages: list[Any]) -> None:
+    """Calls each stage for each piece, every stage a piece behind the one before it, so that in a program without branches the
+    stages of neighbours, which wait for nothing of each other, stand side by side."""
+    for n in range(pieces + len(stages) - 1):
+        for behind, stage in enumerate(stages):
+            if 0 <= n - behind < pieces:
+                stage(n - behind)
+
+
 def positions(counts: Array, counting: Counting) -> Array:
     """Counts, clamped. Past the last position there is one more cell, whose slope is zero, which stops the gradient as well."""
     return jnp.minimum(counts, counting.last + 0.25)
@@ -257,6 +307,32 @@ def interpolated(cut: list[Chunk], z: Array, slope: Array, counting: Counting) -
         biases.append(start + (chunk.inside - chunk.here.astype(jnp.float32)) * steep)
         slopes.append(steep)
     return jnp.concatenate(biases, 0), jnp.concatenate(slopes, 0)
+
+
+def spread_within(inside: Array, gradient: Array) -> Array:
+    """``spread`` for 64 keys that pass at most ``FEW`` cells: the gradient [8, t] of a window's nodes, for counts ``inside``."""
+    total = to_sublanes(gradient).sum(0, keepdims=True)
+    first = cell(inside[-1:])
+    nodes = [first + (n - OFFSET) for n in range(FEW + 1)]
+    ramps = [gradient * (jnp.maximum(inside, node) if n else inside) for n, node in enumerate(nodes)]
+    ramps = [to_sublanes(ramp).sum(0, keepdims=True) - node * total for ramp, node in zip(ramps, nodes, strict=True)]
+    ramps = [total + ramps[0], *ramps, 0.0, 0.0]
+    row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, inside.shape[1]), 0) - first.astype(jnp.int32)
+    found = jnp.zeros((SUBLANES, inside.shape[1]), jnp.float32)
+    for n in range(FEW + 2):
+        found = jnp.where(row == n, ramps[n] - 2.0 * ramps[n + 1] + ramps[n + 2], found)
+    return found
+
+
+def placed(nodes: Array, base: Array, counting: Counting) -> Array:
+    """The gradient [8, t] of a window's nodes as that of z, [P, t]: what is past the last position belongs to the last."""
+    row = jax.lax.broadcasted_iota(jnp.int32, nodes.shape, 0)
+    past = jnp.where(row + base >= counting.last, nodes, 0.0).sum(0, keepdims=True)
+    every = jax.lax.broadcasted_iota(jnp.int32, (counting.rows, nodes.shape[1]), 0)
+    place = every - base
+    found = pick(nodes, place & (SUBLANES - 1), counting.gathers)
+    found = jnp.where((place >= 0) & (place < SUBLANES) & (every < counting.last), found, 0.0)
+    return found + jnp.where(every == counting.last, past, 0.0)
 
 
 def spread(positions: Array, gradient: Array, rows: int, most: Any, counting: Counting) -> Array:
