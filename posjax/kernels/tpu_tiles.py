@@ -144,6 +144,14 @@ def _sums(x: Array, later: bool, parts: int, factor: float) -> Array:
 
     One product sums two parts. Three are summed apart, since the least would drown in the sums of the greatest.
     """
+    if x.shape[0] > LANES:  # a triangle of twice the size is four times the work
+        pieces = [_sums(x[at : at + LANES], later, parts, factor) for at in range(0, x.shape[0], LANES)]
+        for n in range(1, len(pieces)):
+            if later:
+                pieces[-n - 1] = pieces[-n - 1] + pieces[-n][:1]
+            else:
+                pieces[n] = pieces[n] + pieces[n - 1][-1:]
+        return jnp.concatenate(pieces, 0)
     row, col = (jax.lax.broadcasted_iota(jnp.int32, (x.shape[0],) * 2, axis) for axis in (0, 1))
     ones = jnp.where((col >= row) if later else (col <= row), factor, 0.0).astype(jnp.bfloat16)
     pieces = []
