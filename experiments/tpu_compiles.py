@@ -1,0 +1,162 @@
+"""Does every attention kernel compile for every TPU? Forward and backward, ahead of time; no TPU is needed.
+
+    python experiments/tpu_compiles.py                                        # all 840 calls: many hours on two CPU cores
+    python experiments/tpu_compiles.py --chips v4 v6e --lengths 131072 1024   # a part of them
+
+Each encoding that the kernel knows, on each chip, in bfloat16 and float32, with heads of 64, 128 and 256 channels: causal attention
+of 4 query heads over 2 key heads within segments, and at PLAIN_LENGTH tokens also of 4 over 4 without segments. Gradients are
+of query, key, value and all parameters. A call whose program lacks a forward or a backward kernel has failed, too.
+
+experiments/results/tpu_compiles.json has a row for each call, written as soon as the call is through: seconds to trace and
+compile, bundles and VMEM of the kernels, or the reason of the failure. Calls that stand in it already are not made again, as long
+as versions and the sources in posjax/kernels are those that it names; else it begins anew. The exit code is 1 where a call failed.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+
+import posjax as pj
+from posjax import aot
+from posjax.bench.attention import versions
+from posjax.kernels import blocks
+from posjax.specs import parse_encoding
+
+SOURCES = Path(blocks.__file__).parent
+RESULTS = Path(__file__).parent / "results" / "tpu_compiles.json"
+DTYPES = ("bfloat16", "float32")
+HEAD_DIMS = (64, 128, 256)
+PLAIN_LENGTH = 8192
+CALL = ("length", "chip", "encoding", "dtype", "head_dim", "plain")  # what a row is of
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Compiles attention, forward and backward, and writes down what came of it.
+
+    Attributes:
+      chips: generations of TPU.
+      lengths: tokens; queries and keys.
+      encodings: such as rope or "rope + cope(64)".
+    """
+
+    chips: tuple[Literal["v4", "v5e", "v5p", "v6e", "tpu7x"], ...] = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+    lengths: tuple[int, ...] = (1024, 8192, 131072)
+    encodings: tuple[str, ...] = ("identity", "rope", "alibi", "t5", "tupe", "cope(64)", "rope + cope(64)")
+
+
+def attention_job(length: int, encoding: str, dtype: str, head_dim: int, plain: bool) -> tuple[Callable, tuple]:
+    """What posjax.aot compiles, in its own process: attention and its gradients, and their arguments."""
+    chosen = parse_encoding(encoding)
+    heads, kv_heads = (4, 4) if plain else (4, 2)
+    dims = pj.Dims(heads, head_dim, max_length=length, num_kv_heads=kv_heads)
+
+    def parameters() -> Any:
+        return chosen.condition(chosen.init(jax.random.key(0), dims), jnp.zeros((1, length, dims.embed_dim), dtype))
+
+    def both(segments: Any, cotangent: Any, *operands: Any) -> Any:
+        def forward(query: Any, key: Any, value: Any, params: Any) -> Any:
+            within = None if plain else segments
+            return pj.attention(query, key, value, chosen, params, is_causal=True, segment_ids=within, implementation="pallas")
+
+        out, pull = jax.vjp(forward, *operands)
+        return out, pull(cotangent)
+
+    query, key = (jax.ShapeDtypeStruct((1, length, n, head_dim), dtype) for n in (heads, kv_heads))
+    return both, (jax.ShapeDtypeStruct((1, length), jnp.int32), query, query, key, key, jax.eval_shape(parameters))
+
+
+def measure(call: dict[str, Any]) -> dict[str, Any]:
+    """The row of a call."""
+    job = {name: value for name, value in call.items() if name != "chip"}
+    (report,) = aot.compile_all([("tpu_compiles:attention_job", job)], aot.GENERATIONS[call["chip"]].topology)
+    kernels = [{"name": k.name, "bundles": k.bundles, "vmem_bytes": k.vmem} for k in report.kernels]
+    lacking = [part for part in ("forward", "backward") if not any(part in k.name for k in report.kernels)]
+    failed = report.failed or (f"the program has no {' and no '.join(lacking)} kernel" if lacking else None)
+    return call | {"seconds": round(report.seconds, 1), "kernels": kernels, "failed": failed}
+
+
+def calls(config: Sweep) -> list[tuple]:
+    every = itertools.product(config.lengths, config.chips, config.encodings, DTYPES, HEAD_DIMS, (False, True))
+    return [call for call in every if call[0] == PLAIN_LENGTH or not call[-1]]
+
+
+def basis() -> dict[str, Any]:
+    """What results depend on. They hold for no other versions, nor other sources."""
+    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".py", ".json"))
+    digest = hashlib.sha256(b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in sources))
+    named = ("python", "posjax", "jax", "jaxlib", "libtpu")
+    return {"versions": {name: n for name, n in versions().items() if name in named}, "kernels_sha256": digest.hexdigest()}
+
+
+def sweep(config: Sweep) -> int:
+    """Makes the calls that are not in the file yet. Returns how many failed, earlier ones too."""
+    started = basis()
+    rows = {}
+    if RESULTS.exists():
+        found = json.loads(RESULTS.read_text())
+        rows = {tuple(row[name] for name in CALL): row for row in found.pop("rows") if found == started}
+    asked = calls(config)
+    with Live(summary(config, rows, "starting"), auto_refresh=False) as live:
+        for number, call in enumerate(asked):
+            if call in rows:
+                continue
+            about = dict(zip(CALL, call, strict=True))
+            live.update(summary(config, rows, f"{number} of {len(asked)}, now {describe(about)}"), refresh=True)
+            row = measure(about)
+            if basis() != started:  # which of the sources it was compiled from, nobody knows
+                raise RuntimeError("posjax/kernels changed meanwhile; start again, from a copy if it goes on changing")
+            rows[call] = row
+            write(started, rows)
+            live.console.print(f"{describe(row)}: {outcome(row)}", markup=False, highlight=False, soft_wrap=True)
+        live.update(summary(config, rows, f"all {len(asked)} calls"), refresh=True)
+    return sum(rows[call]["failed"] is not None for call in asked)
+
+
+def write(started: dict[str, Any], rows: dict[tuple, dict[str, Any]]) -> None:
+    """A row a line; the file is never seen half written."""
+    lines = ",\n  ".join(json.dumps(rows[key]) for key in sorted(rows))
+    part = RESULTS.with_name(RESULTS.name + ".part")
+    part.write_text(f'{json.dumps(started, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n')
+    part.replace(RESULTS)
+
+
+def describe(call: dict[str, Any]) -> str:
+    rest = "over 4" if call["plain"] else "over 2, segments"
+    return f"{call['chip']}, {call['encoding']}, {call['length']:,} tokens, 4 x {call['head_dim']} {rest}, {call['dtype']}"
+
+
+def outcome(row: dict[str, Any]) -> str:
+    if row["failed"] is not None:
+        return f"FAILED: {row['failed']}"
+    sizes = (f"{k['bundles'] or 0:,} bundles and {(k['vmem_bytes'] or 0) / 2**20:.1f} MiB" for k in row["kernels"])
+    return f"{row['seconds']:.0f} s; {', '.join(sizes)}"
+
+
+def summary(config: Sweep, rows: dict[tuple, dict[str, Any]], now: str) -> Group:
+    """Encodings by chips: how many calls compiled, and how many did not."""
+    table = Table("encoding", *config.chips)
+    for encoding in config.encodings:
+        cells = []
+        for chip in config.chips:
+            here = calls(dataclasses.replace(config, chips=(chip,), encodings=(encoding,)))
+            made = [rows[call]["failed"] is None for call in here if call in rows]
+            cells.append(f"{sum(made)}/{len(here)}" + (f", [red]{made.count(False)} failed[/]" if not all(made) else ""))
+        table.add_row(encoding, *cells)
+    return Group(table, now)
+
+
+if __name__ == "__main__":
+    sys.exit(1 if sweep(tyro.cli(Sweep, description=__doc__)) else 0)
