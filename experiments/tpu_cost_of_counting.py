@@ -17,8 +17,8 @@ Gates are
               those were that it learned from; sequences of more than CONTEXT tokens are that text end to end
 
 Bundles leave out waiting for memory, and for a matrix unit that is still busy. The programs that are compiled hold all their keys
-at once; of longer sequences a resident block of keys is taken to cost the same parts as there, without the rotation of keys, which
-XLA does outside of the kernel then, and without the sums of gradients over blocks.
+at once. In longer sequences every resident block of keys is taken to cost the same parts, but for the rotation of keys on arrival,
+which XLA then does outside of the kernel, as it does the sums of gradients over blocks.
 
 All numbers go to experiments/results/tpu_cost_of_counting_CHIP.json.
 """
@@ -27,7 +27,7 @@ import collections
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,133 +73,110 @@ class Cost:
 
 @dataclasses.dataclass
 class Node:
-    """A section with those in it, in the order of the program."""
+    """A section with those in it, in the order of the program. What has no name belongs to the part around it."""
 
     section: aot.Section
-    inside: "list[Node]"
-
-    @property
-    def products(self) -> int:
-        return self.section.products
-
-    @property
-    def is_loop(self) -> bool:
-        return self.section.kind == "loop"
+    inside: "list[Node]" = dataclasses.field(default_factory=list)
+    name: str = ""
+    turns: int = 1  # of a loop, where their number is known before compilation
 
     def working(self) -> "list[Node]":
         """What multiplies matrices, looked for below conditions that are about nothing else."""
-        found = [node for node in self.inside if node.products]
-        return found[0].working() if len(found) == 1 and not found[0].is_loop and found[0].inside else found
+        found = [node for node in self.inside if node.section.products]
+        return found[0].working() if len(found) == 1 and found[0].section.kind == "branch" and found[0].inside else found
 
     def loops(self) -> "list[Node]":
-        """The outermost loops."""
-        return [loop for node in self.inside for loop in ([node] if node.is_loop else node.loops())]
+        """The outermost loops, perhaps itself."""
+        return [self] if self.section.kind == "loop" else [loop for node in self.inside for loop in node.loops()]
 
-
-def expect(right: bool, kernel: aot.Kernel, what: str, found: Any) -> None:
-    if not right:
-        raise AssertionError(f"{kernel.name} is not built as this script knows it: {what}, found {found}")
-
-
-def tree(kernel: aot.Kernel) -> list[Node]:
-    """The outermost sections."""
-    around: list[Node] = []
-    made = []
-    for section in sorted(kernel.sections, key=lambda s: (s.first, -s.bundles, s.kind)):  # a branch over just a loop first
-        while around and not around[-1].section.holds(section):
-            last = around.pop().section
-            apart = last.first + last.bundles <= section.first
-            expect(apart, kernel, "sections lie within each other or apart", (last, section))
-        node = Node(section, [])
-        (around[-1].inside if around else made).append(node)
-        around.append(node)
-    return made
+    def own(self) -> int:
+        return self.section.bundles - sum(node.section.bundles for node in self.inside)
 
 
 def parts_of(kernel: aot.Kernel, counts: bool) -> Parts:
     """Own bundles of each part, without the parts in it, found by where it stands in the program."""
-    names: dict[int, str] = {}  # by id(node); what has no name belongs to the part around it
-    times: dict[int, int] = {}  # turns of loops whose number is known before compilation
-    top = [node for node in tree(kernel) if node.is_loop]
-    expect(len(top) == 1, kernel, "one loop over the grid", len(top))
-    grid = top[0]
-    names[id(grid)] = "grid"
-    step = [node for node in grid.inside if node.products == grid.products]
-    expect(len(step) == 1, kernel, "one branch of the grid's loop has all matrix products", [node.products for node in grid.inside])
-    names[id(step[0])] = "query tile"
-    names |= {id(node): "arrival" for node in grid.inside if node is not step[0]}
-    walks = [loop for loop in step[0].loops() if loop.working()]
-    expect(len(walks) == 1, kernel, "one loop over key tiles of several forms", len(walks))
-    walk = walks[0]
-    names[id(walk)] = "key tile"
-    for node in step[0].inside:  # before and after the walk, what is done for the first and for the last query tile
-        if node.section.holds(walk.section) or node is walk:
-            continue
-        which = "first of a head" if node.section.first < walk.section.first else "last of a head"
-        names[id(node)] = which
-        for loop in [node] if node.is_loop else node.loops():
-            expect(not loop.inside, kernel, f"a simple loop over keys in {which}", len(loop.inside))
-            names[id(loop)] = f"{which}: keys"
+
+    def expect(right: bool, what: str, found: Any) -> None:
+        if not right:
+            raise AssertionError(f"{kernel.name} is not built as this script knows it: wanted {what}, found {found}")
+
+    def loop_in(node: Node, where: str) -> Node:
+        loops = node.loops()
+        expect(len(loops) == 1, f"one loop {where}", len(loops))
+        return loops[0]
 
     def pair(nodes: list[Node], name: str) -> None:
         """The form without a mask, then the one with it, perhaps in several turns."""
-        expect(len(nodes) == 2, kernel, f"two forms of {name}", len(nodes))
+        expect(len(nodes) == 2, f"two forms of {name}", len(nodes))
         bare, masked = nodes
-        names[id(bare)], names[id(masked)] = name, f"{name}, masked"
-        expect(not bare.inside, kernel, f"{name} without a mask in a straight line", len(bare.inside))
-        loops = [masked] if masked.is_loop else masked.loops()
-        if loops:
-            expect(len(loops) == 1 and not loops[0].inside, kernel, f"one loop in {name} with a mask", len(loops))
-            times[id(loops[0])], rest = divmod(bare.products, loops[0].products)
-            expect(rest == 0, kernel, f"whole turns of {name} with a mask", (bare.products, loops[0].products))
-        else:
-            expect(bare.products == masked.products, kernel, f"equal products of {name}", (bare.products, masked.products))
+        bare.name, masked.name = name, f"{name}, masked"
+        work = loop_in(masked, f"in {masked.name}") if masked.loops() else masked
+        expect(not bare.inside and not work.inside, f"no sections in {name}", (len(bare.inside), len(work.inside)))
+        work.turns, rest = divmod(bare.section.products, work.section.products)
+        expect(rest == 0 and (work.turns == 1 or work.loops()), f"as many products in {masked.name}", work.section.products)
 
-    forms = walk.working()
-    if not counts:
-        pair(forms, "plain")
-    else:
-        expect(len(forms) == 3 and forms[0].products != forms[1].products, kernel, "counting, then plain tiles", len(forms))
-        pair(forms[1:], "plain")
-        detailed = forms[0]
-        names[id(detailed)] = "counting tile"
-        strips = [detailed] if detailed.is_loop else detailed.loops()
-        expect(len(strips) == 1, kernel, "one loop over strips", len(strips))
-        names[id(strips[0])] = "strip"
-        found = strips[0].working()
-        is_forward = "forward" in kernel.name
-        expect(len(found) == (5 if is_forward else 3), kernel, "straight, straight masked, bending, (softmax twice)", len(found))
+    top, around = Node(aot.Section("branch", 0, kernel.bundles, 0, 0)), []
+    for section in sorted(kernel.sections, key=lambda s: (s.first, -s.bundles, s.kind)):  # a branch over just a loop first
+        while around and not around[-1].section.holds(section):
+            last = around.pop().section
+            expect(last.first + last.bundles <= section.first, "sections within each other or apart", (last, section))
+        around.append(Node(section))
+        (around[-2] if len(around) > 1 else top).inside.append(around[-1])
+
+    grid = loop_in(top, "over the grid")
+    steps = [node for node in grid.inside if node.section.products == grid.section.products]
+    expect(len(steps) == 1, "a branch with all matrix products", [node.section.products for node in grid.inside])
+    for node in grid.inside:
+        node.name = "query tile" if node is steps[0] else "arrival"
+    walks = [loop for node in steps[0].inside for loop in node.loops() if loop.working()]
+    expect(len(walks) == 1, "one loop over key tiles of several forms", len(walks))
+    grid.name, walks[0].name = "grid", "key tile"
+    before = 0
+    for node in steps[0].inside:  # before and after the walk, what is done for the first and for the last query tile
+        if node is walks[0] or node.section.holds(walks[0].section):
+            earlier = [other.section.bundles for other in steps[0].inside if other.section.first < node.section.first]
+            before = node.section.first - steps[0].section.first - sum(earlier)
+            continue
+        node.name = "first of a head" if node.section.first < walks[0].section.first else "last of a head"
+        for loop in node.loops():
+            expect(not loop.inside, f"a simple loop over keys in {node.name}", len(loop.inside))
+            loop.name = f"{node.name.removesuffix(': keys')}: keys"
+
+    forms, is_forward = walks[0].working(), "forward" in kernel.name
+    expect(len(forms) == 2 + counts, "tiles that count and two forms of plain ones", len(forms))
+    pair(forms[-2:], "plain")
+    if counts:
+        strips = loop_in(forms[0], "over strips")
+        forms[0].name, strips.name = "counting tile", "strip"
+        found = strips.working()
+        expect(
+            len(found) == (5 if is_forward else 3), "straight, with a mask, bending, and in the forward pass softmax", len(found)
+        )
         pair(found[:2], "straight")
         if is_forward:
             pair(found[3:], "softmax")
         bending = found[2]
-        names[id(bending)] = "bending"
-        loops = bending.loops()
-        expect(len(loops) == (1 if is_forward else 2), kernel, "loops over quarters", len(loops))
+        bending.name, loops = "bending", bending.loops()
+        expect(len(loops) == (1 if is_forward else 2), "loops over quarters, forward and back", len(loops))
         for loop, prefix in zip(loops, ("", "back: "), strict=False):
-            names[id(loop)] = f"{prefix}quarter"
-            expect(len(loop.inside) == 3, kernel, "three branches in a loop over quarters", len(loop.inside))
+            loop.name = f"{prefix}quarter"
+            expect(len(loop.inside) == len(NEED), f"branches {NEED}", len(loop.inside))
             for node, name in zip(loop.inside, NEED, strict=True):
-                names[id(node)] = f"{prefix}{name}"
-                nodes = node.loops()
-                expect(len(nodes) == (name == "few cells" and prefix != ""), kernel, f"loops in {prefix}{name}", len(nodes))
-                names |= {id(loop): f"{prefix}node" for loop in nodes}
+                node.name, inner = f"{prefix}{name}", node.loops()
+                expect(len(inner) == (node.name == "back: few cells"), f"loops in {node.name}", len(inner))
+                for nodes in inner:
+                    nodes.name = "back: node"
 
     parts: Parts = {}
 
     def add(node: Node, name: str) -> None:
-        name = names.get(id(node), name)
-        own = node.section.bundles - sum(part.section.bundles for part in node.inside)
-        parts[name] = parts.get(name, 0) + own * times.get(id(node), 1)
+        name = node.name or name
+        parts[name] = parts.get(name, 0) + node.own() * node.turns
         for part in node.inside:
             add(part, name)
 
-    add(grid, "grid")
-    around = next(node for node in step[0].inside if node is walk or node.section.holds(walk.section))
-    earlier = [node.section.bundles for node in step[0].inside if node.section.first < around.section.first]
-    before = around.section.first - step[0].section.first - sum(earlier)
-    parts |= {"query tile: before": before, "query tile: after": parts.pop("query tile") - before}
-    return parts
+    add(grid, "")
+    return parts | {"query tile: before": before, "query tile: after": parts.pop("query tile") - before}
 
 
 # How often each part runs --------------------------------------------------------------------------------------------------
@@ -352,17 +329,46 @@ def trained(workdir: str) -> tuple[list[Gates], dict[str, Any]]:
     return heads, about
 
 
-def mean_of(found: list[Turns]) -> Turns:
-    """Turns of a head on average."""
-    return Turns({name: sum(turns[name] for turns in found) / len(found) for name in {n for turns in found for n in turns}})
-
-
 # Both together -------------------------------------------------------------------------------------------------------------
 
+PASSES = "forward", "backward"
 
-def bundles(parts: Parts, turns: Turns) -> dict[str, float]:
-    """Of each part in a head."""
-    return {name: own * turns[name] for name, own in parts.items()}
+
+def bundles(parts: Parts, turns: Mapping[str, float]) -> float:
+    """Of a head."""
+    return sum(own * turns.get(name, 0) for name, own in parts.items())
+
+
+def compiled(chip: str, blocks: Blocks) -> dict[tuple[str, str], Parts]:
+    """The parts of each encoding and pass."""
+    length = min(CONTEXT, blocks.resident)
+    job = dict(with_gradients=True, seq_len=length, heads=4, kv_heads=4, head_dim=128, batch=1, dtype="bfloat16")
+    jobs = [("posjax.bench.schedule:posjax_job", job | {"spec": spec, "block_sizes": list(blocks)}) for spec in ("identity", SPEC)]
+    found = {}
+    for (_, kwargs), report in zip(jobs, aot.compile_all(jobs, aot.GENERATIONS[chip].topology), strict=True):
+        if report.failed is not None:
+            raise RuntimeError(f"{kwargs['spec']} did not compile: {report.failed}")
+        for direction in PASSES:
+            (kernel,) = (kernel for kernel in report.kernels if direction in kernel.name)
+            found[kwargs["spec"], direction] = parts_of(kernel, kwargs["spec"] == SPEC)
+    return found
+
+
+def row_of(length: int, kind: str, heads: list[Gates], blocks: Blocks, built: dict[tuple[str, str], Parts]) -> dict[str, Any]:
+    """Ratios and turns, means over heads."""
+    row: dict[str, Any] = {"length": length, "gates": kind}
+    plain = dict(zip(PASSES, walk_over(None, length, blocks), strict=True))
+    walks = [dict(zip(PASSES, walk_over(gates, length, blocks), strict=True)) for gates in heads]
+    sums = np.zeros((2, len(heads)))
+    for direction in PASSES:
+        names = dict.fromkeys(name for walk in walks for name in walk[direction])
+        costs = np.array([bundles(built[SPEC, direction], walk[direction]) for walk in walks])
+        identity = bundles(built["identity", direction], plain[direction])
+        sums += costs, np.full(len(heads), identity)
+        row[direction] = {"ratio": costs.mean() / identity, "heads": [costs.min() / identity, costs.max() / identity]}
+        row[direction] |= {"identity_turns": plain[direction]}
+        row[direction] |= {"turns": {name: sum(walk[direction][name] for walk in walks) / len(heads) for name in names}}
+    return row | {"ratio": sums[0].sum() / sums[1].sum()}
 
 
 def run(config: Cost) -> None:
@@ -370,41 +376,17 @@ def run(config: Cost) -> None:
     for length in config.lengths:
         if length % blocks.queries or length % min(blocks.resident, length):
             raise ValueError(f"lengths must be whole blocks, {blocks}, got {length}")
-    compiled = min(CONTEXT, blocks.resident)
-    job = dict(with_gradients=True, seq_len=compiled, heads=4, kv_heads=4, head_dim=128, batch=1, dtype="bfloat16")
-    jobs = [("posjax.bench.schedule:posjax_job", job | {"spec": spec, "block_sizes": list(blocks)}) for spec in ("identity", SPEC)]
-    built: dict[tuple[str, str], Parts] = {}
-    for (_, kwargs), report in zip(jobs, aot.compile_all(jobs, aot.GENERATIONS[config.chip].topology), strict=True):
-        if report.failed is not None:
-            raise RuntimeError(f"{kwargs['spec']} did not compile: {report.failed}")
-        for kernel in report.kernels:
-            direction = "forward" if "forward" in kernel.name else "backward"
-            built[kwargs["spec"], direction] = parts_of(kernel, kwargs["spec"] == SPEC)
+    built = compiled(config.chip, blocks)
     model, of_model = trained(config.workdir) if config.workdir else ([], None)
     kinds = [*DRAWN, *(["trained"] if model else [])]
-    rows = []
-    for length in config.lengths:
-        plain = dict(zip(("forward", "backward"), walk_over(None, length, blocks), strict=True))
-        for kind in kinds:
-            walks = [walk_over(gates, length, blocks) for gates in (model if kind == "trained" else drawn(kind, length))]
-            row: dict[str, Any] = {"length": length, "gates": kind}
-            for direction, of_heads in zip(("forward", "backward"), zip(*walks, strict=True), strict=True):
-                turns = mean_of(list(of_heads))
-                costs = [bundles(built["identity", direction], plain[direction]), bundles(built[SPEC, direction], turns)]
-                each = [sum(bundles(built[SPEC, direction], one).values()) / sum(costs[0].values()) for one in of_heads]
-                row[direction] = {
-                    "ratio": sum(costs[1].values()) / sum(costs[0].values()),
-                    "ratios_of_heads": each,
-                    "identity_bundles": costs[0],
-                    "bundles": costs[1],
-                    "identity_turns": dict(plain[direction]),
-                    "turns": dict(turns),
-                }
-            sums = [sum(sum(row[d][name].values()) for d in ("forward", "backward")) for name in ("bundles", "identity_bundles")]
-            rows.append(row | {"ratio": sums[0] / sums[1]})
-    about = {"versions": versions(), "chip": config.chip, "blocks": blocks._asdict(), "spec": SPEC, "compiled_length": compiled}
+    rows = [
+        row_of(length, kind, model if kind == "trained" else drawn(kind, length), blocks, built)
+        for length in config.lengths
+        for kind in kinds
+    ]
+    about = {"versions": versions(), "chip": config.chip, "blocks": blocks._asdict(), "spec": SPEC}
     about |= {"drawn": DRAWN, "trained": of_model}
-    about["parts"] = {f"{spec}, {direction}": found for (spec, direction), found in built.items()}
+    about["bundles"] = {", ".join(key): parts for key, parts in built.items()}
     out = config.out or Path(__file__).parent / "results" / f"tpu_cost_of_counting_{config.chip}.json"
     out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     show(rows, built, kinds)
@@ -412,32 +394,24 @@ def run(config: Cost) -> None:
 
 def show(rows: list[dict[str, Any]], built: dict[tuple[str, str], Parts], kinds: list[str]) -> None:
     """Prints the parts at CONTEXT, and the ratios of all lengths."""
-    here = {row["gates"]: row for row in rows if row["length"] == CONTEXT}
-    for direction in ("forward", "backward") if here else ():
+    here = [row for row in rows if row["length"] == CONTEXT]
+    for direction in PASSES if here else ():
         lines = []
-        total = sum(here[kinds[0]][direction]["identity_bundles"].values())
-        for spec in ("identity", SPEC):
-            key = "identity_bundles" if spec == "identity" else "bundles"
+        whole = bundles(built["identity", direction], here[0][direction]["identity_turns"])
+        for spec, key in (("identity", "identity_turns"), (SPEC, "turns")):
             for name, own in built[spec, direction].items():
-                found = [here[kind][direction][key][name] for kind in kinds]
-                cells = [f"{n / own if own else 0:,.1f} / {n / total:.3f}" for n in found]
-                if any(found):
-                    lines.append([spec if name == "grid" else "", name, str(own), *cells])
-            sums = [sum(here[kind][direction][key].values()) / total for kind in kinds]
-            lines.append(["", "all", "", *(f"{n:.3f}" for n in sums)])
-        notes = ["own bundles of a part; turns of it in a head / their bundles over those of a head of identity"]
+                turns = [row[direction][key].get(name, 0) for row in here]
+                cells = [f"{n:,.0f} / {own * n / whole:.3f}" for n in turns]
+                lines.append([spec if name == "grid" else "", name, str(own), *cells])
+            lines.append(["", "all", "", *(f"{bundles(built[spec, direction], row[direction][key]) / whole:.3f}" for row in here)])
+        notes = ["bundles: of a turn; then turns in a head / bundles of them all over those of a head of identity"]
         results.print_table(f"{direction}, {CONTEXT:,} tokens", ["encoding", "part", "bundles", *kinds], lines, notes)
     lines = []
     for length in dict.fromkeys(row["length"] for row in rows):
         found = [row for row in rows if row["length"] == length]
-        ratios = [(row["forward"]["ratio"], row["backward"]["ratio"], row["ratio"]) for row in found]
+        ratios = [[*(row[direction]["ratio"] for direction in PASSES), row["ratio"]] for row in found]
         lines.append([f"{length:,}", "", *(" / ".join(f"{ratio:.2f}" for ratio in three) for three in ratios)])
-    results.print_table(
-        f"{SPEC} over identity: forward / backward / both",
-        ["tokens", "", *kinds],
-        lines,
-        ["trained: average over layers and heads"],
-    )
+    results.print_table(f"{SPEC} over identity: forward / backward / both", ["tokens", "", *kinds], lines, [])
 
 
 if __name__ == "__main__":
