@@ -38,7 +38,6 @@ from posjax.kernels.tpu_tiles import (
     QUARTER,
     SUBLANES,
     TN,
-    chunks,
     doubled_gates,
     gate_slope,
     interpolated,
@@ -215,8 +214,8 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         s.count(sums_to_the_right(gates, counting), back=True)
         s.by_group(s.scores, scores)
 
-        def add(g: Any, at: Any, rows: int) -> None:
-            bias, slope = interpolated(chunks(s.positions[g, at, :], rows), s.z[g], s.slope[g], counting)
+        def add(g: Any, at: Any, few: bool) -> None:
+            bias, slope = interpolated(s.positions[g, at, :], s.z[g], s.slope[g], counting, few)
             s.scores[g, at, :] += bias
             s.slopes_there[g, at, :] = slope
 
@@ -224,10 +223,10 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
             s.scores[g, at, :] += s.z[g, pl.ds(counting.last, 1), :]
             s.slopes_there[g, at, :] = jnp.zeros((QUARTER, LANES), jnp.float32)
 
-        def back(g: Any, at: Any, rows: int) -> None:
+        def back(g: Any, at: Any, few: bool) -> None:
             where = s.positions[g, at, :]
-            most = jnp.max(spans(where, rows))
-            s.d_z[g] += spread(where, s.d_scores[g, at, :], rows, most, counting)
+            rows = QUARTER if few else SUBLANES
+            s.d_z[g] += spread(where, s.d_scores[g, at, :], rows, jnp.max(spans(where, rows)), counting)
 
         def back_last(g: Array, at: Any) -> None:
             s.d_last[pl.ds(g, 1), :] += s.d_scores[g, at, :].sum(0, keepdims=True)

@@ -51,7 +51,6 @@ from posjax.kernels.tpu_tiles import (
     SUBLANES,
     TN,
     WIDE,
-    chunks,
     doubled_gates,
     interpolated,
     joined,
@@ -168,9 +167,8 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         widest = s.count(sums_to_the_right(doubled_gates(scores, allowed, counting.exact), counting))
         s.by_group(s.scores, scores if plan.index is None else scores + s.lookups(start, strip))
 
-        def add(g: Any, at: Any, rows: int) -> None:
-            cut = chunks(s.positions[g, at, :], rows)
-            s.scores[g, at, :] += interpolated(cut, s.z[g], s.slope[g], counting)[0]
+        def add(g: Any, at: Any, few: bool) -> None:
+            s.scores[g, at, :] += interpolated(s.positions[g, at, :], s.z[g], s.slope[g], counting, few)[0]
 
         def add_last(g: Array, at: Any) -> None:
             s.scores[g, at, :] += s.z[g, pl.ds(counting.last, 1), :]

@@ -340,7 +340,7 @@ class Step:
 
     def by_need(self, strip: Array, add: Any, add_last: Any) -> None:
         """For every group in a strip and every quarter ``at`` of it: ``add_last(g, at)`` where all counts are past the last
-        position or nothing is seen; elsewhere ``add(g, at, rows)``, with as many keys to a chunk as pass few cells."""
+        position or nothing is seen; elsewhere ``add(g, at, few)``, by whether each query passes fewer than eight cells."""
         quarters = self.plan.blocks.strip // QUARTER
 
         def one(n: Array, _: None) -> None:
@@ -349,8 +349,8 @@ class Step:
             unseen = self.plan.rules.none(self.group_extent(g), self.strip_extent(strip))
             need = jnp.where(unseen, _NOTHING, (self.need[quarter] >> (2 * g)) & 3)
             pl.when(need == _NOTHING)(lambda: add_last(g, at))
-            pl.when(need == _FEW_CELLS)(lambda: add(g, at, QUARTER))
-            pl.when(need == _MANY_CELLS)(lambda: add(g, at, SUBLANES))
+            pl.when(need == _FEW_CELLS)(lambda: add(g, at, True))
+            pl.when(need == _MANY_CELLS)(lambda: add(g, at, False))
 
         jax.lax.fori_loop(0, self.plan.groups * quarters, one, None)
 

@@ -5,9 +5,8 @@ broadcast for nothing, products need no transposes, and CoPE looks its embedding
 operation. Scores are in units of log2 e, so that the exponential is a power of two.
 
 A query's embedding products z_n = q.e_n stand as [P, t]. Between two of them the bias is a straight line, so a count c needs two
-numbers of its cell n = floor c: z_n and the slope z_{n+1} - z_n. Over ``SUBLANES`` keys a count passes fewer than ``SUBLANES``
-cells, since a gate is at most one. So a chunk of 8 keys, or of more where the gates are small, finds all its cells in 8
-consecutive rows of z: they are fetched once a chunk, and each pair then looks up in one register.
+numbers of its cell n = floor c: z_n and the slope z_{n+1} - z_n. Where gates are small, cells of many keys are among eight: they
+are fetched once, into one register for 128 queries, and each pair then looks up in it.
 """
 
 import functools
@@ -280,41 +279,27 @@ def spans(positions: Array, rows: int) -> Array:
     return functools.reduce(jnp.maximum, [a - b for a, b in zip(cell[::2], cell[1::2], strict=True)])
 
 
-class Chunk(NamedTuple):
-    """``rows`` keys of t queries, whose positions pass at most 7 cells.
+def interpolated(positions: Array, z: Array, slope: Array, counting: Counting, few: bool) -> tuple[Array, Array]:
+    """The bias and its slope, [s, t] each, at positions [s, t], from z and its steps [P, t].
 
-    Attributes:
-      base: [1, t] int32, the least cell.
-      inside: [rows, t], the position from there on, in [0, 8).
-      here: [rows, t] int32, the cell from there on.
+    Args:
+      few: each query passes fewer than eight cells here: all of its are among eight from the least on, which are fetched first.
     """
-
-    base: Array
-    inside: Array
-    here: Array
-
-
-def chunks(positions: Array, rows: int) -> list[Chunk]:
-    """[s, t] cut into chunks. With gates that are one, rounding can make 8 counts pass 8 cells: the last is held in its cell."""
-    made = []
-    for at in range(0, positions.shape[0], rows):
-        piece = positions[at : at + rows]
-        base = piece[rows - 1 :].astype(jnp.int32)
-        inside = piece - base.astype(jnp.float32)
-        inside = jnp.minimum(inside, SUBLANES - 2.0**-20) if rows == SUBLANES else inside
-        made.append(Chunk(base, inside, inside.astype(jnp.int32)))
-    return made
-
-
-def interpolated(cut: list[Chunk], z: Array, slope: Array, counting: Counting) -> tuple[Array, Array]:
-    """The bias and its slope at the positions, [s, t] each, from z and its steps [P, t]."""
-    biases, slopes = [], []
-    for chunk in cut:
-        steep = pick(eight_from(slope, chunk.base, counting), chunk.here, counting.gathers)
-        start = pick(eight_from(z, chunk.base, counting), chunk.here, counting.gathers)
-        biases.append(start + (chunk.inside - chunk.here.astype(jnp.float32)) * steep)
-        slopes.append(steep)
-    return jnp.concatenate(biases, 0), jnp.concatenate(slopes, 0)
+    if few:
+        base = positions[-1:].astype(jnp.int32)
+        inside = positions - base.astype(jnp.float32)
+        here = inside.astype(jnp.int32)
+        start, steep = (pick(eight_from(table, base, counting), here, counting.gathers) for table in (z, slope))
+        return start + (inside - here.astype(jnp.float32)) * steep, steep
+    cells = positions.astype(jnp.int32)
+    row, eight = cells & (SUBLANES - 1), cells >> 3
+    start, steep = (pick(table[:SUBLANES], row, counting.gathers) for table in (z, slope))
+    for n in range(1, counting.rows // SUBLANES):
+        here, at = eight == n, slice(n * SUBLANES, (n + 1) * SUBLANES)
+        start, steep = (
+            jnp.where(here, pick(table[at], row, counting.gathers), found) for table, found in ((z, start), (slope, steep))
+        )
+    return start + (positions - cells.astype(jnp.float32)) * steep, steep
 
 
 def spread_within(inside: Array, gradient: Array) -> Array:
@@ -339,7 +324,7 @@ def placed(nodes: Array, base: Array, counting: Counting) -> Array:
     every = jax.lax.broadcasted_iota(jnp.int32, (counting.rows, nodes.shape[1]), 0)
     place = every - base
     found = pick(nodes, place & (SUBLANES - 1), counting.gathers)
-    found = jnp.where((place >= 0) & (place < SUBLANES) & (every < counting.last), found, 0.0)
+    found = jnp.where(((place & -SUBLANES) == 0) & (every < counting.last), found, 0.0)
     return found + jnp.where(every == counting.last, past, 0.0)
 
 
@@ -365,12 +350,13 @@ def spread(positions: Array, gradient: Array, rows: int, most: Any, counting: Co
         base = inside[rows - 1 :].astype(jnp.int32)
         inside = inside - base.astype(jnp.float32)
         if rows == SUBLANES:
-            nodes = sublane.astype(jnp.float32)
-            local, beyond = jnp.zeros((SUBLANES, width), jnp.float32), jnp.zeros((1, width), jnp.float32)
+            inside, node = jnp.minimum(inside, SUBLANES - 2.0**-20), sublane.astype(jnp.float32)
+            sums = jnp.zeros((SUBLANES, width), jnp.float32)
             for n in range(rows):
-                here, part = inside[n : n + 1], value[n : n + 1]
-                local = local + jnp.maximum(1.0 - jnp.abs(here - nodes), 0.0) * part
-                beyond = beyond + jnp.maximum(here - (SUBLANES - 1.0), 0.0) * part
+                sums = sums + jnp.maximum(inside[n : n + 1], node) * value[n : n + 1]
+            before = value.sum(0, keepdims=True)
+            sums = sums - node * before
+            before = before + sums[:1]
         else:
 
             def ramps(m: Any, sums: Array, inside: Array = inside, value: Array = value) -> Array:
@@ -382,11 +368,11 @@ def spread(positions: Array, gradient: Array, rows: int, most: Any, counting: Co
             before = first + to_sublanes(value).sum(0, keepdims=True)
             sums = jnp.where(sublane == 0, first, 0.0)
             sums = jax.lax.fori_loop(1, most + 1, ramps, sums)
-            beyond = sums[SUBLANES - 1 :]  # the ramp from node 7 on is all that reaches node 8
-            left = jnp.concatenate([before, sums[:-1]], 0)
-            right = jnp.concatenate([sums[1:], jnp.zeros_like(before)], 0)
-            local = left - 2.0 * sums + right
+        beyond = sums[SUBLANES - 1 :]  # the ramp from node 7 on is all that reaches node 8
+        left = jnp.concatenate([before, sums[:-1]], 0)
+        right = jnp.concatenate([sums[1:], jnp.zeros_like(before)], 0)
+        local = left - 2.0 * sums + right
         place = everywhere - base
         found = pick(local, place & (SUBLANES - 1), counting.gathers)
-        total = total + jnp.where((place >= 0) & (place < SUBLANES), found, jnp.where(place == SUBLANES, beyond, 0.0))
+        total = total + jnp.where((place & -SUBLANES) == 0, found, jnp.where(place == SUBLANES, beyond, 0.0))
     return total
