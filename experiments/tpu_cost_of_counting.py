@@ -1,7 +1,7 @@
 """What rope + cope(64) costs next to attention without position in the TPU kernel, in bundles (cycles); no TPU is needed.
 
-    python experiments/tpu_cost_of_counting.py                                       # gates that are drawn: three minutes
-    python experiments/tpu_cost_of_counting.py --workdir runs/mine                   # and those of a model with cope(64)
+    python experiments/tpu_cost_of_counting.py                                       # gates that are drawn: two minutes
+    python experiments/tpu_cost_of_counting.py --workdir runs/mine                   # and those of a model with cope(64): four
 
 Two halves. The compiler's schedule gives the bundles of every part of the kernel: the forms of a tile, the forms of a strip that
 counts, what loops within them do in a turn. A walk over gates in NumPy, which takes the kernel's decisions, gives how often each
