@@ -9,13 +9,14 @@ of query, key, value and all parameters. A call whose program lacks a forward or
 
 experiments/results/tpu_compiles.json has a row for each call, written as soon as the call is through: seconds to trace and
 compile, bundles and VMEM of the kernels, or the reason of the failure. Calls that stand in it already are not made again, as long
-as versions and the sources in posjax/kernels are those that it names; else it begins anew. The exit code is 1 where a call failed.
+as versions and sources in posjax/kernels are those that it names; else it begins anew. The exit code is 1 where a call failed.
 """
 
 import dataclasses
 import hashlib
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -107,7 +108,7 @@ def sweep(config: Sweep) -> int:
     rows = {}
     if RESULTS.exists():
         found = json.loads(RESULTS.read_text())
-        rows = {tuple(row[name] for name in CALL): row for row in found.pop("rows") if found == started}
+        rows = {tuple(row[name] for name in CALL): row for row in found.pop("rows") if found == started and not was_killed(row)}
     asked = calls(config)
     with Live(summary(config, rows, "starting"), auto_refresh=False) as live:
         for number, call in enumerate(asked):
@@ -123,6 +124,11 @@ def sweep(config: Sweep) -> int:
             live.console.print(f"{describe(row)}: {outcome(row)}", markup=False, highlight=False, soft_wrap=True)
         live.update(summary(config, rows, f"all {len(asked)} calls"), refresh=True)
     return sum(rows[call]["failed"] is not None for call in asked)
+
+
+def was_killed(row: dict[str, Any]) -> bool:
+    """Whether somebody ended the compiler, or the machine had too little memory for it: that tells nothing of the kernel."""
+    return re.search(r"killed by signal (2|9|15)\b", row["failed"] or "") is not None
 
 
 def write(started: dict[str, Any], rows: dict[tuple, dict[str, Any]]) -> None:
@@ -155,7 +161,7 @@ def summary(config: Sweep, rows: dict[tuple, dict[str, Any]], now: str) -> Group
             made = [rows[call]["failed"] is None for call in here if call in rows]
             cells.append(f"{sum(made)}/{len(here)}" + (f", [red]{made.count(False)} failed[/]" if not all(made) else ""))
         table.add_row(encoding, *cells)
-    return Group(table, now)
+    return Group(table, now, "")
 
 
 if __name__ == "__main__":
