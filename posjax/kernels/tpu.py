@@ -262,7 +262,7 @@ def _laid_out(
         slopes=None if penalty is None else lanes(jnp.broadcast_to(penalty.tables[:, None], (query.shape[2], LANES))),
         query_turn=None if rotation is None else turn(rotation.query_phase, blocks.queries),
         key_turn=turn(rotation.key_phase, keys) if turn_keys else None,
-        partner=None if rotation is None else _partner(query.shape[-1], 2 * rotation.query_phase.shape[-1], rotation.pairing),
+        partner=None if rotation is None else _partner(query, 2 * rotation.query_phase.shape[-1], rotation.pairing),
     )
     return plan, operands
 
@@ -300,14 +300,14 @@ def _embedding(embedding: Array, rows: int, by_head: Any) -> Array:
     return by_head(both) if embedding.ndim == 3 else both[None, None]
 
 
-def _partner(width: int, turned: int, pairing: str) -> Array:
+def _partner(query: Array, turned: int, pairing: str) -> Array:
     """[C, C]: x @ partner is, for each channel, minus the second of its pair for the first, and the first for the second."""
     first = np.arange(turned // 2) if pairing == "half" else np.arange(0, turned, 2)
     second = first + (turned // 2 if pairing == "half" else 1)
-    partner = np.zeros((width, width), np.float32)
+    partner = np.zeros((query.shape[-1],) * 2, np.float32)
     partner[second, first] = -1.0
     partner[first, second] = 1.0
-    return jnp.asarray(partner)
+    return jnp.asarray(partner, query.dtype)
 
 
 # Forward and backward, each on its part of a mesh ------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from posjax.kernels.tpu_tiles import (
     SUBLANES,
     TN,
     doubled_gates,
+    fine_product,
     gate_slope,
     interpolated,
     joined,
@@ -294,10 +295,10 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         d_query = turned(d_query, s.query_turn, s.partner[...], back=True)
     if counting is not None:
         s.d_z[:, pl.ds(counting.last, 1), :] += s.d_last[...][:, None, :]
-        counted = (s.query if s.counted_query is None else s.counted_query)[...].astype(jnp.float32)
+        counted = (s.query if s.counted_query is None else s.counted_query)[...]
         gradient = s.all_groups(s.d_z)
-        s.d_embedding[...] += product(gradient, counted, NN, exact=True)
-        more = product(gradient, s.embedding[0], TN, exact=True)
+        s.d_embedding[...] += fine_product(gradient, counted, NN, counting.exact)
+        more = fine_product(gradient, s.embedding[0], TN, counting.exact)
         if s.counted_query is None:
             d_query += more
         else:

@@ -30,6 +30,7 @@ from posjax.kernels.tpu_tiles import (
     add_exactly,
     cell,
     column,
+    fine_product,
     gathered,
     joined,
     positions,
@@ -157,11 +158,10 @@ def as_row(ref: Any, groups: Groups | None = None) -> Array:
 def turned(x: Array, turn: Any, partner: Array, back: bool = False) -> Array:
     """x [s, C] rotated by the cosines and sines of ``turn`` [2, s, C], or rotated back; float32."""
     cos, sin = turn[0], turn[1]
-    exact = x.dtype == jnp.float32
-    other = partner if exact else partner.astype(x.dtype)
+    exact = partner.dtype == jnp.float32
     if back:
-        return x * cos + product(x * sin, partner, NT, exact=True)
-    return x.astype(jnp.float32) * cos + product(x, other, NN, exact) * sin
+        return x * cos + fine_product(x * sin, partner, NT, exact)
+    return x.astype(jnp.float32) * cos + product(x, partner, NN, exact) * sin
 
 
 @dataclasses.dataclass
@@ -434,9 +434,9 @@ class Step:
         if self.query_turn is not None:
             self.turned_query[...] = turned(raw, self.query_turn, self.partner[...]).astype(raw.dtype)
         if self.plan.counting is not None:
-            counted = (raw if self.counted_query is None else self.counted_query[...]).astype(jnp.float32)
+            counted = raw if self.counted_query is None else self.counted_query[...]
             for n, ref in enumerate((self.z, self.slope)):
-                self.by_group(ref, product(self.embedding[n], counted, NT, exact=True) * LOG2E)
+                self.by_group(ref, fine_product(self.embedding[n], counted, NT, self.plan.counting.exact) * LOG2E)
 
     def queries(self, groups: Groups | None = None) -> Array:
         ref = self.query if self.query_turn is None else self.turned_query

@@ -37,6 +37,21 @@ def product(a: Array, b: Array, form: Any = NN, exact: bool = False) -> Array:
     return jax.lax.dot_general(a, b, form, precision=precision, preferred_element_type=jnp.float32)
 
 
+def fine_product(a: Array, b: Array, form: Any, exact: bool) -> Array:
+    """A product of float32 numbers: in float32, or, not ``exact``, of 16 bits of each. bfloat16 numbers have but 8."""
+    if exact:
+        return product(a, b, form, exact)
+
+    def halves(x: Array) -> list[Array]:
+        if x.dtype == jnp.bfloat16:
+            return [x]
+        high = x.astype(jnp.bfloat16)
+        return [high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)]
+
+    pairs = [(p, q) for n, p in enumerate(halves(a)) for m, q in enumerate(halves(b)) if n + m < 2]
+    return functools.reduce(jnp.add, [product(p, q, form) for p, q in pairs[::-1]])
+
+
 def column(row: Array, width: int) -> Array:
     """[1, s] as [s, width], the same in every lane."""
     square = jnp.broadcast_to(row, (LANES, row.shape[1])).T

@@ -54,7 +54,7 @@ def buffers(plan: Plan, x: Operands) -> int:
     windows |= {f"d_{name}": windows[name] for name in ("key", "value", "counted_query", "embedding") if name in windows}
     windows["d_out"] = size((blocks.queries, value_width), x.value.dtype)
     windows["d_query"] = size((blocks.queries, width), x.query.dtype if held == x.key.shape[2] else jnp.float32)
-    windows["rows"] = 12 * size((plan.groups, LANES), jnp.float32)  # statistics and the state of counts
+    windows["rows"] = 14 * size((plan.groups, LANES), jnp.float32)  # statistics and the state of counts
     scratch = {name: size(a.shape, a.dtype) for name, a in scratch_of(plan, x).items() if "vmem" in str(a.memory_space)}
     scratch |= {f"d_{name}": n for name, n in scratch.items() if not name.startswith("turned")}
     for name, shape in {"key": (held, width), "value": (held, value_width), "query": (width, blocks.queries)}.items():
