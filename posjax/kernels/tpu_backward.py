@@ -210,32 +210,30 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         start, every = pl.multiple_of(strip * blocks.strip, blocks.strip), range(plan.groups)
         logits, d_weights = products(start, blocks.strip)
         allowed = s.pairs(start, blocks.strip)
-        scores = logits + s.lookups(start, strip) if plan.index is not None else logits
+        scores = logits + s.last_bias()
+        scores = scores if plan.index is None else scores + s.lookups(start, strip)
         gates = doubled_gates(logits, allowed, counting.exact)
-        s.count(sums_to_the_right(gates, counting), back=True)
+        s.count(strip, sums_to_the_right(gates, counting), back=True)
         s.by_group(s.scores, scores)
+        s.slopes_there[...] = jnp.zeros(s.slopes_there.shape, jnp.float32)
 
         def add(g: Any, at: Any, few: bool) -> None:
             bias, slope = interpolated(s.positions[g, at, :], s.z[g], s.slope[g], counting, few)
-            s.scores[g, at, :] += bias
+            s.scores[g, at, :] += bias - s.z[g, pl.ds(counting.last, 1), :]
             s.slopes_there[g, at, :] = slope
 
-        def add_last(g: Array, at: Any) -> None:
-            s.scores[g, at, :] += s.z[g, pl.ds(counting.last, 1), :]
-            s.slopes_there[g, at, :] = jnp.zeros((QUARTER, LANES), jnp.float32)
-
         def back(g: Any, at: Any, few: bool) -> None:
-            where = s.positions[g, at, :]
-            rows = QUARTER if few else SUBLANES
-            s.d_z[g] += spread(where, s.d_scores[g, at, :], rows, jnp.max(spans(where, rows)), counting)
+            where, part, rows = s.positions[g, at, :], s.d_scores[g, at, :], QUARTER if few else SUBLANES
+            s.d_z[g] += spread(where, part, rows, jnp.max(spans(where, rows)), counting)
+            s.d_last[pl.ds(g, 1), :] -= part.sum(0, keepdims=True)
 
-        def back_last(g: Array, at: Any) -> None:
-            s.d_last[pl.ds(g, 1), :] += s.d_scores[g, at, :].sum(0, keepdims=True)
-
-        s.by_need(strip, add, add_last)
+        s.by_need(add)
         weights, gradient = weigh(s.all_groups(s.scores), d_weights, allowed, start, blocks.strip)
         s.by_group(s.d_scores, gradient)
-        s.by_need(strip, back, back_last)
+        total = gradient.sum(0, keepdims=True)
+        for g in every:
+            s.d_last[pl.ds(g, 1), :] += total[:, g * LANES : (g + 1) * LANES]
+        s.by_need(back)
         # Each count's gradient reaches the gates of all keys from its own to the query.
         steps = gradient * s.all_groups(s.slopes_there)
         sums = sums_to_the_left(steps, counting) + as_row(s.gathered)

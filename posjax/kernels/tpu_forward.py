@@ -164,16 +164,15 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         """The same for any counts, group by group."""
         start = pl.multiple_of(strip * blocks.strip, blocks.strip)
         scores, allowed = logits(start, blocks.strip), s.pairs(start, blocks.strip)
-        widest = s.count(sums_to_the_right(doubled_gates(scores, allowed, counting.exact), counting))
+        widest = s.count(strip, sums_to_the_right(doubled_gates(scores, allowed, counting.exact), counting))
+        scores = scores + s.last_bias()
         s.by_group(s.scores, scores if plan.index is None else scores + s.lookups(start, strip))
 
         def add(g: Any, at: Any, few: bool) -> None:
-            s.scores[g, at, :] += interpolated(s.positions[g, at, :], s.z[g], s.slope[g], counting, few)[0]
+            bias, _ = interpolated(s.positions[g, at, :], s.z[g], s.slope[g], counting, few)
+            s.scores[g, at, :] += bias - s.z[g, pl.ds(counting.last, 1), :]
 
-        def add_last(g: Array, at: Any) -> None:
-            s.scores[g, at, :] += s.z[g, pl.ds(counting.last, 1), :]
-
-        s.by_need(strip, add, add_last)
+        s.by_need(add)
         s.haste[0] = jnp.where(widest < SUBLANES, HASTY, WIDE)
 
     def detailed_strip(strip: Array, whole: Array) -> None:

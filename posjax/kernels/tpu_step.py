@@ -40,8 +40,6 @@ from posjax.kernels.tpu_tiles import (
 )
 from posjax.typing import Array
 
-_NOTHING, _FEW_CELLS, _MANY_CELLS = range(3)  # to be looked up in a quarter of a strip for a group of queries
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -304,8 +302,8 @@ class Step:
                 row = pl.ds(g, 1)
                 self.high[row, :], self.low[row, :] = add_exactly(self.high[row, :], self.low[row, :], sums[:, part])
 
-    def count(self, later: Array, back: bool = False) -> Array:
-        """Puts the positions in a strip, whose gates add up to ``later`` [s, t], in their place, and what to do with them in
+    def count(self, strip: Array, later: Array, back: bool = False) -> Array:
+        """Puts the positions in a strip, whose gates add up to ``later`` [s, t], in their place, and who is to look them up in
         ``self.need``; and moves the counts on past it. The counts kept are those right of the strip, ``back`` those with it.
 
         Returns:
@@ -314,6 +312,7 @@ class Step:
         counting, widest = self.plan.counting, jnp.zeros((1, LANES), jnp.int32)
         quarters = [slice(at, at + QUARTER) for at in range(0, later.shape[0], QUARTER)]
         needs: list[list[Array]] = [[] for _ in quarters]
+        seen, keys = jnp.zeros((), jnp.int32), self.strip_extent(strip)
         for g in range(self.plan.groups):
             row, sums = pl.ds(g, 1), later[:, g * LANES : (g + 1) * LANES]
             high, low = self.high[row, :], self.low[row, :]
@@ -324,12 +323,14 @@ class Step:
             self.positions[g] = where
             widest = jnp.maximum(widest, spans(where, where.shape[0]))
             for found, quarter in zip(needs, quarters, strict=True):
-                here = where[quarter]
-                many = jnp.where(spans(here, QUARTER) < SUBLANES, _FEW_CELLS, _MANY_CELLS)
-                found.append(jnp.where(here[-1:] >= counting.last, _NOTHING, many))
+                many = 1 + (spans(where[quarter], QUARTER) >= SUBLANES).astype(jnp.int32)
+                found.append(jnp.where(where[quarter][-1:] >= counting.last, 0, many))
+            seen |= jnp.where(self.plan.rules.none(self.group_extent(g), keys), 0, 1 << g)
         for n, found in enumerate(needs):
-            most = joined(found, 0).max(1, keepdims=True)  # of each group
-            self.need[n] = jnp.sum(most << (2 * jax.lax.broadcasted_iota(jnp.int32, most.shape, 0)))
+            most = joined(found, 0).max(1, keepdims=True)  # of each group: nothing, few or many cells to look up
+            bit = 1 << jax.lax.broadcasted_iota(jnp.int32, most.shape, 0)
+            for many in (0, 1):
+                self.need[2 * n + many] = jnp.sum(jnp.where(most == 1 + many, bit, 0)) & seen
         return jnp.max(widest)
 
     def unsettled_groups(self) -> Array:
@@ -338,21 +339,25 @@ class Step:
         group = jax.lax.broadcasted_iota(jnp.int32, short.shape, 0)
         return jnp.sum(short.max(1, keepdims=True) << group[:, :1])
 
-    def by_need(self, strip: Array, add: Any, add_last: Any) -> None:
-        """For every group in a strip and every quarter ``at`` of it: ``add_last(g, at)`` where all counts are past the last
-        position or nothing is seen; elsewhere ``add(g, at, few)``, by whether each query passes fewer than eight cells."""
-        quarters = self.plan.blocks.strip // QUARTER
+    def by_need(self, add: Any) -> None:
+        """Calls ``add(g, at, few)`` for every quarter ``at`` of a strip and every group of queries that sees it with counts there
+        before the last position; ``few``: no query passes as many as eight cells."""
 
-        def one(n: Array, _: None) -> None:
-            g, quarter = jax.lax.div(n, np.int32(quarters)), jax.lax.rem(n, np.int32(quarters))
+        def one(quarter: Array, _: None) -> None:
             at = pl.ds(pl.multiple_of(quarter * QUARTER, QUARTER), QUARTER)
-            unseen = self.plan.rules.none(self.group_extent(g), self.strip_extent(strip))
-            need = jnp.where(unseen, _NOTHING, (self.need[quarter] >> (2 * g)) & 3)
-            pl.when(need == _NOTHING)(lambda: add_last(g, at))
-            pl.when(need == _FEW_CELLS)(lambda: add(g, at, True))
-            pl.when(need == _MANY_CELLS)(lambda: add(g, at, False))
+            for many in (0, 1):
 
-        jax.lax.fori_loop(0, self.plan.groups * quarters, one, None)
+                def lowest(groups: Array, few: bool = not many) -> Array:
+                    add(31 - jax.lax.clz(groups & -groups), at, few)
+                    return groups & (groups - 1)
+
+                jax.lax.while_loop(lambda groups: groups != 0, lowest, self.need[2 * quarter + many])
+
+        jax.lax.fori_loop(0, self.plan.blocks.strip // QUARTER, one, None)
+
+    def last_bias(self) -> Array:
+        """What counts past the last position add, [1, t]."""
+        return jnp.concatenate([self.z[g, pl.ds(self.plan.counting.last, 1), :] for g in range(self.plan.groups)], axis=1)
 
     def choose(self, j: Array, fine: Array, plain: Any, detailed: Any) -> None:
         """Calls ``detailed(j, whole)`` on a tile that counts or looks up, ``plain(j, masked)`` on any other."""
@@ -420,8 +425,7 @@ class Step:
         """The bias that is one number a row, [1, t]: a count past the last position, a distance past all others."""
         total = None
         if self.plan.counting is not None:
-            last = pl.ds(self.plan.counting.last, 1)
-            total = jnp.concatenate([self.z[g, last, :] for g in range(self.plan.groups)], axis=1)
+            total = self.last_bias()
         if self.plan.index is not None:
             found = self.looked_up(jnp.full((SUBLANES, LANES), self.common_index(queries, keys), jnp.int32))[:1]
             found = jnp.tile(found, (1, self.plan.groups))
@@ -537,7 +541,7 @@ def scratch_of(plan: Plan, x: Operands) -> dict[str, Any]:
         for name in ("scores", "positions"):
             made[name] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
         made["unsettled"] = pltpu.SMEM((1,), jnp.int32)
-        made["need"] = pltpu.SMEM((blocks.strip // QUARTER,), jnp.int32)
+        made["need"] = pltpu.SMEM((2 * blocks.strip // QUARTER,), jnp.int32)
     if plan.index is not None:
         made["found"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
     return made
