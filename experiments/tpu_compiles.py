@@ -147,8 +147,11 @@ def describe(call: dict[str, Any]) -> str:
 def outcome(row: dict[str, Any]) -> str:
     if row["failed"] is not None:
         return f"FAILED: {row['failed']}"
-    sizes = (f"{k['bundles'] or 0:,} bundles and {(k['vmem_bytes'] or 0) / 2**20:.1f} MiB" for k in row["kernels"])
-    return f"{row['seconds']:.0f} s; {', '.join(sizes)}"
+    said = [f"{row['seconds']:.0f} s"]
+    for kernel in row["kernels"]:
+        name = re.sub(r"posjax_attention_|\.\d+$", "", kernel["name"])
+        said.append(f"{name} {kernel['bundles'] or 0:,} bundles, {(kernel['vmem_bytes'] or 0) / 2**20:.1f} MiB")
+    return "; ".join(said)
 
 
 def summary(config: Sweep, rows: dict[tuple, dict[str, Any]], now: str) -> Group:
