@@ -45,7 +45,7 @@ from posjax.kernels.tpu_tiles import CALM, FEW, HASTY, LANES, OFFSET, QUARTER, S
 SPEC, LAST = "rope + cope(64)", 63  # the last position
 CONTEXT = 8192
 DRAWN = {"half": (0.0, 1.0), "small": (-4.0, 0.5), "sparse": (-4.4, 1.0)}  # mean and standard deviation of logits
-NEED = ("nothing", "few cells", "many cells")  # to be looked up in a quarter of a strip, in the order of the kernel's branches
+NEED = ("few cells", "many cells")  # to be looked up in a quarter of a strip, in the order of the kernel's loops over groups
 Gates = Callable[[slice, slice], np.ndarray]  # queries, keys -> [t, s] before the mask
 Parts = dict[str, int]  # own bundles of each part
 Turns = collections.Counter  # how often each part runs
@@ -87,7 +87,10 @@ class Node:
 
     def loops(self) -> "list[Node]":
         """The outermost loops, perhaps itself."""
-        return [self] if self.section.kind == "loop" else [loop for node in self.inside for loop in node.loops()]
+        return [self] if self.section.kind == "loop" else self.loops_within()
+
+    def loops_within(self) -> "list[Node]":
+        return [loop for node in self.inside for loop in node.loops()]
 
     def own(self) -> int:
         return self.section.bundles - sum(node.section.bundles for node in self.inside)
@@ -128,7 +131,7 @@ def parts_of(kernel: aot.Kernel, counts: bool) -> Parts:
     expect(len(steps) == 1, "a branch with all matrix products", [node.section.products for node in grid.inside])
     for node in grid.inside:
         node.name = "query tile" if node is steps[0] else "arrival"
-    walks = [loop for node in steps[0].inside for loop in node.loops() if loop.working()]
+    walks = [loop for loop in steps[0].loops_within() if loop.working()]
     expect(len(walks) == 1, "one loop over key tiles of several forms", len(walks))
     grid.name, walks[0].name = "grid", "key tile"
     before = 0
@@ -140,7 +143,7 @@ def parts_of(kernel: aot.Kernel, counts: bool) -> Parts:
         node.name = "first of a head" if node.section.first < walks[0].section.first else "last of a head"
         for loop in node.loops():
             expect(not loop.inside, f"a simple loop over keys in {node.name}", len(loop.inside))
-            loop.name = f"{node.name.removesuffix(': keys')}: keys"
+            loop.name = f"{node.name}: keys"
 
     forms, is_forward = walks[0].working(), "forward" in kernel.name
     expect(len(forms) == 2 + counts, "tiles that count and two forms of plain ones", len(forms))
@@ -149,9 +152,7 @@ def parts_of(kernel: aot.Kernel, counts: bool) -> Parts:
         strips = loop_in(forms[0], "over strips")
         forms[0].name, strips.name = "counting tile", "strip"
         found = strips.working()
-        expect(
-            len(found) == (5 if is_forward else 3), "straight, with a mask, bending, and in the forward pass softmax", len(found)
-        )
+        expect(len(found) == (5 if is_forward else 3), "two straight forms, bending, forward also two of softmax", len(found))
         pair(found[:2], "straight")
         if is_forward:
             pair(found[3:], "softmax")
@@ -159,10 +160,11 @@ def parts_of(kernel: aot.Kernel, counts: bool) -> Parts:
         bending.name, loops = "bending", bending.loops()
         expect(len(loops) == (1 if is_forward else 2), "loops over quarters, forward and back", len(loops))
         for loop, prefix in zip(loops, ("", "back: "), strict=False):
-            loop.name = f"{prefix}quarter"
-            expect(len(loop.inside) == len(NEED), f"branches {NEED}", len(loop.inside))
-            for node, name in zip(loop.inside, NEED, strict=True):
-                node.name, inner = f"{prefix}{name}", node.loops()
+            loop.name, lookups = f"{prefix}quarter", loop.loops_within()
+            sizes = [node.section.bundles for node in lookups]
+            expect(len(sizes) == 2 and sizes[0] < sizes[1], f"loops over groups that pass {NEED}", sizes)
+            for node, name in zip(lookups, NEED, strict=True):
+                node.name, inner = f"{prefix}{name}", node.loops_within()
                 expect(len(inner) == (node.name == "back: few cells"), f"loops in {node.name}", len(inner))
                 for nodes in inner:
                     nodes.name = "back: node"
@@ -245,7 +247,7 @@ def walk_over(gates: Gates | None, length: int, blocks: Blocks, decisions: list 
             backward["bending"] += 1
             add_quarters(backward, "", need)
             add_quarters(backward, "back: ", need)
-            backward["back: node"] += int(cells[need == NEED.index("few cells")].sum())
+            backward["back: node"] += int(cells[need == 1].sum())
         if decisions is not None:
             decisions.append((ended, hasty, counts))
     return forward, backward
@@ -265,7 +267,7 @@ def haste_of(first: np.ndarray, last: np.ndarray, before: np.ndarray) -> int:
 
 
 def needs(first: np.ndarray, last: np.ndarray, unseen: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """As ``Step.count``: what each group needs in each quarter, the most cells that a query passes there, and in the strip."""
+    """As ``Step.count``: a group's need in each quarter (0 nothing, then NEED), the most cells a query passes there, and in all."""
     first, last = np.minimum(first, LAST + 0.25).astype(int), np.minimum(last, LAST + 0.25)
     cells = first - last.astype(int)
     need = np.where(last >= LAST, 0, np.where(cells < SUBLANES, 1, 2))
@@ -274,8 +276,8 @@ def needs(first: np.ndarray, last: np.ndarray, unseen: np.ndarray) -> tuple[np.n
 
 
 def add_quarters(turns: Turns, prefix: str, need: np.ndarray) -> None:
-    turns[f"{prefix}quarter"] += need.size
-    for code, name in enumerate(NEED):
+    turns[f"{prefix}quarter"] += need.shape[1]
+    for code, name in enumerate(NEED, 1):
         turns[f"{prefix}{name}"] += int((need == code).sum())
 
 
