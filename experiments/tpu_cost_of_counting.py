@@ -29,7 +29,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,28 +131,27 @@ def parts_of(kernel: aot.Kernel, counts: bool) -> Parts:
     expect(len(steps) == 1, "a branch with all matrix products", [node.section.products for node in grid.inside])
     for node in grid.inside:
         node.name = "query tile" if node is steps[0] else "arrival"
-    walks = [loop for loop in steps[0].loops_within() if loop.working()]
-    expect(len(walks) == 1, "one loop over key tiles of several forms", len(walks))
-    grid.name, walks[0].name = "grid", "key tile"
-    before = 0
-    for node in steps[0].inside:  # before and after the walk, what is done for the first and for the last query tile
-        if node is walks[0] or node.section.holds(walks[0].section):
-            earlier = [other.section.bundles for other in steps[0].inside if other.section.first < node.section.first]
-            before = node.section.first - steps[0].section.first - sum(earlier)
+    walks = {len(loop.working()): loop for loop in steps[0].loops_within() if loop.working()}
+    is_forward = "forward" in kernel.name
+    wanted = {2} | ({5 if is_forward else 3} if counts else set())
+    expect(set(walks) == wanted, f"loops over key tiles and over steps of the band, with so many forms: {wanted}", set(walks))
+    grid.name, walks[2].name = "grid", "key tile"
+    before = None
+    for node in steps[0].inside:  # before and after the walks, what is done for the first and for the last query tile
+        if any(node is walk or node.section.holds(walk.section) for walk in walks.values()):
+            if before is None:
+                earlier = [other.section.bundles for other in steps[0].inside if other.section.first < node.section.first]
+                before = node.section.first - steps[0].section.first - sum(earlier)
             continue
-        node.name = "first of a head" if node.section.first < walks[0].section.first else "last of a head"
+        node.name = "first of a head" if before is None else "last of a head"
         for loop in node.loops():
             expect(not loop.inside, f"a simple loop over keys in {node.name}", len(loop.inside))
             loop.name = f"{node.name}: keys"
 
-    forms, is_forward = walks[0].working(), "forward" in kernel.name
-    expect(len(forms) == 2 + counts, "tiles that count and two forms of plain ones", len(forms))
-    pair(forms[-2:], "plain")
+    pair(walks[2].working(), "plain")
     if counts:
-        strips = loop_in(forms[0], "over strips")
-        forms[0].name, strips.name = "counting tile", "strip"
-        found = strips.working()
-        expect(len(found) == (5 if is_forward else 3), "two straight forms, bending, forward also two of softmax", len(found))
+        band = walks[max(wanted)]
+        band.name, found = "step", band.working()
         pair(found[:2], "straight")
         if is_forward:
             pair(found[3:], "softmax")
@@ -184,12 +183,80 @@ def parts_of(kernel: aot.Kernel, counts: bool) -> Parts:
 # How often each part runs --------------------------------------------------------------------------------------------------
 
 
-def walk_over(gates: Gates | None, length: int, blocks: Blocks, decisions: list | None = None) -> tuple[Turns, Turns]:
-    """Turns of each part in the forward and in the backward kernel, of one head; without ``gates`` nothing is counted.
+class Step(NamedTuple):
+    """A step of the band in which passages of a query tile count.
 
-    Args:
-      decisions: gets (ended, hasty, counts) of every query tile, what the forward kernel hands to the backward one.
+    Attributes:
+      number: the distance from the diagonal, in strips.
+      mask: of the forms' names.
+      hasty: queries passed too many cells for the backward pass to go straight.
+      need, cells: [groups, quarters], see ``needs``.
     """
+
+    number: int
+    mask: str
+    hasty: bool
+    need: np.ndarray
+    cells: np.ndarray
+
+
+class Tile(NamedTuple):
+    """What counting did in a query tile.
+
+    Attributes:
+      forward: turns of the parts.
+      steps: in the order of the forward pass.
+      limit: of each passage, the strip from which on it counted.
+      counts: of each query.
+      haste: for the next tile.
+    """
+
+    forward: Turns
+    steps: list[Step]
+    limit: np.ndarray
+    counts: np.ndarray
+    haste: int
+
+
+def count_tile(gates: Gates | None, tile: int, length: int, blocks: Blocks, haste: int) -> Tile:
+    """The band of a query tile, as the forward kernel walks through it."""
+    strip, held = blocks.strip, min(blocks.resident, length) // blocks.strip
+    size = 2 * LANES if blocks.queries % (2 * LANES) == 0 else LANES
+    queries = (tile * blocks.queries + np.arange(blocks.queries)).reshape(-1, size)  # of each passage
+    quarters, last = np.arange(0, strip, QUARTER), queries[:, -1] // strip + 1
+    forward, steps, limit, counts = Turns(), [], last.copy(), np.zeros(blocks.queries)
+    for begins in reversed(range(0, int(last.max()), held)) if gates is not None else ():
+        number = max(0, int(last.min()) - (begins + held))
+        while ((counts.reshape(-1, size) < LAST).any(1) & (last - 1 - number >= begins)).any():
+            strips = last - 1 - number
+            here = (strips >= begins) & (strips < begins + held)
+            found = np.zeros((blocks.queries, strip))
+            for a in np.flatnonzero(here):
+                keys = np.arange(strips[a] * strip, (strips[a] + 1) * strip)
+                within = gates(slice(queries[a, 0], queries[a, -1] + 1), slice(keys[0], keys[-1] + 1))
+                found[a * size : (a + 1) * size] = np.where(keys <= queries[a][:, None], within, 0.0)
+            mask = "" if (here & ((strips + 1) * strip <= queries[:, 0] + 1)).all() else ", masked"
+            later = np.cumsum(found[:, ::-1], axis=1, dtype=np.float64)[:, ::-1] + counts[:, None]
+            ends = later[:, quarters], later[:, quarters + QUARTER - 1]  # first and last key of each quarter
+            last_of_group = queries.reshape(-1, LANES)[:, -1]
+            unseen = np.repeat(~here, size // LANES) | (np.repeat(strips, size // LANES) * strip > last_of_group)
+            need, cells, widest = needs(*ends, unseen)
+            if haste < WIDE:
+                forward[f"straight{mask}"] += 1
+                haste = haste_of(*ends, counts)
+            if haste == WIDE:
+                forward["bending"] += 1
+                add_quarters(forward, "", need)
+                haste = HASTY if widest < SUBLANES else WIDE
+            forward["step"] += 1
+            forward[f"softmax{mask}"] += 1
+            steps.append(Step(number, mask, haste > CALM, need, cells))
+            limit, counts, number = np.where(here, strips, limit), later[:, 0], number + 1
+    return Tile(forward, steps, limit, counts, haste)
+
+
+def walk_over(gates: Gates | None, length: int, blocks: Blocks) -> tuple[Turns, Turns]:
+    """Turns of each part in the forward and in the backward kernel, of one head; without ``gates`` nothing is counted."""
     forward, backward = Turns(), Turns()
     tiles, held = length // blocks.queries, min(blocks.resident, length)
     for turns in (forward, backward):
@@ -199,57 +266,27 @@ def walk_over(gates: Gates | None, length: int, blocks: Blocks, decisions: list 
         turns["first of a head"] = turns["last of a head"] = length // held
         turns["first of a head: keys"] = length // blocks.keys if length == held else 0
         turns["last of a head: keys"] = length // blocks.keys
-    haste = CALM
-    per_tile, quarters = blocks.keys // blocks.strip, np.arange(0, blocks.strip, QUARTER)
+    haste, per_tile = CALM, blocks.keys // blocks.strip
     for i in range(tiles):
-        queries = np.arange(i * blocks.queries, (i + 1) * blocks.queries)
-        last_of_group = queries[LANES - 1 :: LANES]
-        counts = np.zeros(blocks.queries)
-        unsettled = np.full(len(last_of_group), gates is not None)
-        ended, hasty, strips = np.full(len(last_of_group), 2**30), [-1, -1], []
-        for j in reversed(range(-(-(i + 1) * blocks.queries // blocks.keys))):
-            keys = np.arange(j * blocks.keys, (j + 1) * blocks.keys)
-            mask = "" if keys[-1] <= queries[0] else ", masked"
-            here = unsettled & (keys[0] <= last_of_group)
-            ended = np.where(here, j, ended)
-            for turns in (forward, backward):
-                turns["key tile"] += 1
-                turns["counting tile" if here.any() else f"plain{mask}"] += 1
-            if not here.any():
-                continue
-            found = gates(slice(queries[0], queries[-1] + 1), slice(keys[0], keys[-1] + 1))
-            found = np.where(keys <= queries[:, None], found, 0.0)
-            for n in reversed(range(per_tile)):
-                within = found[:, n * blocks.strip : (n + 1) * blocks.strip]
-                later = np.cumsum(within[:, ::-1], axis=1, dtype=np.float64)[:, ::-1] + counts[:, None]
-                ends = later[:, quarters], later[:, quarters + QUARTER - 1]  # first and last key of each quarter
-                need, cells, widest = needs(*ends, keys[n * blocks.strip] > last_of_group)
-                if haste < WIDE:
-                    forward[f"straight{mask}"] += 1
-                    haste = haste_of(*ends, counts)
-                if haste == WIDE:
-                    forward["bending"] += 1
-                    add_quarters(forward, "", need)
-                    haste = HASTY if widest < SUBLANES else WIDE
-                forward["strip"] += 1
-                forward[f"softmax{mask}"] += 1
-                number = j * per_tile + n
-                if haste > CALM:
-                    hasty = [number, max(hasty[1], number)]
-                strips.append((number, mask, need, cells))
-                counts = later[:, 0]
-            unsettled = (counts < LAST).reshape(-1, LANES).any(1)
-        for number, mask, need, cells in strips:
-            backward["strip"] += 1
-            if not hasty[0] <= number <= hasty[1]:
-                backward[f"straight{mask}"] += 1
+        tile = count_tile(gates, i, length, blocks, haste)
+        haste = tile.haste
+        forward.update(tile.forward)
+        numbers = [step.number for step in tile.steps if step.hasty] or [-1]
+        for step in tile.steps:
+            backward["step"] += 1
+            if not min(numbers) <= step.number <= max(numbers):
+                backward[f"straight{step.mask}"] += 1
                 continue
             backward["bending"] += 1
-            add_quarters(backward, "", need)
-            add_quarters(backward, "back: ", need)
-            backward["back: node"] += int(cells[need == 1].sum())
-        if decisions is not None:
-            decisions.append((ended, hasty, counts))
+            add_quarters(backward, "", step.need)
+            add_quarters(backward, "back: ", step.need)
+            backward["back: node"] += int(step.cells[step.need == 1].sum())
+        first = i * blocks.queries
+        for j in range(-(-int(tile.limit.max()) // per_tile)):  # what was not counted
+            whole = (j + 1) * blocks.keys <= first + 1 and (tile.limit >= (j + 1) * per_tile).all()
+            for turns in (forward, backward):
+                turns["key tile"] += 1
+                turns["plain" if whole else "plain, masked"] += 1
     return forward, backward
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from posjax.kernels.tpu_band import Band, Spot, strip_of
 from posjax.kernels.tpu_step import (
     OPTIONAL,
     Groups,
@@ -60,13 +61,14 @@ from posjax.typing import Array
 def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
     if plan.interpret is None:  # only the shapes of what comes out are asked for
         return
-    scalars, scale, block, rest = Scalars(*refs[:5]), refs[5], refs[6], dict(zip(names, refs[7:], strict=True))
+    scalars, scale, block, rest = Scalars(*refs[:6]), refs[6], refs[7], dict(zip(names, refs[8:], strict=True))
     rest = dict.fromkeys(OPTIONAL) | rest
     batch, _, group, tile, _ = (pl.program_id(n) for n in range(5))
     row = batch if rows > 1 else 0
     blocks, counting = plan.blocks, plan.counting
     s = Step(plan, scalars, rest, row, rows, tile, block[0])
-    factor = scale[0] * LOG2E
+    band = Band(s, lambda a: s.limit[a], back=True)
+    factor, every = scale[0] * LOG2E, Groups(0, plan.groups)
 
     @pl.when((group == 0) & (tile == 0))
     def _() -> None:
@@ -90,27 +92,24 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
             getattr(s, name)[...] = getattr(s, f"in_{name}")[...]
         s.d_z[...] = jnp.zeros(s.d_z.shape, jnp.float32)
         s.d_last[...] = jnp.zeros(s.d_last.shape, jnp.float32)
-        for g in range(plan.groups):
-            s.first[g] = jnp.min(s.in_ended[pl.ds(g, 1), :])
+        for a in range(band.passages):
+            s.limit[a] = jnp.min(s.in_limit[pl.ds(a * plan.abreast, 1), :])
         s.hasty[0], s.hasty[1] = jnp.min(s.in_hasty[...]), jnp.max(s.in_hasty[...])
 
-    def d_out_of(groups: Groups | None) -> Array:
-        return s.d_out[...] if groups is None else s.d_out[groups.lanes, :]
-
-    def products(start: Array, size: int, groups: Groups | None = None) -> tuple[Array, Array]:
+    def products(start: Array, size: int, groups: Groups) -> tuple[Array, Array]:
         """Scores before any bias, and the gradient of the weights, [s, t]."""
         key, value = s.keys(start, size), s.value[pl.ds(start, size), :]
         exact = key.dtype == jnp.float32
-        return product(key, s.queries(groups), NT, exact) * factor, product(value, d_out_of(groups), NT, exact)
+        return product(key, s.queries(groups), NT, exact) * factor, product(value, s.d_out[groups.lanes, :], NT, exact)
 
-    def accumulate(start: Array, size: int, weights: Array, gradient: Array, groups: Groups | None = None) -> None:
+    def accumulate(start: Array, size: int, weights: Array, gradient: Array, groups: Groups) -> None:
         """Adds a piece's part of the gradients of key, value and query."""
-        at, key, d_out, queries = pl.ds(start, size), s.keys(start, size), d_out_of(groups), s.queries(groups)
+        at, key, d_out, queries = pl.ds(start, size), s.keys(start, size), s.d_out[groups.lanes, :], s.queries(groups)
         exact = key.dtype == jnp.float32
         weights, gradient = weights.astype(d_out.dtype), gradient.astype(key.dtype)
         s.value_sums[at, :] += product(weights, d_out, NN, exact)
         s.key_sums[at, :] += product(gradient, queries, NN, exact)
-        s.query_sums[:, Groups(0, plan.groups).lanes if groups is None else groups.lanes] += product(key, gradient, TN, exact)
+        s.query_sums[:, groups.lanes] += product(key, gradient, TN, exact)
 
     def into_table(index: Array, gradient: Array) -> None:
         """Adds the sums of gradient [s, 128] over equal indices, which all pairs of a piece have or few differ in."""
@@ -122,7 +121,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         jax.lax.fori_loop(low, high + 1, add, None)
 
     def weigh(
-        scores: Array, d_weights: Array, allowed: Array | None, start: Array, size: int, groups: Groups | None = None
+        scores: Array, d_weights: Array, allowed: Array | None, start: Array, size: int, groups: Groups
     ) -> tuple[Array, Array]:
         """Weights, and the gradient of the scores, from scores with their counts and lookups in, [s, t]."""
         if plan.penalised:
@@ -135,57 +134,62 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
 
     def plain(j: Array, masked: bool) -> None:
         start = pl.multiple_of(j * blocks.keys, blocks.keys)
-        scores, d_weights = products(start, blocks.keys)
+        scores, d_weights = products(start, blocks.keys, every)
         queries, keys = s.query_extent(), s.key_extent(j)
         constant = s.constant(queries, keys)
         if constant is not None:
             scores = scores + constant
-        allowed = s.pairs(start, blocks.keys) if masked else None
-        weights, gradient = weigh(scores, d_weights, allowed, start, blocks.keys)
+        allowed = s.left_pairs(start, blocks.keys) if masked else None
+        weights, gradient = weigh(scores, d_weights, allowed, start, blocks.keys, every)
         if constant is not None:
             sums = gradient.sum(0, keepdims=True)
-            for g in range(plan.groups):
-                part = sums[:, g * LANES : (g + 1) * LANES]
-                if counting is not None:
-                    s.d_last[pl.ds(g, 1), :] += part
-                if plan.index is not None:
-                    s.table_sums[s.common_index(queries, keys), pl.ds(0, 1), :] += part
-        accumulate(start, blocks.keys, weights, gradient)
+            if counting is not None:
+                past_last(sums)
+            if plan.index is not None:
+                for _, part in every.apart():
+                    s.table_sums[s.common_index(queries, keys), pl.ds(0, 1), :] += sums[:, part]
+        accumulate(start, blocks.keys, weights, gradient, every)
 
-    def straight(strip: Array, masked: bool) -> None:
-        """A strip in which no query passes many cells, some groups at a time: fewer wait for each other, more take long to compile,
+    def past_last(sums: Array) -> None:
+        """Takes sums [1, t] of gradients of counts past the last position."""
+        for g, part in every.apart():
+            s.d_last[pl.ds(g, 1), :] += sums[:, part]
+
+    def straight(n: Array, masked: bool) -> None:
+        """A step in which no query passes many cells, some passages at a time: few wait for each other, many take long to compile,
         which they are worth where they run most."""
-        most = math.gcd(plan.groups, 4 if masked else 8)
-        step = functools.partial(straight_part, strip, masked)
-        jax.lax.fori_loop(0, plan.groups // most, lambda n, _: step(Groups(n * most, most)), None)
+        most = math.gcd(band.passages, (4 if masked else 8) // plan.abreast)
+        part = functools.partial(straight_part, masked)
+        turns = band.passages // most
+        jax.lax.fori_loop(0, turns, lambda turn, _: part([band.spot(n, turn * most + a) for a in range(most)]), None)
 
-    def straight_part(strip: Array, masked: bool, groups: Groups) -> None:
-        start, halves = pl.multiple_of(strip * blocks.strip, blocks.strip), blocks.strip // LANES
-        passages, live, done = s.passages(groups, back=True), {}, []
+    def straight_part(masked: bool, spots: list[Spot]) -> None:
+        halves, live, done = blocks.strip // LANES, {}, []
+        passages = [band.passage(spot) for spot in spots]
         pieces = [(passage, half) for passage in passages for half in range(halves)]
-        gathered = [as_row(s.gathered, passage.groups) for passage in passages]
-        nodes: dict[Any, Array] = {}
+        gathered = [as_row(s.gathered, spot.groups) for spot in spots]
 
         def begin(n: int) -> None:
-            passage, half = pieces[n]
-            at = pl.multiple_of(start + half * LANES, LANES)
-            logits, d_weights = products(at, LANES, passage.groups)
-            allowed = s.pairs(at, LANES, passage.groups) if masked else None
+            spot, half = pieces[n][0].spot, pieces[n][1]
+            at = pl.multiple_of(s.start_of(spot.strip) + half * LANES, LANES)
+            logits, d_weights = products(at, LANES, spot.groups)
+            allowed = band.pairs(spot, at, LANES) if masked else None
             live[n] = at, allowed, logits, d_weights, doubled_gates(logits, allowed, counting.exact)
 
         def counts(n: int) -> None:
             live[n] = *live[n], pieces[n][0].through(sums_to_the_right(live[n][-1], counting))
 
         def gradients(n: int) -> None:
-            passage, (at, allowed, logits, d_weights, gates, inside) = pieces[n][0], live[n]
+            passage, (at, allowed, logits, d_weights, gates, piece) = pieces[n][0], live[n]
             found = []
-            for (g, part), lines in zip(passage.by_group(), passage.windows, strict=True):
-                bias, slope = within(lines, inside[:, part], counting)
+            for (g, part), lines in zip(passage.spot.groups.apart(), piece.windows, strict=True):
+                inside = piece.inside[:, part]
+                bias, slope = within(lines, inside, counting)
                 seen = None if allowed is None else allowed[:, part]
                 weights, gradient = weigh(logits[:, part] + bias, d_weights[:, part], seen, at, LANES, Groups(g, 1))
                 rows = [slice(row, row + QUARTER) for row in range(0, LANES, QUARTER)]
-                for here in [spread_within(inside[row, part], gradient[row]) for row in rows]:
-                    nodes[n // halves, part.start] = nodes.get((n // halves, part.start), 0.0) + here
+                nodes = functools.reduce(jnp.add, [spread_within(inside[row], gradient[row]) for row in rows])
+                s.d_z[g] += placed(nodes, piece.base[:, part], counting)
                 found.append((weights.astype(s.value.dtype), gradient, gradient * slope))
             live[n] = gates, *(joined([one[k] for one in found], 1) for k in range(3))
 
@@ -196,24 +200,23 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
             done.append((weights, (gradient + sums * gate_slope(gates)).astype(s.key.dtype)))
 
         staggered(len(pieces), [begin, counts, gradients, finish])
-        columns = [done[at : at + halves] for at in range(0, len(done), halves)]
-        weights, gradient = (joined([joined([piece[k] for piece in one], 0) for one in columns], 1) for k in range(2))
-        accumulate(start, blocks.strip, weights, gradient, groups)
-        for n, passage in enumerate(passages):
-            for g, part in passage.by_group():
+        for n, spot in enumerate(spots):
+            weights, gradient = (joined([piece[k] for piece in done[n * halves : (n + 1) * halves]], 0) for k in range(2))
+            accumulate(s.start_of(spot.strip), blocks.strip, weights, gradient, spot.groups)
+            for g, part in spot.groups.apart():
                 s.gathered[pl.ds(g, 1), :] = gathered[n][:, part]
-                s.d_z[g] += placed(nodes[n, part.start], passage.base[:, part], counting)
-        s.leave(passages)
+        band.leave(passages)
 
-    def bending(strip: Array) -> None:
+    def bending(spots: list[Spot]) -> None:
         """The same for any counts, group by group."""
-        start, every = pl.multiple_of(strip * blocks.strip, blocks.strip), range(plan.groups)
-        logits, d_weights = products(start, blocks.strip)
-        allowed = s.pairs(start, blocks.strip)
+        starts = [(s.start_of(spot.strip), spot) for spot in spots]
+        found = [products(at, blocks.strip, spot.groups) for at, spot in starts]
+        logits, d_weights = (joined(list(parts), 1) for parts in zip(*found, strict=True))
+        allowed = joined([band.pairs(spot, at, blocks.strip) for at, spot in starts], 1)
         scores = logits + s.last_bias()
-        scores = scores if plan.index is None else scores + s.lookups(start, strip)
+        scores = scores if plan.index is None else scores + s.lookups(strip_of(spots))
         gates = doubled_gates(logits, allowed, counting.exact)
-        s.count(strip, sums_to_the_right(gates, counting), back=True)
+        band.count(spots, sums_to_the_right(gates, counting))
         s.by_group(s.scores, scores)
         s.slopes_there[...] = jnp.zeros(s.slopes_there.shape, jnp.float32)
 
@@ -227,64 +230,68 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
             s.d_z[g] += spread(where, part, rows, jnp.max(spans(where, rows)), counting)
             s.d_last[pl.ds(g, 1), :] -= part.sum(0, keepdims=True)
 
-        s.by_need(add)
-        weights, gradient = weigh(s.all_groups(s.scores), d_weights, allowed, start, blocks.strip)
+        band.by_need(add)
+        scores, found = s.all_groups(s.scores), []
+        for at, spot in starts:
+            lanes = slice(spot.groups.first * LANES, (spot.groups.first + spot.groups.count) * LANES)
+            found.append(weigh(scores[:, lanes], d_weights[:, lanes], allowed[:, lanes], at, blocks.strip, spot.groups))
+        weights, gradient = (joined(list(parts), 1) for parts in zip(*found, strict=True))
         s.by_group(s.d_scores, gradient)
-        total = gradient.sum(0, keepdims=True)
-        for g in every:
-            s.d_last[pl.ds(g, 1), :] += total[:, g * LANES : (g + 1) * LANES]
-        s.by_need(back)
+        past_last(gradient.sum(0, keepdims=True))
+        band.by_need(back)
+        if plan.index is not None:
+            looked_up(strip_of(spots), gradient)
         # Each count's gradient reaches the gates of all keys from its own to the query.
         steps = gradient * s.all_groups(s.slopes_there)
         sums = sums_to_the_left(steps, counting) + as_row(s.gathered)
-        for g in every:
-            s.gathered[pl.ds(g, 1), :] = sums[blocks.strip - 1 :, g * LANES : (g + 1) * LANES]
-        done(start, strip, weights, gradient, gradient + sums * gate_slope(gates))
+        gradient = gradient + sums * gate_slope(gates)
+        for g, part in every.apart():
+            s.gathered[pl.ds(g, 1), :] = sums[blocks.strip - 1 :, part]
+        for at, spot in starts:
+            lanes = slice(spot.groups.first * LANES, (spot.groups.first + spot.groups.count) * LANES)
+            accumulate(at, blocks.strip, weights[:, lanes], gradient[:, lanes], spot.groups)
 
-    def looking(strip: Array, masked: bool) -> None:
-        """A strip with lookups alone."""
-        start = pl.multiple_of(strip * blocks.strip, blocks.strip)
-        logits, d_weights = products(start, blocks.strip)
-        allowed = s.pairs(start, blocks.strip) if masked else None
-        done(start, strip, *weigh(logits + s.lookups(start, strip), d_weights, allowed, start, blocks.strip))
-
-    def detailed_strip(strip: Array, whole: Array) -> None:
-        if counting is None:
-            masked_or_not(functools.partial(looking, strip), whole)
-        elif plan.index is None:
-            number = s.key_block * (s.key.shape[0] // blocks.strip) + strip
-            hasty = (number >= s.hasty[0]) & (number <= s.hasty[1])
-            masked_or_not(functools.partial(straight, strip), whole, ~hasty)
-            pl.when(hasty)(lambda: bending(strip))
+    def uncount(n: Array) -> None:
+        """Step n of the band."""
+        spots = band.spots(n)
+        if plan.index is None:
+            hasty = (n >= s.hasty[0]) & (n <= s.hasty[1])
+            whole = functools.reduce(jnp.logical_and, [spot.whole for spot in spots])
+            masked_or_not(functools.partial(straight, n), whole, ~hasty)
+            pl.when(hasty)(lambda: bending(spots))
         else:
-            bending(strip)
+            bending(spots)
 
-    def done(start: Array, strip: Array, weights: Array, gradient: Array, d_logits: Array | None = None) -> None:
-        """Hands on the gradient of a strip's scores, and that of its logits where gates have added to it."""
-        if plan.index is not None:
-            s.by_group(s.d_found, gradient)
+    def looking(j: Array, whole: Array) -> None:
+        """A tile in strips, with lookups."""
 
-            def one_group(g: Array, _: None) -> None:
-                into_table(s.index_of(start, blocks.strip, g), s.d_found[g])
+        def one(n: Array, _: None) -> None:
+            strip = j * plan.per_tile + n
+            masked_or_not(functools.partial(look, strip), whole)
 
-            jax.lax.fori_loop(0, plan.groups, one_group, None)
-        accumulate(start, blocks.strip, weights, gradient if d_logits is None else d_logits)
+        jax.lax.fori_loop(0, plan.per_tile, one, None)
 
-    def detailed(j: Array, whole: Array) -> None:
-        strips = blocks.keys // blocks.strip
-        jax.lax.fori_loop(0, strips, lambda n, _: detailed_strip(j * strips + n, whole), None)
-
-    def visit(j: Array, _: None) -> None:
-        queries, keys = s.query_extent(), s.key_extent(j)
-        fine = jnp.zeros((), bool)
+    def look(strip: Array, masked: bool) -> None:
+        start = s.start_of(strip)
+        scores, d_weights = products(start, blocks.strip, every)
+        scores = scores + s.lookups(lambda g: strip)
+        scores = scores if counting is None else scores + s.last_bias()
+        allowed = s.left_pairs(start, blocks.strip) if masked else None
+        weights, gradient = weigh(scores, d_weights, allowed, start, blocks.strip, every)
         if counting is not None:
-            for g in range(plan.groups):
-                fine |= (s.first_tile() + j >= s.first[g]) & ~plan.rules.none(s.group_extent(g), keys)
-        if plan.index is not None:
-            fine |= ~s.is_uniform(queries, keys)
-        s.choose(j, fine, plain, detailed)
+            past_last(gradient.sum(0, keepdims=True))
+        looked_up(lambda g: strip, gradient)
+        accumulate(start, blocks.strip, weights, gradient, every)
 
-    jax.lax.fori_loop(*s.visits(), visit, None)
+    def looked_up(strip_of: Any, gradient: Array) -> None:
+        """Adds the gradient of the scores of each group g, in its strip ``strip_of(g)``, to that of the table."""
+        s.by_group(s.d_found, gradient)
+        jax.lax.fori_loop(0, plan.groups, lambda g, _: into_table(s.index_of(strip_of(g), g), s.d_found[g]), None)
+
+    s.for_tiles(lambda j, whole: s.choose(j, whole, plain, looking))
+    if counting is not None:
+        begin, end = band.steps()
+        jax.lax.fori_loop(0, end - begin, lambda n, _: uncount(end - 1 - n), None)
 
     sums = s.query_sums[...].T
     s.d_scale[...] += (sums * s.queries().astype(jnp.float32)).sum(0, keepdims=True)
@@ -363,13 +370,13 @@ def _backward_of_block(
     blocks, counting = plan.blocks, plan.counting
     resident, tiles = min(blocks.resident, x.key.shape[2]), length // blocks.queries
     scalars = make_scalars(plan, x)
-    rows = scalars[1].shape[0] // (tiles * 4)
-    names, arrays, specs = inputs_of(plan, x, lambda b, i, r, *scalars: scalars[6][0])
+    rows = scalars[0].shape[0] // (tiles * 2)
+    names, arrays, specs = inputs_of(plan, x, lambda b, i, r, *scalars: scalars[7][0])
     by_tile = (batch, kv_heads, group, tiles, plan.groups, LANES)
     row_spec = pl.BlockSpec((None,) * 4 + by_tile[4:], lambda b, k, g, i, r, *_: (b, k, g, i, 0, 0))
     row_arrays = {"log_sum": log_sum, "slack": slack}
     if counting is not None:
-        row_arrays |= dict(zip(("in_high", "in_low", "in_ended", "in_hasty", "in_gathered"), state, strict=True))
+        row_arrays |= dict(zip(("in_high", "in_low", "in_limit", "in_hasty", "in_gathered"), state, strict=True))
 
     def by_query(array: Array) -> pl.BlockSpec:
         return pl.BlockSpec((None,) * 3 + (blocks.queries, array.shape[-1]), lambda b, k, g, i, r, *_: (b, k, g, i, 0))
@@ -404,14 +411,14 @@ def _backward_of_block(
         scratch |= {name: pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32) for name in ("d_scores", "slopes_there")}
         scratch["d_z"] = pltpu.VMEM((plan.groups, counting.rows, LANES), jnp.float32)
         scratch |= {name: pltpu.VMEM((plan.groups, LANES), jnp.float32) for name in ("gathered", "d_last")}
-        scratch |= {name: pltpu.SMEM((n,), jnp.int32) for name, n in (("first", plan.groups), ("hasty", 2))}
+        scratch["hasty"] = pltpu.SMEM((2,), jnp.int32)
     if plan.index is not None:
         scratch["d_found"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
         scratch["table_sums"] = pltpu.VMEM((LANES, SUBLANES, LANES), jnp.float32)
     found = pl.pallas_call(
         functools.partial(_body, plan, (*names, "d_out", *row_arrays, *outs, *scratch), rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=7,
+            num_scalar_prefetch=8,
             grid=(batch, kv_heads, group, tiles, 1),
             in_specs=[*specs, by_query(d_out), *[row_spec] * len(row_arrays)],
             out_specs=[spec for _, spec in outs.values()],
@@ -427,5 +434,5 @@ def _backward_of_block(
     found = dict(zip(outs, found, strict=True))
     state = tuple(found.pop(f"out_{name}") for name in ("high", "low", "gathered")) if counting is not None else ()
     if counting is not None:
-        state = (*state[:2], row_arrays["in_ended"], row_arrays["in_hasty"], state[2])
+        state = (*state[:2], row_arrays["in_limit"], row_arrays["in_hasty"], state[2])
     return {name.removeprefix("d_"): array for name, array in found.items()}, state

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from posjax.kernels.tpu_band import Band, Spot, strip_of
 from posjax.kernels.tpu_step import (
     OPTIONAL,
     Groups,
@@ -65,15 +66,16 @@ from posjax.typing import Array
 def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) -> None:
     if plan.interpret is None:  # only the shapes of what comes out are asked for
         return
-    scalars, scale, rest = Scalars(*refs[:5]), refs[5], dict(zip(names, refs[6:], strict=True))
+    scalars, scale, rest = Scalars(*refs[:6]), refs[6], dict(zip(names, refs[7:], strict=True))
     rest = dict.fromkeys(OPTIONAL) | rest
     batch, _, group, tile, turn = (pl.program_id(n) for n in range(5))
     row = batch if rows > 1 else 0
     blocks, counting = plan.blocks, plan.counting
-    at = (row * (scalars.visits.shape[0] // rows // 2) + tile) * 2
-    first_block, last_block = blocks_of(scalars.visits[at], scalars.visits[at + 1], held)
-    s = Step(plan, scalars, rest, row, rows, tile, jnp.maximum(last_block - turn, first_block))
-    factor = scale[0] * LOG2E
+    s = Step(plan, scalars, rest, row, rows, tile, 0)
+    first_block, last_block = blocks_of(*s.entry("visits", tile), held)
+    s.key_block = jnp.maximum(last_block - turn, first_block)
+    band = Band(s, lambda a: band.seen(a)[0])
+    factor, every = scale[0] * LOG2E, Groups(0, plan.groups)
 
     if plan.turn_keys:  # all keys are here, and stay
 
@@ -90,29 +92,28 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         if counting is not None:
             s.high[...] = jnp.zeros(s.high.shape, jnp.float32)
             s.low[...] = jnp.zeros(s.low.shape, jnp.float32)
-            s.unsettled[0] = 2**plan.groups - 1
             s.hasty[0] = s.hasty[1] = -1
+            for a in range(band.passages):
+                s.limit[a] = band.seen(a)[1]
 
             @pl.when(tile == 0)
             def _() -> None:
                 s.haste[0] = CALM
 
-            for g in range(plan.groups):
-                s.ended[g] = 2**30
-
-    def logits(start: Array, size: int) -> Array:
+    def logits(start: Array, size: int, groups: Groups | None = None) -> Array:
         key = s.keys(start, size)
-        return product(key, s.queries(), NT, key.dtype == jnp.float32) * factor
+        return product(key, s.queries(groups), NT, key.dtype == jnp.float32) * factor
 
-    def softmax(scores: list[Array], allowed: Array | None, start: Array, size: int) -> None:
+    def softmax(scores: list[Array], allowed: Array | None, start: Array, size: int, groups: Groups) -> None:
         """Takes scores with their counts and lookups in, [s, t] in pieces along t, of ``size`` keys from ``start`` on."""
         weights, lane = [], 0
-        penalty = s.penalty(start, size) if plan.penalised else None
+        penalty = s.penalty(start, size, groups) if plan.penalised else None
         for piece in scores:
-            at = slice(lane, lane := lane + piece.shape[1])
-            piece = piece if penalty is None else piece + penalty[:, at]
+            part = slice(lane, lane := lane + piece.shape[1])
+            at = pl.ds(groups.first * LANES + part.start, piece.shape[1])
+            piece = piece if penalty is None else piece + penalty[:, part]
             piece = soft(plan, piece)
-            piece = piece if allowed is None else jnp.where(allowed[:, at], piece, NEVER)
+            piece = piece if allowed is None else jnp.where(allowed[:, part], piece, NEVER)
             highest = s.highest[:, at]
             new = jnp.maximum(highest, piece.max(0, keepdims=True))
             weight, shrink = jnp.exp2(piece - new), jnp.exp2(highest - new)
@@ -121,107 +122,108 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
             s.sums[:, at] = s.sums[:, at] * shrink
             weights.append(weight.astype(s.value.dtype))
         value = s.value[pl.ds(start, size), :]
-        s.sums[...] += product(value, joined(weights, 1), TN, value.dtype == jnp.float32)
+        s.sums[:, groups.lanes] += product(value, joined(weights, 1), TN, value.dtype == jnp.float32)
+
+    def straight(spots: list[Spot], masked: bool) -> None:
+        """Scores of a strip with their counts in, for queries that pass at most eight cells. ``s.haste`` tells afterwards what they
+        did pass; where it was more, nothing but the scores has changed."""
+        halves = blocks.strip // LANES
+        passages, live, haste = [band.passage(spot) for spot in spots], {}, []
+        pieces = [(passage, half) for passage in passages for half in reversed(range(halves))]
+
+        def products(n: int) -> None:
+            spot, half = pieces[n][0].spot, pieces[n][1]
+            at = pl.multiple_of(s.start_of(spot.strip) + half * LANES, LANES)
+            raw = logits(at, LANES, spot.groups)
+            allowed = band.pairs(spot, at, LANES) if masked else None
+            live[n] = raw, doubled_gates(raw, allowed, counting.exact)
+
+        def counts(n: int) -> None:
+            raw, gates = live[n]
+            live[n] = raw, pieces[n][0].through(sums_to_the_right(gates, counting))
+            haste.append(live[n][1].haste(counting.last))
+
+        def biases(n: int) -> None:
+            (passage, half), (raw, piece) = pieces[n], live.pop(n)
+            for (g, part), lines in zip(passage.spot.groups.apart(), piece.windows, strict=True):
+                bias, _ = within(lines, piece.inside[:, part], counting)
+                s.scores[g, pl.ds(half * LANES, LANES), :] = raw[:, part] + bias
+
+        staggered(len(pieces), [products, counts, biases])
+        most = jnp.max(functools.reduce(jnp.maximum, haste))
+        s.haste[0] = most
+        band.leave(passages, most < WIDE)
+
+    def bending(spots: list[Spot]) -> None:
+        """The same for any counts, group by group."""
+        starts = [s.start_of(spot.strip) for spot in spots]
+        scores = joined([logits(at, blocks.strip, spot.groups) for at, spot in zip(starts, spots, strict=True)], 1)
+        allowed = joined([band.pairs(spot, at, blocks.strip) for at, spot in zip(starts, spots, strict=True)], 1)
+        widest = band.count(spots, sums_to_the_right(doubled_gates(scores, allowed, counting.exact), counting))
+        scores = scores + s.last_bias()
+        s.by_group(s.scores, scores if plan.index is None else scores + s.lookups(strip_of(spots)))
+
+        def add(g: Any, at: Any, few: bool) -> None:
+            bias, _ = interpolated(s.positions[g, at, :], s.z[g], s.slope[g], counting, few)
+            s.scores[g, at, :] += bias - s.z[g, pl.ds(counting.last, 1), :]
+
+        band.by_need(add)
+        s.haste[0] = jnp.where(widest < SUBLANES, HASTY, WIDE)
+
+    def count(n: Array) -> Array:
+        """Step n of the band; whether there is another."""
+        spots = band.spots(n)
+        whole = functools.reduce(jnp.logical_and, [spot.whole for spot in spots])
+        if plan.index is None:
+            masked_or_not(functools.partial(straight, spots), whole, s.haste[0] < WIDE)  # as in the step before
+            pl.when(s.haste[0] == WIDE)(lambda: bending(spots))
+
+            @pl.when(s.haste[0] > CALM)
+            def _() -> None:
+                s.hasty[0] = jnp.where(s.hasty[0] < 0, n, s.hasty[0])
+                s.hasty[1] = n
+        else:
+            bending(spots)
+
+        def take(masked: bool) -> None:
+            for spot in spots:
+                start, scores = s.start_of(spot.strip), [s.scores[g] for g, _ in spot.groups.apart()]
+                softmax(scores, band.pairs(spot, start, blocks.strip) if masked else None, start, blocks.strip, spot.groups)
+
+        masked_or_not(take, whole)
+        for a, spot in enumerate(spots):
+            s.limit[a] = jnp.where(spot.here, s.key_block * s.strips + spot.strip, s.limit[a])
+        return band.goes_on(n + 1)
 
     def plain(j: Array, masked: bool) -> None:
         start = pl.multiple_of(j * blocks.keys, blocks.keys)
         scores, constant = logits(start, blocks.keys), s.constant(s.query_extent(), s.key_extent(j))
         if constant is not None:
             scores = scores + constant
-        softmax([scores], s.pairs(start, blocks.keys) if masked else None, start, blocks.keys)
+        softmax([scores], s.left_pairs(start, blocks.keys) if masked else None, start, blocks.keys, every)
 
-    def straight(strip: Array, masked: bool) -> None:
-        """Scores of a strip with their counts in, for queries that pass at most eight cells. ``s.haste`` tells afterwards what they
-        did pass; where it was more, nothing but the scores has changed."""
-        start, halves = pl.multiple_of(strip * blocks.strip, blocks.strip), blocks.strip // LANES
-        passages, live = s.passages(Groups(0, plan.groups)), {}
-        pieces = [(passage, half) for passage in passages for half in reversed(range(halves))]
+    def looking(j: Array, whole: Array) -> None:
+        """A tile in strips, with lookups."""
 
-        def products(n: int) -> None:
-            passage, half = pieces[n]
-            at = pl.multiple_of(start + half * LANES, LANES)
-            key = s.keys(at, LANES)
-            raw = product(key, s.queries(passage.groups), NT, counting.exact) * factor
-            allowed = s.pairs(at, LANES, passage.groups) if masked else None
-            live[n] = raw, doubled_gates(raw, allowed, counting.exact)
+        def one(n: Array, _: None) -> None:
+            strip = j * plan.per_tile + n
+            start = s.start_of(strip)
+            scores = logits(start, blocks.strip) + s.lookups(lambda g: strip)
+            scores = scores if counting is None else scores + s.last_bias()
 
-        def counts(n: int) -> None:
-            raw, gates = live[n]
-            live[n] = raw, pieces[n][0].through(sums_to_the_right(gates, counting))
+            def take(masked: bool) -> None:
+                softmax([scores], s.left_pairs(start, blocks.strip) if masked else None, start, blocks.strip, every)
 
-        def biases(n: int) -> None:
-            (passage, half), (raw, inside) = pieces[n], live.pop(n)
-            for (g, part), lines in zip(passage.by_group(), passage.windows, strict=True):
-                bias, _ = within(lines, inside[:, part], counting)
-                s.scores[g, pl.ds(half * LANES, LANES), :] = raw[:, part] + bias
+            masked_or_not(take, whole)
 
-        staggered(len(pieces), [products, counts, biases])
-        haste = jnp.max(functools.reduce(jnp.maximum, [passage.haste(counting) for passage in passages]))
-        s.haste[0] = haste
-        s.leave(passages, haste < WIDE)
-
-    def bending(strip: Array) -> None:
-        """The same for any counts, group by group."""
-        start = pl.multiple_of(strip * blocks.strip, blocks.strip)
-        scores, allowed = logits(start, blocks.strip), s.pairs(start, blocks.strip)
-        widest = s.count(strip, sums_to_the_right(doubled_gates(scores, allowed, counting.exact), counting))
-        scores = scores + s.last_bias()
-        s.by_group(s.scores, scores if plan.index is None else scores + s.lookups(start, strip))
-
-        def add(g: Any, at: Any, few: bool) -> None:
-            bias, _ = interpolated(s.positions[g, at, :], s.z[g], s.slope[g], counting, few)
-            s.scores[g, at, :] += bias - s.z[g, pl.ds(counting.last, 1), :]
-
-        s.by_need(add)
-        s.haste[0] = jnp.where(widest < SUBLANES, HASTY, WIDE)
-
-    def detailed_strip(strip: Array, whole: Array) -> None:
-        start = pl.multiple_of(strip * blocks.strip, blocks.strip)
-        if counting is not None and plan.index is None:
-            masked_or_not(functools.partial(straight, strip), whole, s.haste[0] < WIDE)  # as the strip before it
-            pl.when(s.haste[0] == WIDE)(lambda: bending(strip))
-
-            @pl.when(s.haste[0] > CALM)
-            def _() -> None:
-                number = s.key_block * (s.key.shape[0] // blocks.strip) + strip
-                s.hasty[0] = number
-                s.hasty[1] = jnp.maximum(s.hasty[1], number)
-        elif counting is not None:
-            bending(strip)
-
-        def take(masked: bool) -> None:
-            if counting is None:
-                scores = [logits(start, blocks.strip) + s.lookups(start, strip)]
-            else:
-                scores = [s.scores[g] for g in range(plan.groups)]
-            softmax(scores, s.pairs(start, blocks.strip) if masked else None, start, blocks.strip)
-
-        masked_or_not(take, whole)
-
-    def detailed(j: Array, whole: Array) -> None:
-        strips = blocks.keys // blocks.strip
-        jax.lax.fori_loop(0, strips, lambda n, _: detailed_strip(j * strips + strips - 1 - n, whole), None)
-        if counting is not None:
-            s.unsettled[0] = s.unsettled_groups()
-
-    def visit(n: Array, _: None) -> None:
-        j = last - 1 - n
-        queries, keys = s.query_extent(), s.key_extent(j)
-        fine = jnp.zeros((), bool)
-        if counting is not None:
-            for g in range(plan.groups):
-                here = ((s.unsettled[0] >> g) & 1 == 1) & ~plan.rules.none(s.group_extent(g), keys)
-                s.ended[g] = jnp.where(here, s.first_tile() + j, s.ended[g])
-                fine |= here
-        if plan.index is not None:
-            fine |= ~s.is_uniform(queries, keys)
-        s.choose(j, fine, plain, detailed)
-
-    first, last = s.visits()
+        jax.lax.fori_loop(0, plan.per_tile, one, None)
 
     @pl.when(last_block - turn >= first_block)
     def _() -> None:
-        jax.lax.fori_loop(0, last - first, visit, None)
+        if counting is not None:
+            begin, _ = band.steps()
+            jax.lax.while_loop(lambda x: x[1], lambda x: (x[0] + 1, count(x[0])), (begin, band.goes_on(begin)))
+        s.for_tiles(lambda j, whole: s.choose(j, whole, plain, looking))
 
     @pl.when(turn == pl.num_programs(4) - 1)
     def _() -> None:
@@ -233,7 +235,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         for g in range(plan.groups):
             s.log_sum[pl.ds(g, 1), :] = log_sum[:, g * LANES : (g + 1) * LANES]
             if counting is not None:
-                s.out_ended[pl.ds(g, 1), :] = jnp.full((1, LANES), s.ended[g], jnp.int32)
+                s.out_limit[pl.ds(g, 1), :] = jnp.full((1, LANES), s.limit[g // plan.abreast], jnp.int32)
                 lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
                 s.out_hasty[pl.ds(g, 1), :] = jnp.where(lane == 0, s.hasty[0], s.hasty[1])
         if counting is not None:
@@ -247,7 +249,7 @@ def forward(plan: Plan, x: Operands) -> tuple[Array, ...]:
     resident = min(blocks.resident, keys)
     held, turns, tiles = resident // blocks.keys, keys // resident, length // blocks.queries
     scalars = make_scalars(plan, x)
-    rows = scalars[1].shape[0] // (tiles * 4)
+    rows = scalars[0].shape[0] // (tiles * 2)
 
     def key_block(b, i, r, visits, *_):
         at = ((b if rows > 1 else 0) * tiles + i) * 2
@@ -262,7 +264,7 @@ def forward(plan: Plan, x: Operands) -> tuple[Array, ...]:
     outs = {"out": out, "log_sum": jax.ShapeDtypeStruct(by_tile, jnp.float32)}
     if plan.counting is not None:
         outs |= {f"out_{name}": jax.ShapeDtypeStruct(by_tile, jnp.float32) for name in ("high", "low")}
-        outs |= {f"out_{name}": jax.ShapeDtypeStruct(by_tile, jnp.int32) for name in ("ended", "hasty")}
+        outs |= {f"out_{name}": jax.ShapeDtypeStruct(by_tile, jnp.int32) for name in ("limit", "hasty")}
     out_specs = [row_spec] * len(outs)
     out_specs[0] = pl.BlockSpec((None,) * 3 + (blocks.queries, width), lambda b, k, g, i, r, *_: (b, k, g, i, 0))
     scratch = scratch_of(plan, x) | {
@@ -271,11 +273,11 @@ def forward(plan: Plan, x: Operands) -> tuple[Array, ...]:
         "sums": pltpu.VMEM((width, blocks.queries), jnp.float32),
     }
     if plan.counting is not None:
-        scratch |= {name: pltpu.SMEM((n,), jnp.int32) for name, n in (("ended", plan.groups), ("haste", 1), ("hasty", 2))}
+        scratch |= {name: pltpu.SMEM((n,), jnp.int32) for name, n in (("haste", 1), ("hasty", 2))}
     return pl.pallas_call(
         functools.partial(_body, plan, (*names, *outs, *scratch), rows, held),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=6,
+            num_scalar_prefetch=7,
             grid=(batch, kv_heads, group, tiles, turns),
             in_specs=specs,
             out_specs=out_specs,

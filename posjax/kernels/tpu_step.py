@@ -12,31 +12,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 from posjax.kernels.blocks import Blocks
 from posjax.kernels.tpu_tiles import (
-    CALM,
-    FEW,
-    HASTY,
     LANES,
     LOG2E,
     NN,
     NT,
-    OFFSET,
     QUARTER,
     SUBLANES,
-    WIDE,
     Counting,
     Extent,
     Rules,
-    Window,
-    add_exactly,
-    cell,
     column,
     fine_product,
     gathered,
     joined,
-    positions,
     product,
-    spans,
-    window,
 )
 from posjax.typing import Array
 
@@ -61,8 +50,14 @@ class Plan:
         return self.blocks.queries // LANES
 
     @property
-    def detailed(self) -> bool:
-        return self.counting is not None or self.index is not None
+    def abreast(self) -> int:
+        """Groups that count side by side: two fill the matrix unit."""
+        return 2 if self.groups % 2 == 0 else 1
+
+    @property
+    def per_tile(self) -> int:
+        """Strips of a key tile."""
+        return self.blocks.keys // self.blocks.strip
 
 
 @jax.tree_util.register_dataclass
@@ -104,33 +99,39 @@ def _extents(positions: Array, segments: Array | None, size: int) -> Array:
 
 
 def make_scalars(plan: Plan, x: Operands) -> tuple[Array, ...]:
-    """What the scalar unit reads: which key tiles a query tile visits, and the extents of tiles, groups and strips."""
+    """What the scalar unit reads: which key tiles a query tile visits, which strips a passage of queries sees, and the extents of
+    tiles, groups and strips."""
     blocks = plan.blocks
-    q_tiles = _extents(x.query_positions, x.query_segments, blocks.queries)
-    k_tiles = _extents(x.key_positions, x.key_segments, blocks.keys)
-    by_queries, by_keys = (Extent(*jnp.moveaxis(e, -1, 0)) for e in (q_tiles, k_tiles))
-    live = ~plan.rules.none(Extent(*(e[:, :, None] for e in by_queries)), Extent(*(e[:, None] for e in by_keys)))
-    live = jnp.broadcast_to(live, (max(len(q_tiles), len(k_tiles)), q_tiles.shape[1], k_tiles.shape[1]))
-    first, last = live.argmax(-1), live.shape[-1] - live[..., ::-1].argmax(-1)
-    visits = jnp.stack([first, jnp.where(live.any(-1), last, first)], -1)
-    groups = _extents(x.query_positions, x.query_segments, LANES)
-    strips = _extents(x.key_positions, x.key_segments, blocks.strip)
-    return tuple(a.astype(jnp.int32).reshape(-1) for a in (visits, q_tiles, k_tiles, groups, strips))
+
+    def of_queries(size: int) -> Array:
+        return _extents(x.query_positions, x.query_segments, size)
+
+    def of_keys(size: int) -> Array:
+        return _extents(x.key_positions, x.key_segments, size)
+
+    def seen(queries: Array, keys: Array) -> Array:
+        """[B, Q, 2] from extents: the first piece of keys that each piece of queries may see, and one past the last."""
+        by_queries, by_keys = (Extent(*jnp.moveaxis(e, -1, 0)) for e in (queries, keys))
+        live = ~plan.rules.none(Extent(*(e[:, :, None] for e in by_queries)), Extent(*(e[:, None] for e in by_keys)))
+        live = jnp.broadcast_to(live, (max(len(queries), len(keys)), queries.shape[1], keys.shape[1]))
+        first, last = live.argmax(-1), live.shape[-1] - live[..., ::-1].argmax(-1)
+        return jnp.stack([first, jnp.where(live.any(-1), last, first)], -1)
+
+    q_tiles, k_tiles, strips = of_queries(blocks.queries), of_keys(blocks.keys), of_keys(blocks.strip)
+    bands = seen(of_queries(plan.abreast * LANES), strips)
+    found = (seen(q_tiles, k_tiles), bands, q_tiles, k_tiles, of_queries(LANES), strips)
+    return tuple(a.astype(jnp.int32).reshape(-1) for a in found)
 
 
 class Scalars(NamedTuple):
     """The same as the kernel sees it."""
 
     visits: Any
+    bands: Any
     query_tiles: Any
     key_tiles: Any
     query_groups: Any
     key_strips: Any
-
-    def extent(self, which: str, row: Array, index: Array, rows: int) -> Extent:
-        ref = getattr(self, which)
-        start = (row * (ref.shape[0] // rows // 4) + index) * 4
-        return Extent(*(ref[start + n] for n in range(4)))
 
 
 # Inside of a tile ----------------------------------------------------------------------------------------------------------
@@ -146,6 +147,10 @@ class Groups(NamedTuple):
     def lanes(self) -> Any:
         return pl.ds(self.first * LANES, self.count * LANES)
 
+    def apart(self) -> list[tuple[Array | int, slice]]:
+        """The number of each group and its lanes among theirs."""
+        return [(self.first + n, slice(n * LANES, (n + 1) * LANES)) for n in range(self.count)]
+
 
 def as_row(ref: Any, groups: Groups | None = None) -> Array:
     """[t / 128, 128], or some groups of it, as one lane vector [1, t]."""
@@ -160,59 +165,6 @@ def turned(x: Array, turn: Any, partner: Array, back: bool = False) -> Array:
     if back:
         return x * cos + fine_product(x * sin, partner, NT, exact)
     return x.astype(jnp.float32) * cos + product(x, partner, NN, exact) * sin
-
-
-@dataclasses.dataclass
-class Passage:
-    """The counts of one or two groups of queries on their way through a strip, in pieces of 128 keys.
-
-    Attributes:
-      groups: which.
-      base: [1, t] int32, the cell that counts are given from.
-      now: [1, t], the counts at hand, less base.
-      windows: eight cells from base on, for each group.
-      back: counts are taken off, from the left; otherwise added, from the right.
-      sums: [1, t] for each piece passed, of its gates.
-      ends: of each quarter passed the counts with its first and with its last key.
-    """
-
-    groups: Groups
-    base: Array
-    now: Array
-    windows: list[Window]
-    back: bool
-    sums: list[Array] = dataclasses.field(default_factory=list)
-    ends: list[Array] = dataclasses.field(default_factory=list)
-
-    def by_group(self) -> list[tuple[Array | int, slice]]:
-        """The number of each group and its lanes here."""
-        return [(self.groups.first + n, slice(n * LANES, (n + 1) * LANES)) for n in range(self.groups.count)]
-
-    def through(self, later: Array) -> Array:
-        """The counts, less base, of a piece whose gates add up to ``later`` [128, t]."""
-        self.sums.append(later[:1])
-        right = self.now - later[:1] if self.back else self.now
-        self.now = right if self.back else right + later[:1]
-        inside = later + right
-        for at in range(0, LANES, QUARTER):
-            self.ends.append((inside[at : at + 1], inside[at + QUARTER - 1 : at + QUARTER]))
-        return inside
-
-    def haste(self, counting: Counting) -> Array:
-        """[1, 128] of CALM, where queries passed at most ``FEW`` cells in any quarter and seven in all, HASTY, or WIDE, where they
-        passed more than eight in all; with a margin for the backward pass, which rounds otherwise."""
-        margin = 2.0**-10
-
-        def passed(first: Array, last: Array) -> Array:
-            return cell(first + margin) - cell(last - margin)
-
-        first, last = self.ends[-2][0], self.ends[1][1]
-        hasty = passed(first, last) >= SUBLANES - 1
-        for ends in self.ends:
-            hasty |= passed(*ends) > FEW
-        wide = (cell(first + margin) >= SUBLANES) & (self.base < counting.last)
-        found = jnp.where(wide, WIDE, jnp.where(hasty, HASTY, CALM))
-        return functools.reduce(jnp.maximum, jnp.split(found, found.shape[1] // LANES, 1))
 
 
 def soft(plan: Plan, x: Array) -> Array:
@@ -248,28 +200,51 @@ class Step:
     def __getattr__(self, name: str) -> Any:
         return self.refs[name]
 
+    def entry(self, which: str, index: Array) -> list[Array]:
+        """What the scalars tell of one piece: two numbers of what it sees, the four of an extent."""
+        ref, size = getattr(self.scalars, which), 2 if which in ("visits", "bands") else 4
+        start = (self.row * (ref.shape[0] // self.rows // size) + index) * size
+        return [ref[start + n] for n in range(size)]
+
     def query_extent(self) -> Extent:
-        return self.scalars.extent("query_tiles", self.row, self.tile, self.rows)
+        return Extent(*self.entry("query_tiles", self.tile))
 
     def key_extent(self, j: Array) -> Extent:
-        return self.scalars.extent("key_tiles", self.row, self.first_tile() + j, self.rows)
+        return Extent(*self.entry("key_tiles", self.key_block * (self.strips // self.plan.per_tile) + j))
 
     def group_extent(self, g: Array) -> Extent:
-        return self.scalars.extent("query_groups", self.row, self.tile * self.plan.groups + g, self.rows)
+        return Extent(*self.entry("query_groups", self.tile * self.plan.groups + g))
 
     def strip_extent(self, at: Array) -> Extent:
-        strips = self.key.shape[0] // self.plan.blocks.strip
-        return self.scalars.extent("key_strips", self.row, self.key_block * strips + at, self.rows)
+        return Extent(*self.entry("key_strips", self.key_block * self.strips + at))
 
-    def first_tile(self) -> Array:
-        return self.key_block * (self.key.shape[0] // self.plan.blocks.keys)
+    @property
+    def strips(self) -> int:
+        """Of the resident block."""
+        return self.key.shape[0] // self.plan.blocks.strip
 
-    def visits(self) -> tuple[Array, Array]:
-        """The key tiles of this block that the query tile visits, from .. to."""
-        held = self.key.shape[0] // self.plan.blocks.keys
-        at = (self.row * (self.scalars.visits.shape[0] // self.rows // 2) + self.tile) * 2
-        first, last = self.scalars.visits[at], self.scalars.visits[at + 1]
-        return jnp.clip(first - self.first_tile(), 0, held), jnp.clip(last - self.first_tile(), 0, held)
+    def for_tiles(self, visit: Any) -> None:
+        """Calls ``visit(j, whole)`` for each key tile of this block with pairs that were not counted, and whether all pairs of it
+        are such and may meet."""
+        per_tile, held = self.plan.per_tile, self.strips // self.plan.per_tile
+        first, last = (jnp.clip(n - self.key_block * held, 0, held) for n in self.entry("visits", self.tile))
+        limits = [] if self.plan.counting is None else [self.limit_here(a) for a in range(self.limit.shape[0])]
+        if limits:
+            most = functools.reduce(jnp.maximum, limits)
+            last = jnp.minimum(last, jax.lax.div(most + (per_tile - 1), np.int32(per_tile)))
+
+        def one(n: Array, _: None) -> None:
+            j = last - 1 - n
+            whole = self.plan.rules.all(self.query_extent(), self.key_extent(j))
+            for limit in limits:
+                whole &= limit >= (j + 1) * per_tile
+            visit(j, whole)
+
+        jax.lax.fori_loop(0, last - first, one, None)
+
+    def limit_here(self, a: Array | int) -> Array:
+        """The strip of this block from which on the queries of a passage have counted, none where it is past the last."""
+        return jnp.clip(self.limit[a] - self.key_block * self.strips, 0, self.strips)
 
     def all_groups(self, ref: Any) -> Array:
         """[t / 128, s, 128] as [s, t]."""
@@ -280,96 +255,23 @@ class Step:
         for g in range(self.plan.groups):
             ref[g] = x[:, g * LANES : (g + 1) * LANES]
 
-    def passages(self, groups: Groups, back: bool = False) -> list[Passage]:
-        """Of two groups of queries each, which fill the matrix unit."""
-        made, size, counting = [], 2 if groups.count % 2 == 0 else 1, self.plan.counting
-        for start in range(0, groups.count, size):
-            two = Groups(groups.first + start, size)
-            high, low = as_row(self.high, two), as_row(self.low, two)
-            base = (high + low + 2.0**-10).astype(jnp.int32) - (SUBLANES - 2) if back else (high + low).astype(jnp.int32)
-            passage = Passage(two, base, (high - base.astype(jnp.float32)) + low - OFFSET, [], back)
-            for g, part in passage.by_group():
-                passage.windows.append(window(self.z[g], self.slope[g], base[:, part], counting))
-            made.append(passage)
-        return made
-
-    def leave(self, passages: list[Passage], valid: Array | bool = True) -> None:
-        """Moves the counts past a strip, if ``valid``."""
-        for passage in passages:
-            sums = functools.reduce(jnp.add, passage.sums[::-1] if passage.back else passage.sums)
-            sums = jnp.where(valid, -sums if passage.back else sums, 0.0)
-            for g, part in passage.by_group():
-                row = pl.ds(g, 1)
-                self.high[row, :], self.low[row, :] = add_exactly(self.high[row, :], self.low[row, :], sums[:, part])
-
-    def count(self, strip: Array, later: Array, back: bool = False) -> Array:
-        """Puts the positions in a strip, whose gates add up to ``later`` [s, t], in their place, and who is to look them up in
-        ``self.need``; and moves the counts on past it. The counts kept are those right of the strip, ``back`` those with it.
-
-        Returns:
-          The greatest number of cells that a query passes in the strip, a scalar.
-        """
-        counting, widest = self.plan.counting, jnp.zeros((1, LANES), jnp.int32)
-        quarters = [slice(at, at + QUARTER) for at in range(0, later.shape[0], QUARTER)]
-        needs: list[list[Array]] = [[] for _ in quarters]
-        seen, keys = jnp.zeros((), jnp.int32), self.strip_extent(strip)
-        for g in range(self.plan.groups):
-            row, sums = pl.ds(g, 1), later[:, g * LANES : (g + 1) * LANES]
-            high, low = self.high[row, :], self.low[row, :]
-            moved = add_exactly(high, low, -sums[:1] if back else sums[:1])
-            received = moved if back else (high, low)
-            where = positions(sums + (received[0] + received[1]), counting)
-            self.high[row, :], self.low[row, :] = moved
-            self.positions[g] = where
-            widest = jnp.maximum(widest, spans(where, where.shape[0]))
-            for found, quarter in zip(needs, quarters, strict=True):
-                many = 1 + (spans(where[quarter], QUARTER) >= SUBLANES).astype(jnp.int32)
-                found.append(jnp.where(where[quarter][-1:] >= counting.last, 0, many))
-            seen |= jnp.where(self.plan.rules.none(self.group_extent(g), keys), 0, 1 << g)
-        for n, found in enumerate(needs):
-            most = joined(found, 0).max(1, keepdims=True)  # of each group: nothing, few or many cells to look up
-            bit = 1 << jax.lax.broadcasted_iota(jnp.int32, most.shape, 0)
-            for many in (0, 1):
-                self.need[2 * n + many] = jnp.sum(jnp.where(most == 1 + many, bit, 0)) & seen
-        return jnp.max(widest)
-
-    def unsettled_groups(self) -> Array:
-        """A bit for each group of queries of which one has not counted up to the last position."""
-        short = (self.high[...] + self.low[...] < self.plan.counting.last).astype(jnp.int32)
-        group = jax.lax.broadcasted_iota(jnp.int32, short.shape, 0)
-        return jnp.sum(short.max(1, keepdims=True) << group[:, :1])
-
-    def by_need(self, add: Any) -> None:
-        """Calls ``add(g, at, few)`` for every quarter ``at`` of a strip and every group of queries that sees it with counts there
-        before the last position; ``few``: no query passes as many as eight cells."""
-
-        def one(quarter: Array, _: None) -> None:
-            at = pl.ds(pl.multiple_of(quarter * QUARTER, QUARTER), QUARTER)
-            for many in (0, 1):
-
-                def lowest(groups: Array, few: bool = not many) -> Array:
-                    add(31 - jax.lax.clz(groups & -groups), at, few)
-                    return groups & (groups - 1)
-
-                jax.lax.while_loop(lambda groups: groups != 0, lowest, self.need[2 * quarter + many])
-
-        jax.lax.fori_loop(0, self.plan.blocks.strip // QUARTER, one, None)
-
     def last_bias(self) -> Array:
         """What counts past the last position add, [1, t]."""
         return jnp.concatenate([self.z[g, pl.ds(self.plan.counting.last, 1), :] for g in range(self.plan.groups)], axis=1)
 
-    def choose(self, j: Array, fine: Array, plain: Any, detailed: Any) -> None:
-        """Calls ``detailed(j, whole)`` on a tile that counts or looks up, ``plain(j, masked)`` on any other."""
-        whole = self.plan.rules.all(self.query_extent(), self.key_extent(j))
-        if self.plan.detailed:
+    def choose(self, j: Array, whole: Array, plain: Any, detailed: Any) -> None:
+        """Calls ``detailed(j, whole)`` on a tile that looks up, ``plain(j, masked)`` on any other."""
+        fine: Array | bool = False
+        if self.plan.index is not None:
+            fine = ~self.is_uniform(self.query_extent(), self.key_extent(j))
             pl.when(fine)(lambda: detailed(j, whole))
-        masked_or_not(functools.partial(plain, j), whole, ~fine)
+        masked_or_not(functools.partial(plain, j), whole, True if self.plan.index is None else ~fine)
 
-    def lookups(self, start: Array, strip: Array) -> Array:
-        """What the table adds to a strip, [s, t]."""
+    def lookups(self, strip_of: Any) -> Array:
+        """What the table adds to the queries of each group g in their strip ``strip_of(g)``, [s, t]."""
 
         def one_group(g: Array, _: None) -> None:
+            strip = strip_of(g)
             queries, keys = self.group_extent(g), self.strip_extent(strip)
             uniform = self.is_uniform(queries, keys)
 
@@ -380,10 +282,13 @@ class Step:
 
             @pl.when(~uniform)
             def _() -> None:
-                self.found[g] = self.looked_up(self.index_of(start, self.found.shape[1], g))
+                self.found[g] = self.looked_up(self.index_of(strip, g))
 
         jax.lax.fori_loop(0, self.plan.groups, one_group, None)
         return self.all_groups(self.found)
+
+    def start_of(self, strip: Array) -> Array:
+        return pl.multiple_of(strip * self.plan.blocks.strip, self.plan.blocks.strip)
 
     def keys(self, start: Array, size: int) -> Array:
         ref = self.turned_key if self.plan.turn_keys else self.key
@@ -399,6 +304,15 @@ class Step:
         segments = both(self.query_segments, self.key_segments) if self.plan.rules.segmented else (None, None)
         return self.plan.rules.pairs(*both(self.query_positions, self.key_positions), *segments)
 
+    def left_pairs(self, start: Array, size: int) -> Array:
+        """``pairs`` without those that were counted."""
+        allowed = self.pairs(start, size)
+        if self.plan.counting is None:
+            return allowed
+        limits = [self.limit_here(a) * self.plan.blocks.strip - start for a in range(self.limit.shape[0])]
+        row = joined([jnp.full((1, self.plan.abreast * LANES), limit, jnp.int32) for limit in limits], 1)
+        return allowed & (jax.lax.broadcasted_iota(jnp.int32, allowed.shape, 0) < row)
+
     def penalty(self, start: Array, size: int, groups: Groups | None = None) -> Array:
         row = as_row(self.query_positions, groups)
         distance = row - column(self.key_positions[:, pl.ds(start, size)], row.shape[1])
@@ -411,8 +325,9 @@ class Step:
         rows = [gathered(table, index[at : at + SUBLANES], 1) for at in range(0, index.shape[0], SUBLANES)]
         return jnp.concatenate(rows, axis=0)
 
-    def index_of(self, start: Array, size: int, group: Array) -> Array:
-        keys = column(self.key_positions[:, pl.ds(start, size)], LANES)
+    def index_of(self, strip: Array, group: Array) -> Array:
+        """The places in the table of a strip and a group, [s, 128]."""
+        keys = column(self.key_positions[:, pl.ds(self.start_of(strip), self.plan.blocks.strip)], LANES)
         return self.plan.index(jnp.broadcast_to(self.query_positions[pl.ds(group, 1), :], keys.shape), keys)
 
     def is_uniform(self, queries: Extent, keys: Extent) -> Array:
@@ -540,7 +455,7 @@ def scratch_of(plan: Plan, x: Operands) -> dict[str, Any]:
             made[name] = pltpu.VMEM((plan.groups, LANES), jnp.float32)
         for name in ("scores", "positions"):
             made[name] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
-        made["unsettled"] = pltpu.SMEM((1,), jnp.int32)
+        made["limit"] = pltpu.SMEM((plan.groups // plan.abreast,), jnp.int32)
         made["need"] = pltpu.SMEM((2 * blocks.strip // QUARTER,), jnp.int32)
     if plan.index is not None:
         made["found"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)

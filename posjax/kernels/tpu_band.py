@@ -1,0 +1,256 @@
+"""The band of keys in which queries count, left of each of them, and the counts on their way through it.
+
+A passage is two groups of 128 queries. In every step each passage of a query tile counts a strip of its own, first the last one
+that it sees: so all are equally far from the diagonal, and where gates are alike all are done after as many steps. What lies left of
+where a passage stopped, which the kernel notes down, is for plain tiles.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from posjax.kernels.tpu_step import Groups, Step, as_row
+from posjax.kernels.tpu_tiles import (
+    CALM,
+    FEW,
+    HASTY,
+    LANES,
+    OFFSET,
+    QUARTER,
+    SUBLANES,
+    WIDE,
+    Window,
+    add_exactly,
+    cell,
+    joined,
+    positions,
+    spans,
+    window,
+)
+from posjax.typing import Array
+
+
+class Spot(NamedTuple):
+    """Where a passage is in a step.
+
+    Attributes:
+      groups: its queries.
+      strip: of the resident block; any where ``here`` is not.
+      here: it has a strip in this step, and in this block.
+      whole: all pairs may meet.
+    """
+
+    groups: Groups
+    strip: Array
+    here: Array
+    whole: Array
+
+
+class Piece(NamedTuple):
+    """The counts of a passage with 128 keys.
+
+    Attributes:
+      base: [1, t] int32, the cell that counts are given from.
+      inside: [128, t], the counts less base.
+      windows: eight cells from base on, for each group.
+    """
+
+    base: Array
+    inside: Array
+    windows: list[Window]
+
+    def haste(self, last: int) -> Array:
+        """[1, 128] of CALM, where queries passed at most ``FEW`` cells in either quarter and six in all, HASTY, or WIDE, where they
+        passed more than seven in all; with a margin for the backward pass, which rounds otherwise."""
+        margin = 2.0**-10
+
+        def passed(first: int, last: int) -> Array:
+            return cell(self.inside[first : first + 1] + margin) - cell(self.inside[last : last + 1] - margin)
+
+        hasty = passed(0, LANES - 1) >= SUBLANES - 1
+        for at in range(0, LANES, QUARTER):
+            hasty |= passed(at, at + QUARTER - 1) > FEW
+        wide = (cell(self.inside[:1] + margin) >= SUBLANES) & (self.base < last)
+        found = jnp.where(wide, WIDE, jnp.where(hasty, HASTY, CALM))
+        return functools.reduce(jnp.maximum, jnp.split(found, found.shape[1] // LANES, 1))
+
+
+def strip_of(spots: list[Spot]) -> Callable[[Array], Array]:
+    """The strip of each group of queries."""
+
+    def find(g: Array) -> Array:
+        a = jax.lax.div(g, np.int32(spots[0].groups.count))
+        return functools.reduce(lambda found, n: jnp.where(a == n, spots[n].strip, found), range(len(spots)), spots[0].strip)
+
+    return find
+
+
+@dataclasses.dataclass
+class Passage:
+    """The counts of a passage on their way through a strip, in pieces of 128 keys.
+
+    Attributes:
+      step: where its tables are.
+      spot: where it is.
+      back: counts are taken off, from the left; otherwise added, from the right.
+      base, now: [1, t], the counts at hand are their sum.
+      sums: [1, t] for each piece passed, of its gates.
+    """
+
+    step: Step
+    spot: Spot
+    back: bool
+    base: Array
+    now: Array
+    windows: list[Window] = dataclasses.field(default_factory=list)
+    sums: list[Array] = dataclasses.field(default_factory=list)
+
+    def through(self, later: Array) -> Piece:
+        """Past a piece whose gates add up to ``later`` [128, t]."""
+        if self.back or not self.sums:  # forward one window does for all pieces
+            cells = cell(self.now + 2.0**-10) - (SUBLANES - 2) if self.back else cell(self.now)
+            self.base, self.now = self.base + cells.astype(jnp.int32), self.now - cells
+            z, slope, counting = self.step.z, self.step.slope, self.step.plan.counting
+            self.windows = [window(z[g], slope[g], self.base[:, part], counting) for g, part in self.spot.groups.apart()]
+        right = self.now - later[:1] if self.back else self.now
+        self.now = right if self.back else right + later[:1]
+        self.sums.append(later[:1])
+        return Piece(self.base, later + right, self.windows)
+
+
+@dataclasses.dataclass
+class Band:
+    """The band of a query tile, as far as it lies in the resident block of keys.
+
+    Attributes:
+      step: the query tile.
+      lowest: a(passage) -> the last strip that it may count, the leftmost.
+      back: counts are taken off, from the left; otherwise added, from the right.
+    """
+
+    step: Step
+    lowest: Callable[[Any], Array]
+    back: bool = False
+
+    @property
+    def passages(self) -> int:
+        return self.step.plan.groups // self.step.plan.abreast
+
+    def seen(self, a: Array | int) -> list[Array]:
+        """The first strip that a passage sees, and one past the last."""
+        return self.step.entry("bands", self.step.tile * self.passages + a)
+
+    def steps(self) -> tuple[Array, Array]:
+        """The steps in which some passage may have a strip in this block, from .. to."""
+        begins, strips = self.step.key_block * self.step.strips, self.step.strips
+        last = [self.seen(a)[1] for a in range(self.passages)]
+        first = functools.reduce(jnp.minimum, [n - (begins + strips) for n in last])
+        end = functools.reduce(jnp.maximum, [n - jnp.maximum(self.lowest(a), begins) for a, n in enumerate(last)])
+        return jnp.maximum(first, 0), end
+
+    def spot(self, n: Array, a: Array | int) -> Spot:
+        """Of passage a in step n."""
+        s, size = self.step, self.step.plan.abreast
+        strip = self.seen(a)[1] - 1 - n
+        here = (n >= 0) & (strip >= self.lowest(a))
+        strip = strip - s.key_block * s.strips
+        here &= (strip >= 0) & (strip < s.strips)
+        strip = jnp.clip(strip, 0, s.strips - 1)
+        whole = here
+        for g in range(size):
+            whole &= s.plan.rules.all(s.group_extent(a * size + g), s.strip_extent(strip))
+        return Spot(Groups(a * size, size), strip, here, whole)
+
+    def spots(self, n: Array) -> list[Spot]:
+        return [self.spot(n, a) for a in range(self.passages)]
+
+    def pairs(self, spot: Spot, start: Array, size: int) -> Array:
+        """Which pairs of ``size`` keys and the queries of a passage may meet, [size, t]."""
+        return self.step.pairs(start, size, spot.groups) & spot.here
+
+    def passage(self, spot: Spot) -> Passage:
+        """Before its strip."""
+        high, low = as_row(self.step.high, spot.groups), as_row(self.step.low, spot.groups)
+        base = high.astype(jnp.int32)
+        return Passage(self.step, spot, self.back, base, (high - base.astype(jnp.float32)) + low - OFFSET)
+
+    def leave(self, passages: list[Passage], valid: Array | bool = True) -> None:
+        """Moves the counts past a strip, if ``valid``."""
+        high, low = self.step.high, self.step.low
+        for passage in passages:
+            sums = functools.reduce(jnp.add, passage.sums[::-1] if passage.back else passage.sums)
+            sums = jnp.where(valid, -sums if passage.back else sums, 0.0)
+            for g, part in passage.spot.groups.apart():
+                row = pl.ds(g, 1)
+                high[row, :], low[row, :] = add_exactly(high[row, :], low[row, :], sums[:, part])
+
+    def count(self, spots: list[Spot], later: Array) -> Array:
+        """Puts the positions of all passages in their strips, whose gates add up to ``later`` [s, t], in their place, and who is to
+        look them up in ``need``; and moves the counts on past them.
+
+        Returns:
+          The greatest number of cells that a query passes, a scalar.
+        """
+        s, counting, widest = self.step, self.step.plan.counting, jnp.zeros((1, LANES), jnp.int32)
+        quarters = [slice(at, at + QUARTER) for at in range(0, later.shape[0], QUARTER)]
+        needs: list[list[Array]] = [[] for _ in quarters]
+        seen = jnp.zeros((), jnp.int32)
+        for spot in spots:
+            keys = s.strip_extent(spot.strip)
+            for g, _ in spot.groups.apart():
+                row, sums = pl.ds(g, 1), later[:, g * LANES : (g + 1) * LANES]
+                high, low = s.high[row, :], s.low[row, :]
+                moved = add_exactly(high, low, -sums[:1] if self.back else sums[:1])
+                received = moved if self.back else (high, low)
+                where = positions(sums + (received[0] + received[1]), counting)
+                s.high[row, :], s.low[row, :] = moved
+                s.positions[g] = where
+                widest = jnp.maximum(widest, spans(where, where.shape[0]))
+                for found, quarter in zip(needs, quarters, strict=True):
+                    many = 1 + (spans(where[quarter], QUARTER) >= SUBLANES).astype(jnp.int32)
+                    found.append(jnp.where(where[quarter][-1:] >= counting.last, 0, many))
+                seen |= jnp.where(spot.here & ~s.plan.rules.none(s.group_extent(g), keys), 1 << g, 0)
+        for n, found in enumerate(needs):
+            most = joined(found, 0).max(1, keepdims=True)  # of each group: nothing, few or many cells to look up
+            bit = 1 << jax.lax.broadcasted_iota(jnp.int32, most.shape, 0)
+            for many in (0, 1):
+                s.need[2 * n + many] = jnp.sum(jnp.where(most == 1 + many, bit, 0)) & seen
+        return jnp.max(widest)
+
+    def goes_on(self, n: Array) -> Array:
+        """Whether queries that have not counted up to the last position have a strip in step n or later."""
+        bits, begins, size = self.unsettled(), self.step.key_block * self.step.strips, self.step.plan.abreast
+        found = jnp.zeros((), bool)
+        for a in range(self.passages):
+            own = ((1 << size) - 1) << (a * size)
+            found |= (self.seen(a)[1] - 1 - n >= jnp.maximum(self.lowest(a), begins)) & (bits & own != 0)
+        return found
+
+    def unsettled(self) -> Array:
+        """A bit for each group of queries of which one has not counted up to the last position."""
+        s = self.step
+        short = (s.high[...] + s.low[...] < s.plan.counting.last).astype(jnp.int32)
+        group = jax.lax.broadcasted_iota(jnp.int32, short.shape, 0)
+        return jnp.sum(short.max(1, keepdims=True) << group[:, :1])
+
+    def by_need(self, add: Any) -> None:
+        """Calls ``add(g, at, few)`` for every quarter ``at`` of a strip and every group of queries that sees it with counts there
+        before the last position; ``few``: no query passes as many as eight cells."""
+
+        def one(quarter: Array, _: None) -> None:
+            at = pl.ds(pl.multiple_of(quarter * QUARTER, QUARTER), QUARTER)
+            for many in (0, 1):
+
+                def lowest(groups: Array, few: bool = not many) -> Array:
+                    add(31 - jax.lax.clz(groups & -groups), at, few)
+                    return groups & (groups - 1)
+
+                jax.lax.while_loop(lambda groups: groups != 0, lowest, self.step.need[2 * quarter + many])
+
+        jax.lax.fori_loop(0, self.step.plan.blocks.strip // QUARTER, one, None)
