@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from posjax.kernels.tpu_band import Band, Spot, strip_of
+from posjax.kernels.tpu_band import Band, Lookups, Passage, Spot, strip_of
 from posjax.kernels.tpu_step import (
     OPTIONAL,
     Groups,
@@ -34,6 +34,7 @@ from posjax.kernels.tpu_step import (
 from posjax.kernels.tpu_tiles import (
     LANES,
     LOG2E,
+    NEVER,
     NN,
     NT,
     QUARTER,
@@ -48,6 +49,7 @@ from posjax.kernels.tpu_tiles import (
     product,
     spans,
     spread,
+    spread_widely,
     spread_within,
     staggered,
     sums_to_the_left,
@@ -120,15 +122,12 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
 
         jax.lax.fori_loop(low, high + 1, add, None)
 
-    def weigh(
-        scores: Array, d_weights: Array, allowed: Array | None, start: Array, size: int, groups: Groups
-    ) -> tuple[Array, Array]:
+    def weigh(scores: Array, d_weights: Array, start: Array, size: int, groups: Groups) -> tuple[Array, Array]:
         """Weights, and the gradient of the scores, from scores with their counts and lookups in, [s, t]."""
         if plan.penalised:
             scores = scores + s.penalty(start, size, groups)
         scores = soft(plan, scores)
         weights = jnp.exp2(scores - as_row(s.log_sum, groups))
-        weights = weights if allowed is None else jnp.where(allowed, weights, 0.0)
         gradient = weights * (d_weights - as_row(s.slack, groups))
         return weights, gradient if plan.soft_cap is None else gradient * soft_slack(plan, scores)
 
@@ -139,8 +138,8 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         constant = s.constant(queries, keys)
         if constant is not None:
             scores = scores + constant
-        allowed = s.left_pairs(start, blocks.keys) if masked else None
-        weights, gradient = weigh(scores, d_weights, allowed, start, blocks.keys, every)
+        scores = s.left(scores, start) if masked else scores
+        weights, gradient = weigh(scores, d_weights, start, blocks.keys, every)
         if constant is not None:
             sums = gradient.sum(0, keepdims=True)
             if counting is not None:
@@ -164,92 +163,107 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         jax.lax.fori_loop(0, turns, lambda turn, _: part([band.spot(n, turn * most + a) for a in range(most)]), None)
 
     def straight_part(masked: bool, spots: list[Spot]) -> None:
-        halves, live, done = blocks.strip // LANES, {}, []
         passages = [band.passage(spot) for spot in spots]
-        pieces = [(passage, half) for passage in passages for half in range(halves)]
-        gathered = [as_row(s.gathered, spot.groups) for spot in spots]
-
-        def begin(n: int) -> None:
-            spot, half = pieces[n][0].spot, pieces[n][1]
-            at = pl.multiple_of(s.start_of(spot.strip) + half * LANES, LANES)
-            logits, d_weights = products(at, LANES, spot.groups)
-            allowed = band.pairs(spot, at, LANES) if masked else None
-            live[n] = at, allowed, logits, d_weights, doubled_gates(logits, allowed, counting.exact)
+        pieces, live, begin, finish, hand_on = pieces_of(passages, masked)
 
         def counts(n: int) -> None:
             live[n] = *live[n], pieces[n][0].through(sums_to_the_right(live[n][-1], counting))
 
         def gradients(n: int) -> None:
-            passage, (at, allowed, logits, d_weights, gates, piece) = pieces[n][0], live[n]
+            passage, (at, logits, d_weights, gates, piece) = pieces[n][0], live[n]
             found = []
             for (g, part), lines in zip(passage.spot.groups.apart(), piece.windows, strict=True):
                 inside = piece.inside[:, part]
                 bias, slope = within(lines, inside, counting)
-                seen = None if allowed is None else allowed[:, part]
-                weights, gradient = weigh(logits[:, part] + bias, d_weights[:, part], seen, at, LANES, Groups(g, 1))
+                weights, gradient = weigh(logits[:, part] + bias, d_weights[:, part], at, LANES, Groups(g, 1))
                 rows = [slice(row, row + QUARTER) for row in range(0, LANES, QUARTER)]
                 nodes = functools.reduce(jnp.add, [spread_within(inside[row], gradient[row]) for row in rows])
                 s.d_z[g] += placed(nodes, piece.base[:, part], counting)
                 found.append((weights.astype(s.value.dtype), gradient, gradient * slope))
             live[n] = gates, *(joined([one[k] for one in found], 1) for k in range(3))
 
+        staggered(len(pieces), [begin, counts, gradients, finish, hand_on])
+        band.leave(passages)
+
+    def pieces_of(passages: list[Passage], masked: bool) -> tuple[list, dict, Any, Any, Any]:
+        """Halves of the passages' strips, from the left, and what is at hand of each; and the stages that all begin and end with: up
+        to (keys, logits, gradient of weights, gates), and from (gates, weights, gradients of scores, and of counts) on."""
+        halves, live, spots = blocks.strip // LANES, {}, [passage.spot for passage in passages]
+        gathered = [as_row(s.gathered, spot.groups) for spot in spots]
+        pieces = [(passage, half) for passage in passages for half in range(halves)]
+
+        def begin(n: int) -> None:
+            spot, half = pieces[n][0].spot, pieces[n][1]
+            at = pl.multiple_of(s.start_of(spot.strip) + half * LANES, LANES)
+            logits, d_weights = products(at, LANES, spot.groups)
+            if masked:
+                logits = jnp.where(s.pairs(at, LANES, spot.groups, spot.here), logits, NEVER)
+            live[n] = at, logits, d_weights, doubled_gates(logits, counting.exact)
+
         def finish(n: int) -> None:
-            gates, weights, gradient, steps = live.pop(n)
+            """Each count's gradient reaches the gates of all keys from its own to the query."""
+            gates, weights, gradient, steps = live[n]
             sums = sums_to_the_left(steps, counting) + gathered[n // halves]
             gathered[n // halves] = sums[LANES - 1 :]
-            done.append((weights, (gradient + sums * gate_slope(gates)).astype(s.key.dtype)))
+            live[n] = weights, (gradient + sums * gate_slope(gates)).astype(s.key.dtype)
 
-        staggered(len(pieces), [begin, counts, gradients, finish])
-        for n, spot in enumerate(spots):
-            weights, gradient = (joined([piece[k] for piece in done[n * halves : (n + 1) * halves]], 0) for k in range(2))
-            accumulate(s.start_of(spot.strip), blocks.strip, weights, gradient, spot.groups)
-            for g, part in spot.groups.apart():
-                s.gathered[pl.ds(g, 1), :] = gathered[n][:, part]
-        band.leave(passages)
+        def hand_on(n: int) -> None:
+            a, half = divmod(n, halves)
+            if half == halves - 1:
+                weights, gradient = (joined([live[n - half + m][k] for m in range(halves)], 0) for k in range(2))
+                accumulate(s.start_of(spots[a].strip), blocks.strip, weights, gradient, spots[a].groups)
+                for g, part in spots[a].groups.apart():
+                    s.gathered[pl.ds(g, 1), :] = gathered[a][:, part]
+
+        return pieces, live, begin, finish, hand_on
 
     def bending(spots: list[Spot]) -> None:
         """The same for any counts, group by group."""
-        starts = [(s.start_of(spot.strip), spot) for spot in spots]
-        found = [products(at, blocks.strip, spot.groups) for at, spot in starts]
-        logits, d_weights = (joined(list(parts), 1) for parts in zip(*found, strict=True))
-        allowed = joined([band.pairs(spot, at, blocks.strip) for at, spot in starts], 1)
-        scores = logits + s.last_bias()
-        scores = scores if plan.index is None else scores + s.lookups(strip_of(spots))
-        gates = doubled_gates(logits, allowed, counting.exact)
-        band.count(spots, sums_to_the_right(gates, counting))
-        s.by_group(s.scores, scores)
-        s.slopes_there[...] = jnp.zeros(s.slopes_there.shape, jnp.float32)
+        passages, last, lookups = [band.passage(spot) for spot in spots], s.last_bias(), Lookups(band)
+        pieces, live, begin, finish, hand_on = pieces_of(passages, True)
+
+        def counts(n: int) -> None:
+            (passage, half), (at, logits, d_weights, gates) = pieces[n], live[n]
+            lookups.note(passage.spot, half, passage.past(sums_to_the_right(gates, counting)))
+            live[n] = at, d_weights, gates
+            for g, part in passage.spot.groups.apart():
+                rows = pl.ds(half * LANES, LANES)
+                s.scores[g, rows, :] = logits[:, part] + last[:, g * LANES : (g + 1) * LANES]
+                s.slopes_there[g, rows, :] = jnp.zeros((LANES, LANES), jnp.float32)
 
         def add(g: Any, at: Any, few: bool) -> None:
             bias, slope = interpolated(s.positions[g, at, :], s.z[g], s.slope[g], counting, few)
             s.scores[g, at, :] += bias - s.z[g, pl.ds(counting.last, 1), :]
             s.slopes_there[g, at, :] = slope
 
+        def gradients(n: int) -> None:
+            (passage, half), (at, d_weights, gates) = pieces[n], live[n]
+            rows, found = pl.ds(half * LANES, LANES), []
+            for g, part in passage.spot.groups.apart():
+                weights, gradient = weigh(s.scores[g, rows, :], d_weights[:, part], at, LANES, Groups(g, 1))
+                s.d_scores[g, rows, :] = gradient
+                s.d_last[pl.ds(g, 1), :] += gradient.sum(0, keepdims=True)
+                found.append((weights.astype(s.value.dtype), gradient, gradient * s.slopes_there[g, rows, :]))
+            live[n] = gates, *(joined([one[k] for one in found], 1) for k in range(3))
+
         def back(g: Any, at: Any, few: bool) -> None:
-            where, part, rows = s.positions[g, at, :], s.d_scores[g, at, :], QUARTER if few else SUBLANES
-            s.d_z[g] += spread(where, part, rows, jnp.max(spans(where, rows)), counting)
+            where, part = s.positions[g, at, :], s.d_scores[g, at, :]
+            if few:
+                s.d_z[g] += spread(where, part, jnp.max(spans(where, QUARTER)), counting)
+            else:
+                s.d_z[g] += spread_widely(s.positions.at[g, at], s.d_scores.at[g, at], counting)
             s.d_last[pl.ds(g, 1), :] -= part.sum(0, keepdims=True)
 
+        staggered(len(pieces), [begin, counts])
+        lookups.close(spots)
+        if plan.index is not None:
+            s.by_group(s.scores, s.all_groups(s.scores) + s.lookups(strip_of(spots)))
         band.by_need(add)
-        scores, found = s.all_groups(s.scores), []
-        for at, spot in starts:
-            lanes = slice(spot.groups.first * LANES, (spot.groups.first + spot.groups.count) * LANES)
-            found.append(weigh(scores[:, lanes], d_weights[:, lanes], allowed[:, lanes], at, blocks.strip, spot.groups))
-        weights, gradient = (joined(list(parts), 1) for parts in zip(*found, strict=True))
-        s.by_group(s.d_scores, gradient)
-        past_last(gradient.sum(0, keepdims=True))
+        staggered(len(pieces), [gradients, finish, hand_on])
         band.by_need(back)
         if plan.index is not None:
-            looked_up(strip_of(spots), gradient)
-        # Each count's gradient reaches the gates of all keys from its own to the query.
-        steps = gradient * s.all_groups(s.slopes_there)
-        sums = sums_to_the_left(steps, counting) + as_row(s.gathered)
-        gradient = gradient + sums * gate_slope(gates)
-        for g, part in every.apart():
-            s.gathered[pl.ds(g, 1), :] = sums[blocks.strip - 1 :, part]
-        for at, spot in starts:
-            lanes = slice(spot.groups.first * LANES, (spot.groups.first + spot.groups.count) * LANES)
-            accumulate(at, blocks.strip, weights[:, lanes], gradient[:, lanes], spot.groups)
+            into_tables(strip_of(spots))
+        band.leave(passages)
 
     def uncount(n: Array) -> None:
         """Step n of the band."""
@@ -276,17 +290,17 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         scores, d_weights = products(start, blocks.strip, every)
         scores = scores + s.lookups(lambda g: strip)
         scores = scores if counting is None else scores + s.last_bias()
-        allowed = s.left_pairs(start, blocks.strip) if masked else None
-        weights, gradient = weigh(scores, d_weights, allowed, start, blocks.strip, every)
+        scores = s.left(scores, start) if masked else scores
+        weights, gradient = weigh(scores, d_weights, start, blocks.strip, every)
         if counting is not None:
             past_last(gradient.sum(0, keepdims=True))
-        looked_up(lambda g: strip, gradient)
+        s.by_group(s.d_scores, gradient)
+        into_tables(lambda g: strip)
         accumulate(start, blocks.strip, weights, gradient, every)
 
-    def looked_up(strip_of: Any, gradient: Array) -> None:
-        """Adds the gradient of the scores of each group g, in its strip ``strip_of(g)``, to that of the table."""
-        s.by_group(s.d_found, gradient)
-        jax.lax.fori_loop(0, plan.groups, lambda g, _: into_table(s.index_of(strip_of(g), g), s.d_found[g]), None)
+    def into_tables(strip_of: Any) -> None:
+        """Adds ``d_scores`` of each group g, in its strip ``strip_of(g)``, to the gradient of the table."""
+        jax.lax.fori_loop(0, plan.groups, lambda g, _: into_table(s.index_of(strip_of(g), g), s.d_scores[g]), None)
 
     s.for_tiles(lambda j, whole: s.choose(j, whole, plain, looking))
     if counting is not None:
@@ -408,12 +422,13 @@ def _backward_of_block(
         "query_sums": pltpu.VMEM((width, blocks.queries), jnp.float32),
     }
     if counting is not None:
-        scratch |= {name: pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32) for name in ("d_scores", "slopes_there")}
+        scratch["slopes_there"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
         scratch["d_z"] = pltpu.VMEM((plan.groups, counting.rows, LANES), jnp.float32)
         scratch |= {name: pltpu.VMEM((plan.groups, LANES), jnp.float32) for name in ("gathered", "d_last")}
         scratch["hasty"] = pltpu.SMEM((2,), jnp.int32)
+    if plan.index is not None or counting is not None:
+        scratch["d_scores"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
     if plan.index is not None:
-        scratch["d_found"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
         scratch["table_sums"] = pltpu.VMEM((LANES, SUBLANES, LANES), jnp.float32)
     found = pl.pallas_call(
         functools.partial(_body, plan, (*names, "d_out", *row_arrays, *outs, *scratch), rows),

@@ -1,8 +1,8 @@
 """The band of keys in which queries count, left of each of them, and the counts on their way through it.
 
 A passage is two groups of 128 queries. In every step each passage of a query tile counts a strip of its own, first the last one
-that it sees: so all are equally far from the diagonal, and where gates are alike all are done after as many steps. What lies left of
-where a passage stopped, which the kernel notes down, is for plain tiles.
+that it sees: so all are equally far from the diagonal, and where gates are alike all are done after as many steps. What lies left
+of where a passage stopped, which the kernel notes down, is for plain tiles.
 """
 
 import dataclasses
@@ -111,17 +111,24 @@ class Passage:
     windows: list[Window] = dataclasses.field(default_factory=list)
     sums: list[Array] = dataclasses.field(default_factory=list)
 
+    def past(self, later: Array) -> Array:
+        """The counts [128, t] of a piece whose gates add up to ``later``, and past it."""
+        return self._received(later) + (self.base.astype(jnp.float32) + OFFSET)
+
     def through(self, later: Array) -> Piece:
-        """Past a piece whose gates add up to ``later`` [128, t]."""
+        """The same in windows."""
         if self.back or not self.sums:  # forward one window does for all pieces
             cells = cell(self.now + 2.0**-10) - (SUBLANES - 2) if self.back else cell(self.now)
             self.base, self.now = self.base + cells.astype(jnp.int32), self.now - cells
             z, slope, counting = self.step.z, self.step.slope, self.step.plan.counting
             self.windows = [window(z[g], slope[g], self.base[:, part], counting) for g, part in self.spot.groups.apart()]
+        return Piece(self.base, self._received(later), self.windows)
+
+    def _received(self, later: Array) -> Array:
         right = self.now - later[:1] if self.back else self.now
         self.now = right if self.back else right + later[:1]
         self.sums.append(later[:1])
-        return Piece(self.base, later + right, self.windows)
+        return later + right
 
 
 @dataclasses.dataclass
@@ -170,10 +177,6 @@ class Band:
     def spots(self, n: Array) -> list[Spot]:
         return [self.spot(n, a) for a in range(self.passages)]
 
-    def pairs(self, spot: Spot, start: Array, size: int) -> Array:
-        """Which pairs of ``size`` keys and the queries of a passage may meet, [size, t]."""
-        return self.step.pairs(start, size, spot.groups) & spot.here
-
     def passage(self, spot: Spot) -> Passage:
         """Before its strip."""
         high, low = as_row(self.step.high, spot.groups), as_row(self.step.low, spot.groups)
@@ -189,39 +192,6 @@ class Band:
             for g, part in passage.spot.groups.apart():
                 row = pl.ds(g, 1)
                 high[row, :], low[row, :] = add_exactly(high[row, :], low[row, :], sums[:, part])
-
-    def count(self, spots: list[Spot], later: Array) -> Array:
-        """Puts the positions of all passages in their strips, whose gates add up to ``later`` [s, t], in their place, and who is to
-        look them up in ``need``; and moves the counts on past them.
-
-        Returns:
-          The greatest number of cells that a query passes, a scalar.
-        """
-        s, counting, widest = self.step, self.step.plan.counting, jnp.zeros((1, LANES), jnp.int32)
-        quarters = [slice(at, at + QUARTER) for at in range(0, later.shape[0], QUARTER)]
-        needs: list[list[Array]] = [[] for _ in quarters]
-        seen = jnp.zeros((), jnp.int32)
-        for spot in spots:
-            keys = s.strip_extent(spot.strip)
-            for g, _ in spot.groups.apart():
-                row, sums = pl.ds(g, 1), later[:, g * LANES : (g + 1) * LANES]
-                high, low = s.high[row, :], s.low[row, :]
-                moved = add_exactly(high, low, -sums[:1] if self.back else sums[:1])
-                received = moved if self.back else (high, low)
-                where = positions(sums + (received[0] + received[1]), counting)
-                s.high[row, :], s.low[row, :] = moved
-                s.positions[g] = where
-                widest = jnp.maximum(widest, spans(where, where.shape[0]))
-                for found, quarter in zip(needs, quarters, strict=True):
-                    many = 1 + (spans(where[quarter], QUARTER) >= SUBLANES).astype(jnp.int32)
-                    found.append(jnp.where(where[quarter][-1:] >= counting.last, 0, many))
-                seen |= jnp.where(spot.here & ~s.plan.rules.none(s.group_extent(g), keys), 1 << g, 0)
-        for n, found in enumerate(needs):
-            most = joined(found, 0).max(1, keepdims=True)  # of each group: nothing, few or many cells to look up
-            bit = 1 << jax.lax.broadcasted_iota(jnp.int32, most.shape, 0)
-            for many in (0, 1):
-                s.need[2 * n + many] = jnp.sum(jnp.where(most == 1 + many, bit, 0)) & seen
-        return jnp.max(widest)
 
     def goes_on(self, n: Array) -> Array:
         """Whether queries that have not counted up to the last position have a strip in step n or later."""
@@ -240,8 +210,8 @@ class Band:
         return jnp.sum(short.max(1, keepdims=True) << group[:, :1])
 
     def by_need(self, add: Any) -> None:
-        """Calls ``add(g, at, few)`` for every quarter ``at`` of a strip and every group of queries that sees it with counts there
-        before the last position; ``few``: no query passes as many as eight cells."""
+        """Calls ``add(g, at, few)`` for every quarter ``at`` of a strip and every group of queries g that ``Lookups`` found to look
+        something up there; ``few``: no query passes as many as eight cells."""
 
         def one(quarter: Array, _: None) -> None:
             at = pl.ds(pl.multiple_of(quarter * QUARTER, QUARTER), QUARTER)
@@ -254,3 +224,46 @@ class Band:
                 jax.lax.while_loop(lambda groups: groups != 0, lowest, self.step.need[2 * quarter + many])
 
         jax.lax.fori_loop(0, self.step.plan.blocks.strip // QUARTER, one, None)
+
+
+@dataclasses.dataclass
+class Lookups:
+    """Who is to look up what in a step: groups of queries with counts before the last position, by quarters of their strips.
+
+    Attributes:
+      band: of the step.
+      needs: for each quarter and group 0 where there is nothing, or 1 for few or 2 for many cells, [1, 128].
+      ends: for each passage the cells of its first and last key, [1, t].
+    """
+
+    band: Band
+    needs: dict[tuple[int, int], Array] = dataclasses.field(default_factory=dict)
+    ends: dict[int, list[Array]] = dataclasses.field(default_factory=dict)
+
+    def note(self, spot: Spot, half: int, counts: Array) -> None:
+        """Puts the positions of a piece, the ``half``th 128 keys of a strip, in their place."""
+        s, last = self.band.step, self.band.step.plan.counting.last
+        where = positions(counts, s.plan.counting)
+        ends = self.ends.setdefault(spot.groups.first, [])
+        ends += [where[:1].astype(jnp.int32), where[-1:].astype(jnp.int32)]
+        for g, part in spot.groups.apart():
+            s.positions[g, pl.ds(half * LANES, LANES), :] = where[:, part]
+            for at in range(0, LANES, QUARTER):
+                quarter = where[at : at + QUARTER, part]
+                many = 1 + (spans(quarter, QUARTER) >= SUBLANES).astype(jnp.int32)
+                self.needs[(half * LANES + at) // QUARTER, g] = jnp.where(quarter[-1:] >= last, 0, many)
+
+    def close(self, spots: list[Spot]) -> Array:
+        """Leaves the needs to ``by_need``. Returns the greatest number of cells that a query passes in the step, a scalar."""
+        s, seen = self.band.step, jnp.zeros((), jnp.int32)
+        for spot in spots:
+            for g, _ in spot.groups.apart():
+                unseen = s.plan.rules.none(s.group_extent(g), s.strip_extent(spot.strip))
+                seen |= jnp.where(spot.here & ~unseen, 1 << g, 0)
+        for n in range(s.plan.blocks.strip // QUARTER):
+            most = joined([self.needs[n, g] for g in range(s.plan.groups)], 0).max(1, keepdims=True)
+            bit = 1 << jax.lax.broadcasted_iota(jnp.int32, most.shape, 0)
+            for many in (0, 1):
+                s.need[2 * n + many] = jnp.sum(jnp.where(most == 1 + many, bit, 0)) & seen
+        cells = [functools.reduce(jnp.maximum, ends) - functools.reduce(jnp.minimum, ends) for ends in self.ends.values()]
+        return jnp.max(joined(cells, 1))

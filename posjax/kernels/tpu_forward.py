@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from posjax.kernels.tpu_band import Band, Spot, strip_of
+from posjax.kernels.tpu_band import Band, Lookups, Passage, Spot, strip_of
 from posjax.kernels.tpu_step import (
     OPTIONAL,
     Groups,
@@ -104,7 +104,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         key = s.keys(start, size)
         return product(key, s.queries(groups), NT, key.dtype == jnp.float32) * factor
 
-    def softmax(scores: list[Array], allowed: Array | None, start: Array, size: int, groups: Groups) -> None:
+    def softmax(scores: list[Array], start: Array, size: int, groups: Groups) -> None:
         """Takes scores with their counts and lookups in, [s, t] in pieces along t, of ``size`` keys from ``start`` on."""
         weights, lane = [], 0
         penalty = s.penalty(start, size, groups) if plan.penalised else None
@@ -113,7 +113,6 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
             at = pl.ds(groups.first * LANES + part.start, piece.shape[1])
             piece = piece if penalty is None else piece + penalty[:, part]
             piece = soft(plan, piece)
-            piece = piece if allowed is None else jnp.where(allowed[:, part], piece, NEVER)
             highest = s.highest[:, at]
             new = jnp.maximum(highest, piece.max(0, keepdims=True))
             weight, shrink = jnp.exp2(piece - new), jnp.exp2(highest - new)
@@ -124,19 +123,26 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         value = s.value[pl.ds(start, size), :]
         s.sums[:, groups.lanes] += product(value, joined(weights, 1), TN, value.dtype == jnp.float32)
 
-    def straight(spots: list[Spot], masked: bool) -> None:
-        """Scores of a strip with their counts in, for queries that pass at most eight cells. ``s.haste`` tells afterwards what they
-        did pass; where it was more, nothing but the scores has changed."""
-        halves = blocks.strip // LANES
-        passages, live, haste = [band.passage(spot) for spot in spots], {}, []
-        pieces = [(passage, half) for passage in passages for half in reversed(range(halves))]
+    def pieces_of(passages: list[Passage], masked: bool) -> tuple[list, dict, Any]:
+        """Halves of the passages' strips, from the right, what is at hand of each, and what puts scores and gates there."""
+        live: dict[int, Any] = {}
+        pieces = [(passage, half) for passage in passages for half in reversed(range(blocks.strip // LANES))]
 
         def products(n: int) -> None:
             spot, half = pieces[n][0].spot, pieces[n][1]
             at = pl.multiple_of(s.start_of(spot.strip) + half * LANES, LANES)
             raw = logits(at, LANES, spot.groups)
-            allowed = band.pairs(spot, at, LANES) if masked else None
-            live[n] = raw, doubled_gates(raw, allowed, counting.exact)
+            if masked:
+                raw = jnp.where(s.pairs(at, LANES, spot.groups, spot.here), raw, NEVER)
+            live[n] = raw, doubled_gates(raw, counting.exact)
+
+        return pieces, live, products
+
+    def straight(spots: list[Spot], masked: bool) -> None:
+        """Scores of a step with their counts in, for queries that pass at most eight cells. ``s.haste`` tells afterwards what they
+        did pass; where it was more, nothing but the scores has changed."""
+        passages, haste = [band.passage(spot) for spot in spots], []
+        pieces, live, products = pieces_of(passages, masked)
 
         def counts(n: int) -> None:
             raw, gates = live[n]
@@ -156,19 +162,25 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
 
     def bending(spots: list[Spot]) -> None:
         """The same for any counts, group by group."""
-        starts = [s.start_of(spot.strip) for spot in spots]
-        scores = joined([logits(at, blocks.strip, spot.groups) for at, spot in zip(starts, spots, strict=True)], 1)
-        allowed = joined([band.pairs(spot, at, blocks.strip) for at, spot in zip(starts, spots, strict=True)], 1)
-        widest = band.count(spots, sums_to_the_right(doubled_gates(scores, allowed, counting.exact), counting))
-        scores = scores + s.last_bias()
-        s.by_group(s.scores, scores if plan.index is None else scores + s.lookups(strip_of(spots)))
+        passages, last, lookups = [band.passage(spot) for spot in spots], s.last_bias(), Lookups(band)
+        pieces, live, products = pieces_of(passages, True)
+
+        def counts(n: int) -> None:
+            (passage, half), (raw, gates) = pieces[n], live.pop(n)
+            lookups.note(passage.spot, half, passage.past(sums_to_the_right(gates, counting)))
+            for g, part in passage.spot.groups.apart():
+                s.scores[g, pl.ds(half * LANES, LANES), :] = raw[:, part] + last[:, g * LANES : (g + 1) * LANES]
 
         def add(g: Any, at: Any, few: bool) -> None:
             bias, _ = interpolated(s.positions[g, at, :], s.z[g], s.slope[g], counting, few)
             s.scores[g, at, :] += bias - s.z[g, pl.ds(counting.last, 1), :]
 
+        staggered(len(pieces), [products, counts])
+        s.haste[0] = jnp.where(lookups.close(spots) < SUBLANES, HASTY, WIDE)
+        band.leave(passages)
+        if plan.index is not None:
+            s.by_group(s.scores, s.all_groups(s.scores) + s.lookups(strip_of(spots)))
         band.by_need(add)
-        s.haste[0] = jnp.where(widest < SUBLANES, HASTY, WIDE)
 
     def count(n: Array) -> Array:
         """Step n of the band; whether there is another."""
@@ -185,13 +197,8 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         else:
             bending(spots)
 
-        def take(masked: bool) -> None:
-            for spot in spots:
-                start, scores = s.start_of(spot.strip), [s.scores[g] for g, _ in spot.groups.apart()]
-                softmax(scores, band.pairs(spot, start, blocks.strip) if masked else None, start, blocks.strip, spot.groups)
-
-        masked_or_not(take, whole)
         for a, spot in enumerate(spots):
+            softmax([s.scores[g] for g, _ in spot.groups.apart()], s.start_of(spot.strip), blocks.strip, spot.groups)
             s.limit[a] = jnp.where(spot.here, s.key_block * s.strips + spot.strip, s.limit[a])
         return band.goes_on(n + 1)
 
@@ -200,7 +207,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         scores, constant = logits(start, blocks.keys), s.constant(s.query_extent(), s.key_extent(j))
         if constant is not None:
             scores = scores + constant
-        softmax([scores], s.left_pairs(start, blocks.keys) if masked else None, start, blocks.keys, every)
+        softmax([s.left(scores, start) if masked else scores], start, blocks.keys, every)
 
     def looking(j: Array, whole: Array) -> None:
         """A tile in strips, with lookups."""
@@ -212,7 +219,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
             scores = scores if counting is None else scores + s.last_bias()
 
             def take(masked: bool) -> None:
-                softmax([scores], s.left_pairs(start, blocks.strip) if masked else None, start, blocks.strip, every)
+                softmax([s.left(scores, start) if masked else scores], start, blocks.strip, every)
 
             masked_or_not(take, whole)
 

@@ -14,6 +14,8 @@ from posjax.kernels.blocks import Blocks
 from posjax.kernels.tpu_tiles import (
     LANES,
     LOG2E,
+    LOWEST,
+    NEVER,
     NN,
     NT,
     QUARTER,
@@ -168,15 +170,16 @@ def turned(x: Array, turn: Any, partner: Array, back: bool = False) -> Array:
 
 
 def soft(plan: Plan, x: Array) -> Array:
+    """The soft cap of scores; what may not meet stays NEVER."""
     if plan.soft_cap is None:
         return x
     cap = plan.soft_cap * LOG2E
-    return cap * jnp.tanh(x / cap)
+    return jnp.where(x > LOWEST, cap * jnp.tanh(x / cap), NEVER)
 
 
 def soft_slack(plan: Plan, x: Array) -> Array:
-    """The derivative of the soft cap where the capped score is x."""
-    return 1.0 - jnp.square(x / (plan.soft_cap * LOG2E))
+    """The derivative of the soft cap where the capped score is x; zero where x is NEVER."""
+    return 1.0 - jnp.square(jnp.maximum(x / (plan.soft_cap * LOG2E), -1.0))
 
 
 def masked_or_not(do: Any, whole: Array, here: Array | bool = True) -> None:
@@ -294,24 +297,31 @@ class Step:
         ref = self.turned_key if self.plan.turn_keys else self.key
         return ref[pl.ds(start, size), :]
 
-    def pairs(self, start: Array, size: int, groups: Groups | None = None) -> Array:
-        """Which pairs of ``size`` keys and the tile's queries, or some groups of them, may meet, [size, t]."""
+    def pairs(self, start: Array, size: int, groups: Groups | None = None, here: Array | None = None) -> Array:
+        """Which pairs of ``size`` keys and the tile's queries, or some groups of them, may meet, [size, t]; none if not ``here``."""
+        rules = self.plan.rules
 
-        def both(queries: Any, keys: Any) -> tuple[Array, Array]:
+        def both(queries: Any, keys: Any) -> list[Array]:
             row = as_row(queries, groups)
-            return row, column(keys[:, pl.ds(start, size)], row.shape[1])
+            return [row, column(keys[:, pl.ds(start, size)], row.shape[1])]
 
-        segments = both(self.query_segments, self.key_segments) if self.plan.rules.segmented else (None, None)
-        return self.plan.rules.pairs(*both(self.query_positions, self.key_positions), *segments)
+        positions = both(self.query_positions, self.key_positions)
+        if here is not None and rules.is_causal:  # a query before all keys sees none
+            positions[0] = jnp.where(here, positions[0], jnp.iinfo(jnp.int32).min)
+        segments = both(self.query_segments, self.key_segments) if rules.segmented else (None, None)
+        allowed = rules.pairs(*positions, *segments)
+        return allowed if here is None or rules.is_causal else allowed & here
 
-    def left_pairs(self, start: Array, size: int) -> Array:
-        """``pairs`` without those that were counted."""
+    def left(self, scores: Array, start: Array) -> Array:
+        """Scores [s, t] of keys from ``start`` on and all queries, NEVER for pairs that may not meet or were counted."""
+        size = scores.shape[0]
         allowed = self.pairs(start, size)
         if self.plan.counting is None:
-            return allowed
+            return jnp.where(allowed, scores, NEVER)
         limits = [self.limit_here(a) * self.plan.blocks.strip - start for a in range(self.limit.shape[0])]
         row = joined([jnp.full((1, self.plan.abreast * LANES), limit, jnp.int32) for limit in limits], 1)
-        return allowed & (jax.lax.broadcasted_iota(jnp.int32, allowed.shape, 0) < row)
+        allowed &= jax.lax.broadcasted_iota(jnp.int32, allowed.shape, 0) < row
+        return jnp.where(allowed, scores, NEVER)
 
     def penalty(self, start: Array, size: int, groups: Groups | None = None) -> Array:
         row = as_row(self.query_positions, groups)

@@ -177,10 +177,9 @@ def _sums(x: Array, later: bool, parts: int, factor: float) -> Array:
     return product(jnp.concatenate([ones] * parts, axis=1), jnp.concatenate(pieces, axis=0))
 
 
-def doubled_gates(logits: Array, allowed: Array | None, exact: bool) -> Array:
-    """Twice the sigmoid of scores in units of log2 e; zero where not allowed. Sums take the factor off again, for nothing."""
-    g = 2.0 / (1.0 + jnp.exp2(-logits)) if exact else jnp.tanh(logits * (0.5 / LOG2E)) + 1.0
-    return g if allowed is None else jnp.where(allowed, g, 0.0)
+def doubled_gates(logits: Array, exact: bool) -> Array:
+    """Twice the sigmoid of scores in units of log2 e; zero where they are NEVER. Sums take the factor off again, for nothing."""
+    return 2.0 / (1.0 + jnp.exp2(-logits)) if exact else jnp.tanh(logits * (0.5 / LOG2E)) + 1.0
 
 
 def gate_slope(doubled: Array) -> Array:
@@ -226,20 +225,36 @@ def joined(parts: list[Array], axis: int) -> Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
 
 
+def eights(table: Array) -> list[Array]:
+    """A table [P, t] by eight rows."""
+    return [table[at : at + SUBLANES] for at in range(0, table.shape[0], SUBLANES)]
+
+
+def moved_down(rows: list[Array], by: Array, keep: int) -> list[Array]:
+    """``keep`` of ``rows`` [8, t] from number ``by`` [1, t] on, in each lane its own; what is past the last is any of them."""
+    for bit in reversed(range((len(rows) - 1).bit_length())):
+        step = 1 << bit
+        there, needed = (by & step) != 0, min(len(rows), keep + step - 1)
+        rows = [jnp.where(there, rows[n + step], rows[n]) if n + step < len(rows) else rows[n] for n in range(needed)]
+    return [rows[min(n, len(rows) - 1)] for n in range(keep)]
+
+
+def moved_up(rows: list[Array], by: Array, most: int, keep: int) -> list[Array]:
+    """``keep`` rows [8, t], those of ``rows`` from number ``by`` [1, t] on, at most ``most``, and zeros."""
+    for bit in range(most.bit_length()):
+        step = 1 << bit
+        there, padded = (by & step) != 0, [*rows, *[jnp.zeros_like(rows[0])] * step]
+        rows = [jnp.where(there, padded[n - step] if n >= step else 0.0, row) for n, row in enumerate(padded[:keep])]
+    return [*rows, *[jnp.zeros_like(rows[0])] * (keep - len(rows))]
+
+
 def eight_from(table: Array, start: Array, counting: Counting) -> Array:
     """Rows start .. start + 7 of a table [P, t], each lane from its own start [1, t]; past the last, the last."""
-    shape = (SUBLANES, table.shape[1])
-    at = jnp.minimum(start + jax.lax.broadcasted_iota(jnp.int32, shape, 0), counting.last)
-    if not counting.gathers:
-        found = jnp.zeros(shape, jnp.float32)
-        for n in range(counting.last + 1):
-            found = jnp.where(at == n, table[n : n + 1], found)
-        return found
-    within, group = at & (SUBLANES - 1), at >> 3
-    found = pick(table[:SUBLANES], within, True)
-    for n in range(1, counting.rows // SUBLANES):
-        found = jnp.where(group == n, pick(table[n * SUBLANES : (n + 1) * SUBLANES], within, True), found)
-    return found
+    start = jnp.minimum(start, counting.last)
+    at = jnp.minimum(start + jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, table.shape[1]), 0), counting.last)
+    here = jnp.maximum(start, 0) >> 3
+    first, second = (pick(rows, at & (SUBLANES - 1), counting.gathers) for rows in moved_down(eights(table), here, 2))
+    return jnp.where(at >> 3 == here, first, second)
 
 
 # A cell is found by rounding to the nearest whole number, in one addition. So counts are given from half a cell above the base of a
@@ -284,8 +299,8 @@ def staggered(pieces: int, stages: list[Any]) -> None:
 
 
 def positions(counts: Array, counting: Counting) -> Array:
-    """Counts, clamped. Past the last position there is one more cell, whose slope is zero, which stops the gradient as well."""
-    return jnp.minimum(counts, counting.last + 0.25)
+    """Counts, clamped. From the last position on there is one more cell, whose slope is zero, which stops the gradient as well."""
+    return jnp.minimum(counts, counting.last)
 
 
 def spans(positions: Array, rows: int) -> Array:
@@ -306,15 +321,24 @@ def interpolated(positions: Array, z: Array, slope: Array, counting: Counting, f
         here = inside.astype(jnp.int32)
         start, steep = (pick(eight_from(table, base, counting), here, counting.gathers) for table in (z, slope))
         return start + (inside - here.astype(jnp.float32)) * steep, steep
+    found = [_by_eights(positions[at : at + _ROWS], z, slope, counting) for at in range(0, positions.shape[0], _ROWS)]
+    return joined([bias for bias, _ in found], 0), joined([steep for _, steep in found], 0)
+
+
+_ROWS = 2 * SUBLANES  # that pass fewer than 16 cells, as no gate is more than one: three eights hold them
+
+
+def _by_eights(positions: Array, z: Array, slope: Array, counting: Counting) -> tuple[Array, Array]:
+    """``interpolated`` for ``_ROWS`` keys."""
     cells = positions.astype(jnp.int32)
-    row, eight = cells & (SUBLANES - 1), cells >> 3
-    start, steep = (pick(table[:SUBLANES], row, counting.gathers) for table in (z, slope))
-    for n in range(1, counting.rows // SUBLANES):
-        here, at = eight == n, slice(n * SUBLANES, (n + 1) * SUBLANES)
-        start, steep = (
-            jnp.where(here, pick(table[at], row, counting.gathers), found) for table, found in ((z, start), (slope, steep))
-        )
-    return start + (positions - cells.astype(jnp.float32)) * steep, steep
+    first = cells[-1:] >> 3
+    row, number = cells & (SUBLANES - 1), (cells >> 3) - first
+    start, steep = (moved_down(eights(table), first, 1 + _ROWS // SUBLANES) for table in (z, slope))
+    found = [pick(start[0], row, counting.gathers), pick(steep[0], row, counting.gathers)]
+    for n in range(1, len(start)):
+        new = [pick(table[n], row, counting.gathers) for table in (start, steep)]
+        found = [jnp.where(number == n, a, b) for a, b in zip(new, found, strict=True)]
+    return found[0] + (positions - cells.astype(jnp.float32)) * found[1], found[1]
 
 
 def spread_within(inside: Array, gradient: Array) -> Array:
@@ -343,51 +367,76 @@ def placed(nodes: Array, base: Array, counting: Counting) -> Array:
     return found + jnp.where(every == counting.last, past, 0.0)
 
 
-def spread(positions: Array, gradient: Array, rows: int, most: Any, counting: Counting) -> Array:
-    """The transpose of interpolation: the gradient [P, t] of z, from positions and gradients [s, t] of the bias.
+def spread(positions: Array, gradient: Array, most: Any, counting: Counting) -> Array:
+    """The transpose of interpolation where few cells are passed: the gradient [P, t] of z, from positions and gradients [s, t].
 
-    A gradient g at position u beyond the chunk's base gives node m the part g max(0, 1 - |u - m|), which is the second difference
-    of sums of g max(0, u - m): one product and one sum a node.
+    A gradient g at position u beyond the least cell gives node m the part g max(0, 1 - |u - m|), which is the second difference of
+    sums of g max(0, u - m): one product and one sum a node.
 
     Args:
       positions: [s, t], clamped.
-      gradient: [s, t].
-      rows: keys that pass at most ``most`` cells together.
-      most: a scalar below 8, or 7.
+      gradient: [s, t], of the bias.
+      most: the greatest number of cells that a query passes, a scalar below 8.
     """
-    width = positions.shape[1]
-    total = jnp.zeros((counting.rows, width), jnp.float32)
-    sublane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, width), 0)
-    everywhere = jax.lax.broadcasted_iota(jnp.int32, (counting.rows, width), 0)
+    base = positions[-1:].astype(jnp.int32)
+    inside = positions - base.astype(jnp.float32)
+    row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, positions.shape[1]), 0)
+
+    def ramps(m: Any, sums: Array) -> Array:
+        """Row m: the sum of g max(0, u - m)."""
+        found = to_sublanes(jnp.maximum(inside - m.astype(jnp.float32), 0.0) * gradient).sum(0, keepdims=True)
+        return jnp.where(row == m, found, sums)
+
+    first = to_sublanes(inside * gradient).sum(0, keepdims=True)
+    sums = jax.lax.fori_loop(1, most + 1, ramps, jnp.where(row == 0, first, 0.0))
+    window = _nodes(sums, first + to_sublanes(gradient).sum(0, keepdims=True), base, counting)
+    return _in_table(base >> 3, window, counting)
+
+
+def spread_widely(positions: Any, gradient: Any, counting: Counting) -> Array:
+    """``spread`` for any number of cells, from references: a row of memory is read into eight at once.
+
+    Eight keys pass fewer than eight cells; their windows are joined two by two.
+    """
+    rows, windows = SUBLANES, []
+    row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, positions.shape[1]), 0)
     for at in range(0, positions.shape[0], rows):
-        value = gradient[at : at + rows]
-        inside = jnp.minimum(positions[at : at + rows], counting.last)
-        base = inside[rows - 1 :].astype(jnp.int32)
-        inside = inside - base.astype(jnp.float32)
-        if rows == SUBLANES:
-            inside, node = jnp.minimum(inside, SUBLANES - 2.0**-20), sublane.astype(jnp.float32)
-            sums = jnp.zeros((SUBLANES, width), jnp.float32)
-            for n in range(rows):
-                sums = sums + jnp.maximum(inside[n : n + 1], node) * value[n : n + 1]
-            before = value.sum(0, keepdims=True)
-            sums = sums - node * before
-            before = before + sums[:1]
-        else:
+        base = positions[at + rows - 1 : at + rows, :].astype(jnp.int32)
+        node = (row + base).astype(jnp.float32)
+        before = sums = None
+        for n in range(at, at + rows):
+            count, value = (jnp.broadcast_to(x[n : n + 1, :], node.shape) for x in (positions, gradient))
+            ramp = jnp.maximum(count, node) * value
+            before, sums = (value, ramp) if before is None else (before + value, sums + ramp)
+        sums = sums - node * before
+        windows.append((base >> 3, _nodes(sums, before[:1] + sums[:1], base, counting)))
+    while len(windows) > 1 and rows < 4 * SUBLANES:
+        pairs, rows = zip(windows[::2], windows[1::2], strict=True), 2 * rows
+        windows = [_together(high, low, rows) for high, low in pairs]
+    return functools.reduce(jnp.add, [_in_table(first, window, counting) for first, window in windows])
 
-            def ramps(m: Any, sums: Array, inside: Array = inside, value: Array = value) -> Array:
-                """Row m: the sum of g max(0, u - m)."""
-                found = to_sublanes(jnp.maximum(inside - m.astype(jnp.float32), 0.0) * value).sum(0, keepdims=True)
-                return jnp.where(sublane == m, found, sums)
 
-            first = to_sublanes(inside * value).sum(0, keepdims=True)
-            before = first + to_sublanes(value).sum(0, keepdims=True)
-            sums = jnp.where(sublane == 0, first, 0.0)
-            sums = jax.lax.fori_loop(1, most + 1, ramps, sums)
-        beyond = sums[SUBLANES - 1 :]  # the ramp from node 7 on is all that reaches node 8
-        left = jnp.concatenate([before, sums[:-1]], 0)
-        right = jnp.concatenate([sums[1:], jnp.zeros_like(before)], 0)
-        local = left - 2.0 * sums + right
-        place = everywhere - base
-        found = pick(local, place & (SUBLANES - 1), counting.gathers)
-        total = total + jnp.where((place & -SUBLANES) == 0, found, jnp.where(place == SUBLANES, beyond, 0.0))
-    return total
+def _nodes(sums: Array, before: Array, base: Array, counting: Counting) -> list[Array]:
+    """Second differences of ramps, ``before`` [1, t] and [8, t], from the node before ``base`` [1, t] on: the gradients of nine
+    nodes, from the eight on that the base is in."""
+    beyond = sums[SUBLANES - 1 :]  # the ramp from node 7 on is all that reaches node 8
+    left = jnp.concatenate([before, sums[:-1]], 0)
+    right = jnp.concatenate([sums[1:], jnp.zeros_like(before)], 0)
+    row, own = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0), base & (SUBLANES - 1)
+    turned = pick(left - 2.0 * sums + right, (row - own) & (SUBLANES - 1), counting.gathers)
+    here = row >= own
+    return [jnp.where(here, turned, 0.0), jnp.where(row == own, beyond, jnp.where(here, 0.0, turned))]
+
+
+def _together(high: tuple[Array, list[Array]], low: tuple[Array, list[Array]], rows: int) -> tuple[Array, list[Array]]:
+    """Two windows of neighbouring keys, ``rows`` together, as one."""
+    (first_high, high), (first_low, low) = high, low
+    most = rows // 2 // SUBLANES
+    moved = moved_up(high, first_high - first_low, most, 1 + rows // SUBLANES)
+    return first_low, [a + b for a, b in zip(low, moved, strict=False)] + moved[len(low) :]
+
+
+def _in_table(first: Array, window: list[Array], counting: Counting) -> Array:
+    """A window from eight number ``first`` [1, t] on in a table [P, t] of zeros."""
+    size = counting.rows // SUBLANES
+    return joined(moved_up(window, first, size - 1, size), 0)
