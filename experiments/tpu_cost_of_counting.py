@@ -108,15 +108,22 @@ def parts_of(kernel: aot.Kernel, counts: bool) -> Parts:
         expect(len(loops) == 1, f"one loop {where}", len(loops))
         return loops[0]
 
-    def pair(nodes: list[Node], name: str) -> None:
-        """The form without a mask, then the one with it, perhaps in several turns."""
+    def pair(nodes: list[Node], name: str, beyond: bool = False) -> None:
+        """The form without a mask, then the one with it, perhaps in several turns; ``beyond``: each with a loop at its end."""
         expect(len(nodes) == 2, f"two forms of {name}", len(nodes))
         bare, masked = nodes
         bare.name, masked.name = name, f"{name}, masked"
-        work = loop_in(masked, f"in {masked.name}") if masked.loops() else masked
-        expect(not bare.inside and not work.inside, f"no sections in {name}", (len(bare.inside), len(work.inside)))
+        turning = [loop for loop in masked.loops() if loop.section.products]
+        work = turning[0] if turning else masked
+        for form in (bare, work):
+            loops = form.loops_within()
+            expect(len(loops) == beyond, f"{int(beyond)} loops in {name}", len(loops))
+            for loop in loops:
+                loop.name, (nodes,) = "beyond", (loop.loops_within(),)
+                expect(len(nodes) == 1, "a loop over nodes in the one beyond", len(nodes))
+                nodes[0].name = "beyond: node"
         work.turns, rest = divmod(bare.section.products, work.section.products)
-        expect(rest == 0 and (work.turns == 1 or work.loops()), f"as many products in {masked.name}", work.section.products)
+        expect(rest == 0 and (work.turns == 1 or turning), f"as many products in {masked.name}", work.section.products)
 
     top, around = Node(aot.Section("branch", 0, kernel.bundles, 0, 0)), []
     for section in sorted(kernel.sections, key=lambda s: (s.first, -s.bundles, s.kind)):  # a branch over just a loop first
@@ -133,8 +140,8 @@ def parts_of(kernel: aot.Kernel, counts: bool) -> Parts:
         node.name = "query tile" if node is steps[0] else "arrival"
     walks = {len(loop.working()): loop for loop in steps[0].loops_within() if loop.working()}
     is_forward = "forward" in kernel.name
-    wanted = {2} | ({5 if is_forward else 3} if counts else set())
-    expect(set(walks) == wanted, f"loops over key tiles and over steps of the band, with so many forms: {wanted}", set(walks))
+    wanted = {2} | ({3} if counts else set())  # for straight, also masked, and bending
+    expect(set(walks) == wanted, f"loops over key tiles and steps of the band, with so many forms: {wanted}", set(walks))
     grid.name, walks[2].name = "grid", "key tile"
     before = None
     for node in steps[0].inside:  # before and after the walks, what is done for the first and for the last query tile
@@ -150,12 +157,8 @@ def parts_of(kernel: aot.Kernel, counts: bool) -> Parts:
 
     pair(walks[2].working(), "plain")
     if counts:
-        band = walks[max(wanted)]
-        band.name, found = "step", band.working()
-        pair(found[:2], "straight")
-        if is_forward:
-            pair(found[3:], "softmax")
-        bending = found[2]
+        walks[3].name, (*straight, bending) = "step", walks[3].working()
+        pair(straight, "straight", beyond=not is_forward)
         bending.name, loops = "bending", bending.loops()
         expect(len(loops) == (1 if is_forward else 2), "loops over quarters, forward and back", len(loops))
         for loop, prefix in zip(loops, ("", "back: "), strict=False):
@@ -191,6 +194,7 @@ class Step(NamedTuple):
       mask: of the forms' names.
       hasty: queries passed too many cells for the backward pass to go straight.
       need, cells: [groups, quarters], see ``needs``.
+      passed: the same with counts past the last position.
     """
 
     number: int
@@ -198,6 +202,7 @@ class Step(NamedTuple):
     hasty: bool
     need: np.ndarray
     cells: np.ndarray
+    passed: np.ndarray
 
 
 class Tile(NamedTuple):
@@ -249,8 +254,8 @@ def count_tile(gates: Gates | None, tile: int, length: int, blocks: Blocks, hast
                 add_quarters(forward, "", need)
                 haste = HASTY if widest < SUBLANES else WIDE
             forward["step"] += 1
-            forward[f"softmax{mask}"] += 1
-            steps.append(Step(number, mask, haste > CALM, need, cells))
+            passed = (np.floor(ends[0]) - np.floor(ends[1])).reshape(-1, LANES, len(quarters)).max(1)
+            steps.append(Step(number, mask, haste > CALM, need, cells, passed))
             limit, counts, number = np.where(here, strips, limit), later[:, 0], number + 1
     return Tile(forward, steps, limit, counts, haste)
 
@@ -276,6 +281,8 @@ def walk_over(gates: Gates | None, length: int, blocks: Blocks) -> tuple[Turns, 
             backward["step"] += 1
             if not min(numbers) <= step.number <= max(numbers):
                 backward[f"straight{step.mask}"] += 1
+                backward["beyond"] += int((step.passed > FEW).sum())
+                backward["beyond: node"] += int(np.maximum(step.passed - FEW, 0).sum())
                 continue
             backward["bending"] += 1
             add_quarters(backward, "", step.need)
@@ -291,21 +298,21 @@ def walk_over(gates: Gates | None, length: int, blocks: Blocks) -> tuple[Turns, 
 
 
 def haste_of(first: np.ndarray, last: np.ndarray, before: np.ndarray) -> int:
-    """``Passage.haste`` from the counts [t, quarters] at the first and last key of each quarter, and right of the strip."""
+    """``Piece.haste`` from the counts [t, quarters] at the first and last key of each quarter, and right of the strip."""
     base, margin = np.floor(before)[:, None], 2.0**-10
 
     def cell(counts: np.ndarray) -> np.ndarray:
         return np.rint(counts - base - OFFSET)
 
     wide = (cell(first[:, :1] + margin) >= SUBLANES) & (base < LAST)
-    hasty = cell(first[:, :1] + margin) - cell(last[:, -1:] - margin) >= SUBLANES - 1
-    hasty = hasty | (cell(first + margin) - cell(last - margin) > FEW)
+    per_half = LANES // QUARTER
+    hasty = cell(first[:, ::per_half] + margin) - cell(last[:, per_half - 1 :: per_half] - margin) >= SUBLANES - 1
     return WIDE if wide.any() else HASTY if hasty.any() else CALM
 
 
 def needs(first: np.ndarray, last: np.ndarray, unseen: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """As ``Step.count``: a group's need in each quarter (0 nothing, then NEED), the most cells a query passes there, and in all."""
-    first, last = np.minimum(first, LAST + 0.25).astype(int), np.minimum(last, LAST + 0.25)
+    """As ``Lookups``: a group's need in each quarter (0 nothing, then NEED), the most cells a query passes there, and in all."""
+    first, last = np.minimum(first, LAST).astype(int), np.minimum(last, LAST)
     cells = first - last.astype(int)
     need = np.where(last >= LAST, 0, np.where(cells < SUBLANES, 1, 2))
     need, passed = (x.reshape(-1, LANES, x.shape[1]).max(1) for x in (need, cells))

@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from posjax.kernels.tpu_band import Band, Lookups, Passage, Spot, strip_of
+from posjax.kernels.tpu_band import Band, Lookups, Passage, Spot, for_each, strip_of
 from posjax.kernels.tpu_step import (
     OPTIONAL,
     Groups,
@@ -32,6 +33,7 @@ from posjax.kernels.tpu_step import (
     turned,
 )
 from posjax.kernels.tpu_tiles import (
+    FEW,
     LANES,
     LOG2E,
     NEVER,
@@ -40,6 +42,7 @@ from posjax.kernels.tpu_tiles import (
     QUARTER,
     SUBLANES,
     TN,
+    cells_passed,
     doubled_gates,
     fine_product,
     gate_slope,
@@ -49,6 +52,7 @@ from posjax.kernels.tpu_tiles import (
     product,
     spans,
     spread,
+    spread_beyond,
     spread_widely,
     spread_within,
     staggered,
@@ -163,31 +167,42 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         jax.lax.fori_loop(0, turns, lambda turn, _: part([band.spot(n, turn * most + a) for a in range(most)]), None)
 
     def straight_part(masked: bool, spots: list[Spot]) -> None:
-        passages = [band.passage(spot) for spot in spots]
+        passages, quarters = [band.passage(spot) for spot in spots], range(0, LANES, QUARTER)
         pieces, live, begin, finish, hand_on = pieces_of(passages, masked)
+        beyond: list[list[Array]] = [[] for _ in range(0, blocks.strip, QUARTER)]
 
         def counts(n: int) -> None:
             live[n] = *live[n], pieces[n][0].through(sums_to_the_right(live[n][-1], counting))
 
         def gradients(n: int) -> None:
-            passage, (at, logits, d_weights, gates, piece) = pieces[n][0], live[n]
-            found = []
+            (passage, half), (at, logits, d_weights, gates, piece) = pieces[n], live[n]
+            found, rows = [], pl.ds(half * LANES, LANES)
             for (g, part), lines in zip(passage.spot.groups.apart(), piece.windows, strict=True):
                 inside = piece.inside[:, part]
                 bias, slope = within(lines, inside, counting)
                 weights, gradient = weigh(logits[:, part] + bias, d_weights[:, part], at, LANES, Groups(g, 1))
-                rows = [slice(row, row + QUARTER) for row in range(0, LANES, QUARTER)]
-                nodes = functools.reduce(jnp.add, [spread_within(inside[row], gradient[row]) for row in rows])
-                s.d_z[g] += placed(nodes, piece.base[:, part], counting)
+                nodes = [spread_within(inside[row : row + QUARTER], gradient[row : row + QUARTER]) for row in quarters]
+                s.d_z[g] += placed(functools.reduce(jnp.add, nodes), piece.base[:, part], counting)
+                s.positions[g, rows, :], s.d_scores[g, rows, :] = inside, gradient
+                s.bases[g, pl.ds(half, 1), :] = piece.base[:, part]
+                for row in quarters:
+                    beyond[(half * LANES + row) // QUARTER].append(cells_passed(inside[row : row + QUARTER]) > FEW)
                 found.append((weights.astype(s.value.dtype), gradient, gradient * slope))
             live[n] = gates, *(joined([one[k] for one in found], 1) for k in range(3))
 
+        def more(quarter: Array, n: Array) -> None:
+            g, at = spots[0].groups.first + n, pl.ds(pl.multiple_of(quarter * QUARTER, QUARTER), QUARTER)
+            inside, base = s.positions[g, at, :], s.bases[g, pl.ds(jax.lax.div(quarter, np.int32(LANES // QUARTER)), 1), :]
+            nodes = spread_beyond(inside, s.d_scores[g, at, :], jnp.max(cells_passed(inside)).astype(jnp.int32))
+            s.d_z[g] += placed(nodes, base, counting)
+
         staggered(len(pieces), [begin, counts, gradients, finish, hand_on])
+        for_each(beyond, more)
         band.leave(passages)
 
     def pieces_of(passages: list[Passage], masked: bool) -> tuple[list, dict, Any, Any, Any]:
-        """Halves of the passages' strips, from the left, and what is at hand of each; and the stages that all begin and end with: up
-        to (keys, logits, gradient of weights, gates), and from (gates, weights, gradients of scores, and of counts) on."""
+        """Halves of the passages' strips, from the left, and what is at hand of each; and the stages that all begin and end with:
+        up to (keys, logits, gradient of weights, gates), and from (gates, weights, gradients of scores, and of counts) on."""
         halves, live, spots = blocks.strip // LANES, {}, [passage.spot for passage in passages]
         gathered = [as_row(s.gathered, spot.groups) for spot in spots]
         pieces = [(passage, half) for passage in passages for half in range(halves)]
@@ -422,6 +437,7 @@ def _backward_of_block(
         "query_sums": pltpu.VMEM((width, blocks.queries), jnp.float32),
     }
     if counting is not None:
+        scratch["bases"] = pltpu.VMEM((plan.groups, blocks.strip // LANES, LANES), jnp.int32)
         scratch["slopes_there"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
         scratch["d_z"] = pltpu.VMEM((plan.groups, counting.rows, LANES), jnp.float32)
         scratch |= {name: pltpu.VMEM((plan.groups, LANES), jnp.float32) for name in ("gathered", "d_last")}

@@ -18,7 +18,6 @@ from jax.experimental import pallas as pl
 from posjax.kernels.tpu_step import Groups, Step, as_row
 from posjax.kernels.tpu_tiles import (
     CALM,
-    FEW,
     HASTY,
     LANES,
     OFFSET,
@@ -66,16 +65,10 @@ class Piece(NamedTuple):
     windows: list[Window]
 
     def haste(self, last: int) -> Array:
-        """[1, 128] of CALM, where queries passed at most ``FEW`` cells in either quarter and six in all, HASTY, or WIDE, where they
-        passed more than seven in all; with a margin for the backward pass, which rounds otherwise."""
+        """[1, 128] of CALM, where queries passed at most six cells in 128 keys, HASTY, or WIDE, where they passed more than seven
+        in all; with a margin for the backward pass, which rounds otherwise."""
         margin = 2.0**-10
-
-        def passed(first: int, last: int) -> Array:
-            return cell(self.inside[first : first + 1] + margin) - cell(self.inside[last : last + 1] - margin)
-
-        hasty = passed(0, LANES - 1) >= SUBLANES - 1
-        for at in range(0, LANES, QUARTER):
-            hasty |= passed(at, at + QUARTER - 1) > FEW
+        hasty = cell(self.inside[:1] + margin) - cell(self.inside[LANES - 1 :] - margin) >= SUBLANES - 1
         wide = (cell(self.inside[:1] + margin) >= SUBLANES) & (self.base < last)
         found = jnp.where(wide, WIDE, jnp.where(hasty, HASTY, CALM))
         return functools.reduce(jnp.maximum, jnp.split(found, found.shape[1] // LANES, 1))
@@ -89,6 +82,35 @@ def strip_of(spots: list[Spot]) -> Callable[[Array], Array]:
         return functools.reduce(lambda found, n: jnp.where(a == n, spots[n].strip, found), range(len(spots)), spots[0].strip)
 
     return find
+
+
+def bits(flags: list[Array]) -> Array:
+    """A bit for each of the flags [1, 128], whether any of it is set."""
+    most = joined([flag.astype(jnp.int32) for flag in flags], 0).max(1, keepdims=True)
+    return jnp.sum(jnp.where(most > 0, 1 << jax.lax.broadcasted_iota(jnp.int32, most.shape, 0), 0))
+
+
+def for_bits(found: Array, do: Any) -> None:
+    """Calls ``do(n)`` for the number of each bit that is set."""
+
+    def lowest(left: Array) -> Array:
+        do(31 - jax.lax.clz(left & -left))
+        return left & (left - 1)
+
+    jax.lax.while_loop(lambda left: left != 0, lowest, found)
+
+
+def for_each(flags: list[list[Array]], do: Any) -> None:
+    """Calls ``do(row, n)`` for each of the flags [1, 128], in rows of at most 16, of which any is set."""
+    size, rows = len(flags[0]), 32 // len(flags[0])
+    for first in range(0, len(flags), rows):
+        found = [bits(row) << (n * size) for n, row in enumerate(flags[first : first + rows])]
+
+        def one(n: Array, first: int = first) -> None:
+            row = jax.lax.div(n, np.int32(size))
+            do(first + row, n - row * size)
+
+        for_bits(functools.reduce(jnp.bitwise_or, found), one)
 
 
 @dataclasses.dataclass
@@ -205,9 +227,7 @@ class Band:
     def unsettled(self) -> Array:
         """A bit for each group of queries of which one has not counted up to the last position."""
         s = self.step
-        short = (s.high[...] + s.low[...] < s.plan.counting.last).astype(jnp.int32)
-        group = jax.lax.broadcasted_iota(jnp.int32, short.shape, 0)
-        return jnp.sum(short.max(1, keepdims=True) << group[:, :1])
+        return bits([s.high[...] + s.low[...] < s.plan.counting.last])
 
     def by_need(self, add: Any) -> None:
         """Calls ``add(g, at, few)`` for every quarter ``at`` of a strip and every group of queries g that ``Lookups`` found to look
@@ -216,12 +236,7 @@ class Band:
         def one(quarter: Array, _: None) -> None:
             at = pl.ds(pl.multiple_of(quarter * QUARTER, QUARTER), QUARTER)
             for many in (0, 1):
-
-                def lowest(groups: Array, few: bool = not many) -> Array:
-                    add(31 - jax.lax.clz(groups & -groups), at, few)
-                    return groups & (groups - 1)
-
-                jax.lax.while_loop(lambda groups: groups != 0, lowest, self.step.need[2 * quarter + many])
+                for_bits(self.step.need[2 * quarter + many], lambda g, few=not many: add(g, at, few))
 
         jax.lax.fori_loop(0, self.step.plan.blocks.strip // QUARTER, one, None)
 
@@ -261,9 +276,8 @@ class Lookups:
                 unseen = s.plan.rules.none(s.group_extent(g), s.strip_extent(spot.strip))
                 seen |= jnp.where(spot.here & ~unseen, 1 << g, 0)
         for n in range(s.plan.blocks.strip // QUARTER):
-            most = joined([self.needs[n, g] for g in range(s.plan.groups)], 0).max(1, keepdims=True)
-            bit = 1 << jax.lax.broadcasted_iota(jnp.int32, most.shape, 0)
-            for many in (0, 1):
-                s.need[2 * n + many] = jnp.sum(jnp.where(most == 1 + many, bit, 0)) & seen
+            own = [self.needs[n, g] for g in range(s.plan.groups)]
+            many = bits([need > 1 for need in own]) & seen
+            s.need[2 * n], s.need[2 * n + 1] = (bits(own) & seen) ^ many, many
         cells = [functools.reduce(jnp.maximum, ends) - functools.reduce(jnp.minimum, ends) for ends in self.ends.values()]
         return jnp.max(joined(cells, 1))

@@ -298,7 +298,7 @@ class Step:
         return ref[pl.ds(start, size), :]
 
     def pairs(self, start: Array, size: int, groups: Groups | None = None, here: Array | None = None) -> Array:
-        """Which pairs of ``size`` keys and the tile's queries, or some groups of them, may meet, [size, t]; none if not ``here``."""
+        """Which pairs of ``size`` keys and the queries, or some groups of them, may meet, [size, t]; none if not ``here``."""
         rules = self.plan.rules
 
         def both(queries: Any, keys: Any) -> list[Array]:

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from posjax.typing import Array
 
 SUBLANES, LANES = 8, 128
-CALM, HASTY, WIDE = range(3)  # how many cells the queries of a strip pass: see ``Passage.haste``
-FEW = 2  # cells that a query may pass in a quarter of a strip for it to be calm
+CALM, HASTY, WIDE = range(3)  # how many cells the queries of a strip pass: see ``Piece.haste``
+FEW = 2  # cells whose gradients are spread in a straight line for each quarter of a strip
 QUARTER = 64  # keys
 LOG2E = math.log2(math.e)
 NEVER = -2e38  # a score that is not allowed
@@ -268,6 +268,11 @@ def cell(inside: Array) -> Array:
     return (inside + _WHOLE) - _WHOLE
 
 
+def cells_passed(inside: Array) -> Array:
+    """From the first to the last of rows of counts, [1, t]."""
+    return cell(inside[:1]) - cell(inside[-1:])
+
+
 class Window(NamedTuple):
     """The straight lines of eight cells from a base on: start + slope * inside."""
 
@@ -342,7 +347,7 @@ def _by_eights(positions: Array, z: Array, slope: Array, counting: Counting) -> 
 
 
 def spread_within(inside: Array, gradient: Array) -> Array:
-    """``spread`` for 64 keys that pass at most ``FEW`` cells: the gradient [8, t] of a window's nodes, for counts ``inside``."""
+    """``spread`` for 64 keys, as far as they pass ``FEW`` cells: the gradient [8, t] of a window's nodes, for counts ``inside``."""
     total = to_sublanes(gradient).sum(0, keepdims=True)
     first = cell(inside[-1:])
     nodes = [first + (n - OFFSET) for n in range(FEW + 1)]
@@ -354,6 +359,19 @@ def spread_within(inside: Array, gradient: Array) -> Array:
     for n in range(FEW + 2):
         found = jnp.where(row == n, ramps[n] - 2.0 * ramps[n + 1] + ramps[n + 2], found)
     return found
+
+
+def spread_beyond(inside: Array, gradient: Array, most: Array) -> Array:
+    """What ``spread_within`` leaves out where a query passes more than ``FEW`` cells: ``most``, a scalar."""
+    first = cell(inside[-1:])
+    row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, inside.shape[1]), 0) - first.astype(jnp.int32)
+
+    def ramp(m: Array, found: Array) -> Array:
+        node = first + (m.astype(jnp.float32) - OFFSET)
+        sums = to_sublanes(jnp.maximum(inside - node, 0.0) * gradient).sum(0, keepdims=True)
+        return found + jnp.where(row == m, -2.0 * sums, jnp.where(jnp.abs(row - m) == 1, sums, 0.0))
+
+    return jax.lax.fori_loop(FEW + 1, most + 1, ramp, jnp.zeros((SUBLANES, inside.shape[1]), jnp.float32))
 
 
 def placed(nodes: Array, base: Array, counting: Counting) -> Array:
