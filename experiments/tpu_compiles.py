@@ -1,14 +1,14 @@
 """Does every attention kernel compile for every TPU? Forward and backward, ahead of time; no TPU is needed.
 
-    python experiments/tpu_compiles.py                                        # all 840 calls: many hours on two CPU cores
+    python experiments/tpu_compiles.py                                        # all 840 calls: two hours on two CPU cores
     python experiments/tpu_compiles.py --chips v4 v6e --lengths 131072 1024   # a part of them
 
 Each encoding that the kernel knows, on each chip, in bfloat16 and float32, with heads of 64, 128 and 256 channels: causal attention
 of 4 query heads over 2 key heads within segments, and at PLAIN_LENGTH tokens also of 4 over 4 without segments. Gradients are
 of query, key, value and all parameters. A call whose program lacks a forward or a backward kernel has failed, too.
 
-experiments/results/tpu_compiles.json has a row for each call, written as soon as the call is through: seconds to trace and
-compile, bundles and VMEM of the kernels, or the reason of the failure. Calls that stand in it already are not made again, as long
+experiments/results/tpu_compiles.json has a row for each call, written a few calls at a time: seconds to trace and compile and
+VMEM of the kernels, or the reason of the failure. Calls that stand in it already are not made again, as long
 as versions and sources in posjax/kernels are those that it names; else it begins anew. The exit code is 1 where a call failed.
 """
 
@@ -19,6 +19,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,11 +52,13 @@ class Sweep:
       chips: generations of TPU.
       lengths: tokens; queries and keys.
       encodings: such as rope or "rope + cope(64)".
+      workers: compilers that run side by side.
     """
 
     chips: tuple[Literal["v4", "v5e", "v5p", "v6e", "tpu7x"], ...] = ("v4", "v5e", "v5p", "v6e", "tpu7x")
     lengths: tuple[int, ...] = (1024, 8192, 131072)
     encodings: tuple[str, ...] = ("identity", "rope", "alibi", "t5", "tupe", "cope(64)", "rope + cope(64)")
+    workers: int = 2
 
 
 def attention_job(length: int, encoding: str, dtype: str, head_dim: int, plain: bool) -> tuple[Callable, tuple]:
@@ -79,14 +82,17 @@ def attention_job(length: int, encoding: str, dtype: str, head_dim: int, plain: 
     return both, (jax.ShapeDtypeStruct((1, length), jnp.int32), query, query, key, key, jax.eval_shape(parameters))
 
 
-def measure(call: dict[str, Any]) -> dict[str, Any]:
-    """The row of a call."""
-    job = {name: value for name, value in call.items() if name != "chip"}
-    (report,) = aot.compile_all([("tpu_compiles:attention_job", job)], aot.GENERATIONS[call["chip"]].topology)
-    kernels = [{"name": k.name, "bundles": k.bundles, "vmem_bytes": k.vmem} for k in report.kernels]
-    lacking = [part for part in ("forward", "backward") if not any(part in k.name for k in report.kernels)]
-    failed = report.failed or (f"the program has no {' and no '.join(lacking)} kernel" if lacking else None)
-    return call | {"seconds": round(report.seconds, 1), "kernels": kernels, "failed": failed}
+def measure(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of calls for one chip."""
+    jobs = [("tpu_compiles:attention_job", {name: value for name, value in call.items() if name != "chip"}) for call in batch]
+    reports = aot.compile_all(jobs, aot.GENERATIONS[batch[0]["chip"]].topology, schedules=False)
+    rows = []
+    for call, report in zip(batch, reports, strict=True):
+        kernels = [{"name": k.name, "vmem_bytes": k.vmem} for k in report.kernels]
+        lacking = [part for part in ("forward", "backward") if not any(part in k.name for k in report.kernels)]
+        failed = report.failed or (f"the program has no {' and no '.join(lacking)} kernel" if lacking else None)
+        rows.append(call | {"seconds": round(report.seconds, 1), "kernels": kernels, "failed": failed})
+    return rows
 
 
 def calls(config: Sweep) -> list[tuple]:
@@ -110,19 +116,23 @@ def sweep(config: Sweep) -> int:
         found = json.loads(RESULTS.read_text())
         rows = {tuple(row[name] for name in CALL): row for row in found.pop("rows") if found == started and not was_killed(row)}
     asked = calls(config)
-    with Live(summary(config, rows, "starting"), auto_refresh=False) as live:
-        for number, call in enumerate(asked):
-            if call in rows:
-                continue
-            about = dict(zip(CALL, call, strict=True))
-            live.update(summary(config, rows, f"{number} of {len(asked)}, now {describe(about)}"), refresh=True)
-            row = measure(about)
-            if basis() != started:  # which of the sources it was compiled from, nobody knows
-                raise RuntimeError("posjax/kernels changed meanwhile; start again, from a copy if it goes on changing")
-            rows[call] = row
-            write(started, rows)
-            live.console.print(f"{describe(row)}: {outcome(row)}", markup=False, highlight=False, soft_wrap=True)
-        live.update(summary(config, rows, f"all {len(asked)} calls"), refresh=True)
+    missing = [dict(zip(CALL, call, strict=True)) for call in asked if call not in rows]
+    alike = itertools.groupby(missing, lambda call: [call[name] for name in ("length", "chip", "encoding")])
+    batches = [list(batch) for _, batch in alike]
+    with Live(summary(config, rows, "starting"), auto_refresh=False) as live, ThreadPoolExecutor(config.workers) as pool:
+        try:
+            for made in as_completed([pool.submit(measure, batch) for batch in batches]):
+                if basis() != started:  # which of the sources it was compiled from, nobody knows
+                    raise RuntimeError("posjax/kernels changed meanwhile; start again, from a copy if it goes on changing")
+                rows |= {tuple(row[name] for name in CALL): row for row in made.result()}
+                write(started, rows)
+                for row in made.result():
+                    live.console.print(f"{describe(row)}: {outcome(row)}", markup=False, highlight=False, soft_wrap=True)
+                left = sum(call not in rows for call in asked)
+                live.update(summary(config, rows, f"{left} of {len(asked)} calls to go"), refresh=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return sum(rows[call]["failed"] is not None for call in asked)
 
 
@@ -150,7 +160,7 @@ def outcome(row: dict[str, Any]) -> str:
     said = [f"{row['seconds']:.0f} s"]
     for kernel in row["kernels"]:
         name = re.sub(r"posjax_attention_|\.\d+$", "", kernel["name"])
-        said.append(f"{name} {kernel['bundles'] or 0:,} bundles, {(kernel['vmem_bytes'] or 0) / 2**20:.1f} MiB")
+        said.append(f"{name} {(kernel['vmem_bytes'] or 0) / 2**20:.1f} MiB")
     return "; ".join(said)
 
 

@@ -209,19 +209,21 @@ def generation_of(topology: str) -> Generation:
     return GENERATIONS[name]
 
 
-def compile_ahead(target: str, kwargs: Mapping[str, Any], topology: str, *, flags: Sequence[str] = ()) -> Report:
+def compile_ahead(
+    target: str, kwargs: Mapping[str, Any], topology: str, *, flags: Sequence[str] = (), schedules: bool = True
+) -> Report:
     """Compiles one function; see compile_all.
 
     Raises:
       RuntimeError: it did not compile. The message names the topology and says why.
     """
-    (report,) = compile_all([(target, kwargs)], topology, flags=flags)
+    (report,) = compile_all([(target, kwargs)], topology, flags=flags, schedules=schedules)
     if report.failed is not None:
         raise RuntimeError(f"{target} did not compile for {topology}: {report.failed}")
     return report
 
 
-def compile_all(jobs: Sequence[Job], topology: str, *, flags: Sequence[str] = ()) -> list[Report]:
+def compile_all(jobs: Sequence[Job], topology: str, *, flags: Sequence[str] = (), schedules: bool = True) -> list[Report]:
     """Compiles functions for a TPU that is not attached, one after the other in one process of their own.
 
     Args:
@@ -231,6 +233,7 @@ def compile_all(jobs: Sequence[Job], topology: str, *, flags: Sequence[str] = ()
         first device, or on every device of the mesh where another argument is on a mesh.
       topology: such as "v6e:2x2" or "v5p:8x8x8"; GENERATIONS has the smallest ones.
       flags: of libtpu, such as "--xla_tpu_scoped_vmem_limit_kib=65536".
+      schedules: kernels are reported with their bundles and sections. Without them the compiler is done several times sooner.
 
     Returns:
       A report for each job. One that raised, or took its process along, has ``failed``; the others are compiled regardless.
@@ -247,7 +250,7 @@ def compile_all(jobs: Sequence[Job], topology: str, *, flags: Sequence[str] = ()
     while len(reports) < len(jobs):
         left = [n for n in range(len(jobs)) if n not in reports]
         with tempfile.TemporaryDirectory() as folder:
-            found, begun, message = _run_child([jobs[n] for n in left], topology, flags, Path(folder))
+            found, begun, message = _run_child([jobs[n] for n in left], topology, flags, schedules, Path(folder))
         reports |= {left[n]: report for n, report in found.items()}
         if len(found) == len(left):
             break
@@ -258,7 +261,9 @@ def compile_all(jobs: Sequence[Job], topology: str, *, flags: Sequence[str] = ()
     return [reports[n] for n in range(len(jobs))]
 
 
-def _run_child(jobs: Sequence[Job], topology: str, flags: Sequence[str], folder: Path) -> tuple[dict[int, Report], int | None, str]:
+def _run_child(
+    jobs: Sequence[Job], topology: str, flags: Sequence[str], schedules: bool, folder: Path
+) -> tuple[dict[int, Report], int | None, str]:
     """(reports of the jobs that came to an end, the last job that was begun, why the child ended)."""
     answers, dump, errors = folder / "answers", folder / "dump", folder / "errors"
     dump.mkdir()
@@ -269,7 +274,7 @@ def _run_child(jobs: Sequence[Job], topology: str, flags: Sequence[str], folder:
         child = subprocess.run(
             [sys.executable, "-m", "posjax.aot"],
             input=json.dumps(order).encode(),
-            env=_environment(topology, flags, dump),
+            env=_environment(topology, [*_dumping(dump), *flags] if schedules else flags),
             stdout=file,
             stderr=file,
         )
@@ -279,13 +284,17 @@ def _run_child(jobs: Sequence[Job], topology: str, flags: Sequence[str], folder:
     return found, begun, _last_words(errors.read_bytes()[said:].decode(errors="replace"), child.returncode)
 
 
-def _environment(topology: str, flags: Sequence[str], dump: Path) -> dict[str, str]:
+def _dumping(dump: Path) -> list[str]:
+    """Flags for schedules."""
+    return [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"]
+
+
+def _environment(topology: str, flags: Sequence[str]) -> dict[str, str]:
     """What libtpu and jax must find when they start."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TPU_") or name == "TPU_LIBRARY_PATH"}
     for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # libtpu ends over a flag that another XLA knows
         environment.pop(name, None)
     path = [entry or os.getcwd() for entry in sys.path]  # targets are found as here
-    schedules = [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"]
     return environment | {
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes out of a cache has no schedule
@@ -293,7 +302,7 @@ def _environment(topology: str, flags: Sequence[str], dump: Path) -> dict[str, s
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": generation_of(topology).accelerator_type,
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it computes nothing, so several may compile side by side
-        "LIBTPU_INIT_ARGS": " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *schedules, *flags]).strip(),
+        "LIBTPU_INIT_ARGS": " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags]).strip(),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
     }
 

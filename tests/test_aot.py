@@ -231,7 +231,7 @@ def test_a_job_that_fails_takes_no_other_along(on_cpu):
 
 
 def test_what_fails_alone_is_an_error_with_the_topology(monkeypatch):
-    def failed(jobs, topology, flags):
+    def failed(jobs, topology, flags, schedules):
         return [Report(target, topology, failed="ValueError: no good") for target, _ in jobs]
 
     monkeypatch.setattr(aot, "compile_all", failed)
@@ -271,6 +271,8 @@ def test_a_kernel_on_two_chips(monkeypatch):
     assert (grid.depth, inner.depth) == (1, 2) and grid.holds(inner)
     assert kernel.bundles > grid.bundles > inner.bundles > 128 * 128 // (8 * 256)
     assert kernel.tiles == ((inner, inner.bundles),)
+    (quick,) = aot.compile_ahead(f"{HERE}:walking", {"length": 1024}, "v6e:2x2", schedules=False).kernels
+    assert quick == dataclasses.replace(kernel, bundles=None, sections=())
 
 
 # posjax bench schedule ---------------------------------------------------------------------------------------------------

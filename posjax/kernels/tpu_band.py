@@ -121,24 +121,33 @@ class Passage:
       step: where its tables are.
       spot: where it is.
       back: counts are taken off, from the left; otherwise added, from the right.
-      base, now: [1, t], the counts at hand are their sum.
+      high, low: [1, t], the counts before the strip are their sum.
+      now: [1, t], the counts at hand, less ``base``.
+      base: [1, t] int32, the cell that counts are given from in windows; None for counts as they are.
       sums: [1, t] for each piece passed, of its gates.
     """
 
     step: Step
     spot: Spot
     back: bool
-    base: Array
-    now: Array
+    high: Array
+    low: Array
+    now: Array | None = None
+    base: Array | None = None
     windows: list[Window] = dataclasses.field(default_factory=list)
     sums: list[Array] = dataclasses.field(default_factory=list)
 
     def past(self, later: Array) -> Array:
         """The counts [128, t] of a piece whose gates add up to ``later``, and past it."""
-        return self._received(later) + (self.base.astype(jnp.float32) + OFFSET)
+        if self.now is None:
+            self.now = self.high + self.low
+        return self._received(later)
 
     def through(self, later: Array) -> Piece:
         """The same in windows."""
+        if self.now is None:
+            self.base = self.high.astype(jnp.int32)
+            self.now = (self.high - self.base.astype(jnp.float32)) + self.low - OFFSET
         if self.back or not self.sums:  # forward one window does for all pieces
             cells = cell(self.now + 2.0**-10) - (SUBLANES - 2) if self.back else cell(self.now)
             self.base, self.now = self.base + cells.astype(jnp.int32), self.now - cells
@@ -201,9 +210,7 @@ class Band:
 
     def passage(self, spot: Spot) -> Passage:
         """Before its strip."""
-        high, low = as_row(self.step.high, spot.groups), as_row(self.step.low, spot.groups)
-        base = high.astype(jnp.int32)
-        return Passage(self.step, spot, self.back, base, (high - base.astype(jnp.float32)) + low - OFFSET)
+        return Passage(self.step, spot, self.back, *(as_row(ref, spot.groups) for ref in (self.step.high, self.step.low)))
 
     def leave(self, passages: list[Passage], valid: Array | bool = True) -> None:
         """Moves the counts past a strip, if ``valid``."""

@@ -241,6 +241,7 @@ def moved_down(rows: list[Array], by: Array, keep: int) -> list[Array]:
 
 def moved_up(rows: list[Array], by: Array, most: int, keep: int) -> list[Array]:
     """``keep`` rows [8, t], those of ``rows`` from number ``by`` [1, t] on, at most ``most``, and zeros."""
+    rows = rows[:keep]
     for bit in range(most.bit_length()):
         step = 1 << bit
         there, padded = (by & step) != 0, [*rows, *[jnp.zeros_like(rows[0])] * step]
@@ -414,24 +415,35 @@ def spread(positions: Array, gradient: Array, most: Any, counting: Counting) -> 
 def spread_widely(positions: Any, gradient: Any, counting: Counting) -> Array:
     """``spread`` for any number of cells, from references: a row of memory is read into eight at once.
 
-    Eight keys pass fewer than eight cells; their windows are joined two by two.
+    Eight keys pass at most eight nodes; their windows are joined two by two, up to those of 32 keys.
     """
-    rows, windows = SUBLANES, []
-    row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, positions.shape[1]), 0)
-    for at in range(0, positions.shape[0], rows):
-        base = positions[at + rows - 1 : at + rows, :].astype(jnp.int32)
-        node = (row + base).astype(jnp.float32)
-        before = sums = None
-        for n in range(at, at + rows):
-            count, value = (jnp.broadcast_to(x[n : n + 1, :], node.shape) for x in (positions, gradient))
-            ramp = jnp.maximum(count, node) * value
-            before, sums = (value, ramp) if before is None else (before + value, sums + ramp)
-        sums = sums - node * before
-        windows.append((base >> 3, _nodes(sums, before[:1] + sums[:1], base, counting)))
-    while len(windows) > 1 and rows < 4 * SUBLANES:
-        pairs, rows = zip(windows[::2], windows[1::2], strict=True), 2 * rows
-        windows = [_together(high, low, rows) for high, low in pairs]
-    return functools.reduce(jnp.add, [_in_table(first, window, counting) for first, window in windows])
+    size, total = min(32, positions.shape[0]), None
+    for end in range(size, positions.shape[0] + 1, size):
+        windows, below = [], None
+        for at in range(end - SUBLANES, end - size - 1, -SUBLANES):  # from the least counts on
+            base = positions[at + SUBLANES - 1 : at + SUBLANES, :].astype(jnp.int32)
+            if below is not None:  # what rounding has made more than a gate of one a key
+                base = jnp.minimum(base, below + SUBLANES)
+            below = base
+            windows.append((base >> 3, _window_of_eight(positions, gradient, at, base, counting)))
+        rows = SUBLANES
+        while len(windows) > 1:
+            pairs, rows = zip(windows[::2], windows[1::2], strict=True), 2 * rows
+            windows = [_together(low, high, rows) for low, high in pairs]
+        found = _in_table(*windows[0], counting)
+        total = found if total is None else total + found
+    return total
+
+
+def _window_of_eight(positions: Any, gradient: Any, at: int, base: Array, counting: Counting) -> list[Array]:
+    """The gradients of the nodes from ``base`` on that come from eight keys."""
+    node = (jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, base.shape[1]), 0) + base).astype(jnp.float32)
+    before = sums = None
+    for n in range(at, at + SUBLANES):
+        count, value = (jnp.broadcast_to(x[n : n + 1, :], node.shape) for x in (positions, gradient))
+        ramp = jnp.maximum(count - node, 0.0) * value
+        before, sums = (value, ramp) if before is None else (before + value, sums + ramp)
+    return _nodes(sums, before[:1] + sums[:1], base, counting)
 
 
 def _nodes(sums: Array, before: Array, base: Array, counting: Counting) -> list[Array]:
@@ -446,12 +458,11 @@ def _nodes(sums: Array, before: Array, base: Array, counting: Counting) -> list[
     return [jnp.where(here, turned, 0.0), jnp.where(row == own, beyond, jnp.where(here, 0.0, turned))]
 
 
-def _together(high: tuple[Array, list[Array]], low: tuple[Array, list[Array]], rows: int) -> tuple[Array, list[Array]]:
+def _together(low: tuple[Array, list[Array]], high: tuple[Array, list[Array]], rows: int) -> tuple[Array, list[Array]]:
     """Two windows of neighbouring keys, ``rows`` together, as one."""
-    (first_high, high), (first_low, low) = high, low
-    most = rows // 2 // SUBLANES
-    moved = moved_up(high, first_high - first_low, most, 1 + rows // SUBLANES)
-    return first_low, [a + b for a, b in zip(low, moved, strict=False)] + moved[len(low) :]
+    (first, window), (first_high, moved) = low, high
+    moved = moved_up(moved, first_high - first, rows // 2 // SUBLANES, 1 + rows // SUBLANES)
+    return first, [a + b for a, b in zip(window, moved, strict=False)] + moved[len(window) :]
 
 
 def _in_table(first: Array, window: list[Array], counting: Counting) -> Array:
