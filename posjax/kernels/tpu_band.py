@@ -122,8 +122,7 @@ class Passage:
       spot: where it is.
       back: counts are taken off, from the left; otherwise added, from the right.
       high, low: [1, t], the counts before the strip are their sum.
-      now: [1, t], the counts at hand, less ``base``.
-      base: [1, t] int32, the cell that counts are given from in windows; None for counts as they are.
+      base, now: [1, t], the counts at hand are their sum on the way ``through`` windows.
       sums: [1, t] for each piece passed, of its gates.
     """
 
@@ -132,16 +131,17 @@ class Passage:
     back: bool
     high: Array
     low: Array
-    now: Array | None = None
     base: Array | None = None
+    now: Array | None = None
     windows: list[Window] = dataclasses.field(default_factory=list)
     sums: list[Array] = dataclasses.field(default_factory=list)
 
     def past(self, later: Array) -> Array:
         """The counts [128, t] of a piece whose gates add up to ``later``, and past it."""
-        if self.now is None:
-            self.now = self.high + self.low
-        return self._received(later)
+        before = self.high + self.low
+        self.high, self.low = add_exactly(self.high, self.low, -later[:1] if self.back else later[:1])
+        self.sums.append(later[:1])
+        return later + (self.high + self.low if self.back else before)
 
     def through(self, later: Array) -> Piece:
         """The same in windows."""
@@ -153,13 +153,10 @@ class Passage:
             self.base, self.now = self.base + cells.astype(jnp.int32), self.now - cells
             z, slope, counting = self.step.z, self.step.slope, self.step.plan.counting
             self.windows = [window(z[g], slope[g], self.base[:, part], counting) for g, part in self.spot.groups.apart()]
-        return Piece(self.base, self._received(later), self.windows)
-
-    def _received(self, later: Array) -> Array:
         right = self.now - later[:1] if self.back else self.now
         self.now = right if self.back else right + later[:1]
         self.sums.append(later[:1])
-        return later + right
+        return Piece(self.base, later + right, self.windows)
 
 
 @dataclasses.dataclass
