@@ -311,7 +311,7 @@ def haste_of(first: np.ndarray, last: np.ndarray, before: np.ndarray) -> int:
 
 
 def needs(first: np.ndarray, last: np.ndarray, unseen: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """As ``Lookups``: a group's need in each quarter (0 nothing, then NEED), the most cells a query passes there, and in all."""
+    """As ``Needs``: a group's need in each quarter (0 nothing, then NEED), the most cells a query passes there, and in all."""
     first, last = np.minimum(first, LAST).astype(int), np.minimum(last, LAST)
     cells = first - last.astype(int)
     need = np.where(last >= LAST, 0, np.where(cells < SUBLANES, 1, 2))

@@ -1,6 +1,6 @@
-"""The backward kernel on TPU: gradients of ``tpu_forward``, walking from the left to the right.
+"""The backward kernel on TPU: gradients of ``tpu_forward``, walking through the band from the left to the right.
 
-Counts are taken off again strip by strip, from what the forward pass ended with. The gradient of a count reaches the gates of all
+Counts are taken off again step by step, from what the forward pass ended with. The gradient of a count reaches the gates of all
 keys between its own and the query, so one sum a row is gathered on the way. Keys of one resident block get their gradients in
 VMEM, from all queries; where there are several blocks the kernel runs once for each, from the left, and hands the rows' state on.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from posjax.kernels.tpu_band import Band, Lookups, Passage, Spot, for_each, strip_of
+from posjax.kernels.tpu_band import Band, Needs, Passage, Spot, for_each, strip_of
 from posjax.kernels.tpu_step import (
     OPTIONAL,
     Groups,
@@ -234,12 +234,12 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
 
     def bending(spots: list[Spot]) -> None:
         """The same for any counts, group by group."""
-        passages, last, lookups = [band.passage(spot) for spot in spots], s.last_bias(), Lookups(band)
+        passages, last, needs = [band.passage(spot) for spot in spots], s.last_bias(), Needs(band)
         pieces, live, begin, finish, hand_on = pieces_of(passages, True)
 
         def counts(n: int) -> None:
             (passage, half), (at, logits, d_weights, gates) = pieces[n], live[n]
-            lookups.note(passage.spot, half, passage.past(sums_to_the_right(gates, counting)))
+            needs.note(passage.spot, half, passage.past(sums_to_the_right(gates, counting)))
             live[n] = at, d_weights, gates
             for g, part in passage.spot.groups.apart():
                 rows = pl.ds(half * LANES, LANES)
@@ -264,13 +264,13 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         def back(g: Any, at: Any, few: bool) -> None:
             where, part = s.positions[g, at, :], s.d_scores[g, at, :]
             if few:
-                s.d_z[g] += spread(where, part, jnp.max(spans(where, QUARTER)), counting)
+                s.d_z[g] += spread(where, part, jnp.max(spans(where)), counting)
             else:
                 s.d_z[g] += spread_widely(s.positions.at[g, at], s.d_scores.at[g, at], counting)
             s.d_last[pl.ds(g, 1), :] -= part.sum(0, keepdims=True)
 
         staggered(len(pieces), [begin, counts])
-        lookups.close(spots)
+        needs.close(spots)
         if plan.index is not None:
             s.by_group(s.scores, s.all_groups(s.scores) + s.lookups(strip_of(spots)))
         band.by_need(add)

@@ -234,7 +234,7 @@ class Band:
         return bits([s.high[...] + s.low[...] < s.plan.counting.last])
 
     def by_need(self, add: Any) -> None:
-        """Calls ``add(g, at, few)`` for every quarter ``at`` of a strip and every group of queries g that ``Lookups`` found to look
+        """Calls ``add(g, at, few)`` for every quarter ``at`` of a strip and every group of queries g that ``Needs`` found to look
         something up there; ``few``: no query passes as many as eight cells."""
 
         def one(quarter: Array, _: None) -> None:
@@ -246,17 +246,17 @@ class Band:
 
 
 @dataclasses.dataclass
-class Lookups:
+class Needs:
     """Who is to look up what in a step: groups of queries with counts before the last position, by quarters of their strips.
 
     Attributes:
       band: of the step.
-      needs: for each quarter and group 0 where there is nothing, or 1 for few or 2 for many cells, [1, 128].
+      groups: for each quarter and group 0 where there is nothing, or 1 for few or 2 for many cells, [1, 128].
       ends: for each passage the cells of its first and last key, [1, t].
     """
 
     band: Band
-    needs: dict[tuple[int, int], Array] = dataclasses.field(default_factory=dict)
+    groups: dict[tuple[int, int], Array] = dataclasses.field(default_factory=dict)
     ends: dict[int, list[Array]] = dataclasses.field(default_factory=dict)
 
     def note(self, spot: Spot, half: int, counts: Array) -> None:
@@ -269,18 +269,18 @@ class Lookups:
             s.positions[g, pl.ds(half * LANES, LANES), :] = where[:, part]
             for at in range(0, LANES, QUARTER):
                 quarter = where[at : at + QUARTER, part]
-                many = 1 + (spans(quarter, QUARTER) >= SUBLANES).astype(jnp.int32)
-                self.needs[(half * LANES + at) // QUARTER, g] = jnp.where(quarter[-1:] >= last, 0, many)
+                many = 1 + (spans(quarter) >= SUBLANES).astype(jnp.int32)
+                self.groups[(half * LANES + at) // QUARTER, g] = jnp.where(quarter[-1:] >= last, 0, many)
 
     def close(self, spots: list[Spot]) -> Array:
-        """Leaves the needs to ``by_need``. Returns the greatest number of cells that a query passes in the step, a scalar."""
+        """Leaves them to ``by_need``. Returns the greatest number of cells that a query passes in the step, a scalar."""
         s, seen = self.band.step, jnp.zeros((), jnp.int32)
         for spot in spots:
             for g, _ in spot.groups.apart():
                 unseen = s.plan.rules.none(s.group_extent(g), s.strip_extent(spot.strip))
                 seen |= jnp.where(spot.here & ~unseen, 1 << g, 0)
         for n in range(s.plan.blocks.strip // QUARTER):
-            own = [self.needs[n, g] for g in range(s.plan.groups)]
+            own = [self.groups[n, g] for g in range(s.plan.groups)]
             many = bits([need > 1 for need in own]) & seen
             s.need[2 * n], s.need[2 * n + 1] = (bits(own) & seen) ^ many, many
         cells = [functools.reduce(jnp.maximum, ends) - functools.reduce(jnp.minimum, ends) for ends in self.ends.values()]

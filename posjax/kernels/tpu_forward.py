@@ -1,21 +1,21 @@
 """Attention on TPU, forward and backward: one Pallas kernel each, with rotation and every bias made inside the tile.
 
 A grid step is one query tile of one head. Keys and values of up to ``Blocks.resident`` positions lie in VMEM and serve all query
-tiles and all query heads of their group; longer sequences bring them block by block. The step walks over the key tiles that the
-mask leaves, in the forward pass from the right to the left:
+tiles and all query heads of their group; longer sequences bring them block by block. What the mask leaves is walked over twice:
 
-    plain tile      one product, one exponential, one product: a bias that is one number a row costs nothing here
-    detailed tile   in strips of ``Blocks.strip`` keys and groups of 128 queries, each of which counts, looks up or neither
+    band            where queries count, in steps: each passage of 256 queries its own strip of ``Blocks.strip`` keys, from the
+                    diagonal to the left, until all counts have passed the last position
+    key tiles       the rest, one product, one exponential, one product: a bias that is one number a row costs nothing here. A
+                    tile in which T5 looks up more than one number goes in strips.
 
-A strip that counts is done in one straight line of instructions as if no query passed more than eight cells in it, as where gates
-are small. Where one did, the strip is done again, group by group. The backward pass takes as straight a line through strips where
-queries pass still fewer cells; the forward pass tells it between which strips of a query tile that does not hold.
+A step of the band is done in one straight line of instructions as if no query passed more than eight cells in it, as where gates
+are small. Where one did, the step is done again, group by group. The backward pass takes as straight a line where queries pass at
+most six cells in half a strip; the forward pass tells it between which steps of a query tile that does not hold.
 
-A group of queries leaves off counting as soon as all its counts have passed the last position. What is kept for the backward pass
-is the logarithm of the softmax's sum, the counts at the left end and where counting ended, all [T]; the backward pass walks from
-the left to the right and takes the counts off again.
+What is kept for the backward pass is the logarithm of the softmax's sum, the counts at the left end and where counting ended, all
+[T]; the backward pass walks through the band from the left to the right and takes the counts off again.
 
-The tile's mathematics is in ``tpu_tiles.py``, what both passes share in ``tpu_step.py``.
+The tile's mathematics is in ``tpu_tiles.py``, what both passes share in ``tpu_step.py`` and, of the band, in ``tpu_band.py``.
 """
 
 import functools
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from posjax.kernels.tpu_band import Band, Lookups, Passage, Spot, strip_of
+from posjax.kernels.tpu_band import Band, Needs, Passage, Spot, strip_of
 from posjax.kernels.tpu_step import (
     OPTIONAL,
     Groups,
@@ -162,12 +162,12 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
 
     def bending(spots: list[Spot]) -> None:
         """The same for any counts, group by group."""
-        passages, last, lookups = [band.passage(spot) for spot in spots], s.last_bias(), Lookups(band)
+        passages, last, needs = [band.passage(spot) for spot in spots], s.last_bias(), Needs(band)
         pieces, live, products = pieces_of(passages, True)
 
         def counts(n: int) -> None:
             (passage, half), (raw, gates) = pieces[n], live.pop(n)
-            lookups.note(passage.spot, half, passage.past(sums_to_the_right(gates, counting)))
+            needs.note(passage.spot, half, passage.past(sums_to_the_right(gates, counting)))
             for g, part in passage.spot.groups.apart():
                 s.scores[g, pl.ds(half * LANES, LANES), :] = raw[:, part] + last[:, g * LANES : (g + 1) * LANES]
 
@@ -176,7 +176,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
             s.scores[g, at, :] += bias - s.z[g, pl.ds(counting.last, 1), :]
 
         staggered(len(pieces), [products, counts])
-        s.haste[0] = jnp.where(lookups.close(spots) < SUBLANES, HASTY, WIDE)
+        s.haste[0] = jnp.where(needs.close(spots) < SUBLANES, HASTY, WIDE)
         band.leave(passages)
         if plan.index is not None:
             s.by_group(s.scores, s.all_groups(s.scores) + s.lookups(strip_of(spots)))

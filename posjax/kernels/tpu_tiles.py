@@ -309,10 +309,9 @@ def positions(counts: Array, counting: Counting) -> Array:
     return jnp.minimum(counts, counting.last)
 
 
-def spans(positions: Array, rows: int) -> Array:
-    """The greatest number of cells that each query passes within a chunk of ``rows`` keys, [1, t] int32."""
-    cell = [positions[at : at + 1].astype(jnp.int32) for at in range(positions.shape[0]) if at % rows in (0, rows - 1)]
-    return functools.reduce(jnp.maximum, [a - b for a, b in zip(cell[::2], cell[1::2], strict=True)])
+def spans(positions: Array) -> Array:
+    """The number of cells that each query passes from the first to the last of keys, [1, t] int32."""
+    return positions[:1].astype(jnp.int32) - positions[-1:].astype(jnp.int32)
 
 
 def interpolated(positions: Array, z: Array, slope: Array, counting: Counting, few: bool) -> tuple[Array, Array]:
