@@ -1,6 +1,6 @@
 """Does every attention kernel compile for every TPU? Forward and backward, ahead of time; no TPU is needed.
 
-    python experiments/tpu_compiles.py                                        # all 840 calls: two hours on two CPU cores
+    python experiments/tpu_compiles.py                                        # all 840 calls: four hours on two CPU cores
     python experiments/tpu_compiles.py --chips v4 v6e --lengths 131072 1024   # a part of them
 
 Each encoding that the kernel knows, on each chip, in bfloat16 and float32, with heads of 64, 128 and 256 channels: causal attention
