@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_refused_by_name_and_done_by_another(chip, encoding
 
 
 def test_more_extents_than_scalar_memory_holds_are_refused():
-    """The compiler said of the first that it takes 2.13 MiB on a v4, and took a quarter of it; a quarter of a MiB came on top since."""
+    """The compiler said of the first: 2.13 MiB on a v4, and took a quarter of it. Strips of passages add 0.25 since."""
 
     def refusal(rows, mesh=None, **options):
         arrays = {name: jax.ShapeDtypeStruct((rows, 131072), jnp.int32) for name in options}
