@@ -193,7 +193,7 @@ class Band:
         """Of passage a in step n."""
         s, size = self.step, self.step.plan.abreast
         strip = self.seen(a)[1] - 1 - n
-        here = (n >= 0) & (strip >= self.lowest(a))
+        here = strip >= self.lowest(a)
         strip = strip - s.key_block * s.strips
         here &= (strip >= 0) & (strip < s.strips)
         strip = jnp.clip(strip, 0, s.strips - 1)
@@ -221,11 +221,11 @@ class Band:
 
     def goes_on(self, n: Array) -> Array:
         """Whether queries that have not counted up to the last position have a strip in step n or later."""
-        bits, begins, size = self.unsettled(), self.step.key_block * self.step.strips, self.step.plan.abreast
+        unsettled, begins, size = self.unsettled(), self.step.key_block * self.step.strips, self.step.plan.abreast
         found = jnp.zeros((), bool)
         for a in range(self.passages):
             own = ((1 << size) - 1) << (a * size)
-            found |= (self.seen(a)[1] - 1 - n >= jnp.maximum(self.lowest(a), begins)) & (bits & own != 0)
+            found |= (self.seen(a)[1] - 1 - n >= jnp.maximum(self.lowest(a), begins)) & (unsettled & own != 0)
         return found
 
     def unsettled(self) -> Array:
