@@ -30,8 +30,10 @@ SHIPPED = Path(shipped.__file__).with_name("blocks.json")
 RESULTS = Path(__file__).parent / "results" / "tpu_block_sizes.json"
 SEQUENCE = 8192
 GATES = ("half", "small")
-RESIDENT = (8192, 4096, 2048, 1024)  # keys held at once, the most first
+RESIDENT = (8192, 4096, 2048, 1024, 512)  # keys held at once, the most first
 TILES = ((512, 512, 256), (1024, 512, 256), (512, 1024, 256), (1024, 1024, 256), (2048, 512, 256), (1024, 512, 128))
+SMALL = ((256, 512, 256), (512, 256, 256), (256, 256, 256), (512, 256, 128), (256, 512, 128))  # for little VMEM
+LITTLE = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +42,13 @@ class Search:
 
     Attributes:
       generations: of TPU.
-      tiles: queries, keys and strip of each tile to try.
+      tiles: queries, keys and strip of each tile to try; by default TILES, or SMALL on chips of LITTLE VMEM.
       table: the file of the best; generations that are not searched stay as they are in it.
       numbers: the file of all numbers.
     """
 
     generations: tuple[Literal["v4", "v5e", "v5p", "v6e", "tpu7x"], ...] = ("v4", "v5e", "v5p", "v6e", "tpu7x")
-    tiles: tuple[tuple[int, int, int], ...] = TILES
+    tiles: tuple[tuple[int, int, int], ...] = ()
     table: Path = SHIPPED
     numbers: Path = RESULTS
 
@@ -73,17 +75,17 @@ def measure(generation: str, sizes: shipped.Blocks) -> dict[str, Any]:
 
 
 def search(config: Search) -> None:
-    tried = [shipped.Blocks(*tile, resident=SEQUENCE) for tile in config.tiles]
-    for sizes in tried:
-        shipped.check_blocks(sizes)
+    for tile in config.tiles:
+        shipped.check_blocks(shipped.Blocks(*tile, resident=tile[1]))
     rows: list[dict[str, Any]] = []
     best = {name: chip.sizes for name, chip in shipped.CHIPS.items()}
     for generation in config.generations:
+        tiles = config.tiles or (SMALL if shipped.CHIPS[generation].vmem <= LITTLE else TILES)
         with show_progress(quiet=False) as progress:
-            for number, sizes in enumerate(tried):
-                progress(f"{generation}: {' x '.join(map(str, sizes[:3]))}", number, len(tried))
-                for resident in (n for n in RESIDENT if n % sizes.keys == 0):
-                    rows.append(measure(generation, sizes._replace(resident=resident)))
+            for number, tile in enumerate(tiles):
+                progress(f"{generation}: {' x '.join(map(str, tile))}", number, len(tiles))
+                for resident in (n for n in RESIDENT if n % tile[1] == 0):
+                    rows.append(measure(generation, shipped.Blocks(*tile, resident)))
                     if rows[-1]["cost"] is not None:
                         break
         own = [row for row in rows if row["generation"] == generation]
