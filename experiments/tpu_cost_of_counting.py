@@ -96,7 +96,7 @@ class Node:
         return self.section.bundles - sum(node.section.bundles for node in self.inside)
 
 
-def parts_of(kernel: aot.Kernel, counts: bool) -> Parts:
+def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
     """Own bundles of each part, without the parts in it, found by where it stands in the program."""
 
     def expect(right: bool, what: str, found: Any) -> None:
@@ -108,22 +108,23 @@ def parts_of(kernel: aot.Kernel, counts: bool) -> Parts:
         expect(len(loops) == 1, f"one loop {where}", len(loops))
         return loops[0]
 
-    def pair(nodes: list[Node], name: str, beyond: bool = False) -> None:
-        """The form without a mask, then the one with it, perhaps in several turns; ``beyond``: each with a loop at its end."""
+    def pair(nodes: list[Node], name: str, turns: tuple[int, int] = (1, 1), beyond: bool = False) -> None:
+        """The form without a mask, then the one with it, each in so many turns; ``beyond``: with a loop at the end of a turn."""
         expect(len(nodes) == 2, f"two forms of {name}", len(nodes))
-        bare, masked = nodes
-        bare.name, masked.name = name, f"{name}, masked"
-        turning = [loop for loop in masked.loops() if loop.section.products]
-        work = turning[0] if turning else masked
-        for form in (bare, work):
-            loops = form.loops_within()
+        products = []
+        for form, turn, which in zip(nodes, turns, ("", ", masked"), strict=True):
+            form.name, turning = f"{name}{which}", [loop for loop in form.loops() if loop.section.products]
+            expect(len(turning) == (turn > 1), f"{form.name} in {turn} turns", len(turning))
+            work = turning[0] if turning else form
+            work.turns = turn
+            products.append(turn * work.section.products)
+            loops = work.loops_within()
             expect(len(loops) == beyond, f"{int(beyond)} loops in {name}", len(loops))
             for loop in loops:
-                loop.name, (nodes,) = "beyond", (loop.loops_within(),)
-                expect(len(nodes) == 1, "a loop over nodes in the one beyond", len(nodes))
-                nodes[0].name = "beyond: node"
-        work.turns, rest = divmod(bare.section.products, work.section.products)
-        expect(rest == 0 and (work.turns == 1 or turning), f"as many products in {masked.name}", work.section.products)
+                loop.name, (inner,) = "beyond", (loop.loops_within(),)
+                expect(len(inner) == 1, "a loop over nodes in the one beyond", len(inner))
+                inner[0].name = "beyond: node"
+        expect(products[0] == products[1], f"as many products in {name}, masked", products)
 
     top, around = Node(aot.Section("branch", 0, kernel.bundles, 0, 0)), []
     for section in sorted(kernel.sections, key=lambda s: (s.first, -s.bundles, s.kind)):  # a branch over just a loop first
@@ -158,7 +159,10 @@ def parts_of(kernel: aot.Kernel, counts: bool) -> Parts:
     pair(walks[2].working(), "plain")
     if counts:
         walks[3].name, (*straight, bending) = "step", walks[3].working()
-        pair(straight, "straight", beyond=not is_forward)
+        together = size_of_passage(blocks) // LANES  # the backward pass takes some passages at a time: tpu_backward's ``straight``
+        passages = blocks.queries // LANES // together
+        turns = [passages // math.gcd(passages, most // together) for most in (8, 4)]
+        pair(straight, "straight", (1, 1) if is_forward else (turns[0], turns[1]), beyond=not is_forward)
         bending.name, loops = "bending", bending.loops()
         expect(len(loops) == (1 if is_forward else 2), "loops over quarters, forward and back", len(loops))
         for loop, prefix in zip(loops, ("", "back: "), strict=False):
@@ -223,10 +227,15 @@ class Tile(NamedTuple):
     haste: int
 
 
+def size_of_passage(blocks: Blocks) -> int:
+    """Queries."""
+    return 2 * LANES if blocks.queries % (2 * LANES) == 0 else LANES
+
+
 def count_tile(gates: Gates | None, tile: int, length: int, blocks: Blocks, haste: int) -> Tile:
     """The band of a query tile, as the forward kernel walks through it."""
     strip, held = blocks.strip, min(blocks.resident, length) // blocks.strip
-    size = 2 * LANES if blocks.queries % (2 * LANES) == 0 else LANES
+    size = size_of_passage(blocks)
     queries = (tile * blocks.queries + np.arange(blocks.queries)).reshape(-1, size)  # of each passage
     quarters, last = np.arange(0, strip, QUARTER), queries[:, -1] // strip + 1
     forward, steps, limit, counts = Turns(), [], last.copy(), np.zeros(blocks.queries)
@@ -396,7 +405,7 @@ def compiled(chip: str, blocks: Blocks) -> dict[tuple[str, str], Parts]:
             raise RuntimeError(f"{kwargs['spec']} did not compile: {report.failed}")
         for direction in PASSES:
             (kernel,) = (kernel for kernel in report.kernels if direction in kernel.name)
-            found[kwargs["spec"], direction] = parts_of(kernel, kwargs["spec"] == SPEC)
+            found[kwargs["spec"], direction] = parts_of(kernel, kwargs["spec"] == SPEC, blocks)
     return found
 
 
