@@ -9,7 +9,7 @@ of query, key, value and all parameters. A call whose program lacks a forward or
 
 experiments/results/tpu_compiles.json has a row for each call, written a few calls at a time: seconds to trace and compile and
 VMEM of the kernels, or the reason of the failure. Calls that stand in it already are not made again, as long
-as versions and sources in posjax/kernels are those that it names; else it begins anew. The exit code is 1 where a call failed.
+as versions and sources of the kernel are those that it names; else it begins anew. The exit code is 1 where a call failed.
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ from posjax.kernels import blocks
 from posjax.specs import parse_encoding
 
 SOURCES = Path(blocks.__file__).parent
+SHARED = ("blocks.json", "blocks.py", "deferred.py", "shards.py", "visibility.py", "vmem.py")  # and tpu*.py: all that a call runs
 RESULTS = Path(__file__).parent / "results" / "tpu_compiles.json"
 DTYPES = ("bfloat16", "float32")
 HEAD_DIMS = (64, 128, 256)
@@ -102,7 +103,7 @@ def calls(config: Sweep) -> list[tuple]:
 
 def basis() -> dict[str, Any]:
     """What results depend on. They hold for no other versions, nor other sources."""
-    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".py", ".json"))
+    sources = sorted([*SOURCES.glob("tpu*.py"), *(SOURCES / name for name in SHARED)])
     digest = hashlib.sha256(b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in sources))
     named = ("python", "posjax", "jax", "jaxlib", "libtpu")
     return {"versions": {name: n for name, n in versions().items() if name in named}, "kernels_sha256": digest.hexdigest()}

@@ -46,6 +46,7 @@ SPEC, LAST = "rope + cope(64)", 63  # the last position
 CONTEXT = 8192
 DRAWN = {"half": (0.0, 1.0), "small": (-4.0, 0.5), "sparse": (-4.4, 1.0)}  # mean and standard deviation of logits
 NEED = ("few cells", "many cells")  # to be looked up in a quarter of a strip, in the order of the kernel's loops over groups
+SLOTS = max(generation.delay_slots for generation in aot.GENERATIONS.values())
 Gates = Callable[[slice, slice], np.ndarray]  # queries, keys -> [t, s] before the mask
 Parts = dict[str, int]  # own bundles of each part
 Turns = collections.Counter  # how often each part runs
@@ -96,6 +97,10 @@ class Node:
         return self.section.bundles - sum(node.section.bundles for node in self.inside)
 
 
+def end_of(section: aot.Section) -> int:
+    return section.first + section.bundles
+
+
 def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
     """Own bundles of each part, without the parts in it, found by where it stands in the program."""
 
@@ -126,13 +131,16 @@ def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
                 inner[0].name = "beyond: node"
         expect(products[0] == products[1], f"as many products in {name}, masked", products)
 
-    top, around = Node(aot.Section("branch", 0, kernel.bundles, 0, 0)), []
+    top = Node(aot.Section("branch", 0, kernel.bundles, 0, 0))
+    around = [top]
     for section in sorted(kernel.sections, key=lambda s: (s.first, -s.bundles, s.kind)):  # a branch over just a loop first
-        while around and not around[-1].section.holds(section):
-            last = around.pop().section
-            expect(last.first + last.bundles <= section.first, "sections within each other or apart", (last, section))
-        around.append(Node(section))
-        (around[-2] if len(around) > 1 else top).inside.append(around[-1])
+        while section.first >= end_of(around[-1].section):
+            around.pop()
+        beyond = end_of(section) - end_of(around[-1].section)  # the last branch of a loop may end in the delay slots of another
+        expect(beyond <= SLOTS, "sections within each other or apart", (around[-1].section, section))
+        section = dataclasses.replace(section, bundles=section.bundles - max(beyond, 0))
+        around[-1].inside.append(Node(section))
+        around.append(around[-1].inside[-1])
 
     grid = loop_in(top, "over the grid")
     steps = [node for node in grid.inside if node.section.products == grid.section.products]

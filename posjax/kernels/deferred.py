@@ -14,18 +14,18 @@ from jax.interpreters import batching, mlir
 
 from posjax.typing import Array
 
-_INTERPRETED = {"cpu": True, "tpu": False}  # by platform
+_INTERPRETED = {"cpu": True, "tpu": False, "cuda": False}  # by platform
 
-_deferred = Primitive("posjax_tpu_kernel")
+_deferred = Primitive("posjax_kernel")
 _deferred.multiple_results = True
 
 
 def deferred(function: Callable[..., tuple[Array, ...]], static: tuple[Any, ...], *arrays: Array) -> tuple[Array, ...]:
-    """function(*static, interpret, *arrays) in a program for a CPU or a TPU. It can be mapped, but not differentiated.
+    """function(*static, interpret, *arrays) in a program for a CPU, a TPU or a GPU. It can be mapped, but not differentiated.
 
     Args:
-      function: called with interpret true for a CPU, false for a TPU, and None where only its results' shapes and dtypes are asked
-        for: what they do not depend on may then be left out. A ``jax.jit`` in it spares tracing equal calls again.
+      function: called with interpret true for a CPU, false for the others, and None where only its results' shapes and dtypes are
+        asked for: what they do not depend on may then be left out. A ``jax.jit`` in it spares tracing equal calls again.
       static: hashable, as is the function.
     """
     return tuple(_deferred.bind(*arrays, function=function, static=static, axes=()))

@@ -19,11 +19,11 @@ from posjax.kernels.shards import Cut, exact, find_cut, per_shard
 from posjax.kernels.tpu_backward import backward
 from posjax.kernels.tpu_forward import forward
 from posjax.kernels.tpu_step import Operands, Plan
-from posjax.kernels.tpu_tiles import LANES, SUBLANES, Counting, Rules
+from posjax.kernels.tpu_tiles import LANES, SUBLANES, Counting
+from posjax.kernels.visibility import Rules, with_padding
 from posjax.kernels.vmem import SMEM, needed, scalars, smaller
 from posjax.typing import Array, Float, Int
 
-_FAR = 2**30  # the position of a key that is padding: no causal query sees it
 _MOST_POSITIONS = 512  # of CoPE: beyond, its tables fill VMEM
 _MOST_COMPARED = 128  # on a chip that finds its place in them by comparing
 
@@ -214,14 +214,7 @@ def _laid_out(
         rest = jnp.broadcast_to(jnp.asarray([1.0, 0.0])[:, None, None], (*both.shape[:3], query.shape[-1] - both.shape[-1]))
         return _padded(jnp.concatenate([both, rest], -1), to, 2)
 
-    segments = mask.query_segments, mask.key_segments
-    padding = keys - key.shape[1]
-    key_positions = jnp.pad(key_positions, [(0, 0), (0, padding)], constant_values=_FAR if mask.is_causal else 0)
-    if padding and not mask.is_causal and segments[0] is None:
-        segments = jnp.zeros((1, length), jnp.int32), jnp.zeros((1, key.shape[1]), jnp.int32)
-    if segments[1] is not None:  # below every segment: padding is of none
-        none = jnp.minimum(segments[0].min(), segments[1].min()) - 1
-        segments = segments[0], jnp.concatenate([segments[1], jnp.broadcast_to(none, (segments[1].shape[0], padding))], 1)
+    key_positions, *segments = with_padding(mask, length, key_positions, keys - key.shape[1])
     turn_keys = rotation is not None and keys <= blocks.resident
     key_turned = key
     if rotation is not None and not turn_keys:  # keys that come and go would be rotated again for each query tile

@@ -21,14 +21,13 @@ from posjax.kernels.tpu_tiles import (
     QUARTER,
     SUBLANES,
     Counting,
-    Extent,
-    Rules,
     column,
     fine_product,
     gathered,
     joined,
     product,
 )
+from posjax.kernels.visibility import Extent, Rules, extents
 from posjax.typing import Array
 
 
@@ -87,41 +86,20 @@ class Operands:
 # Extents, for the scalar unit --------------------------------------------------------------------------------------------
 
 
-def _extents(positions: Array, segments: Array | None, size: int) -> Array:
-    """Flat [B, pieces, 4]: first and last position and segment of every ``size`` tokens."""
-
-    def ends(x: Array) -> list[Array]:
-        x = x.reshape(x.shape[0], -1, size)
-        return [x.min(-1), x.max(-1)]
-
-    parts = ends(positions.reshape(positions.shape[0], -1))
-    parts += ends(segments.reshape(segments.shape[0], -1)) if segments is not None else [jnp.zeros_like(parts[0])] * 2
-    batch = max(part.shape[0] for part in parts)
-    return jnp.stack([jnp.broadcast_to(part, (batch, part.shape[1])) for part in parts], -1)
-
-
 def make_scalars(plan: Plan, x: Operands) -> tuple[Array, ...]:
     """What the scalar unit reads: which key tiles a query tile visits, which strips a passage of queries sees, and the extents of
     tiles, groups and strips."""
     blocks = plan.blocks
 
     def of_queries(size: int) -> Array:
-        return _extents(x.query_positions, x.query_segments, size)
+        return extents(x.query_positions, x.query_segments, size)
 
     def of_keys(size: int) -> Array:
-        return _extents(x.key_positions, x.key_segments, size)
-
-    def seen(queries: Array, keys: Array) -> Array:
-        """[B, Q, 2] from extents: the first piece of keys that each piece of queries may see, and one past the last."""
-        by_queries, by_keys = (Extent(*jnp.moveaxis(e, -1, 0)) for e in (queries, keys))
-        live = ~plan.rules.none(Extent(*(e[:, :, None] for e in by_queries)), Extent(*(e[:, None] for e in by_keys)))
-        live = jnp.broadcast_to(live, (max(len(queries), len(keys)), queries.shape[1], keys.shape[1]))
-        first, last = live.argmax(-1), live.shape[-1] - live[..., ::-1].argmax(-1)
-        return jnp.stack([first, jnp.where(live.any(-1), last, first)], -1)
+        return extents(x.key_positions, x.key_segments, size)
 
     q_tiles, k_tiles, strips = of_queries(blocks.queries), of_keys(blocks.keys), of_keys(blocks.strip)
-    bands = seen(of_queries(plan.abreast * LANES), strips)
-    found = (seen(q_tiles, k_tiles), bands, q_tiles, k_tiles, of_queries(LANES), strips)
+    bands = plan.rules.seen(of_queries(plan.abreast * LANES), strips)
+    found = (plan.rules.seen(q_tiles, k_tiles), bands, q_tiles, k_tiles, of_queries(LANES), strips)
     return tuple(a.astype(jnp.int32).reshape(-1) for a in found)
 
 

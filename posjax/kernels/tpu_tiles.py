@@ -1,4 +1,4 @@
-"""What the TPU kernels compute inside a tile: visibility, biases, counts, and their gradients.
+"""What the TPU kernels compute inside a tile: biases, counts, and their gradients.
 
 Scores stand transposed, keys along sublanes and queries along lanes, [s, t]: a row's statistics are then lane vectors [1, t] that
 broadcast for nothing, products need no transposes, and CoPE looks its embedding up along sublanes, which the chip does in one
@@ -61,66 +61,6 @@ def column(row: Array, width: int) -> Array:
 def to_sublanes(x: Array) -> Array:
     """The sum over groups of eight rows, [s, t] -> [8, t]."""
     return x.reshape(x.shape[0] // SUBLANES, SUBLANES, x.shape[1]).sum(0)
-
-
-# Visibility ------------------------------------------------------------------------------------------------------------
-
-
-class Extent(NamedTuple):
-    """Least and greatest position and segment in a piece of queries or of keys."""
-
-    first: Array
-    last: Array
-    first_segment: Array
-    last_segment: Array
-
-
-class Rules(NamedTuple):
-    """Which pairs may meet."""
-
-    is_causal: bool
-    left: int | None
-    right: int | None
-    segmented: bool
-
-    def none(self, queries: Extent, keys: Extent) -> Array:
-        """No pair may meet."""
-        no = jnp.zeros((), bool) if isinstance(queries.first, jax.Array) else False
-        if self.is_causal:
-            no |= keys.first > queries.last
-        if self.left is not None:
-            no |= queries.first - keys.last > self.left
-        if self.right is not None:
-            no |= keys.first - queries.last > self.right
-        if self.segmented:
-            no |= (queries.first_segment > keys.last_segment) | (keys.first_segment > queries.last_segment)
-        return no
-
-    def all(self, queries: Extent, keys: Extent) -> Array:
-        """Every pair may meet."""
-        yes = jnp.ones((), bool)
-        if self.is_causal:
-            yes &= keys.last <= queries.first
-        if self.left is not None:
-            yes &= queries.last - keys.first <= self.left
-        if self.right is not None:
-            yes &= keys.last - queries.first <= self.right
-        if self.segmented:
-            one = (queries.first_segment == queries.last_segment) & (keys.first_segment == keys.last_segment)
-            yes &= one & (queries.first_segment == keys.first_segment)
-        return yes
-
-    def pairs(self, query_positions: Array, key_positions: Array, query_segments: Any, key_segments: Any) -> Array:
-        """[s, t] bool from lane vectors [1, t] of queries and columns [s, t] of keys."""
-        allowed = jnp.ones(key_positions.shape, bool) if not self.is_causal else query_positions >= key_positions
-        distance = query_positions - key_positions if (self.left, self.right) != (None, None) else None
-        if self.left is not None:
-            allowed &= distance <= self.left
-        if self.right is not None:
-            allowed &= distance >= -self.right
-        if self.segmented:
-            allowed &= query_segments == key_segments
-        return allowed
 
 
 # Counting --------------------------------------------------------------------------------------------------------------
