@@ -27,7 +27,7 @@ import collections
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -101,6 +101,21 @@ def end_of(section: aot.Section) -> int:
     return section.first + section.bundles
 
 
+def apart(sections: Sequence[aot.Section]) -> list[aot.Section]:
+    """Sections within each other or apart. A loop may begin in the delay slots of the branch around it, and end in another's."""
+    made = []
+    for section in sections:
+        first, end = section.first, end_of(section)
+        for other in sections:
+            begin, stop = other.first, end_of(other)
+            if section.kind == "branch" and other.kind == "loop" and first - SLOTS <= begin < first < stop <= end:
+                first = begin
+            if section.kind == "loop" and other.kind == "branch" and begin <= first < stop < end <= stop + SLOTS:
+                end = stop
+        made.append(dataclasses.replace(section, first=first, bundles=end - first))
+    return made
+
+
 def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
     """Own bundles of each part, without the parts in it, found by where it stands in the program."""
 
@@ -133,12 +148,10 @@ def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
 
     top = Node(aot.Section("branch", 0, kernel.bundles, 0, 0))
     around = [top]
-    for section in sorted(kernel.sections, key=lambda s: (s.first, -s.bundles, s.kind)):  # a branch over just a loop first
+    for section in sorted(apart(kernel.sections), key=lambda s: (s.first, -s.bundles, s.kind)):  # a branch over just a loop first
         while section.first >= end_of(around[-1].section):
             around.pop()
-        beyond = end_of(section) - end_of(around[-1].section)  # the last branch of a loop may end in the delay slots of another
-        expect(beyond <= SLOTS, "sections within each other or apart", (around[-1].section, section))
-        section = dataclasses.replace(section, bundles=section.bundles - max(beyond, 0))
+        expect(end_of(section) <= end_of(around[-1].section), "sections within each other or apart", (around[-1].section, section))
         around[-1].inside.append(Node(section))
         around.append(around[-1].inside[-1])
 
