@@ -3,10 +3,10 @@
     python experiments/tpu_block_sizes.py                                          # all generations: half an hour on two CPU cores
     python experiments/tpu_block_sizes.py --generations v6e --tiles 512 512 256 1024 512 256 --table /tmp/blocks.json
 
-Causal attention in bfloat16, heads of 128 channels, forward and backward, with no position and with rope + cope(64), is compiled
-with every tile, holding as many keys at once as compile. What counts is bundles (cycles) of a head of SEQUENCE tokens, as
-``tpu_cost_of_counting.py`` finds them: without position, and with rope + cope(64) where gates are around one half and where they
-are small, a third each. Waiting for memory is not in it.
+Causal attention in bfloat16, heads of 128 channels, forward and backward, is compiled with every tile, holding as many keys at once
+as compile: with no position, and with rope + cope(64), which takes a smaller tile where that one does not fit, as a call does. What
+counts is bundles (cycles) of a head of SEQUENCE tokens, as ``tpu_cost_of_counting.py`` finds them: without position, and with
+rope + cope(64) where gates are around one half and where they are small, a third each. Waiting for memory is not in it.
 
 The best go to posjax/kernels/blocks.json, which the package reads; all numbers, with what the compiler refused, to
 experiments/results/tpu_block_sizes.json.
@@ -25,14 +25,14 @@ import tyro
 from posjax.bench import results
 from posjax.bench.attention import show_progress, versions
 from posjax.kernels import blocks as shipped
+from posjax.kernels.vmem import smaller
 
 SHIPPED = Path(shipped.__file__).with_name("blocks.json")
 RESULTS = Path(__file__).parent / "results" / "tpu_block_sizes.json"
 SEQUENCE = 8192
 GATES = ("half", "small")
-RESIDENT = (8192, 4096, 2048, 1024, 512)  # keys held at once, the most first
 TILES = ((512, 512, 256), (1024, 512, 256), (512, 1024, 256), (1024, 1024, 256), (2048, 512, 256), (1024, 512, 128))
-SMALL = ((256, 512, 256), (512, 256, 256), (256, 256, 256), (512, 256, 128), (256, 512, 128))  # for little VMEM
+SMALL = ((512, 512, 256), (256, 512, 256), (512, 256, 256), (256, 256, 256))  # for little VMEM
 LITTLE = 16 * 2**20
 
 
@@ -59,19 +59,29 @@ def gates_of(kind: str) -> costs.Gates:
     return gates
 
 
-def measure(generation: str, sizes: shipped.Blocks) -> dict[str, Any]:
-    """A row: bundles of a head, of each kind of gates and pass, and their mean; or why it was rejected."""
-    row: dict[str, Any] = {"generation": generation, **sizes._asdict(), "cost": None, "rejected": None}
-    try:
-        built = costs.compiled(generation, sizes)
-    except (RuntimeError, AssertionError) as error:
-        words = re.search(r"block_sizes=.*? VMEM|Used .*? vmem", str(error)) or [str(error).split("\n")[0][:200]]
-        return row | {"rejected": words[0]}
-    found = {"identity": ("identity", None)} | {kind: (costs.SPEC, gates_of(kind)) for kind in GATES}
-    for name, (spec, gates) in found.items():
-        turns = costs.walk_over(gates, SEQUENCE, sizes)
-        row[name] = [costs.bundles(built[spec, way], of_way) for way, of_way in zip(costs.PASSES, turns, strict=True)]
-    return row | {"cost": sum(sum(row[name]) for name in found) / len(found)}
+def compiled(generation: str, first: shipped.Blocks, spec: str, rejected: list[str]) -> tuple[shipped.Blocks, Any]:
+    """The first blocks from ``first`` on that compile, and the parts of their kernels; what did not compile joins ``rejected``."""
+    for blocks in smaller(first):
+        try:
+            return blocks, costs.compiled(generation, blocks, (spec,))
+        except (RuntimeError, AssertionError) as error:
+            words = re.search(r"takes about .*? VMEM|Used .*? vmem", str(error)) or [str(error).split("\n")[0][:200]]
+            rejected.append(f"{spec}, {tuple(blocks)}: {words[0]}")
+    raise RuntimeError(f"{spec} compiles with no blocks for {generation}: {rejected[-1]}")
+
+
+def measure(generation: str, tile: tuple[int, int, int]) -> dict[str, Any]:
+    """A row: the blocks of each encoding, bundles of a head of each kind of gates, forward and backward, and their mean."""
+    rejected: list[str] = []
+    row: dict[str, Any] = {"generation": generation, "tile": list(tile), "rejected": rejected, "blocks": {}, "bundles": {}}
+    held = shipped.Blocks(*tile, resident=SEQUENCE)
+    for spec, kinds in {"identity": {"identity": None}, costs.SPEC: {kind: gates_of(kind) for kind in GATES}}.items():
+        blocks, built = compiled(generation, held, spec, rejected)
+        row["blocks"][spec] = list(blocks)
+        for kind, gates in kinds.items():
+            turns = zip(costs.PASSES, costs.walk_over(gates, SEQUENCE, blocks), strict=True)
+            row["bundles"][kind] = [costs.bundles(built[spec, way], of_way) for way, of_way in turns]
+    return row | {"cost": sum(map(sum, row["bundles"].values())) / len(row["bundles"])}
 
 
 def search(config: Search) -> None:
@@ -84,36 +94,26 @@ def search(config: Search) -> None:
         with show_progress(quiet=False) as progress:
             for number, tile in enumerate(tiles):
                 progress(f"{generation}: {' x '.join(map(str, tile))}", number, len(tiles))
-                for resident in (n for n in RESIDENT if n % tile[1] == 0):
-                    rows.append(measure(generation, shipped.Blocks(*tile, resident)))
-                    if rows[-1]["cost"] is not None:
-                        break
+                rows.append(measure(generation, tile))
         own = [row for row in rows if row["generation"] == generation]
-        good = [row for row in own if row["cost"] is not None]
-        if good:
-            best[generation] = as_blocks(min(good, key=lambda row: row["cost"]))
-        show(generation, own, best[generation])
+        cheapest = min(own, key=lambda row: row["cost"])
+        best[generation] = shipped.Blocks(*cheapest["blocks"]["identity"])
+        show(generation, own, cheapest)
         write(config, rows, best)
 
 
-def as_blocks(row: dict[str, Any]) -> shipped.Blocks:
-    return shipped.Blocks(*(row[name] for name in shipped.Blocks._fields))
-
-
-def show(generation: str, rows: list[dict[str, Any]], best: shipped.Blocks) -> None:
+def show(generation: str, rows: list[dict[str, Any]], cheapest: dict[str, Any]) -> None:
     """Prints a generation's table."""
     lines, notes = [], []
     for row in rows:
-        sizes = as_blocks(row)
-        if row["cost"] is None:
-            notes.append(f"{tuple(sizes)} was rejected: {row['rejected']}")
-            continue
-        cells = [" / ".join(f"{n / 1000:,.0f}" for n in row[name]) for name in ("identity", *GATES)]
-        mark = "*" if sizes == best else ""
-        cells.append(f"{row['cost'] / 1000:,.0f}")
-        lines.append([f"{sizes.queries}x{sizes.keys}{mark}", f"{sizes.strip}, {sizes.resident}", *cells])
+        name = f"{' x '.join(map(str, row['tile']))}{'*' if row is cheapest else ''}"
+        cells = [" / ".join(f"{n / 1000:,.0f}" for n in both) for both in row["bundles"].values()]
+        sizes = [" x ".join(map(str, row["blocks"][spec])) for spec in ("identity", costs.SPEC)]
+        lines.append([name, *sizes, *cells, f"{row['cost'] / 1000:,.0f}"])
+        notes += row["rejected"]
     notes.append(f"Thousand bundles of a head of {SEQUENCE:,} tokens, forward / backward; * costs least in the mean.")
-    results.print_table(generation, ["tile", "strip, held", "identity", *(f"{kind} gates" for kind in GATES), "mean"], lines, notes)
+    heads = ["tile", "identity's blocks", f"{costs.SPEC}'s", "identity", *(f"{kind} gates" for kind in GATES), "mean"]
+    results.print_table(generation, heads, lines, notes)
 
 
 def write(config: Search, rows: list[dict[str, Any]], best: dict[str, shipped.Blocks]) -> None:

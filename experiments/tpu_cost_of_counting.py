@@ -415,11 +415,16 @@ def bundles(parts: Parts, turns: Mapping[str, float]) -> float:
     return sum(own * turns.get(name, 0) for name, own in parts.items())
 
 
-def compiled(chip: str, blocks: Blocks) -> dict[tuple[str, str], Parts]:
-    """The parts of each encoding and pass."""
+def compiled(chip: str, blocks: Blocks, specs: Sequence[str] = ("identity", SPEC)) -> dict[tuple[str, str], Parts]:
+    """The parts of each encoding and pass.
+
+    Raises:
+      RuntimeError: what did not compile.
+      AssertionError: a kernel whose structure is another than this script knows.
+    """
     length = min(CONTEXT, blocks.resident)
     job = dict(with_gradients=True, seq_len=length, heads=4, kv_heads=4, head_dim=128, batch=1, dtype="bfloat16")
-    jobs = [("posjax.bench.schedule:posjax_job", job | {"spec": spec, "block_sizes": list(blocks)}) for spec in ("identity", SPEC)]
+    jobs = [("posjax.bench.schedule:posjax_job", job | {"spec": spec, "block_sizes": list(blocks)}) for spec in specs]
     found = {}
     for (_, kwargs), report in zip(jobs, aot.compile_all(jobs, aot.GENERATIONS[chip].topology), strict=True):
         if report.failed is not None:
