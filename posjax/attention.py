@@ -10,8 +10,9 @@ import numpy as np
 
 from posjax.bias import BiasTerm, Mask
 from posjax.encoding import AttentionInputs, PositionalEncoding, identity
-from posjax.kernels import dense, tiled, tpu
+from posjax.kernels import dense, gpu, tiled, tpu
 from posjax.kernels.blocks import Blocks, check_blocks
+from posjax.kernels.gpu_plan import GpuBlocks, check_gpu_blocks
 from posjax.kernels.shards import Cut, find_cut
 from posjax.typing import Array, Float, Params
 
@@ -36,7 +37,7 @@ def attention(
     scale: Array | float | None = None,
     logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
-    block_sizes: Blocks | None = None,
+    block_sizes: Blocks | GpuBlocks | None = None,
 ) -> Float[Array, "B T N V"]:
     """Scaled dot-product attention under a positional encoding.
 
@@ -112,7 +113,7 @@ def run(
     value: Float[Array, "B S K V"],
     implementation: Implementation | None = None,
     cut: Cut | None = None,
-    block_sizes: Blocks | None = None,
+    block_sizes: Blocks | GpuBlocks | None = None,
 ) -> Array:
     """Attention of a prepared call in one of the kernels.
 
@@ -130,35 +131,64 @@ def run(
     if implementation not in (None, "xla", "xla_chunked", "pallas"):
         raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
     if block_sizes is not None:
-        check_blocks(block_sizes)
+        (check_gpu_blocks if isinstance(block_sizes, GpuBlocks) else check_blocks)(block_sizes)
         if implementation not in (None, "pallas"):
             raise ValueError(
                 f"block_sizes must be None with implementation={implementation!r}, got {block_sizes}; "
                 "implementation='pallas' has block sizes"
             )
     if implementation == "pallas":
-        if (reason := tpu.refusal(value=value, block_sizes=block_sizes, cut=cut, **call)) is not None:
+        kernel = gpu if platform_at_hand() == "gpu" else tpu
+        if (reason := _refusal(kernel, call, value, cut, block_sizes)) is not None:
             raise NotImplementedError(f"implementation='pallas' cannot run this call: {reason}; implementation='xla_chunked' can")
-        return tpu.attention(value=value, **call, tile=block_sizes, cut=cut)
+        return _of_the_platform(call, value, cut, block_sizes, otherwise=kernel)
     if implementation is None:
-        small = call["query"].shape[1] * call["key"].shape[1] <= _SMALL
-        if not small and tpu.refusal(value=value, block_sizes=block_sizes, cut=cut, **call) is None:
+        if call["query"].shape[1] * call["key"].shape[1] > _SMALL:
             return _of_the_platform(call, value, cut, block_sizes)
-        implementation = "xla" if small else "xla_chunked"
+        implementation = "xla"
     kernel = {"xla": dense.attention, "xla_chunked": tiled.attention}[implementation]
     return kernel(value=value, **_rotated(call))
 
 
-def _of_the_platform(call: dict[str, Any], value: Array, cut: Cut | None, block_sizes: Blocks | None) -> Array:
-    """The kernel of the platform that the program is lowered for, whatever devices this process has."""
+def platform_at_hand() -> str:
+    """That of the devices of the mesh in context, or of this process: cpu, tpu or gpu."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def _refusal(kernel: Any, call: dict[str, Any], value: Array, cut: Cut | None, block_sizes: Any) -> str | None:
+    """Why the kernel of a platform, tpu or gpu, cannot do a call; None: it can."""
+    return kernel.refusal(value=value, block_sizes=_own(kernel, block_sizes), cut=cut, **call)
+
+
+def _of_the_platform(call: dict[str, Any], value: Array, cut: Cut | None, block_sizes: Any, otherwise: Any = None) -> Array:
+    """The kernel of the platform that the program is lowered for, whatever devices this process has.
+
+    Args:
+      otherwise: the kernel, tpu or gpu, for other platforms, interpreted; None: the walk in XLA.
+    """
     static = {name: x for name, x in call.items() if x is None or isinstance(x, bool | int | float)}
     arrays = {name: x for name, x in call.items() if name not in static}
-    return jax.lax.platform_dependent(
-        arrays,
-        value,
-        tpu=lambda arrays, value: tpu.attention(value=value, **static, **arrays, tile=block_sizes, cut=cut),
-        default=lambda arrays, value: tiled.attention(value=value, **_rotated(static | arrays)),
-    )
+
+    def walk(arrays: dict[str, Any], value: Array) -> Array:
+        return tiled.attention(value=value, **_rotated(static | arrays))
+
+    def of_tpu(arrays: dict[str, Any], value: Array) -> Array:
+        return tpu.attention(value=value, **static, **arrays, tile=_own(tpu, block_sizes), cut=cut)
+
+    def of_gpu(arrays: dict[str, Any], value: Array) -> Array:
+        return gpu.attention(value=value, **_rotated(static | arrays), tile=_own(gpu, block_sizes), cut=cut)
+
+    kernels, runs = {"tpu": tpu, "cuda": gpu}, {tpu: of_tpu, gpu: of_gpu}
+    branches = {name: runs[k] for name, k in kernels.items() if _refusal(k, call, value, cut, block_sizes) is None}
+    default = walk if otherwise is None else runs[otherwise]
+    return jax.lax.platform_dependent(arrays, value, **branches, default=default) if branches else default(arrays, value)
+
+
+def _own(kernel: Any, block_sizes: Any) -> Any:
+    """The block sizes of a call if they are of that kernel."""
+    return block_sizes if isinstance(block_sizes, kernel.BLOCKS) else None
 
 
 def _rotated(call: dict[str, Any]) -> dict[str, Any]:

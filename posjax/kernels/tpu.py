@@ -24,6 +24,7 @@ from posjax.kernels.visibility import Rules, with_padding
 from posjax.kernels.vmem import SMEM, needed, scalars, smaller
 from posjax.typing import Array, Float, Int
 
+BLOCKS = Blocks  # what ``block_sizes`` of this kernel are
 _MOST_POSITIONS = 512  # of CoPE: beyond, its tables fill VMEM
 _MOST_COMPARED = 128  # on a chip that finds its place in them by comparing
 

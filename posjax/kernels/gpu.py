@@ -1,0 +1,211 @@
+"""Attention on NVIDIA GPUs: the entry of the Pallas kernels, with what they ask for and what they refuse."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from posjax.bias import BiasTerm, Interpolation, Lookup, Mask, Penalty
+from posjax.kernels import gpu_triton
+from posjax.kernels.deferred import deferred
+from posjax.kernels.gpu_plan import GpuBlocks, Operands, Plan
+from posjax.kernels.shards import Cut, exact, find_cut, per_shard
+from posjax.kernels.visibility import Rules, with_padding
+from posjax.typing import Array, Float, Int
+
+BLOCKS = GpuBlocks  # what ``block_sizes`` of these kernels are
+_WIDEST = 256  # channels of a head
+
+
+def refusal(query: Array, value: Array, terms: tuple[BiasTerm, ...], mask: Mask, **rest: Any) -> str | None:
+    """Why the kernels cannot do a call, by the argument; None: they can. Arguments as in ``attention``."""
+    if mask.boolean is not None:
+        return "mask is an array (is_causal, segment_ids and local_window_size are made inside of the tile)"
+    if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"query has dtype {query.dtype} (bfloat16, float16 and float32 are supported)"
+    if max(query.shape[-1], value.shape[-1]) > _WIDEST:
+        return f"query has {query.shape[-1]} channels and value {value.shape[-1]} (at most {_WIDEST})"
+    for term in terms:
+        if term.fused is None:
+            return f"encoding has a bias that the kernel does not know ({term.function})"
+    kinds = [type(term.fused) for term in terms]
+    for kind, name in ((Interpolation, "cope"), (Lookup, "t5"), (Penalty, "alibi")):
+        if kinds.count(kind) > 1:
+            return f"encoding chains {name} twice"
+    return None
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    terms: tuple[BiasTerm, ...],
+    mask: Mask,
+    query_positions: Int[Array, "_ T"],
+    key_positions: Int[Array, "_ S"],
+    scale: Array | float,
+    logits_soft_cap: float | None = None,
+    *,
+    tile: GpuBlocks | None = None,
+    cut: Cut | None = None,
+    interpret: Any = None,
+) -> Float[Array, "B T N V"]:
+    """Attention in the kernels, on each device's own rows and heads.
+
+    Args:
+      query, ..., logits_soft_cap: as in ``dense.attention``; what ``refusal`` gives a reason for is not looked at again.
+      tile: block sizes; None: those of the device.
+      cut: how a mesh cuts batch and heads; None: as the query's type shows.
+      interpret: None interprets the kernels where the program is lowered for a CPU; or what ``pallas_call`` takes.
+
+    Returns:
+      [B, T, N, V] in the dtype of value; rows without an allowed key are zero.
+    """
+    cut = find_cut(query) if cut is None else cut
+    blocks = default_blocks(query, value) if tile is None else tile
+    kinds = {type(term.fused): term for term in terms}
+    counts, looks, penalty = (kinds.get(kind) for kind in (Interpolation, Lookup, Penalty))
+    repeats = np.lcm(key.shape[2], cut.head_parts) // key.shape[2]  # more parts than key heads: each part gets one of its own
+    if repeats > 1:
+        key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
+    padding = -key.shape[1] % blocks.keys
+    key_positions, query_segments, key_segments = with_padding(mask, query.shape[1], key_positions, padding)
+
+    def by_query(x: Array | None, axis: int = 1) -> Array | None:
+        return None if x is None else _padded(x, blocks.queries, axis)
+
+    plan = Plan(
+        blocks=blocks,
+        rules=Rules(mask.is_causal, *mask.window, segmented=query_segments is not None),
+        soft_cap=logits_soft_cap,
+        last=None if counts is None else counts.tables[1].shape[-2] - 1,
+        index=looks.fused.index if looks else None,
+        uniform=looks.fused.uniform if looks else None,
+        penalised=penalty is not None,
+        interpret=interpret,
+    )
+    operands = Operands(
+        query=_widened(by_query(query)),
+        key=_widened(_padded(key, blocks.keys, 1)),
+        value=_widened(_padded(value, blocks.keys, 1)),
+        scale=jnp.asarray(scale, jnp.float32).reshape(1),
+        query_positions=by_query(query_positions),
+        key_positions=key_positions,
+        query_segments=by_query(query_segments),
+        key_segments=key_segments,
+        z=None if counts is None else by_query(_products(counts), 2),
+        table=None if looks is None else looks.tables.astype(jnp.float32).T,
+        slopes=None if penalty is None else penalty.tables.astype(jnp.float32),
+    )
+    return _attend(plan, cut, operands)[:, : query.shape[1], :, : value.shape[-1]]
+
+
+def default_blocks(query: Array, value: Array) -> GpuBlocks:
+    wide = max(query.shape[-1], value.shape[-1]) * query.dtype.itemsize
+    return GpuBlocks(64, 64, 32, 4, 2) if wide > 256 else GpuBlocks(128, 64, 32, 8, 2)
+
+
+def _products(counts: BiasTerm) -> Array:
+    """z [B, N, T, P] float32: a query's products with the embedding of positions."""
+    query, embedding = counts.rows["query"].astype(jnp.float32), counts.tables[1].astype(jnp.float32)
+    form = "bnth,nph->bntp" if embedding.ndim == 3 else "bnth,ph->bntp"
+    return jnp.einsum(form, query, embedding, precision=jax.lax.Precision.HIGHEST)
+
+
+def _padded(x: Array, to: int, axis: int) -> Array:
+    """x up to a multiple of ``to`` along an axis, by repeating its end."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % to)
+    return jnp.pad(x, widths, mode="edge") if widths[axis][1] else x
+
+
+def _widened(x: Array) -> Array:
+    """x with zeros up to channels that are a power of two."""
+    more = max(16, pl.next_power_of_2(x.shape[-1])) - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) if more else x
+
+
+# Forward and backward, each on its part of a mesh ------------------------------------------------------------------------
+
+_LETTERS = dict(  # of the operands, for ``per_shard``
+    query="b.n.",
+    key="b.n.",
+    value="b.n.",
+    scale=".",
+    query_positions="b.",
+    key_positions="b.",
+    query_segments="b.",
+    key_segments="b.",
+    z="bn..",
+    table="n.",
+    slopes="n",
+)
+_LEARNED = ("query", "key", "value", "scale", "z", "table")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run(function: Any, plan: Plan, present: tuple[str, ...], interpret: Any, *arrays: Array) -> tuple[Array, ...]:
+    """function(plan, operands, *more), of which ``arrays`` are the operands that are ``present``, and more."""
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(Operands)) | dict(zip(present, arrays, strict=False))
+    return function(dataclasses.replace(plan, interpret=interpret), Operands(**fields), *arrays[len(present) :])
+
+
+def _sharded(
+    function: Any, plan: Plan, cut: Cut, x: Operands, more: tuple[Array, ...], letters: tuple[str, ...], results: Any
+) -> Any:
+    """function(plan, operands, *more) on each device's part, in the kernels or, where lowered for a CPU, interpreted."""
+    present = tuple(field.name for field in dataclasses.fields(x) if getattr(x, field.name) is not None)
+    if plan.interpret is None:
+        part = functools.partial(deferred, _run, (function, plan, present))
+    else:
+        part = functools.partial(_run, function, plan, present, plan.interpret)
+    arrays = [getattr(x, name) for name in present]
+    return per_shard(part, cut, (*[_LETTERS[name] for name in present], *letters), results)(*arrays, *more)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(plan: Plan, cut: Cut, x: Operands) -> Array:
+    """[B, T, N, V] in the dtype of value."""
+    return _forward(plan, cut, x)[0]
+
+
+def _forward(plan: Plan, cut: Cut, x: Operands) -> tuple[Array, Any]:
+    rows = 1 if plan.last is None else 4
+    out, *saved = _sharded(gpu_triton.forward, plan, cut, x, (), (), ("b.n.", *["bn."] * rows))
+    return out, (x, out, tuple(saved))
+
+
+def _gradients(plan: Plan, x: Operands, d_out: Array, slack: Array, *saved: Array) -> tuple[Array, ...]:
+    found = gpu_triton.backward(plan, x, saved, d_out, slack)
+    found["scale"] = (found["query"] * x.query.astype(jnp.float32)).sum().reshape(1)
+    found["query"] = found["query"] * x.scale
+    found["key"] = found["key"] * x.scale
+    return tuple(found[name] for name in _LEARNED if name in found)
+
+
+def _backward(plan: Plan, cut: Cut, kept: Any, d_out: Array) -> tuple[Operands]:
+    x, out, saved = kept
+    slack = jnp.swapaxes((d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), 1, 2)
+    names = [name for name in _LEARNED if getattr(x, name) is not None]
+    results = tuple(exact(_LETTERS[name], getattr(x, name)) for name in names)
+    found = _sharded(_gradients, plan, cut, x, (d_out, slack, *saved), ("b.n.", *["bn."] * (1 + len(saved))), results)
+    given = dict(zip(names, found, strict=True))
+
+    def like(name: str) -> Any:
+        primal = getattr(x, name)
+        if primal is None:
+            return None
+        if name in given:
+            return given[name].astype(primal.dtype)
+        if jnp.issubdtype(primal.dtype, jnp.inexact):
+            return jnp.zeros_like(primal)
+        return np.zeros(primal.shape, jax.dtypes.float0)
+
+    return (Operands(**{field.name: like(field.name) for field in dataclasses.fields(x)}),)
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,139 @@
+"""What the GPU kernels are given: a call as they take it, and which tiles of keys each tile of queries visits.
+
+A query tile walks over key tiles from ``first`` to ``last``. Those in [plain, detailed) are *plain*: all pairs may meet and a
+lookup is one number, so that neither is looked at. Where there are several runs of plain tiles the longest is taken for it, and the
+others are done in detail like the rest.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from posjax.kernels.visibility import Extent, Rules, extents
+from posjax.typing import Array
+
+LOG2E = 1.4426950408889634
+NEVER = -2e38  # a score that is not allowed
+LOWEST = -1e30  # the running maximum before anything was seen: above NEVER, so that what is forbidden weighs nothing
+
+
+class GpuBlocks(NamedTuple):
+    """Sizes of the blocks of the GPU kernels, powers of two of at least 16.
+
+    Attributes:
+      queries: rows of a tile.
+      keys: columns of a tile.
+      strip: keys that are counted at a time; ``keys`` is a multiple.
+      warps: of 32 threads, that work on a tile.
+      stages: tiles of keys that are loaded at a time.
+    """
+
+    queries: int
+    keys: int
+    strip: int
+    warps: int
+    stages: int
+
+
+def check_gpu_blocks(blocks: GpuBlocks) -> None:
+    """Raises ValueError for sizes that no kernel has, before anything is compiled."""
+    for name, least, most in (("queries", 16, 256), ("keys", 16, 256), ("strip", 16, 256), ("warps", 1, 16), ("stages", 1, 8)):
+        size = getattr(blocks, name)
+        power = isinstance(size, int) and not isinstance(size, bool) and size > 0 and size & (size - 1) == 0
+        if not (power or (name == "stages" and isinstance(size, int))) or not least <= size <= most:
+            what = "a number" if name == "stages" else "a power of two"
+            raise ValueError(f"block_sizes must have as {name} {what} from {least} to {most}, got {blocks}")
+    if blocks.keys < blocks.strip:
+        raise ValueError(f"block_sizes must have at least as many keys as a strip, got {blocks}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known before compilation; no sizes of batch and heads, which a shard of a mesh has its own of.
+
+    Attributes:
+      last: P - 1 of CoPE, where counts stop to matter; None: nothing is counted.
+      index, uniform: of a lookup, as in ``posjax.bias.Lookup``.
+      interpret: None where only shapes are asked for.
+    """
+
+    blocks: GpuBlocks
+    rules: Rules
+    soft_cap: float | None
+    last: int | None
+    index: Any
+    uniform: Any
+    penalised: bool
+    interpret: Any
+
+    @property
+    def strips(self) -> int:
+        """Of a key tile."""
+        return self.blocks.keys // self.blocks.strip
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """A call, padded to whole tiles and to channels that are powers of two."""
+
+    query: Array  # [B, T, N, C]
+    key: Array  # [B, S, K, C]
+    value: Array  # [B, S, K, V]
+    scale: Array  # [1]
+    query_positions: Array  # [B or 1, T]
+    key_positions: Array  # [B or 1, S]
+    query_segments: Array | None
+    key_segments: Array | None
+    z: Array | None  # [B, N, T, P] float32, the query's products with the embedding of CoPE
+    table: Array | None  # [N, W] float32, of a lookup
+    slopes: Array | None  # [N] float32
+
+
+class Visits(NamedTuple):
+    """Which tiles meet. Letters: I query tiles, J key tiles.
+
+    Attributes:
+      by_queries: [B or 1, I, 4] int32: first, plain, detailed, last as in this file's text, in key tiles.
+      by_keys: [B or 1, J, 4], the same with queries and keys exchanged, in query tiles.
+      query_first: [B or 1, I], the first position of each query tile.
+      key_last: [B or 1, J], the last position of each key tile.
+    """
+
+    by_queries: Array
+    by_keys: Array
+    query_first: Array
+    key_last: Array
+
+
+def visits(plan: Plan, x: Operands) -> Visits:
+    queries = extents(x.query_positions, x.query_segments, plan.blocks.queries)
+    keys = extents(x.key_positions, x.key_segments, plan.blocks.keys)
+    batch = max(len(queries), len(keys))
+    rows, columns = (jnp.moveaxis(e, -1, 0) for e in (queries, keys))
+    rows, columns = Extent(*rows[..., None]), Extent(*columns[:, :, None])
+    live, plain = ~plan.rules.none(rows, columns), plan.rules.all(rows, columns)
+    if plan.uniform is not None:
+        plain &= plan.uniform(rows.first, rows.last, columns.first, columns.last)
+    live, plain = (jnp.broadcast_to(flags, (batch, queries.shape[1], keys.shape[1])) for flags in (live, plain))
+
+    def walk(live: Array, plain: Array) -> Array:
+        found = live.any(-1)
+        first, last = live.argmax(-1), live.shape[-1] - live[..., ::-1].argmax(-1)
+        begin, end = longest_run(plain)
+        return jnp.stack([jnp.where(found, n, 0) for n in (first, begin, end, last)], -1).astype(jnp.int32)
+
+    turned = (jnp.swapaxes(flags, 1, 2) for flags in (live, plain))
+    return Visits(walk(live, plain), walk(*turned), queries[..., 0], keys[..., 1])
+
+
+def longest_run(flags: Array) -> tuple[Array, Array]:
+    """Where the longest run of true begins, and one past its end, along the last axis; the two are equal where there is none."""
+    place = jnp.broadcast_to(jnp.arange(flags.shape[-1]), flags.shape)
+    begin = jax.lax.cummax(jnp.where(flags, 0, place + 1), axis=flags.ndim - 1)
+    length = jnp.where(flags, place + 1 - begin, 0)
+    end = length.argmax(-1)
+    size = jnp.take_along_axis(length, end[..., None], -1)[..., 0]
+    return end + 1 - size, end + 1

@@ -1,0 +1,704 @@
+"""Attention on NVIDIA GPUs through Pallas-Triton, forward and backward, from Ampere on.
+
+    forward         a program a query tile: the band of keys that count, from the diagonal to the left, until all counts have passed
+                    the last position; then the rest, where a bias of CoPE is one number a row
+    query, plain    the gradient of a query tile from what was not counted
+    key, plain      the gradients of a key tile from the same, for all query heads that share it
+    query, band     the gradient of a query tile from what was counted, and of its products with the embedding; it walks from the
+                    left to the right, takes counts off again, and notes down the state of each row at every strip of keys
+    key, band       the gradients of a strip of keys from that
+
+Every sum has one owner that adds in one order, so two runs agree bit for bit. What is noted down would grow with the square of the
+sequence where gates are near zero: so the two kernels of the band take turns, ``ROUND`` strips at a time, from the left. With gates
+of one half or more there is one round for CoPE of 64 positions.
+
+A count is interpolated by hats: bias = sum over n of z_n max(0, 1 - |count - n|), over the nodes n that the counts of a row pass in
+a strip, a loop as long as the widest of them. Its transpose is the same loop. It needs no look-ups, which Triton has none of.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from posjax.kernels.gpu_plan import LOG2E, LOWEST, NEVER, Operands, Plan, Visits, visits
+from posjax.typing import Array
+
+ROUND = 32  # strips of keys that a query tile notes down at a time
+NN, NT, TN = ((((a,), (b,)), ((), ())) for a, b in ((1, 0), (1, 1), (0, 0)))
+
+
+# Inside of a tile --------------------------------------------------------------------------------------------------------
+
+
+def product(a: Array, b: Array, form: Any = NN) -> Array:
+    """A matrix product accumulated in float32; of float32 numbers, in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, form, precision=precision, preferred_element_type=jnp.float32)
+
+
+def add_exactly(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
+    """(high + low) + x in two floats: what x loses to high is kept in low."""
+    total = high + x
+    part = total - high
+    return total, low + ((high - (total - part)) + (x - part))
+
+
+class Face(NamedTuple):
+    """How scores stand: [queries, keys], or, ``turned``, [keys, queries]."""
+
+    turned: bool
+
+    @property
+    def keys_axis(self) -> int:
+        return 0 if self.turned else 1
+
+    def queries(self, x: Array) -> Array:
+        """A number for each query, to broadcast over keys."""
+        return x[None, :] if self.turned else x[:, None]
+
+    def keys(self, x: Array) -> Array:
+        return x[:, None] if self.turned else x[None, :]
+
+    def sums(self, x: Array, later: bool, parts: int) -> Array:
+        """For each key the sum over itself and later keys, or itself and earlier ones: a product with a triangle of ones.
+
+        x is cut into bfloat16 parts, 8 bits each, that a triangle multiplies without rounding.
+        """
+        size = x.shape[self.keys_axis]
+        one, other = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+        own, from_ = (one, other) if self.turned else (other, one)
+        ones = jnp.where((from_ >= own) if later else (from_ <= own), 1.0, 0.0).astype(jnp.bfloat16)
+        total = None
+        for n in range(parts):
+            part = x.astype(jnp.bfloat16)
+            x = x - part.astype(jnp.float32) if n < parts - 1 else x
+            found = product(ones, part) if self.turned else product(part, ones)
+            total = found if total is None else total + found
+        return total
+
+
+class Rows(NamedTuple):
+    """What is at hand of the queries of a tile, [t] each."""
+
+    number: Array  # within the arrays that a program sees
+    positions: Array
+    segments: Array | None
+    slope: Array | None  # of the head
+
+
+def rows_of(plan: Plan, r: Any, start: Any, slope: Array | None) -> Rows:
+    """The rows from ``start`` on of the arrays that a program sees."""
+    size = plan.blocks.queries
+    at = pl.ds(start, size)
+    segments = r.query_segments[at] if plan.rules.segmented else None
+    return Rows(start + jnp.arange(size), r.query_positions[at], segments, slope)
+
+
+class Sight(NamedTuple):
+    """Scores of a query tile and some keys, and what is to be known of the pairs."""
+
+    scores: Array  # in units of log2 e
+    allowed: Array | None  # None: all pairs
+    index: Array | None  # into the table
+
+
+def penalised(plan: Plan, face: Face, rows: Rows, keys: Array, scores: Array) -> Array:
+    if not plan.penalised:
+        return scores
+    distance = jnp.abs(face.queries(rows.positions) - face.keys(keys)).astype(jnp.float32)
+    return scores - (rows.slope * LOG2E) * distance
+
+
+def in_detail(plan: Plan, r: Any, face: Face, rows: Rows, start: Any, size: int, scores: Array) -> Sight:
+    """Scores with the biases of positions, for keys from ``start`` on of which some may be out of sight."""
+    at = pl.ds(start, size)
+    keys, queries = face.keys(r.key_positions[at]), face.queries(rows.positions)
+    segments = (face.queries(rows.segments), face.keys(r.key_segments[at])) if plan.rules.segmented else (None, None)
+    allowed = jnp.broadcast_to(plan.rules.pairs(queries, keys, *segments), scores.shape)
+    scores = penalised(plan, face, rows, r.key_positions[at], scores)
+    if plan.index is None:
+        return Sight(scores, allowed, None)
+    index = jnp.broadcast_to(plan.index(queries, keys), scores.shape)
+
+    def add(n: Array, scores: Array) -> Array:
+        return scores + jnp.where(index == n, r.table[n] * LOG2E, 0.0)
+
+    return Sight(jax.lax.fori_loop(*ends_of(r, index), add, scores), allowed, index)
+
+
+def ends_of(r: Any, index: Array) -> tuple[Array, Array]:
+    """The places of a table that indices are among, from .. to."""
+    return index.min(1).min(0), jnp.minimum(index.max(1).max(0) + 1, r.table.shape[0])
+
+
+def plainly(plan: Plan, r: Any, face: Face, rows: Rows, start: Any, scores: Array, common: Array | None) -> Array:
+    """Scores with the biases of positions, for keys that are all in sight; ``common``: the place of all pairs in the table."""
+    scores = penalised(plan, face, rows, r.key_positions[pl.ds(start, scores.shape[face.keys_axis])], scores)
+    if common is not None:  # an index past the table finds zero
+        size = r.table.shape[0]
+        scores += jnp.where(common < size, r.table[jnp.minimum(common, size - 1)] * LOG2E, 0.0)
+    return scores
+
+
+def capped(plan: Plan, scores: Array) -> Array:
+    if plan.soft_cap is None:
+        return scores
+    cap = plan.soft_cap * LOG2E
+    return cap * tanh(scores / cap)
+
+
+def cap_slack(plan: Plan, scores: Array) -> Array | float:
+    """The derivative of the soft cap where the capped score is ``scores``; any where that is NEVER."""
+    return 1.0 if plan.soft_cap is None else 1.0 - jnp.square(jnp.maximum(scores / (plan.soft_cap * LOG2E), -1.0))
+
+
+def tanh(x: Array) -> Array:
+    return 1.0 - 2.0 / (1.0 + jnp.exp2(x * (2.0 * LOG2E)))
+
+
+def hidden(sight: Sight, scores: Array) -> Array:
+    return scores if sight.allowed is None else jnp.where(sight.allowed, scores, NEVER)
+
+
+# Counting ----------------------------------------------------------------------------------------------------------------
+
+
+class Counts(NamedTuple):
+    """Where the counts of a query tile and a strip are.
+
+    Attributes:
+      base: [t] int32, the least cell of each query.
+      inside: the counts beyond it, clamped at the last position.
+      nodes: how many cells a query may touch.
+    """
+
+    base: Array
+    inside: Array
+    nodes: Array
+
+
+def gates_of(scores: Array, allowed: Array) -> Array:
+    """The sigmoid of scores in units of log2 e."""
+    return jnp.where(allowed, 1.0 / (1.0 + jnp.exp2(-scores)), 0.0)
+
+
+def counted(plan: Plan, face: Face, high: Array, low: Array, later: Array) -> Counts:
+    """high + low [t]: the counts right of the strip; ``later``: what its gates add."""
+    before = jnp.clip(high + low, 0.0, plan.last)
+    base = before.astype(jnp.int32)
+    offset = (high - base.astype(jnp.float32)) + low
+    inside = jnp.minimum(face.queries(offset) + later, face.queries((plan.last - base).astype(jnp.float32)))
+    inside = jnp.maximum(inside, 0.0)
+    return Counts(base, inside, inside.max(1).max(0).astype(jnp.int32) + 2)
+
+
+def hat(inside: Array, n: Array) -> Array:
+    return jnp.maximum(1.0 - jnp.abs(inside - n.astype(jnp.float32)), 0.0)
+
+
+def interpolated(plan: Plan, face: Face, height: Callable[[Array], Array], counts: Counts) -> tuple[Array, Array]:
+    """The bias of counts and its slope, from ``height(n)``: z [t] at positions [t]."""
+
+    def node(n: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        bias, slope, before = found
+        here = height(jnp.minimum(counts.base + n, plan.last))
+        bias += face.queries(here) * hat(counts.inside, n)
+        slope = jnp.where(cell == n - 1, face.queries(here - before), slope)
+        return bias, slope, here
+
+    cell, zeros = counts.inside.astype(jnp.int32), jnp.zeros_like(counts.inside)
+    bias, slope, _ = jax.lax.fori_loop(0, counts.nodes, node, (zeros, zeros, jnp.zeros(counts.base.shape, jnp.float32)))
+    return bias, slope
+
+
+# Forward -----------------------------------------------------------------------------------------------------------------
+
+
+def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
+    if plan.interpret is None:  # only the shapes of what comes out are asked for
+        return
+    r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=False)
+    first, plain, detailed, last = (r.by_queries[n] for n in range(4))
+    rows = rows_of(plan, r, 0, r.slope[0] if plan.penalised else None)
+    query, factor = r.query[...], r.scale[0] * LOG2E
+    height = None if plan.last is None else lambda n: r.z[rows.number, n]
+
+    def logits(start: Any, size: int) -> Array:
+        return product(query, r.key[pl.ds(start, size), :], NT) * factor
+
+    def softmax(kept: tuple[Array, ...], scores: Array, start: Any) -> tuple[Array, ...]:
+        highest, total, sums = kept
+        value = r.value[pl.ds(start, scores.shape[1]), :]
+        new = jnp.maximum(highest, scores.max(1))
+        weights, shrink = jnp.exp2(scores - new[:, None]), jnp.exp2(highest - new)
+        return new, total * shrink + weights.sum(1), sums * shrink[:, None] + product(weights.astype(value.dtype), value)
+
+    def strip(kept: tuple[Array, ...], start: Any) -> tuple[Array, ...]:
+        """Counts in a strip."""
+        *kept, high, low = kept
+        raw = logits(start, blocks.strip)
+        sight = in_detail(plan, r, face, rows, start, blocks.strip, raw)
+        gates = gates_of(raw, sight.allowed)
+        counts = counted(plan, face, high, low, face.sums(gates, later=True, parts=3 if query.dtype == jnp.float32 else 2))
+        bias, _ = interpolated(plan, face, height, counts)
+        kept = softmax(tuple(kept), hidden(sight, capped(plan, sight.scores + bias * LOG2E)), start)
+        return *kept, *add_exactly(high, low, gates.sum(1))
+
+    def band(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        tile, *kept = state
+        for n in reversed(range(plan.strips)):
+            kept = strip(tuple(kept), (tile - 1) * blocks.keys + n * blocks.strip)
+        return tile - 1, *kept
+
+    def unsettled(state: tuple[Array, ...]) -> Array:
+        tile, *_, high, low = state
+        return (tile > first) & ((high + low).min(0) < plan.last)
+
+    size, width = blocks.queries, r.value.shape[-1]
+    kept = jnp.full((size,), LOWEST, jnp.float32), jnp.zeros((size,), jnp.float32), jnp.zeros((size, width), jnp.float32)
+    constant, limit = None, last
+    if plan.last is not None:
+        state = (last, *kept, jnp.zeros((size,), jnp.float32), jnp.zeros((size,), jnp.float32))
+        limit, *kept, r.high[...], r.low[...] = jax.lax.while_loop(unsettled, band, state)
+        r.limit[0], kept = limit, tuple(kept)
+        constant = height(jnp.full((size,), plan.last)) * LOG2E
+
+    def tile(in_sight: bool, j: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
+        start = j * blocks.keys
+        scores = logits(start, blocks.keys)
+        scores = scores if constant is None else scores + constant[:, None]
+        if in_sight:
+            return softmax(kept, capped(plan, plainly(plan, r, face, rows, start, scores, _common(plan, r, j))), start)
+        sight = in_detail(plan, r, face, rows, start, blocks.keys, scores)
+        return softmax(kept, hidden(sight, capped(plan, sight.scores)), start)
+
+    highest, total, sums = _walk(tile, first, plain, detailed, limit, kept)
+    nothing = total == 0.0
+    total = jnp.where(nothing, 1.0, total)
+    r.out[...] = (sums / total[:, None]).astype(r.out.dtype)
+    r.log_sum[...] = jnp.where(nothing, -NEVER, highest + jnp.log2(total))
+
+
+def _common(plan: Plan, r: Any, j: Array) -> Array | None:
+    """The place in the table that all pairs of a query tile and key tile j share."""
+    return None if plan.index is None else plan.index(r.query_first[0], r.key_last[j])
+
+
+def _walk(tile: Any, first: Array, plain: Array, detailed: Array, last: Array, kept: Any) -> Any:
+    """Calls ``kept = tile(in_sight, n, kept)`` for each tile from first to last, which may lie anywhere next to the plain ones."""
+    kept = jax.lax.fori_loop(first, jnp.minimum(plain, last), functools.partial(tile, False), kept)
+    kept = jax.lax.fori_loop(plain, jnp.minimum(detailed, last), functools.partial(tile, True), kept)
+    return jax.lax.fori_loop(jnp.maximum(detailed, first), last, functools.partial(tile, False), kept)
+
+
+# Backward ----------------------------------------------------------------------------------------------------------------
+
+
+def weighed(plan: Plan, face: Face, scores: Array, d_weights: Array, log_sum: Array, slack: Array) -> tuple[Array, Array]:
+    """Weights, and the gradient of scores before the soft cap, from scores that are capped and hidden."""
+    weights = jnp.exp2(scores - face.queries(log_sum))
+    return weights, weights * (d_weights - face.queries(slack)) * cap_slack(plan, scores)
+
+
+def into_table(r: Any, found: Array, index: Array, gradient: Array) -> Array:
+    """Adds the sums of gradients over equal indices to ``found``, as long as the table or longer."""
+    place = jnp.arange(found.shape[0])
+
+    def add(n: Array, found: Array) -> Array:
+        return found + jnp.where(place == n, jnp.where(index == n, gradient, 0.0).sum(1).sum(0), 0.0)
+
+    return jax.lax.fori_loop(*ends_of(r, index), add, found)
+
+
+def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
+    if plan.interpret is None:
+        return
+    r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=False)
+    first, plain, detailed, last = (r.by_queries[n] for n in range(4))
+    rows = rows_of(plan, r, 0, r.slope[0] if plan.penalised else None)
+    query, d_out, log_sum, slack = r.query[...], r.d_out[...], r.log_sum[...], r.slack[...]
+    factor, size = r.scale[0] * LOG2E, blocks.queries
+    constant = None if plan.last is None else r.z[rows.number, jnp.full((size,), plan.last)] * LOG2E
+    limit = last if plan.last is None else jnp.minimum(r.limit[0], last)
+
+    def tile(in_sight: bool, j: Array, kept: dict[str, Array]) -> dict[str, Array]:
+        start = j * blocks.keys
+        at = pl.ds(start, blocks.keys)
+        key = r.key[at, :]
+        scores, d_weights = product(query, key, NT) * factor, product(d_out, r.value[at, :], NT)
+        scores = scores if constant is None else scores + constant[:, None]
+        common = _common(plan, r, j)
+        if in_sight:
+            scores, index = capped(plan, plainly(plan, r, face, rows, start, scores, common)), None
+        else:
+            sight = in_detail(plan, r, face, rows, start, blocks.keys, scores)
+            scores, index = hidden(sight, capped(plan, sight.scores)), sight.index
+        _, gradient = weighed(plan, face, scores, d_weights, log_sum, slack)
+        found = {"d_query": kept["d_query"] + product(gradient.astype(key.dtype), key)}
+        if constant is not None:
+            found["d_last"] = kept["d_last"] + gradient.sum(1)
+        if common is not None and in_sight:
+            place = jnp.arange(kept["d_table"].shape[0])
+            found["d_table"] = kept["d_table"] + jnp.where(place == common, gradient.sum(1).sum(0), 0.0)
+        elif common is not None:
+            found["d_table"] = into_table(r, kept["d_table"], index, gradient)
+        return found
+
+    kept = {"d_query": jnp.zeros(query.shape, jnp.float32)}
+    if constant is not None:
+        kept["d_last"] = jnp.zeros((size,), jnp.float32)
+    if plan.index is not None:
+        kept["d_table"] = jnp.zeros(r.d_table.shape, jnp.float32)
+    found = _walk(tile, first, plain, detailed, limit, kept)
+    for name, x in found.items():
+        getattr(r, name)[...] = x
+
+
+def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
+    if plan.interpret is None:
+        return
+    r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=True)
+    first, plain, detailed, last = (r.by_keys[n] for n in range(4))
+    j = pl.program_id(0)
+    key, value, factor = r.key[...], r.value[...], r.scale[0] * LOG2E
+
+    def head(g: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+        slope, of_head = r.slope[g] if plan.penalised else None, _of_head(plan, r, g)
+
+        def tile(in_sight: bool, i: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+            rows = rows_of(plan, r, i * blocks.queries, slope)
+            at = pl.ds(i * blocks.queries, blocks.queries)
+            query, d_out = r.query[at, g, :], r.d_out[at, g, :]
+            scores, d_weights = product(key, query, NT) * factor, product(value, d_out, NT)
+            if plan.last is not None:
+                scores += face.queries(r.z[g, rows.number, jnp.full(rows.number.shape, plan.last)]) * LOG2E
+            if in_sight:
+                common = None if plan.index is None else plan.index(r.query_first[i], r.key_last[0])
+                scores = capped(plan, plainly(plan, of_head, face, rows, 0, scores, common))
+            else:
+                sight = in_detail(plan, of_head, face, rows, 0, blocks.keys, scores)
+                scores = hidden(sight, capped(plan, sight.scores))
+            weights, gradient = weighed(plan, face, scores, d_weights, r.log_sum[g, at], r.slack[g, at])
+            return kept[0] + product(gradient.astype(query.dtype), query), kept[1] + product(weights.astype(d_out.dtype), d_out)
+
+        def unless_counted(i: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+            return jax.lax.cond(r.limit[g, i] > j, lambda kept: tile(False, i, kept), lambda kept: kept, kept)
+
+        if plan.last is None:
+            return _walk(tile, first, plain, detailed, last, kept)
+        settled = jnp.clip(r.settled[g], first, last)  # from this tile on no queries have counted here
+        kept = jax.lax.fori_loop(first, settled, unless_counted, kept)
+        return _walk(tile, settled, jnp.maximum(plain, settled), jnp.maximum(detailed, settled), last, kept)
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (key, value))
+    r.d_key[...], r.d_value[...] = jax.lax.fori_loop(0, r.query.shape[1], head, zeros)
+
+
+def _of_head(plan: Plan, r: Any, g: Array) -> Any:
+    """The arrays with the table of one head of several."""
+    return r if plan.index is None else types.SimpleNamespace(**(vars(r) | {"table": r.table.at[g]}))
+
+
+def _taken(plan: Plan, limit: Array, last: Array, turn: Array) -> tuple[Array, Array]:
+    """The strips that a query tile takes in a turn, from .. to, where it counted key tiles ``limit`` to ``last`` - 1."""
+    end = last * plan.strips
+    return jnp.maximum(limit * plan.strips, end - (turn + 1) * ROUND), end - turn * ROUND
+
+
+def _query_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
+    if plan.interpret is None:
+        return
+    r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=False)
+    begin, end = _taken(plan, r.limit[0], r.by_queries[3], r.turn[0])
+    rows = rows_of(plan, r, 0, r.slope[0] if plan.penalised else None)
+    query, d_out, log_sum, slack = r.query[...], r.d_out[...], r.log_sum[...], r.slack[...]
+    factor, exact = r.scale[0] * LOG2E, query.dtype == jnp.float32
+
+    def strip(t: Array, kept: dict[str, Array]) -> dict[str, Array]:
+        start = t * blocks.strip
+        at, gathered = pl.ds(start, blocks.strip), kept["gathered"]
+        key = r.key[at, :]
+        raw, d_weights = product(query, key, NT) * factor, product(d_out, r.value[at, :], NT)
+        sight = in_detail(plan, r, face, rows, start, blocks.strip, raw)
+        gates = gates_of(raw, sight.allowed)
+        high, low = add_exactly(kept["high"], kept["low"], -gates.sum(1))
+        slot = end - 1 - t
+        r.counts_there[slot, :], r.gathered_there[slot, :] = high + low, gathered
+        counts = counted(plan, face, high, low, face.sums(gates, later=True, parts=3 if exact else 2))
+        bias, slope = interpolated(plan, face, lambda n: r.z[rows.number, n], counts)
+        scores = hidden(sight, capped(plan, sight.scores + bias * LOG2E))
+        _, gradient = weighed(plan, face, scores, d_weights, log_sum, slack)
+        spread(plan, r, rows, counts, gradient)
+        steps = gradient * slope
+        reach = gathered[:, None] + face.sums(steps, later=False, parts=3 if exact else 1)
+        found = dict(high=high, low=low, gathered=gathered + steps.sum(1))
+        if plan.index is not None:
+            found["d_table"] = into_table(r, kept["d_table"], sight.index, gradient)
+        gradient += reach * gates * (1.0 - gates)
+        return found | {"d_query": kept["d_query"] + product(gradient.astype(key.dtype), key)}
+
+    state = ("high", "low", "gathered", "d_query") + (("d_table",) if plan.index is not None else ())
+    found = jax.lax.fori_loop(begin, end, strip, {name: getattr(r, name)[...] for name in state})
+    for name, x in found.items():
+        getattr(r, name)[...] = x
+
+
+def spread(plan: Plan, r: Any, rows: Rows, counts: Counts, gradient: Array) -> None:
+    """Adds the gradients [t, s] of biases to that of z: the transpose of ``interpolated``."""
+    if not plan.interpret:
+        plgpu.debug_barrier()  # a node that the last strip touched may be read by another thread than wrote it
+
+    def node(n: Array, _: None) -> None:
+        there, at = counts.base + n <= plan.last, jnp.minimum(counts.base + n, plan.last)
+        place = r.d_z.at[rows.number, at]
+        sums = (gradient * hat(counts.inside, n)).sum(1)
+        plgpu.store(place, plgpu.load(place, mask=there, other=0.0) + sums, mask=there)
+
+    jax.lax.fori_loop(0, counts.nodes, node, None)
+
+
+def _key_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
+    if plan.interpret is None:
+        return
+    r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=True)
+    t, turn = pl.program_id(0), r.turn[0]
+    key, value, factor = r.key[...], r.value[...], r.scale[0] * LOG2E
+    exact = key.dtype == jnp.float32
+
+    def head(g: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+        slope_of_head, of_head = r.slope[g] if plan.penalised else None, _of_head(plan, r, g)
+
+        def tile(i: Array, slot: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+            rows = rows_of(plan, r, i * blocks.queries, slope_of_head)
+            at = pl.ds(i * blocks.queries, blocks.queries)
+            query, d_out = r.query[at, g, :], r.d_out[at, g, :]
+            raw, d_weights = product(key, query, NT) * factor, product(value, d_out, NT)
+            sight = in_detail(plan, of_head, face, rows, 0, blocks.strip, raw)
+            gates = gates_of(raw, sight.allowed)
+            before, gathered = r.counts_there[g, slot, at], r.gathered_there[g, slot, at]
+            later = face.sums(gates, later=True, parts=3 if exact else 2)
+            counts = counted(plan, face, before, jnp.zeros_like(before), later)
+            bias, slope = interpolated(plan, face, lambda n: r.z[g, rows.number, n], counts)
+            scores = hidden(sight, capped(plan, sight.scores + bias * LOG2E))
+            weights, gradient = weighed(plan, face, scores, d_weights, r.log_sum[g, at], r.slack[g, at])
+            reach = face.queries(gathered) + face.sums(gradient * slope, later=False, parts=3 if exact else 1)
+            gradient += reach * gates * (1.0 - gates)
+            return kept[0] + product(gradient.astype(query.dtype), query), kept[1] + product(weights.astype(d_out.dtype), d_out)
+
+        def if_taken(i: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+            begin, end = _taken(plan, r.limit[g, i], r.by_queries[i, 3], turn)
+            there = (begin <= t) & (t < end)
+            return jax.lax.cond(there, lambda kept: tile(i, end - 1 - t, kept), lambda kept: kept, kept)
+
+        return jax.lax.fori_loop(r.tile_first[g], r.tile_last[g], if_taken, kept)
+
+    kept = jax.lax.fori_loop(0, r.query.shape[1], head, (r.d_key[...], r.d_value[...]))
+    r.d_key[...], r.d_value[...] = kept
+
+
+# Calls -------------------------------------------------------------------------------------------------------------------
+
+
+def _of_queries(plan: Plan, x: Operands) -> tuple[tuple[int, ...], dict[str, tuple]]:
+    """The grid of programs (query tile, head, batch), and of each array its block and where that lies; a None is an axis of 1."""
+    batch, length, heads, width = x.query.shape
+    span, group, value_width = x.key.shape[1], heads // x.key.shape[2], x.value.shape[-1]
+    size = plan.blocks.queries
+    tiles = length // size
+    rows = (None, None, size), lambda i, n, b: (b, n, i)
+    notes = (None, None, ROUND, size), lambda i, n, b: (b, n, 0, i)
+    made = {
+        "query": ((None, size, None, width), lambda i, n, b: (b, i, n, 0)),
+        "out": ((None, size, None, value_width), lambda i, n, b: (b, i, n, 0)),
+        "key": ((None, span, None, width), lambda i, n, b: (b, 0, n // group, 0)),
+        "value": ((None, span, None, value_width), lambda i, n, b: (b, 0, n // group, 0)),
+        "scale": ((1,), lambda i, n, b: (0,)),
+        "slope": ((1,), lambda i, n, b: (n,)),
+        "limit": ((None, None, 1), lambda i, n, b: (b, n, i)),
+        "query_positions": ((None, size), lambda i, n, b: (b, i)),
+        "key_positions": ((None, span), lambda i, n, b: (b, 0)),
+        "by_queries": ((None, None, 4), lambda i, n, b: (b, i, 0)),
+        "query_first": ((None, 1), lambda i, n, b: (b, i)),
+        "key_last": ((None, span // plan.blocks.keys), lambda i, n, b: (b, 0)),
+    }
+    made |= dict(query_segments=made["query_positions"], key_segments=made["key_positions"], turn=made["scale"])
+    made |= dict(d_query=made["query"], d_out=made["out"], counts_there=notes, gathered_there=notes)
+    made |= dict.fromkeys(("log_sum", "slack", "high", "low", "gathered", "d_last"), rows)
+    if x.z is not None:
+        made["z"] = made["d_z"] = (None, None, size, x.z.shape[-1]), lambda i, n, b: (b, n, i, 0)
+    if x.table is not None:
+        made["table"] = (None, x.table.shape[1]), lambda i, n, b: (n, 0)
+        made["d_table"] = (None, None, None, _table_size(x)), lambda i, n, b: (b, n, i, 0)
+    return (tiles, heads, batch), made
+
+
+def _of_keys(plan: Plan, x: Operands, size: int) -> tuple[tuple[int, ...], dict[str, tuple]]:
+    """The same of programs (``size`` keys, key head, batch), which see all queries of the heads that share the key head."""
+    batch, length, heads, width = x.query.shape
+    kv_heads, value_width = x.key.shape[2], x.value.shape[-1]
+    group, tiles = heads // kv_heads, length // plan.blocks.queries
+    rows = (None, group, length), lambda j, k, b: (b, k, 0)
+    notes = (None, group, ROUND, length), lambda j, k, b: (b, k, 0, 0)
+    one = (None, group, None), lambda j, k, b: (b, k, j)
+    made = {
+        "query": ((None, length, group, width), lambda j, k, b: (b, 0, k, 0)),
+        "d_out": ((None, length, group, value_width), lambda j, k, b: (b, 0, k, 0)),
+        "key": ((None, size, None, width), lambda j, k, b: (b, j, k, 0)),
+        "value": ((None, size, None, value_width), lambda j, k, b: (b, j, k, 0)),
+        "scale": ((1,), lambda j, k, b: (0,)),
+        "slope": ((group,), lambda j, k, b: (k,)),
+        "limit": ((None, group, tiles), lambda j, k, b: (b, k, 0)),
+        "query_positions": ((None, length), lambda j, k, b: (b, 0)),
+        "key_positions": ((None, size), lambda j, k, b: (b, j)),
+        "by_queries": ((None, tiles, 4), lambda j, k, b: (b, 0, 0)),
+        "by_keys": ((None, None, 4), lambda j, k, b: (b, j, 0)),
+        "query_first": ((None, tiles), lambda j, k, b: (b, 0)),
+        "key_last": ((None, 1), lambda j, k, b: (b, j)),
+    }
+    made |= dict(query_segments=made["query_positions"], key_segments=made["key_positions"], turn=made["scale"])
+    made |= dict(d_key=made["key"], d_value=made["value"], counts_there=notes, gathered_there=notes)
+    made |= dict.fromkeys(("log_sum", "slack"), rows) | dict.fromkeys(("settled", "tile_first", "tile_last"), one)
+    if x.z is not None:
+        made["z"] = (None, group, length, x.z.shape[-1]), lambda j, k, b: (b, k, 0, 0)
+    if x.table is not None:
+        made["table"] = (group, x.table.shape[1]), lambda j, k, b: (k, 0)
+    return (x.key.shape[1] // size, kv_heads, batch), made
+
+
+_PER_ROW = ("query_positions", "key_positions", "query_segments", "key_segments")  # of the batch, all or one
+_PER_ROW += ("by_queries", "by_keys", "query_first", "key_last")
+
+
+def _call(
+    body: Any, plan: Plan, programs: tuple[tuple[int, ...], dict[str, tuple]], inputs: dict[str, Any], outputs: dict[str, Any]
+) -> dict[str, Array]:
+    """Runs a kernel. An output that is an input too is changed in place."""
+    grid, blocks = programs
+    inputs = {name: array for name, array in inputs.items() if array is not None}
+
+    def spec(name: str, shape: tuple[int, ...]) -> pl.BlockSpec:
+        block, index = blocks[name]
+        if name in _PER_ROW and shape[0] == 1:  # one row for the whole batch
+            return pl.BlockSpec(block, lambda i, n, b: index(i, n, 0))
+        return pl.BlockSpec(block, index)
+
+    changed = [name for name in outputs if name in inputs]
+    names = [name if name not in changed else f"old_{name}" for name in inputs]
+    found = pl.pallas_call(
+        functools.partial(body, plan, (*names, *outputs)),
+        grid=grid,
+        in_specs=[spec(name, array.shape) for name, array in inputs.items()],
+        out_specs=[spec(name, shape.shape) for name, shape in outputs.items()],
+        out_shape=list(outputs.values()),
+        input_output_aliases={list(inputs).index(name): list(outputs).index(name) for name in changed},
+        compiler_params=plgpu.CompilerParams(num_warps=plan.blocks.warps, num_stages=plan.blocks.stages),
+        interpret=bool(plan.interpret),
+        name=f"posjax_attention{body.__name__}",
+    )(*inputs.values())
+    return dict(zip(outputs, found, strict=True))
+
+
+def _table_size(x: Operands) -> int:
+    return max(16, pl.next_power_of_2(x.table.shape[1]))
+
+
+def _inputs(plan: Plan, x: Operands, seen: Visits, *more: str) -> dict[str, Any]:
+    """What every kernel reads."""
+    names = ("query", "key", "value", "scale", "query_positions", "key_positions", "query_segments", "key_segments", "z", "table")
+    made = {name: getattr(x, name) for name in names} | {"slope": x.slopes} | {name: getattr(seen, name) for name in more}
+    return made | ({"query_first": seen.query_first, "key_last": seen.key_last} if plan.index is not None else {})
+
+
+def _like(*arrays: Array, dtype: Any = None) -> Any:
+    return [jax.ShapeDtypeStruct(array.shape, dtype or array.dtype) for array in arrays]
+
+
+def forward(plan: Plan, x: Operands) -> tuple[Array, ...]:
+    """out [B, T, N, V] and, [B, N, T], log2 of the softmax's sum; of counts the state, high and low [B, N, T], and the key tile
+    from which on each query tile counted, [B, N, I]."""
+    batch, length, heads, _ = x.query.shape
+    row = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    outputs = {"out": jax.ShapeDtypeStruct((batch, length, heads, x.value.shape[-1]), x.value.dtype), "log_sum": row}
+    if plan.last is not None:
+        limit = jax.ShapeDtypeStruct((batch, heads, length // plan.blocks.queries), jnp.int32)
+        outputs |= {"high": row, "low": row, "limit": limit}
+    inputs = _inputs(plan, x, visits(plan, x), "by_queries")
+    return tuple(_call(_forward, plan, _of_queries(plan, x), inputs, outputs).values())
+
+
+def backward(plan: Plan, x: Operands, saved: tuple[Array, ...], d_out: Array, slack: Array) -> dict[str, Array]:
+    """Gradients of query (before the scale), key, value, z, and table [N, W]; float32.
+
+    Args:
+      saved: what ``forward`` returned after out.
+      d_out: [B, T, N, V].
+      slack: [B, N, T], the sums of d_out * out.
+    """
+    seen = visits(plan, x)
+    log_sum, *counts = saved
+    given = {"d_out": d_out, "log_sum": log_sum, "slack": slack}
+    of_queries, of_keys = _of_queries(plan, x), _of_keys(plan, x, plan.blocks.keys)
+    batch, length, heads, _ = x.query.shape
+    tiles = length // plan.blocks.queries
+
+    inputs, (query,) = _inputs(plan, x, seen, "by_queries") | given, _like(x.query, dtype=jnp.float32)
+    outputs: dict[str, Any] = {"d_query": query}
+    if plan.last is not None:
+        high, low, limit = counts
+        inputs["limit"], outputs["d_last"] = limit, jax.ShapeDtypeStruct(log_sum.shape, jnp.float32)
+    if plan.index is not None:
+        outputs["d_table"] = jax.ShapeDtypeStruct((batch, heads, tiles, _table_size(x)), jnp.float32)
+    found = _call(_query_plain, plan, of_queries, inputs, outputs)
+
+    inputs, key_and_value = _inputs(plan, x, seen, "by_keys") | given, _like(x.key, x.value, dtype=jnp.float32)
+    if plan.last is not None:
+        inputs |= {"limit": limit, "settled": _below(limit, x.key.shape[1] // plan.blocks.keys)}
+    found |= _call(_key_plain, plan, of_keys, inputs, dict(zip(("d_key", "d_value"), key_and_value, strict=True)))
+
+    if plan.last is not None:
+        found |= {"d_z": jnp.zeros_like(x.z).at[..., plan.last].set(found.pop("d_last"))}
+        found |= {"high": high, "low": low, "gathered": jnp.zeros_like(high)}
+        found = _band(plan, x, seen, given, limit, found)
+    table = {"table": found["d_table"].sum((0, 2))[:, : x.table.shape[1]]} if plan.index is not None else {}
+    return {name: found[f"d_{name}"] for name in ("query", "key", "value", *(["z"] if plan.last is not None else []))} | table
+
+
+def _band(plan: Plan, x: Operands, seen: Visits, given: dict[str, Any], limit: Array, found: dict[str, Any]) -> dict[str, Any]:
+    """The gradients with what was counted."""
+    ends = jnp.broadcast_to(seen.by_queries[:, None, :, 3], limit.shape)
+    strips = (ends - limit) * plan.strips
+    rounds = (strips.max() + ROUND - 1) // ROUND
+    of_queries, of_keys = _of_queries(plan, x), _of_keys(plan, x, plan.blocks.strip)
+    notes = jax.ShapeDtypeStruct((*limit.shape[:2], ROUND, x.query.shape[1]), jnp.float32)
+
+    def round_(n: Array, found: dict[str, Any]) -> dict[str, Any]:
+        turn = rounds - 1 - n
+        inputs = _inputs(plan, x, seen, "by_queries") | given | {"limit": limit, "turn": turn.reshape(1)}
+        changed = [name for name in found if name not in ("d_key", "d_value")]
+        outputs = dict(zip(changed, _like(*(found[name] for name in changed)), strict=True))
+        both = {"counts_there": notes, "gathered_there": notes}
+        made = _call(_query_band, plan, of_queries, inputs | {name: found[name] for name in changed}, outputs | both)
+        found, kept = found | {name: made[name] for name in changed}, {name: made[name] for name in both}
+
+        begin, end = _taken(plan, limit, ends, turn)
+        inputs |= {"tile_first": _below(end, x.key.shape[1] // plan.blocks.strip, first=True)}
+        inputs |= {"tile_last": _below(begin, x.key.shape[1] // plan.blocks.strip)}
+        outputs = dict(zip(("d_key", "d_value"), _like(found["d_key"], found["d_value"]), strict=True))
+        return found | _call(_key_band, plan, of_keys, inputs | kept | {name: found[name] for name in outputs}, outputs)
+
+    return jax.lax.fori_loop(0, rounds, round_, found)
+
+
+def _below(border: Array, count: int, first: bool = False) -> Array:
+    """For each of ``count`` keys' tiles or strips, from borders [B, N, I] of query tiles: one past the last query tile whose border
+    is not beyond it; or the first whose border is."""
+    hull = jax.lax.cummax(border, axis=2) if first else jax.lax.cummin(border, axis=2, reverse=True)
+    search = functools.partial(jnp.searchsorted, side="right")
+    found = jax.vmap(jax.vmap(search, (0, None)), (0, None))(hull, jnp.arange(count))
+    return found.astype(jnp.int32)
