@@ -40,6 +40,7 @@ def half(rows, keys):
 
 
 def test_the_tile_that_costs_least_with_the_most_keys_that_compile(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(script.costs, "compiled", compiler)
     monkeypatch.setattr(script, "gates_of", lambda kind: half)
     tiles = ((512, 512, 256), (1024, 512, 256), (2048, 512, 256))

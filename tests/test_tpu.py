@@ -236,7 +236,7 @@ def test_block_sizes_of_the_call():
 
     for implementation, sizes in itertools.product(("pallas", None), (small, large)):
         program = jax.make_jaxpr(functools.partial(loss, encoding=pj.alibi(), implementation=implementation, block_sizes=sizes))
-        assert set(re.findall(r"Blocks\(.*?\)", str(program(operands)))) == {str(sizes)}
+        assert set(re.findall(r"\bBlocks\(.*?\)", str(program(operands)))) == {str(sizes)}
 
 
 # One thing each ------------------------------------------------------------------------------------------------------

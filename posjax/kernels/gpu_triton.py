@@ -12,8 +12,9 @@ Every sum has one owner that adds in one order, so two runs agree bit for bit. W
 sequence where gates are near zero: so the two kernels of the band take turns, ``ROUND`` strips at a time, from the left. With gates
 of one half or more there is one round for CoPE of 64 positions.
 
-A count is interpolated by hats: bias = sum over n of z_n max(0, 1 - |count - n|), over the nodes n that the counts of a row pass in
-a strip, a loop as long as the widest of them. Its transpose is the same loop. It needs no look-ups, which Triton has none of.
+Between two positions the bias is a straight line, so a count needs two numbers of its cell. Triton has no look-ups in registers:
+they are chosen in a loop over the cells that the counts of a row pass in a strip, as long as the widest of them. The transpose is
+a loop over the nodes between cells: the gradient of z_n is the sum of g max(0, 1 - |count - n|).
 """
 
 import functools
@@ -175,12 +176,14 @@ class Counts(NamedTuple):
     Attributes:
       base: [t] int32, the least cell of each query.
       inside: the counts beyond it, clamped at the last position.
-      nodes: how many cells a query may touch.
+      cells: int32, those rounded down.
+      most: the greatest of the cells.
     """
 
     base: Array
     inside: Array
-    nodes: Array
+    cells: Array
+    most: Array
 
 
 def gates_of(scores: Array, allowed: Array) -> Array:
@@ -195,26 +198,22 @@ def counted(plan: Plan, face: Face, high: Array, low: Array, later: Array) -> Co
     offset = (high - base.astype(jnp.float32)) + low
     inside = jnp.minimum(face.queries(offset) + later, face.queries((plan.last - base).astype(jnp.float32)))
     inside = jnp.maximum(inside, 0.0)
-    return Counts(base, inside, inside.max(1).max(0).astype(jnp.int32) + 2)
-
-
-def hat(inside: Array, n: Array) -> Array:
-    return jnp.maximum(1.0 - jnp.abs(inside - n.astype(jnp.float32)), 0.0)
+    cells = inside.astype(jnp.int32)
+    return Counts(base, inside, cells, cells.max(1).max(0))
 
 
 def interpolated(plan: Plan, face: Face, height: Callable[[Array], Array], counts: Counts) -> tuple[Array, Array]:
     """The bias of counts and its slope, from ``height(n)``: z [t] at positions [t]."""
 
-    def node(n: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
-        bias, slope, before = found
-        here = height(jnp.minimum(counts.base + n, plan.last))
-        bias += face.queries(here) * hat(counts.inside, n)
-        slope = jnp.where(cell == n - 1, face.queries(here - before), slope)
-        return bias, slope, here
+    def choose(n: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        start, slope, here = found
+        beyond = height(jnp.minimum(counts.base + n + 1, plan.last))
+        own = counts.cells == n
+        return jnp.where(own, face.queries(here), start), jnp.where(own, face.queries(beyond - here), slope), beyond
 
-    cell, zeros = counts.inside.astype(jnp.int32), jnp.zeros_like(counts.inside)
-    bias, slope, _ = jax.lax.fori_loop(0, counts.nodes, node, (zeros, zeros, jnp.zeros(counts.base.shape, jnp.float32)))
-    return bias, slope
+    zeros = jnp.zeros_like(counts.inside)
+    start, slope, _ = jax.lax.fori_loop(0, counts.most + 1, choose, (zeros, zeros, height(counts.base)))
+    return start + slope * (counts.inside - counts.cells.astype(jnp.float32)), slope
 
 
 # Forward -----------------------------------------------------------------------------------------------------------------
@@ -457,10 +456,11 @@ def spread(plan: Plan, r: Any, rows: Rows, counts: Counts, gradient: Array) -> N
     def node(n: Array, _: None) -> None:
         there, at = counts.base + n <= plan.last, jnp.minimum(counts.base + n, plan.last)
         place = r.d_z.at[rows.number, at]
-        sums = (gradient * hat(counts.inside, n)).sum(1)
+        hat = jnp.maximum(1.0 - jnp.abs(counts.inside - n.astype(jnp.float32)), 0.0)
+        sums = (gradient * hat).sum(1)
         plgpu.store(place, plgpu.load(place, mask=there, other=0.0) + sums, mask=there)
 
-    jax.lax.fori_loop(0, counts.nodes, node, None)
+    jax.lax.fori_loop(0, counts.most + 2, node, None)
 
 
 def _key_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
