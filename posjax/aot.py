@@ -1,8 +1,10 @@
-"""Programs compiled for TPUs that are not attached, and the schedule that the compiler made of them.
+"""Programs compiled for TPUs and GPUs that are not attached, and what the compiler made of them.
 
     compile_all([("package.module:function", {...}), ...], "v6e:2x2")
         -> a child process with libtpu: function(**kwargs) -> jit -> lower -> compile, one job after the other
         -> a Report of each: memory, operations, collectives, and for every Pallas kernel its loops in bundles
+
+A topology of GPUs is such as "h200:1x1x8"; kernels are then reported with their registers (``aot_gpu.py``).
 
 The compiler of TPU programs is in libtpu, which needs no TPU (``pip install 'posjax[tpu-aot]'``). It reads its settings from the
 environment before jax starts, and may end its process over a program that it does not like: hence the child.
@@ -27,6 +29,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from posjax import aot_gpu
 
 Job = tuple[str, Mapping[str, Any]]
 _MIB = 2**20
@@ -107,6 +111,8 @@ class Kernel:
       bundles: of the whole; None where the compiler wrote no schedule of it.
       sections: loops and branches in the order of their first bundles; the outermost loop is the grid's.
       vmem: bytes that it has in VMEM at a time: scratch, and the blocks in flight.
+      registers: of a thread, on a GPU; None where they are not known.
+      spilled: bytes of a thread that its registers do not hold.
     """
 
     name: str
@@ -114,6 +120,8 @@ class Kernel:
     bundles: int | None
     sections: tuple[Section, ...]
     vmem: int | None
+    registers: int | None = None
+    spilled: int | None = None
 
     @property
     def loops(self) -> tuple[Section, ...]:
@@ -224,27 +232,29 @@ def compile_ahead(
 
 
 def compile_all(jobs: Sequence[Job], topology: str, *, flags: Sequence[str] = (), schedules: bool = True) -> list[Report]:
-    """Compiles functions for a TPU that is not attached, one after the other in one process of their own.
+    """Compiles functions for a TPU or a GPU that is not attached, one after the other in one process of their own.
 
     Args:
       jobs: (target, kwargs) each. The target is "package.module:function", whose function is called with the kwargs, which must be
         JSON, and with ``devices``, those of the topology, if it asks for them. It returns (what to compile, its arguments): a
         function or a jax.jit object, and a tuple of trees of jax.ShapeDtypeStruct. An argument without a sharding is put on the
         first device, or on every device of the mesh where another argument is on a mesh.
-      topology: such as "v6e:2x2" or "v5p:8x8x8"; GENERATIONS has the smallest ones.
-      flags: of libtpu, such as "--xla_tpu_scoped_vmem_limit_kib=65536".
-      schedules: kernels are reported with their bundles and sections. Without them the compiler is done several times sooner.
+      topology: such as "v6e:2x2" or "v5p:8x8x8", GENERATIONS has the smallest ones; or "h200:1x1x8", slices, hosts and GPUs.
+      flags: of libtpu, such as "--xla_tpu_scoped_vmem_limit_kib=65536", or of XLA for GPUs.
+      schedules: kernels are reported with their bundles and sections, or their registers. Without them the compiler is done sooner,
+        that of TPUs several times.
 
     Returns:
       A report for each job. One that raised, or took its process along, has ``failed``; the others are compiled regardless.
 
     Raises:
-      ImportError: libtpu is not installed.
-      RuntimeError: no job could be begun, as with a topology or a flag that libtpu does not know.
-      ValueError: the topology is not a generation and a shape.
+      ImportError: libtpu, or the CUDA plugin, is not installed.
+      RuntimeError: no job could be begun, as with a topology or a flag that the compiler does not know.
+      ValueError: the topology is not a generation or a GPU and a shape.
     """
-    generation_of(topology)
-    if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
+    if aot_gpu.gpu_of(topology) is not None:
+        aot_gpu.check_installed()
+    elif generation_of(topology) and importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
         raise ImportError("compiling for a TPU that is not attached needs libtpu; add it with: pip install 'posjax[tpu-aot]'")
     reports: dict[int, Report] = {}
     while len(reports) < len(jobs):
@@ -274,7 +284,7 @@ def _run_child(
         child = subprocess.run(
             [sys.executable, "-m", "posjax.aot"],
             input=json.dumps(order).encode(),
-            env=_environment(topology, [*_dumping(dump), *flags] if schedules else flags),
+            env=_environment(topology, dump if schedules else None, flags),
             stdout=file,
             stderr=file,
         )
@@ -289,21 +299,24 @@ def _dumping(dump: Path) -> list[str]:
     return [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"]
 
 
-def _environment(topology: str, flags: Sequence[str]) -> dict[str, str]:
-    """What libtpu and jax must find when they start."""
+def _environment(topology: str, dump: Path | None, flags: Sequence[str]) -> dict[str, str]:
+    """What the compiler and jax must find when they start; schedules go to ``dump`` if there is one."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TPU_") or name == "TPU_LIBRARY_PATH"}
     for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # libtpu ends over a flag that another XLA knows
         environment.pop(name, None)
     path = [entry or os.getcwd() for entry in sys.path]  # targets are found as here
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what comes out of a cache has no schedule
+    if aot_gpu.gpu_of(topology) is not None:
+        return environment | aot_gpu.environment(dump, flags)
+    flags = [*(_dumping(dump) if dump else ()), *flags]
     return environment | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes out of a cache has no schedule
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": generation_of(topology).accelerator_type,
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it computes nothing, so several may compile side by side
         "LIBTPU_INIT_ARGS": " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags]).strip(),
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
     }
 
 
@@ -381,6 +394,10 @@ def read_program(text: str) -> tuple[tuple[Collective, ...], list[Kernel], dict[
             size = _result_bytes(match[1], match[2], match[3] is not None)
             moved.setdefault(match[2], {})[channel[1] if channel else name] = size, op_name
         elif " custom-call(" in body and (match := _CALLED.search(body)):
+            if match[1] == aot_gpu.TRITON:
+                called = re.search(r'\bname = "([^"]+)"', body)
+                kernels.append(Kernel(called[1] if called else name, op_name, None, (), None))
+                continue
             if match[1] != "tpu_custom_call":
                 others[match[1]] = others.get(match[1], 0) + 1
                 continue
@@ -439,7 +456,10 @@ def main() -> None:
     order = json.loads(sys.stdin.read())
     from jax.experimental import topologies
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=order["topology"]).devices
+    if aot_gpu.gpu_of(order["topology"]) is not None:
+        devices = aot_gpu.devices(order["topology"])
+    else:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=order["topology"]).devices
     with open(order["answers"], "a") as answers:
         for n, (target, kwargs) in enumerate(order["jobs"]):
             print(json.dumps({"begin": n, "said": os.fstat(2).st_size}), file=answers, flush=True)
@@ -460,7 +480,9 @@ def _compile(target: str, kwargs: dict[str, Any], topology: str, devices: Sequen
     if "devices" in inspect.signature(make).parameters:
         kwargs = kwargs | {"devices": devices}
     first = devices[0]
-    kind = jax.sharding.AbstractDevice(first.device_kind, getattr(first, "num_cores", 1), first.platform)
+    gpu = aot_gpu.gpu_of(topology)
+    cores = getattr(first, "num_cores", 1) if gpu is None else gpu.processors
+    kind = jax.sharding.AbstractDevice(first.device_kind, cores, first.platform)
     asked = jax.sharding.AbstractMesh((), (), abstract_device=kind)  # for who asks on what it will run
     with jax.sharding.use_abstract_mesh(asked):
         function, args = make(**kwargs)
@@ -469,7 +491,12 @@ def _compile(target: str, kwargs: dict[str, Any], topology: str, devices: Sequen
         compiled = jitted.lower(*_placed(args, first)).compile()
     seconds = time.perf_counter() - start
     collectives, kernels, others = read_program(compiled.as_text())
-    delay_slots = generation_of(topology).delay_slots
+    if gpu is None:
+        delay_slots = generation_of(topology).delay_slots
+        kernels = [_with_schedule(kernel, dump, delay_slots) for kernel in kernels]
+    else:
+        resources = aot_gpu.resources(dump, gpu)
+        kernels = [dataclasses.replace(kernel, **resources.get(kernel.name, {})) for kernel in kernels]
     cost = compiled.cost_analysis() or {}
     stats = compiled.memory_analysis()
     sizes = {name: getattr(stats, f"{name}_size_in_bytes", None) for name in ("argument", "output", "temp", "alias")}
@@ -483,7 +510,7 @@ def _compile(target: str, kwargs: dict[str, Any], topology: str, devices: Sequen
         flops=cost.get("flops"),
         bytes_accessed=cost.get("bytes accessed"),
         collectives=collectives,
-        kernels=tuple(_with_schedule(kernel, dump, delay_slots) for kernel in kernels),
+        kernels=tuple(kernels),
         custom_calls=others,
     )
 

@@ -21,8 +21,9 @@ from posjax.attention import prepare
 from posjax.kernels import gpu, gpu_triton
 from posjax.kernels.gpu_plan import GpuBlocks, longest_run
 
-SMALL = GpuBlocks(queries=32, keys=32, strip=16, warps=4, stages=2)
-UNEVEN = GpuBlocks(64, 32, 32, 4, 2)
+SMALL = GpuBlocks(queries=32, keys=32, strip=16, rows=16, warps=4, stages=2)
+UNEVEN = GpuBlocks(64, 32, 32, 64, 4, 2)
+thorough = pytest.mark.thorough
 KERNELS = ("forward", "query_plain", "key_plain", "query_band", "key_band")
 
 
@@ -43,7 +44,7 @@ def check(encoding, tile=SMALL, **call):
 # What always runs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gates", [None, "mixed", *(pytest.param(gates, marks=pytest.mark.thorough) for gates in ("near 0", "near 1"))])
+@pytest.mark.parametrize("gates", [None, "mixed", pytest.param("near 0", marks=thorough), pytest.param("near 1", marks=thorough)])
 def test_everything_at_once(gates):
     """CoPE, T5 and ALiBi on rotated queries; packed rows, a window, a soft cap, grouped heads, a learned scale."""
     out = check(
@@ -156,13 +157,13 @@ def test_programs_for_a_gpu_contain_them_wherever_they_are_lowered(implementatio
 
 def test_block_sizes_of_the_call():
     """They stand in the program for a GPU, also where no implementation is named; others are checked before compilation."""
-    sizes = GpuBlocks(64, 32, 16, 2, 3)
+    sizes = GpuBlocks(64, 32, 16, 64, 2, 3)
     for implementation in ("pallas", None):
         program = jax.jit(functools.partial(loss, encoding=pj.alibi(), implementation=implementation, block_sizes=sizes))
         text = program.trace(shapes(pj.alibi())).lower(lowering_platforms=("cuda",)).as_text()
         assert "num_warps = 2" in text
         assert "num_stages = 3" in text
-    for wrong, message in ((sizes._replace(keys=48), "keys a power of two"), (sizes._replace(keys=16, strip=32), "as many keys")):
+    for wrong, message in ((sizes._replace(keys=48), "keys a power of two"), (sizes._replace(strip=64), "at most its keys")):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(functools.partial(loss, encoding=pj.alibi(), block_sizes=wrong), shapes(pj.alibi()))
 
@@ -175,8 +176,6 @@ def test_two_runs_agree_bit_for_bit():
 
 
 # One thing each ------------------------------------------------------------------------------------------------------
-
-thorough = pytest.mark.thorough
 
 
 @thorough
@@ -219,7 +218,7 @@ CALLS = {
             arrays={"query_positions": 37 * jnp.arange(140) % 140, "key_positions": 67 * jnp.arange(200) % 200},
         ),
     ),
-    "blocks of their own": (GATED, dict(tile=GpuBlocks(128, 64, 32, 8, 2), length=600, heads=(1, 1, 16, 16), is_causal=True)),
+    "blocks of their own": (GATED, dict(tile=GpuBlocks(128, 64, 32, 64, 8, 2), length=600, heads=(1, 1, 16, 16), is_causal=True)),
 }
 
 

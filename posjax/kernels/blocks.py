@@ -28,7 +28,7 @@ class Blocks(NamedTuple):
 def check_blocks(blocks: Any) -> None:
     """Raises TypeError for what is no Blocks, ValueError for sizes that no kernel has, before anything is compiled."""
     if not isinstance(blocks, Blocks):
-        given = "posjax.Blocks(queries, keys, strip, resident) or posjax.GpuBlocks(queries, keys, strip, warps, stages)"
+        given = "posjax.Blocks(queries, keys, strip, resident) or posjax.GpuBlocks(...)"
         raise TypeError(f"block_sizes must be None or {given}, got {blocks!r}")
     sizes = blocks._asdict()
     for name, of in {"queries": "", "strip": "", "keys": "strip", "resident": "keys"}.items():

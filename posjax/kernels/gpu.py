@@ -106,7 +106,7 @@ def attention(
 
 def default_blocks(query: Array, value: Array) -> GpuBlocks:
     wide = max(query.shape[-1], value.shape[-1]) * query.dtype.itemsize
-    return GpuBlocks(64, 64, 32, 4, 2) if wide > 256 else GpuBlocks(128, 64, 32, 8, 2)
+    return GpuBlocks(64, 64, 32, 64, 4, 2) if wide > 256 else GpuBlocks(128, 64, 32, 64, 8, 2)
 
 
 def _products(counts: BiasTerm) -> Array:

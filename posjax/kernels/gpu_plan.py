@@ -25,28 +25,31 @@ class GpuBlocks(NamedTuple):
     Attributes:
       queries: rows of a tile.
       keys: columns of a tile.
-      strip: keys that are counted at a time; ``keys`` is a multiple.
+      strip: keys that are counted at a time, at most ``keys``.
+      rows: queries that a tile of keys meets at a time in the backward pass, at most ``queries``.
       warps: of 32 threads, that work on a tile.
-      stages: tiles of keys that are loaded at a time.
+      stages: tiles that are loaded at a time.
     """
 
     queries: int
     keys: int
     strip: int
+    rows: int
     warps: int
     stages: int
 
 
 def check_gpu_blocks(blocks: GpuBlocks) -> None:
     """Raises ValueError for sizes that no kernel has, before anything is compiled."""
-    for name, least, most in (("queries", 16, 256), ("keys", 16, 256), ("strip", 16, 256), ("warps", 1, 16), ("stages", 1, 8)):
-        size = getattr(blocks, name)
-        power = isinstance(size, int) and not isinstance(size, bool) and size > 0 and size & (size - 1) == 0
-        if not (power or (name == "stages" and isinstance(size, int))) or not least <= size <= most:
+    for name, size in blocks._asdict().items():
+        least, most = {"warps": (1, 16), "stages": (1, 8)}.get(name, (16, 256))
+        fits = isinstance(size, int) and not isinstance(size, bool) and least <= size <= most
+        if not fits or (name != "stages" and size & (size - 1)):
             what = "a number" if name == "stages" else "a power of two"
             raise ValueError(f"block_sizes must have as {name} {what} from {least} to {most}, got {blocks}")
-    if blocks.keys < blocks.strip:
-        raise ValueError(f"block_sizes must have at least as many keys as a strip, got {blocks}")
+    for part, of in (("strip", "keys"), ("rows", "queries")):
+        if getattr(blocks, part) > getattr(blocks, of):
+            raise ValueError(f"block_sizes must have as {part} at most its {of}, got {blocks}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,11 @@ class Plan:
         """Of a key tile."""
         return self.blocks.keys // self.blocks.strip
 
+    @property
+    def pieces(self) -> int:
+        """Of a query tile."""
+        return self.blocks.queries // self.blocks.rows
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -93,40 +101,50 @@ class Operands:
 
 
 class Visits(NamedTuple):
-    """Which tiles meet. Letters: I query tiles, J key tiles.
+    """Which tiles meet. Letters: I query tiles, J key tiles, R pieces of ``rows`` queries.
 
     Attributes:
       by_queries: [B or 1, I, 4] int32: first, plain, detailed, last as in this file's text, in key tiles.
-      by_keys: [B or 1, J, 4], the same with queries and keys exchanged, in query tiles.
+      by_keys: [B or 1, J, 4], the same with queries and keys exchanged, in pieces of ``rows`` queries.
       query_first: [B or 1, I], the first position of each query tile.
+      row_first: [B or 1, R], and of each piece.
       key_last: [B or 1, J], the last position of each key tile.
     """
 
     by_queries: Array
     by_keys: Array
     query_first: Array
+    row_first: Array
     key_last: Array
 
 
 def visits(plan: Plan, x: Operands) -> Visits:
-    queries = extents(x.query_positions, x.query_segments, plan.blocks.queries)
+    def of_queries(size: int) -> Array:
+        return extents(x.query_positions, x.query_segments, size)
+
+    queries, pieces = of_queries(plan.blocks.queries), of_queries(plan.blocks.rows)
     keys = extents(x.key_positions, x.key_segments, plan.blocks.keys)
-    batch = max(len(queries), len(keys))
+    by_keys = _walk(*(jnp.swapaxes(flags, 1, 2) for flags in _flags(plan, pieces, keys)))
+    return Visits(_walk(*_flags(plan, queries, keys)), by_keys, queries[..., 0], pieces[..., 0], keys[..., 1])
+
+
+def _flags(plan: Plan, queries: Array, keys: Array) -> tuple[Array, Array]:
+    """[B or 1, I, J] from ``extents``: whether any pairs meet, and whether the pairs are plain."""
     rows, columns = (jnp.moveaxis(e, -1, 0) for e in (queries, keys))
     rows, columns = Extent(*rows[..., None]), Extent(*columns[:, :, None])
     live, plain = ~plan.rules.none(rows, columns), plan.rules.all(rows, columns)
     if plan.uniform is not None:
         plain &= plan.uniform(rows.first, rows.last, columns.first, columns.last)
-    live, plain = (jnp.broadcast_to(flags, (batch, queries.shape[1], keys.shape[1])) for flags in (live, plain))
+    shape = max(len(queries), len(keys)), queries.shape[1], keys.shape[1]
+    return jnp.broadcast_to(live, shape), jnp.broadcast_to(plain, shape)
 
-    def walk(live: Array, plain: Array) -> Array:
-        found = live.any(-1)
-        first, last = live.argmax(-1), live.shape[-1] - live[..., ::-1].argmax(-1)
-        begin, end = longest_run(plain)
-        return jnp.stack([jnp.where(found, n, 0) for n in (first, begin, end, last)], -1).astype(jnp.int32)
 
-    turned = (jnp.swapaxes(flags, 1, 2) for flags in (live, plain))
-    return Visits(walk(live, plain), walk(*turned), queries[..., 0], keys[..., 1])
+def _walk(live: Array, plain: Array) -> Array:
+    """first, plain, detailed, last along the last axis."""
+    found = live.any(-1)
+    first, last = live.argmax(-1), live.shape[-1] - live[..., ::-1].argmax(-1)
+    begin, end = longest_run(plain)
+    return jnp.stack([jnp.where(found, n, 0) for n in (first, begin, end, last)], -1).astype(jnp.int32)
 
 
 def longest_run(flags: Array) -> tuple[Array, Array]:

@@ -93,9 +93,8 @@ class Rows(NamedTuple):
     slope: Array | None  # of the head
 
 
-def rows_of(plan: Plan, r: Any, start: Any, slope: Array | None) -> Rows:
-    """The rows from ``start`` on of the arrays that a program sees."""
-    size = plan.blocks.queries
+def rows_of(plan: Plan, r: Any, start: Any, size: int, slope: Array | None) -> Rows:
+    """``size`` rows from ``start`` on of the arrays that a program sees."""
     at = pl.ds(start, size)
     segments = r.query_segments[at] if plan.rules.segmented else None
     return Rows(start + jnp.arange(size), r.query_positions[at], segments, slope)
@@ -224,7 +223,7 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         return
     r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=False)
     first, plain, detailed, last = (r.by_queries[n] for n in range(4))
-    rows = rows_of(plan, r, 0, r.slope[0] if plan.penalised else None)
+    rows = rows_of(plan, r, 0, blocks.queries, r.slope[0] if plan.penalised else None)
     query, factor = r.query[...], r.scale[0] * LOG2E
     height = None if plan.last is None else lambda n: r.z[rows.number, n]
 
@@ -320,7 +319,7 @@ def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         return
     r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=False)
     first, plain, detailed, last = (r.by_queries[n] for n in range(4))
-    rows = rows_of(plan, r, 0, r.slope[0] if plan.penalised else None)
+    rows = rows_of(plan, r, 0, blocks.queries, r.slope[0] if plan.penalised else None)
     query, d_out, log_sum, slack = r.query[...], r.d_out[...], r.log_sum[...], r.slack[...]
     factor, size = r.scale[0] * LOG2E, blocks.queries
     constant = None if plan.last is None else r.z[rows.number, jnp.full((size,), plan.last)] * LOG2E
@@ -371,14 +370,13 @@ def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         slope, of_head = r.slope[g] if plan.penalised else None, _of_head(plan, r, g)
 
         def tile(in_sight: bool, i: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
-            rows = rows_of(plan, r, i * blocks.queries, slope)
-            at = pl.ds(i * blocks.queries, blocks.queries)
+            rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, slope), pl.ds(i * blocks.rows, blocks.rows)
             query, d_out = r.query[at, g, :], r.d_out[at, g, :]
             scores, d_weights = product(key, query, NT) * factor, product(value, d_out, NT)
             if plan.last is not None:
                 scores += face.queries(r.z[g, rows.number, jnp.full(rows.number.shape, plan.last)]) * LOG2E
             if in_sight:
-                common = None if plan.index is None else plan.index(r.query_first[i], r.key_last[0])
+                common = None if plan.index is None else plan.index(r.row_first[i], r.key_last[0])
                 scores = capped(plan, plainly(plan, of_head, face, rows, 0, scores, common))
             else:
                 sight = in_detail(plan, of_head, face, rows, 0, blocks.keys, scores)
@@ -387,11 +385,11 @@ def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
             return kept[0] + product(gradient.astype(query.dtype), query), kept[1] + product(weights.astype(d_out.dtype), d_out)
 
         def unless_counted(i: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
-            return jax.lax.cond(r.limit[g, i] > j, lambda kept: tile(False, i, kept), lambda kept: kept, kept)
+            return jax.lax.cond(r.limit[g, i // plan.pieces] > j, lambda kept: tile(False, i, kept), lambda kept: kept, kept)
 
         if plan.last is None:
             return _walk(tile, first, plain, detailed, last, kept)
-        settled = jnp.clip(r.settled[g], first, last)  # from this tile on no queries have counted here
+        settled = jnp.clip(r.settled[g] * plan.pieces, first, last)  # from this piece on no queries have counted here
         kept = jax.lax.fori_loop(first, settled, unless_counted, kept)
         return _walk(tile, settled, jnp.maximum(plain, settled), jnp.maximum(detailed, settled), last, kept)
 
@@ -415,7 +413,7 @@ def _query_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         return
     r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=False)
     begin, end = _taken(plan, r.limit[0], r.by_queries[3], r.turn[0])
-    rows = rows_of(plan, r, 0, r.slope[0] if plan.penalised else None)
+    rows = rows_of(plan, r, 0, blocks.queries, r.slope[0] if plan.penalised else None)
     query, d_out, log_sum, slack = r.query[...], r.d_out[...], r.log_sum[...], r.slack[...]
     factor, exact = r.scale[0] * LOG2E, query.dtype == jnp.float32
 
@@ -475,8 +473,7 @@ def _key_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         slope_of_head, of_head = r.slope[g] if plan.penalised else None, _of_head(plan, r, g)
 
         def tile(i: Array, slot: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
-            rows = rows_of(plan, r, i * blocks.queries, slope_of_head)
-            at = pl.ds(i * blocks.queries, blocks.queries)
+            rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, slope_of_head), pl.ds(i * blocks.rows, blocks.rows)
             query, d_out = r.query[at, g, :], r.d_out[at, g, :]
             raw, d_weights = product(key, query, NT) * factor, product(value, d_out, NT)
             sight = in_detail(plan, of_head, face, rows, 0, blocks.strip, raw)
@@ -492,11 +489,12 @@ def _key_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
             return kept[0] + product(gradient.astype(query.dtype), query), kept[1] + product(weights.astype(d_out.dtype), d_out)
 
         def if_taken(i: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
-            begin, end = _taken(plan, r.limit[g, i], r.by_queries[i, 3], turn)
+            tile_of_piece = i // plan.pieces
+            begin, end = _taken(plan, r.limit[g, tile_of_piece], r.by_queries[tile_of_piece, 3], turn)
             there = (begin <= t) & (t < end)
             return jax.lax.cond(there, lambda kept: tile(i, end - 1 - t, kept), lambda kept: kept, kept)
 
-        return jax.lax.fori_loop(r.tile_first[g], r.tile_last[g], if_taken, kept)
+        return jax.lax.fori_loop(r.tile_first[g] * plan.pieces, r.tile_last[g] * plan.pieces, if_taken, kept)
 
     kept = jax.lax.fori_loop(0, r.query.shape[1], head, (r.d_key[...], r.d_value[...]))
     r.d_key[...], r.d_value[...] = kept
@@ -558,7 +556,7 @@ def _of_keys(plan: Plan, x: Operands, size: int) -> tuple[tuple[int, ...], dict[
         "key_positions": ((None, size), lambda j, k, b: (b, j)),
         "by_queries": ((None, tiles, 4), lambda j, k, b: (b, 0, 0)),
         "by_keys": ((None, None, 4), lambda j, k, b: (b, j, 0)),
-        "query_first": ((None, tiles), lambda j, k, b: (b, 0)),
+        "row_first": ((None, tiles * plan.pieces), lambda j, k, b: (b, 0)),
         "key_last": ((None, 1), lambda j, k, b: (b, j)),
     }
     made |= dict(query_segments=made["query_positions"], key_segments=made["key_positions"], turn=made["scale"])
@@ -572,7 +570,7 @@ def _of_keys(plan: Plan, x: Operands, size: int) -> tuple[tuple[int, ...], dict[
 
 
 _PER_ROW = ("query_positions", "key_positions", "query_segments", "key_segments")  # of the batch, all or one
-_PER_ROW += ("by_queries", "by_keys", "query_first", "key_last")
+_PER_ROW += ("by_queries", "by_keys", "query_first", "row_first", "key_last")
 
 
 def _call(
@@ -608,11 +606,15 @@ def _table_size(x: Operands) -> int:
     return max(16, pl.next_power_of_2(x.table.shape[1]))
 
 
-def _inputs(plan: Plan, x: Operands, seen: Visits, *more: str) -> dict[str, Any]:
-    """What every kernel reads."""
+def _inputs(plan: Plan, x: Operands, visits: dict[str, Array]) -> dict[str, Any]:
+    """What every kernel reads; ``visits`` by name, of which the ends of tiles are for lookups alone."""
     names = ("query", "key", "value", "scale", "query_positions", "key_positions", "query_segments", "key_segments", "z", "table")
-    made = {name: getattr(x, name) for name in names} | {"slope": x.slopes} | {name: getattr(seen, name) for name in more}
-    return made | ({"query_first": seen.query_first, "key_last": seen.key_last} if plan.index is not None else {})
+    visits = {name: n for name, n in visits.items() if plan.index is not None or name.startswith("by_")}
+    return {name: getattr(x, name) for name in names} | {"slope": x.slopes} | visits
+
+
+def _of_tiles(seen: Visits) -> dict[str, Array]:
+    return {"by_queries": seen.by_queries, "query_first": seen.query_first, "key_last": seen.key_last}
 
 
 def _like(*arrays: Array, dtype: Any = None) -> Any:
@@ -628,7 +630,7 @@ def forward(plan: Plan, x: Operands) -> tuple[Array, ...]:
     if plan.last is not None:
         limit = jax.ShapeDtypeStruct((batch, heads, length // plan.blocks.queries), jnp.int32)
         outputs |= {"high": row, "low": row, "limit": limit}
-    inputs = _inputs(plan, x, visits(plan, x), "by_queries")
+    inputs = _inputs(plan, x, _of_tiles(visits(plan, x)))
     return tuple(_call(_forward, plan, _of_queries(plan, x), inputs, outputs).values())
 
 
@@ -647,7 +649,7 @@ def backward(plan: Plan, x: Operands, saved: tuple[Array, ...], d_out: Array, sl
     batch, length, heads, _ = x.query.shape
     tiles = length // plan.blocks.queries
 
-    inputs, (query,) = _inputs(plan, x, seen, "by_queries") | given, _like(x.query, dtype=jnp.float32)
+    inputs, (query,) = _inputs(plan, x, _of_tiles(seen)) | given, _like(x.query, dtype=jnp.float32)
     outputs: dict[str, Any] = {"d_query": query}
     if plan.last is not None:
         high, low, limit = counts
@@ -656,7 +658,8 @@ def backward(plan: Plan, x: Operands, saved: tuple[Array, ...], d_out: Array, sl
         outputs["d_table"] = jax.ShapeDtypeStruct((batch, heads, tiles, _table_size(x)), jnp.float32)
     found = _call(_query_plain, plan, of_queries, inputs, outputs)
 
-    inputs, key_and_value = _inputs(plan, x, seen, "by_keys") | given, _like(x.key, x.value, dtype=jnp.float32)
+    of_pieces = {"by_keys": seen.by_keys, "row_first": seen.row_first, "key_last": seen.key_last}
+    inputs, key_and_value = _inputs(plan, x, of_pieces) | given, _like(x.key, x.value, dtype=jnp.float32)
     if plan.last is not None:
         inputs |= {"limit": limit, "settled": _below(limit, x.key.shape[1] // plan.blocks.keys)}
     found |= _call(_key_plain, plan, of_keys, inputs, dict(zip(("d_key", "d_value"), key_and_value, strict=True)))
@@ -679,7 +682,7 @@ def _band(plan: Plan, x: Operands, seen: Visits, given: dict[str, Any], limit: A
 
     def round_(n: Array, found: dict[str, Any]) -> dict[str, Any]:
         turn = rounds - 1 - n
-        inputs = _inputs(plan, x, seen, "by_queries") | given | {"limit": limit, "turn": turn.reshape(1)}
+        inputs = _inputs(plan, x, {"by_queries": seen.by_queries}) | given | {"limit": limit, "turn": turn.reshape(1)}
         changed = [name for name in found if name not in ("d_key", "d_value")]
         outputs = dict(zip(changed, _like(*(found[name] for name in changed)), strict=True))
         both = {"counts_there": notes, "gathered_there": notes}
