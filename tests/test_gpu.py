@@ -118,7 +118,7 @@ def loss(operands, encoding, **options):
 REFUSED = {
     "a mask": (pj.identity(), {}, {"mask": np.ones((LONG, LONG), bool)}, "mask is an array"),
     "float64": (pj.identity(), {"dtype": "float64"}, {}, "query has dtype float64"),
-    "wide heads": (pj.identity(), {"width": 264}, {}, "query has 264 channels"),
+    "wide heads": (pj.identity(), {"width": 296}, {}, "query has 296 channels"),
     "gates of their own": (pj.cope(4, gates="keys"), {}, {}, "encoding has a bias that the kernel does not know"),
     "another bias": (pj.chain(pj.rope(), pj.cope_alibi()), {}, {}, "encoding has a bias that the kernel does not know"),
     "cope twice": (pj.chain(pj.cope(4), pj.cope(8)), {}, {}, "encoding chains cope twice"),

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
 
 from posjax.bias import BiasTerm, Interpolation, Lookup, Mask, Penalty
 from posjax.kernels import gpu_triton
@@ -18,7 +17,7 @@ from posjax.kernels.visibility import Rules, with_padding
 from posjax.typing import Array, Float, Int
 
 BLOCKS = GpuBlocks  # what ``block_sizes`` of these kernels are
-_WIDEST = 256  # channels of a head
+_WIDEST = 288  # channels of a head: 256 and what untied positions add to 128
 
 
 def refusal(query: Array, value: Array, terms: tuple[BiasTerm, ...], mask: Mask, **rest: Any) -> str | None:
@@ -124,8 +123,8 @@ def _padded(x: Array, to: int, axis: int) -> Array:
 
 
 def _widened(x: Array) -> Array:
-    """x with zeros up to channels that are a power of two."""
-    more = max(16, pl.next_power_of_2(x.shape[-1])) - x.shape[-1]
+    """x with zeros up to a multiple of 16 channels."""
+    more = -x.shape[-1] % 16
     return jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) if more else x
 
 

@@ -85,7 +85,7 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """A call, padded to whole tiles and to channels that are powers of two."""
+    """A call, padded to whole tiles and to channels that are a multiple of 16."""
 
     query: Array  # [B, T, N, C]
     key: Array  # [B, S, K, C]

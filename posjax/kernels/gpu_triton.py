@@ -31,16 +31,50 @@ from posjax.kernels.gpu_plan import LOG2E, LOWEST, NEVER, Operands, Plan, Visits
 from posjax.typing import Array
 
 ROUND = 32  # strips of keys that a query tile notes down at a time
-NN, NT, TN = ((((a,), (b,)), ((), ())) for a, b in ((1, 0), (1, 1), (0, 0)))
+NN, NT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 
 
 # Inside of a tile --------------------------------------------------------------------------------------------------------
 
 
-def product(a: Array, b: Array, form: Any = NN) -> Array:
-    """A matrix product accumulated in float32; of float32 numbers, in float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+def product(plan: Plan, a: Array, b: Array, form: Any = NN) -> Array:
+    """A matrix product accumulated in float32; of float32 numbers, with three products of 11 bits each, on tensor cores."""
+    exact = jax.lax.Precision.HIGHEST if plan.interpret else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    precision = exact if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(a, b, form, precision=precision, preferred_element_type=jnp.float32)
+
+
+Channels = tuple[Array, ...]  # [t, C] in pieces of a power of two of channels, the only sizes that Triton has
+
+
+def pieces_of(channels: int) -> list[Any]:
+    """A multiple of 16 in powers of two, the greatest first."""
+    sizes = [1 << n for n in reversed(range(4, channels.bit_length())) if channels >> n & 1]
+    return [pl.ds(sum(sizes[:n]), size) for n, size in enumerate(sizes)]
+
+
+def taken(ref: Any, *at: Any) -> Channels:
+    return tuple(ref[(*at, piece)] for piece in pieces_of(ref.shape[-1]))
+
+
+def put(ref: Any, x: Channels) -> None:
+    for piece, part in zip(pieces_of(ref.shape[-1]), x, strict=True):
+        ref[:, piece] = part
+
+
+def zeros_like(x: Channels) -> Channels:
+    return tuple(jnp.zeros(part.shape, jnp.float32) for part in x)
+
+
+def inner(plan: Plan, a: Channels, b: Channels) -> Array:
+    """a b^T."""
+    return functools.reduce(jnp.add, [product(plan, p, q, NT) for p, q in zip(a, b, strict=True)])
+
+
+def added(plan: Plan, total: Channels, weights: Array, x: Channels) -> Channels:
+    """total + weights x, in which weights take the type of x."""
+    weights = weights.astype(x[0].dtype)
+    return tuple(sums + product(plan, weights, part) for sums, part in zip(total, x, strict=True))
 
 
 def add_exactly(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
@@ -66,7 +100,7 @@ class Face(NamedTuple):
     def keys(self, x: Array) -> Array:
         return x[:, None] if self.turned else x[None, :]
 
-    def sums(self, x: Array, later: bool, parts: int) -> Array:
+    def sums(self, plan: Plan, x: Array, later: bool, parts: int) -> Array:
         """For each key the sum over itself and later keys, or itself and earlier ones: a product with a triangle of ones.
 
         x is cut into bfloat16 parts, 8 bits each, that a triangle multiplies without rounding.
@@ -79,7 +113,7 @@ class Face(NamedTuple):
         for n in range(parts):
             part = x.astype(jnp.bfloat16)
             x = x - part.astype(jnp.float32) if n < parts - 1 else x
-            found = product(ones, part) if self.turned else product(part, ones)
+            found = product(plan, ones, part) if self.turned else product(plan, part, ones)
             total = found if total is None else total + found
         return total
 
@@ -224,18 +258,19 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=False)
     first, plain, detailed, last = (r.by_queries[n] for n in range(4))
     rows = rows_of(plan, r, 0, blocks.queries, r.slope[0] if plan.penalised else None)
-    query, factor = r.query[...], r.scale[0] * LOG2E
+    query, factor = taken(r.query, slice(None)), r.scale[0] * LOG2E
     height = None if plan.last is None else lambda n: r.z[rows.number, n]
 
     def logits(start: Any, size: int) -> Array:
-        return product(query, r.key[pl.ds(start, size), :], NT) * factor
+        return inner(plan, query, taken(r.key, pl.ds(start, size))) * factor
 
     def softmax(kept: tuple[Array, ...], scores: Array, start: Any) -> tuple[Array, ...]:
         highest, total, sums = kept
-        value = r.value[pl.ds(start, scores.shape[1]), :]
+        value = taken(r.value, pl.ds(start, scores.shape[1]))
         new = jnp.maximum(highest, scores.max(1))
         weights, shrink = jnp.exp2(scores - new[:, None]), jnp.exp2(highest - new)
-        return new, total * shrink + weights.sum(1), sums * shrink[:, None] + product(weights.astype(value.dtype), value)
+        sums = tuple(part * shrink[:, None] for part in sums)
+        return new, total * shrink + weights.sum(1), added(plan, sums, weights, value)
 
     def strip(kept: tuple[Array, ...], start: Any) -> tuple[Array, ...]:
         """Counts in a strip."""
@@ -243,7 +278,7 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         raw = logits(start, blocks.strip)
         sight = in_detail(plan, r, face, rows, start, blocks.strip, raw)
         gates = gates_of(raw, sight.allowed)
-        counts = counted(plan, face, high, low, face.sums(gates, later=True, parts=3 if query.dtype == jnp.float32 else 2))
+        counts = counted(plan, face, high, low, face.sums(plan, gates, later=True, parts=3 if r.query.dtype == jnp.float32 else 2))
         bias, _ = interpolated(plan, face, height, counts)
         kept = softmax(tuple(kept), hidden(sight, capped(plan, sight.scores + bias * LOG2E)), start)
         return *kept, *add_exactly(high, low, gates.sum(1))
@@ -258,8 +293,9 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         tile, *_, high, low = state
         return (tile > first) & ((high + low).min(0) < plan.last)
 
-    size, width = blocks.queries, r.value.shape[-1]
-    kept = jnp.full((size,), LOWEST, jnp.float32), jnp.zeros((size,), jnp.float32), jnp.zeros((size, width), jnp.float32)
+    size = blocks.queries
+    sums = tuple(jnp.zeros((size, piece.size), jnp.float32) for piece in pieces_of(r.value.shape[-1]))
+    kept = jnp.full((size,), LOWEST, jnp.float32), jnp.zeros((size,), jnp.float32), sums
     constant, limit = None, last
     if plan.last is not None:
         state = (last, *kept, jnp.zeros((size,), jnp.float32), jnp.zeros((size,), jnp.float32))
@@ -279,7 +315,7 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     highest, total, sums = _walk(tile, first, plain, detailed, limit, kept)
     nothing = total == 0.0
     total = jnp.where(nothing, 1.0, total)
-    r.out[...] = (sums / total[:, None]).astype(r.out.dtype)
+    put(r.out, tuple((part / total[:, None]).astype(r.out.dtype) for part in sums))
     r.log_sum[...] = jnp.where(nothing, -NEVER, highest + jnp.log2(total))
 
 
@@ -320,7 +356,7 @@ def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=False)
     first, plain, detailed, last = (r.by_queries[n] for n in range(4))
     rows = rows_of(plan, r, 0, blocks.queries, r.slope[0] if plan.penalised else None)
-    query, d_out, log_sum, slack = r.query[...], r.d_out[...], r.log_sum[...], r.slack[...]
+    query, d_out, log_sum, slack = taken(r.query, slice(None)), taken(r.d_out, slice(None)), r.log_sum[...], r.slack[...]
     factor, size = r.scale[0] * LOG2E, blocks.queries
     constant = None if plan.last is None else r.z[rows.number, jnp.full((size,), plan.last)] * LOG2E
     limit = last if plan.last is None else jnp.minimum(r.limit[0], last)
@@ -328,8 +364,8 @@ def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     def tile(in_sight: bool, j: Array, kept: dict[str, Array]) -> dict[str, Array]:
         start = j * blocks.keys
         at = pl.ds(start, blocks.keys)
-        key = r.key[at, :]
-        scores, d_weights = product(query, key, NT) * factor, product(d_out, r.value[at, :], NT)
+        key = taken(r.key, at)
+        scores, d_weights = inner(plan, query, key) * factor, inner(plan, d_out, taken(r.value, at))
         scores = scores if constant is None else scores + constant[:, None]
         common = _common(plan, r, j)
         if in_sight:
@@ -338,7 +374,7 @@ def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
             sight = in_detail(plan, r, face, rows, start, blocks.keys, scores)
             scores, index = hidden(sight, capped(plan, sight.scores)), sight.index
         _, gradient = weighed(plan, face, scores, d_weights, log_sum, slack)
-        found = {"d_query": kept["d_query"] + product(gradient.astype(key.dtype), key)}
+        found = {"d_query": added(plan, kept["d_query"], gradient, key)}
         if constant is not None:
             found["d_last"] = kept["d_last"] + gradient.sum(1)
         if common is not None and in_sight:
@@ -348,12 +384,13 @@ def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
             found["d_table"] = into_table(r, kept["d_table"], index, gradient)
         return found
 
-    kept = {"d_query": jnp.zeros(query.shape, jnp.float32)}
+    kept = {"d_query": zeros_like(query)}
     if constant is not None:
         kept["d_last"] = jnp.zeros((size,), jnp.float32)
     if plan.index is not None:
         kept["d_table"] = jnp.zeros(r.d_table.shape, jnp.float32)
     found = _walk(tile, first, plain, detailed, limit, kept)
+    put(r.d_query, found.pop("d_query"))
     for name, x in found.items():
         getattr(r, name)[...] = x
 
@@ -364,15 +401,15 @@ def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=True)
     first, plain, detailed, last = (r.by_keys[n] for n in range(4))
     j = pl.program_id(0)
-    key, value, factor = r.key[...], r.value[...], r.scale[0] * LOG2E
+    key, value, factor = taken(r.key, slice(None)), taken(r.value, slice(None)), r.scale[0] * LOG2E
 
-    def head(g: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+    def head(g: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
         slope, of_head = r.slope[g] if plan.penalised else None, _of_head(plan, r, g)
 
-        def tile(in_sight: bool, i: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+        def tile(in_sight: bool, i: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
             rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, slope), pl.ds(i * blocks.rows, blocks.rows)
-            query, d_out = r.query[at, g, :], r.d_out[at, g, :]
-            scores, d_weights = product(key, query, NT) * factor, product(value, d_out, NT)
+            query, d_out = taken(r.query, at, g), taken(r.d_out, at, g)
+            scores, d_weights = inner(plan, key, query) * factor, inner(plan, value, d_out)
             if plan.last is not None:
                 scores += face.queries(r.z[g, rows.number, jnp.full(rows.number.shape, plan.last)]) * LOG2E
             if in_sight:
@@ -382,9 +419,9 @@ def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
                 sight = in_detail(plan, of_head, face, rows, 0, blocks.keys, scores)
                 scores = hidden(sight, capped(plan, sight.scores))
             weights, gradient = weighed(plan, face, scores, d_weights, r.log_sum[g, at], r.slack[g, at])
-            return kept[0] + product(gradient.astype(query.dtype), query), kept[1] + product(weights.astype(d_out.dtype), d_out)
+            return added(plan, kept[0], gradient, query), added(plan, kept[1], weights, d_out)
 
-        def unless_counted(i: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+        def unless_counted(i: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
             return jax.lax.cond(r.limit[g, i // plan.pieces] > j, lambda kept: tile(False, i, kept), lambda kept: kept, kept)
 
         if plan.last is None:
@@ -393,8 +430,9 @@ def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         kept = jax.lax.fori_loop(first, settled, unless_counted, kept)
         return _walk(tile, settled, jnp.maximum(plain, settled), jnp.maximum(detailed, settled), last, kept)
 
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (key, value))
-    r.d_key[...], r.d_value[...] = jax.lax.fori_loop(0, r.query.shape[1], head, zeros)
+    d_key, d_value = jax.lax.fori_loop(0, r.query.shape[1], head, (zeros_like(key), zeros_like(value)))
+    put(r.d_key, d_key)
+    put(r.d_value, d_value)
 
 
 def _of_head(plan: Plan, r: Any, g: Array) -> Any:
@@ -414,34 +452,35 @@ def _query_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=False)
     begin, end = _taken(plan, r.limit[0], r.by_queries[3], r.turn[0])
     rows = rows_of(plan, r, 0, blocks.queries, r.slope[0] if plan.penalised else None)
-    query, d_out, log_sum, slack = r.query[...], r.d_out[...], r.log_sum[...], r.slack[...]
-    factor, exact = r.scale[0] * LOG2E, query.dtype == jnp.float32
+    query, d_out, log_sum, slack = taken(r.query, slice(None)), taken(r.d_out, slice(None)), r.log_sum[...], r.slack[...]
+    factor, exact = r.scale[0] * LOG2E, r.query.dtype == jnp.float32
 
     def strip(t: Array, kept: dict[str, Array]) -> dict[str, Array]:
         start = t * blocks.strip
         at, gathered = pl.ds(start, blocks.strip), kept["gathered"]
-        key = r.key[at, :]
-        raw, d_weights = product(query, key, NT) * factor, product(d_out, r.value[at, :], NT)
+        key = taken(r.key, at)
+        raw, d_weights = inner(plan, query, key) * factor, inner(plan, d_out, taken(r.value, at))
         sight = in_detail(plan, r, face, rows, start, blocks.strip, raw)
         gates = gates_of(raw, sight.allowed)
         high, low = add_exactly(kept["high"], kept["low"], -gates.sum(1))
         slot = end - 1 - t
         r.counts_there[slot, :], r.gathered_there[slot, :] = high + low, gathered
-        counts = counted(plan, face, high, low, face.sums(gates, later=True, parts=3 if exact else 2))
+        counts = counted(plan, face, high, low, face.sums(plan, gates, later=True, parts=3 if exact else 2))
         bias, slope = interpolated(plan, face, lambda n: r.z[rows.number, n], counts)
         scores = hidden(sight, capped(plan, sight.scores + bias * LOG2E))
         _, gradient = weighed(plan, face, scores, d_weights, log_sum, slack)
         spread(plan, r, rows, counts, gradient)
         steps = gradient * slope
-        reach = gathered[:, None] + face.sums(steps, later=False, parts=3 if exact else 1)
+        reach = gathered[:, None] + face.sums(plan, steps, later=False, parts=3 if exact else 1)
         found = dict(high=high, low=low, gathered=gathered + steps.sum(1))
         if plan.index is not None:
             found["d_table"] = into_table(r, kept["d_table"], sight.index, gradient)
         gradient += reach * gates * (1.0 - gates)
-        return found | {"d_query": kept["d_query"] + product(gradient.astype(key.dtype), key)}
+        return found | {"d_query": added(plan, kept["d_query"], gradient, key)}
 
-    state = ("high", "low", "gathered", "d_query") + (("d_table",) if plan.index is not None else ())
-    found = jax.lax.fori_loop(begin, end, strip, {name: getattr(r, name)[...] for name in state})
+    state = {name: getattr(r, name)[...] for name in ("high", "low", "gathered", *(["d_table"] if plan.index is not None else []))}
+    found = jax.lax.fori_loop(begin, end, strip, state | {"d_query": taken(r.d_query, slice(None))})
+    put(r.d_query, found.pop("d_query"))
     for name, x in found.items():
         getattr(r, name)[...] = x
 
@@ -466,29 +505,29 @@ def _key_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         return
     r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=True)
     t, turn = pl.program_id(0), r.turn[0]
-    key, value, factor = r.key[...], r.value[...], r.scale[0] * LOG2E
-    exact = key.dtype == jnp.float32
+    key, value, factor = taken(r.key, slice(None)), taken(r.value, slice(None)), r.scale[0] * LOG2E
+    exact = r.key.dtype == jnp.float32
 
-    def head(g: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+    def head(g: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
         slope_of_head, of_head = r.slope[g] if plan.penalised else None, _of_head(plan, r, g)
 
-        def tile(i: Array, slot: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+        def tile(i: Array, slot: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
             rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, slope_of_head), pl.ds(i * blocks.rows, blocks.rows)
-            query, d_out = r.query[at, g, :], r.d_out[at, g, :]
-            raw, d_weights = product(key, query, NT) * factor, product(value, d_out, NT)
+            query, d_out = taken(r.query, at, g), taken(r.d_out, at, g)
+            raw, d_weights = inner(plan, key, query) * factor, inner(plan, value, d_out)
             sight = in_detail(plan, of_head, face, rows, 0, blocks.strip, raw)
             gates = gates_of(raw, sight.allowed)
             before, gathered = r.counts_there[g, slot, at], r.gathered_there[g, slot, at]
-            later = face.sums(gates, later=True, parts=3 if exact else 2)
+            later = face.sums(plan, gates, later=True, parts=3 if exact else 2)
             counts = counted(plan, face, before, jnp.zeros_like(before), later)
             bias, slope = interpolated(plan, face, lambda n: r.z[g, rows.number, n], counts)
             scores = hidden(sight, capped(plan, sight.scores + bias * LOG2E))
             weights, gradient = weighed(plan, face, scores, d_weights, r.log_sum[g, at], r.slack[g, at])
-            reach = face.queries(gathered) + face.sums(gradient * slope, later=False, parts=3 if exact else 1)
+            reach = face.queries(gathered) + face.sums(plan, gradient * slope, later=False, parts=3 if exact else 1)
             gradient += reach * gates * (1.0 - gates)
-            return kept[0] + product(gradient.astype(query.dtype), query), kept[1] + product(weights.astype(d_out.dtype), d_out)
+            return added(plan, kept[0], gradient, query), added(plan, kept[1], weights, d_out)
 
-        def if_taken(i: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+        def if_taken(i: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
             tile_of_piece = i // plan.pieces
             begin, end = _taken(plan, r.limit[g, tile_of_piece], r.by_queries[tile_of_piece, 3], turn)
             there = (begin <= t) & (t < end)
@@ -496,8 +535,10 @@ def _key_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
 
         return jax.lax.fori_loop(r.tile_first[g] * plan.pieces, r.tile_last[g] * plan.pieces, if_taken, kept)
 
-    kept = jax.lax.fori_loop(0, r.query.shape[1], head, (r.d_key[...], r.d_value[...]))
-    r.d_key[...], r.d_value[...] = kept
+    before = taken(r.d_key, slice(None)), taken(r.d_value, slice(None))
+    d_key, d_value = jax.lax.fori_loop(0, r.query.shape[1], head, before)
+    put(r.d_key, d_key)
+    put(r.d_value, d_value)
 
 
 # Calls -------------------------------------------------------------------------------------------------------------------
