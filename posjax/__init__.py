@@ -7,7 +7,7 @@ from posjax.contextual import cope, cope_alibi, cope_mlp
 from posjax.decoding import Cache, attend, cached, init_cache
 from posjax.encoding import AttentionInputs, Dims, PositionalEncoding, chain, identity
 from posjax.kernels.blocks import Blocks
-from posjax.kernels.gpu_plan import GpuBlocks
+from posjax.kernels.gpu_blocks import GpuBlocks
 from posjax.linear_attention import linear_attention
 from posjax.relative import alibi, t5
 from posjax.rotary import convert_pairing, rope

@@ -12,7 +12,7 @@ from posjax.bias import BiasTerm, Mask
 from posjax.encoding import AttentionInputs, PositionalEncoding, identity
 from posjax.kernels import dense, gpu, tiled, tpu
 from posjax.kernels.blocks import Blocks, check_blocks
-from posjax.kernels.gpu_plan import GpuBlocks, check_gpu_blocks
+from posjax.kernels.gpu_blocks import GpuBlocks, check_gpu_blocks
 from posjax.kernels.shards import Cut, find_cut
 from posjax.typing import Array, Float, Params
 

@@ -19,7 +19,8 @@ from suite import (
 import posjax as pj
 from posjax.attention import prepare
 from posjax.kernels import gpu, gpu_triton
-from posjax.kernels.gpu_plan import GpuBlocks, longest_run
+from posjax.kernels.gpu_blocks import GpuBlocks, blocks_for, check_gpu_blocks
+from posjax.kernels.gpu_plan import longest_run
 
 SMALL = GpuBlocks(queries=32, keys=32, strip=16, rows=16, warps=4, stages=2)
 UNEVEN = GpuBlocks(64, 32, 32, 64, 4, 2)
@@ -168,6 +169,15 @@ def test_block_sizes_of_the_call():
             jax.eval_shape(functools.partial(loss, encoding=pj.alibi(), block_sizes=wrong), shapes(pj.alibi()))
 
 
+@pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("counts", [False, True])
+def test_every_call_has_blocks_that_are_some(capability, dtype, counts):
+    for channels in (16, 64, 80, 128, 130, 258, 288):
+        check_gpu_blocks(blocks_for(capability, dtype, channels, counts))
+    assert blocks_for(90, dtype, 64, counts) == blocks_for(100, dtype, 64, counts)
+
+
 def test_two_runs_agree_bit_for_bit():
     operands = make_operands(EVERYTHING, 1, 140, 140, (4, 2, 16, 16))
     given = normal(5, 1, 140, D), normal(4, 1, 140, 4, 16), {}
@@ -256,7 +266,7 @@ def test_gradients_inside_a_scan_and_through_a_checkpoint():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_a_mesh_of_data_and_tensor_axes(kind, kv_heads, monkeypatch):
     """A mesh that cuts four heads in two parts, of which there is one key head, or two for each part."""
-    monkeypatch.setattr(gpu, "default_blocks", lambda query, value: SMALL)
+    monkeypatch.setattr(gpu, "default_blocks", lambda query, value, counts: SMALL)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     kernel_calls.on_a_mesh(kind, pj.chain(pj.tupe(), pj.cope(6, per_head=kv_heads == 4)), kv_heads, 40)
 

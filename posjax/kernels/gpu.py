@@ -11,7 +11,8 @@ import numpy as np
 from posjax.bias import BiasTerm, Interpolation, Lookup, Mask, Penalty
 from posjax.kernels import gpu_triton
 from posjax.kernels.deferred import deferred
-from posjax.kernels.gpu_plan import GpuBlocks, Operands, Plan
+from posjax.kernels.gpu_blocks import LEAST, GpuBlocks, blocks_for, capability
+from posjax.kernels.gpu_plan import Operands, Plan
 from posjax.kernels.shards import Cut, exact, find_cut, per_shard
 from posjax.kernels.visibility import Rules, with_padding
 from posjax.typing import Array, Float, Int
@@ -22,6 +23,8 @@ _WIDEST = 288  # channels of a head: 256 and what untied positions add to 128
 
 def refusal(query: Array, value: Array, terms: tuple[BiasTerm, ...], mask: Mask, **rest: Any) -> str | None:
     """Why the kernels cannot do a call, by the argument; None: they can. Arguments as in ``attention``."""
+    if capability() < LEAST:
+        return f"the GPU's compute capability is {capability() / 10} (at least {LEAST / 10})"
     if mask.boolean is not None:
         return "mask is an array (is_causal, segment_ids and local_window_size are made inside of the tile)"
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
@@ -65,9 +68,9 @@ def attention(
       [B, T, N, V] in the dtype of value; rows without an allowed key are zero.
     """
     cut = find_cut(query) if cut is None else cut
-    blocks = default_blocks(query, value) if tile is None else tile
     kinds = {type(term.fused): term for term in terms}
     counts, looks, penalty = (kinds.get(kind) for kind in (Interpolation, Lookup, Penalty))
+    blocks = default_blocks(query, value, counts is not None) if tile is None else tile
     repeats = np.lcm(key.shape[2], cut.head_parts) // key.shape[2]  # more parts than key heads: each part gets one of its own
     if repeats > 1:
         key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
@@ -103,9 +106,9 @@ def attention(
     return _attend(plan, cut, operands)[:, : query.shape[1], :, : value.shape[-1]]
 
 
-def default_blocks(query: Array, value: Array) -> GpuBlocks:
-    wide = max(query.shape[-1], value.shape[-1]) * query.dtype.itemsize
-    return GpuBlocks(64, 64, 32, 64, 4, 2) if wide > 256 else GpuBlocks(128, 64, 32, 64, 8, 2)
+def default_blocks(query: Array, value: Array, counts: bool) -> GpuBlocks:
+    """Those of the device at hand."""
+    return blocks_for(capability(), query.dtype, max(query.shape[-1], value.shape[-1]), counts)
 
 
 def _products(counts: BiasTerm) -> Array:

@@ -11,45 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from posjax.kernels.gpu_blocks import GpuBlocks
 from posjax.kernels.visibility import Extent, Rules, extents
 from posjax.typing import Array
 
 LOG2E = 1.4426950408889634
 NEVER = -2e38  # a score that is not allowed
 LOWEST = -1e30  # the running maximum before anything was seen: above NEVER, so that what is forbidden weighs nothing
-
-
-class GpuBlocks(NamedTuple):
-    """Sizes of the blocks of the GPU kernels, powers of two of at least 16.
-
-    Attributes:
-      queries: rows of a tile.
-      keys: columns of a tile.
-      strip: keys that are counted at a time, at most ``keys``.
-      rows: queries that a tile of keys meets at a time in the backward pass, at most ``queries``.
-      warps: of 32 threads, that work on a tile.
-      stages: tiles that are loaded at a time.
-    """
-
-    queries: int
-    keys: int
-    strip: int
-    rows: int
-    warps: int
-    stages: int
-
-
-def check_gpu_blocks(blocks: GpuBlocks) -> None:
-    """Raises ValueError for sizes that no kernel has, before anything is compiled."""
-    for name, size in blocks._asdict().items():
-        least, most = {"warps": (1, 16), "stages": (1, 8)}.get(name, (16, 256))
-        fits = isinstance(size, int) and not isinstance(size, bool) and least <= size <= most
-        if not fits or (name != "stages" and size & (size - 1)):
-            what = "a number" if name == "stages" else "a power of two"
-            raise ValueError(f"block_sizes must have as {name} {what} from {least} to {most}, got {blocks}")
-    for part, of in (("strip", "keys"), ("rows", "queries")):
-        if getattr(blocks, part) > getattr(blocks, of):
-            raise ValueError(f"block_sizes must have as {part} at most its {of}, got {blocks}")
 
 
 @dataclasses.dataclass(frozen=True)

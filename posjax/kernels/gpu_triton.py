@@ -125,13 +125,19 @@ class Rows(NamedTuple):
     positions: Array
     segments: Array | None
     slope: Array | None  # of the head
+    look: Callable[[Array], Array]  # into the head's table
 
 
-def rows_of(plan: Plan, r: Any, start: Any, size: int, slope: Array | None) -> Rows:
-    """``size`` rows from ``start`` on of the arrays that a program sees."""
+def rows_of(plan: Plan, r: Any, start: Any, size: int, head: Any = None) -> Rows:
+    """``size`` rows from ``start`` on of the arrays that a program sees, of a head of several or the only one."""
     at = pl.ds(start, size)
     segments = r.query_segments[at] if plan.rules.segmented else None
-    return Rows(start + jnp.arange(size), r.query_positions[at], segments, slope)
+    slope = r.slope[0 if head is None else head] if plan.penalised else None
+
+    def look(n: Array) -> Array:
+        return r.table[n if head is None else (head, n)]
+
+    return Rows(start + jnp.arange(size), r.query_positions[at], segments, slope, look)
 
 
 class Sight(NamedTuple):
@@ -161,22 +167,22 @@ def in_detail(plan: Plan, r: Any, face: Face, rows: Rows, start: Any, size: int,
     index = jnp.broadcast_to(plan.index(queries, keys), scores.shape)
 
     def add(n: Array, scores: Array) -> Array:
-        return scores + jnp.where(index == n, r.table[n] * LOG2E, 0.0)
+        return scores + jnp.where(index == n, rows.look(n) * LOG2E, 0.0)
 
     return Sight(jax.lax.fori_loop(*ends_of(r, index), add, scores), allowed, index)
 
 
 def ends_of(r: Any, index: Array) -> tuple[Array, Array]:
     """The places of a table that indices are among, from .. to."""
-    return index.min(1).min(0), jnp.minimum(index.max(1).max(0) + 1, r.table.shape[0])
+    return index.min(1).min(0), jnp.minimum(index.max(1).max(0) + 1, r.table.shape[-1])
 
 
 def plainly(plan: Plan, r: Any, face: Face, rows: Rows, start: Any, scores: Array, common: Array | None) -> Array:
     """Scores with the biases of positions, for keys that are all in sight; ``common``: the place of all pairs in the table."""
     scores = penalised(plan, face, rows, r.key_positions[pl.ds(start, scores.shape[face.keys_axis])], scores)
     if common is not None:  # an index past the table finds zero
-        size = r.table.shape[0]
-        scores += jnp.where(common < size, r.table[jnp.minimum(common, size - 1)] * LOG2E, 0.0)
+        size = r.table.shape[-1]
+        scores += jnp.where(common < size, rows.look(jnp.minimum(common, size - 1)) * LOG2E, 0.0)
     return scores
 
 
@@ -257,7 +263,7 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         return
     r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=False)
     first, plain, detailed, last = (r.by_queries[n] for n in range(4))
-    rows = rows_of(plan, r, 0, blocks.queries, r.slope[0] if plan.penalised else None)
+    rows = rows_of(plan, r, 0, blocks.queries)
     query, factor = taken(r.query, slice(None)), r.scale[0] * LOG2E
     height = None if plan.last is None else lambda n: r.z[rows.number, n]
 
@@ -355,7 +361,7 @@ def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         return
     r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=False)
     first, plain, detailed, last = (r.by_queries[n] for n in range(4))
-    rows = rows_of(plan, r, 0, blocks.queries, r.slope[0] if plan.penalised else None)
+    rows = rows_of(plan, r, 0, blocks.queries)
     query, d_out, log_sum, slack = taken(r.query, slice(None)), taken(r.d_out, slice(None)), r.log_sum[...], r.slack[...]
     factor, size = r.scale[0] * LOG2E, blocks.queries
     constant = None if plan.last is None else r.z[rows.number, jnp.full((size,), plan.last)] * LOG2E
@@ -404,19 +410,17 @@ def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     key, value, factor = taken(r.key, slice(None)), taken(r.value, slice(None)), r.scale[0] * LOG2E
 
     def head(g: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
-        slope, of_head = r.slope[g] if plan.penalised else None, _of_head(plan, r, g)
-
         def tile(in_sight: bool, i: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
-            rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, slope), pl.ds(i * blocks.rows, blocks.rows)
+            rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, g), pl.ds(i * blocks.rows, blocks.rows)
             query, d_out = taken(r.query, at, g), taken(r.d_out, at, g)
             scores, d_weights = inner(plan, key, query) * factor, inner(plan, value, d_out)
             if plan.last is not None:
                 scores += face.queries(r.z[g, rows.number, jnp.full(rows.number.shape, plan.last)]) * LOG2E
             if in_sight:
                 common = None if plan.index is None else plan.index(r.row_first[i], r.key_last[0])
-                scores = capped(plan, plainly(plan, of_head, face, rows, 0, scores, common))
+                scores = capped(plan, plainly(plan, r, face, rows, 0, scores, common))
             else:
-                sight = in_detail(plan, of_head, face, rows, 0, blocks.keys, scores)
+                sight = in_detail(plan, r, face, rows, 0, blocks.keys, scores)
                 scores = hidden(sight, capped(plan, sight.scores))
             weights, gradient = weighed(plan, face, scores, d_weights, r.log_sum[g, at], r.slack[g, at])
             return added(plan, kept[0], gradient, query), added(plan, kept[1], weights, d_out)
@@ -435,11 +439,6 @@ def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     put(r.d_value, d_value)
 
 
-def _of_head(plan: Plan, r: Any, g: Array) -> Any:
-    """The arrays with the table of one head of several."""
-    return r if plan.index is None else types.SimpleNamespace(**(vars(r) | {"table": r.table.at[g]}))
-
-
 def _taken(plan: Plan, limit: Array, last: Array, turn: Array) -> tuple[Array, Array]:
     """The strips that a query tile takes in a turn, from .. to, where it counted key tiles ``limit`` to ``last`` - 1."""
     end = last * plan.strips
@@ -451,7 +450,7 @@ def _query_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         return
     r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=False)
     begin, end = _taken(plan, r.limit[0], r.by_queries[3], r.turn[0])
-    rows = rows_of(plan, r, 0, blocks.queries, r.slope[0] if plan.penalised else None)
+    rows = rows_of(plan, r, 0, blocks.queries)
     query, d_out, log_sum, slack = taken(r.query, slice(None)), taken(r.d_out, slice(None)), r.log_sum[...], r.slack[...]
     factor, exact = r.scale[0] * LOG2E, r.query.dtype == jnp.float32
 
@@ -509,13 +508,11 @@ def _key_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     exact = r.key.dtype == jnp.float32
 
     def head(g: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
-        slope_of_head, of_head = r.slope[g] if plan.penalised else None, _of_head(plan, r, g)
-
         def tile(i: Array, slot: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
-            rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, slope_of_head), pl.ds(i * blocks.rows, blocks.rows)
+            rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, g), pl.ds(i * blocks.rows, blocks.rows)
             query, d_out = taken(r.query, at, g), taken(r.d_out, at, g)
             raw, d_weights = inner(plan, key, query) * factor, inner(plan, value, d_out)
-            sight = in_detail(plan, of_head, face, rows, 0, blocks.strip, raw)
+            sight = in_detail(plan, r, face, rows, 0, blocks.strip, raw)
             gates = gates_of(raw, sight.allowed)
             before, gathered = r.counts_there[g, slot, at], r.gathered_there[g, slot, at]
             later = face.sums(plan, gates, later=True, parts=3 if exact else 2)

@@ -1,0 +1,80 @@
+"""Compiles the attention kernels, forward and backward, for every TPU generation or for GPUs, with none of them attached; fails
+where one does not compile.
+
+    pip install -e '.[tpu-aot]' && python .ci/compile_ahead.py tpu
+    pip install -e '.[gpu-aot]' && python .ci/compile_ahead.py gpu
+"""
+
+import os
+import sys
+from pathlib import Path
+
+here = str(Path(__file__).parent)
+sys.path.insert(0, here)
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+import jax  # noqa: E402, after its settings
+import jax.numpy as jnp  # noqa: E402
+
+import posjax as pj  # noqa: E402
+from posjax import aot  # noqa: E402
+from posjax.specs import parse_encoding  # noqa: E402
+
+CALLS = {
+    "tpu": [
+        dict(spec="rope + cope(64)", length=8192, heads=(4, 2), width=128, dtype="bfloat16", segmented=True),
+        dict(spec="t5 + alibi", length=1024, heads=(2, 2), width=64, dtype="float32", soft_cap=30.0),
+        dict(spec="identity", length=8192, heads=(2, 2), width=256, dtype="float32"),  # too much for a v4's own tiles
+        dict(spec="tupe(relative=True)", length=1024, heads=(2, 1), width=256, dtype="bfloat16", window=(300, 0)),
+    ],
+    "gpu": [
+        dict(spec="rope + cope(64)", length=8192, heads=(4, 2), width=128, dtype="bfloat16", segmented=True),
+        dict(spec="t5 + alibi + cope(64)", length=1024, heads=(2, 2), width=64, dtype="float32", soft_cap=30.0),
+        dict(spec="identity", length=8192, heads=(2, 2), width=256, dtype="bfloat16"),
+        dict(spec="tupe(relative=True)", length=1024, heads=(2, 1), width=128, dtype="float16", window=(300, 0)),
+    ],
+}
+TOPOLOGIES = {
+    "tpu": {name: generation.topology for name, generation in aot.GENERATIONS.items()},
+    "gpu": {name: f"{name}:1x1x1" for name in ("a100", "h200", "b200")},
+}
+KERNELS = {"tpu": ("forward", "backward"), "gpu": ("forward", "query_plain", "key_plain")}
+
+
+def call(spec, length, heads, width, dtype, segmented=False, soft_cap=None, window=None):
+    """What posjax.aot compiles: gradients of attention, and its arguments."""
+    encoding = parse_encoding(spec)
+    dims = pj.Dims(heads[0], width, max_length=length, num_kv_heads=heads[1])
+
+    def gradients(segments, *operands):
+        def loss(query, key, value, params):
+            options = dict(segment_ids=segments if segmented else None, logits_soft_cap=soft_cap)
+            options |= dict(local_window_size=window and tuple(window))  # JSON made a list of it
+            out = pj.attention(query, key, value, encoding, params, is_causal=True, implementation="pallas", **options)
+            return out.astype(jnp.float32).sum()
+
+        return jax.grad(loss, (0, 1, 2, 3))(*operands)
+
+    query, key = (jax.ShapeDtypeStruct((1, length, n, width), dtype) for n in heads)
+    params = jax.eval_shape(lambda: encoding.init(jax.random.key(0), dims))
+    return gradients, (jax.ShapeDtypeStruct((1, length), jnp.int32), query, key, key, params)
+
+
+def main(kind: str) -> int:
+    failed = 0
+    for name, topology in TOPOLOGIES[kind].items():
+        calls = CALLS[kind]
+        reports = aot.compile_all([("compile_ahead:call", kwargs) for kwargs in calls], topology, schedules=False)
+        for kwargs, report in zip(calls, reports, strict=True):
+            found = [kernel.name for kernel in report.kernels]
+            wanted = [*KERNELS[kind], *(("query_band", "key_band") if kind == "gpu" and "cope" in kwargs["spec"] else ())]
+            missing = [part for part in wanted if not any(part in kernel for kernel in found)]
+            reason = report.failed or (f"the program has no kernel named {', '.join(missing)}" if missing else None)
+            print(name, kwargs["spec"], kwargs["dtype"], reason or f"compiled in {report.seconds:.0f} s", flush=True)
+            failed += reason is not None
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
