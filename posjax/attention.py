@@ -59,18 +59,18 @@ def attention(
       logits_soft_cap: c, scores become c * tanh(scores / c) after the bias and before the mask.
       implementation: None takes the fastest that can do the call. "xla" is dense: the oracle, with [T, S] arrays, and the one that
         has derivatives of every order and mode. "xla_chunked" walks over tiles on any device: memory grows with T + S, gradients
-        are of first order in reverse mode. "pallas" is the kernel of the platform that the program is lowered for: on a TPU one
-        kernel forward and one backward, on a CPU the same, interpreted, for tests; it takes no mask arrays, and of the encodings
-        rope, alibi, t5, tupe, cope with gates="logits", and their chains.
-      block_sizes: of the "pallas" kernel; None: those of the chip, smaller where the call would not fit its VMEM. With
-        ``implementation`` None they count where the kernel is what runs.
+        are of first order in reverse mode. "pallas" is the kernel of the platform that the program is lowered for: a TPU's, an
+        NVIDIA GPU's (Ampere or later), and on a CPU the TPU's, interpreted, for tests; it takes no mask arrays, and of the
+        encodings rope, alibi, t5, tupe, cope with gates="logits", and their chains.
+      block_sizes: of the "pallas" kernel, Blocks on a TPU, GpuBlocks on a GPU; None: those of the chip, smaller where the call
+        would not fit a TPU's VMEM. With ``implementation`` None they count where the kernel is what runs.
 
     Returns:
       [B, T, N, V] in the dtype of value. A query without any allowed key gets zeros.
 
     Raises:
       ValueError: an argument whose shape, dtype or value cannot work, by name.
-      TypeError: ``encoding`` is not a PositionalEncoding, or ``block_sizes`` no Blocks.
+      TypeError: ``encoding`` is not a PositionalEncoding, or ``block_sizes`` no Blocks or GpuBlocks.
       NotImplementedError: a named implementation that cannot do the call, with one that can.
     """
     check_operands(query, key, value)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from posjax import aot
+from posjax import aot, aot_gpu
 from posjax.aot import Collective, Kernel, Report, Section
 from posjax.bench import schedule
 from posjax.bench.schedule import ScheduleBench
@@ -176,6 +176,54 @@ def test_a_kernel_finds_its_schedule(tmp_path):
 def test_topologies_are_checked(topology):
     with pytest.raises(ValueError, match=f"topology must be a generation and a shape, such as v4:2x2x1, .*, got '{topology}'"):
         aot.compile_all([], topology)
+
+
+@pytest.mark.parametrize("topology", ["h200", "h200:", "h200:1x8", "a100:1x1x"])
+def test_topologies_of_gpus_are_checked(topology):
+    with pytest.raises(ValueError, match="topology must be a GPU and a number of slices, hosts and GPUs, such as"):
+        aot.compile_all([], topology)
+
+
+PTXAS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'posjax_attention_forward' for 'sm_90a'
+ptxas info    : Function properties for posjax_attention_forward
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 170 registers, used 1 barriers
+ptxas info    : Compile time = 293.335 ms
+ptxas info    : Compiling entry function 'loop_fusion' for 'sm_90a'
+ptxas info    : Function properties for loop_fusion
+    16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers
+"""
+
+
+def test_registers_of_kernels(tmp_path, monkeypatch):
+    wanted = {"posjax_attention_forward": {"registers": 170, "spilled": 0}, "loop_fusion": {"registers": 255, "spilled": 20}}
+    assert aot_gpu.read_ptxas(PTXAS) == wanted
+    ptxas = tmp_path / "bin" / "ptxas"
+    ptxas.parent.mkdir()
+    ptxas.write_text(f"#!/bin/sh\n[ $2 = -arch=sm_90a ] && cat >&2 <<END\n{PTXAS}END\n")
+    ptxas.chmod(0o755)
+    (tmp_path / "module.ptx").touch()
+    monkeypatch.setattr(aot_gpu, "_toolkit", lambda: tmp_path)
+    assert aot_gpu.resources(tmp_path, aot_gpu.GPUS["h200"]) == wanted
+
+
+def test_triton_kernels_of_a_program():
+    line = """
+  %call.1 = bf16[8,128]{1,0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/pallas_call"}, \
+backend_config={debug = false, grid_x = 64 : i32, ir = "ML", name = "posjax_attention_forward", num_stages = 2 : i32}
+"""
+    _, kernels, others = aot.read_program(f"ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {{{line}}}\n")
+    assert [(kernel.name, kernel.op_name) for kernel in kernels] == [("posjax_attention_forward", "jit(f)/pallas_call")]
+    assert not others
+
+
+def test_without_the_plugin_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs jax's CUDA plugin; add it with: pip install 'posjax\[gpu-aot\]'"):
+        aot.compile_all([], "h200:1x1x1")
 
 
 def test_chips_are_those_of_jax():

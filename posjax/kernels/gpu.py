@@ -1,4 +1,9 @@
-"""Attention on NVIDIA GPUs: the entry of the Pallas kernels, with what they ask for and what they refuse."""
+"""Attention on NVIDIA GPUs: the entry of the Pallas kernels, with what they ask for and what they refuse.
+
+Two things are done before them, by XLA, in time that grows with T alone. Queries and keys are rotated: a tile of keys would be
+rotated again for each tile of queries, on its way to tensor cores that read it from shared memory. And q.e of CoPE is multiplied
+out, z [T, P] a head, because the kernels look single numbers of a row up, which only memory lets them. Its gradient is theirs.
+"""
 
 import dataclasses
 import functools

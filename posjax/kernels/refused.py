@@ -21,7 +21,8 @@ def naming_refusals(implementation: str | None) -> Iterator[None]:
         yield
     except Exception as error:  # jax may wrap what the compiler said
         told = next((e for e in (error, error.__cause__) if isinstance(e, jax.errors.JaxRuntimeError)), None)
-        if told is None or implementation not in (None, "pallas") or not re.search("posjax_attention|mosaic|vmem", str(told), re.I):
+        of_kernel = told is not None and re.search("posjax_attention|mosaic|triton|vmem", str(told), re.I)
+        if not of_kernel or implementation not in (None, "pallas"):
             raise
         why = str(told).strip().split("\n")[0][:300]
         raise KernelRefused(
