@@ -44,7 +44,7 @@ def check_gpu_blocks(blocks: GpuBlocks) -> None:
 
 # A line for each kind of call: the least compute capability, bytes of a number, the most channels, and whether it counts.
 _TABLE = json.loads(Path(__file__).with_name("gpu_blocks.json").read_text())
-_KINDS = {"A100|A30": 80, "H100|H200|GH200": 90, "B200|GB200": 100}
+_KINDS = {"A100|A30": 80, "RTX 4090|L4|L40": 89, "H100|H200|GH200": 90, "B200|GB200": 100}
 LEAST = 80  # Triton's
 
 

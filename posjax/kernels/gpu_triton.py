@@ -571,7 +571,12 @@ def _of_queries(plan: Plan, x: Operands) -> tuple[tuple[int, ...], dict[str, tup
     if x.table is not None:
         made["table"] = (None, x.table.shape[1]), lambda i, n, b: (n, 0)
         made["d_table"] = (None, None, None, _table_size(x)), lambda i, n, b: (b, n, i, 0)
-    return (tiles, heads, batch), made
+    return (tiles, heads, batch), {name: (block, _late_first(tiles, index)) for name, (block, index) in made.items()}
+
+
+def _late_first(tiles: int, index: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Under a causal mask the last query tiles take longest: they must not be what all others wait for."""
+    return lambda i, n, b: index(tiles - 1 - i, n, b)
 
 
 def _of_keys(plan: Plan, x: Operands, size: int) -> tuple[tuple[int, ...], dict[str, tuple]]:
