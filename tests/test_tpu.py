@@ -285,7 +285,8 @@ def counted(last):
 @thorough
 @pytest.mark.parametrize("gates", [None, "small"])
 def test_small_gates_in_bfloat16(gates):
-    check(pj.cope(12), dtype="bfloat16", tile=Blocks(512, 512, 256, 512), length=600, heads=(1, 1, 16, 16), gates=gates, is_causal=True)
+    tile = Blocks(512, 512, 256, 512)
+    check(pj.cope(12), dtype="bfloat16", tile=tile, length=600, heads=(1, 1, 16, 16), gates=gates, is_causal=True)
 
 
 @thorough
