@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from suite import (
 
 import posjax as pj
 from posjax.attention import prepare
-from posjax.kernels import gpu, gpu_triton
+from posjax.kernels import gpu, gpu_blocks, gpu_triton
 from posjax.kernels.gpu_blocks import GpuBlocks, blocks_for, check_gpu_blocks
 from posjax.kernels.gpu_plan import longest_run
 
@@ -137,6 +138,15 @@ def test_what_they_cannot_do_is_refused_by_name_and_done_by_another(encoding, si
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         with pytest.raises(NotImplementedError, match=f"implementation='pallas' .*{reason}.*'xla_chunked'"):
             jax.eval_shape(functools.partial(loss, encoding=encoding, implementation="pallas", **options), operands)
+
+
+@pytest.mark.parametrize(("told", "capability"), [("7.5", 75), ("gfx942", 0), ("9.0", 90), ("12.1", 121)])
+def test_other_devices_are_refused(told, capability, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu", compute_capability=told)])
+    assert gpu_blocks.capability() == capability
+    x = jnp.zeros((1, 4, 2, 8))
+    reason = gpu.refusal(query=x, value=x, terms=(), mask=pj.Mask())
+    assert reason is None if capability >= 80 else f"compute capability {capability / 10}" in reason
 
 
 @pytest.mark.parametrize("case", [case for case in suite.CASES if case not in KNOWN], ids=lambda case: case.name)

@@ -29,7 +29,7 @@ _WIDEST = 288  # channels of a head: 256 and what untied positions add to 128
 def refusal(query: Array, value: Array, terms: tuple[BiasTerm, ...], mask: Mask, **rest: Any) -> str | None:
     """Why the kernels cannot do a call, by the argument; None: they can. Arguments as in ``attention``."""
     if capability() < LEAST:
-        return f"the GPU's compute capability is {capability() / 10} (at least {LEAST / 10})"
+        return f"the GPU has compute capability {capability() / 10} (NVIDIA's from {LEAST / 10} on are supported)"
     if mask.boolean is not None:
         return "mask is an array (is_causal, segment_ids and local_window_size are made inside of the tile)"
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):

@@ -49,12 +49,16 @@ LEAST = 80  # Triton's
 
 
 def capability() -> int:
-    """Ten times the compute capability of the GPU of the mesh in context, or of this process; ``LEAST`` where there is none."""
+    """Ten times the compute capability of the GPU of the mesh in context, or of this process; ``LEAST`` where there is none, and 0
+    for one that is not NVIDIA's."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         return next((n for kind, n in _KINDS.items() if re.search(rf"\b({kind})\b", device.device_kind)), LEAST)
     here = jax.devices()[0]
-    return round(10 * float(here.compute_capability)) if here.platform == "gpu" else LEAST
+    if here.platform != "gpu":
+        return LEAST
+    told = str(here.compute_capability)  # such as 9.0; of AMD's, gfx942
+    return round(10 * float(told)) if re.fullmatch(r"\d+\.\d+", told) else 0
 
 
 def blocks_for(capability: int, dtype: Any, channels: int, counts: bool) -> GpuBlocks:
