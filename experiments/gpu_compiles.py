@@ -1,7 +1,7 @@
 """What the compiler makes of the GPU kernels with their own block sizes, ahead of time; no GPU is needed.
 
     pip install 'posjax[gpu-aot]'
-    python experiments/gpu_compiles.py                    # ten minutes on two CPU cores
+    python experiments/gpu_compiles.py                    # a quarter of an hour on two CPU cores
 
 Each encoding that the kernels know, forward and backward, causal, 8 heads, for each GPU, type and head dimension. A row of
 experiments/results/gpu_compiles.json has registers of a thread and the bytes of them that spill to memory, of every kernel, or the
@@ -70,7 +70,7 @@ def run(config: Sweep) -> int:
                 progress(f"{chip}: {' '.join(map(str, call))}", number * len(calls) + done, len(config.chips) * len(calls))
                 (report,) = aot.compile_all([job(*call)], f"{chip}:1x1x1")
                 rows.append(row_of(chip, call, report))
-    config.out.write_text(json.dumps({"versions": versions(), "length": LENGTH, "rows": rows}, indent=1) + "\n")
+                config.out.write_text(json.dumps({"versions": versions(), "length": LENGTH, "rows": rows}, indent=1) + "\n")
     for chip in config.chips:
         show(chip, [row for row in rows if row["chip"] == chip])
     return int(any(row["failed"] for row in rows))
