@@ -159,3 +159,19 @@ def all_agree(gradients, operands, want):
     for n, one in enumerate(want):
         got, given = jax.tree.map(lambda x, n=n: x[n], (gradients, operands))
         agree({"out": one["out"]} | got, one, given)
+
+
+# Calls through posjax.attention, of which only the program is asked for
+
+LONG = 160  # LONG^2 is above the size up to which dense attention is taken anyway
+
+
+def shapes(encoding, length=LONG, width=16, dtype="float32"):
+    x = jax.ShapeDtypeStruct((1, length, 2, width), dtype)
+    hidden = jnp.zeros((1, length, D))
+    params = jax.eval_shape(lambda: encoding.condition(encoding.init(jax.random.key(0), pj.Dims(2, width, D, length)), hidden))
+    return {"query": x, "key": x, "value": x, "params": params}
+
+
+def loss(operands, encoding, **options):
+    return pj.attention(**operands, encoding=encoding, is_causal=True, **options).astype(jnp.float32).sum()

@@ -11,7 +11,22 @@ import numpy as np
 import pytest
 import suite
 from jax.sharding import AxisType
-from kernel_calls import DISTINCT, EVERYTHING, GATED, KNOWN, D, all_agree, compiled, make_operands, packed, saturating, stacked
+from kernel_calls import (
+    DISTINCT,
+    EVERYTHING,
+    GATED,
+    KNOWN,
+    LONG,
+    D,
+    all_agree,
+    compiled,
+    loss,
+    make_operands,
+    packed,
+    saturating,
+    shapes,
+    stacked,
+)
 from suite import (
     normal,
     quick_compilation,  # noqa: F401, a fixture
@@ -102,20 +117,6 @@ def test_the_longest_run():
 
 
 # What they refuse, and where they are --------------------------------------------------------------------------------
-
-LONG = 160  # LONG^2 is above the size up to which dense attention is taken anyway
-
-
-def shapes(encoding, length=LONG, width=16, dtype="float32"):
-    x = jax.ShapeDtypeStruct((1, length, 2, width), dtype)
-    hidden = jnp.zeros((1, length, D))
-    params = jax.eval_shape(lambda: encoding.condition(encoding.init(jax.random.key(0), pj.Dims(2, width, D, length)), hidden))
-    return {"query": x, "key": x, "value": x, "params": params}
-
-
-def loss(operands, encoding, **options):
-    return pj.attention(**operands, encoding=encoding, is_causal=True, **options).astype(jnp.float32).sum()
-
 
 REFUSED = {
     "a mask": (pj.identity(), {}, {"mask": np.ones((LONG, LONG), bool)}, "mask is an array"),

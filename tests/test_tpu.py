@@ -23,13 +23,16 @@ from kernel_calls import (
     EVERYTHING,
     GATED,
     KNOWN,
+    LONG,
     D,
     all_agree,
     compiled,
+    loss,
     make_operands,
     on_a_mesh,
     packed,
     saturating,
+    shapes,
     stacked,
 )
 from suite import (
@@ -153,20 +156,6 @@ def test_a_mesh_of_data_and_tensor_axes(kind):
 
 
 # What it refuses, and where it is ------------------------------------------------------------------------------------
-
-LONG = 160  # LONG^2 is above the size up to which dense attention is taken anyway
-
-
-def shapes(encoding, length=LONG, width=16, dtype="float32"):
-    x = jax.ShapeDtypeStruct((1, length, 2, width), dtype)
-    hidden = jnp.zeros((1, length, D))
-    params = jax.eval_shape(lambda: encoding.condition(encoding.init(jax.random.key(0), pj.Dims(2, width, D, length)), hidden))
-    return {"query": x, "key": x, "value": x, "params": params}
-
-
-def loss(operands, encoding, **options):
-    return pj.attention(**operands, encoding=encoding, is_causal=True, **options).astype(jnp.float32).sum()
-
 
 REFUSED = {
     "a mask": (pj.identity(), {}, {"mask": np.ones((LONG, LONG), bool)}, "mask is an array"),
