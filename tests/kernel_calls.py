@@ -155,10 +155,10 @@ def stacked():
     return *(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (operands, segments)), want
 
 
-def all_agree(gradients, operands, want):
+def all_agree(gradients, operands, want, tolerance=1e-4):
     for n, one in enumerate(want):
         got, given = jax.tree.map(lambda x, n=n: x[n], (gradients, operands))
-        agree({"out": one["out"]} | got, one, given)
+        agree({"out": one["out"]} | got, one, given, tolerance)
 
 
 # Calls through posjax.attention, of which only the program is asked for

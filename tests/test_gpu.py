@@ -277,7 +277,7 @@ def test_gradients_inside_a_scan_and_through_a_checkpoint():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_a_mesh_of_data_and_tensor_axes(kind, kv_heads, monkeypatch):
     """A mesh that cuts four heads in two parts, of which there is one key head, or two for each part."""
-    monkeypatch.setattr(gpu, "default_blocks", lambda query, value, counts: SMALL)
+    monkeypatch.setattr(gpu, "default_blocks", lambda query, value, terms: SMALL)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     kernel_calls.on_a_mesh(kind, pj.chain(pj.tupe(), pj.cope(6, per_head=kv_heads == 4)), kv_heads, 40)
 

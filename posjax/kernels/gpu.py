@@ -7,6 +7,7 @@ out, z [T, P] a head, because the kernels look single numbers of a row up, which
 
 import dataclasses
 import functools
+import logging
 from typing import Any
 
 import jax
@@ -16,17 +17,20 @@ import numpy as np
 from posjax.bias import BiasTerm, Interpolation, Lookup, Mask, Penalty
 from posjax.kernels import gpu_triton
 from posjax.kernels.deferred import deferred
-from posjax.kernels.gpu_blocks import LEAST, GpuBlocks, blocks_for, capability
-from posjax.kernels.gpu_plan import Operands, Plan
+from posjax.kernels.gpu_blocks import LEAST, GpuBlocks, blocks_for, capability, mosaic_refusal
+from posjax.kernels.gpu_plan import Operands, Plan, visits
 from posjax.kernels.shards import Cut, exact, find_cut, per_shard
 from posjax.kernels.visibility import Rules, with_padding
 from posjax.typing import Array, Float, Int
 
+_log = logging.getLogger(__name__)
 BLOCKS = GpuBlocks  # what ``block_sizes`` of these kernels are
 _WIDEST = 288  # channels of a head: 256 and what untied positions add to 128
 
 
-def refusal(query: Array, value: Array, terms: tuple[BiasTerm, ...], mask: Mask, **rest: Any) -> str | None:
+def refusal(
+    query: Array, value: Array, terms: tuple[BiasTerm, ...], mask: Mask, block_sizes: GpuBlocks | None = None, **rest: Any
+) -> str | None:
     """Why the kernels cannot do a call, by the argument; None: they can. Arguments as in ``attention``."""
     if capability() < LEAST:
         return f"the GPU has compute capability {capability() / 10} (NVIDIA's from {LEAST / 10} on are supported)"
@@ -34,7 +38,7 @@ def refusal(query: Array, value: Array, terms: tuple[BiasTerm, ...], mask: Mask,
         return "mask is an array (is_causal, segment_ids and local_window_size are made inside of the tile)"
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"query has dtype {query.dtype} (bfloat16, float16 and float32 are supported)"
-    if max(query.shape[-1], value.shape[-1]) > _WIDEST:
+    if _channels(query, value) > _WIDEST:
         return f"query has {query.shape[-1]} channels and value {value.shape[-1]} (at most {_WIDEST})"
     for term in terms:
         if term.fused is None:
@@ -43,7 +47,18 @@ def refusal(query: Array, value: Array, terms: tuple[BiasTerm, ...], mask: Mask,
     for kind, name in ((Interpolation, "cope"), (Lookup, "t5"), (Penalty, "alibi")):
         if kinds.count(kind) > 1:
             return f"encoding chains {name} twice"
+    if block_sizes is not None and block_sizes.lowering == "mosaic":
+        reason = mosaic_refusal(capability(), query.dtype, _channels(query, value), _entries(terms), block_sizes)
+        return None if reason is None else f"block_sizes has lowering='mosaic': {reason} (lowering='triton' can)"
     return None
+
+
+def _channels(query: Array, value: Array) -> int:
+    return max(query.shape[-1], value.shape[-1])
+
+
+def _entries(terms: tuple[BiasTerm, ...]) -> int:
+    return next((term.tables.shape[0] for term in terms if isinstance(term.fused, Lookup)), 0)
 
 
 def attention(
@@ -75,7 +90,7 @@ def attention(
     cut = find_cut(query) if cut is None else cut
     kinds = {type(term.fused): term for term in terms}
     counts, looks, penalty = (kinds.get(kind) for kind in (Interpolation, Lookup, Penalty))
-    blocks = default_blocks(query, value, counts is not None) if tile is None else tile
+    blocks = default_blocks(query, value, terms) if tile is None else tile
     repeats = np.lcm(key.shape[2], cut.head_parts) // key.shape[2]  # more parts than key heads: each part gets one of its own
     if repeats > 1:
         key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
@@ -111,9 +126,10 @@ def attention(
     return _attend(plan, cut, operands)[:, : query.shape[1], :, : value.shape[-1]]
 
 
-def default_blocks(query: Array, value: Array, counts: bool) -> GpuBlocks:
+def default_blocks(query: Array, value: Array, terms: tuple[BiasTerm, ...]) -> GpuBlocks:
     """Those of the device at hand."""
-    return blocks_for(capability(), query.dtype, max(query.shape[-1], value.shape[-1]), counts)
+    counts = any(isinstance(term.fused, Interpolation) for term in terms)
+    return blocks_for(capability(), query.dtype, _channels(query, value), counts, _entries(terms))
 
 
 def _products(counts: BiasTerm) -> Array:
@@ -182,16 +198,55 @@ def _attend(plan: Plan, cut: Cut, x: Operands) -> Array:
 
 def _forward(plan: Plan, cut: Cut, x: Operands) -> tuple[Array, Any]:
     rows = 1 if plan.last is None else 4
-    out, *saved = _sharded(gpu_triton.forward, plan, cut, x, (), (), ("b.n.", *["bn."] * rows))
+    out, *saved = _sharded(_attended, plan, cut, x, (), (), ("b.n.", *["bn."] * rows))
     return out, (x, out, tuple(saved))
 
 
+def _attended(plan: Plan, x: Operands) -> tuple[Array, ...]:
+    """As ``gpu_triton.forward``."""
+    seen = visits(plan, x)
+    if plan.interpret is False:
+        _say(plan.blocks.lowering, _why(plan, x))
+    if plan.blocks.lowering == "triton":
+        return gpu_triton.forward(plan, x, seen)
+    from posjax.kernels import gpu_mosaic  # not in every jax
+
+    counted = {} if plan.last is None else gpu_triton.forward_band(plan, x, seen)
+    state = [counted.pop(name) for name in ("high", "low") if counted]
+    return *gpu_mosaic.forward(plan, x, seen, counted), *state, *([counted["limit"]] if counted else [])
+
+
+def _why(plan: Plan, x: Operands) -> str:
+    if plan.blocks.lowering == "mosaic":
+        return "its block sizes name it"
+    entries = 0 if x.table is None else x.table.shape[1]
+    refused = mosaic_refusal(capability(), x.query.dtype, _channels(x.query, x.value), entries)
+    return f"mosaic cannot: {refused}" if refused else "its block sizes name it; mosaic could, too"
+
+
+@functools.cache
+def _say(lowering: str, why: str) -> None:
+    """Once for each reason."""
+    _log.info("attention on a GPU of compute capability %s takes lowering=%r: %s", capability() / 10, lowering, why)
+
+
 def _gradients(plan: Plan, x: Operands, d_out: Array, slack: Array, *saved: Array) -> tuple[Array, ...]:
-    found = gpu_triton.backward(plan, x, saved, d_out, slack)
-    found["scale"] = (found["query"] * x.query.astype(jnp.float32)).sum().reshape(1)
-    found["query"] = found["query"] * x.scale
-    found["key"] = found["key"] * x.scale
-    return tuple(found[name] for name in _LEARNED if name in found)
+    if plan.blocks.lowering == "triton":
+        kernels: Any = gpu_triton
+    else:
+        from posjax.kernels import gpu_mosaic as kernels
+    seen, (log_sum, *counts) = visits(plan, x), saved
+    found = kernels.backward(plan, x, seen, log_sum, counts[-1] if counts else None, d_out, slack)
+    tables = [found["d_table"]] if plan.index is not None else []
+    if counts:
+        found = gpu_triton.backward_band(plan, x, seen, saved, d_out, slack, found)
+        tables += [found["d_table"]] if tables else []
+    d_query = found["d_query"]
+    found |= {"d_query": d_query * x.scale, "d_key": found["d_key"] * x.scale}
+    found["d_scale"] = (d_query * x.query.astype(jnp.float32)).sum().reshape(1)
+    if tables:
+        found["d_table"] = sum(table.sum((0, 2))[:, : x.table.shape[1]] for table in tables)
+    return tuple(found[f"d_{name}"] for name in _LEARNED if f"d_{name}" in found)
 
 
 def _backward(plan: Plan, cut: Cut, kept: Any, d_out: Array) -> tuple[Operands]:

@@ -6,6 +6,7 @@ others are done in detail like the rest.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -123,3 +124,12 @@ def longest_run(flags: Array) -> tuple[Array, Array]:
     end = length.argmax(-1)
     size = jnp.take_along_axis(length, end[..., None], -1)[..., 0]
     return end + 1 - size, end + 1
+
+
+def below(border: Array, count: int, first: bool = False) -> Array:
+    """For each of ``count`` keys' tiles or strips, from borders [B, N, I] of query tiles: one past the last query tile whose border
+    is not beyond it; or the first whose border is."""
+    hull = jax.lax.cummax(border, axis=2) if first else jax.lax.cummin(border, axis=2, reverse=True)
+    search = functools.partial(jnp.searchsorted, side="right")
+    found = jax.vmap(jax.vmap(search, (0, None)), (0, None))(hull, jnp.arange(count))
+    return found.astype(jnp.int32)

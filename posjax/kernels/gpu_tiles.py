@@ -1,4 +1,4 @@
-"""What the GPU kernels compute inside of a tile: biases of positions, counts, and their gradients.
+"""What the Triton kernels compute inside of a tile: products, counts, and their gradients.
 
 Between two positions the bias is a straight line, so a count needs two numbers of its cell. Triton has no look-ups in registers:
 they are chosen in a loop over the cells that the counts of a row pass in a strip, as long as the widest of them. The transpose is
@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from posjax.kernels.gpu_plan import LOG2E, NEVER, Plan
+from posjax.kernels.gpu_plan import Plan
+from posjax.kernels.gpu_scores import Keys, Rows
 from posjax.typing import Array
 
 NN, NT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
@@ -100,92 +101,25 @@ class Face(NamedTuple):
         return total
 
 
-class Rows(NamedTuple):
-    """What is at hand of the queries of a tile, [t] each."""
-
-    number: Array  # within the arrays that a program sees
-    positions: Array
-    segments: Array | None
-    slope: Array | None  # of the head
-    look: Callable[[Array], Array]  # into the head's table
-
-
 def rows_of(plan: Plan, r: Any, start: Any, size: int, head: Any = None) -> Rows:
     """``size`` rows from ``start`` on of the arrays that a program sees, of a head of several or the only one."""
     at = pl.ds(start, size)
     segments = r.query_segments[at] if plan.rules.segmented else None
     slope = r.slope[0 if head is None else head] if plan.penalised else None
+    entries = 0 if plan.index is None else r.table.shape[-1]
 
     def look(n: Array) -> Array:
         return r.table[n if head is None else (head, n)]
 
-    return Rows(start + jnp.arange(size), r.query_positions[at], segments, slope, look)
+    return Rows(r.query_positions[at], segments, slope, look, entries, number=start + jnp.arange(size))
 
 
-class Sight(NamedTuple):
-    """Scores of a query tile and some keys, and what is to be known of the pairs."""
-
-    scores: Array  # in units of log2 e
-    allowed: Array | None  # None: all pairs
-    index: Array | None  # into the table
-
-
-def penalised(plan: Plan, face: Face, rows: Rows, keys: Array, scores: Array) -> Array:
-    if not plan.penalised:
-        return scores
-    distance = jnp.abs(face.queries(rows.positions) - face.keys(keys)).astype(jnp.float32)
-    return scores - (rows.slope * LOG2E) * distance
-
-
-def in_detail(plan: Plan, r: Any, face: Face, rows: Rows, start: Any, size: int, scores: Array) -> Sight:
-    """Scores with the biases of positions, for keys from ``start`` on of which some may be out of sight."""
+def keys_of(plan: Plan, r: Any, start: Any, size: int, in_sight: bool = False) -> Keys | None:
+    """None where nothing is asked of keys that are all in sight."""
+    if in_sight and not plan.penalised:
+        return None
     at = pl.ds(start, size)
-    keys, queries = face.keys(r.key_positions[at]), face.queries(rows.positions)
-    segments = (face.queries(rows.segments), face.keys(r.key_segments[at])) if plan.rules.segmented else (None, None)
-    allowed = jnp.broadcast_to(plan.rules.pairs(queries, keys, *segments), scores.shape)
-    scores = penalised(plan, face, rows, r.key_positions[at], scores)
-    if plan.index is None:
-        return Sight(scores, allowed, None)
-    index = jnp.broadcast_to(plan.index(queries, keys), scores.shape)
-
-    def add(n: Array, scores: Array) -> Array:
-        return scores + jnp.where(index == n, rows.look(n) * LOG2E, 0.0)
-
-    return Sight(jax.lax.fori_loop(*ends_of(r, index), add, scores), allowed, index)
-
-
-def ends_of(r: Any, index: Array) -> tuple[Array, Array]:
-    """The places of a table that indices are among, from .. to."""
-    return index.min(1).min(0), jnp.minimum(index.max(1).max(0) + 1, r.table.shape[-1])
-
-
-def plainly(plan: Plan, r: Any, face: Face, rows: Rows, start: Any, scores: Array, common: Array | None) -> Array:
-    """Scores with the biases of positions, for keys that are all in sight; ``common``: the place of all pairs in the table."""
-    scores = penalised(plan, face, rows, r.key_positions[pl.ds(start, scores.shape[face.keys_axis])], scores)
-    if common is not None:  # an index past the table finds zero
-        size = r.table.shape[-1]
-        scores += jnp.where(common < size, rows.look(jnp.minimum(common, size - 1)) * LOG2E, 0.0)
-    return scores
-
-
-def capped(plan: Plan, scores: Array) -> Array:
-    if plan.soft_cap is None:
-        return scores
-    cap = plan.soft_cap * LOG2E
-    return cap * tanh(scores / cap)
-
-
-def cap_slack(plan: Plan, scores: Array) -> Array | float:
-    """The derivative of the soft cap where the capped score is ``scores``; any where that is NEVER."""
-    return 1.0 if plan.soft_cap is None else 1.0 - jnp.square(jnp.maximum(scores / (plan.soft_cap * LOG2E), -1.0))
-
-
-def tanh(x: Array) -> Array:
-    return 1.0 - 2.0 / (1.0 + jnp.exp2(x * (2.0 * LOG2E)))
-
-
-def hidden(sight: Sight, scores: Array) -> Array:
-    return scores if sight.allowed is None else jnp.where(sight.allowed, scores, NEVER)
+    return Keys(r.key_positions[at], r.key_segments[at] if plan.rules.segmented else None)
 
 
 # Counting ----------------------------------------------------------------------------------------------------------------

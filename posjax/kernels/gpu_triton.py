@@ -23,25 +23,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from posjax.kernels.gpu_plan import LOG2E, LOWEST, NEVER, Operands, Plan, Visits, visits
+from posjax.kernels.gpu_plan import LOG2E, LOWEST, NEVER, Operands, Plan, Visits, below
+from posjax.kernels.gpu_scores import Rows, biased, capped, ends_of, gradient_of, hidden, in_detail, walk, weights_of
 from posjax.kernels.gpu_tiles import (
     Channels,
     Counts,
     Face,
-    Rows,
     add_exactly,
     added,
-    cap_slack,
-    capped,
     counted,
-    ends_of,
     gates_of,
-    hidden,
-    in_detail,
     inner,
     interpolated,
+    keys_of,
     pieces_of,
-    plainly,
     put,
     rows_of,
     taken,
@@ -79,7 +74,7 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         """Counts in a strip."""
         *kept, high, low = kept
         raw = logits(start, blocks.strip)
-        sight = in_detail(plan, r, face, rows, start, blocks.strip, raw)
+        sight = in_detail(plan, face, rows, keys_of(plan, r, start, blocks.strip), raw)
         gates = gates_of(raw, sight.allowed)
         counts = counted(plan, face, high, low, face.sums(plan, gates, later=True, parts=3 if r.query.dtype == jnp.float32 else 2))
         bias, _ = interpolated(plan, face, height, counts)
@@ -104,18 +99,20 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         state = (last, *kept, jnp.zeros((size,), jnp.float32), jnp.zeros((size,), jnp.float32))
         limit, *kept, r.high[...], r.low[...] = jax.lax.while_loop(unsettled, band, state)
         r.limit[0], kept = limit, tuple(kept)
+        if "sums" in names:  # the rest is done elsewhere
+            r.highest[...], r.total[...] = kept[:2]
+            put(r.sums, kept[2])
+            return
         constant = height(jnp.full((size,), plan.last)) * LOG2E
 
     def tile(in_sight: bool, j: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
         start = j * blocks.keys
         scores = logits(start, blocks.keys)
         scores = scores if constant is None else scores + constant[:, None]
-        if in_sight:
-            return softmax(kept, capped(plan, plainly(plan, r, face, rows, start, scores, _common(plan, r, j))), start)
-        sight = in_detail(plan, r, face, rows, start, blocks.keys, scores)
-        return softmax(kept, hidden(sight, capped(plan, sight.scores)), start)
+        keys = keys_of(plan, r, start, blocks.keys, in_sight)
+        return softmax(kept, biased(plan, face, rows, keys, scores, _common(plan, r, j), in_sight)[0], start)
 
-    highest, total, sums = _walk(tile, first, plain, detailed, limit, kept)
+    highest, total, sums = walk(tile, first, plain, detailed, limit, kept)
     nothing = total == 0.0
     total = jnp.where(nothing, 1.0, total)
     put(r.out, tuple((part / total[:, None]).astype(r.out.dtype) for part in sums))
@@ -127,30 +124,17 @@ def _common(plan: Plan, r: Any, j: Array) -> Array | None:
     return None if plan.index is None else plan.index(r.query_first[0], r.key_last[j])
 
 
-def _walk(tile: Any, first: Array, plain: Array, detailed: Array, last: Array, kept: Any) -> Any:
-    """Calls ``kept = tile(in_sight, n, kept)`` for each tile from first to last, which may lie anywhere next to the plain ones."""
-    kept = jax.lax.fori_loop(first, jnp.minimum(plain, last), functools.partial(tile, False), kept)
-    kept = jax.lax.fori_loop(plain, jnp.minimum(detailed, last), functools.partial(tile, True), kept)
-    return jax.lax.fori_loop(jnp.maximum(detailed, first), last, functools.partial(tile, False), kept)
-
-
 # Backward ----------------------------------------------------------------------------------------------------------------
 
 
-def weighed(plan: Plan, face: Face, scores: Array, d_weights: Array, log_sum: Array, slack: Array) -> tuple[Array, Array]:
-    """Weights, and the gradient of scores before the soft cap, from scores that are capped and hidden."""
-    weights = jnp.exp2(scores - face.queries(log_sum))
-    return weights, weights * (d_weights - face.queries(slack)) * cap_slack(plan, scores)
-
-
-def into_table(r: Any, found: Array, index: Array, gradient: Array) -> Array:
+def into_table(rows: Rows, found: Array, index: Array, gradient: Array) -> Array:
     """Adds the sums of gradients over equal indices to ``found``, as long as the table or longer."""
     place = jnp.arange(found.shape[0])
 
     def add(n: Array, found: Array) -> Array:
         return found + jnp.where(place == n, jnp.where(index == n, gradient, 0.0).sum(1).sum(0), 0.0)
 
-    return jax.lax.fori_loop(*ends_of(r, index), add, found)
+    return jax.lax.fori_loop(*ends_of(rows, index), add, found)
 
 
 def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
@@ -171,12 +155,8 @@ def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         scores, d_weights = inner(plan, query, key) * factor, inner(plan, d_out, taken(r.value, at))
         scores = scores if constant is None else scores + constant[:, None]
         common = _common(plan, r, j)
-        if in_sight:
-            scores, index = capped(plan, plainly(plan, r, face, rows, start, scores, common)), None
-        else:
-            sight = in_detail(plan, r, face, rows, start, blocks.keys, scores)
-            scores, index = hidden(sight, capped(plan, sight.scores)), sight.index
-        _, gradient = weighed(plan, face, scores, d_weights, log_sum, slack)
+        scores, index = biased(plan, face, rows, keys_of(plan, r, start, blocks.keys, in_sight), scores, common, in_sight)
+        gradient = gradient_of(plan, face, scores, weights_of(face, scores, log_sum), d_weights, slack)
         found = {"d_query": added(plan, kept["d_query"], gradient, key)}
         if constant is not None:
             found["d_last"] = kept["d_last"] + gradient.sum(1)
@@ -184,7 +164,7 @@ def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
             place = jnp.arange(kept["d_table"].shape[0])
             found["d_table"] = kept["d_table"] + jnp.where(place == common, gradient.sum(1).sum(0), 0.0)
         elif common is not None:
-            found["d_table"] = into_table(r, kept["d_table"], index, gradient)
+            found["d_table"] = into_table(rows, kept["d_table"], index, gradient)
         return found
 
     kept = {"d_query": zeros_like(query)}
@@ -192,7 +172,7 @@ def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         kept["d_last"] = jnp.zeros((size,), jnp.float32)
     if plan.index is not None:
         kept["d_table"] = jnp.zeros(r.d_table.shape, jnp.float32)
-    found = _walk(tile, first, plain, detailed, limit, kept)
+    found = walk(tile, first, plain, detailed, limit, kept)
     put(r.d_query, found.pop("d_query"))
     for name, x in found.items():
         getattr(r, name)[...] = x
@@ -213,23 +193,20 @@ def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
             scores, d_weights = inner(plan, key, query) * factor, inner(plan, value, d_out)
             if plan.last is not None:
                 scores += face.queries(r.z[g, rows.number, jnp.full(rows.number.shape, plan.last)]) * LOG2E
-            if in_sight:
-                common = None if plan.index is None else plan.index(r.row_first[i], r.key_last[0])
-                scores = capped(plan, plainly(plan, r, face, rows, 0, scores, common))
-            else:
-                sight = in_detail(plan, r, face, rows, 0, blocks.keys, scores)
-                scores = hidden(sight, capped(plan, sight.scores))
-            weights, gradient = weighed(plan, face, scores, d_weights, r.log_sum[g, at], r.slack[g, at])
+            common = None if plan.index is None else plan.index(r.row_first[i], r.key_last[0])
+            scores, _ = biased(plan, face, rows, keys_of(plan, r, 0, blocks.keys, in_sight), scores, common, in_sight)
+            weights = weights_of(face, scores, r.log_sum[g, at])
+            gradient = gradient_of(plan, face, scores, weights, d_weights, r.slack[g, at])
             return added(plan, kept[0], gradient, query), added(plan, kept[1], weights, d_out)
 
         def unless_counted(i: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
             return jax.lax.cond(r.limit[g, i // plan.pieces] > j, lambda kept: tile(False, i, kept), lambda kept: kept, kept)
 
         if plan.last is None:
-            return _walk(tile, first, plain, detailed, last, kept)
+            return walk(tile, first, plain, detailed, last, kept)
         settled = jnp.clip(r.settled[g] * plan.pieces, first, last)  # from this piece on no queries have counted here
         kept = jax.lax.fori_loop(first, settled, unless_counted, kept)
-        return _walk(tile, settled, jnp.maximum(plain, settled), jnp.maximum(detailed, settled), last, kept)
+        return walk(tile, settled, jnp.maximum(plain, settled), jnp.maximum(detailed, settled), last, kept)
 
     d_key, d_value = jax.lax.fori_loop(0, r.query.shape[1], head, (zeros_like(key), zeros_like(value)))
     put(r.d_key, d_key)
@@ -256,7 +233,7 @@ def _query_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         at, gathered = pl.ds(start, blocks.strip), kept["gathered"]
         key = taken(r.key, at)
         raw, d_weights = inner(plan, query, key) * factor, inner(plan, d_out, taken(r.value, at))
-        sight = in_detail(plan, r, face, rows, start, blocks.strip, raw)
+        sight = in_detail(plan, face, rows, keys_of(plan, r, start, blocks.strip), raw)
         gates = gates_of(raw, sight.allowed)
         high, low = add_exactly(kept["high"], kept["low"], -gates.sum(1))
         slot = end - 1 - t
@@ -264,13 +241,13 @@ def _query_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         counts = counted(plan, face, high, low, face.sums(plan, gates, later=True, parts=3 if exact else 2))
         bias, slope = interpolated(plan, face, lambda n: r.z[rows.number, n], counts)
         scores = hidden(sight, capped(plan, sight.scores + bias * LOG2E))
-        _, gradient = weighed(plan, face, scores, d_weights, log_sum, slack)
+        gradient = gradient_of(plan, face, scores, weights_of(face, scores, log_sum), d_weights, slack)
         spread(plan, r, rows, counts, gradient)
         steps = gradient * slope
         reach = gathered[:, None] + face.sums(plan, steps, later=False, parts=3 if exact else 1)
         found = dict(high=high, low=low, gathered=gathered + steps.sum(1))
         if plan.index is not None:
-            found["d_table"] = into_table(r, kept["d_table"], sight.index, gradient)
+            found["d_table"] = into_table(rows, kept["d_table"], sight.index, gradient)
         gradient += reach * gates * (1.0 - gates)
         return found | {"d_query": added(plan, kept["d_query"], gradient, key)}
 
@@ -309,14 +286,15 @@ def _key_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
             rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, g), pl.ds(i * blocks.rows, blocks.rows)
             query, d_out = taken(r.query, at, g), taken(r.d_out, at, g)
             raw, d_weights = inner(plan, key, query) * factor, inner(plan, value, d_out)
-            sight = in_detail(plan, r, face, rows, 0, blocks.strip, raw)
+            sight = in_detail(plan, face, rows, keys_of(plan, r, 0, blocks.strip), raw)
             gates = gates_of(raw, sight.allowed)
             before, gathered = r.counts_there[g, slot, at], r.gathered_there[g, slot, at]
             later = face.sums(plan, gates, later=True, parts=3 if exact else 2)
             counts = counted(plan, face, before, jnp.zeros_like(before), later)
             bias, slope = interpolated(plan, face, lambda n: r.z[g, rows.number, n], counts)
             scores = hidden(sight, capped(plan, sight.scores + bias * LOG2E))
-            weights, gradient = weighed(plan, face, scores, d_weights, r.log_sum[g, at], r.slack[g, at])
+            weights = weights_of(face, scores, r.log_sum[g, at])
+            gradient = gradient_of(plan, face, scores, weights, d_weights, r.slack[g, at])
             reach = face.queries(gathered) + face.sums(plan, gradient * slope, later=False, parts=3 if exact else 1)
             gradient += reach * gates * (1.0 - gates)
             return added(plan, kept[0], gradient, query), added(plan, kept[1], weights, d_out)
@@ -361,8 +339,8 @@ def _of_queries(plan: Plan, x: Operands) -> tuple[tuple[int, ...], dict[str, tup
         "key_last": ((None, span // plan.blocks.keys), lambda i, n, b: (b, 0)),
     }
     made |= dict(query_segments=made["query_positions"], key_segments=made["key_positions"], turn=made["scale"])
-    made |= dict(d_query=made["query"], d_out=made["out"], counts_there=notes, gathered_there=notes)
-    made |= dict.fromkeys(("log_sum", "slack", "high", "low", "gathered", "d_last"), rows)
+    made |= dict(d_query=made["query"], d_out=made["out"], sums=made["out"], counts_there=notes, gathered_there=notes)
+    made |= dict.fromkeys(("log_sum", "slack", "high", "low", "gathered", "d_last", "highest", "total"), rows)
     if x.z is not None:
         made["z"] = made["d_z"] = (None, None, size, x.z.shape[-1]), lambda i, n, b: (b, n, i, 0)
     if x.table is not None:
@@ -461,29 +439,42 @@ def _like(*arrays: Array, dtype: Any = None) -> Any:
     return [jax.ShapeDtypeStruct(array.shape, dtype or array.dtype) for array in arrays]
 
 
-def forward(plan: Plan, x: Operands) -> tuple[Array, ...]:
+def forward(plan: Plan, x: Operands, seen: Visits) -> tuple[Array, ...]:
     """out [B, T, N, V] and, [B, N, T], log2 of the softmax's sum; of counts the state, high and low [B, N, T], and the key tile
     from which on each query tile counted, [B, N, I]."""
     batch, length, heads, _ = x.query.shape
+    out = jax.ShapeDtypeStruct((batch, length, heads, x.value.shape[-1]), x.value.dtype)
+    outputs = {"out": out, "log_sum": jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)}
+    outputs |= {} if plan.last is None else _counted(plan, x)
+    return tuple(_call(_forward, plan, _of_queries(plan, x), _inputs(plan, x, _of_tiles(seen)), outputs).values())
+
+
+def forward_band(plan: Plan, x: Operands, seen: Visits) -> dict[str, Array]:
+    """What was counted, for another kernel to go on from: highest and total [B, N, T] and sums [B, T, N, V] of softmax; and high,
+    low and limit as ``forward`` returns them."""
+    outputs = _counted(plan, x)
+    outputs |= dict.fromkeys(("highest", "total"), outputs["high"])
+    outputs["sums"] = jax.ShapeDtypeStruct((*x.query.shape[:3], x.value.shape[-1]), jnp.float32)
+    return _call(_forward, plan, _of_queries(plan, x), _inputs(plan, x, _of_tiles(seen)), outputs)
+
+
+def _counted(plan: Plan, x: Operands) -> dict[str, Any]:
+    batch, length, heads, _ = x.query.shape
     row = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-    outputs = {"out": jax.ShapeDtypeStruct((batch, length, heads, x.value.shape[-1]), x.value.dtype), "log_sum": row}
-    if plan.last is not None:
-        limit = jax.ShapeDtypeStruct((batch, heads, length // plan.blocks.queries), jnp.int32)
-        outputs |= {"high": row, "low": row, "limit": limit}
-    inputs = _inputs(plan, x, _of_tiles(visits(plan, x)))
-    return tuple(_call(_forward, plan, _of_queries(plan, x), inputs, outputs).values())
+    return {"high": row, "low": row, "limit": jax.ShapeDtypeStruct((batch, heads, length // plan.blocks.queries), jnp.int32)}
 
 
-def backward(plan: Plan, x: Operands, saved: tuple[Array, ...], d_out: Array, slack: Array) -> dict[str, Array]:
-    """Gradients of query (before the scale), key, value, z, and table [N, W]; float32.
+def backward(
+    plan: Plan, x: Operands, seen: Visits, log_sum: Array, limit: Array | None, d_out: Array, slack: Array
+) -> dict[str, Array]:
+    """Gradients d_query (before the scale), d_key, d_value and, where there are any, d_table [B, N, I, W or more] and d_last
+    [B, N, T], of z at the last position; float32, all but for what was counted.
 
     Args:
-      saved: what ``forward`` returned after out.
+      log_sum: [B, N, T], as ``forward`` returned it; and limit.
       d_out: [B, T, N, V].
       slack: [B, N, T], the sums of d_out * out.
     """
-    seen = visits(plan, x)
-    log_sum, *counts = saved
     given = {"d_out": d_out, "log_sum": log_sum, "slack": slack}
     of_queries, of_keys = _of_queries(plan, x), _of_keys(plan, x, plan.blocks.keys)
     batch, length, heads, _ = x.query.shape
@@ -492,7 +483,6 @@ def backward(plan: Plan, x: Operands, saved: tuple[Array, ...], d_out: Array, sl
     inputs, (query,) = _inputs(plan, x, _of_tiles(seen)) | given, _like(x.query, dtype=jnp.float32)
     outputs: dict[str, Any] = {"d_query": query}
     if plan.last is not None:
-        high, low, limit = counts
         inputs["limit"], outputs["d_last"] = limit, jax.ShapeDtypeStruct(log_sum.shape, jnp.float32)
     if plan.index is not None:
         outputs["d_table"] = jax.ShapeDtypeStruct((batch, heads, tiles, _table_size(x)), jnp.float32)
@@ -501,19 +491,26 @@ def backward(plan: Plan, x: Operands, saved: tuple[Array, ...], d_out: Array, sl
     of_pieces = {"by_keys": seen.by_keys, "row_first": seen.row_first, "key_last": seen.key_last}
     inputs, key_and_value = _inputs(plan, x, of_pieces) | given, _like(x.key, x.value, dtype=jnp.float32)
     if plan.last is not None:
-        inputs |= {"limit": limit, "settled": _below(limit, x.key.shape[1] // plan.blocks.keys)}
-    found |= _call(_key_plain, plan, of_keys, inputs, dict(zip(("d_key", "d_value"), key_and_value, strict=True)))
-
-    if plan.last is not None:
-        found |= {"d_z": jnp.zeros_like(x.z).at[..., plan.last].set(found.pop("d_last"))}
-        found |= {"high": high, "low": low, "gathered": jnp.zeros_like(high)}
-        found = _band(plan, x, seen, given, limit, found)
-    table = {"table": found["d_table"].sum((0, 2))[:, : x.table.shape[1]]} if plan.index is not None else {}
-    return {name: found[f"d_{name}"] for name in ("query", "key", "value", *(["z"] if plan.last is not None else []))} | table
+        inputs |= {"limit": limit, "settled": below(limit, x.key.shape[1] // plan.blocks.keys)}
+    return found | _call(_key_plain, plan, of_keys, inputs, dict(zip(("d_key", "d_value"), key_and_value, strict=True)))
 
 
-def _band(plan: Plan, x: Operands, seen: Visits, given: dict[str, Any], limit: Array, found: dict[str, Any]) -> dict[str, Any]:
-    """The gradients with what was counted."""
+def backward_band(
+    plan: Plan, x: Operands, seen: Visits, saved: tuple[Array, ...], d_out: Array, slack: Array, found: dict[str, Array]
+) -> dict[str, Array]:
+    """d_query, d_key and d_value of ``backward`` with what was counted; d_z, and d_table of the band alone.
+
+    Args:
+      saved: log_sum, high, low and limit, as ``forward`` returned them.
+      found: what ``backward`` did.
+    """
+    log_sum, high, low, limit = saved
+    given = {"d_out": d_out, "log_sum": log_sum, "slack": slack}
+    d_z = jnp.zeros_like(x.z).at[..., plan.last].set(found["d_last"])
+    found = {name: found[name] for name in ("d_query", "d_key", "d_value")}
+    found |= {"d_z": d_z, "high": high, "low": low, "gathered": jnp.zeros_like(high)}
+    if plan.index is not None:
+        found["d_table"] = jnp.zeros((*limit.shape, _table_size(x)), jnp.float32)
     ends = jnp.broadcast_to(seen.by_queries[:, None, :, 3], limit.shape)
     strips = (ends - limit) * plan.strips
     rounds = (strips.max() + ROUND - 1) // ROUND
@@ -530,18 +527,9 @@ def _band(plan: Plan, x: Operands, seen: Visits, given: dict[str, Any], limit: A
         found, kept = found | {name: made[name] for name in changed}, {name: made[name] for name in both}
 
         begin, end = _taken(plan, limit, ends, turn)
-        inputs |= {"tile_first": _below(end, x.key.shape[1] // plan.blocks.strip, first=True)}
-        inputs |= {"tile_last": _below(begin, x.key.shape[1] // plan.blocks.strip)}
+        inputs |= {"tile_first": below(end, x.key.shape[1] // plan.blocks.strip, first=True)}
+        inputs |= {"tile_last": below(begin, x.key.shape[1] // plan.blocks.strip)}
         outputs = dict(zip(("d_key", "d_value"), _like(found["d_key"], found["d_value"]), strict=True))
         return found | _call(_key_band, plan, of_keys, inputs | kept | {name: found[name] for name in outputs}, outputs)
 
     return jax.lax.fori_loop(0, rounds, round_, found)
-
-
-def _below(border: Array, count: int, first: bool = False) -> Array:
-    """For each of ``count`` keys' tiles or strips, from borders [B, N, I] of query tiles: one past the last query tile whose border
-    is not beyond it; or the first whose border is."""
-    hull = jax.lax.cummax(border, axis=2) if first else jax.lax.cummin(border, axis=2, reverse=True)
-    search = functools.partial(jnp.searchsorted, side="right")
-    found = jax.vmap(jax.vmap(search, (0, None)), (0, None))(hull, jnp.arange(count))
-    return found.astype(jnp.int32)
