@@ -19,6 +19,7 @@ from posjax.bench import __main__ as child
 from posjax.bench import attention, inputs, oracle, results
 from posjax.bench.attention import AttentionBench
 from posjax.bench.contestants import Contestant, list_contestants, prepare
+from posjax.bench.oracle import Options
 
 SMALL = SimpleNamespace(batch=2, heads=3, head_dim=8, dtype="float32")
 MEGABYTES = 200
@@ -87,6 +88,18 @@ def test_the_oracle_and_posjax_agree(spec):
     np.testing.assert_allclose(ready.fetch(ready.call())["out"], want, atol=3e-6)
     tail, _ = oracle.attend(spec, arrays, 17)
     np.testing.assert_allclose(tail, want[:, 17:], atol=1e-13)
+
+
+@pytest.mark.parametrize("spec", ["alibi", "tupe(relative=True)", "rope + cope(8)"])
+@pytest.mark.parametrize(
+    "options", [Options(window=5), Options(soft_cap=0.5), Options(starts=(4, 15)), Options(5, 0.5, (7,))]
+)
+def test_the_oracle_and_posjax_agree_on_options_and_shared_heads(spec, options):
+    arrays = inputs.make_inputs(spec, "half", 23, SMALL, None, kv_heads=1)
+    ready = prepare(Contestant("posjax", spec, "xla"), False, arrays, "float32", {}, options)
+    want, _ = oracle.attend(spec, arrays, 0, options)
+    np.testing.assert_allclose(ready.fetch(ready.call())["out"], want, atol=3e-6)
+    assert np.abs(want - oracle.attend(spec, arrays, 0)[0]).max() > 1e-2
 
 
 def test_blocks_of_rows_make_the_whole(monkeypatch):
@@ -259,18 +272,13 @@ def test_the_figure_has_a_line_for_each_contestant_and_none_for_who_failed():
 
 def test_a_gradient_that_is_zero_but_for_rounding_counts_as_a_part_of_all():
     want = {"out": np.ones(4), "grads/query": np.ones(4), "grads/unseen": np.full(4, 1e-17)}
-    got = {"out": np.ones(4), "grads/query": np.ones(4), "grads/unseen": np.full(4, 1e-6)}
-    found = type("Arrays", (dict,), {"files": list(want)})(got)
-    measured = row("x", 8, 1.0)
-    attention._fill_errors(measured, found, want)
-    assert measured["error_out"] == 0.0 and measured["error_grads"] == pytest.approx(1e-6)
+    measured = attention.errors(want | {"grads/unseen": np.full(4, 1e-6)}, want)
+    assert measured == {"error_out": 0.0, "error_grads": pytest.approx(1e-6), "worst_gradient": "unseen"}
 
 
-def test_what_is_not_finite_has_no_error_but_a_note():
-    found = type("Arrays", (dict,), {"files": ["out"]})(out=np.array([1.0, np.nan]))
-    measured = row("x", 8, 1.0)
-    attention._fill_errors(measured, found, {"out": np.ones(2)})
-    assert measured["notes"] == ["not finite"] and measured["error_out"] is None
+def test_what_is_not_finite_has_no_error_but_a_reason():
+    with pytest.raises(FloatingPointError, match=r"^not finite$"):
+        attention.errors({"out": np.array([1.0, np.nan])}, {"out": np.ones(2)})
 
 
 def test_slow_peers_run_fewer_rounds_and_failures_in_company_keep_their_first_time(tmp_path, monkeypatch):
@@ -287,7 +295,7 @@ def test_slow_peers_run_fewer_rounds_and_failures_in_company_keep_their_first_ti
     def prepared(contestant, *rest):
         if contestant.encoding == "cope(4)":
             raise MemoryError
-        return attention.Prepared(call=lambda: called.append(contestant.encoding), fetch=dict)
+        return attention.Prepared(call=lambda: called.append(contestant.encoding), launch=dict, fetch=dict)
 
     monkeypatch.setattr(attention, "prepare", prepared)
     attention._time(config, cases, rows, jobs, lambda *progress: None)

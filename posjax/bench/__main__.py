@@ -52,10 +52,12 @@ def write_inputs(job: dict[str, Any]) -> dict[str, Any]:
 def write_oracle(job: dict[str, Any]) -> dict[str, Any]:
     """Output, and gradients where asked for, in float64."""
     arrays = dict(np.load(job["inputs"]))
-    out, mean_gate = oracle.attend(job["encoding"], arrays, job["first"])
+    asked = job.get("options", {})
+    options = oracle.Options(**asked | {"starts": tuple(asked.get("starts", ()))})  # of which JSON made a list
+    out, mean_gate = oracle.attend(job["encoding"], arrays, job["first"], options)
     found = {"out": out}
     if job["gradients"]:
-        found |= {f"grads/{name}": x for name, x in oracle.gradients(job["encoding"], arrays, job["first"]).items()}
+        found |= {f"grads/{name}": x for name, x in oracle.gradients(job["encoding"], arrays, job["first"], options).items()}
     np.savez(job["arrays"], **found)
     return {"mean_gate": mean_gate}
 

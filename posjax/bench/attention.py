@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +49,7 @@ class AttentionBench:
       head_dim: H, channels of a head; likewise.
       batch: B.
       dtype: of query, key and value; parameters are float32.
-      peers: other packages that are installed: jax.nn on cuDNN, torch, x-transformers.
+      peers: other packages that are installed: jax.nn on cuDNN, tokamax on a GPU, torch, x-transformers.
       peer_limit_seconds: a peer whose call takes longer is called once. Rounds of a peer stop at this time too.
       repeats: rounds in which every contestant is called once.
       out: a folder for attention.json, attention.md and attention.png.
@@ -88,17 +88,7 @@ class AttentionBench:
             if isinstance(parse_encoding(spec), tuple):
                 raise ValueError(f"encodings must each be of one layer, got {spec!r}; name its parts one by one")
         if self.workdir:
-            from posjax.bench.inputs import workdir_config
-
-            trained = workdir_config(self.workdir)[0]
-            if self.layer >= trained.num_layers:
-                raise ValueError(f"layer must be below the {trained.num_layers} layers of {self.workdir!r}, got {self.layer}")
-            dims = trained.transformer(vocab_size=2).dims
-            if (dims.num_heads, dims.head_dim) != (self.heads, self.head_dim):
-                raise ValueError(
-                    f"heads and head_dim must be those of workdir {self.workdir!r}, got {self.heads} and {self.head_dim}; "
-                    f"add --heads {dims.num_heads} --head-dim {dims.head_dim}"
-                )
+            check_workdir(self.workdir, self.layer, self.heads, self.head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +141,21 @@ def run(config: AttentionBench, contestants: Sequence[Contestant] | None = None,
             results.fill_ratios(rows)
             results.write(rows, dataclasses.asdict(config), _hardware(device), versions(), out)
     return rows
+
+
+def check_workdir(workdir: str, layer: int, heads: int, head_dim: int) -> None:
+    """Raises ValueError where a trained model has other heads than a benchmark, or no such layer."""
+    from posjax.bench.inputs import workdir_config
+
+    trained = workdir_config(workdir)[0]
+    if layer >= trained.num_layers:
+        raise ValueError(f"layer must be below the {trained.num_layers} layers of {workdir!r}, got {layer}")
+    dims = trained.transformer(vocab_size=2).dims
+    if (dims.num_heads, dims.head_dim) != (heads, head_dim):
+        raise ValueError(
+            f"heads and head_dim must be those of workdir {workdir!r}, got {heads} and {head_dim}; "
+            f"add --heads {dims.num_heads} --head-dim {dims.head_dim}"
+        )
 
 
 def make_folder(out: str) -> Path:
@@ -270,7 +275,10 @@ def _measure(config: AttentionBench, cases: list[Case], rows: list[Row], jobs: J
             row["notes"].append(f"no oracle: {oracle['failed']}")
             continue
         row["mean_gate"] = oracle["mean_gate"]
-        _fill_errors(row, np.load(jobs.file("results")), np.load(jobs.file("oracle", *case.inputs)))
+        try:
+            row |= errors(dict(np.load(jobs.file("results"))), dict(np.load(jobs.file("oracle", *case.inputs))))
+        except FloatingPointError as error:
+            row["notes"].append(str(error))
         if {name for name, _ in members(case.contestant.encoding)} <= {"sinusoidal", "learned"}:
             row["notes"].append("adds to the embeddings; attention is identity's")
         if first:
@@ -281,12 +289,22 @@ def _first_row(length: int) -> int:
     return 0 if length <= _ORACLE_LENGTH else length - _ORACLE_ROWS
 
 
-def _fill_errors(row: Row, found: Any, oracle: Any) -> None:
-    """Norm of the difference over norm; of gradients, the worst array's."""
-    if not all(np.isfinite(found[name]).all() for name in found.files):
-        row["notes"].append("not finite")
-        return
-    gradients = [name for name in found.files if name.startswith("grads/")]
+def errors(found: Mapping[str, np.ndarray], oracle: Mapping[str, np.ndarray]) -> Row:
+    """Norm of the difference over norm: error_out, and of gradients, where there are, the worst array's, error_grads.
+
+    Args:
+      found: "out", and gradients as "grads/..."; ``Prepared.fetch`` gives it.
+      oracle: the same in float64.
+
+    Returns:
+      error_out, and with gradients error_grads and worst_gradient, the name of that array.
+
+    Raises:
+      FloatingPointError: something found is not finite.
+    """
+    if not all(np.isfinite(x).all() for x in found.values()):
+        raise FloatingPointError("not finite")
+    gradients = [name for name in found if name.startswith("grads/")]
     whole = float(np.sqrt(sum(np.sum(oracle[name] ** 2) for name in gradients)))
 
     def error(name: str) -> float:
@@ -295,10 +313,11 @@ def _fill_errors(row: Row, found: Any, oracle: Any) -> None:
             size = whole  # zero but for rounding, where softmax does not see a parameter: a part of all gradients
         return float(np.linalg.norm(found[name] - oracle[name])) / size
 
-    row["error_out"] = error("out")
+    row: Row = {"error_out": error("out")}
     if gradients:
-        errors = {name.removeprefix("grads/"): error(name) for name in gradients}
-        row["error_grads"], row["worst_gradient"] = max(errors.values()), max(errors, key=errors.get)
+        of = {name.removeprefix("grads/"): error(name) for name in gradients}
+        row |= {"error_grads": max(of.values()), "worst_gradient": max(of, key=of.get)}
+    return row
 
 
 # Time: all contestants of a length in turn ------------------------------------------------------------------------------
@@ -352,7 +371,7 @@ def _hardware(device: dict[str, Any]) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of Python and of what takes part."""
     found = {"python": platform.python_version(), "posjax": posjax.__version__}
-    for package in ("jax", "jaxlib", "libtpu", "numpy", "torch", "x-transformers"):
+    for package in ("jax", "jaxlib", "libtpu", "numpy", "tokamax", "torch", "x-transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

@@ -16,7 +16,7 @@ import numpy as np
 
 from posjax.attention import attention
 from posjax.bench.inputs import flatten, unflatten
-from posjax.bench.oracle import members
+from posjax.bench.oracle import PLAIN, Options, members
 from posjax.specs import parse_encoding
 
 
@@ -25,9 +25,10 @@ class Contestant:
     """Someone to be measured.
 
     Attributes:
-      kind: posjax, jax.nn, torch, x-transformers, or function (a JAX function of query, key, value of one's own).
+      kind: posjax, jax.nn, tokamax, torch, x-transformers, or function (a JAX function of query, key, value of one's own).
       encoding: its text.
-      implementation: of posjax.attention or jax.nn.dot_product_attention; "package.module:name" of a function; else empty.
+      implementation: of posjax.attention, or of the dot_product_attention of jax.nn or tokamax (empty: tokamax's own choice);
+        "package.module:name" of a function; else empty.
     """
 
     kind: str
@@ -44,7 +45,7 @@ class Contestant:
     @property
     def is_peer(self) -> bool:
         """From another package; jax.nn's plain form is a baseline and always there."""
-        return self.kind in ("torch", "x-transformers") or self.implementation == "cudnn"
+        return self.kind in ("tokamax", "torch", "x-transformers") or self.implementation == "cudnn"
 
 
 def list_contestants(encodings: tuple[str, ...], implementations: tuple[str, ...], peers: bool, on_gpu: bool) -> list[Contestant]:
@@ -53,11 +54,19 @@ def list_contestants(encodings: tuple[str, ...], implementations: tuple[str, ...
     encodings = tuple(dict.fromkeys(("identity", *encodings)))
     found += [Contestant("posjax", encoding, implementation) for implementation in implementations for encoding in encodings]
     if peers and on_gpu:
-        found.append(Contestant("jax.nn", implementation="cudnn"))
+        found += gpu_peers()
     if peers and importlib.util.find_spec("torch"):
         found.append(Contestant("torch"))
         if importlib.util.find_spec("x_transformers"):
             found += [Contestant("x-transformers", encoding) for encoding in encodings if _x_transformers_has(encoding)]
+    return found
+
+
+def gpu_peers() -> list[Contestant]:
+    """Attention without position on a GPU: cuDNN's and, where it is installed, tokamax's."""
+    found = [Contestant("jax.nn", implementation="cudnn")]
+    if importlib.util.find_spec("tokamax"):
+        found += [Contestant("tokamax"), Contestant("tokamax", implementation="triton")]
     return found
 
 
@@ -78,16 +87,25 @@ class Prepared:
 
     Attributes:
       call: computes once and waits; what it returns is for ``fetch``.
+      launch: computes, and need not wait.
       fetch: {"out": [B, T, N, H], "grads/query": ..., "grads/params/...": ...} as float32 NumPy arrays.
       temp_bytes: what the compiler says the program needs beside inputs and outputs; None where there is no compiler.
     """
 
     call: Callable[[], Any]
+    launch: Callable[[], Any]
     fetch: Callable[[Any], dict[str, np.ndarray]]
     temp_bytes: int | None = None
 
 
-def prepare(contestant: Contestant, with_gradients: bool, arrays: dict[str, np.ndarray], dtype: str, compiled: dict) -> Prepared:
+def prepare(
+    contestant: Contestant,
+    with_gradients: bool,
+    arrays: dict[str, np.ndarray],
+    dtype: str,
+    compiled: dict,
+    options: Options = PLAIN,
+) -> Prepared:
     """Compiles a contestant and gives it its inputs.
 
     Args:
@@ -96,6 +114,7 @@ def prepare(contestant: Contestant, with_gradients: bool, arrays: dict[str, np.n
       arrays: of ``posjax.bench.inputs.make_inputs``.
       dtype: of query, key, value and cotangent.
       compiled: programs by what they depend on, filled here: other inputs of the same shape are not compiled again.
+      options: of the call, where the contestant is posjax.
 
     Raises:
       whatever the contestant raises: NotImplementedError for what it cannot do.
@@ -105,14 +124,14 @@ def prepare(contestant: Contestant, with_gradients: bool, arrays: dict[str, np.n
     inputs = {name: jnp.asarray(arrays[name], dtype) for name in ("query", "key", "value")}
     inputs["params"] = jax.tree.map(jnp.asarray, unflatten(arrays))
     cotangent = jnp.asarray(arrays["cotangent"], dtype)
-    forward = _jax_function(contestant)
+    forward = _jax_function(contestant, options)
 
     def both(inputs: dict[str, Any], cotangent: Any) -> tuple[Any, Any]:
         out, pull = jax.vjp(forward, inputs)
         return out, pull(cotangent)[0]
 
     args = (inputs, cotangent) if with_gradients else (inputs,)
-    key = (contestant, with_gradients, dtype, tuple((name, x.shape) for name, x in arrays.items()))
+    key = (contestant, options, with_gradients, dtype, tuple((name, x.shape) for name, x in arrays.items()))
     if key not in compiled:
         compiled[key] = jax.jit(both if with_gradients else forward).lower(*args).compile()
     program = compiled[key]
@@ -123,10 +142,10 @@ def prepare(contestant: Contestant, with_gradients: bool, arrays: dict[str, np.n
 
     analysis = program.memory_analysis()
     temp = None if analysis is None else int(analysis.temp_size_in_bytes)
-    return Prepared(lambda: jax.block_until_ready(program(*args)), fetch, temp)
+    return Prepared(lambda: jax.block_until_ready(program(*args)), lambda: program(*args), fetch, temp)
 
 
-def _jax_function(contestant: Contestant) -> Callable[[dict[str, Any]], Any]:
+def _jax_function(contestant: Contestant, options: Options) -> Callable[[dict[str, Any]], Any]:
     if contestant.kind == "function":
         module, _, name = contestant.implementation.partition(":")
         function = getattr(importlib.import_module(module), name)
@@ -135,6 +154,8 @@ def _jax_function(contestant: Contestant) -> Callable[[dict[str, Any]], Any]:
         return lambda inputs: jax.nn.dot_product_attention(
             inputs["query"], inputs["key"], inputs["value"], is_causal=True, implementation=contestant.implementation
         )
+    if contestant.kind == "tokamax":
+        return _tokamax_function(contestant.implementation or None)
     encoding = parse_encoding(contestant.encoding)
     return lambda inputs: attention(
         inputs["query"],
@@ -143,7 +164,26 @@ def _jax_function(contestant: Contestant) -> Callable[[dict[str, Any]], Any]:
         encoding,
         inputs["params"],
         is_causal=True,
+        segment_ids=_segments(options, inputs["query"]),
+        local_window_size=None if options.window is None else (options.window, 0),
+        logits_soft_cap=options.soft_cap,
         implementation=contestant.implementation,
+    )
+
+
+def _segments(options: Options, query: Any) -> Any:
+    """[B, T] integers; None for one document."""
+    return jnp.broadcast_to(options.documents(query.shape[1]), query.shape[:2]) if options.starts else None
+
+
+def _tokamax_function(implementation: str | None) -> Callable[[dict[str, Any]], Any]:
+    import tokamax
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # its settings are flags, which cannot be read before
+        flags.FLAGS.mark_as_parsed()
+    return lambda inputs: tokamax.dot_product_attention(
+        inputs["query"], inputs["key"], inputs["value"], is_causal=True, implementation=implementation
     )
 
 
@@ -195,4 +235,4 @@ def _prepare_torch(contestant: Contestant, with_gradients: bool, arrays: dict[st
         arrays = {name: x.float().cpu().numpy() for name, x in result.items()}
         return {name: np.swapaxes(x, 1, 2) if x.ndim == 4 else x for name, x in arrays.items()}
 
-    return Prepared(call, fetch)
+    return Prepared(call, call, fetch)

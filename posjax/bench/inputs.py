@@ -19,7 +19,9 @@ from posjax.typing import Params
 GATES = {"half": 0.0, "sparse": -4.4, "saturating": 4.4}
 
 
-def make_inputs(spec: str, gates: str, length: int, config: Any, recorded: dict[str, Any] | None) -> dict[str, np.ndarray]:
+def make_inputs(
+    spec: str, gates: str, length: int, config: Any, recorded: dict[str, Any] | None, kv_heads: int | None = None
+) -> dict[str, np.ndarray]:
     """Normal query, key, value and cotangent, and parameters as if something had been learned.
 
     Gates other than a half come from a constant in the last channel of query and key: it belongs to the slowest rotation of RoPE,
@@ -31,12 +33,14 @@ def make_inputs(spec: str, gates: str, length: int, config: Any, recorded: dict[
       length: T.
       config: of the benchmark: batch, heads, head_dim, dtype.
       recorded: what ``recorded_inputs`` returned.
+      kv_heads: of key and value; None: as many as of query.
     """
     rng = np.random.default_rng(length)
     shape = (config.batch, length, config.heads, config.head_dim)
     arrays = {name: rng.standard_normal(shape, np.float32) for name in ("query", "key", "value", "cotangent")}
     encoding = parse_encoding(spec)
-    dims = Dims(config.heads, config.head_dim, max_length=length)
+    dims = Dims(config.heads, config.head_dim, max_length=length, num_kv_heads=kv_heads)
+    arrays |= {name: arrays[name][:, :, :kv_heads] for name in ("key", "value")}
     params = jax.tree.map(np.asarray, encoding.init(jax.random.key(0), dims))
     params = jax.tree_util.tree_map_with_path(lambda path, leaf: _as_if_learned(path, leaf, length, config.head_dim, rng), params)
     hidden = rng.standard_normal((config.batch, length, dims.embed_dim), np.float32)

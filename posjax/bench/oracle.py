@@ -6,6 +6,7 @@ block's.
 """
 
 import ast
+import dataclasses
 import functools
 import inspect
 import math
@@ -18,18 +19,42 @@ from posjax.specs import CONSTRUCTORS
 _CELLS = 2**21  # scores that are held at once; gradients hold some twenty arrays of that size
 
 
-def attend(spec: str, arrays: dict[str, np.ndarray], first: int) -> tuple[np.ndarray, float | None]:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a causal call asks for besides.
+
+    Attributes:
+      window: keys before a query that it sees; None: all.
+      soft_cap: of the scores; None: none.
+      starts: where a row's documents but the first begin; nothing is seen of another one.
+    """
+
+    window: int | None = None
+    soft_cap: float | None = None
+    starts: tuple[int, ...] = ()
+
+    def documents(self, length: int) -> np.ndarray:
+        """The number of each token's document, [length]."""
+        return np.searchsorted(self.starts, np.arange(length), side="right")
+
+
+PLAIN = Options()
+
+
+def attend(
+    spec: str, arrays: dict[str, np.ndarray], first: int, options: Options = PLAIN
+) -> tuple[np.ndarray, float | None]:
     """Output of the queries from ``first`` on, [B, T - first, N, H] float64, and the mean gate where there are gates."""
     parts, gates = [], []
     for start, stop in _blocks(arrays["query"].shape, first):
-        out, gate = _rows(np, spec, {name: np.asarray(x, np.float64) for name, x in arrays.items()}, start, stop)
+        out, gate = _rows(np, spec, {name: np.asarray(x, np.float64) for name, x in arrays.items()}, start, stop, options)
         parts.append(out)
         gates += [] if gate is None else [(float(gate), (stop - start) * (start + stop + 1) / 2)]
     mean = sum(g * cells for g, cells in gates) / sum(cells for _, cells in gates) if gates else None
     return np.concatenate(parts, axis=1), mean
 
 
-def gradients(spec: str, arrays: dict[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
+def gradients(spec: str, arrays: dict[str, np.ndarray], first: int, options: Options = PLAIN) -> dict[str, np.ndarray]:
     """Gradients of sum(output * cotangent) over the queries from ``first`` on, for every array but the cotangent.
 
     Raises:
@@ -46,7 +71,7 @@ def gradients(spec: str, arrays: dict[str, np.ndarray], first: int) -> dict[str,
 
     @functools.partial(jax.jit, static_argnums=(2, 3))
     def pull(inputs: dict[str, Any], cotangent: Any, start: int, stop: int) -> dict[str, Any]:
-        _, backward = jax.vjp(lambda arrays: _rows(jnp, spec, arrays, start, stop)[0], inputs)
+        _, backward = jax.vjp(lambda arrays: _rows(jnp, spec, arrays, start, stop, options)[0], inputs)
         return backward(cotangent)[0]
 
     for start, stop in _blocks(arrays["query"].shape, first):
@@ -80,12 +105,16 @@ def members(spec: str) -> list[tuple[str, dict[str, Any]]]:
     return result
 
 
-def _rows(xp: Any, spec: str, arrays: dict[str, Any], start: int, stop: int) -> tuple[Any, Any]:
+def _rows(xp: Any, spec: str, arrays: dict[str, Any], start: int, stop: int, options: Options) -> tuple[Any, Any]:
     """Output [B, stop - start, N, H] of some queries, and their mean gate."""
     query, key, value = (xp.swapaxes(arrays[name], 1, 2) for name in ("query", "key", "value"))
+    key, value = (xp.repeat(x, query.shape[1] // x.shape[1], axis=1) for x in (key, value))
     query, key, value = query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop]
     i, j = np.arange(start, stop)[:, None], np.arange(stop)[None]
-    visible = j <= i
+    document = options.documents(stop)
+    visible = (j <= i) & (document[i] == document[j])
+    if options.window is not None:
+        visible &= i - j <= options.window
     scale = query.shape[-1] ** -0.5
     parts = _parameters(spec, arrays)
 
@@ -115,6 +144,8 @@ def _rows(xp: Any, spec: str, arrays: dict[str, Any], start: int, stop: int) -> 
             count = xp.flip(xp.cumsum(xp.flip(gate, -1), -1), -1)
             mean_gate = gate.sum() / (visible.sum() * math.prod(gate.shape[:2]))
             scores = scores + _counted(xp, name, args, params, query, count, scale)
+    if options.soft_cap is not None:
+        scores = options.soft_cap * xp.tanh(scores / options.soft_cap)
     scores = xp.where(visible, scores, -np.inf)
     weights = xp.exp(scores - scores.max(-1, keepdims=True))
     out = (weights / weights.sum(-1, keepdims=True)) @ value
@@ -188,6 +219,7 @@ def _tupe(xp: Any, params: dict[str, Any], args: dict[str, Any], i: np.ndarray, 
     key = xp.einsum("td,dnh->nth", table, params["key_kernel"])
     if args["released"]:
         query, key = query + params["query_bias"][:, None], key + params["key_bias"][:, None]
+    key = xp.repeat(key, query.shape[0] // key.shape[0], axis=0)
     products = query[:, i[:, 0] + own_row] @ xp.swapaxes(key[:, j[0] + own_row], 1, 2) * (scale / math.sqrt(2))
     if not args["untie_cls"]:
         return products
