@@ -14,7 +14,7 @@ usage: posjax VERB configs/NAME.py [--field value ...] [--workdir DIR]
   compare    trains every encoding of the config on the same data, evaluates longer than trained, draws the figures
   evaluate   evaluates the newest checkpoint of a workdir
   generate   goes on from a prompt with the newest checkpoint of a workdir: --prompt "def "
-  bench      measures: posjax bench attention [--lengths 2048 8192 ...] | schedule [--generations v6e ...]
+  bench      measures: posjax bench attention [--lengths 2048 8192 ...] | schedule [--generations v6e ...] | gpu | tune
   list       lists the encodings and the configs
 
 posjax VERB configs/NAME.py --help explains every field.
@@ -144,14 +144,17 @@ def generate(args: Sequence[str]) -> None:
 
 
 def bench(args: Sequence[str]) -> None:
-    """posjax bench attention | schedule."""
+    """posjax bench attention | schedule | gpu | tune."""
     import difflib
+    import importlib
 
     import tyro
 
     known = {
         "attention": "time, memory and error of attention: encodings, implementations and other packages",
         "schedule": "what the TPU compiler makes of attention, counted in cycles, with no TPU attached",
+        "gpu": "speed and accuracy of the kernels on the GPU of this machine, and of a decoder of a billion parameters",
+        "tune": "block sizes of the kernels for the GPU of this machine",
     }
     if not args or args[0] in ("-h", "--help"):
         lines = [f"  bench {what:<12}{about}" for what, about in known.items()]
@@ -161,16 +164,10 @@ def bench(args: Sequence[str]) -> None:
         near = difflib.get_close_matches(args[0], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"what to bench must be {' or '.join(known)}, got {args[0]!r}{hint}")
-    if args[0] == "attention":
-        from posjax.bench import attention as what
-        from posjax.bench import results as tables
-
-        options = what.AttentionBench
-    else:
-        from posjax.bench import schedule as what
-
-        tables, options = what, what.ScheduleBench
-    config = tyro.cli(options, args=args[1:], prog=f"posjax bench {args[0]}")
+    what = importlib.import_module(f"posjax.bench.{args[0]}")
+    tables = importlib.import_module("posjax.bench.results") if args[0] == "attention" else what
+    names = {"attention": "AttentionBench", "schedule": "ScheduleBench", "gpu": "GpuBench", "tune": "Tune"}
+    config = tyro.cli(getattr(what, names[args[0]]), args=args[1:], prog=f"posjax bench {args[0]}")
     try:
         rows = what.run(config)
     except KeyboardInterrupt:

@@ -310,6 +310,31 @@ def cost_by_length(
     return figure
 
 
+def bars(panels: Mapping[str, tuple[str, Mapping[str, float]]], looks: Mapping[str, str]) -> "Figure":
+    """Numbers side by side: a panel for each measure, a bar for each contestant, the first on top.
+
+    Args:
+      panels: {title: (what the numbers are, with the unit, {contestant: number})}.
+      looks: {contestant: encoding}, which gives the colour.
+    """
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    most = max(len(numbers) for _, numbers in panels.values())
+    figure, grid = _figure(5.2 * columns, (1.0 + 0.28 * most) * rows, rows, columns, squeeze=False)
+    colors = styles(dict.fromkeys(looks.values()))
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, (label, numbers)) in zip(grid.flat, panels.items(), strict=False):
+        drawn = axes.barh(list(numbers), list(numbers.values()), color=[colors[looks[name]].color for name in numbers], height=0.7)
+        axes.bar_label(drawn, [f"{number:,.3g}" if number < 1000 else f"{number:,.0f}" for number in numbers.values()], fontsize=7)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.tick_params(labelsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(label)
+    return figure
+
+
 # Shared ---------------------------------------------------------------------------------------------------------------
 
 

@@ -61,13 +61,18 @@ def required_by(*roots: str) -> set[str]:
     return found
 
 
-def test_import_and_attention_with_jax_and_flax_alone():
-    allowed = required_by("jax", "flax")
-    refused = {
+def unneeded_by(*roots: str) -> set[str]:
+    """The modules of all other installed distributions."""
+    allowed = required_by(*roots)
+    return {
         module
         for module, owners in importlib.metadata.packages_distributions().items()
         if not allowed & set(map(canonical, owners)) and module.isidentifier() and module not in sys.stdlib_module_names
     } - {"posjax"}
+
+
+def test_import_and_attention_with_jax_and_flax_alone():
+    refused = unneeded_by("jax", "flax")
     assert {"hypothesis", "pytest"} <= refused
     assert not {"jax", "jaxlib", "flax", "numpy"} & refused
     done = subprocess.run(

@@ -31,6 +31,8 @@ from posjax.specs import parse_encoding
 Row = dict[str, Any]
 # Past this length the error is that of the last queries alone: the oracle's time grows with the square of the length.
 _ORACLE_LENGTH, _ORACLE_ROWS = 2048, 256
+# XLA without its optimisations makes NaN of an oracle's gradients, as of jaxlib 0.12.0.1.
+ORACLE_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,9 +258,7 @@ def _measure(config: AttentionBench, cases: list[Case], rows: list[Row], jobs: J
             progress(f"oracle of {case.contestant.encoding}, {case.length:,} tokens", number + len(oracles), total)
             job = {"task": "oracle", "encoding": case.contestant.encoding, "first": first, "gradients": "both" in config.passes}
             job |= {"inputs": str(jobs.file("inputs", *case.inputs)), "arrays": str(jobs.file("oracle", *case.inputs))}
-            # XLA without its optimisations makes NaN of these gradients, as of jaxlib 0.12.0.1.
-            environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-            oracles[case.inputs] = jobs.run(job, **environment)
+            oracles[case.inputs] = jobs.run(job, **ORACLE_ENVIRONMENT)
         progress(f"{case.contestant.name}, {case.length:,} tokens: memory, error", number + len(oracles), total)
         job = {"task": "measure", "contestant": dataclasses.asdict(case.contestant), "gradients": case.direction == "both"}
         job |= {"first": first, "dtype": config.dtype, "inputs": str(jobs.file("inputs", *case.inputs))}

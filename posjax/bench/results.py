@@ -134,11 +134,12 @@ def write(rows: Sequence[Row], config: Row, hardware: Row, versions: Row, out: P
         plots.save(draw(rows), out / "attention.png")
 
 
-def write_json(rows: Sequence[Row], config: Row, hardware: Row, versions: Row, path: Path) -> None:
-    """Rows and what they come of; the file is never seen half written."""
+def write_json(rows: Sequence[Row], config: Row, hardware: Row, versions: Row, path: Path, **more: Any) -> None:
+    """Rows and what they come of, and ``more`` that follows from them; the file is never seen half written."""
     asked = {name: value for name, value in config.items() if name != "out"}
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"hardware": hardware, "versions": versions, "config": asked, "rows": list(rows)}, indent=1) + "\n")
+    found = {"hardware": hardware, "versions": versions, "config": asked, **more, "rows": list(rows)}
+    part.write_text(json.dumps(found, indent=1) + "\n")
     part.replace(path)
 
 

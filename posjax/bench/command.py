@@ -1,0 +1,66 @@
+"""``python -m posjax.bench.gpu`` and its like: flags from a dataclass, with nothing but the standard library.
+
+``posjax bench`` takes the same flags through tyro, which a machine that is only borrowed may not have.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import os
+import re
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from posjax.kernels.refused import KernelRefused
+
+
+def parse(options: type, prog: str, argv: Sequence[str]) -> Any:
+    """A dataclass from ``--field value ...``; exits with 2 on wrong usage, 0 after ``--help``.
+
+    Fields are texts, numbers, Literals, and tuples of any length of them; their help is the Attributes of the docstring.
+    """
+    words = re.findall(r"^  (\w+): (.+(?:\n {4,}.+)*)", inspect.getdoc(options) or "", re.MULTILINE)
+    about = {name: " ".join(text.split()) for name, text in words}
+    parser = argparse.ArgumentParser(prog=prog, description=inspect.getdoc(options).split("\n")[0], allow_abbrev=False)
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        kind, shape = hints[field.name], {}
+        if typing.get_origin(kind) is tuple:
+            kind, shape = typing.get_args(kind)[0], {"nargs": "+"}
+        if typing.get_origin(kind) is typing.Literal:
+            shape["choices"] = typing.get_args(kind)
+            kind = str
+        told = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        help_text = f"{about[field.name]} ({told})".replace("%", "%%")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=help_text, **shape)
+    given = vars(parser.parse_args(argv))
+    try:
+        return options(**{name: tuple(x) if isinstance(x, list) else x for name, x in given.items()})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(what: Any, options: type, argv: Sequence[str] | None = None) -> None:
+    """Runs a module of benchmarks: ``what.run(config)``, ``what.show(rows)``, ``what.FILES`` in the folder ``config.out``.
+
+    Exits with 1 when it could not be done, 2 on wrong usage, 130 when interrupted.
+    """
+    config = parse(options, f"python -m {what.__name__}", sys.argv[1:] if argv is None else argv)
+    try:
+        rows = what.run(config)
+    except KeyboardInterrupt:
+        _leave(f"interrupted; what was measured stands in {config.out}", 130)
+    except (ValueError, ImportError, OSError, NotImplementedError, KernelRefused) as error:
+        if os.environ.get("POSJAX_TRACEBACK"):
+            raise
+        _leave(str(error), 1)
+    what.show(rows)
+    print("\n".join(str(Path(config.out) / name) for name in what.FILES if (Path(config.out) / name).exists()))
+
+
+def _leave(message: str, code: int) -> typing.NoReturn:
+    print(f"posjax: {message}", file=sys.stderr)
+    sys.exit(code)

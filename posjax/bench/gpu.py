@@ -1,0 +1,322 @@
+"""``posjax bench gpu``: what the GPU of this machine makes of the attention kernels, in one run of eight minutes.
+
+    python -m posjax.bench.gpu --out runs/gpu        # with nothing installed beyond jax, flax and optax
+
+    speed      attention of 8,192 tokens, forward and backward, everyone in turn: cuDNN, no position, RoPE, CoPE, RoPE + CoPE
+    accuracy   each encoding in each type against float64, beside XLA's dense attention in that type; two runs, bit for bit
+    decoder    1.1 billion parameters: tokens a second of prefill and of a train step
+
+A section ends where its share of the time is over, and says what it left out. gpu.json is written after every row.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from posjax import plots
+from posjax.bench import results
+from posjax.bench.attention import Row, check_workdir, make_folder, show_progress, versions
+from posjax.bench.gpu_machine import Clock, check_gpu, hardware
+from posjax.bench.gpu_sections import ENCODINGS, Oracles, accuracy, decoder, speed
+from posjax.encoding import check_at_least
+from posjax.specs import parse_encoding
+
+FILES = ("gpu.json", "gpu.md", "gpu.png")
+_SHARES = {"speed": 3, "accuracy": 3, "decoder": 4}  # of the time
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuBench:
+    """Measures speed and accuracy of the attention kernels, and a decoder of a billion parameters, on the GPU of this machine.
+
+    Attributes:
+      sections: in the order in which they are done.
+      seconds: when to stop; what is being measured then is brought to its end.
+      length: tokens of the attention that is timed.
+      heads: N, of the attention that is timed; with a workdir, those of its model.
+      head_dim: H, channels of a head; likewise.
+      workdir: also times the gates of a trained model: a folder with checkpoints, as in posjax bench attention.
+      layer: of that model, from 0.
+      encodings: of the section on accuracy.
+      dtypes: likewise.
+      head_dims: likewise.
+      contexts: tokens of the decoder's sequence.
+      layers: of the decoder.
+      embed_dim: channels of the decoder, a multiple of 128, which a head has.
+      repeats: rounds in which everyone is called.
+      out: a folder for gpu.json, gpu.md and gpu.png.
+    """
+
+    sections: tuple[Literal["speed", "accuracy", "decoder"], ...] = ("speed", "accuracy", "decoder")
+    seconds: float = 420.0
+    length: int = 8192
+    heads: int = 16
+    head_dim: int = 128
+    workdir: str = ""
+    layer: int = 0
+    encodings: tuple[str, ...] = ("identity", "rope", "alibi", "t5", "tupe", "cope(64)", "rope + cope(64)")
+    dtypes: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("bfloat16", "float16", "float32")
+    head_dims: tuple[int, ...] = (128, 64)
+    contexts: tuple[int, ...] = (4096, 16384)
+    layers: int = 22
+    embed_dim: int = 2048
+    repeats: int = 10
+    out: str = "runs/gpu"
+
+    def __post_init__(self) -> None:
+        for name in ("sections", "encodings", "dtypes", "head_dims", "contexts"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty, got ()")
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must all differ, got {getattr(self, name)}")
+        for name in ("heads", "head_dim", "layers", "repeats"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("length", self.length, 2)
+        check_at_least("layer", self.layer, 0)
+        for name in ("head_dims", "contexts"):
+            for size in getattr(self, name):
+                check_at_least(name, size, 2)
+        if self.embed_dim < 128 or self.embed_dim % 128:
+            raise ValueError(f"embed_dim must be a multiple of 128, got {self.embed_dim}")
+        if not self.seconds > 0:
+            raise ValueError(f"seconds must be positive, got {self.seconds}")
+        for spec in self.encodings:
+            if isinstance(parse_encoding(spec), tuple):
+                raise ValueError(f"encodings must each be of one layer, got {spec!r}; name its parts one by one")
+        if self.workdir:
+            check_workdir(self.workdir, self.layer, self.heads, self.head_dim)
+
+
+def run(config: GpuBench, quiet: bool = False, implementation: str = "pallas") -> list[Row]:
+    """Measures everything and writes gpu.json after every row, gpu.md and gpu.png at the end, also when it is interrupted.
+
+    Args:
+      config: what to measure.
+      quiet: no progress on the terminal.
+      implementation: of posjax.attention; others than pallas run anywhere.
+
+    Returns:
+      Rows in the order of sections, as they stand in gpu.json. What failed has its reason in notes.
+
+    Raises:
+      NotImplementedError: there is no GPU that the kernels run on.
+      ValueError: a folder that cannot be written.
+    """
+    begun = time.perf_counter()
+    if implementation == "pallas":
+        check_gpu("posjax bench gpu", "posjax bench attention measures on it")
+    out = make_folder(config.out)
+    rows: list[Row] = []
+    specs = config.encodings if "accuracy" in config.sections else ()
+    try:
+        with (
+            TemporaryDirectory(prefix="posjax-bench-") as folder,
+            Oracles(specs, config.head_dims, Path(folder)) as oracles,
+            show_progress(quiet) as progress,
+        ):
+            sections = {"speed": speed, "accuracy": functools.partial(accuracy, oracles=oracles), "decoder": decoder}
+            for number, name in enumerate(config.sections):
+                rest = sum(_SHARES[other] for other in config.sections[number:])
+                clock = Clock((config.seconds - (time.perf_counter() - begun)) * _SHARES[name] / rest)
+                tell = functools.partial(progress, done=number, total=len(config.sections))
+                for row in sections[name](config, implementation, clock, tell):
+                    rows.append(row)
+                    fill_ratios(rows)
+                    _write_json(rows, config, out)
+    finally:
+        _write_json(rows, config, out)
+        missing = _write_tables(rows, config, out)
+    if missing and not quiet:
+        results.print_text(missing)
+    return rows
+
+
+def _write_json(rows: Sequence[Row], config: GpuBench, out: Path) -> None:
+    results.write_json(rows, dataclasses.asdict(config), hardware(), versions(), out / FILES[0], targets=targets(rows))
+
+
+def _write_tables(rows: Sequence[Row], config: GpuBench, out: Path) -> str | None:
+    """Writes gpu.md, and gpu.png where there is anything to draw; why not, if matplotlib is not there."""
+    machine, missing = hardware(), None
+    try:
+        if figure := draw(rows):
+            plots.save(figure, out / FILES[2])
+    except ImportError:
+        missing = f"no {FILES[2]}: matplotlib is not installed"
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    shape = f"{config.length:,} tokens, {config.heads} heads of {config.head_dim} channels, bfloat16, causal"
+    text = [f"{machine['device_kind']}, {machine['cores']} cores. {packages}. Speed: {shape}.", "", LEGEND, ""]
+    for group in groups(rows):
+        text += results.markdown(*group)
+    (out / FILES[1]).write_text("\n".join([*text, missing or ""]).rstrip() + "\n")
+    return missing
+
+
+# What follows from the rows ---------------------------------------------------------------------------------------------
+
+
+def fill_ratios(rows: Sequence[Row]) -> None:
+    """Times over identity's and over cuDNN's; tokens a second over RoPE's. None where one of the two is not there."""
+    for row in rows:
+        if row["section"] == "speed":
+            for name, contestant in (("identity", _speed(rows, "identity", row["pass"])), ("cudnn", _cudnn(rows, row["pass"]))):
+                row[f"ratio_to_{name}"] = _over(row["ms_min"], contestant)
+        elif row["section"] == "decoder":
+            for name in ("prefill", "train"):
+                own = row[f"{name}_tokens_per_second"]
+                row[f"{name}_ratio_to_rope"] = _over(own, _decoder(rows, "rope", row["context"], name))
+
+
+def targets(rows: Sequence[Row]) -> list[Row]:
+    """What the kernels are to reach: what, its limit, whether more is better, what was found, and whether that is enough."""
+    made = []
+    for way, limit in (("forward", 1.15), ("both", 1.25)):
+        for spec in ENCODINGS[2:]:
+            found = _over(_speed(rows, spec, way), _speed(rows, "identity", way))
+            made.append((f"time of {spec} over identity's, half gates, {_PASSES[way]}", limit, False, found))
+    for way in _PASSES:
+        found = _over(_cudnn(rows, way), _speed(rows, "identity", way))
+        made.append((f"speed of identity over cuDNN's, {_PASSES[way]}", 0.6, True, found))
+    for spec in ENCODINGS[2:]:
+        found = _over(_decoder(rows, spec, 4096, "prefill"), _decoder(rows, "rope", 4096, "prefill"))
+        made.append((f"tokens a second of the decoder's prefill, {spec} over rope, 4,096 tokens", 0.9, True, found))
+    return [
+        {"target": what, "limit": limit, "more_is_better": more, "found": found}
+        | {"met": None if found is None else found >= limit if more else found <= limit}
+        for what, limit, more, found in made
+    ]
+
+
+_PASSES = {"forward": "forward", "both": "forward and backward"}
+
+
+def _over(one: float | None, other: float | None) -> float | None:
+    return one / other if one and other else None
+
+
+def _speed(rows: Sequence[Row], spec: str, way: str) -> float | None:
+    """Milliseconds of our kernel, with half gates where there are gates."""
+    own = (row for row in rows if row["section"] == "speed" and row["kind"] == "posjax")
+    wanted = (spec, way)
+    return next((row["ms_min"] for row in own if (row["encoding"], row["pass"]) == wanted and row["gates"] in (None, "half")), None)
+
+
+def _cudnn(rows: Sequence[Row], way: str) -> float | None:
+    own = (row for row in rows if row["section"] == "speed" and row["contestant"] == "jax.nn, cudnn")
+    return next((row["ms_min"] for row in own if row["pass"] == way), None)
+
+
+def _decoder(rows: Sequence[Row], spec: str, context: int, what: str) -> float | None:
+    own = (row for row in rows if row["section"] == "decoder")
+    return next((row[f"{what}_tokens_per_second"] for row in own if (row["encoding"], row["context"]) == (spec, context)), None)
+
+
+# Tables and figure ------------------------------------------------------------------------------------------------------
+
+LEGEND = (
+    "ms: the least of interleaved rounds; TFLOP/s: what a causal mask leaves of the products, over that time. error: norm of the "
+    "difference to float64 over norm; grads: the same of the gradients, the worst array's; xla's: of dense attention in the same "
+    "type. same bits: whether two runs of the kernel agree bit for bit. every option: with a window of 200, a soft cap, three "
+    "documents in a row, and two query heads to a key head."
+)
+_COLUMNS = {
+    "speed": (
+        ("ms", "ms_min", ",.3f"),
+        ("median", "ms_median", ",.3f"),
+        ("x identity", "ratio_to_identity", ".2f"),
+        ("x cuDNN", "ratio_to_cudnn", ".2f"),
+        ("TFLOP/s", "tflops", ".0f"),
+    ),
+    "accuracy": (
+        ("error", "error_out", ".1e"),
+        ("xla's", "xla_error_out", ".1e"),
+        ("grads", "error_grads", ".1e"),
+        ("xla's", "xla_error_grads", ".1e"),
+        ("same bits", "same_bits", ""),
+    ),
+    "decoder": (
+        ("prefill, tokens/s", "prefill_tokens_per_second", ",.0f"),
+        ("x rope", "prefill_ratio_to_rope", ".2f"),
+        ("train, tokens/s", "train_tokens_per_second", ",.0f"),
+        ("x rope", "train_ratio_to_rope", ".2f"),
+    ),
+}
+
+
+def groups(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]], list[str]]]:
+    """(heading, column heads, cells, notes) for the passes of speed, the types of accuracy, the decoder, and the targets."""
+    made = []
+    for heading in dict.fromkeys(_heading(row) for row in rows):
+        group = [row for row in rows if _heading(row) == heading]
+        columns = _COLUMNS[group[0]["section"]]
+        lines, notes = [], {}
+        for row in group:
+            numbers = ["" if row[name] is None else format(row[name], form) for _, name, form in columns]
+            lines.append([*_label(row), *numbers])
+            for note in row["notes"]:
+                notes.setdefault(note, []).append(", ".join(filter(None, _label(row))))
+        said = [f"{'all' if len(who) == len(group) > 1 else '; '.join(who)}: {note}" for note, who in notes.items()]
+        made.append((heading, [*_HEADS[group[0]["section"]], *(head for head, _, _ in columns)], lines, said))
+    lines = []
+    for row in targets(rows):
+        limit = f"at {'least' if row['more_is_better'] else 'most'} {row['limit']}"
+        found = "not measured" if row["found"] is None else f"{row['found']:.2f}"
+        lines.append([row["target"], limit, found, {None: "", True: "met", False: "missed"}[row["met"]]])
+    return [*made, ("targets", ["what", "wanted", "found", ""], lines, [])]
+
+
+_HEADS = {"speed": ("contestant", "gates"), "accuracy": ("encoding", "call, channels"), "decoder": ("encoding", "context")}
+
+
+def _heading(row: Row) -> str:
+    if row["section"] == "speed":
+        return f"speed, {_PASSES[row['pass']]}"
+    if row["section"] == "accuracy":
+        return f"accuracy, {row['dtype']}"
+    return "decoder"
+
+
+def _label(row: Row) -> tuple[str, str]:
+    """The first two columns."""
+    if row["section"] == "speed":
+        return row["encoding"] if row["kind"] == "posjax" else row["contestant"], row["gates"] or ""
+    if row["section"] == "accuracy":
+        return row["encoding"], f"{row['call']}, {row['head_dim']}"
+    return row["encoding"], f"{row['context']:,}"
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Prints the tables."""
+    for group in groups(rows):
+        results.print_table(*group)
+    results.print_text(LEGEND)
+
+
+def draw(rows: Sequence[Row]) -> Any:
+    """Milliseconds of each pass, and tokens a second of each context; None where nothing was measured."""
+    panels: dict[str, tuple[str, dict[str, float]]] = {}
+    looks = {}
+
+    def add(title: str, unit: str, row: Row, number: float | None) -> None:
+        if number is not None:
+            name = ", ".join(filter(None, (_label(row)[0], row.get("gates"))))
+            panels.setdefault(title, (unit, {}))[1][name] = number
+            looks[name] = row["encoding"]
+
+    for row in rows:
+        if row["section"] == "speed":
+            add(_heading(row), "time (ms)", row, row["ms_min"])
+        elif row["section"] == "decoder":
+            for name in ("prefill", "train"):
+                add(f"{name}, {row['context']:,} tokens", "tokens a second", row, row[f"{name}_tokens_per_second"])
+    return plots.bars(panels, looks) if panels else None
+
+
+if __name__ == "__main__":
+    from posjax.bench import command, gpu
+
+    command.main(gpu, gpu.GpuBench)

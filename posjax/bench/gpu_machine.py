@@ -1,0 +1,105 @@
+"""What the benchmarks on a GPU at hand share: a clock that ends them, compiling side by side, timing side by side."""
+
+import concurrent.futures
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from posjax.bench.contestants import Prepared
+from posjax.kernels.gpu_blocks import LEAST, capability
+
+LATE = "not measured: the time was over"
+_BURST = 0.02  # seconds of calls without a wait between them, which the time that a launch takes would be part of
+
+
+class Clock:
+    """Some time that runs from now on."""
+
+    def __init__(self, seconds: float):
+        self.end = time.perf_counter() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds; below zero when it is over."""
+        return self.end - time.perf_counter()
+
+
+def check_gpu(what: str, instead: str) -> None:
+    """Raises NotImplementedError where jax has no GPU that the kernels run on.
+
+    Args:
+      what: the command that needs one.
+      instead: what works here.
+    """
+    platform = jax.default_backend()
+    if platform != "gpu":
+        raise NotImplementedError(f"{what} needs an NVIDIA GPU; jax's platform here is {platform}. {instead}")
+    if capability() < LEAST:
+        kind = jax.devices()[0].device_kind
+        raise NotImplementedError(f"{what} needs an NVIDIA GPU of compute capability {LEAST / 10} or later, got {kind}. {instead}")
+
+
+def hardware() -> dict[str, Any]:
+    """The device, and cores that compile for it."""
+    first = jax.devices()[0]
+    found = {"platform": first.platform, "device_kind": first.device_kind, "devices": jax.device_count(), "cores": cores()}
+    return found | ({"compute_capability": str(first.compute_capability)} if first.platform == "gpu" else {})
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def reason(error: Exception) -> str:
+    """What a row says of an error."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+
+
+def side_by_side(tasks: Sequence[Callable[[], Any]], clock: Clock) -> Iterator[Any]:
+    """What each task returns, in their order; why not, as text, where it raised something or would have begun too late.
+
+    Compiling takes most of the time of a benchmark and one core a program.
+    """
+
+    def attempt(task: Callable[[], Any]) -> Any:
+        if clock.left <= 0:
+            return LATE
+        try:
+            return task()
+        except Exception as error:  # a compiler and a kernel may raise anything
+            return reason(error)
+
+    pool = concurrent.futures.ThreadPoolExecutor(cores())
+    try:
+        yield from pool.map(attempt, tasks)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def milliseconds(ready: Sequence[Prepared], repeats: int, clock: Clock) -> list[list[float]]:
+    """Of each a time for each round, in which all have their turn: several calls one behind the other where a call is short.
+
+    There is one round at least, and no further one when the time is over.
+    """
+    sizes, found = [], [[] for _ in ready]
+    for prepared in ready:
+        prepared.call()
+        start = time.perf_counter()
+        prepared.call()
+        sizes.append(min(20, math.ceil(_BURST / (time.perf_counter() - start))))
+    for turn in range(repeats):
+        if turn and clock.left <= 0:
+            break
+        for prepared, size, times in zip(ready, sizes, found, strict=True):
+            prepared.call()  # clocks and caches as they are in the midst of its own work
+            start = time.perf_counter()
+            for _ in range(size):
+                result = prepared.launch()
+            jax.block_until_ready(result)
+            times.append(1000 * (time.perf_counter() - start) / size)
+    return found

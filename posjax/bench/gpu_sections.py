@@ -1,0 +1,258 @@
+"""The three parts of ``posjax bench gpu``: speed of attention, its accuracy, and a decoder. Each gives rows as they come.
+
+A section compiles side by side, one core a program, and then measures alone. What its time is too short for is a row that says so.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from posjax.bench import inputs
+from posjax.bench.attention import ORACLE_ENVIRONMENT, Jobs, Row, errors
+from posjax.bench.contestants import Contestant, Prepared, counts, gpu_peers, prepare
+from posjax.bench.gpu_machine import Clock, cores, milliseconds, reason, side_by_side
+from posjax.bench.oracle import PLAIN, Options
+from posjax.specs import parse_encoding, slug
+from posjax.training import TrainState, init_state, make_optimizer, make_train_step
+from posjax.transformer import Transformer, TransformerConfig, cross_entropy, functional
+
+ENCODINGS = ("identity", "rope", "cope(64)", "rope + cope(64)")  # of speed and decoder
+Tell = Callable[[str], None]  # what is being done
+
+
+# Speed -------------------------------------------------------------------------------------------------------------------
+
+
+def speed(config: Any, implementation: str, clock: Clock, tell: Tell) -> Iterator[Row]:
+    """Causal attention in bfloat16, forward, and forward and backward: all compiled and called once, then in turn."""
+    wanted = [Contestant("posjax", spec, implementation) for spec in ENCODINGS]
+    wanted += gpu_peers() if jax.default_backend() == "gpu" else []
+    wanted += [Contestant("jax.nn", implementation="xla")]
+    sizes = SimpleNamespace(batch=1, heads=config.heads, head_dim=config.head_dim, dtype="bfloat16")
+    recorded = inputs.recorded_inputs(config.workdir, config.layer, config.length) if config.workdir else None
+    kinds = ("half", "sparse", *(("trained",) if config.workdir else ()))
+
+    def compiled(who: Contestant, direction: str, gates: tuple[str | None, ...]) -> list[Prepared]:
+        programs: dict = {}  # one, for all gates
+        made = [inputs.make_inputs(who.encoding, kind or "half", config.length, sizes, recorded) for kind in gates]
+        return [prepare(who, direction == "both", arrays, "bfloat16", programs) for arrays in made]
+
+    cases = [(who, way, kinds if counts(who.encoding) else (None,)) for way in ("forward", "both") for who in wanted]
+    tell("speed: compiling")
+    found = side_by_side([functools.partial(compiled, *case) for case in cases], clock)
+    rows: list[Row] = []
+    ready: list[tuple[Row, Prepared]] = []  # of those rows
+    for (who, way, gates), made in zip(cases, found, strict=True):
+        for number, kind in enumerate(gates):
+            row = {"section": "speed", "contestant": who.name, "kind": who.kind, "encoding": who.encoding, "gates": kind}
+            row |= {"pass": way, "ms_min": None, "ms_median": None, "tflops": None, "notes": []}
+            rows.append(row)
+            why = made if isinstance(made, str) else _first_call(made[number])  # here, where the memory is its own
+            if why is not None:
+                row["notes"].append(why)
+                continue
+            row["temp_bytes"] = made[number].temp_bytes
+            ready.append((row, made[number]))
+    tell("speed: rounds")
+    operations = 2 * config.heads * config.length**2 * config.head_dim  # of two products, of which half is masked
+    rounds = milliseconds([prepared for _, prepared in ready], config.repeats, clock)
+    for (row, _), times in zip(ready, rounds, strict=True):
+        row |= {"ms_min": min(times), "ms_median": float(np.median(times)), "rounds": len(times)}
+        row["tflops"] = (3.5 if row["pass"] == "both" else 1.0) * operations / row["ms_min"] / 1e9
+    yield from rows
+
+
+def _first_call(prepared: Prepared) -> str | None:
+    """Why a first call fails, such as for want of memory; None: it does not."""
+    try:
+        prepared.call()
+    except Exception as error:  # a contestant may raise anything
+        return reason(error)
+    return None
+
+
+# Accuracy ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What attention is asked for, 4 query heads; numbers are rounded to bfloat16's 8 bits, which every type holds."""
+
+    name: str
+    length: int
+    kv_heads: int
+    options: Options
+
+    def arrays(self, spec: str, head_dim: int) -> dict[str, np.ndarray]:
+        sizes = SimpleNamespace(batch=1, heads=4, head_dim=head_dim, dtype="bfloat16")
+        return inputs.make_inputs(spec, "half", self.length, sizes, None, self.kv_heads)
+
+
+CALLS = (
+    Call("causal", 512, 4, PLAIN),
+    Call("every option", 500, 2, Options(window=200, soft_cap=20.0, starts=(100, 330))),
+)
+
+
+class Oracles:
+    """Answers in float64, which processes of their own work out on the CPU while others compile."""
+
+    def __init__(self, specs: Sequence[str], head_dims: Sequence[int], folder: Path):
+        self.pool = concurrent.futures.ThreadPoolExecutor(cores())
+        self.answers = {spec: self.pool.submit(self._ask, spec, head_dims, folder / slug(spec)) for spec in specs}
+
+    def __enter__(self) -> "Oracles":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def answer(self, spec: str, head_dim: int, call: Call) -> dict[str, np.ndarray]:
+        """Output and gradients.
+
+        Raises:
+          RuntimeError: the process failed.
+        """
+        return dict(np.load(self.answers[spec].result().file("oracle", head_dim, call)))
+
+    @staticmethod
+    def _ask(spec: str, head_dims: Sequence[int], folder: Path) -> Jobs:
+        folder.mkdir()
+        jobs = Jobs(folder)
+        for head_dim, call in itertools.product(head_dims, CALLS):
+            path, result = jobs.file("inputs", head_dim, call), jobs.file("oracle", head_dim, call)
+            np.savez(path, **call.arrays(spec, head_dim))
+            job = {"task": "oracle", "encoding": spec, "first": 0, "gradients": True, "options": dataclasses.asdict(call.options)}
+            answer = jobs.run(job | {"inputs": str(path), "arrays": str(result)}, **ORACLE_ENVIRONMENT)
+            if "failed" in answer:
+                raise RuntimeError(f"no oracle: {answer['failed']}")
+        return jobs
+
+
+def accuracy(config: Any, implementation: str, clock: Clock, tell: Tell, oracles: Oracles) -> Iterator[Row]:
+    """Errors against float64 of the kernel, and of dense attention in the same type; whether the kernel repeats itself."""
+    cases = list(itertools.product(config.dtypes, config.head_dims, CALLS, config.encodings))
+
+    def measured(dtype: str, head_dim: int, call: Call, spec: str) -> Row:
+        want, arrays, found = oracles.answer(spec, head_dim, call), call.arrays(spec, head_dim), {}
+        for prefix, kernel in (("", implementation), ("xla_", "xla")):
+            prepared = prepare(Contestant("posjax", spec, kernel), True, arrays, dtype, {}, call.options)
+            result = prepared.fetch(prepared.call())
+            found |= {prefix + name: x for name, x in errors(result, want).items()}
+            if kernel == implementation:
+                again = prepared.fetch(prepared.call())
+                found["same_bits"] = all(np.array_equal(result[name], again[name]) for name in result)
+        return found
+
+    tell("accuracy")
+    answers = side_by_side([functools.partial(measured, *case) for case in cases], clock)
+    for (dtype, head_dim, call, spec), found in zip(cases, answers, strict=True):
+        row = {"section": "accuracy", "encoding": spec, "call": call.name, "dtype": dtype, "head_dim": head_dim, "notes": []}
+        row |= dict.fromkeys(("error_out", "error_grads", "worst_gradient", "xla_error_out", "xla_error_grads", "same_bits"))
+        yield row | ({"notes": [found]} if isinstance(found, str) else found)
+
+
+# Decoder -----------------------------------------------------------------------------------------------------------------
+
+_VOCABULARY, _CHANNELS = 32_768, 128
+
+
+def decoder(config: Any, implementation: str, clock: Clock, tell: Tell) -> Iterator[Row]:
+    """Tokens a second of one sequence: a forward pass, and a step of AdamW that computes layers again in its backward pass."""
+    for number, context in enumerate(config.contexts):
+        own = Clock(clock.left / (len(config.contexts) - number))
+        tell(f"decoder: compiling, {context:,} tokens")
+        tasks = {}
+        for spec in ENCODINGS:
+            tasks |= {(spec, part): task for part, task in _programs(config, implementation, spec, context).items()}
+        found = dict(zip(tasks, side_by_side(list(tasks.values()), own), strict=True))
+        for spec in ENCODINGS:
+            tell(f"decoder: {spec}, {context:,} tokens")
+            row = {"section": "decoder", "encoding": spec, "context": context, "parameters": None, "notes": []}
+            row |= {"prefill_tokens_per_second": None, "train_tokens_per_second": None}
+            programs = {part: found.pop((spec, part)) for part in ("start", "prefill", "step")}
+            whys = [program for program in programs.values() if isinstance(program, str)]
+            try:
+                yield row | ({"notes": list(dict.fromkeys(whys))} if whys else _tokens_a_second(**programs, repeats=config.repeats))
+            except Exception as error:  # such as too little memory
+                yield row | {"notes": [reason(error)]}
+
+
+def _programs(config: Any, implementation: str, spec: str, context: int) -> dict[str, Callable[[], Any]]:
+    """What compiles the first state, the forward pass and the train step of a decoder."""
+    heads = config.embed_dim // _CHANNELS
+    shape = TransformerConfig(
+        vocab_size=_VOCABULARY,
+        num_layers=config.layers,
+        embed_dim=config.embed_dim,
+        num_heads=heads,
+        num_kv_heads=heads // 2 if heads % 2 == 0 else heads,
+        mlp_dim=config.embed_dim * 11 // 4,
+        max_length=context,
+        activation="swiglu",
+        remat=True,
+        compute_dtype="bfloat16",
+        implementation=implementation,
+    )
+    optimizer = make_optimizer(1e-4)
+
+    def model() -> Transformer:
+        return Transformer(shape, parse_encoding(spec), rngs=nnx.Rngs(0))
+
+    with_params, _ = functional(nnx.eval_shape(model))
+
+    def start() -> tuple[TrainState, Row]:
+        tokens = jax.random.randint(jax.random.key(1), (1, context), 0, _VOCABULARY)
+        batch = {"tokens": tokens, "targets": jnp.roll(tokens, -1, 1), "weights": jnp.ones(tokens.shape)}
+        return init_state(functional(model())[1], optimizer, 0), batch
+
+    def prefill(params: Any, tokens: Any) -> Any:
+        return with_params(params)(tokens)[:, -1]
+
+    def loss(params: Any, batch: Row, key: Any) -> tuple[Any, Any]:
+        return cross_entropy(with_params(params)(batch["tokens"]), batch["targets"], batch["weights"])[1:]
+
+    step = jax.jit(make_train_step(loss, optimizer), donate_argnums=0)
+    state, batch = jax.eval_shape(start)
+    return {
+        "start": lambda: jax.jit(start).lower().compile(),
+        "prefill": lambda: jax.jit(prefill).lower(state.params, batch["tokens"]).compile(),
+        "step": lambda: step.lower(state, batch).compile(),
+    }
+
+
+def _tokens_a_second(start: Any, prefill: Any, step: Any, repeats: int) -> Row:
+    """Of the three compiled programs, the fastest of so many calls."""
+    state, batch = start()
+    row = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params))}
+    row["prefill_tokens_per_second"] = batch["tokens"].size / _least(lambda: prefill(state.params, batch["tokens"]), repeats)
+
+    def train() -> Any:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics
+
+    row["train_tokens_per_second"] = batch["tokens"].size / _least(train, repeats)
+    return row | {"train_temp_bytes": step.memory_analysis().temp_size_in_bytes}
+
+
+def _least(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return min(times)
