@@ -20,7 +20,7 @@ from posjax.kernels.refused import KernelRefused
 def parse(options: type, prog: str, argv: Sequence[str]) -> Any:
     """A dataclass from ``--field value ...``; exits with 2 on wrong usage, 0 after ``--help``.
 
-    Fields are texts, numbers, Literals, and tuples of any length of them; their help is the Attributes of the docstring.
+    Fields are texts, numbers, Literals of them, and tuples of any length; their help is the Attributes of the docstring.
     """
     words = re.findall(r"^  (\w+): (.+(?:\n {4,}.+)*)", inspect.getdoc(options) or "", re.MULTILINE)
     about = {name: " ".join(text.split()) for name, text in words}
@@ -32,7 +32,7 @@ def parse(options: type, prog: str, argv: Sequence[str]) -> Any:
             kind, shape = typing.get_args(kind)[0], {"nargs": "+"}
         if typing.get_origin(kind) is typing.Literal:
             shape["choices"] = typing.get_args(kind)
-            kind = str
+            kind = type(shape["choices"][0])
         told = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         help_text = f"{about[field.name]} ({told})".replace("%", "%%")
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=help_text, **shape)

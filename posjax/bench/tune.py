@@ -1,0 +1,335 @@
+"""``posjax bench tune``: block sizes of the attention kernels for the GPU of this machine.
+
+    python -m posjax.bench.tune --out runs/tune        # with nothing installed beyond jax, flax and optax
+
+A kind of call is a line of posjax/kernels/gpu_blocks.json: bytes of a number, most channels, and whether it counts. The search for
+its blocks goes from those of the table to the fastest of their neighbours, which differ in one size, until none is faster; what
+counts is the time of forward and backward. What the compiler refuses, or answers wrongly, is left out with the reason.
+
+gpu_blocks.json has the package's lines with those of this GPU replaced, tune.json all that was measured.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from posjax.attention import attention
+from posjax.attention import prepare as prepare_call
+from posjax.bench import inputs, results
+from posjax.bench.attention import Row, make_folder, show_progress, versions
+from posjax.bench.contestants import Prepared, counts
+from posjax.bench.gpu_machine import LATE, Clock, check_gpu, hardware, milliseconds, reason, side_by_side
+from posjax.encoding import check_at_least
+from posjax.kernels import gpu, gpu_blocks
+from posjax.kernels.gpu_blocks import GpuBlocks, blocks_for, capability, check_gpu_blocks
+from posjax.specs import parse_encoding
+
+FILES = ("gpu_blocks.json", "tune.json")
+SHIPPED = Path(gpu_blocks.__file__).with_name("gpu_blocks.json")
+CHANNELS = (64, 128, 288)  # of the lines; the last is for heads of up to 256, and those of 128 that untied positions widen
+_GAIN = 0.99  # of the time, to go on from: less is noise
+# Norm of the difference over norm that no rounding makes: of the output, and of gradients, which jump where a count passes a whole
+# number.
+_WRONG, _WRONG_GRADIENT = 2.0**-4, 0.5
+_FORWARD, _BOTH = "forward_ms", "ms"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tune:
+    """Looks for the fastest block sizes of the attention kernels on the GPU of this machine, for each kind of call.
+
+    Attributes:
+      dtypes: of query, key and value; what counts is a number's bytes.
+      channels: of a head at most.
+      encodings: one that does not count and one that does, which stand for all such; gates are half open.
+      seconds: when to stop; kinds that were not reached keep their blocks.
+      length: tokens.
+      heads: N.
+      repeats: rounds in which blocks that are compared have their turn.
+      out: a folder for gpu_blocks.json and tune.json.
+    """
+
+    dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
+    channels: tuple[Literal[64, 128, 288], ...] = (128, 64, 288)
+    encodings: tuple[str, ...] = ("identity", "cope(64)")
+    seconds: float = 900.0
+    length: int = 8192
+    heads: int = 16
+    repeats: int = 5
+    out: str = "runs/tune"
+
+    def __post_init__(self) -> None:
+        for name in ("dtypes", "channels", "encodings"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty, got ()")
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must all differ, got {getattr(self, name)}")
+        for size in self.channels:
+            if size not in CHANNELS:
+                raise ValueError(f"channels must be of {', '.join(map(str, CHANNELS))}, got {size}")
+        for spec in self.encodings:
+            if isinstance(parse_encoding(spec), tuple):
+                raise ValueError(f"encodings must each be of one layer, got {spec!r}; name its parts one by one")
+        if len(set(map(counts, self.encodings))) < len(self.encodings):
+            raise ValueError(f"encodings must be at most one that counts and one that does not, got {self.encodings}")
+        check_at_least("length", self.length, 2)
+        for name in ("heads", "repeats"):
+            check_at_least(name, getattr(self, name), 1)
+        if not self.seconds > 0:
+            raise ValueError(f"seconds must be positive, got {self.seconds}")
+
+
+Kind = tuple[str, int, str]  # dtype, channels, encoding
+Measure = Callable[[Sequence[GpuBlocks]], list[float | str]]  # milliseconds, or why there are none
+Neighbours = Callable[[GpuBlocks, bool], Sequence[GpuBlocks]]
+
+
+def neighbours(blocks: GpuBlocks, counting: bool) -> list[GpuBlocks]:
+    """Blocks with one size halved or doubled, or a tile more or less in flight; parts are never larger than what they are of."""
+    sizes = ("queries", "keys", "rows", "warps", *(("strip",) if counting else ()))
+    made = [blocks._replace(**{name: size}) for name in sizes for size in (getattr(blocks, name) // 2, getattr(blocks, name) * 2)]
+    made += [blocks._replace(stages=blocks.stages + more) for more in (-1, 1)]
+    made = [b._replace(strip=min(b.strip, b.keys), rows=min(b.rows, b.queries)) for b in made]
+    return [b for b in dict.fromkeys(made) if b != blocks and _is_possible(b)]
+
+
+def _is_possible(blocks: GpuBlocks) -> bool:
+    try:
+        check_gpu_blocks(blocks)
+    except ValueError:
+        return False
+    return True
+
+
+def run(config: Tune, quiet: bool = False, anywhere: bool = False, near: Neighbours = neighbours) -> list[Row]:
+    """Searches and writes gpu_blocks.json and tune.json, after every kind of call and when it is interrupted.
+
+    Args:
+      config: what to search.
+      quiet: no progress on the terminal.
+      anywhere: also without a GPU, in kernels that are interpreted.
+      near: the neighbours of blocks, and whether they are for calls that count.
+
+    Returns:
+      A row for each blocks of each kind that were tried, as they stand in tune.json; what failed has its reason in notes.
+
+    Raises:
+      NotImplementedError: there is no GPU that the kernels run on.
+      ValueError: a folder that cannot be written.
+    """
+    begun = time.perf_counter()
+    if not anywhere:
+        check_gpu("posjax bench tune", f"Without one the kernels take the blocks of {SHIPPED}")
+    out, rows = make_folder(config.out), []
+    kinds = list(itertools.product(config.dtypes, config.channels, config.encodings))
+    try:
+        with show_progress(quiet) as progress:
+            for number, kind in enumerate(kinds):
+                clock = Clock((config.seconds - (time.perf_counter() - begun)) / (len(kinds) - number))
+                tell = functools.partial(progress, done=number, total=len(kinds))
+                rows += _search(config, kind, clock, tell, near)
+                _write(rows, config, out)
+    finally:
+        _write(rows, config, out)
+    return rows
+
+
+def _write(rows: Sequence[Row], config: Tune, out: Path) -> None:
+    lines = table(json.loads(SHIPPED.read_text()), capability(), rows)
+    (out / FILES[0]).write_text(text_of(lines))
+    results.write_json(rows, dataclasses.asdict(config), hardware(), versions(), out / FILES[1])
+
+
+def table(lines: Sequence[Row], capability: int, rows: Sequence[Row]) -> list[Row]:
+    """The lines of a table with all those of a capability anew: the best blocks, and where there are none those of the package."""
+    best = {(row["dtype"], row["channels"], row["counts"]): row["blocks"] for row in rows if row["best"]}
+    own = []
+    for dtype, channels, counting in itertools.product(("bfloat16", "float32"), CHANNELS, (False, True)):
+        blocks = best.get((dtype, channels, counting)) or blocks_for(capability, dtype, channels, counting)._asdict()
+        kind = {"capability": capability, "bytes": jnp.dtype(dtype).itemsize, "channels": channels, "counts": counting}
+        own.append(kind | blocks)
+    others = [line for line in lines if line["capability"] != capability]
+    return sorted([*others, *own], key=lambda line: [line[name] for name in ("capability", "bytes", "channels", "counts")])
+
+
+def text_of(lines: Sequence[Row]) -> str:
+    """A table as its file has it."""
+    return "[\n" + ",\n".join(f" {json.dumps(line)}" for line in lines) + "\n]\n"
+
+
+# One kind of call -------------------------------------------------------------------------------------------------------
+
+
+def _search(config: Tune, kind: Kind, clock: Clock, tell: Callable[[str], None], near: Neighbours) -> list[Row]:
+    """Rows of all blocks that were tried."""
+    dtype, channels, spec = kind
+    about = {"dtype": dtype, "channels": channels, "counts": counts(spec), "encoding": spec}
+    first = blocks_for(capability(), dtype, channels, counts(spec))
+    rows: dict[GpuBlocks, Row] = {}
+
+    def row(blocks: GpuBlocks) -> Row:
+        empty = {_BOTH: None, _FORWARD: None, "present": blocks == first, "best": False, "notes": []}
+        return rows.setdefault(blocks, about | {"blocks": blocks._asdict()} | empty)
+
+    row(first)
+    if clock.left <= 0:
+        rows[first]["notes"].append(LATE)
+        return list(rows.values())
+    bench = _Bench(config, kind, clock)
+
+    def measure(several: Sequence[GpuBlocks]) -> list[float | str]:
+        tell(f"{dtype}, {channels} channels, {spec}: {len(rows)} tried")
+        found = bench.measure(several, with_gradients=True)
+        for blocks, answer in zip(several, found, strict=True):
+            row(blocks)[_BOTH] = None if isinstance(answer, str) else answer
+            row(blocks)["notes"] = [answer] if isinstance(answer, str) else []
+        return found
+
+    best = walk(first, measure, lambda blocks: near(blocks, counts(spec)))
+    if best is not None:
+        measure((first, best))  # once more, one beside the other
+        if (rows[first][_BOTH] or math.inf) <= rows[best][_BOTH]:
+            best = first
+        rows[best]["best"] = True
+        for blocks, answer in zip((first, best), bench.measure((first, best), with_gradients=False), strict=True):
+            rows[blocks][_FORWARD] = None if isinstance(answer, str) else answer
+    return list(rows.values())
+
+
+def walk(first: GpuBlocks, measure: Measure, near: Callable[[GpuBlocks], Sequence[GpuBlocks]]) -> GpuBlocks | None:
+    """The blocks from which no neighbour is faster by more than noise, downhill from the first; None: nothing ran.
+
+    Neighbours are timed side by side with the blocks that they are to beat.
+    """
+    tried, center = {first}, first
+    while True:
+        new = [blocks for blocks in near(center) if blocks not in tried]
+        tried.update(new)
+        found = dict(zip((center, *new), measure((center, *new)), strict=True))
+        times = {blocks: answer for blocks, answer in found.items() if not isinstance(answer, str)}
+        if not times:
+            return None
+        best = min(times, key=times.get)
+        if best == center or (center in times and times[best] > _GAIN * times[center]):
+            return center
+        center = best
+
+
+class _Bench:
+    """The inputs of a kind of call, what a kernel must answer to them, and the programs that are compiled so far."""
+
+    def __init__(self, config: Tune, kind: Kind, clock: Clock):
+        dtype, channels, spec = kind
+        self.repeats, self.clock, self.encoding = config.repeats, clock, parse_encoding(spec)
+        sizes = SimpleNamespace(batch=1, heads=config.heads, head_dim=min(channels, 256), dtype=dtype)
+        arrays = inputs.make_inputs(spec, "half", config.length, sizes, None)
+        given = {name: jnp.asarray(arrays[name], dtype) for name in ("query", "key", "value")}
+        given["params"] = jax.tree.map(jnp.asarray, inputs.unflatten(arrays))
+        self.args = given, jnp.asarray(arrays["cotangent"], dtype)
+        self.programs: dict[tuple[GpuBlocks, bool], Prepared | str] = {}
+        (made,) = side_by_side([lambda: self._compiled(self._in_tiles, True)()], clock)
+        self.want = made  # or why there is nothing to compare with
+
+    def measure(self, several: Sequence[GpuBlocks], with_gradients: bool) -> list[float | str]:
+        """Milliseconds of each, or why there are none."""
+        if isinstance(self.want, str):
+            return [self.want] * len(several)
+        new = [blocks for blocks in dict.fromkeys(several) if (blocks, with_gradients) not in self.programs]
+        tasks = [functools.partial(self._prepared, blocks, with_gradients) for blocks in new]
+        for blocks, made in zip(new, side_by_side(tasks, self.clock), strict=True):
+            self.programs[blocks, with_gradients] = made if isinstance(made, str) else self._checked(made, with_gradients)
+        ready = {b: self.programs[b, with_gradients] for b in several if not isinstance(self.programs[b, with_gradients], str)}
+        times = dict(zip(ready, milliseconds(list(ready.values()), self.repeats, self.clock), strict=True))
+        return [min(times[b]) if b in times else self.programs[b, with_gradients] for b in several]
+
+    def _prepared(self, blocks: GpuBlocks, with_gradients: bool) -> Prepared:
+        check_gpu_blocks(blocks)
+        launch = self._compiled(functools.partial(self._in_kernel, blocks), with_gradients)
+        return Prepared(call=lambda: jax.block_until_ready(launch()), launch=launch, fetch=dict)
+
+    def _checked(self, prepared: Prepared, with_gradients: bool) -> Prepared | str:
+        """A program whose first call is right, or what is wrong."""
+        try:
+            found = prepared.call()
+        except Exception as error:  # more shared memory than there is shows here
+            return reason(error)
+        off, *gradients = map(float, _distances(found, self.want if with_gradients else self.want[0]))
+        right = off < _WRONG and all(x < _WRONG_GRADIENT for x in gradients)  # and not nan
+        return prepared if right else f"wrong: the output by {off:.1e} of its norm, gradients by {max(gradients, default=0.0):.1e}"
+
+    def _compiled(self, forward: Callable[[Any], Any], with_gradients: bool) -> Callable[[], Any]:
+        def both(given: Any, cotangent: Any) -> Any:
+            out, pull = jax.vjp(forward, given)
+            return out, pull(cotangent)[0]
+
+        args = self.args if with_gradients else self.args[:1]
+        program = jax.jit(both if with_gradients else forward).lower(*args).compile()
+        return lambda: program(*args)
+
+    def _in_kernel(self, blocks: GpuBlocks, given: Row) -> Any:
+        call = prepare_call(given["query"], given["key"], given["value"], self.encoding, given["params"], is_causal=True)
+        return gpu.attention(value=given["value"], tile=blocks, **call)
+
+    def _in_tiles(self, given: Row) -> Any:
+        return attention(**given, encoding=self.encoding, is_causal=True, implementation="xla_chunked")
+
+
+@jax.jit
+def _distances(found: Any, want: Any) -> list[Any]:
+    """Norm of the difference over norm of each array, nan where something is not finite."""
+    pairs = zip(*(map(jnp.float32, jax.tree.leaves(tree)) for tree in (found, want)), strict=True)
+    return [jnp.linalg.norm((one - other).ravel()) / jnp.linalg.norm(other.ravel()) for one, other in pairs]
+
+
+# Tables -----------------------------------------------------------------------------------------------------------------
+
+LEGEND = (
+    "Blocks: queries, keys, strip, rows, warps, stages; now: those of the package. ms: forward and backward; x: that time now over "
+    "the best, and of the forward pass alone. pj.attention takes a line of gpu_blocks.json as block_sizes=pj.GpuBlocks(...); the "
+    f"whole file in place of {SHIPPED} makes it the default."
+)
+
+
+def groups(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]], list[str]]]:
+    """One table of all kinds: (heading, column heads, cells, notes)."""
+    lines, notes = [], []
+    for kind in dict.fromkeys((row["dtype"], row["channels"], row["encoding"]) for row in rows):
+        own = [row for row in rows if (row["dtype"], row["channels"], row["encoding"]) == kind]
+        (now,), best = [row for row in own if row["present"]], next((row for row in own if row["best"]), None)
+        name = f"{kind[0]}, {kind[1]}, {kind[2]}"
+        numbers = [_ratio(now, best, _BOTH), _ratio(now, best, _FORWARD)]
+        milli = "" if best is None or best[_BOTH] is None else f"{best[_BOTH]:.2f}"
+        lines.append([name, _named(best), _named(now), milli, *numbers, str(len(own))])
+        notes += [f"{name}, {_named(row)}: {note}" for row in own for note in row["notes"]]
+    return [("block sizes", ["call", "best", "now", "ms", "x", "x fwd", "tried"], lines, notes)]
+
+
+def _named(row: Row | None) -> str:
+    return "" if row is None else "/".join(map(str, row["blocks"].values()))
+
+
+def _ratio(now: Row, best: Row | None, name: str) -> str:
+    return "" if best is None or not now[name] or not best[name] else f"{now[name] / best[name]:.2f}"
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Prints the table."""
+    for group in groups(rows):
+        results.print_table(*group)
+    results.print_text(LEGEND)
+
+
+if __name__ == "__main__":
+    from posjax.bench import command, tune
+
+    command.main(tune, tune.Tune)
