@@ -1,9 +1,11 @@
 """posjax bench gpu: a run in miniature on the CPU, without packages that need not be there, and what follows from its rows."""
 
 import dataclasses
+import importlib.machinery
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from test_import import unneeded_by
 
-from posjax.bench import command, gpu, gpu_machine, gpu_sections
+from posjax.bench import command, contestants, gpu, gpu_machine, gpu_sections, inputs, oracle, tune
 from posjax.bench.contestants import Prepared
 from posjax.bench.gpu import GpuBench
 from posjax.bench.gpu_machine import Clock
@@ -246,6 +248,26 @@ def test_who_finds_no_memory_takes_nobody_along(monkeypatch):
     assert len(rows) == 14 and all(row["rounds"] == 2 for row in rows if row["ms_min"] is not None)
 
 
+def test_tokamax_takes_part_where_it_is_installed(monkeypatch):
+    calls = []
+
+    def dot_product_attention(query, key, value, *, is_causal, implementation):
+        calls.append((is_causal, implementation))
+        return 2 * jax.nn.dot_product_attention(query, key, value, is_causal=is_causal)
+
+    module = types.ModuleType("tokamax")
+    module.__spec__, module.dot_product_attention = importlib.machinery.ModuleSpec("tokamax", None), dot_product_attention
+    assert [who.name for who in contestants.gpu_peers()] == ["jax.nn, cudnn"]
+    monkeypatch.setitem(sys.modules, "tokamax", module)
+    _, own_choice, triton = contestants.gpu_peers()
+    assert [own_choice.name, triton.name] == ["tokamax", "tokamax, triton"] and own_choice.is_peer
+    arrays = inputs.make_inputs("identity", "half", 8, types.SimpleNamespace(batch=1, heads=2, head_dim=4, dtype="float32"), None)
+    for who in (own_choice, triton):
+        ready = contestants.prepare(who, False, arrays, "float32", {})
+        np.testing.assert_allclose(ready.fetch(ready.launch())["out"], 2 * oracle.attend("identity", arrays, 0)[0], atol=1e-5)
+    assert calls == [(True, None), (True, "triton")]
+
+
 class Ones:
     """Oracles of a known answer."""
 
@@ -297,6 +319,14 @@ def test_without_a_gpu_the_command_says_what_works(run, tmp_path):
     code, _, error = run("bench", "gpu", "--out", tmp_path / "made")
     assert (code, error) == (1, f"posjax: {NEEDS}\n")
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("what", ["gpu", "tune"])
+def test_help_explains_every_field(run, what):
+    code, out, _ = run("bench", what, "--help")
+    options = {"gpu": GpuBench, "tune": tune.Tune}[what]
+    assert code == 0 and all(f"--{field.name.replace('_', '-')} " in out for field in dataclasses.fields(options))
+    assert f"bench {what}" in run("bench")[1]
 
 
 @pytest.mark.parametrize(("flags", "code"), [([], 1), (["--nonsense", "1"], 2), (["--length", "1"], 2), (["--help"], 0)])

@@ -1,1 +1,1 @@
-"""Benchmarks: ``posjax bench attention``, timed, and ``posjax bench schedule``, compiled for TPUs that are not attached."""
+"""Benchmarks: ``posjax bench attention``, timed, ``schedule``, for TPUs that are not attached, ``gpu`` and ``tune``, on a GPU."""
