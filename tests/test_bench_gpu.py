@@ -248,6 +248,23 @@ def test_who_finds_no_memory_takes_nobody_along(monkeypatch):
     assert len(rows) == 14 and all(row["rounds"] == 2 for row in rows if row["ms_min"] is not None)
 
 
+def test_gates_of_a_trained_model_are_timed_too(monkeypatch):
+    given = {name: np.full((2, 32, 2, 16), 7.0, np.float32) for name in ("query", "key", "value")}
+    seen = []
+
+    def prepare(who, with_gradients, arrays, *rest):
+        seen.append((who.encoding, float(arrays["value"].mean()) == 7.0))
+        return Prepared(call=lambda: 0, launch=lambda: 0, fetch=dict)
+
+    monkeypatch.setattr(inputs, "recorded_inputs", lambda workdir, layer, tokens: given | {"encoding": "alibi", "params": {}})
+    monkeypatch.setattr(gpu_sections, "prepare", prepare)
+    config = types.SimpleNamespace(**dataclasses.asdict(TINY) | {"workdir": "runs/mine"})
+    rows = list(gpu_sections.speed(config, "xla_chunked", Clock(60), told))
+    trained = [(row["encoding"], row["pass"]) for row in rows if row["gates"] == "trained"]
+    assert trained == [(spec, way) for way in ("forward", "both") for spec in ("cope(64)", "rope + cope(64)")]
+    assert sorted(spec for spec, is_recorded in seen if is_recorded) == sorted(spec for spec, _ in trained)
+
+
 def test_tokamax_takes_part_where_it_is_installed(monkeypatch):
     calls = []
 
@@ -312,13 +329,30 @@ def test_an_interruption_leaves_what_was_measured(run, tmp_path, monkeypatch):
 
 # The command line --------------------------------------------------------------------------------------------------------
 
-NEEDS = "posjax bench gpu needs an NVIDIA GPU; jax's platform here is cpu. posjax bench attention measures on it"
+NEEDS = "posjax bench gpu needs an NVIDIA GPU; jax's platform here is cpu. posjax bench attention measures on any"
 
 
 def test_without_a_gpu_the_command_says_what_works(run, tmp_path):
     code, _, error = run("bench", "gpu", "--out", tmp_path / "made")
     assert (code, error) == (1, f"posjax: {NEEDS}\n")
     assert not (tmp_path / "made").exists()
+
+
+def test_gpus_that_the_kernels_do_not_run_on(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(gpu_machine, "capability", lambda: 75)
+    with pytest.raises(NotImplementedError, match=r"^This needs .* GPU of compute capability 8\.0 or later, got cpu\. Else\.$"):
+        gpu_machine.check_gpu("This", "Else.")
+    monkeypatch.setattr(gpu_machine, "capability", lambda: 80)
+    gpu_machine.check_gpu("This", "Else.")
+
+    def absent():
+        raise RuntimeError("Unable to initialize backend 'cuda'")
+
+    monkeypatch.setattr(jax, "default_backend", absent)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(NotImplementedError, match=r"^This needs .* GPU; jax finds no device with JAX_PLATFORMS='cuda'\. Else\.$"):
+        gpu_machine.check_gpu("This", "Else.")
 
 
 @pytest.mark.parametrize("what", ["gpu", "tune"])
@@ -343,6 +377,16 @@ def test_the_module_is_a_command_without_tyro(capsys, tmp_path, monkeypatch, fla
     if not code:
         assert all(f"--{field.name.replace('_', '-')} " in printed.out for field in dataclasses.fields(GpuBench))
         assert "when to stop; what is being measured then is brought to its end. (420.0)" in " ".join(printed.out.split())
+
+
+def test_the_module_when_interrupted(capsys, monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "run", interrupted)
+    with pytest.raises(SystemExit) as end:
+        command.main(gpu, GpuBench, ["--out", "here"])
+    assert end.value.code == 130 and "interrupted; what was measured stands in here" in capsys.readouterr().err
 
 
 def test_flags_are_read_like_the_fields():

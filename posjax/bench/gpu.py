@@ -108,7 +108,7 @@ def run(config: GpuBench, quiet: bool = False, implementation: str = "pallas") -
     """
     begun = time.perf_counter()
     if implementation == "pallas":
-        check_gpu("posjax bench gpu", "posjax bench attention measures on it")
+        check_gpu("posjax bench gpu", "posjax bench attention measures on any")
     out = make_folder(config.out)
     rows: list[Row] = []
     specs = config.encodings if "accuracy" in config.sections else ()

@@ -35,7 +35,11 @@ def check_gpu(what: str, instead: str) -> None:
       what: the command that needs one.
       instead: what works here.
     """
-    platform = jax.default_backend()
+    try:
+        platform = jax.default_backend()
+    except (RuntimeError, AssertionError):  # what jax raises where a platform that was asked for is not there
+        found = f"jax finds no device with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}"
+        raise NotImplementedError(f"{what} needs an NVIDIA GPU; {found}. {instead}") from None
     if platform != "gpu":
         raise NotImplementedError(f"{what} needs an NVIDIA GPU; jax's platform here is {platform}. {instead}")
     if capability() < LEAST:
