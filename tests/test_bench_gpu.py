@@ -5,6 +5,7 @@ import importlib.machinery
 import json
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -224,6 +225,27 @@ def test_rounds_end_with_the_time_but_there_is_one():
     assert [len(times) for times in gpu_machine.milliseconds(ready, 3, Clock(-1))] == [1, 1]
 
 
+def test_a_burst_is_long_enough_for_the_clock_and_who_fails_is_left_out():
+    """A call of 3 ms is called seven times in a row after one that is not counted, one of 50 ms once."""
+    launched = {0.003: 0, 0.05: 0}
+
+    def sleeper(seconds):
+        def launch():
+            launched[seconds] += 1
+            time.sleep(seconds)
+
+        return Prepared(call=lambda: 0, launch=launch, fetch=dict)
+
+    def full():
+        raise MemoryError("full")
+
+    failing = Prepared(call=lambda: 0, launch=full, fetch=dict)
+    short, failed, long = gpu_machine.milliseconds([sleeper(0.003), failing, sleeper(0.05)], 2, Clock(60))
+    assert failed == "MemoryError: full" and 3 <= min(short) < 30 and 50 <= min(long) < 150
+    assert len(short) == len(long) == 2 and launched[0.05] == 3
+    assert (launched[0.003] - 1) % 2 == 0 and 3 <= launched[0.003] <= 15
+
+
 def test_who_finds_no_memory_takes_nobody_along(monkeypatch):
     def prepare(who, with_gradients, *rest):
         if who.encoding == "rope" and with_gradients:
@@ -234,16 +256,22 @@ def test_who_finds_no_memory_takes_nobody_along(monkeypatch):
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
             return 0
 
-        return Prepared(call=call, launch=lambda: 0, fetch=dict)
+        def launch():
+            if who.encoding == "cope(64)" and with_gradients:
+                raise MemoryError("full of others")
+            return 0
+
+        return Prepared(call=call, launch=launch, fetch=dict)
 
     monkeypatch.setattr(gpu_sections, "prepare", prepare)
     rows = list(gpu_sections.speed(TINY, "xla_chunked", Clock(60), told))
-    failed = {(row["contestant"], row["pass"]): row["notes"] for row in rows if row["ms_min"] is None}
+    failed = {(row["contestant"], row["pass"]): row["notes"] for row in rows if row["ms_min"] is None}  # one for all gates
     why = ["JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory"]
     assert failed == {
         ("jax.nn, xla", "forward"): why,
         ("jax.nn, xla", "both"): why,
         ("rope, xla_chunked", "both"): ["NotImplementedError: not on Sundays"],
+        ("cope(64), xla_chunked", "both"): ["MemoryError: full of others"],
     }
     assert len(rows) == 14 and all(row["rounds"] == 2 for row in rows if row["ms_min"] is not None)
 

@@ -85,25 +85,36 @@ def side_by_side(tasks: Sequence[Callable[[], Any]], clock: Clock) -> Iterator[A
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def milliseconds(ready: Sequence[Prepared], repeats: int, clock: Clock) -> list[list[float]]:
-    """Of each a time for each round, in which all have their turn: several calls one behind the other where a call is short.
+def milliseconds(ready: Sequence[Prepared], repeats: int, clock: Clock) -> list[list[float] | str]:
+    """Of each a time for each round, in which all have their turn; why not, as text, where a call raised something.
 
     There is one round at least, and no further one when the time is over.
     """
-    sizes, found = [], [[] for _ in ready]
-    for prepared in ready:
-        prepared.call()
-        start = time.perf_counter()
-        prepared.call()
-        sizes.append(min(20, math.ceil(_BURST / (time.perf_counter() - start))))
-    for turn in range(repeats):
-        if turn and clock.left <= 0:
+    found: list[list[float] | str] = [[] for _ in ready]
+    sizes = [1] * len(ready)
+    for turn in range(-1, repeats):  # the one before the first tells how many calls make a burst
+        if turn > 0 and clock.left <= 0:
             break
-        for prepared, size, times in zip(ready, sizes, found, strict=True):
-            prepared.call()  # clocks and caches as they are in the midst of its own work
-            start = time.perf_counter()
-            for _ in range(size):
-                result = prepared.launch()
-            jax.block_until_ready(result)
-            times.append(1000 * (time.perf_counter() - start) / size)
+        for n, prepared in enumerate(ready):
+            if isinstance(found[n], str):
+                continue
+            try:
+                taken = _timed(prepared, sizes[n])
+            except Exception as error:  # alone it was well; here others hold memory too
+                found[n] = reason(error)
+                continue
+            if turn < 0:
+                sizes[n] = min(20, math.ceil(_BURST / max(taken, 1e-6)))
+            else:
+                found[n].append(1000 * taken)
     return found
+
+
+def _timed(prepared: Prepared, size: int) -> float:
+    """Seconds of a call, from several one behind the other."""
+    prepared.call()  # clocks and caches as they are in the midst of its own work
+    start = time.perf_counter()
+    for _ in range(size):
+        result = prepared.launch()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / size

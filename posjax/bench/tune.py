@@ -197,9 +197,9 @@ def _search(config: Tune, kind: Kind, clock: Clock, tell: Callable[[str], None],
 
     best = walk(first, measure, lambda blocks: near(blocks, counts(spec)))
     if best is not None:
-        measure((first, best))  # once more, one beside the other
-        if (rows[first][_BOTH] or math.inf) <= rows[best][_BOTH]:
-            best = first
+        if best != first:
+            measure((first, best))  # which may never have run one beside the other
+            best = min((best, first), key=lambda blocks: rows[blocks][_BOTH] or math.inf)
         rows[best]["best"] = True
         for blocks, answer in zip((first, best), bench.measure((first, best), with_gradients=False), strict=True):
             rows[blocks][_FORWARD] = None if isinstance(answer, str) else answer
@@ -249,8 +249,9 @@ class _Bench:
         for blocks, made in zip(new, side_by_side(tasks, self.clock), strict=True):
             self.programs[blocks, with_gradients] = made if isinstance(made, str) else self._checked(made, with_gradients)
         ready = {b: self.programs[b, with_gradients] for b in several if not isinstance(self.programs[b, with_gradients], str)}
-        times = dict(zip(ready, milliseconds(list(ready.values()), self.repeats, self.clock), strict=True))
-        return [min(times[b]) if b in times else self.programs[b, with_gradients] for b in several]
+        rounds = dict(zip(ready, milliseconds(list(ready.values()), self.repeats, self.clock), strict=True))
+        found = [rounds.get(b, self.programs[b, with_gradients]) for b in several]
+        return [times if isinstance(times, str) else min(times) for times in found]
 
     def _prepared(self, blocks: GpuBlocks, with_gradients: bool) -> Prepared:
         check_gpu_blocks(blocks)
