@@ -35,9 +35,9 @@ sys.meta_path.insert(0, Refuse())
 from posjax.bench import gpu, gpu_sections
 from posjax.bench.oracle import Options
 
-plain, every = gpu_sections.CALLS
+plain, every, sparse = gpu_sections.CALLS
 options = Options(window=20, soft_cap=20.0, starts=(10, 33))
-gpu_sections.CALLS = dataclasses.replace(plain, length=64), dataclasses.replace(every, length=50, options=options)
+gpu_sections.CALLS = dataclasses.replace(every, length=50, options=options), dataclasses.replace(sparse, length=64)
 gpu_sections.ENCODINGS, gpu_sections._VOCABULARY = ("identity", "cope(64)"), 100
 config = gpu.GpuBench(
     length=64, heads=2, head_dim=16, encodings=("rope + cope(64)",), dtypes=("float32",), head_dims=(16,), contexts=(64,),
@@ -90,7 +90,10 @@ def test_a_run_has_rows_of_every_section(finished):
 
 def test_errors_are_those_of_float32(finished):
     rows = of(finished[0]["rows"], "accuracy")
-    assert [(row["call"], row["dtype"], row["head_dim"]) for row in rows] == [(c.name, "float32", 16) for c in gpu_sections.CALLS]
+    assert [(row["call"], row["dtype"], row["head_dim"]) for row in rows] == [
+        ("every option", "float32", 16),
+        ("sparse gates", "float32", 16),
+    ]
     for row in rows:
         assert 0 < row["error_out"] < 1e-5 and 0 < row["xla_error_out"] < 1e-5
         assert 0 < row["error_grads"] < 1e-3 and 0 < row["xla_error_grads"] < 1e-3
@@ -311,6 +314,14 @@ def test_tokamax_takes_part_where_it_is_installed(monkeypatch):
         ready = contestants.prepare(who, False, arrays, "float32", {})
         np.testing.assert_allclose(ready.fetch(ready.launch())["out"], 2 * oracle.attend("identity", arrays, 0)[0], atol=1e-5)
     assert calls == [(True, None), (True, "triton")]
+
+
+def test_only_what_counts_is_called_with_other_gates():
+    names = {spec: [call.name for call in gpu_sections.calls_of(spec)] for spec in ("rope", "rope + cope(8)")}
+    assert names == {"rope": ["causal", "every option"], "rope + cope(8)": ["causal", "every option", "sparse gates"]}
+    plain, _, sparse = gpu_sections.calls_of("cope(8)")
+    shut, half = (call.arrays("cope(8)", 16)["query"][..., -1] > 0 for call in (sparse, plain))
+    assert shut.all() and not half.all()
 
 
 class Ones:

@@ -96,16 +96,23 @@ class Call:
     length: int
     kv_heads: int
     options: Options
+    gates: str = "half"
 
     def arrays(self, spec: str, head_dim: int) -> dict[str, np.ndarray]:
         sizes = SimpleNamespace(batch=1, heads=4, head_dim=head_dim, dtype="bfloat16")
-        return inputs.make_inputs(spec, "half", self.length, sizes, None, self.kv_heads)
+        return inputs.make_inputs(spec, self.gates, self.length, sizes, None, self.kv_heads)
 
 
 CALLS = (
     Call("causal", 512, 4, PLAIN),
     Call("every option", 500, 2, Options(window=200, soft_cap=20.0, starts=(100, 330))),
+    Call("sparse gates", 512, 4, PLAIN, "sparse"),
 )
+
+
+def calls_of(spec: str) -> list[Call]:
+    """Those that are different calls to an encoding."""
+    return [call for call in CALLS if call.gates == "half" or counts(spec)]
 
 
 class Oracles:
@@ -133,7 +140,7 @@ class Oracles:
     def _ask(spec: str, head_dims: Sequence[int], folder: Path) -> Jobs:
         folder.mkdir()
         jobs = Jobs(folder)
-        for head_dim, call in itertools.product(head_dims, CALLS):
+        for head_dim, call in itertools.product(head_dims, calls_of(spec)):
             path, result = jobs.file("inputs", head_dim, call), jobs.file("oracle", head_dim, call)
             np.savez(path, **call.arrays(spec, head_dim))
             job = {"task": "oracle", "encoding": spec, "first": 0, "gradients": True, "options": dataclasses.asdict(call.options)}
@@ -146,6 +153,7 @@ class Oracles:
 def accuracy(config: Any, implementation: str, clock: Clock, tell: Tell, oracles: Oracles) -> Iterator[Row]:
     """Errors against float64 of the kernel, and of dense attention in the same type; whether the kernel repeats itself."""
     cases = list(itertools.product(config.dtypes, config.head_dims, CALLS, config.encodings))
+    cases = [case for case in cases if case[2] in calls_of(case[3])]
 
     def measured(dtype: str, head_dim: int, call: Call, spec: str) -> Row:
         want, arrays, found = oracles.answer(spec, head_dim, call), call.arrays(spec, head_dim), {}
