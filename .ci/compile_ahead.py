@@ -35,6 +35,9 @@ CALLS = {
         dict(spec="tupe(relative=True)", length=1024, heads=(2, 1), width=128, dtype="float16", window=(300, 0)),
     ],
 }
+MOSAIC = pj.GpuBlocks(queries=128, keys=128, strip=32, rows=64, warps=8, stages=2, lowering="mosaic")  # on the h200 alone
+CALLS["mosaic"] = [CALLS["gpu"][0] | dict(blocks=MOSAIC)]
+CALLS["mosaic"] += [dict(spec="t5 + alibi", length=1024, heads=(2, 2), width=64, dtype="float16", soft_cap=30.0, blocks=MOSAIC)]
 TOPOLOGIES = {
     "tpu": {name: generation.topology for name, generation in aot.GENERATIONS.items()},
     "gpu": {name: f"{name}:1x1x1" for name in ("a100", "h200", "b200")},
@@ -42,7 +45,7 @@ TOPOLOGIES = {
 KERNELS = {"tpu": ("forward", "backward"), "gpu": ("forward", "query_plain", "key_plain")}
 
 
-def call(spec, length, heads, width, dtype, segmented=False, soft_cap=None, window=None):
+def call(spec, length, heads, width, dtype, segmented=False, soft_cap=None, window=None, blocks=None):
     """What posjax.aot compiles: gradients of attention, and its arguments."""
     encoding = parse_encoding(spec)
     dims = pj.Dims(heads[0], width, max_length=length, num_kv_heads=heads[1])
@@ -51,6 +54,7 @@ def call(spec, length, heads, width, dtype, segmented=False, soft_cap=None, wind
         def loss(query, key, value, params):
             options = dict(segment_ids=segments if segmented else None, logits_soft_cap=soft_cap)
             options |= dict(local_window_size=window and tuple(window))  # JSON made a list of it
+            options |= dict(block_sizes=blocks and pj.GpuBlocks(*blocks))
             out = pj.attention(query, key, value, encoding, params, is_causal=True, implementation="pallas", **options)
             return out.astype(jnp.float32).sum()
 
@@ -64,14 +68,16 @@ def call(spec, length, heads, width, dtype, segmented=False, soft_cap=None, wind
 def main(kind: str) -> int:
     failed = 0
     for name, topology in TOPOLOGIES[kind].items():
-        calls = CALLS[kind]
+        calls = CALLS[kind] + (CALLS["mosaic"] if name == "h200" else [])
         reports = aot.compile_all([("compile_ahead:call", kwargs) for kwargs in calls], topology, schedules=False)
         for kwargs, report in zip(calls, reports, strict=True):
             found = [kernel.name for kernel in report.kernels]
             wanted = [*KERNELS[kind], *(("query_band", "key_band") if kind == "gpu" and "cope" in kwargs["spec"] else ())]
+            wanted = [f"mosaic_{part}" for part in KERNELS[kind]] + wanted[3:] if "blocks" in kwargs else wanted
             missing = [part for part in wanted if not any(part in kernel for kernel in found)]
             reason = report.failed or (f"the program has no kernel named {', '.join(missing)}" if missing else None)
-            print(name, kwargs["spec"], kwargs["dtype"], reason or f"compiled in {report.seconds:.0f} s", flush=True)
+            said = reason or f"compiled in {report.seconds:.0f} s"
+            print(name, *(["mosaic"] if "blocks" in kwargs else []), kwargs["spec"], kwargs["dtype"], said, flush=True)
             failed += reason is not None
     return failed
 

@@ -398,6 +398,9 @@ def read_program(text: str) -> tuple[tuple[Collective, ...], list[Kernel], dict[
                 called = re.search(r'\bname = "([^"]+)"', body)
                 kernels.append(Kernel(called[1] if called else name, op_name, None, (), None))
                 continue
+            if match[1].startswith(aot_gpu.MOSAIC):
+                kernels.append(Kernel(op_name.rpartition("/")[0].rpartition("/")[2] or name, op_name, None, (), None))
+                continue
             if match[1] != "tpu_custom_call":
                 others[match[1]] = others.get(match[1], 0) + 1
                 continue

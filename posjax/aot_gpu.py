@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 TRITON = "__gpu$xla.gpu.triton"  # the custom call that a Pallas-Triton kernel is
+MOSAIC = "mosaic_gpu"  # and what the name of a Mosaic kernel's begins with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,9 @@ def environment(dump: Path | None, flags: Sequence[str]) -> dict[str, str]:
     """What jax must find when it starts, to put PTX into a folder or not."""
     own = [] if _toolkit() is None else [f"--xla_gpu_cuda_data_dir={_toolkit()}"]
     own += [] if dump is None else [f"--xla_dump_to={dump}", "--xla_dump_emitter_re=ptx"]
-    return {"XLA_FLAGS": " ".join([*own, *flags]), "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "cpu"}
+    of_mosaic = {} if _toolkit() is None else {"MOSAIC_GPU_CUDA_ROOT": str(_toolkit())}
+    of_mosaic |= {} if dump is None else {"MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    return of_mosaic | {"XLA_FLAGS": " ".join([*own, *flags]), "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "cpu"}
 
 
 def _toolkit() -> Path | None:
@@ -112,11 +115,15 @@ def devices(topology: str) -> Sequence[Any]:
 
 
 def resources(dump: Path, gpu: Gpu) -> dict[str, dict[str, int]]:
-    """Of each kernel in a dump, by name: registers of a thread, and bytes that it spills. Empty where there is no ptxas."""
+    """Of each kernel in a dump, by name: registers of a thread, and bytes that it spills. Triton's only where there is ptxas."""
     toolkit = _toolkit()
     ptxas = shutil.which("ptxas") if toolkit is None else str(toolkit / "bin" / "ptxas")
     found: dict[str, dict[str, int]] = {}
+    for path in sorted(dump.glob("*.ptxas")):  # Mosaic calls ptxas itself, and writes down what that said
+        found |= {name.removesuffix("_mosaic_gpu_kernel"): of for name, of in read_ptxas(path.read_text()).items()}
     for path in sorted(dump.glob("*.ptx")) if ptxas else ():
+        if path.with_suffix(".ptxas").exists():
+            continue
         command = [ptxas, "-v", f"-arch={gpu.arch}", str(path), "-o", os.devnull]
         found |= read_ptxas(subprocess.run(command, capture_output=True, text=True).stderr)
     return found

@@ -210,6 +210,15 @@ def test_registers_of_kernels(tmp_path, monkeypatch):
     assert aot_gpu.resources(tmp_path, aot_gpu.GPUS["h200"]) == wanted
 
 
+def test_resources_of_mosaic_kernels_are_what_their_compiler_wrote_down(tmp_path, monkeypatch):
+    """It is not asked again of their PTX."""
+    monkeypatch.setattr(aot_gpu, "_toolkit", lambda: tmp_path)
+    (tmp_path / "posjax_attention_mosaic_forward_0.ptx").touch()
+    said = PTXAS.replace("posjax_attention_forward", "f_mosaic_gpu_kernel")
+    (tmp_path / "posjax_attention_mosaic_forward_0.ptxas").write_text(said)
+    assert aot_gpu.resources(tmp_path, aot_gpu.GPUS["h200"])["f"] == aot_gpu.read_ptxas(PTXAS)["posjax_attention_forward"]
+
+
 def test_triton_kernels_of_a_program():
     line = """
   %call.1 = bf16[8,128]{1,0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/pallas_call"}, \
@@ -217,6 +226,16 @@ backend_config={debug = false, grid_x = 64 : i32, ir = "ML", name = "posjax_atte
 """
     _, kernels, others = aot.read_program(f"ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {{{line}}}\n")
     assert [(kernel.name, kernel.op_name) for kernel in kernels] == [("posjax_attention_forward", "jit(f)/pallas_call")]
+    assert not others
+
+
+def test_mosaic_kernels_of_a_program_have_their_names_from_what_called_them():
+    line = """
+  %mpmd_map.0 = bf16[8,128]{1,0} custom-call(%x), custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(f)/posjax_attention_mosaic_forward/mpmd_map"}, backend_config={module = "ML"}
+"""
+    _, kernels, others = aot.read_program(f"ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {{{line}}}\n")
+    assert [kernel.name for kernel in kernels] == ["posjax_attention_mosaic_forward"]
     assert not others
 
 

@@ -24,6 +24,7 @@ from posjax.bench import results
 from posjax.bench.attention import Row, make_folder, show_progress, versions
 from posjax.encoding import Dims, check_at_least
 from posjax.kernels.blocks import Blocks
+from posjax.kernels.gpu_blocks import GpuBlocks
 from posjax.specs import parse_encoding
 
 FILES = ("schedule.json", "schedule.md")
@@ -165,10 +166,11 @@ def posjax_job(
     head_dim: int,
     batch: int,
     dtype: str,
-    block_sizes: Sequence[int] | None = None,
+    block_sizes: Sequence[int] | dict[str, Any] | None = None,
 ) -> tuple[Callable, tuple]:
-    """posjax.attention for posjax.aot."""
-    sizes = None if block_sizes is None else Blocks(*block_sizes)
+    """posjax.attention for posjax.aot; ``block_sizes`` of the GPU kernels by name."""
+    if block_sizes is not None:
+        block_sizes = GpuBlocks(**block_sizes) if isinstance(block_sizes, dict) else Blocks(*block_sizes)
     encoding = parse_encoding(spec)
     dims = Dims(heads, head_dim, max_length=seq_len, num_kv_heads=kv_heads)
 
@@ -177,7 +179,7 @@ def posjax_job(
         return encoding.condition(encoding.init(jax.random.key(0), dims), hidden)
 
     def forward(query: Any, key: Any, value: Any, params: Any) -> Any:
-        return attention(query, key, value, encoding, params, is_causal=True, implementation="pallas", block_sizes=sizes)
+        return attention(query, key, value, encoding, params, is_causal=True, implementation="pallas", block_sizes=block_sizes)
 
     query = jax.ShapeDtypeStruct((batch, seq_len, heads, head_dim), dtype)
     key = jax.ShapeDtypeStruct((batch, seq_len, kv_heads, head_dim), dtype)

@@ -96,9 +96,11 @@ def capability() -> int:
     return round(10 * float(told)) if re.fullmatch(r"\d+\.\d+", told) else 0
 
 
-def blocks_for(capability: int, dtype: Any, channels: int, counts: bool, entries: int = 0) -> GpuBlocks:
+def blocks_for(
+    capability: int, dtype: Any, channels: int, counts: bool, entries: int = 0, lowerings: tuple[str, ...] = LOWERINGS
+) -> GpuBlocks:
     """The blocks of a call: of the newest capability that is none too new, and the fewest channels that are enough. Arguments as in
-    ``mosaic_refusal``."""
+    ``mosaic_refusal``. Raises ValueError where none of the ``lowerings`` can do it; "triton" can all that the kernels do."""
     size = jnp.dtype(dtype).itemsize
     lines = [line for line in _TABLE if line["capability"] <= capability and (line["bytes"], line["counts"]) == (size, counts)]
     newest = max(line["capability"] for line in lines)
@@ -106,6 +108,7 @@ def blocks_for(capability: int, dtype: Any, channels: int, counts: bool, entries
     preferred = list(dict.fromkeys(line["lowering"] for line in lines))
     for line in sorted(lines, key=lambda line: (preferred.index(line["lowering"]), line["channels"])):
         blocks = GpuBlocks(*(line[name] for name in GpuBlocks._fields))
-        if blocks.lowering == "triton" or mosaic_refusal(capability, dtype, channels, entries, blocks) is None:
+        able = blocks.lowering == "triton" or mosaic_refusal(capability, dtype, channels, entries, blocks) is None
+        if able and blocks.lowering in lowerings:
             return blocks
-    raise ValueError(f"channels must be at most {max(line['channels'] for line in _TABLE)}, got {channels}")
+    raise ValueError(f"lowerings must name one that has blocks for {channels} channels of {dtype}, got {lowerings}")
