@@ -121,8 +121,9 @@ def test_without_matplotlib_there_is_no_figure_and_a_line_says_so(finished):
 # From rows that are made up ----------------------------------------------------------------------------------------------
 
 
-def timed(contestant, ms, direction="forward", gates=None, encoding="identity", kind="posjax"):
+def timed(contestant, ms, direction="forward", gates=None, encoding="identity", kind="posjax", lowering=""):
     row = {"section": "speed", "contestant": contestant, "kind": kind, "encoding": encoding, "gates": gates, "pass": direction}
+    row |= {"lowering": lowering}
     return row | {"ms_min": ms, "ms_median": ms, "tflops": None if ms is None else 1.0, "notes": [] if ms else ["no memory"]}
 
 
@@ -174,6 +175,35 @@ def test_targets_are_met_missed_or_not_measured():
         ["at most 1.15", "1.05", "met"],
         ["at most 1.15", "1.25", "missed"],
     ]
+
+
+def test_each_lowering_has_ratios_and_targets_of_its_own():
+    rows = [timed("jax.nn, cudnn", 1.0, kind="jax.nn")]
+    for lowering, identity, cope in (("triton", 1.5, 1.8), ("mosaic", 1.25, 2.0)):
+        rows.append(timed(f"identity, pallas, {lowering}", identity, lowering=lowering))
+        rows.append(timed(f"cope(64), pallas, {lowering}", cope, gates="half", encoding="cope(64)", lowering=lowering))
+    gpu.fill_ratios(rows)
+    assert [row["ratio_to_identity"] for row in rows] == [1.0 / 1.5, 1.0, 1.8 / 1.5, 1.0, 1.6]
+    found = {row["target"]: (row["limit"], row["met"]) for row in gpu.targets(rows) if row["found"] is not None}
+    assert found == {
+        "time of cope(64) over identity's, half gates, forward (triton)": (1.15, False),
+        "time of cope(64) over identity's, half gates, forward (mosaic)": (1.15, False),
+        "speed of identity over cuDNN's, forward (triton)": (0.6, True),
+        "speed of identity over cuDNN's, forward (mosaic)": (0.8, True),
+    }
+    _, _, lines, _ = gpu.groups(rows)[0]
+    assert [line[0] for line in lines][1:] == ["identity, triton", "cope(64), triton", "identity, mosaic", "cope(64), mosaic"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "lowerings"),
+    [(90, "bfloat16", ("triton", "mosaic")), (90, "float32", ("triton",)), (80, "bfloat16", ("triton",))],
+)
+def test_lowerings_that_are_measured(capability, dtype, lowerings, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    monkeypatch.setattr(gpu_sections, "capability", lambda: capability)
+    assert gpu_sections.lowerings_of("pallas", dtype) == lowerings
+    assert gpu_sections.lowerings_of("xla_chunked", dtype) == ("",)
 
 
 def test_a_row_that_failed_is_in_the_table_with_its_reason():

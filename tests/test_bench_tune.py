@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import pytest
 from suite import (
@@ -166,13 +167,26 @@ def test_a_table_is_written_as_the_package_s_is():
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
 def test_only_the_calls_that_were_searched_change_and_only_on_that_gpu(monkeypatch, capability):
     shipped = json.loads(SHIPPED.read_text())
-    row = {"dtype": "bfloat16", "channels": 128, "counts": True, "blocks": SMALL._asdict(), "best": True}
+    row = {"dtype": "bfloat16", "channels": 128, "counts": True, "blocks": SMALL._asdict(), "best": True, "ms": 1.0}
     lines = table(shipped, capability, [row, row | {"blocks": IMPOSSIBLE._asdict(), "best": False}])
     want = of_table(monkeypatch, shipped, capability)
     want[KINDS.index(("bfloat16", 128, True))] = SMALL
     assert of_table(monkeypatch, lines, capability) == want
     assert [x for x in lines if x["capability"] != capability] == [x for x in shipped if x["capability"] != capability]
     assert {jnp.dtype(dtype).itemsize for dtype, _, _ in KINDS} == {x["bytes"] for x in lines}
+
+
+def test_the_faster_lowering_comes_first(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    shipped, kind = json.loads(SHIPPED.read_text()), ("bfloat16", 128, False)
+    both = [blocks_for(90, *kind, lowerings=(lowering,)) for lowering in ("triton", "mosaic")]
+    about = dict(zip(("dtype", "channels", "counts"), kind, strict=True)) | {"best": True}
+    for times in ((1.0, 2.0), (2.0, 1.0)):
+        monkeypatch.setattr(gpu_blocks, "_TABLE", shipped)
+        rows = [about | {"blocks": blocks._asdict(), "ms": ms} for blocks, ms in zip(both, times, strict=True)]
+        monkeypatch.setattr(gpu_blocks, "_TABLE", table(shipped, 90, rows))
+        assert blocks_for(90, *kind) == both[times.index(1.0)]
+        assert {blocks_for(100, *kind).lowering, blocks_for(90, "float32", 128, False).lowering} == {"triton"}
 
 
 # What goes wrong, and the command line -----------------------------------------------------------------------------------
@@ -215,8 +229,8 @@ def test_the_table_says_by_how_much(capsys, monkeypatch):
     ]
     tune.show(rows)
     printed = capsys.readouterr().out
-    assert "float32, 64, identity 16/16/16/16/4/1 32/128/16/32/8/1 2.00 1.50 1.20 3" in " ".join(printed.split())
-    assert "float32, 64, identity, 16/16/32/16/4/1: no room" in printed
+    assert "float32, 64, identity 16/16/16/16/4/1/triton 32/128/16/32/8/1/triton 2.00 1.50 1.20 3" in " ".join(printed.split())
+    assert "float32, 64, identity, 16/16/32/16/4/1/triton: no room" in printed
 
 
 def test_without_a_gpu_the_command_says_so(run, tmp_path):

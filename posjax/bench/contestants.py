@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.attention import attention
+from posjax.attention import prepare as prepare_call
 from posjax.bench.inputs import flatten, unflatten
 from posjax.bench.oracle import PLAIN, Options, members
+from posjax.kernels.gpu import default_blocks
 from posjax.specs import parse_encoding
 
 
@@ -29,16 +31,18 @@ class Contestant:
       encoding: its text.
       implementation: of posjax.attention, or of the dot_product_attention of jax.nn or tokamax (empty: tokamax's own choice);
         "package.module:name" of a function; else empty.
+      lowering: of posjax's kernels on a GPU; empty: the one that they prefer.
     """
 
     kind: str
     encoding: str = "identity"
     implementation: str = ""
+    lowering: str = ""
 
     @property
     def name(self) -> str:
         if self.kind == "posjax":
-            return f"{self.encoding}, {self.implementation}"
+            return ", ".join(filter(None, (self.encoding, self.implementation, self.lowering)))
         name = self.kind if self.encoding == "identity" else f"{self.kind} {self.encoding}"
         return f"{name}, {self.implementation}" if self.implementation else name
 
@@ -157,18 +161,19 @@ def _jax_function(contestant: Contestant, options: Options) -> Callable[[dict[st
     if contestant.kind == "tokamax":
         return _tokamax_function(contestant.implementation or None)
     encoding = parse_encoding(contestant.encoding)
-    return lambda inputs: attention(
-        inputs["query"],
-        inputs["key"],
-        inputs["value"],
-        encoding,
-        inputs["params"],
-        is_causal=True,
-        segment_ids=_segments(options, inputs["query"]),
-        local_window_size=None if options.window is None else (options.window, 0),
-        logits_soft_cap=options.soft_cap,
-        implementation=contestant.implementation,
-    )
+    asked = dict(is_causal=True, logits_soft_cap=options.soft_cap)
+    asked |= dict(local_window_size=None if options.window is None else (options.window, 0))
+
+    def ours(inputs: dict[str, Any]) -> Any:
+        args = inputs["query"], inputs["key"], inputs["value"], encoding, inputs["params"]
+        blocks = None
+        if contestant.lowering:
+            call = prepare_call(*args, is_causal=True)
+            blocks = default_blocks(call["query"], inputs["value"], call["terms"], (contestant.lowering,))
+        segments = _segments(options, inputs["query"])
+        return attention(*args, **asked, segment_ids=segments, implementation=contestant.implementation, block_sizes=blocks)
+
+    return ours
 
 
 def _segments(options: Options, query: Any) -> Any:

@@ -23,6 +23,7 @@ from posjax.bench.attention import ORACLE_ENVIRONMENT, Jobs, Row, errors
 from posjax.bench.contestants import Contestant, Prepared, counts, gpu_peers, prepare
 from posjax.bench.gpu_machine import Clock, cores, milliseconds, reason, side_by_side
 from posjax.bench.oracle import PLAIN, Options
+from posjax.kernels.gpu_blocks import LOWERINGS, capability, mosaic_refusal
 from posjax.specs import parse_encoding, slug
 from posjax.training import TrainState, init_state, make_optimizer, make_train_step
 from posjax.transformer import Transformer, TransformerConfig, cross_entropy, functional
@@ -36,7 +37,8 @@ Tell = Callable[[str], None]  # what is being done
 
 def speed(config: Any, implementation: str, clock: Clock, tell: Tell) -> Iterator[Row]:
     """Causal attention in bfloat16, forward, and forward and backward: all compiled and called once, then in turn."""
-    wanted = [Contestant("posjax", spec, implementation) for spec in ENCODINGS]
+    lowerings = lowerings_of(implementation, "bfloat16")
+    wanted = [Contestant("posjax", spec, implementation, lowering) for lowering in lowerings for spec in ENCODINGS]
     wanted += gpu_peers() if jax.default_backend() == "gpu" else []
     wanted += [Contestant("jax.nn", implementation="xla")]
     sizes = SimpleNamespace(batch=1, heads=config.heads, head_dim=config.head_dim, dtype="bfloat16")
@@ -56,7 +58,7 @@ def speed(config: Any, implementation: str, clock: Clock, tell: Tell) -> Iterato
     for (who, way, gates), made in zip(cases, found, strict=True):
         for number, kind in enumerate(gates):
             row = {"section": "speed", "contestant": who.name, "kind": who.kind, "encoding": who.encoding, "gates": kind}
-            row |= {"pass": way, "ms_min": None, "ms_median": None, "tflops": None, "notes": []}
+            row |= {"lowering": who.lowering, "pass": way, "ms_min": None, "ms_median": None, "tflops": None, "notes": []}
             rows.append(row)
             why = made if isinstance(made, str) else _first_call(made[number])  # here, where the memory is its own
             if why is not None:
@@ -74,6 +76,13 @@ def speed(config: Any, implementation: str, clock: Clock, tell: Tell) -> Iterato
         row |= {"ms_min": min(times), "ms_median": float(np.median(times)), "rounds": len(times)}
         row["tflops"] = (3.5 if row["pass"] == "both" else 1.0) * operations / row["ms_min"] / 1e9
     yield from rows
+
+
+def lowerings_of(implementation: str, dtype: str) -> tuple[str, ...]:
+    """Those of the kernels that the GPU has for a type; of other implementations none by name."""
+    if implementation != "pallas":
+        return ("",)
+    return LOWERINGS if mosaic_refusal(capability(), dtype, 1, 0) is None else ("triton",)
 
 
 def _first_call(prepared: Prepared) -> str | None:
@@ -152,24 +161,29 @@ class Oracles:
 
 def accuracy(config: Any, implementation: str, clock: Clock, tell: Tell, oracles: Oracles) -> Iterator[Row]:
     """Errors against float64 of the kernel, and of dense attention in the same type; whether the kernel repeats itself."""
-    cases = list(itertools.product(config.dtypes, config.head_dims, CALLS, config.encodings))
-    cases = [case for case in cases if case[2] in calls_of(case[3])]
+    cases = [
+        (dtype, head_dim, call, spec, lowering)
+        for dtype, head_dim, call, spec in itertools.product(config.dtypes, config.head_dims, CALLS, config.encodings)
+        if call in calls_of(spec)
+        for lowering in lowerings_of(implementation, dtype)
+    ]
 
-    def measured(dtype: str, head_dim: int, call: Call, spec: str) -> Row:
+    def measured(dtype: str, head_dim: int, call: Call, spec: str, lowering: str) -> Row:
         want, arrays, found = oracles.answer(spec, head_dim, call), call.arrays(spec, head_dim), {}
-        for prefix, kernel in (("", implementation), ("xla_", "xla")):
-            prepared = prepare(Contestant("posjax", spec, kernel), True, arrays, dtype, {}, call.options)
+        for prefix, kernel in (("", (implementation, lowering)), ("xla_", ("xla",))):
+            prepared = prepare(Contestant("posjax", spec, *kernel), True, arrays, dtype, {}, call.options)
             result = prepared.fetch(prepared.call())
             found |= {prefix + name: x for name, x in errors(result, want).items()}
-            if kernel == implementation:
+            if not prefix:
                 again = prepared.fetch(prepared.call())
                 found["same_bits"] = all(np.array_equal(result[name], again[name]) for name in result)
         return found
 
     tell("accuracy")
     answers = side_by_side([functools.partial(measured, *case) for case in cases], clock)
-    for (dtype, head_dim, call, spec), found in zip(cases, answers, strict=True):
-        row = {"section": "accuracy", "encoding": spec, "call": call.name, "dtype": dtype, "head_dim": head_dim, "notes": []}
+    for (dtype, head_dim, call, spec, lowering), found in zip(cases, answers, strict=True):
+        row = {"section": "accuracy", "encoding": spec, "lowering": lowering, "call": call.name, "notes": []}
+        row |= {"dtype": dtype, "head_dim": head_dim}
         row |= dict.fromkeys(("error_out", "error_grads", "worst_gradient", "xla_error_out", "xla_error_grads", "same_bits"))
         yield row | ({"notes": [found]} if isinstance(found, str) else found)
 

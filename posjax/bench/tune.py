@@ -2,13 +2,15 @@
 
     python -m posjax.bench.tune --out runs/tune        # with nothing installed beyond jax, flax and optax
 
-A kind of call is a line of posjax/kernels/gpu_blocks.json: bytes of a number, most channels, and whether it counts. The search for
-its blocks goes from those of the table to the fastest of their neighbours, which differ in one size, until none is faster; what
-counts is the time of forward and backward. What the compiler refuses, or answers wrongly, is left out with the reason.
+A kind of call is a line of posjax/kernels/gpu_blocks.json: bytes of a number, most channels, and whether it counts; each
+lowering may have one. The search for its blocks goes from those of the table to the fastest of their neighbours, which differ in
+one size, until none is faster; what counts is the time of forward and backward. What the compiler refuses, or answers wrongly, is
+left out with the reason. The faster lowering becomes the preferred one.
 
 gpu_blocks.json has the package's lines with those of this GPU replaced, tune.json all that was measured.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -31,7 +33,7 @@ from posjax.bench.contestants import Prepared, counts
 from posjax.bench.gpu_machine import LATE, Clock, check_gpu, hardware, milliseconds, reason, side_by_side
 from posjax.encoding import check_at_least
 from posjax.kernels import gpu, gpu_blocks
-from posjax.kernels.gpu_blocks import GpuBlocks, blocks_for, capability, check_gpu_blocks
+from posjax.kernels.gpu_blocks import LOWERINGS, GpuBlocks, blocks_for, capability, check_gpu_blocks
 from posjax.specs import parse_encoding
 
 FILES = ("gpu_blocks.json", "tune.json")
@@ -151,13 +153,16 @@ def _write(rows: Sequence[Row], config: Tune, out: Path) -> None:
 
 
 def table(lines: Sequence[Row], capability: int, rows: Sequence[Row]) -> list[Row]:
-    """The lines of a table with all those of a capability anew: the best blocks, and where there are none those of the package."""
-    best = {(row["dtype"], row["channels"], row["counts"]): row["blocks"] for row in rows if row["best"]}
+    """The lines of a table with all those of a capability anew: the best blocks of each lowering, the fastest first, and where
+    there are none those of the package."""
     own = []
     for dtype, channels, counting in itertools.product(("bfloat16", "float32"), CHANNELS, (False, True)):
-        blocks = best.get((dtype, channels, counting)) or blocks_for(capability, dtype, channels, counting)._asdict()
         kind = {"capability": capability, "bytes": jnp.dtype(dtype).itemsize, "channels": channels, "counts": counting}
-        own.append(kind | blocks)
+        own_rows = [row for row in rows if (row["dtype"], row["channels"], row["counts"]) == (dtype, channels, counting)]
+        best = sorted((row for row in own_rows if row["best"]), key=lambda row: row[_BOTH])
+        found = {row["blocks"]["lowering"]: row["blocks"] for row in best}
+        shipped = {blocks.lowering: blocks._asdict() for blocks in _starts(capability, dtype, channels, counting)}
+        own += [kind | blocks for blocks in (found | {name: x for name, x in shipped.items() if name not in found}).values()]
     others = [line for line in lines if line["capability"] != capability]
     return sorted([*others, *own], key=lambda line: [line[name] for name in ("capability", "bytes", "channels", "counts")])
 
@@ -167,6 +172,16 @@ def text_of(lines: Sequence[Row]) -> str:
     return "[\n" + ",\n".join(f" {json.dumps(line)}" for line in lines) + "\n]\n"
 
 
+def _starts(capability: int, dtype: str, channels: int, counting: bool) -> list[GpuBlocks]:
+    """The package's blocks for each lowering that can do such calls, the preferred one first."""
+    first = blocks_for(capability, dtype, channels, counting)
+    found = [first]
+    for lowering in LOWERINGS:
+        with contextlib.suppress(ValueError):
+            found.append(blocks_for(capability, dtype, channels, counting, lowerings=(lowering,)))
+    return list(dict.fromkeys(found))
+
+
 # One kind of call -------------------------------------------------------------------------------------------------------
 
 
@@ -174,7 +189,8 @@ def _search(config: Tune, kind: Kind, clock: Clock, tell: Callable[[str], None],
     """Rows of all blocks that were tried."""
     dtype, channels, spec = kind
     about = {"dtype": dtype, "channels": channels, "counts": counts(spec), "encoding": spec}
-    first = blocks_for(capability(), dtype, channels, counts(spec))
+    starts = _starts(capability(), dtype, channels, counts(spec))
+    first = starts[0]
     rows: dict[GpuBlocks, Row] = {}
 
     def row(blocks: GpuBlocks) -> Row:
@@ -195,14 +211,16 @@ def _search(config: Tune, kind: Kind, clock: Clock, tell: Callable[[str], None],
             row(blocks)["notes"] = [answer] if isinstance(answer, str) else []
         return found
 
-    best = walk(first, measure, lambda blocks: near(blocks, counts(spec)))
-    if best is not None:
-        if best != first:
-            measure((first, best))  # which may never have run one beside the other
-            best = min((best, first), key=lambda blocks: rows[blocks][_BOTH] or math.inf)
-        rows[best]["best"] = True
-        for blocks, answer in zip((first, best), bench.measure((first, best), with_gradients=False), strict=True):
+    ends = {start: walk(start, measure, lambda blocks: near(blocks, counts(spec))) for start in starts}
+    ends = {start: end for start, end in ends.items() if end is not None}
+    if ends:
+        last = tuple(dict.fromkeys((*ends, *ends.values())))
+        if len(last) > 1:
+            measure(last)  # which may never have run one beside the other
+        best = [min(pair, key=lambda blocks: rows[blocks][_BOTH] or math.inf) for pair in ends.items()]
+        for blocks, answer in zip(last, bench.measure(last, with_gradients=False), strict=True):
             rows[blocks][_FORWARD] = None if isinstance(answer, str) else answer
+            rows[blocks]["best"] = blocks in best and rows[blocks][_BOTH] is not None
     return list(rows.values())
 
 
@@ -255,6 +273,8 @@ class _Bench:
 
     def _prepared(self, blocks: GpuBlocks, with_gradients: bool) -> Prepared:
         check_gpu_blocks(blocks)
+        if (why := self._refused(blocks)) is not None:
+            raise NotImplementedError(why)
         launch = self._compiled(functools.partial(self._in_kernel, blocks), with_gradients)
         return Prepared(call=lambda: jax.block_until_ready(launch()), launch=launch, fetch=dict)
 
@@ -277,9 +297,14 @@ class _Bench:
         program = jax.jit(both if with_gradients else forward).lower(*args).compile()
         return lambda: program(*args)
 
+    def _call(self, given: Row) -> Row:
+        return prepare_call(given["query"], given["key"], given["value"], self.encoding, given["params"], is_causal=True)
+
+    def _refused(self, blocks: GpuBlocks) -> str | None:
+        return gpu.refusal(value=self.args[0]["value"], block_sizes=blocks, **self._call(self.args[0]))
+
     def _in_kernel(self, blocks: GpuBlocks, given: Row) -> Any:
-        call = prepare_call(given["query"], given["key"], given["value"], self.encoding, given["params"], is_causal=True)
-        return gpu.attention(value=given["value"], tile=blocks, **call)
+        return gpu.attention(value=given["value"], tile=blocks, **self._call(given))
 
     def _in_tiles(self, given: Row) -> Any:
         return attention(**given, encoding=self.encoding, is_causal=True, implementation="xla_chunked")
@@ -295,9 +320,9 @@ def _distances(found: Any, want: Any) -> list[Any]:
 # Tables -----------------------------------------------------------------------------------------------------------------
 
 LEGEND = (
-    "Blocks: queries, keys, strip, rows, warps, stages; now: those of the package. ms: forward and backward; x: that time now over "
-    "the best, and of the forward pass alone. pj.attention takes a line of gpu_blocks.json as block_sizes=pj.GpuBlocks(...); the "
-    f"whole file in place of {SHIPPED} makes it the default."
+    "Blocks: queries, keys, strip, rows, warps, stages, lowering; now: those of the package. ms: forward and backward; x: that "
+    "time now over the best, and of the forward pass alone. pj.attention takes a line of gpu_blocks.json as "
+    f"block_sizes=pj.GpuBlocks(...); the whole file in place of {SHIPPED} makes it the default."
 )
 
 
@@ -306,7 +331,8 @@ def groups(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]], l
     lines, notes = [], []
     for kind in dict.fromkeys((row["dtype"], row["channels"], row["encoding"]) for row in rows):
         own = [row for row in rows if (row["dtype"], row["channels"], row["encoding"]) == kind]
-        (now,), best = [row for row in own if row["present"]], next((row for row in own if row["best"]), None)
+        (now,), best = [row for row in own if row["present"]], [row for row in own if row["best"]]
+        best = min(best, key=lambda row: row[_BOTH], default=None)
         name = f"{kind[0]}, {kind[1]}, {kind[2]}"
         numbers = [_ratio(now, best, _BOTH), _ratio(now, best, _FORWARD)]
         milli = "" if best is None or best[_BOTH] is None else f"{best[_BOTH]:.2f}"

@@ -17,7 +17,7 @@ import numpy as np
 from posjax.bias import BiasTerm, Interpolation, Lookup, Mask, Penalty
 from posjax.kernels import gpu_triton
 from posjax.kernels.deferred import deferred
-from posjax.kernels.gpu_blocks import LEAST, GpuBlocks, blocks_for, capability, mosaic_refusal
+from posjax.kernels.gpu_blocks import LEAST, LOWERINGS, GpuBlocks, blocks_for, capability, mosaic_refusal
 from posjax.kernels.gpu_plan import Operands, Plan, visits
 from posjax.kernels.shards import Cut, exact, find_cut, per_shard
 from posjax.kernels.visibility import Rules, with_padding
@@ -126,10 +126,10 @@ def attention(
     return _attend(plan, cut, operands)[:, : query.shape[1], :, : value.shape[-1]]
 
 
-def default_blocks(query: Array, value: Array, terms: tuple[BiasTerm, ...]) -> GpuBlocks:
-    """Those of the device at hand."""
+def default_blocks(query: Array, value: Array, terms: tuple[BiasTerm, ...], lowerings: tuple[str, ...] = LOWERINGS) -> GpuBlocks:
+    """Those of the device at hand, as ``blocks_for`` has them."""
     counts = any(isinstance(term.fused, Interpolation) for term in terms)
-    return blocks_for(capability(), query.dtype, _channels(query, value), counts, _entries(terms))
+    return blocks_for(capability(), query.dtype, _channels(query, value), counts, _entries(terms), lowerings)
 
 
 def _products(counts: BiasTerm) -> Array:
