@@ -7,6 +7,7 @@ where one does not compile.
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 here = str(Path(__file__).parent)
@@ -66,10 +67,14 @@ def call(spec, length, heads, width, dtype, segmented=False, soft_cap=None, wind
 
 
 def main(kind: str) -> int:
-    failed = 0
-    for name, topology in TOPOLOGIES[kind].items():
+    def compiled(name):
         calls = CALLS[kind] + (CALLS["mosaic"] if name == "h200" else [])
-        reports = aot.compile_all([("compile_ahead:call", kwargs) for kwargs in calls], topology, schedules=False)
+        return calls, aot.compile_all([("compile_ahead:call", kwargs) for kwargs in calls], TOPOLOGIES[kind][name], schedules=False)
+
+    failed = 0
+    with ThreadPoolExecutor(2) as pool:  # each compiler is a process of its own
+        answers = dict(zip(TOPOLOGIES[kind], pool.map(compiled, TOPOLOGIES[kind]), strict=True))
+    for name, (calls, reports) in answers.items():
         for kwargs, report in zip(calls, reports, strict=True):
             found = [kernel.name for kernel in report.kernels]
             wanted = [*KERNELS[kind], *(("query_band", "key_band") if kind == "gpu" and "cope" in kwargs["spec"] else ())]

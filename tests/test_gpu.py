@@ -4,12 +4,15 @@ import dataclasses
 import functools
 import types
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import kernel_calls
 import numpy as np
 import pytest
 import suite
+import test_kernels_properties as properties
+from hypothesis import strategies as st
 from jax.sharding import AxisType
 from kernel_calls import (
     DISTINCT,
@@ -210,6 +213,22 @@ def test_every_encoding(case):
 @pytest.mark.parametrize(("last", "per_head"), [(6, True), (64, False), (150, False)])
 def test_cope_where_gates_saturate(last, per_head, gates):
     check(saturating(last, per_head), gates=gates, length=200, heads=(2, 2, 16, 16), is_causal=True)
+
+
+def anyhow(*args, tile, **call):
+    """The kernels in the form that random calls have, whose tiles are of another kernel."""
+    return gpu.attention(*args, **call, tile=SMALL, interpret=True)
+
+
+@thorough
+@pytest.mark.parametrize("case", DISTINCT, ids=lambda case: case.name)
+@properties.settings
+@hypothesis.given(st.integers(0, 999), st.sampled_from([1.0, 0.3, 3.0]))
+def test_random_calls(case, seed, size):
+    """Of lengths, windows, segments and positions of all kinds."""
+    form = dataclasses.replace(properties.random_form(case), mask=None)
+    form = dataclasses.replace(form, is_causal=form.is_causal or case.encoding.is_contextual)
+    properties.check(anyhow, form, case.encoding, seed, size)
 
 
 CALLS = {
