@@ -97,6 +97,15 @@ def check(kernel, encoding, dtype="float32", tolerance=1e-4, **call):
     return got
 
 
+def everything_at_once(kernel, gates, dtype="float32"):
+    """CoPE, T5 and ALiBi on rotated queries; packed rows, a window, a soft cap, grouped heads, a learned scale."""
+    call = dict(length=140, keys=300, batch=2, gates=gates, scale=0.25, arrays=packed(2, 140, 300))
+    options = dict(is_causal=True, local_window_size=(200, None), logits_soft_cap=20.0)
+    out = check(kernel, EVERYTHING, dtype=dtype, **call, **options)["out"]
+    assert not out[:, 20:30].any()
+    assert out[:, :20].any()
+
+
 @functools.cache
 def packed(batch, length, keys):
     """Packed rows whose queries are the last of the keys, at positions of their own; queries 20 to 29 have no key at all."""

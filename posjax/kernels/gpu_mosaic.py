@@ -115,20 +115,32 @@ def _common(plan: Plan, r: Any, b: Array, first: Any, last: Any) -> Array | None
     return plan.index(r.query_first[_own(r.query_first, b), first], r.key_last[_own(r.key_last, b), last])
 
 
+def _query_tile(plan: Plan, r: Any) -> tuple[Array, Array, Array, Array, tuple[Array, ...]]:
+    """Row of the batch, head, query tile and warpgroup of this thread; and first, plain, detailed, last of the key tiles that were
+    not counted."""
+    b, head, i, group = (lax.axis_index(name) for name in ("batch", "heads", "tiles", "group"))
+    i = r.query.shape[1] // plan.blocks.queries - 1 - i  # under a causal mask the last take longest: nobody is to wait for them
+    *others, last = (r.by_queries[_own(r.by_queries, b), i, n] for n in range(4))
+    return b, head, i, group, (*others, last if plan.last is None else jnp.minimum(r.limit[b, head, i], last))
+
+
+def _rows_at(plan: Plan, i: Array, group: Array) -> Any:
+    """A warpgroup's rows of query tile i."""
+    return pl.ds(i * plan.blocks.queries + group * GROUP, GROUP)
+
+
 # Kernels -----------------------------------------------------------------------------------------------------------------
 
 
 def _forward(plan: Plan, r: Any) -> None:
-    b, head, i, group = (lax.axis_index(name) for name in ("batch", "heads", "tiles", "group"))
-    i = r.query.shape[1] // plan.blocks.queries - 1 - i  # under a causal mask the last take longest: nobody is to wait for them
-    first, plain, detailed, last = _tiles_of(plan, r, b, head, i)
-    kv_head = lax.div(head, r.query.shape[2] // r.key.shape[2])
+    b, head, i, group, bounds = _query_tile(plan, r)
+    first = bounds[0]
 
     @pl.when(group < GROUPS)
     def _compute() -> None:
         plgpu.set_max_registers(_REGISTERS["compute"], action="increase")
         own = r.queries.at[group]
-        at = pl.ds(i * plan.blocks.queries + group * GROUP, GROUP)
+        at = _rows_at(plan, i, group)
         plgpu.copy_gmem_to_smem(r.query.at[b, at, head], own, r.arrived.at[group])
         rows, factor = _rows_of(plan, r, _row, b, head, at), r.scale[0] * LOG2E
         face = Face(False, (GROUP, plan.blocks.keys))
@@ -159,7 +171,7 @@ def _forward(plan: Plan, r: Any) -> None:
             plgpu.barrier_arrive(r.value_done.at[slot])
             return new, total, sums
 
-        highest, total, sums = walk(tile, first, plain, detailed, last, kept)
+        highest, total, sums = walk(tile, *bounds, kept)
         nothing = total == 0.0
         total = jnp.where(nothing, 1.0, total)
         out = (sums / lax.broadcast_in_dim(total, sums.shape, [0])).astype(r.out.dtype)
@@ -169,17 +181,12 @@ def _forward(plan: Plan, r: Any) -> None:
     @pl.when(group == GROUPS)
     def _load() -> None:
         plgpu.set_max_registers(_REGISTERS["load"], action="decrease")
-        _bring_keys(plan, r, b, kv_head, first, last)
+        _bring_keys(plan, r, b, head, first, bounds[-1])
 
 
-def _tiles_of(plan: Plan, r: Any, b: Array, head: Array, i: Array) -> tuple[Array, ...]:
-    """first, plain, detailed, last of a query tile, without those that were counted."""
-    *others, last = (r.by_queries[_own(r.by_queries, b), i, n] for n in range(4))
-    return *others, last if plan.last is None else jnp.minimum(r.limit[b, head, i], last)
-
-
-def _bring_keys(plan: Plan, r: Any, b: Array, kv_head: Array, first: Array, last: Array) -> None:
+def _bring_keys(plan: Plan, r: Any, b: Array, head: Array, first: Array, last: Array) -> None:
     """Key and value tiles, in turn."""
+    kv_head = lax.div(head, r.query.shape[2] // r.key.shape[2])
 
     def bring(j: Array, _: None) -> None:
         slot, again = lax.rem(j - first, plan.blocks.stages), j - first >= plan.blocks.stages
@@ -193,16 +200,14 @@ def _bring_keys(plan: Plan, r: Any, b: Array, kv_head: Array, first: Array, last
 
 
 def _query_plain(plan: Plan, r: Any) -> None:
-    b, head, i, group = (lax.axis_index(name) for name in ("batch", "heads", "tiles", "group"))
-    i = r.query.shape[1] // plan.blocks.queries - 1 - i  # under a causal mask the last take longest: nobody is to wait for them
-    first, plain, detailed, last = _tiles_of(plan, r, b, head, i)
-    kv_head = lax.div(head, r.query.shape[2] // r.key.shape[2])
+    b, head, i, group, bounds = _query_tile(plan, r)
+    first = bounds[0]
 
     @pl.when(group < GROUPS)
     def _compute() -> None:
         plgpu.set_max_registers(_REGISTERS["compute"], action="increase")
         own, d_own = r.queries.at[group], r.d_outs.at[group]
-        at = pl.ds(i * plan.blocks.queries + group * GROUP, GROUP)
+        at = _rows_at(plan, i, group)
         plgpu.copy_gmem_to_smem(r.query.at[b, at, head], own, r.arrived.at[group])
         plgpu.copy_gmem_to_smem(r.d_out.at[b, at, head], d_own, r.arrived.at[group])
         rows, factor = _rows_of(plan, r, _row, b, head, at), r.scale[0] * LOG2E
@@ -241,7 +246,7 @@ def _query_plain(plan: Plan, r: Any) -> None:
             plgpu.barrier_arrive(r.value_done.at[slot])
             return kept
 
-        found = walk(tile, first, plain, detailed, last, kept)
+        found = walk(tile, *bounds, kept)
         _write(r.d_query.at[b, at, head], found["d_query"])
         if plan.last is not None:
             _write(r.d_last.at[b, head, at], found["d_last"])
@@ -251,7 +256,7 @@ def _query_plain(plan: Plan, r: Any) -> None:
     @pl.when(group == GROUPS)
     def _load() -> None:
         plgpu.set_max_registers(_REGISTERS["load"], action="decrease")
-        _bring_keys(plan, r, b, kv_head, first, last)
+        _bring_keys(plan, r, b, head, first, bounds[-1])
 
 
 def _into_table(rows: Rows, found: Array, index: Array | None, common: Array, gradient: Array) -> Array:

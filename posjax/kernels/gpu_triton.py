@@ -105,12 +105,21 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
             return
         constant = height(jnp.full((size,), plan.last)) * LOG2E
 
+    def part(in_sight: bool, start: Array, size: int, kept: tuple[Array, ...]) -> tuple[Array, ...]:
+        scores = logits(start, size)
+        scores = scores if constant is None else scores + constant[:, None]
+        keys, common = keys_of(plan, r, start, size, in_sight), _common(plan, r, start // blocks.keys)
+        return softmax(kept, biased(plan, face, rows, keys, scores, common, in_sight)[0], start)
+
     def tile(in_sight: bool, j: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
         start = j * blocks.keys
-        scores = logits(start, blocks.keys)
-        scores = scores if constant is None else scores + constant[:, None]
-        keys = keys_of(plan, r, start, blocks.keys, in_sight)
-        return softmax(kept, biased(plan, face, rows, keys, scores, _common(plan, r, j), in_sight)[0], start)
+        if in_sight or plan.index is None:
+            return part(in_sight, start, blocks.keys, kept)
+
+        def by_strips(n: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:  # places in a table take registers, too
+            return part(False, start + n * blocks.strip, blocks.strip, kept)
+
+        return jax.lax.fori_loop(0, plan.strips, by_strips, kept)
 
     highest, total, sums = walk(tile, first, plain, detailed, limit, kept)
     nothing = total == 0.0
