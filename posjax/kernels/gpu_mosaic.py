@@ -143,33 +143,46 @@ def _forward(plan: Plan, r: Any) -> None:
         at = _rows_at(plan, i, group)
         plgpu.copy_gmem_to_smem(r.query.at[b, at, head], own, r.arrived.at[group])
         rows, factor = _rows_of(plan, r, _row, b, head, at), r.scale[0] * LOG2E
-        face = Face(False, (GROUP, plan.blocks.keys))
         if plan.last is None:
             kept = _filled((GROUP,), LOWEST), _filled((GROUP,), 0.0), _filled((GROUP, r.value.shape[-1]), 0.0)
             constant = None
         else:
             sums = plgpu.load(r.sums.at[b, at, head], layout=plgpu.Layout.WGMMA, optimized=False)
             kept = _row(r.highest, b, head, at), _row(r.total, b, head, at), sums
-            constant = face.queries(_row(r.z_last, b, head, at) * LOG2E)
+            constant = _row(r.z_last, b, head, at) * LOG2E
         plgpu.barrier_wait(r.arrived.at[group])
 
         def tile(in_sight: bool, j: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
-            highest, total, sums = kept
             slot = lax.rem(j - first, plan.blocks.stages)
-            keys = _keys_of(plan, r, _column, b, pl.ds(j * plan.blocks.keys, plan.blocks.keys), in_sight)
+            size = plan.blocks.keys if in_sight or plan.index is None else GROUP  # places in a table take registers, too
+            face, pieces = Face(False, (GROUP, size)), plan.blocks.keys // size
+
+            def piece(n: Array | int, kept: tuple[Array, ...]) -> tuple[Array, ...]:
+                highest, total, sums = kept
+                here = pl.ds(n * size, size)
+                keys = _keys_of(plan, r, _column, b, pl.ds(j * plan.blocks.keys + n * size, size), in_sight)
+                scores = _inner(own, r.keys.at[slot, here]) * factor
+                if pieces == 1:
+                    plgpu.barrier_arrive(r.key_done.at[slot])
+                scores = scores if constant is None else scores + face.queries(constant)
+                scores, _ = biased(plan, face, rows, keys, scores, _common(plan, r, b, i, j), in_sight)
+                new = jnp.maximum(highest, scores.max(1))
+                weights, shrink = jnp.exp2(scores - face.queries(new)), jnp.exp2(highest - new)
+                total = total * shrink + weights.sum(1)
+                sums = sums * lax.broadcast_in_dim(shrink, sums.shape, [0])
+                if pieces == 1:
+                    plgpu.barrier_wait(r.value_here.at[slot])
+                return new, total, _added(plan, sums, weights, r.values.at[slot, here])
+
             plgpu.barrier_wait(r.key_here.at[slot])
-            scores = _inner(own, r.keys.at[slot])
-            plgpu.barrier_arrive(r.key_done.at[slot])
-            scores = scores * factor if constant is None else scores * factor + constant
-            scores, _ = biased(plan, face, rows, keys, scores, _common(plan, r, b, i, j), in_sight)
-            new = jnp.maximum(highest, scores.max(1))
-            weights, shrink = jnp.exp2(scores - face.queries(new)), jnp.exp2(highest - new)
-            total = total * shrink + weights.sum(1)
-            sums = sums * lax.broadcast_in_dim(shrink, sums.shape, [0])
-            plgpu.barrier_wait(r.value_here.at[slot])
-            sums = _added(plan, sums, weights, r.values.at[slot])
+            if pieces == 1:
+                kept = piece(0, kept)
+            else:
+                plgpu.barrier_wait(r.value_here.at[slot])
+                kept = lax.fori_loop(0, pieces, piece, kept)
+                plgpu.barrier_arrive(r.key_done.at[slot])
             plgpu.barrier_arrive(r.value_done.at[slot])
-            return new, total, sums
+            return kept
 
         highest, total, sums = walk(tile, *bounds, kept)
         nothing = total == 0.0
