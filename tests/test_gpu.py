@@ -69,11 +69,12 @@ def test_everything_at_once(gates):
     kernel_calls.everything_at_once(Interpreted(), gates)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=thorough)])
 def test_two_bytes_within_their_rounding_of_float32_on_the_same_inputs(dtype):
     check(GATED, dtype=dtype, is_causal=True)
 
 
+@thorough
 @pytest.mark.parametrize("gates", ["near 0", "small"])
 def test_a_band_of_several_rounds(gates, monkeypatch):
     """Where few positions are counted, the backward pass notes down a part of the band at a time."""
@@ -179,6 +180,7 @@ def test_every_call_has_blocks_that_are_some(capability, dtype, counts):
     assert blocks_for(90, dtype, 64, counts) == blocks_for(100, dtype, 64, counts)
 
 
+@thorough
 def test_two_runs_agree_bit_for_bit():
     operands = make_operands(EVERYTHING, 1, 140, 140, (4, 2, 16, 16))
     given = normal(5, 1, 140, D), normal(4, 1, 140, 4, 16), {}

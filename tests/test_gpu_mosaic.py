@@ -42,7 +42,8 @@ def check(encoding, dtype="float16", tile=TILE, **call):
 
 
 @interpreted
-@pytest.mark.parametrize("gates", [None, pytest.param("mixed", marks=thorough)])
+@thorough
+@pytest.mark.parametrize("gates", [None, "mixed"])
 def test_everything_at_once(gates):
     kernel_calls.everything_at_once(Interpreted(), gates, dtype="float16")
 

@@ -82,7 +82,7 @@ def check(encoding, tile=SMALL, chip="v6e", interpret=ONE_CORE, **call):
 # What always runs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gates", [None, "near 0", "near 1", "mixed"])
+@pytest.mark.parametrize("gates", [None, "mixed", pytest.param("near 0", marks=thorough), pytest.param("near 1", marks=thorough)])
 def test_everything_at_once(gates):
     """Of keys that come in blocks."""
     kernel_calls.everything_at_once(Interpreted(STREAMED), gates)
