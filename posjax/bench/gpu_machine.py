@@ -13,6 +13,7 @@ from posjax.bench.contestants import Prepared
 from posjax.kernels.gpu_blocks import LEAST, capability
 
 LATE = "not measured: the time was over"
+INTERRUPTED = "not measured: interrupted"
 _BURST = 0.02  # seconds of calls without a wait between them, which the time that a launch takes would be part of
 
 
@@ -85,12 +86,17 @@ def side_by_side(tasks: Sequence[Callable[[], Any]], clock: Clock) -> Iterator[A
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def milliseconds(ready: Sequence[Prepared], repeats: int, clock: Clock) -> list[list[float] | str]:
+Times = list[list[float] | str]
+
+
+def milliseconds(ready: Sequence[Prepared], repeats: int, clock: Clock, found: Times | None = None) -> Times:
     """Of each a time for each round, in which all have their turn; why not, as text, where a call raised something.
 
-    There is one round at least, and no further one when the time is over.
+    There is one round at least, and no further one when the time is over. ``found``: an empty list, which is filled and returned:
+    who is interrupted has what was measured.
     """
-    found: list[list[float] | str] = [[] for _ in ready]
+    found = [] if found is None else found
+    found += [[] for _ in ready]
     sizes = [1] * len(ready)
     for turn in range(-1, repeats):  # the one before the first tells how many calls make a burst
         if turn > 0 and clock.left <= 0:

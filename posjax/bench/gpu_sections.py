@@ -21,7 +21,7 @@ from flax import nnx
 from posjax.bench import inputs
 from posjax.bench.attention import ORACLE_ENVIRONMENT, Jobs, Row, errors
 from posjax.bench.contestants import Contestant, Prepared, counts, gpu_peers, prepare
-from posjax.bench.gpu_machine import Clock, cores, milliseconds, reason, side_by_side
+from posjax.bench.gpu_machine import INTERRUPTED, Clock, Times, cores, milliseconds, reason, side_by_side
 from posjax.bench.oracle import PLAIN, Options
 from posjax.kernels.gpu_blocks import LOWERINGS, capability, mosaic_refusal
 from posjax.specs import parse_encoding, slug
@@ -68,14 +68,21 @@ def speed(config: Any, implementation: str, clock: Clock, tell: Tell) -> Iterato
             ready.append((row, made[number]))
     tell("speed: rounds")
     operations = 2 * config.heads * config.length**2 * config.head_dim  # of two products, of which half is masked
-    rounds = milliseconds([prepared for _, prepared in ready], config.repeats, clock)
+    rounds: Times = []
+    interrupted = None
+    try:
+        milliseconds([prepared for _, prepared in ready], config.repeats, clock, rounds)
+    except KeyboardInterrupt as error:
+        interrupted = error
     for (row, _), times in zip(ready, rounds, strict=True):
-        if isinstance(times, str):
-            row["notes"].append(times)
+        if isinstance(times, str) or not times:
+            row["notes"].append(times or INTERRUPTED)
             continue
         row |= {"ms_min": min(times), "ms_median": float(np.median(times)), "rounds": len(times)}
         row["tflops"] = (3.5 if row["pass"] == "both" else 1.0) * operations / row["ms_min"] / 1e9
     yield from rows
+    if interrupted is not None:
+        raise interrupted
 
 
 def lowerings_of(implementation: str, dtype: str) -> tuple[str, ...]:
