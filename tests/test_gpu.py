@@ -111,8 +111,7 @@ def test_the_longest_run():
 REFUSED = {
     "a mask": (pj.identity(), {}, {"mask": np.ones((LONG, LONG), bool)}, "mask is an array"),
     "float64": (pj.identity(), {"dtype": "float64"}, {}, "query has dtype float64"),
-    "wide heads": (pj.identity(), {"width": 296, "dtype": "bfloat16"}, {}, "query has 296 channels .*at most 288 in bfloat16"),
-    "wide heads in float32": (pj.identity(), {"width": 160}, {}, "query has 160 channels .*at most 144 in float32"),
+    "wide heads": (pj.identity(), {"width": 296}, {}, "query has 296 channels"),
     "gates of their own": (pj.cope(4, gates="keys"), {}, {}, "encoding has a bias that the kernel does not know"),
     "another bias": (pj.chain(pj.rope(), pj.cope_alibi()), {}, {}, "encoding has a bias that the kernel does not know"),
     "cope twice": (pj.chain(pj.cope(4), pj.cope(8)), {}, {}, "encoding chains cope twice"),

@@ -25,9 +25,7 @@ from posjax.typing import Array, Float, Int
 
 _log = logging.getLogger(__name__)
 BLOCKS = GpuBlocks  # what ``block_sizes`` of these kernels are
-# Channels of a head at most: 256, and what untied positions add to 128; in float32, of which wider heads do not fit registers, 128,
-# and what they add to 64.
-_WIDEST = {jnp.dtype(jnp.bfloat16): 288, jnp.dtype(jnp.float16): 288, jnp.dtype(jnp.float32): 144}
+_WIDEST = 288  # channels of a head: 256 and what untied positions add to 128
 
 
 def refusal(
@@ -38,10 +36,10 @@ def refusal(
         return f"the GPU has compute capability {capability() / 10} (NVIDIA's from {LEAST / 10} on are supported)"
     if mask.boolean is not None:
         return "mask is an array (is_causal, segment_ids and local_window_size are made inside of the tile)"
-    if query.dtype not in _WIDEST:
+    if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"query has dtype {query.dtype} (bfloat16, float16 and float32 are supported)"
-    if _channels(query, value) > (most := _WIDEST[query.dtype]):
-        return f"query has {query.shape[-1]} channels and value {value.shape[-1]} (at most {most} in {query.dtype})"
+    if _channels(query, value) > _WIDEST:
+        return f"query has {query.shape[-1]} channels and value {value.shape[-1]} (at most {_WIDEST})"
     for term in terms:
         if term.fused is None:
             return f"encoding has a bias that the kernel does not know ({term.function})"

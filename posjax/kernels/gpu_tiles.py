@@ -31,8 +31,8 @@ Channels = tuple[Array, ...]  # [t, C] in pieces of a power of two of channels, 
 
 
 def pieces_of(channels: int) -> list[Any]:
-    """A multiple of 16 in powers of two, the greatest first."""
-    sizes = [1 << n for n in reversed(range(4, channels.bit_length())) if channels >> n & 1]
+    """A multiple of 16 in powers of two up to 128, the greatest first."""
+    sizes = [128] * (channels // 128) + [1 << n for n in (6, 5, 4) if channels >> n & 1]
     return [pl.ds(sum(sizes[:n]), size) for n, size in enumerate(sizes)]
 
 
