@@ -49,6 +49,7 @@ STREAMED = Blocks(128, 128, 128, resident=128)
 LARGE = Blocks(256, 256, 128, 512)  # groups of queries and strips within a tile, two tiles held at a time
 ONE_CORE = pltpu.InterpretParams(detect_races=True)
 TWO_CORES = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, random_seed=0)  # which share the parallel grid axes
+thorough = pytest.mark.thorough
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,7 @@ def test_bfloat16_within_its_rounding_of_float32_on_the_same_inputs():
     check(GATED, dtype="bfloat16", is_causal=True)
 
 
-@pytest.mark.thorough
+@thorough
 def test_queries_beyond_the_keys_in_both_directions_on_two_cores_that_do_not_race():
     check(pj.tupe(relative=True, num_buckets=8, max_distance=30), interpret=TWO_CORES, length=140, keys=100, heads=(2, 2, 16, 8))
 
@@ -135,7 +136,7 @@ def test_tiles_that_the_mask_rules_out_are_not_visited():
         assert np.isnan(dense[name]).all()
 
 
-@pytest.mark.thorough
+@thorough
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_a_mesh_of_data_and_tensor_axes(kind):
     on_a_mesh(kind, pj.t5(6, 8), 2, 20)
@@ -216,7 +217,7 @@ def test_block_sizes_of_the_call():
 
 # One thing each ------------------------------------------------------------------------------------------------------
 
-thorough = pytest.mark.thorough
+
 @thorough
 @pytest.mark.parametrize("case", DISTINCT, ids=lambda case: case.name)
 def test_every_encoding(case):
