@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_import import unneeded_by
+from test_import import REFUSE, unneeded_by
 
 from posjax.bench import command, contestants, gpu, gpu_machine, gpu_sections, inputs, oracle, tune
 from posjax.bench.contestants import Prepared
@@ -20,18 +20,8 @@ from posjax.bench.gpu import GpuBench
 from posjax.bench.gpu_machine import Clock
 
 # Calls, vocabulary and encodings are cut short: every program is compiled.
-PROGRAM = """
+PROGRAM = f"""{REFUSE}
 import dataclasses
-import sys
-
-refused = set(sys.argv[1].split())
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in refused:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Refuse())
 from posjax.bench import gpu, gpu_sections
 from posjax.bench.oracle import Options
 

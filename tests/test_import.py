@@ -10,7 +10,7 @@ import pytest
 
 packaging = pytest.importorskip("packaging.requirements")
 
-PROGRAM = """
+REFUSE = """
 import sys
 
 at_start = set(sys.modules)  # what .pth files of the environment load
@@ -22,6 +22,9 @@ class Refuse:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Refuse())
+"""  # the beginning of a program that cannot import some modules
+
+PROGRAM = f"""{REFUSE}
 try:
     import hypothesis
 except ModuleNotFoundError:
