@@ -23,6 +23,7 @@ class Config:
       tokenizer: bytes, or bpe (trained on the train split).
       vocab_size: of bpe.
       seq_length: tokens in a training sequence. Synthetic tasks bring their own.
+      num_variables: of counting, 1 to 26.
       batch_size: sequences in a step, over all devices.
       encoding: for train and evaluate, e.g. rope, "rope + cope(64)", or "cope(64) / identity" for layers in turn.
       encodings: for compare.
@@ -70,6 +71,7 @@ class Config:
     tokenizer: Literal["bytes", "bpe"] = "bytes"
     vocab_size: int = 4096
     seq_length: int = 256
+    num_variables: int = 1
     batch_size: int = 16
     encoding: str = "rope"
     encodings: tuple[str, ...] = (
@@ -166,7 +168,7 @@ class Config:
 
 
 # What may differ between a run and its resumption; all else would make it another run.
-_RUN_ONLY = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints", "parallel", "implementation", "encodings"}
+RUN_ONLY = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints", "parallel", "implementation", "encodings"}
 
 
 def load_config(path: str) -> Config:
@@ -211,7 +213,7 @@ def claim_workdir(config: Config) -> Path:
             raise ValueError(
                 f"workdir {workdir} has an unreadable config.json ({error}); remove that file or use another --workdir"
             ) from None
-        differ = [name for name in now if name not in _RUN_ONLY and before.get(name) != now[name]]
+        differ = [name for name in now if name not in RUN_ONLY and before.get(name) != now[name]]
         if differ:
             what = ", ".join(f"{name}={before.get(name)!r} there and {now[name]!r} here" for name in differ)
             raise ValueError(f"workdir {workdir} belongs to a run with {what}; use another --workdir, or remove it to start over")

@@ -3,16 +3,17 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax import probes, tasks
+from posjax import probes
 from posjax.attention import attention_weights
 from posjax.config import Config
+from posjax.encoding import PositionalEncoding
 from posjax.source import Source, TaskBatches, held_out
 from posjax.transformer import Transformer, cross_entropy
 from posjax.typing import Array, Params
@@ -30,29 +31,79 @@ def evaluate(config: Config, with_params: Callable[[Params], Transformer], param
       in tokens for text and test sets for synthetic tasks; None where the encoding cannot go that long.
       loss_by_index, attention_distance, decay, line: what the pictures are made of (text only).
     """
-    encodings = with_params(params).encodings
-    dims = dataclasses.replace(config.transformer(source.vocab_size).dims, max_length=source.max_length)
-    limit = min((n for e in encodings if (n := e.max_length(dims)) is not None), default=None)
+    limit = longest(config, with_params(params).encodings, source)
     metrics: dict[str, Any] = {"limit": limit, "parameters": sum(x.size for x in jax.tree.leaves(params))}
     if source.task is not None:
-        return {"metrics": {"error": _task_errors(config, with_params, params, source.task)} | metrics}
+        return {"metrics": {"error": _task_errors(config, with_params, params, source)} | metrics}
 
     measure = MEASURES[config.task][0]
     losses = jax.jit(token_losses(with_params))
-    unit = source.validation.num_bytes / len(source.validation.tokens) * math.log(2) if config.task == "lm" else 1.0
+    scale = percent_or_unit(config, source)
     by_length: dict[str, float | None] = {}
     curve = None
-    for length in (config.seq_length * multiple for multiple in config.eval_lengths):
-        if limit is not None and length > limit:
-            by_length[str(length)] = None
+    for column, test_batches in test_sets(config, source, limit).items():
+        if test_batches is None:
+            by_length[column] = None
             continue
-        mean, curve = mean_loss(losses, params, held_out(config, source, length), config.eval_tokens)
-        by_length[str(length)] = mean / unit
+        mean, curve = mean_loss(losses, params, test_batches)
+        by_length[column] = mean * scale
     result = {"metrics": {measure: by_length} | metrics}
     if curve is not None:
         index, loss = curve
-        result["loss_by_index"] = {"index": index.tolist(), "loss": (loss / unit).tolist()}
+        result["loss_by_index"] = {"index": index.tolist(), "loss": (loss * scale).tolist()}
     return result | _probe(config, with_params, params, source)
+
+
+def longest(config: Config, encodings: Iterable[PositionalEncoding], source: Source) -> int | None:
+    """The longest sequence that all these encodings can place; None: no limit."""
+    dims = dataclasses.replace(config.transformer(source.vocab_size).dims, max_length=source.max_length)
+    return min((n for e in encodings if (n := e.max_length(dims)) is not None), default=None)
+
+
+def test_sets(config: Config, source: Source, limit: int | None) -> dict[str, Iterator[dict[str, np.ndarray]] | None]:
+    """What is evaluated on, by its column: lengths of a text, or a task and its variants; ``eval_tokens`` of each.
+
+    None stands for lengths past ``limit``. Every model of a configuration gets the same batches.
+    """
+    if source.task is not None:
+        variants = {"in distribution": source.task, **source.task.variants}
+        drawn = {name: TaskBatches(task, config.batch_size, seed=2**31) for name, task in variants.items()}
+    else:
+        lengths = (config.seq_length * multiple for multiple in config.eval_lengths)
+        drawn = {str(n): None if limit is not None and n > limit else held_out(config, source, n) for n in lengths}
+    return {column: None if found is None else first_tokens(found, config.eval_tokens) for column, found in drawn.items()}
+
+
+def first_tokens(batch_iterator: Iterator[dict[str, np.ndarray]], tokens: int) -> Iterator[dict[str, np.ndarray]]:
+    """So many batches that they hold as many tokens."""
+    for batch in batch_iterator:
+        yield batch
+        tokens -= batch["tokens"].size
+        if tokens <= 0:
+            return
+
+
+def percent_or_unit(config: Config, source: Source) -> float:
+    """What a mean is multiplied with for tables: wrong answers into percent, nats a token into bits a byte."""
+    if source.task is not None:
+        return 100.0
+    tokens_a_byte = len(source.validation.tokens) / source.validation.num_bytes
+    return tokens_a_byte / math.log(2) if config.task == "lm" else 1.0
+
+
+def score(
+    config: Config, with_params: Callable[[Params], Transformer]
+) -> Callable[[Params, dict[str, Array]], tuple[Array, Array]]:
+    """(params, batch) -> (wrong answers, or nats of loss; answers, or tokens, that count): the mean is their quotient."""
+
+    def wrong(params: Params, batch: dict[str, Array]) -> tuple[Array, Array]:
+        logits = with_params(params)(batch["tokens"], batch["positions"], batch["segment_ids"])
+        return ((logits.argmax(-1) != batch["targets"]) * batch["weights"]).sum(), batch["weights"].sum()
+
+    def nats(params: Params, batch: dict[str, Array]) -> tuple[Array, Array]:
+        return token_losses(with_params)(params, batch).sum(), batch["weights"].sum()
+
+    return nats if config.task in MEASURES else wrong
 
 
 def token_losses(with_params: Callable[[Params], Transformer]) -> Callable[[Params, dict[str, Array]], Array]:
@@ -64,37 +115,26 @@ def token_losses(with_params: Callable[[Params], Transformer]) -> Callable[[Para
 
 
 def mean_loss(
-    losses: Callable[[Params, Any], Array], params: Params, batch_iterator: Iterator[Any], tokens: int
+    losses: Callable[[Params, Any], Array], params: Params, batches: Iterable[Any]
 ) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
-    """Mean nats a counted token over the first ``tokens`` tokens, and by token index, (index, mean loss) of up to 32 bins."""
+    """Mean nats a counted token, and by token index, (index, mean loss) of up to 32 bins."""
     total, weight = 0.0, 0.0
-    seen = 0
-    for batch in batch_iterator:
+    for batch in batches:
         total = total + np.asarray(losses(params, batch), np.float64).sum(0)
         weight = weight + np.asarray(batch["weights"], np.float64).sum(0)
-        seen += batch["tokens"].size
-        if seen >= tokens:
-            break
     length = len(total)
     mean = np.divide(total, weight, out=np.zeros(length), where=weight > 0)
     curve = probes.loss_by_index(jnp.asarray(mean)[None], jnp.asarray(weight)[None], min(32, length))
     return float(total.sum() / weight.sum()), tuple(np.asarray(x) for x in curve)
 
 
-def _task_errors(config: Config, with_params: Callable, params: Params, task: tasks.Task) -> dict[str, float]:
+def _task_errors(config: Config, with_params: Callable, params: Params, source: Source) -> dict[str, float]:
     """Share of wrong answers in percent, on the task itself and on its variants."""
-
-    @jax.jit
-    def wrong(params: Params, batch: dict[str, Array]) -> tuple[Array, Array]:
-        logits = with_params(params)(batch["tokens"], batch["positions"], batch["segment_ids"])
-        return ((logits.argmax(-1) != batch["targets"]) * batch["weights"]).sum(), batch["weights"].sum()
-
+    wrong = jax.jit(score(config, with_params))
     errors = {}
-    for name, variant in {"in distribution": task, **task.variants}.items():
-        sampler = TaskBatches(variant, config.batch_size, seed=2**31)
-        count = max(1, config.eval_tokens // (config.batch_size * variant.length))
-        sums = np.sum([jax.device_get(wrong(params, next(sampler))) for _ in range(count)], axis=0)
-        errors[name] = float(100 * sums[0] / sums[1])
+    for column, test_batches in test_sets(config, source, None).items():
+        sums = np.sum([jax.device_get(wrong(params, batch)) for batch in test_batches], axis=0)
+        errors[column] = float(percent_or_unit(config, source) * sums[0] / sums[1])
     return errors
 
 

@@ -105,7 +105,7 @@ def fit(
         checkpoints.save(step, state, data_state, config, prune=prune)
         saved = step
 
-    with _signals() as caught, _Log(workdir, step, steps, quiet) as log:
+    with noted_signals() as caught, _Log(workdir, step, steps, quiet) as log:
         clock, streaks, save_due = _Clock(), [], False
         while step < steps:
             try:
@@ -198,7 +198,7 @@ def _any_process(flag: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def noted_signals() -> Iterator[list[int]]:
     """A list that SIGINT and SIGTERM are noted in, instead of ending the program in the middle of a step."""
     caught: list[int] = []
 
@@ -291,10 +291,10 @@ class _Log:
             return
         line = {"step": step}
         for name in ("loss", "learning_rate", "grad_norm"):
-            line[name] = _json_number(metrics.get(name))
-        line["tokens_per_second"] = _json_number(rate)
+            line[name] = json_number(metrics.get(name))
+        line["tokens_per_second"] = json_number(rate)
         line["skipped"] = int(metrics["skipped"])
-        line |= {f"evaluation/{name}": _json_number(value) for name, value in evaluation.items()}
+        line |= {f"evaluation/{name}": json_number(value) for name, value in evaluation.items()}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for name, value in line.items():
@@ -336,6 +336,6 @@ def _line_step(line: bytes) -> float:
         return math.inf
 
 
-def _json_number(value: Any) -> float | None:
+def json_number(value: Any) -> float | None:
     """JSON has no NaN and no infinity."""
     return None if value is None or not math.isfinite(value) else float(value)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from flax import nnx
 from posjax.checkpoints import CheckpointError, Checkpoints
 from posjax.config import Config, load_config
 from posjax.datasets.corpus import NUM_BYTES, NUM_SPECIAL
-from posjax.evaluation import evaluate, mean_loss, token_losses
+from posjax.evaluation import evaluate, first_tokens, mean_loss, token_losses
 from posjax.kernels.refused import naming_refusals
 from posjax.loop import fit
 from posjax.sharding import SHARDED_RULES, abstract_train_step, gathered, jit_train_step, make_mesh, pmap_train_step
@@ -25,14 +25,19 @@ from posjax.transformer import Transformer, cross_entropy, functional
 from posjax.typing import Array, Params
 
 
-def check(config: Config, specs: Sequence[str], source: Source) -> None:
+def check(config: Config, specs: Sequence[str], source: Source, devices: int | None = None) -> None:
     """Tells what could not be trained or evaluated, without compiling anything.
+
+    Args:
+      config, source: of the run.
+      specs: encodings to be compared.
+      devices: how many a batch is cut over; None: all there are.
 
     Raises:
       ValueError: a batch that does not divide over the devices, a text shorter than a sequence, encodings that cannot be told
         apart, or one that the model cannot take.
     """
-    devices = jax.device_count()
+    devices = jax.device_count() if devices is None else devices
     parts = devices * config.accumulate_steps if config.parallel == "pmap" else math.lcm(devices, config.accumulate_steps)
     if config.batch_size % parts:
         raise ValueError(
@@ -61,19 +66,23 @@ def check(config: Config, specs: Sequence[str], source: Source) -> None:
             raise ValueError(f"encoding {spec!r} does not fit this model: {error}") from error
 
 
-def _maker(config: Config, spec: str, source: Source, seed: int) -> Callable[[], Transformer]:
+def _maker(config: Config, spec: str, source: Source, seed: int | Array, settings: Sequence[Any]) -> Callable[[], Transformer]:
     shape = dataclasses.replace(config.transformer(source.vocab_size), max_length=source.max_length)
-    return lambda: Transformer(shape, parse_encoding(spec), rngs=nnx.Rngs(seed))
+    return lambda: Transformer(shape, parse_encoding(spec, settings), rngs=nnx.Rngs(jax.random.key(seed)))
 
 
-def abstract_model(config: Config, spec: str, source: Source) -> tuple[Callable[[Params], Transformer], Params]:
+def abstract_model(
+    config: Config, spec: str, source: Source, settings: Sequence[Any] = ()
+) -> tuple[Callable[[Params], Transformer], Params]:
     """``build_model`` with shapes in place of parameters: nothing is drawn and nothing compiled."""
-    return functional(nnx.eval_shape(_maker(config, spec, source, 0)))
+    return functional(nnx.eval_shape(_maker(config, spec, source, 0, settings)))
 
 
-def build_model(config: Config, spec: str, source: Source, seed: int) -> tuple[Callable[[Params], Transformer], Params]:
-    """``functional`` of the model that a configuration and an encoding describe."""
-    return functional(_maker(config, spec, source, seed)())
+def build_model(
+    config: Config, spec: str, source: Source, seed: int | Array, settings: Sequence[Any] = ()
+) -> tuple[Callable[[Params], Transformer], Params]:
+    """``functional`` of the model that a configuration and an encoding describe; seed and settings (of blanks) may be traced."""
+    return functional(_maker(config, spec, source, seed, settings)())
 
 
 def make_loss(with_params: Callable[[Params], Transformer], dropout: bool) -> Callable[[Params, Any, Array], tuple[Array, Array]]:
@@ -122,8 +131,8 @@ def abstract_step(
         source = open_source(config)
     with_params, params = abstract_model(config, config.encoding, source)
     loss = gathered(make_loss(with_params, config.dropout_rate > 0))
-    step = make_train_step(loss, _optimizer(config), accumulate_steps=config.accumulate_steps)
-    state = jax.eval_shape(lambda params: init_state(params, _optimizer(config), config.seed), params)
+    step = make_train_step(loss, optimizer_of(config), accumulate_steps=config.accumulate_steps)
+    state = jax.eval_shape(lambda params: init_state(params, optimizer_of(config), config.seed), params)
     shape = (config.batch_size, source.max_length)
     dtypes = dict(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32, segment_ids=jnp.int32, positions=jnp.int32)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
@@ -141,20 +150,20 @@ def train(
     with_params, params = build_model(config, spec, source, seed)
     step = make_train_step(
         make_loss(with_params, config.dropout_rate > 0),
-        _optimizer(config),
+        optimizer_of(config),
         accumulate_steps=config.accumulate_steps,
         axis_name="data" if config.parallel == "pmap" else None,
     )
     losses = jax.jit(token_losses(with_params))
 
     def evaluate_now(state: TrainState) -> dict[str, float]:
-        batch_iterator = held_out(config, source, config.seq_length)
-        return {"loss": mean_loss(losses, state.params, batch_iterator, config.eval_tokens)[0]}
+        test_batches = first_tokens(held_out(config, source, config.seq_length), config.eval_tokens)
+        return {"loss": mean_loss(losses, state.params, test_batches)[0]}
 
     with naming_refusals(config.implementation):
         state = fit(
             pmap_train_step(step) if config.parallel == "pmap" else jit_train_step(step, make_mesh()),
-            init_state(params, _optimizer(config), seed),
+            init_state(params, optimizer_of(config), seed),
             train_batches(config, source, seed),
             steps=config.steps,
             workdir=workdir,
@@ -170,13 +179,16 @@ def train(
     return state.params
 
 
-def _optimizer(config: Config) -> Any:
-    schedule = learning_rate_schedule(
-        config.learning_rate, config.steps, config.warmup_steps, decay=config.decay, end_fraction=config.end_fraction
-    )
-    return make_optimizer(
-        schedule, beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay, clip_norm=config.clip_norm
-    )
+# Fields of a configuration that may be traced numbers: runs that differ in these alone are one program.
+TRACED_FIELDS = ("learning_rate", "warmup_steps", "end_fraction", "weight_decay", "beta1", "beta2", "clip_norm")
+
+
+def optimizer_of(config: Config, settings: Mapping[str, Any] | None = None) -> Any:
+    """The optimizer that a configuration describes, with ``settings`` in place of fields of the same name; they may be traced."""
+    chosen = {name: getattr(config, name) for name in TRACED_FIELDS} | dict(settings or {})
+    peak, warmup, end = (chosen.pop(name) for name in TRACED_FIELDS[:3])
+    schedule = learning_rate_schedule(peak, config.steps, warmup, decay=config.decay, end_fraction=end)
+    return make_optimizer(schedule, **chosen)
 
 
 def evaluate_params(config: Config, spec: str, params: Params, source: Source) -> dict[str, Any]:
@@ -192,7 +204,7 @@ def restore_params(config: Config, spec: str, seed: int, workdir: Path, source: 
       CheckpointError: there is none, or none that is whole.
     """
     _, params = build_model(config, spec, source, seed)
-    restored = Checkpoints(workdir / "checkpoints").restore_latest(init_state(params, _optimizer(config), seed))
+    restored = Checkpoints(workdir / "checkpoints").restore_latest(init_state(params, optimizer_of(config), seed))
     if restored is None:
         raise CheckpointError(f"workdir {workdir} has no checkpoint to evaluate; posjax train makes one")
     return restored.state.params

@@ -1,7 +1,8 @@
 """Where batches come from: a corpus or a synthetic task, as a configuration names it."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +10,9 @@ import numpy as np
 from posjax import tasks
 from posjax.config import Config
 from posjax.datasets.corpus import Corpus, excerpts, load_corpus
+from posjax.datasets.on_device import on_device as corpus_on_device
 from posjax.datasets.pipeline import batches
+from posjax.typing import Array
 
 _EVAL_BATCH_TOKENS = 4096  # at least, in a batch of an evaluation: small batches cost more to start than to compute
 
@@ -52,9 +55,25 @@ def open_source(config: Config) -> Source:
     task = {
         "flip_flop": lambda: tasks.flip_flop(length=length),
         "selective_copy": lambda: tasks.selective_copy(num_tokens=length // 2, num_blanks=length // 2),
-        "counting": lambda: tasks.counting(max_operations=length, length=length),
+        "counting": lambda: tasks.counting(config.num_variables, max_operations=length, length=length),
     }[config.task]()
     return Source(task.vocab_size, max(t.length for t in (task, *task.variants.values())), task=task)
+
+
+def batch_key(seed: int | Array, number: int | Array) -> Array:
+    """The key of one batch of a run whose data are drawn on the device."""
+    return jax.random.fold_in(jax.random.key(seed), number)
+
+
+def on_device(config: Config, source: Source) -> tuple[Any, Callable[[Any, Array], dict[str, Array]]]:
+    """(data to put on the device, (data there, ``batch_key``) -> batch), for runs that are one program.
+
+    Of a synthetic task these are the batches of ``train_batches``; of a text, rows drawn with replacement.
+    """
+    if source.task is not None:
+        return (), lambda data, key: source.task.batch(key, config.batch_size)
+    options = dict(length=config.seq_length, batch_size=config.batch_size, masked=config.task == "mlm")
+    return corpus_on_device(source.train, **options)
 
 
 class TaskBatches:
@@ -62,7 +81,7 @@ class TaskBatches:
 
     def __init__(self, task: tasks.Task, batch_size: int, seed: int):
         self.drawn = 0
-        self.draw = jax.jit(lambda number: task.batch(jax.random.fold_in(jax.random.key(seed), number), batch_size))
+        self.draw = jax.jit(lambda number: task.batch(batch_key(seed, number), batch_size))
 
     def __iter__(self) -> "TaskBatches":
         return self

@@ -63,6 +63,7 @@ def learning_rate_schedule(
       warmup_steps: steps of linear warmup, from 0 to `steps`.
       decay: "cosine", "linear" or "constant".
       end_fraction: what remains of the peak at the end, from 0 to 1; "constant" ignores it.
+      (peak, warmup_steps and end_fraction may be traced: settings of a sweep.)
 
     Returns:
       A function from the step index (int, any shape) to the learning rate (float32).
@@ -74,23 +75,28 @@ def learning_rate_schedule(
         raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {decay!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if not 0 <= warmup_steps <= steps:
+    if not _is_traced(warmup_steps) and not 0 <= warmup_steps <= steps:
         raise ValueError(f"warmup_steps must be between 0 and steps ({steps}), got {warmup_steps}")
-    if not 0.0 <= end_fraction <= 1.0:
+    if not _is_traced(end_fraction) and not 0.0 <= end_fraction <= 1.0:
         raise ValueError(f"end_fraction must be between 0 and 1, got {end_fraction}")
 
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)
-        progress = jnp.clip((step - warmup_steps) / max(steps - warmup_steps, 1), 0.0, 1.0)
+        progress = jnp.clip((step - warmup_steps) / jnp.maximum(steps - warmup_steps, 1), 0.0, 1.0)
         remaining = {
             "cosine": end_fraction + (1.0 - end_fraction) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
             "linear": 1.0 - (1.0 - end_fraction) * progress,
             "constant": jnp.ones_like(progress),
         }[decay]
-        warmup = (step + 1.0) / max(warmup_steps, 1)
+        warmup = (step + 1.0) / jnp.maximum(warmup_steps, 1)
         return peak * jnp.where(step < warmup_steps, warmup, remaining)
 
     return schedule
+
+
+def _is_traced(value: Any) -> bool:
+    """Whether a number is one of a sweep, known only when the program runs; its range was checked where it was written."""
+    return isinstance(value, jax.core.Tracer)
 
 
 def decay_mask(params: Params) -> Any:
@@ -128,6 +134,7 @@ def make_optimizer(
       eps: added to sqrt(v^).
       weight_decay: on the leaves that `decay_mask` names.
       clip_norm: largest global norm of the gradient; None does not clip.
+      (All numbers may be traced: settings of a sweep.)
 
     Returns:
       An optax transformation. Its state holds the learning rate of the last step under the name `learning_rate`.
@@ -135,7 +142,7 @@ def make_optimizer(
     Raises:
       ValueError: clip_norm is not positive.
     """
-    if clip_norm is not None and not clip_norm > 0:
+    if clip_norm is not None and not _is_traced(clip_norm) and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, or None not to clip, got {clip_norm}")
     return optax.chain(
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),

@@ -145,6 +145,15 @@ class _MaskedRows:
         return _fill_up(row, self.length)
 
 
+def count_rows(corpus: Corpus, length: int, *, masked: bool = False) -> int:
+    """How many whole rows of ``length`` tokens a corpus has.
+
+    Raises:
+      ValueError: none.
+    """
+    return len((_MaskedRows if masked else _Rows)(corpus, length, None))
+
+
 def _row_count(total: int, stride: int, length: int, fill_to: int | None) -> int:
     """Rows in a stream of `total` tokens, `stride` a row: the full ones, or all of them up to a multiple of fill_to."""
     if total < stride:
