@@ -1,81 +1,35 @@
-"""Figures: arrays in, a matplotlib figure out, and ``save`` to write it.
-
-An encoding has one colour, line and marker in every figure, told apart by colour-blind readers too (Okabe and Ito's palette).
-Figures belong to no window and no global state: nothing needs a display, and what is not referred to any more is gone.
-"""
+"""Figures: arrays in, a matplotlib figure out, and ``save`` to write it."""
 
 import dataclasses
 import math
-import re
-import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from posjax.cost_plots import bars, cost_by_length
+from posjax.figures import BLACK, BLUE, GREY, RED, SKY, Style, new_figure, save, styles
 from posjax.typing import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_GREY, _BLACK, _ORANGE, _SKY = "#7f7f7f", "#000000", "#e69f00", "#56b4e9"
-_GREEN, _BLUE, _RED, _PURPLE = "#009e73", "#0072b2", "#d55e00", "#cc79a7"
-
-
-@dataclasses.dataclass(frozen=True)
-class Style:
-    """How an encoding is drawn: matplotlib's colour, line style and marker."""
-
-    color: str
-    line: str
-    marker: str
-
-
-_STYLES = {
-    "identity": Style(_GREY, "-", "o"),
-    "sinusoidal": Style(_ORANGE, "-", "s"),
-    "learned": Style(_SKY, "-", "D"),
-    "rope": Style(_BLUE, "-", "^"),
-    "alibi": Style(_GREEN, "-", "v"),
-    "tupe": Style(_PURPLE, "-", "P"),
-    "cope": Style(_RED, "-", "p"),
-    "rope+cope": Style(_BLACK, "--", "*"),
-    "t5": Style(_GREEN, "--", "<"),
-    "tupe-r": Style(_PURPLE, "--", "h"),
-    "cope_alibi": Style(_RED, ":", ">"),
-    "cope_mlp": Style(_RED, "-.", "H"),
-}
-_ALIASES = {"nope": "identity", "none": "identity", "tupe-a": "tupe"}
-_SPARE = [
-    Style(color, line, marker)
-    for line, marker in (("--", "d"), (":", "8"), ("-.", "H"))
-    for color in (_ORANGE, _SKY, _BLUE, _GREEN, _PURPLE, _RED, _GREY, _BLACK)
+__all__ = [
+    "Style",
+    "attention_distance",
+    "bars",
+    "cope_over_line",
+    "cost_by_length",
+    "curves",
+    "decay_curves",
+    "dots",
+    "loss_by_index",
+    "loss_by_length",
+    "save",
+    "styles",
 ]
-
-
-def styles(names: Iterable[str]) -> dict[str, Style]:
-    """The style of each encoding by its name, arguments and case aside: "RoPE", "rope" and "rope(theta=500000)" are one.
-
-    A name that is not known, or whose style an earlier name of the same figure has, gets one that depends on the name alone, or
-    the next free one where two such names fall together.
-    """
-    made: dict[str, Style] = {}
-    for name in names:
-        base = re.sub(r"\([^()]*\)", "", name).replace(" ", "").lower()
-        known = _STYLES.get(_ALIASES.get(base, base))
-        first = zlib.crc32(name.encode())
-        spare = (_SPARE[(first + step) % len(_SPARE)] for step in range(len(_SPARE)))
-        free = (style for style in (known, *spare) if style is not None and style not in made.values())
-        made[name] = next(free, _SPARE[first % len(_SPARE)])
-    return made
-
-
-def save(figure: "Figure", path: str | Path) -> None:
-    """Writes a PNG at 150 dots an inch. There is nothing to close: the figures made here are in no list of open ones."""
-    figure.savefig(path, format="png", dpi=150)
-
 
 # Loss -----------------------------------------------------------------------------------------------------------------
 
@@ -91,7 +45,7 @@ def loss_by_length(
       label: what the loss is, in words, with its unit.
     """
     lengths = sorted({length for row in rows.values() for length in row})
-    figure, axes = _figure(8.0, 4.6)
+    figure, axes = new_figure(8.0, 4.6)
     stopped = None
     for name, style in styles(rows).items():
         row = {length: np.asarray(rows[name][length], float) for length in sorted(rows[name]) if len(rows[name][length])}
@@ -106,7 +60,7 @@ def loss_by_length(
         if x[-1] < lengths[-1]:
             (stopped,) = axes.plot(x[-1], means[-1], "x", color=style.color, markersize=11, markeredgewidth=2.2, zorder=4)
     if stopped is not None:
-        axes.plot([], [], "x", color=_BLACK, markersize=9, markeredgewidth=2.2, label="cannot go longer")
+        axes.plot([], [], "x", color=BLACK, markersize=9, markeredgewidth=2.2, label="cannot go longer")
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
@@ -125,7 +79,7 @@ def loss_by_index(curves: Mapping[str, tuple[Array, Array]], train_length: int, 
       train_length: tokens; marked where the curves go past it.
       label: what the loss is, in words, with its unit.
     """
-    figure, axes = _figure(8.0, 4.6)
+    figure, axes = new_figure(8.0, 4.6)
     for name, style in styles(curves).items():
         index, bits = map(np.asarray, curves[name])
         every = max(1, math.ceil(len(index) / 8))
@@ -156,6 +110,150 @@ def _mark_training(axes: "Axes", length: int) -> None:
     )
 
 
+# Seeds ----------------------------------------------------------------------------------------------------------------
+
+
+def dots(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], label: str, encodings: Mapping[str, str] | None = None
+) -> "Figure":
+    """An ablation: a line for each setting, the mean of its seeds as a marker, its 95 % interval as a bar, and a dot for each seed.
+
+    Seeds stand one below the other, in the same order in every panel. Those that diverged are crosses at the right edge and count
+    in no mean; the setting's name says how many they are. Intervals are Student's, of two seeds or more; where no value is
+    negative they are cut off at zero.
+
+    Args:
+      panels: {test set: {setting: value of each seed}}, columns and lines in this order. A value that is not finite is of a seed
+        whose training diverged; a setting without values in a panel has no result there.
+      label: what the values are, in words, with the unit.
+      encodings: {setting: encoding}, which gives colour and marker; None: settings are encodings.
+    """
+    settings = list(dict.fromkeys(setting for rows in panels.values() for setting in rows))
+    looks = _looks(settings, encodings)
+    figure, grid = new_figure(2.0 + 2.5 * len(panels), 1.3 + 0.36 * len(settings), 1, len(panels), sharey=True, squeeze=False)
+    diverged, most = dict.fromkeys(settings, 0), dict.fromkeys(settings, 0)
+    for axes, (title, rows) in zip(grid[0], panels.items(), strict=True):
+        drawn = []
+        for line, setting in enumerate(settings):
+            values, color = np.asarray(rows.get(setting, ()), float), looks[setting].color
+            if not values.size:
+                where = {"xycoords": ("axes fraction", "data"), "ha": "center", "va": "center"}
+                axes.annotate("no result", (0.5, line), **where, color="0.4", fontsize=8)
+                continue
+            y = line + (np.linspace(0.0, 0.36, values.size) if values.size > 1 else np.full(1, 0.18))
+            lost = ~np.isfinite(values)
+            if not lost.all():  # nothing, if not clipped, would upset the layout
+                axes.plot(values[~lost], y[~lost], "o", color=color, markersize=4, alpha=0.5, mew=0, clip_on=False)
+            if lost.any():
+                at_edge = axes.get_yaxis_transform()  # x from 0 to 1 across the panel
+                axes.plot(np.ones(lost.sum()), y[lost], "x", color=color, markersize=5, transform=at_edge, clip_on=False)
+            drawn += [*values[~lost], *_mean_and_interval(axes, values[~lost], line - 0.2, looks[setting])]
+            diverged[setting], most[setting] = max(diverged[setting], lost.sum()), max(most[setting], values.size)
+        low, high = (min(drawn), max(drawn)) if drawn else (0.0, 1.0)
+        margin = 0.06 * (high - low or abs(high) or 1.0)
+        axes.set_xlim(0.0 if low >= 0 and low <= margin else low - margin, high + margin)
+        axes.set_title(title, fontsize=10)
+        axes.locator_params(axis="x", nbins=5)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(False, axis="y")
+        for line in range(1, len(settings)):
+            axes.axhline(line - 0.5, color="0.9", linewidth=0.6, zorder=0)
+    names = [f"{s}\n{_diverged(diverged[s], most[s])}" if diverged[s] else s for s in settings]
+    grid[0, 0].set_yticks(range(len(settings)), names, fontsize=9)
+    grid[0, 0].set_ylim(len(settings) - 0.5, -0.5)
+    (seed,) = grid[0, 0].plot([], [], "o", color=GREY, markersize=4)
+    (mean,) = grid[0, 0].plot([], [], "D-", color=GREY, markersize=6, linewidth=2.0)
+    legend = {"a seed": seed, "mean, 95 % interval": mean}
+    if any(diverged.values()):
+        (legend["diverged"],) = grid[0, 0].plot([], [], "x", color=GREY, markersize=5)
+    figure.legend(legend.values(), legend, loc="outside upper right", ncols=3, frameon=False, fontsize=9)
+    figure.supxlabel(label, fontsize=10)
+    return figure
+
+
+def curves(
+    data: Mapping[str, tuple[Array, Array]],
+    x_label: str,
+    label: str,
+    encodings: Mapping[str, str] | None = None,
+    *,
+    every_seed: bool = False,
+    log_x: bool = False,
+) -> "Figure":
+    """Training curves: a line for each setting, the mean over seeds, with a band of its 95 % interval or with every seed thin.
+
+    A seed that diverged counts in no mean: it is drawn thin, up to a cross where it was finite last, and the legend says how many
+    they are. Intervals are Student's, of two seeds or more.
+
+    Args:
+      data: {setting: (x [S], values [seeds, S])}; values that are not finite are of a seed whose training diverged.
+      x_label, label: what x and the values are, in words, with the unit.
+      encodings: {setting: encoding}, which gives the colour; settings of one encoding differ in their lines. None: settings are
+        encodings.
+      every_seed: seeds in place of the band.
+      log_x: x is positive and drawn logarithmically.
+    """
+    from posjax.statistics import summary
+
+    figure, axes = new_figure(8.0, 4.6)
+    for setting, style in _looks(data, encodings).items():
+        x, values = np.asarray(data[setting][0], float), np.atleast_2d(np.asarray(data[setting][1], float))
+        lost = ~np.isfinite(values).all(1)
+        thin = {"color": style.color, "linewidth": 0.7, "alpha": 0.4}
+        for seed, diverged in zip(values, lost, strict=True):
+            if diverged:
+                alive = np.cumprod(np.isfinite(seed)).astype(bool)
+                axes.plot(x[alive], seed[alive], **thin)
+                axes.plot(x[alive][-1:], seed[alive][-1:], "x", color=style.color, markersize=8, markeredgewidth=1.8)
+            elif every_seed:
+                axes.plot(x, seed, **thin)
+        name = f"{setting} ({_diverged(lost.sum(), len(lost))})" if lost.any() else setting
+        kept = [summary(column) for column in values[~lost].T] if not lost.all() else []
+        axes.plot(x[: len(kept)], [k.mean for k in kept], color=style.color, linestyle=style.line, linewidth=1.8, label=name)
+        if kept and kept[0].interval and not every_seed:
+            low, high = np.transpose([k.interval for k in kept])
+            axes.fill_between(x, low, high, color=style.color, alpha=0.18, linewidth=0)
+    if log_x:
+        axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(label)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def _mean_and_interval(axes: "Axes", values: np.ndarray, y: float, style: Style) -> tuple[float, ...]:
+    """Draws them and returns the ends of the bar."""
+    from posjax.statistics import summary  # scipy.stats takes a second to import
+
+    found = summary(values)
+    if found.mean is None:
+        return ()
+    low, high = found.interval or (found.mean, found.mean)
+    low = max(low, 0.0) if values.min() >= 0 else low
+    if found.interval:
+        axes.plot([low, high], [y, y], color=style.color, linewidth=2.0, marker="|", markersize=7)
+    axes.plot(found.mean, y, style.marker, color=style.color, markersize=8, mec="white", mew=0.8, zorder=4, clip_on=False)
+    return low, high
+
+
+def _diverged(some: int, of: int) -> str:
+    return f"{some} of {of} diverged" if some < of else "all diverged" if of > 1 else "diverged"
+
+
+def _looks(settings: Iterable[str], encodings: Mapping[str, str] | None) -> dict[str, Style]:
+    """The style of each setting; of several with one encoding, those after the first have other lines in its colour."""
+    if encodings is None:
+        return styles(settings)
+    of_encoding, seen, looks = styles(dict.fromkeys(encodings.values())), Counter(), {}
+    for setting in settings:
+        own = of_encoding[encodings[setting]]
+        lines = [own.line, *(line for line in ("-", "--", ":", "-.") if line != own.line)]
+        looks[setting] = dataclasses.replace(own, line=lines[seen[own] % len(lines)])
+        seen[own] += 1
+    return looks
+
+
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
@@ -177,30 +275,30 @@ def cope_over_line(text: str, gates: Array, positions: Array, titles: Sequence[s
         raise ValueError(
             f"gates and positions must have shape {expected} (titles, characters of text), got {gates.shape} and {positions.shape}"
         )
-    figure, panels = _figure(max(6.0, 1.8 + 0.135 * len(text)), 0.9 + 1.45 * len(titles), len(titles), 1, sharex=True)
+    figure, panels = new_figure(max(6.0, 1.8 + 0.135 * len(text)), 0.9 + 1.45 * len(titles), len(titles), 1, sharex=True)
     panels = np.atleast_1d(panels)
     x = np.arange(len(text))
     for axes, title, gate, position in zip(panels, titles, gates, positions, strict=True):
-        bars = axes.bar(x, gate, width=0.8, color=_SKY, label="gate")
+        bars = axes.bar(x, gate, width=0.8, color=SKY, label="gate")
         axes.set_ylim(0, 1.05)
         axes.set_yticks([0, 0.5, 1])
         axes.set_title(title, fontsize=9, loc="left", pad=3)
         axes.grid(False)
         axes.tick_params(axis="x", length=0, pad=3)
         counted = axes.twinx()
-        (line,) = counted.plot(x, position, color=_RED, linewidth=1.4, label="contextual position")
+        (line,) = counted.plot(x, position, color=RED, linewidth=1.4, label="contextual position")
         counted.set_ylim(0, max(1.0, 1.08 * position.max()))
         counted.locator_params(axis="y", nbins=4)
-        axes.set_ylabel("gate\n(0 to 1)", fontsize=8, color=_BLUE)
-        counted.set_ylabel("position\n(tokens)", fontsize=8, color=_RED)
-        for side, own, color in (("left", axes, _BLUE), ("right", counted, _RED)):
+        axes.set_ylabel("gate\n(0 to 1)", fontsize=8, color=BLUE)
+        counted.set_ylabel("position\n(tokens)", fontsize=8, color=RED)
+        for side, own, color in (("left", axes, BLUE), ("right", counted, RED)):
             own.tick_params(axis="y", labelsize=8, labelcolor=color)
             own.spines[["top", "left" if side == "right" else "right"]].set_visible(False)
         counted.spines["left"].set_visible(False)
     labels = [{" ": "·", "\n": "⏎", "\r": "⏎", "\t": "→"}.get(c, c if c.isprintable() else "�") for c in text]
     axes.set_xticks(x, labels, family="monospace", fontsize=9, parse_math=False)
     axes.set_xlim(-0.8, len(text) - 0.2)
-    axes.get_xticklabels()[-1].set(color=_RED, fontweight="bold")
+    axes.get_xticklabels()[-1].set(color=RED, fontweight="bold")
     axes.set_xlabel("the text, a character a token; the query is the last")
     figure.legend(handles=[bars, line], loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     return figure
@@ -213,7 +311,7 @@ def attention_distance(data: Mapping[str, Array]) -> "Figure":
       data: {encoding: [L, N] mean distance in tokens}, as ``posjax.probes.attention_distance`` gives a layer's.
     """
     columns, rows = _grid(len(data))
-    figure, panels = _figure(1.0 + 2.0 * columns, 0.8 + 1.9 * rows, rows, columns, sharex=True, sharey=True, squeeze=False)
+    figure, panels = new_figure(1.0 + 2.0 * columns, 0.8 + 1.9 * rows, rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes, (name, style) in zip(panels.flat, styles(data).items(), strict=False):
         distances = np.asarray(data[name], float)
         layers, heads = distances.shape
@@ -241,13 +339,13 @@ def decay_curves(curves: Mapping[str, tuple[Array, Array]], bounds: Mapping[str,
     """
     columns, rows = _grid(len(curves))
     bound = None
-    figure, panels = _figure(1.0 + 2.3 * columns, 0.8 + 1.9 * rows, rows, columns, sharex=True, squeeze=False)
+    figure, panels = new_figure(1.0 + 2.3 * columns, 0.8 + 1.9 * rows, rows, columns, sharex=True, squeeze=False)
     for axes, (name, style) in zip(panels.flat, styles(curves).items(), strict=False):
         distances, values = map(np.asarray, curves[name])
         for head, line in enumerate(values):
             axes.plot(distances, line, color=style.color, alpha=1.0 - 0.75 * head / len(values), linewidth=1.2)
         if bounds and name in bounds:
-            (bound,) = axes.plot(*bounds[name], color=_BLACK, linestyle="--", linewidth=1.0)
+            (bound,) = axes.plot(*bounds[name], color=BLACK, linestyle="--", linewidth=1.0)
         if np.ptp(values) == 0:
             axes.set_ylim(-1, 1)
         axes.axhline(0, color="0.6", linewidth=0.6, zorder=0)
@@ -261,94 +359,7 @@ def decay_curves(curves: Mapping[str, tuple[Array, Array]], bounds: Mapping[str,
     return figure
 
 
-# Cost -----------------------------------------------------------------------------------------------------------------
-
-
-_COST_LINES = ("-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (6, 4)), (0, (1, 3)))
-_COST_MARKERS = "o^sDvP"
-
-
-def cost_by_length(
-    panels: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]], looks: Mapping[str, tuple[str, str, str]]
-) -> "Figure":
-    """What attention costs against length, both logarithmic: a row for each pass, a panel for each measure, a line a contestant.
-
-    Args:
-      panels: {pass: {measure with its unit: {contestant: {length in tokens: value}}}}; values are positive.
-      looks: {contestant: (encoding, implementation, gates)}, which give colour, line and marker; the legend has this order.
-    """
-    columns = list(dict.fromkeys(label for row in panels.values() for label in row))
-    lengths = sorted({n for row in panels.values() for curves in row.values() for curve in curves.values() for n in curve})
-    encodings, implementations, gates = (list(dict.fromkeys(look[part] for look in looks.values())) for part in range(3))
-    colors = styles(encodings)
-    height = max(0.8 + 3.0 * len(panels), 0.6 + 0.21 * len(looks))
-    figure, grid = _figure(3.4 + 3.6 * len(columns), height, len(panels), len(columns), squeeze=False, sharex=True)
-    drawn: dict[str, Any] = {}
-    for axes_row, (title, row) in zip(grid, panels.items(), strict=True):
-        for axes, label in zip(axes_row, columns, strict=True):
-            for name, curve in row.get(label, {}).items():
-                encoding, implementation, gate = looks[name]
-                (drawn[name],) = axes.plot(
-                    sorted(curve),
-                    [curve[n] for n in sorted(curve)],
-                    _COST_MARKERS[gates.index(gate) % len(_COST_MARKERS)],
-                    color=colors[encoding].color,
-                    linestyle=_COST_LINES[implementations.index(implementation) % len(_COST_LINES)],
-                    linewidth=1.3,
-                    markersize=4,
-                )
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
-            axes.minorticks_off()
-            axes.set_title(title, fontsize=10)
-            axes.set_ylabel(label)
-    for axes in grid[-1]:
-        axes.set_xlabel("length (tokens)")
-    shown = [name for name in looks if name in drawn]
-    figure.legend([drawn[n] for n in shown], shown, loc="outside right upper", frameon=False, fontsize=8, handlelength=3.5)
-    return figure
-
-
-def bars(panels: Mapping[str, tuple[str, Mapping[str, float]]], looks: Mapping[str, str]) -> "Figure":
-    """Numbers side by side: a panel for each measure, a bar for each contestant, the first on top.
-
-    Args:
-      panels: {title: (what the numbers are, with the unit, {contestant: number})}.
-      looks: {contestant: encoding}, which gives the colour.
-    """
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    most = max(len(numbers) for _, numbers in panels.values())
-    figure, grid = _figure(5.2 * columns, (1.0 + 0.28 * most) * rows, rows, columns, squeeze=False)
-    colors = styles(dict.fromkeys(looks.values()))
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    for axes, (title, (label, numbers)) in zip(grid.flat, panels.items(), strict=False):
-        drawn = axes.barh(list(numbers), list(numbers.values()), color=[colors[looks[name]].color for name in numbers], height=0.7)
-        axes.bar_label(drawn, [f"{number:,.3g}" if number < 1000 else f"{number:,.0f}" for number in numbers.values()], fontsize=7)
-        axes.invert_yaxis()
-        axes.margins(x=0.15)
-        axes.tick_params(labelsize=8)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel(label)
-    return figure
-
-
 # Shared ---------------------------------------------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple["Figure", Any]:
-    """A figure of that size in inches and its axes. Not made by pyplot, which would hold it open and look for a display."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(rows, columns, **options)
-    for axes in np.atleast_1d(panels).flat:
-        axes.grid(True, color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, panels
 
 
 def _grid(panels: int) -> tuple[int, int]:

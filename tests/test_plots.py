@@ -50,6 +50,29 @@ def by_distance(names=NAMES):
     return {name: (distances, -np.linspace(0.01, 10.0**i, 8)[:, None] * distances) for i, name in enumerate(names, start=-4)}
 
 
+def by_seed(names=NAMES):
+    """Three test sets, five seeds. One seed of RoPE and all of ALiBi diverged; learned positions have no result on the last."""
+    rows = {
+        test: {name: list(easy + random(i).random(5) * 9) for i, name in enumerate(names)}
+        for test, easy in (("in distribution", 0.0), ("sparse (0.98)", 40.0), ("dense (0.1)", 3.0))
+    }
+    for row in rows.values():
+        row["RoPE"][3] = float("nan")
+        row["ALiBi"] = [float("inf")] * 5
+    rows["dense (0.1)"]["learned"] = []
+    return rows
+
+
+def over_training(names=NAMES):
+    """Five seeds; one of RoPE diverged after four values."""
+    data = {name: (np.arange(1, 31), i + random(i).random((5, 30))) for i, name in enumerate(names)}
+    data["RoPE"][1][2, 4:] = float("nan")
+    return data
+
+
+SIZES = {f"{name}, dim {dim}, 4 layers, 2 heads": name for name in ("RoPE", "CoPE", "RoPE+CoPE") for dim in (128, 256)}
+
+
 FIGURES = {
     "loss_by_length": lambda: plots.loss_by_length(by_length(), 256),
     "loss_by_length, trained on the shortest": lambda: plots.loss_by_length(by_length(), 128),
@@ -62,6 +85,13 @@ FIGURES = {
     "attention_distance, many layers": lambda: plots.attention_distance(by_head(layers=24)),
     "decay_curves": lambda: plots.decay_curves(by_distance(), {"RoPE": (np.arange(1024), -np.arange(1024.0))}),
     "decay_curves, five": lambda: plots.decay_curves(by_distance(NAMES[:5])),
+    "dots": lambda: plots.dots(by_seed(), "error (%)"),
+    "dots, one panel of two": lambda: plots.dots({"test": {"RoPE": [1.0, 2.0, 3.0], "CoPE": [0.0]}}, "error (%)"),
+    "dots, settings": lambda: plots.dots({t: {s: [1.0, 2.0] for s in SIZES} for t in "abcd"}, "error (%)", SIZES),
+    "curves": lambda: plots.curves(over_training(), "step of training (thousands)", "loss (nats)"),
+    "curves, every seed": lambda: plots.curves(
+        over_training(), "tokens seen (tokens)", "error (%)", every_seed=True, log_x=True
+    ),
 }
 
 
@@ -112,8 +142,10 @@ def test_legends_lie_on_no_panel(figure):
 
 
 def test_axes_have_titles_with_units(figure):
-    unit = ("(tokens)", "(bits per byte)", "(nats)", "(0 to 1)")
-    if figure.get_supylabel():
+    unit = ("(tokens)", "(bits per byte)", "(nats)", "(0 to 1)", "(%)")
+    if figure.get_supxlabel() and not figure.get_supylabel():  # names on the vertical axis, numbers on the horizontal one
+        labels = [figure.get_supxlabel()]
+    elif figure.get_supylabel():
         labels = [figure.get_supylabel()]
         assert figure.get_supxlabel()
     else:
@@ -200,6 +232,93 @@ def test_heads_far_and_near_are_all_inside_their_panel():
     for axes in plots.attention_distance(data).axes:
         low, high = axes.get_ylim()
         assert low == 0 and high > 900
+
+
+def markers(axes, marker):
+    """(x, y, colour) of every point with that marker that is drawn."""
+    lines = [line for line in axes.lines if line.get_marker() == marker]
+    return [(x, y, line.get_color()) for line in lines for x, y in zip(*line.get_data(), strict=True)]
+
+
+def test_dots_are_the_seeds_and_their_mean_with_students_interval():
+    axes = plots.dots({"test": {"RoPE": [1.0, 2.0, 3.0], "CoPE": [7.0]}}, "error (%)").axes[0]
+    looks = plots.styles(["RoPE", "CoPE"])
+    seeds = markers(axes, "o")
+    assert [(x, color) for x, _, color in seeds] == [(x, looks["RoPE"].color) for x in (1, 2, 3)] + [(7, looks["CoPE"].color)]
+    assert len({y for _, y, _ in seeds[:3]}) == 3 and all(round(y) == int(x == 7) for x, y, _ in seeds)
+    for name, mean, line in (("RoPE", 2.0, 0), ("CoPE", 7.0, 1)):
+        ((x, y, color),) = markers(axes, looks[name].marker)
+        assert x == mean and round(y) == line and color == looks[name].color
+    (low, y, _), (high, _, _) = markers(axes, "|")  # one value has no interval
+    assert round(y) == 0 and low == 0.0  # 2 - 2.48 would be negative
+    assert high == pytest.approx(2 + 4.303 / np.sqrt(3), abs=1e-3)
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["RoPE", "CoPE"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first on top
+    assert axes.get_xlim()[0] <= 0 and axes.get_xlim()[1] > 7
+
+
+def test_a_bar_goes_below_zero_where_values_do():
+    axes = plots.dots({"test": {"RoPE": [-1.0, 1.0, 3.0]}}, "difference (nats)").axes[0]
+    low, _ = sorted(x for x, _, _ in markers(axes, "|"))
+    assert low == pytest.approx(1 - 4.303 * 2 / np.sqrt(3), abs=1e-3) and axes.get_xlim()[0] < low
+
+
+def test_diverged_seeds_are_crosses_at_the_edge_and_stretch_nothing():
+    figure = plots.dots(by_seed(), "error (%)")
+    names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert names == [*NAMES[:3], "RoPE\n1 of 5 diverged", "ALiBi\nall diverged", *NAMES[5:]]
+    for axes in figure.axes:
+        crosses = markers(axes, "x")
+        assert [round(y) for _, y, _ in crosses] == [3] + [4] * 5 and {x for x, _, _ in crosses} == {1.0}
+        all_five = next(line for line in axes.lines if line.get_marker() == "x" and len(line.get_xdata()) == 5)
+        assert all_five.get_transform().transform((1.0, 4.0))[0] == pytest.approx(axes.bbox.x1)
+        assert axes.get_xlim()[1] < 60
+    assert len([1 for _, y, _ in markers(figure.axes[0], "o") if round(y) == 3]) == 4
+    assert [axes.get_title() for axes in figure.axes] == list(by_seed())
+    assert [[t.get_text() for t in axes.texts] for axes in figure.axes] == [[], [], ["no result"]]
+    assert legend_names(figure)[-1] == "diverged"
+    assert "diverged" not in legend_names(plots.dots({"test": {"RoPE": [1.0]}}, "error (%)"))
+    alone = plots.dots({"test": {"RoPE": [float("nan")]}}, "error (%)").axes[0]
+    assert [tick.get_text() for tick in alone.get_yticklabels()] == ["RoPE\ndiverged"]
+
+
+def test_settings_of_one_encoding_have_its_colour():
+    styles = plots.styles(dict.fromkeys(SIZES.values()))
+    axes = plots.dots({"test": {s: [1.0, 2.0] for s in SIZES}}, "error (%)", SIZES).axes[0]
+    assert [color for _, _, color in markers(axes, "o")] == [styles[SIZES[s]].color for s in SIZES for _ in range(2)]
+    data = {s: (np.arange(3), np.ones((2, 3))) for s in SIZES}
+    drawn = {line.get_label(): line for line in plots.curves(data, "step", "loss (nats)", SIZES).axes[0].lines}
+    assert {s: line.get_color() for s, line in drawn.items()} == {s: styles[SIZES[s]].color for s in SIZES}
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn.values()}) == len(SIZES)
+
+
+def test_curves_are_means_with_students_band():
+    x, values = np.array([1, 10, 100]), np.array([[1.0, 4.0, 2.0], [2.0, 4.0, 4.0], [3.0, 4.0, 6.0]])
+    axes = plots.curves({"RoPE": (x, values)}, "step", "loss (nats)", log_x=True).axes[0]
+    (mean,) = axes.lines
+    np.testing.assert_allclose(mean.get_xydata(), np.stack([x, [2, 4, 4]], 1))
+    corners = axes.collections[0].get_paths()[0].vertices
+    for at, middle, deviation in zip(x, (2, 4, 4), (1, 0, 2), strict=True):
+        ends = corners[corners[:, 0] == at, 1]
+        reach = 4.3027 * deviation / np.sqrt(3)
+        assert (ends.min(), ends.max()) == pytest.approx((middle - reach, middle + reach), abs=1e-3)
+    assert axes.get_xscale() == "log"
+    axes = plots.curves({"RoPE": (x, values)}, "step", "loss (nats)", every_seed=True).axes[0]
+    assert not axes.collections and axes.get_xscale() == "linear"
+    np.testing.assert_allclose([line.get_ydata() for line in axes.lines if line.get_linewidth() < 1], values)
+    axes = plots.curves({"RoPE": (x, values[0])}, "step", "loss (nats)").axes[0]  # one seed: a line and nothing around it
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), values[0])
+    assert not axes.collections
+
+
+def test_a_diverged_seed_ends_in_a_cross_and_counts_in_no_mean():
+    x, values = np.arange(4), np.array([[1.0, 2.0, 3.0, 4.0], [3.0, 4.0, 5.0, 6.0], [9.0, 8.0, np.nan, 7.0]])
+    figure = plots.curves({"RoPE": (x, values), "ALiBi": (x, np.full((2, 4), np.inf))}, "step", "loss (nats)")
+    axes = figure.axes[0]
+    assert legend_names(figure) == ["RoPE (1 of 3 diverged)", "ALiBi (all diverged)"]
+    (mean,) = [line for line in axes.lines if line.get_label().startswith("RoPE")]
+    np.testing.assert_allclose(mean.get_ydata(), [2, 3, 4, 5])
+    assert [(x, y) for x, y, _ in markers(axes, "x")] == [(1, 8.0)]
 
 
 def test_nothing_is_held_open_and_import_loads_no_matplotlib():
