@@ -4,21 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.encoding import Dims, PositionalEncoding, check_at_least, leaf
+from posjax.encoding import Dims, PositionalEncoding, check_at_least, check_positive, is_traced, leaf
 from posjax.phases import angles, geometric_frequencies
 from posjax.typing import Array, Params
 
 
-def sinusoidal(theta: float = 10_000.0) -> PositionalEncoding:
+def sinusoidal(theta: Array | float = 10_000.0) -> PositionalEncoding:
     """Sinusoids of geometric wavelengths, added to the embeddings.
 
     PE[p, 2m] = sin(p / theta^(2m/D)), PE[p, 2m+1] = cos(p / theta^(2m/D)).
 
     Args:
-      theta: the base; wavelengths run from 2 pi to 2 pi theta positions.
+      theta: the base; wavelengths run from 2 pi to 2 pi theta positions. It may be a traced scalar: a setting of a sweep, with
+        gradient zero. Phases are then products in float32, off by up to 2e-7 of themselves.
 
     Raises:
-      ValueError: theta is not positive, or (in ``embed``) D is odd.
+      ValueError: theta is not one positive number (a traced one gives NaN), or (in ``embed``) D is odd.
 
     Vaswani et al., arXiv:1706.03762, section 3.5.
     """
@@ -59,10 +60,9 @@ def learned(init_scale: float = 0.02) -> PositionalEncoding:
     return PositionalEncoding(name="learned", init=init, embed=embed, max_length=lambda dims: dims.max_length)
 
 
-def check_theta(theta: float) -> None:
+def check_theta(theta: Array | float) -> None:
     """Raises ValueError for a base that gives no frequencies. A traced theta (one of a sweep) passes."""
-    if not isinstance(theta, jax.core.Tracer) and not theta > 0:
-        raise ValueError(f"theta must be positive, got {theta!r}; 10_000.0 is usual")
+    check_positive("theta", theta, "10_000.0 is usual")
 
 
 def require_max_length(name: str, dims: Dims) -> int:
@@ -76,7 +76,7 @@ def require_max_length(name: str, dims: Dims) -> int:
 def check_within(name: str, positions: Array, length: int) -> None:
     """Raises ValueError where positions fall outside a table of that length, as far as shapes and known values can tell."""
     reach = positions.shape[-1]
-    if not isinstance(positions, jax.core.Tracer) and positions.size:
+    if not is_traced(positions) and positions.size:
         # NumPy, because even on a known array a jax operation inside jit gives a value that is not.
         known = np.asarray(positions)
         if known.min() < 0:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.bias import BiasTerm, Mask
-from posjax.encoding import AttentionInputs, PositionalEncoding, identity
+from posjax.encoding import AttentionInputs, PositionalEncoding, identity, is_traced
 from posjax.kernels import dense, gpu, tiled, tpu
 from posjax.kernels.blocks import Blocks, check_blocks
 from posjax.kernels.gpu_blocks import GpuBlocks, check_gpu_blocks
@@ -383,7 +383,7 @@ def place(name: str, positions: Array | None, batch: int, length: int) -> Array:
     if positions.shape not in ((length,), (1, length), (batch, length)):
         raise ValueError(f"{name} must have shape ({length},) or ({batch}, {length}), got {positions.shape}")
     # NumPy, because even on a known array a jax operation inside jit gives a value that is not.
-    if not isinstance(positions, jax.core.Tracer) and (least := np.asarray(positions).min()) < 0:
+    if not is_traced(positions) and (least := np.asarray(positions).min()) < 0:
         raise ValueError(f"{name} must not be negative, got {least}; mask padding out by mask or segment_ids")
     return positions.astype(jnp.int32).reshape(-1, length)
 

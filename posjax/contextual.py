@@ -1,6 +1,6 @@
 """Contextual Position Encoding (CoPE): positions counted by gates that depend on content.
 
-    g_ij = sigmoid(q_i.k_j / sqrt(H))          gate: does key j count, as query i sees it?
+    g_ij = sigmoid(q_i.k_j / sqrt(H))          gate: does key j count, as query i sees it? (+ gate_bias inside)
     p_ij = sum of g_ik for k = j .. i          position: how many counted between key and query, both included
     bias_ij = q_i.e(p_ij)                      e interpolated between integer positions, clamped at the last
 
@@ -8,16 +8,17 @@ Each bias term is a walk over tiles from the right to the left: a row carries it
 (Not Clipped RoPE, nor Complex Positional Encoding, which go by the same letters.)
 """
 
-import functools
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from posjax.bias import BiasTerm, Interpolation, Tile
-from posjax.encoding import AttentionInputs, Dims, PositionalEncoding, check_at_least, leaf
-from posjax.relative import alibi_slopes
+from posjax.encoding import AttentionInputs, Dims, PositionalEncoding, check_at_least, check_finite, is_traced, leaf, setting
+from posjax.relative import check_slope, slopes_of_heads
 from posjax.typing import Array, Float, Params
 
 Gates = Literal["logits", "content", "keys", "values"]
@@ -29,6 +30,8 @@ def cope(
     scaled: bool = False,
     per_head: bool = False,
     shared: bool = True,
+    gate_bias: Array | float = 0.0,
+    clamp: Array | int | None = None,
 ) -> PositionalEncoding:
     """Contextual position encoding: a bias q_i.e(p_ij), where p_ij counts the gates from the key to the query.
 
@@ -45,15 +48,21 @@ def cope(
       scaled: False adds z as it is (Listing 1 of the paper); True scales it like q.k (the released code). They train differently.
       per_head: embeddings for each head; False: one for all heads, as in the paper.
       shared: one set of parameters for all layers, as in the paper; False: one for each.
+      gate_bias: added to the logits of the gates, in nats: g = sigmoid(logit + gate_bias), so that a negative one begins with gates
+        that are rarely open. It may be a traced scalar: a setting of a sweep, with gradient zero. The "pallas" kernels take none
+        but the number 0.
+      clamp: positions clamp here instead, an integer from 1 to P - 1: ``cope(64, clamp=15)`` is ``cope(16)`` with the first 16
+        embeddings, at the cost of 64. It may be a traced scalar: a setting of a sweep; one of floats is rounded.
 
     Raises:
-      ValueError: max_position below 2, unknown gates, gates="keys" without ``condition``, or (in attention) neither is_causal nor
-        a mask.
+      ValueError: max_position below 2, unknown gates, a gate_bias that is not finite, a clamp that is not in range (a traced one
+        gives NaN), gates="keys" without ``condition``, or (in attention) neither is_causal nor a mask.
 
     Golovneva et al., arXiv:2405.18719, equations 3 to 6 and Listing 1.
     """
     check_at_least("max_position", max_position, 2)
-    _check_gates(gates)
+    _check_gates(gates, gate_bias)
+    _check_clamp(clamp, max_position)
 
     def init(key: Array, dims: Dims) -> Params:
         heads = (dims.num_heads,) if per_head else ()
@@ -64,44 +73,49 @@ def cope(
         shape = (heads, max_position, head_dim) if per_head else (max_position, head_dim)
         embedding = leaf(params, "embedding", "cope", shape)
         embedding = embedding * inputs.scale if scaled else embedding
-        return (_counting_term("interpolated", gates, params, inputs, embedding),)
+        embedding = embedding if clamp is None else _clamped(embedding, clamp)
+        return (_counting_term("cope", gates, gate_bias, params, inputs, embedding),)
 
     return _contextual("cope", gates, shared, init, bias)
 
 
 def cope_alibi(
-    slope: float | None = None, learned: bool = False, gates: Gates = "logits", shared: bool = True
+    slope: Array | float | None = None,
+    learned: bool = False,
+    gates: Gates = "logits",
+    shared: bool = True,
+    gate_bias: Array | float = 0.0,
 ) -> PositionalEncoding:
     """ALiBi over contextual positions: bias_ij = -m p_ij, with p_ij counted as in ``cope`` and no last position.
 
     Args:
-      slope: m, for every head; None takes ALiBi's slope of each head.
+      slope: m of every head, in nats per position; None takes ALiBi's slope of each head. It may be a traced scalar: a setting of a
+        sweep, with gradient zero.
       learned: m is learned, params["slope"] [N], and begins at ``slope``.
-      gates, shared: as in ``cope``.
+      gates, shared, gate_bias: as in ``cope``.
 
     Raises:
-      ValueError: a slope that is not positive, unknown gates.
+      ValueError: a slope that is not one positive number (a traced one gives NaN), unknown gates, a gate_bias that is not finite.
 
     Golovneva et al., arXiv:2405.18719, the CoPE_ALiBi rows.
     """
-    if slope is not None and not slope > 0:
-        raise ValueError(f"slope must be positive, got {slope!r}; None takes ALiBi's slopes")
-    _check_gates(gates)
-
-    def initial(num_heads: int) -> Array:
-        return jnp.asarray(alibi_slopes(num_heads)) if slope is None else jnp.full(num_heads, slope, jnp.float32)
+    check_slope(slope)
+    _check_gates(gates, gate_bias)
 
     def init(key: Array, dims: Dims) -> Params:
-        return _gate_params(gates, key, dims) | ({"slope": initial(dims.num_heads)} if learned else {})
+        return _gate_params(gates, key, dims) | ({"slope": slopes_of_heads(slope, dims.num_heads)} if learned else {})
 
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        slopes = leaf(params, "slope", "cope_alibi", (inputs.query.shape[2],)) if learned else initial(inputs.query.shape[2])
-        return (_counting_term("penalised", gates, params, inputs, slopes),)
+        heads = inputs.query.shape[2]
+        slopes = leaf(params, "slope", "cope_alibi", (heads,)) if learned else slopes_of_heads(slope, heads)
+        return (_counting_term("cope_alibi", gates, gate_bias, params, inputs, slopes),)
 
     return _contextual("cope_alibi", gates, shared, init, bias)
 
 
-def cope_mlp(hidden_dim: int = 64, gates: Gates = "logits", scaled: bool = False, shared: bool = True) -> PositionalEncoding:
+def cope_mlp(
+    hidden_dim: int = 64, gates: Gates = "logits", scaled: bool = False, shared: bool = True, gate_bias: Array | float = 0.0
+) -> PositionalEncoding:
     """CoPE with position embeddings made by a small network: bias_ij = q_i.e(p_ij), e(p) = W_2 relu(w_1 p + b_1).
 
     There is no last position, and no b_2: it would add the same to every key of a row, which softmax does not see.
@@ -111,15 +125,15 @@ def cope_mlp(hidden_dim: int = 64, gates: Gates = "logits", scaled: bool = False
 
     Args:
       hidden_dim: F, the width of the network.
-      gates, scaled, shared: as in ``cope``.
+      gates, scaled, shared, gate_bias: as in ``cope``.
 
     Raises:
-      ValueError: hidden_dim below 1, unknown gates.
+      ValueError: hidden_dim below 1, unknown gates, a gate_bias that is not finite.
 
     Golovneva et al., arXiv:2405.18719, the CoPE_MLP row; the paper does not give the network's shape, this one is ours.
     """
     check_at_least("hidden_dim", hidden_dim, 1)
-    _check_gates(gates)
+    _check_gates(gates, gate_bias)
 
     def init(key: Array, dims: Dims) -> Params:
         gate_key, key = jax.random.split(key)
@@ -136,7 +150,7 @@ def cope_mlp(hidden_dim: int = 64, gates: Gates = "logits", scaled: bool = False
         weight_out = leaf(params, "weight_out", "cope_mlp", (hidden_dim, inputs.query.shape[3]))
         weight_out = weight_out * inputs.scale if scaled else weight_out
         first = tuple(leaf(params, name, "cope_mlp", (hidden_dim,)) for name in ("weight_in", "bias_in"))
-        return (_counting_term("network", gates, params, inputs, (*first, weight_out)),)
+        return (_counting_term("cope_mlp", gates, gate_bias, params, inputs, (*first, weight_out)),)
 
     return _contextual("cope_mlp", gates, shared, init, bias)
 
@@ -222,13 +236,14 @@ def gates_and_positions(term: BiasTerm, tile: Tile) -> tuple[Array, Array] | Non
 
     Gates are zero where masked; positions are not clamped. None for a term that does not count.
     """
-    if getattr(term.function, "func", None) is not _counting_tile:
+    if not isinstance(term.function, _CountingTile):
         return None
-    gates = _gates(tile, term.rows, term.columns, term.tables[0])
+    gates = _gates(tile, term.rows, term.columns, term.tables)
     return gates, _positions(gates, term.carry)
 
 
-def _gates(tile: Tile, rows: dict[str, Array], columns: dict[str, Array], scale: Array) -> Array:
+def _gates(tile: Tile, rows: dict[str, Array], columns: dict[str, Array], tables: tuple) -> Array:
+    scale, _, *gate_bias = tables
     logits = tile.logits
     if columns:
         query, key = rows["query"], columns["gate_key"]
@@ -236,6 +251,8 @@ def _gates(tile: Tile, rows: dict[str, Array], columns: dict[str, Array], scale:
         grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], length, width)
         logits = jnp.einsum("bkgth,bksh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
         logits = logits.reshape(batch, heads, length, key.shape[2])
+    for more in gate_bias:  # one, or none
+        logits = logits + more
     return jnp.where(tile.allowed, jax.nn.sigmoid(logits), 0.0)
 
 
@@ -258,35 +275,57 @@ def _sum_to_the_right(gates: Array) -> Array:
     return (within + right[..., None]).reshape(padded.shape)[..., :columns]
 
 
-def _counting_tile(bias_of_count, tile: Tile, rows: dict, columns: dict, tables: tuple, carry: Array) -> tuple[Array, Array]:
-    scale, tables = tables
-    counts = _positions(_gates(tile, rows, columns, scale), carry)
-    return bias_of_count(counts, rows, tables), counts[..., 0]
+@dataclasses.dataclass(frozen=True)
+class _CountingTile:
+    """The function of a term: equal for equal encodings, so that a term made twice is one term to jit; named in messages."""
+
+    name: str
+    bias_of_count: Callable[[Array, dict[str, Array], Any], Array]
+
+    def __call__(self, tile: Tile, rows: dict, columns: dict, tables: tuple, carry: Array) -> tuple[Array, Array]:
+        counts = _positions(_gates(tile, rows, columns, tables), carry)
+        return self.bias_of_count(counts, rows, tables[1]), counts[..., 0]
+
+    def __repr__(self) -> str:
+        return self.name
 
 
-# What a term makes of counts: its function, load and settle. Made once, so that equal terms are one term to jit.
+# What a term makes of counts, its load and its settle.
 _COUNTING = {
-    "interpolated": (functools.partial(_counting_tile, _interpolated), _load_interpolated, _settle_interpolated),
-    "penalised": (functools.partial(_counting_tile, _penalised), None, None),
-    "network": (functools.partial(_counting_tile, _network), _load_network, None),
+    "cope": (_interpolated, _load_interpolated, _settle_interpolated),
+    "cope_alibi": (_penalised, None, None),
+    "cope_mlp": (_network, _load_network, None),
 }
 
 
-def _counting_term(kind: str, gates: Gates, params: Params, inputs: AttentionInputs, tables: Any) -> BiasTerm:
-    function, load, settle = _COUNTING[kind]
+def _counting_term(
+    encoding: str, gates: Gates, gate_bias: Array | float, params: Params, inputs: AttentionInputs, tables: Any
+) -> BiasTerm:
+    """A term with tables (scale, those of the encoding), and the gates' bias where it is not the number 0."""
+    bias_of_count, load, settle = _COUNTING[encoding]
+    biased = is_traced(gate_bias) or gate_bias != 0
+    name = f"{encoding} with gates={gates!r}{' and a gate_bias' if biased else ''}"
     rows = {} if load is None and gates == "logits" else {"query": jnp.swapaxes(inputs.query, 1, 2)}
     columns = {} if gates == "logits" else {"gate_key": jnp.swapaxes(_gate_key(gates, params, inputs), 1, 2)}
     batch, length, heads, _ = inputs.query.shape
     return BiasTerm(
-        function=function,
+        function=_CountingTile(name, bias_of_count),
         rows=rows,
         columns=columns,
-        tables=(jnp.asarray(inputs.scale, jnp.float32), tables),
+        tables=(jnp.asarray(inputs.scale, jnp.float32), tables, *((setting(gate_bias),) if biased else ())),
         carry=jnp.zeros((batch, heads, length), jnp.float32),
         load=load,
         settle=settle,
-        fused=Interpolation() if kind == "interpolated" and gates == "logits" else None,
+        fused=Interpolation() if encoding == "cope" and gates == "logits" and not biased else None,
     )
+
+
+def _clamped(embedding: Array, clamp: Array | float) -> Array:
+    """[..., P, H] with the clamp's row in place of all behind it: interpolation is constant there. NaN for a clamp out of range."""
+    clamp, last = setting(clamp), embedding.shape[-2] - 1
+    row = jnp.minimum(jnp.arange(last + 1), jnp.round(clamp).astype(jnp.int32))
+    row = jnp.where((clamp >= 1) & (clamp <= last), row, last + 1)
+    return embedding.at[..., row, :].get(mode="fill", fill_value=jnp.nan)
 
 
 def _gate_key(gates: Gates, params: Params, inputs: AttentionInputs) -> Array:
@@ -319,6 +358,15 @@ def _gate_params(gates: Gates, key: Array, dims: Dims) -> Params:
     return {"gate_kernel": jax.random.normal(key, shape, jnp.float32) * dims.embed_dim**-0.5}
 
 
-def _check_gates(gates: str) -> None:
+def _check_gates(gates: str, gate_bias: Array | float) -> None:
     if gates not in ("logits", "content", "keys", "values"):
         raise ValueError(f"gates must be 'logits', 'content', 'keys' or 'values', got {gates!r}")
+    check_finite("gate_bias", gate_bias)
+
+
+def _check_clamp(clamp: Array | int | None, max_position: int) -> None:
+    if clamp is None:
+        return
+    check_finite("clamp", clamp)
+    if not is_traced(clamp) and not (clamp == int(clamp) and 1 <= clamp < max_position):
+        raise ValueError(f"clamp must be an integer from 1 to max_position - 1 = {max_position - 1}, got {clamp!r}; None is that")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.attention import Implementation, check_encoding, check_operands, prepare, run
-from posjax.encoding import Dims, PositionalEncoding, check_at_least
+from posjax.encoding import Dims, PositionalEncoding, check_at_least, is_traced
 from posjax.linear_attention import LinearCache
 from posjax.typing import Array, Float, Int, Params
 
@@ -185,7 +185,7 @@ def attend(
 
 def check_room(cache: LayerCache, tokens: int) -> None:
     """Raises ValueError where a full cache has no room for so many more tokens, if what it holds is known here."""
-    if isinstance(cache, LinearCache) or cache.window is not None or isinstance(cache.used, jax.core.Tracer):
+    if isinstance(cache, LinearCache) or cache.window is not None or is_traced(cache.used):
         return
     slots, used = cache.positions.shape[-1], int(np.max(cache.used))
     if used + tokens > slots:

@@ -8,14 +8,17 @@ An encoding may act at four places, and most act at one:
 """
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from posjax.bias import BiasTerm, Rotation
-from posjax.typing import Array, Params
+from posjax.typing import Array, Float, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,3 +238,31 @@ def check_at_least(name: str, value: Any, least: int) -> None:
     """Raises ValueError where a size is not an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+# Settings: numbers of an encoding that change no shapes, so that one compiled program serves many values of them -------
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is not known before the program runs: an argument of a function under jit, vmap or grad."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def setting(value: Array | float) -> Float[Array, ""]:
+    """A setting as a float32 scalar with gradient zero: some kernels have no gradient in it, so none has."""
+    return jax.lax.stop_gradient(jnp.asarray(value, jnp.float32))
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Raises ValueError where a setting is not one finite number. What is traced is known by its shape alone."""
+    is_number = isinstance(value, numbers.Real | jax.Array) and not isinstance(value, bool) and np.shape(value) == ()
+    if not is_number or not (is_traced(value) or math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number, or a traced scalar, got {value!r}")
+
+
+def check_positive(name: str, value: Any, hint: str) -> None:
+    """Raises ValueError where a setting is not one positive number. What is traced is known by its shape alone."""
+    if np.shape(value) != ():
+        raise ValueError(f"{name} must be one number, or a traced scalar, got shape {np.shape(value)}; {hint}")
+    if not is_traced(value) and not value > 0:
+        raise ValueError(f"{name} must be positive, got {value!r}; {hint}")

@@ -1,14 +1,37 @@
 """Angles of sinusoids and rotations: position times frequency, exact far past the point where a float32 product is not."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 
+from posjax.encoding import is_traced, setting
 from posjax.typing import Array, Float
 
 
-def geometric_frequencies(theta: float, width: int) -> np.ndarray:
-    """theta^(-2m/width) for m = 0 .. width/2 - 1, in radians per position, float64 (RoFormer, section 3.2.2)."""
-    return np.asarray(theta, np.float64) ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+def geometric_frequencies(theta: Array | float, width: int) -> np.ndarray | Array:
+    """theta^(-2m/width) for m = 0 .. width/2 - 1, in radians per position (RoFormer, section 3.2.2).
+
+    NumPy and float64; where theta is traced, jax and float32: then a theta that is not positive gives NaN or infinity.
+    """
+    ratio = np.arange(0, width, 2, dtype=np.float64) / width
+    return _traced_power(theta, ratio) if is_traced(theta) else np.asarray(theta, np.float64) ** -ratio
+
+
+def _traced_power(theta: Array, ratio: np.ndarray) -> Float[Array, " F"]:
+    """theta^-ratio within 2.3 * 2^-24 of itself, on a CPU; exp2(-ratio * log2(theta)) is off by twenty times as much.
+
+    With theta = 2^e f, the exponent is e * ratio + log2(f) * ratio. The product of e, an integer, and the leading bits of a ratio
+    is exact, and its whole part goes into the result as it is. The sum that is left for exp2 is small, and so is its rounding.
+    """
+    leading = np.round(ratio * 2.0**12) / 2.0**12
+    theta = setting(theta)
+    exponent = jnp.frexp(theta * math.sqrt(2.0))[1] - 1  # so that f is as near to 1 as can be
+    product = exponent * jnp.asarray(leading, jnp.float32)
+    whole = jnp.round(product)
+    rest = exponent * jnp.asarray(ratio - leading, jnp.float32)
+    rest = rest + jnp.log2(jnp.ldexp(theta, -exponent)) * jnp.asarray(ratio, jnp.float32)
+    return jnp.ldexp(jnp.exp2(-(product - whole) - rest), -whole.astype(jnp.int32))
 
 
 def angles(positions: Array, frequencies: np.ndarray | Array) -> Float[Array, "..."]:

@@ -8,21 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.bias import BiasTerm, Lookup, Penalty, position_bias
-from posjax.encoding import AttentionInputs, Dims, PositionalEncoding, check_at_least, leaf
-from posjax.typing import Array, Int, Params
+from posjax.encoding import AttentionInputs, Dims, PositionalEncoding, check_at_least, check_positive, leaf, setting
+from posjax.typing import Array, Float, Int, Params
 
 
-def alibi() -> PositionalEncoding:
+def alibi(slope: Array | float | None = None) -> PositionalEncoding:
     """A linear penalty on distance, with a fixed slope a head: bias = -m_n |i - j|, not divided by sqrt(H).
 
     Slopes start at 2^(-8/N) with that ratio; where N is not a power of two, by the rule of the released code.
 
+    Args:
+      slope: m of every head, in nats per position; None takes ALiBi's slope of each head. It may be a traced scalar: a setting of a
+        sweep, with gradient zero.
+
+    Raises:
+      ValueError: a slope that is not one positive number; a traced one gives NaN.
+
     Press et al., arXiv:2108.12409.
     """
+    check_slope(slope)
 
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        slopes = jnp.asarray(alibi_slopes(inputs.query.shape[2]))
-        return (position_bias(_linear_penalty, slopes, Penalty()),)
+        return (position_bias(_linear_penalty, slopes_of_heads(slope, inputs.query.shape[2]), Penalty()),)
 
     return PositionalEncoding(name="alibi", bias=bias)
 
@@ -39,6 +46,19 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
         return 2.0 ** (-8.0 / n * np.arange(1, n + 1))
 
     return np.concatenate([powers(closest), powers(2 * closest)[0::2][: num_heads - closest]]).astype(np.float32)
+
+
+def check_slope(slope: Array | float | None) -> None:
+    """Raises ValueError for a slope that does not fall."""
+    if slope is not None:
+        check_positive("slope", slope, "None takes ALiBi's slopes")
+
+
+def slopes_of_heads(slope: Array | float | None, num_heads: int) -> Float[Array, " N"]:
+    """[N] float32: one slope for every head, NaN where it is not positive, or ALiBi's slope of each where it is None."""
+    if slope is None:
+        return jnp.asarray(alibi_slopes(num_heads))
+    return jnp.full(num_heads, jnp.where(setting(slope) > 0, setting(slope), jnp.nan))
 
 
 def _linear_penalty(query_positions: Array, key_positions: Array, slopes: Array) -> Array:

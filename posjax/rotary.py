@@ -9,20 +9,21 @@ from posjax.phases import angles, geometric_frequencies
 from posjax.typing import Array, Float, Int, Params
 
 
-def rope(theta: float = 10_000.0, fraction: float = 1.0, pairing: Pairing = "half") -> PositionalEncoding:
+def rope(theta: Array | float = 10_000.0, fraction: float = 1.0, pairing: Pairing = "half") -> PositionalEncoding:
     """Rotates pairs of channels of query and key by position * theta_m, so that q.k depends on the distance alone.
 
     (q_a, q_b) -> (q_a cos - q_b sin, q_a sin + q_b cos) with phase p * theta^(-2m/R), m = 0 .. R/2 - 1, R = fraction * H.
 
     Args:
-      theta: base of the frequencies; wavelengths run from 2 pi to 2 pi theta positions.
+      theta: base of the frequencies; wavelengths run from 2 pi to 2 pi theta positions. It may be a traced scalar: a setting of a
+        sweep, with gradient zero. Phases are then products in float32, off by up to 2e-7 of themselves.
       fraction: share of the head's channels that are rotated, the first ones; 0.25 in GPT-NeoX.
       pairing: which channels form pair m: "half" is (m, m + R/2) (GPT-NeoX, transformers' Llama), "interleaved" is
         (2m, 2m + 1) (GPT-J, Meta's Llama). Checkpoints of one are wrong in the other: ``convert_pairing`` reorders them.
 
     Raises:
-      ValueError: theta is not positive, fraction is outside (0, 1], pairing is unknown, or (in ``rotate``) fraction * H is
-        not an even number of channels.
+      ValueError: theta is not one positive number (a traced one gives NaN), fraction is outside (0, 1], pairing is unknown, or
+        (in ``rotate``) fraction * H is not an even number of channels.
 
     Su et al., arXiv:2104.09864, equation 34.
     """
