@@ -232,7 +232,11 @@ class _Fleet:
         """Compiled for as many runs at once as the device has memory for."""
         while True:
             mapped = over_runs(function, self.devices, self.at_once)
-            program = jax.jit(lambda state, fixed, shared, mapped=mapped: mapped((state, fixed), shared), donate_argnums=0)
+
+            def train_piece(state: Any, fixed: Any, shared: Any, mapped: Callable[[Any, Any], Any] = mapped) -> Any:
+                return mapped((state, fixed), shared)
+
+            program = jax.jit(train_piece, donate_argnums=0)
             self.compilations["train"] += 1
             last_try = self.at_once == 1 or not self.may_shrink
             try:
@@ -380,9 +384,10 @@ def _train_group(
 
 def _line(metrics: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
     """A line of metrics.jsonl from those of a piece, a number for every run; null for what is not finite."""
-    last = {name: metrics[name][:, -1] for name in ("loss", "learning_rate", "grad_norm", "skipped") if name in metrics}
-    last |= {"mean_loss": metrics["loss"].mean(1), "first_loss": metrics["loss"][:, 0], "streak": metrics["skipped_in_a_row"].max(1)}
-    return {name: [json_number(x) for x in values.tolist()] for name, values in last.items()}
+    line = {name: metrics[name][:, -1] for name in ("loss", "learning_rate", "grad_norm", "skipped") if name in metrics}
+    line |= {"first_loss": metrics["loss"][:, 0], "mean_loss": metrics["loss"].mean(1)}
+    line |= {"streak": metrics["skipped_in_a_row"].max(1)}
+    return {name: [json_number(x) for x in values.tolist()] for name, values in line.items()}
 
 
 def _diverged(lines: Sequence[Mapping[str, Any]], run: int) -> int | None:

@@ -1,4 +1,4 @@
-"""The command line: posjax train | compare | evaluate | generate | bench | list."""
+"""The command line: posjax train | compare | ablate | evaluate | generate | bench | list."""
 
 import functools
 import os
@@ -12,6 +12,7 @@ usage: posjax VERB configs/NAME.py [--field value ...] [--workdir DIR]
 
   train      trains one encoding; the same command goes on where it stopped
   compare    trains every encoding of the config on the same data, evaluates longer than trained, draws the figures
+  ablate     trains a whole grid at once: --sweep learning_rate=1e-3,3e-4 --sweep rope.theta=1e4,1e5 --seeds 8
   evaluate   evaluates the newest checkpoint of a workdir
   generate   goes on from a prompt with the newest checkpoint of a workdir: --prompt "def "
   bench      measures: posjax bench attention [--lengths 2048 8192 ...] | schedule [--generations v6e ...] | gpu | tune
@@ -19,7 +20,7 @@ usage: posjax VERB configs/NAME.py [--field value ...] [--workdir DIR]
 
 posjax VERB configs/NAME.py --help explains every field.
 """
-VERBS = ("train", "compare", "evaluate", "generate", "bench", "list")
+VERBS = ("train", "compare", "ablate", "evaluate", "generate", "bench", "list")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return bench(rest)
         if verb == "generate":
             return generate(rest)
+        if verb == "ablate":
+            return ablate(rest, shlex.join(["posjax", *argv]))
         run = {"train": train, "compare": compare, "evaluate": evaluate}[verb]
         run(parse(rest), shlex.join(["posjax", *argv]))
     except Interrupted:  # which has said how to resume
@@ -107,6 +110,27 @@ def compare(config, command: str) -> None:
     say = _say()
     rows = runs.compare(config, workdir, source, command=command, say=say)
     _report(rows, config, source, workdir, say)
+
+
+def ablate(args: Sequence[str], command: str) -> None:
+    """posjax ablate: every combination of encodings and sweeps with every seed, those of the same shapes as one program."""
+    from posjax import ablation as engine
+    from posjax import runs
+    from posjax.config import claim_workdir
+    from posjax.source import open_source
+    from posjax.sweeps import Ablation, grid, parse_sweep
+
+    ablation, config = parse(args, Ablation)
+    points = grid(config, [parse_sweep(text) for text in ablation.sweep])
+    seeds = tuple(range(config.seeds[0])) if len(config.seeds) == 1 and config.seeds[0] > 0 else config.seeds
+    engine.spread_over_cores(len(points) * len(seeds))
+    source = open_source(config)
+    for point in points:
+        runs.check(point.config, (point.config.encoding,), source, devices=1)
+    workdir = claim_workdir(config)
+    say = _say()
+    rows = engine.ablate(points, seeds, workdir, source, at_once=ablation.runs_at_once, command=command, say=say)
+    _report_ablation(rows, config, source, workdir, say)
 
 
 def evaluate(config, command: str) -> None:
@@ -211,23 +235,46 @@ def _say() -> Callable[[str], None]:
 
 def _report(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
     from posjax import report
-    from posjax.datasets.corpus import unigram_bits_per_byte
     from posjax.evaluation import MEASURES, TASK_MEASURE
 
     measure, label = MEASURES.get(config.task, TASK_MEASURE)
-    length = config.seq_length if source.task is None else source.task.length
-    heading = f"{label}, trained on {length} tokens, {config.steps:,} steps of {config.batch_size} sequences"
-    if config.task == "lm":
-        entropy = unigram_bits_per_byte(source.validation)
-        heading += f"; unigram entropy of the validation text: {entropy:.3f} bits per byte"
-    if source.task is None:
-        heading += ".\nColumns are evaluation lengths in tokens; 'max n' is where an encoding's table of positions ends."
+    heading = _heading(config, source, label)
     report.write_results(rows, measure, workdir, heading)
     figures = report.write_figures(rows, measure, label, config.seq_length, workdir)
     say("")
     say(heading)
     _print_table(*report.table_cells(rows, measure))
     say("\n".join(str(path) for path in (workdir / "results.json", workdir / "results.md", *figures)))
+
+
+def _report_ablation(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
+    from posjax import report
+    from posjax.evaluation import MEASURES, TASK_MEASURE
+
+    measure, label = MEASURES.get(config.task, TASK_MEASURE)
+    seeds = len({row["seed"] for row in rows})
+    heading = _heading(config, source, label) + f".\nMean of {seeds} seed{'s' if seeds > 1 else ''}"
+    heading += ", ± standard deviation, [95 % interval of the mean]." if seeds > 1 else "."
+    heads, cells = report.write_ablation(rows, measure, label, workdir, heading)
+    say("")
+    say(heading)
+    _print_table(heads, cells)
+    files = ("results.json", "results.md", "dots.png", "curves.png")
+    say("\n".join(str(workdir / name) for name in files if (workdir / name).exists()))
+
+
+def _heading(config, source, label: str) -> str:
+    """What a table shows, over it."""
+    from posjax.datasets.corpus import unigram_bits_per_byte
+
+    length = config.seq_length if source.task is None else source.task.length
+    heading = f"{label}, trained on {length} tokens, {config.steps:,} steps of {config.batch_size} sequences"
+    if config.task == "lm":
+        entropy = unigram_bits_per_byte(source.validation)
+        heading += f"; unigram entropy of the validation text: {entropy:.3f} bits per byte"
+    if source.task is None:
+        heading += ".\nColumns are evaluation lengths in tokens; 'max n' is where an encoding's table of positions ends"
+    return heading
 
 
 def _print_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
@@ -242,7 +289,7 @@ def _print_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
         table.add_column(head, justify="right" if number else "left", overflow="fold")
     for line in cells:
         table.add_row(*line)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)  # a file has no width of its own
 
 
 if __name__ == "__main__":

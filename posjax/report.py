@@ -1,6 +1,7 @@
 """Results as files: results.json, results.md and figures, from the rows that ``posjax.runs`` returns."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 
 from posjax import plots
 from posjax.specs import slug
+from posjax.statistics import summary
 
 Row = Mapping[str, Any]
 
@@ -52,9 +54,103 @@ def table_cells(rows: Sequence[Row], measure: str) -> tuple[list[str], list[list
 
 def markdown_table(rows: Sequence[Row], measure: str) -> str:
     """The table in Markdown."""
-    heads, cells = table_cells(rows, measure)
+    return _markdown(*table_cells(rows, measure))
+
+
+def _markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     return "\n".join(lines + ["| " + " | ".join(line) + " |" for line in cells])
+
+
+# Ablations -------------------------------------------------------------------------------------------------------------
+
+
+def write_ablation(rows: Sequence[Row], measure: str, label: str, workdir: Path, heading: str) -> tuple[list[str], list[list[str]]]:
+    """Writes results.json, results.md, dots.png and curves.png of the rows of ``posjax.ablation.ablate``; returns the table."""
+    kept = ("encoding", "seed", "settings", "metrics", "diverged")
+    slim = [{name: row[name] for name in kept} for row in rows]
+    (workdir / "results.json").write_text(json.dumps({"rows": slim}, indent=1) + "\n")
+    heads, cells = ablation_cells(rows, measure)
+    (workdir / "results.md").write_text(f"{heading}\n\n{_markdown(heads, cells)}\n")
+    encodings = {row["label"]: row["encoding"] for row in rows}
+    columns = [column for column in rows[0]["metrics"][measure] if any(row["metrics"][measure][column] is not None for row in rows)]
+    plots.save(plots.dots({c: seeds_of(rows, measure, c) for c in columns}, label, encodings), workdir / "dots.png")
+    if trained := training_curves(rows):
+        plots.save(plots.curves(trained, "step", "training loss (nats)", encodings), workdir / "curves.png")
+    return heads, cells
+
+
+def by_label(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of one setting together, in their order."""
+    grouped: dict[str, list[Row]] = {}
+    for row in rows:
+        grouped.setdefault(row["label"], []).append(row)
+    return grouped
+
+
+def seeds_of(rows: Sequence[Row], measure: str, column: str) -> dict[str, list[float]]:
+    """{setting: value of each seed} of one column; NaN for a seed whose training diverged, nothing where it cannot be measured."""
+    return {
+        label: [
+            math.nan if row["diverged"] is not None or row["metrics"][measure][column] is None else row["metrics"][measure][column]
+            for row in group
+            if row["diverged"] is not None or column not in _out_of_reach(row, measure)
+        ]
+        for label, group in by_label(rows).items()
+    }
+
+
+def _out_of_reach(row: Row, measure: str) -> list[str]:
+    """Columns of lengths that the row's encoding cannot place."""
+    limit = row["metrics"]["limit"]
+    return [c for c in row["metrics"][measure] if limit is not None and c.isdigit() and int(c) > limit]
+
+
+def training_curves(rows: Sequence[Row]) -> dict[str, tuple[list[int], list[list[float]]]]:
+    """{setting: (steps, loss of each seed)}, without the seeds whose training diverged: they would set the scale."""
+    good = by_label([row for row in rows if row["diverged"] is None])
+    return {
+        label: (group[0]["curve"]["step"], [[math.nan if x is None else x for x in row["curve"]["loss"]] for row in group])
+        for label, group in good.items()
+    }
+
+
+def ablation_cells(rows: Sequence[Row], measure: str) -> tuple[list[str], list[list[str]]]:
+    """Column heads and cells: mean over seeds, standard deviation, and the 95 % interval of the mean in brackets.
+
+    Seeds whose training diverged are counted in a column of their own and in no mean.
+    """
+    columns = list(rows[0]["metrics"][measure])
+    lost = {label: sum(row["diverged"] is not None for row in group) for label, group in by_label(rows).items()}
+    values = {column: seeds_of(rows, measure, column) for column in columns}
+    cells = []
+    for label, group in by_label(rows).items():
+        line = [label]
+        for column in columns:
+            if column in _out_of_reach(group[0], measure):
+                line.append(f"max {group[0]['metrics']['limit']}")
+            else:
+                line.append(spread([value for value in values[column][label] if math.isfinite(value)]) or "diverged")
+        line.append(f"{group[0]['metrics']['parameters']:,}")
+        cells.append([*line, f"{lost[label]} of {len(group)}"] if any(lost.values()) else line)
+    return ["setting", *columns, "parameters", *(["diverged"] if any(lost.values()) else [])], cells
+
+
+def spread(values: Sequence[float]) -> str:
+    """"mean ± deviation [low, high]" of the seeds of a setting, as far as there are enough of them."""
+    found = summary(values)
+    if found.mean is None:
+        return ""
+    if found.interval is None:
+        return f"{found.mean:.3g}"
+    low, high = found.interval
+    if min(values) >= 0:  # so can no mean be
+        low = max(low, 0.0)
+    digits = 3 if found.mean < 10 else 2 if found.mean < 100 else 1
+    return f"{found.mean:.{digits}f} ± {found.deviation:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+# Comparisons -----------------------------------------------------------------------------------------------------------
 
 
 def write_figures(rows: Sequence[Row], measure: str, label: str, train_length: int, workdir: Path) -> list[Path]:

@@ -192,8 +192,9 @@ def _rewritten(spec: str, change: Callable[[ast.Call], ast.Call]) -> str:
     def text(call: ast.Call) -> str:
         return ast.unparse(call if call.args or call.keywords else call.func)
 
-    made = {part: " + ".join(text(change(copy.deepcopy(call))) for call in _calls(part, spec)) for part in dict.fromkeys(_parts(spec))}
-    return " / ".join(made[part] for part in _parts(spec))
+    parts = _parts(spec)
+    made = {part: " + ".join(text(change(copy.deepcopy(call))) for call in _calls(part, spec)) for part in dict.fromkeys(parts)}
+    return " / ".join(made[part] for part in parts)
 
 
 def _place(call: ast.Call, argument: str) -> int:

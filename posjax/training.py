@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from posjax.encoding import is_traced
+
 Params = Any
 Batch = Any
 LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, jax.Array]]
@@ -75,9 +77,9 @@ def learning_rate_schedule(
         raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {decay!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if not _is_traced(warmup_steps) and not 0 <= warmup_steps <= steps:
+    if not is_traced(warmup_steps) and not 0 <= warmup_steps <= steps:
         raise ValueError(f"warmup_steps must be between 0 and steps ({steps}), got {warmup_steps}")
-    if not _is_traced(end_fraction) and not 0.0 <= end_fraction <= 1.0:
+    if not is_traced(end_fraction) and not 0.0 <= end_fraction <= 1.0:
         raise ValueError(f"end_fraction must be between 0 and 1, got {end_fraction}")
 
     def schedule(step):
@@ -92,11 +94,6 @@ def learning_rate_schedule(
         return peak * jnp.where(step < warmup_steps, warmup, remaining)
 
     return schedule
-
-
-def _is_traced(value: Any) -> bool:
-    """Whether a number is one of a sweep, known only when the program runs; its range was checked where it was written."""
-    return isinstance(value, jax.core.Tracer)
 
 
 def decay_mask(params: Params) -> Any:
@@ -142,7 +139,7 @@ def make_optimizer(
     Raises:
       ValueError: clip_norm is not positive.
     """
-    if clip_norm is not None and not _is_traced(clip_norm) and not clip_norm > 0:
+    if clip_norm is not None and not is_traced(clip_norm) and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, or None not to clip, got {clip_norm}")
     return optax.chain(
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
