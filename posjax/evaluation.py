@@ -133,7 +133,7 @@ def _task_errors(config: Config, with_params: Callable, params: Params, source: 
     wrong = jax.jit(score(config, with_params))
     errors = {}
     for column, test_batches in test_sets(config, source, None).items():
-        sums = np.sum([jax.device_get(wrong(params, batch)) for batch in test_batches], axis=0)
+        sums = np.sum([jax.device_get(wrong(params, batch)) for batch in test_batches], axis=0, dtype=np.float64)
         errors[column] = float(percent_or_unit(config, source) * sums[0] / sums[1])
     return errors
 

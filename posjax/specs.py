@@ -212,8 +212,8 @@ def _with(call: ast.Call, argument: str, value: ast.expr) -> ast.Call:
     place = _place(call, argument)
     if place < len(call.args):
         return ast.Call(call.func, [*call.args[:place], value, *call.args[place + 1 :]], call.keywords)
-    others = [keyword for keyword in call.keywords if keyword.arg != argument]
-    return ast.Call(call.func, call.args, [*others, ast.keyword(argument, value)])
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords} | {argument: value}
+    return ast.Call(call.func, call.args, [ast.keyword(name, given) for name, given in keywords.items()])
 
 
 def slug(spec: str) -> str:

@@ -1,0 +1,232 @@
+"""A grid as one program does what its runs do alone: training, settings, resuming, evaluating; and a corpus on the device."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from posjax import report, runs
+from posjax.ablation import ablate, over_runs, scan_steps
+from posjax.config import Config
+from posjax.datasets.corpus import load_corpus
+from posjax.datasets.on_device import language_rows, on_device
+from posjax.datasets.pipeline import batches
+from posjax.loop import Interrupted
+from posjax.source import open_source
+from posjax.sweeps import grid, parse_sweep
+
+CONFIG = Config(
+    task="flip_flop",
+    seq_length=16,
+    batch_size=8,
+    num_layers=1,
+    embed_dim=16,
+    num_heads=2,
+    steps=25,
+    warmup_steps=4,
+    learning_rate=1e-2,
+    log_every=10,  # so that the last piece is shorter
+    checkpoint_every=10,
+    eval_tokens=1024,
+    dropout_rate=0.1,
+    encodings=("rope",),
+)
+QUIET = {"say": lambda text: None}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """XLA's optimisations cost more here than they save."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def made(config, *sweeps):
+    return grid(config, [parse_sweep(text) for text in sweeps])
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# The engine -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("at_once", [1, 2, 3, 8])
+def test_runs_are_mapped_over_devices_and_in_turns(devices, at_once):
+    runs_, shared = {"x": jnp.arange(8.0), "y": jnp.arange(16).reshape(8, 2)}, jnp.float32(3)
+    mapped = over_runs(lambda run, s: {"z": run["x"] * s + run["y"].sum()}, jax.local_devices()[:devices], at_once)
+    found = jax.jit(mapped)(runs_, shared)
+    np.testing.assert_array_equal(found["z"], 3.0 * np.arange(8) + np.arange(16).reshape(8, 2).sum(1))
+
+
+def test_a_scan_takes_the_steps_before_the_last_alone():
+    def step(state, batch):
+        return state + batch, {"seen": batch}
+
+    state, metrics = jax.jit(lambda first: scan_steps(step, lambda n: 10.0 * n, jnp.float32(0), first, 4, jnp.int32(6)))(jnp.int32(3))
+    assert state == 30 + 40 + 50
+    np.testing.assert_array_equal(metrics["seen"], [30, 40, 50, 0])
+
+
+# Grids ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["rope", pytest.param("cope(8)", marks=pytest.mark.thorough)])
+def test_a_grid_trains_and_evaluates_as_single_runs_do(spec, tmp_path, caplog):
+    config = dataclasses.replace(CONFIG, encodings=(spec,))
+    source = open_source(config)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        rows = ablate(made(config), (0, 3), tmp_path / "grid", source, **QUIET)
+    finished = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Finished XLA compilation")]
+    assert sum("train_piece" in message for message in finished) == 1  # for three pieces of two runs
+    (folder,) = (tmp_path / "grid").iterdir()
+    assert json.loads((folder / "rows.json").read_text())["compilations"] == {"train": 1, "evaluate": 1}
+
+    assert [(row["encoding"], row["seed"]) for row in rows] == [(spec, 0), (spec, 3)]
+    params = runs.train(config, spec, 3, tmp_path / "alone", source, quiet=True)
+    for ours, theirs in zip(lines(folder / "metrics.jsonl"), lines(tmp_path / "alone" / "metrics.jsonl"), strict=True):
+        assert ours["step"] == theirs["step"]
+        for name in ("loss", "grad_norm", "learning_rate"):
+            assert ours[name][1] == pytest.approx(theirs[name], rel=1e-5), (name, ours["step"])
+    assert rows[1]["metrics"] == runs.evaluate_params(config, spec, params, source)["metrics"]
+
+
+def test_traced_settings_are_what_they_are_alone(tmp_path):
+    config = dataclasses.replace(CONFIG, encodings=("rope + cope(8)",), warmup_steps=0)
+    source = open_source(config)
+    sweeps = ("learning_rate=1e-2,1e-3", "clip_norm=0.1,2.0", "weight_decay=0.0,1.0", "rope.theta=100,10000", "cope.gate_bias=-2,1")
+    points = made(config, *sweeps)
+    pair = [points[5], points[26]]
+    rows = ablate(pair, (0,), tmp_path / "traced", source, **QUIET)
+    (folder,) = (tmp_path / "traced").iterdir()  # one group
+    (alone,) = ablate(pair[:1], (0,), tmp_path / "alone", source, **QUIET)
+    np.testing.assert_allclose(rows[0]["curve"]["loss"], alone["curve"]["loss"], rtol=1e-4)
+    assert rows[0]["settings"] == alone["settings"] and rows[0]["metrics"]["parameters"] == alone["metrics"]["parameters"]
+    assert all(abs(a - b) > 1e-3 for a, b in zip(*(row["curve"]["loss"] for row in rows), strict=True))  # they matter
+
+
+def test_an_interrupted_grid_goes_on_where_it_stopped_and_is_done_once(tmp_path):
+    points, source = made(CONFIG), open_source(CONFIG)
+    whole = ablate(points, (0, 1), tmp_path / "whole", source, **QUIET)
+
+    stops = iter([True, False])
+
+    def say(text):  # the first line comes before the first piece
+        if next(stops, False):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="interrupted at step 10 of 25"):
+        ablate(points, (0, 1), tmp_path / "cut", source, command="posjax ablate", say=say)
+    (log,) = (tmp_path / "cut").glob("*/metrics.jsonl")
+    assert [line["step"] for line in lines(log)] == [10]
+    with log.open("a") as file:  # as a kill in the next piece may leave it
+        file.write('{"step": 20, "loss": [1')
+    assert ablate(points, (0, 1), tmp_path / "cut", source, **QUIET) == whole
+    assert [line["step"] for line in lines(log)] == [10, 20, 25]
+
+    log.unlink()
+    assert ablate(points, (0, 1), tmp_path / "cut", source, **QUIET) == whole
+    assert not log.exists()  # nothing was trained
+
+
+def test_a_training_that_diverged_says_so(tmp_path):
+    rows = ablate(made(CONFIG, "learning_rate=1e-2,1e4"), (0, 1), tmp_path, open_source(CONFIG), **QUIET)
+    assert [row["diverged"] is None for row in rows] == [True, True, False, False]
+    heads, cells = report.write_ablation(rows, "error", "error (%)", tmp_path, "heading")
+    assert heads[-1] == "diverged" and [line[-1] for line in cells] == ["0 of 2", "2 of 2"]
+    assert cells[1][1:4] == ["diverged"] * 3
+    assert "| rope, learning_rate=10000.0 | diverged |" in (tmp_path / "results.md").read_text()
+    stored = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["settings"] for row in stored] == [{"learning_rate": 1e-2}] * 2 + [{"learning_rate": 1e4}] * 2
+    assert (tmp_path / "dots.png").read_bytes()[:4] == b"\x89PNG" == (tmp_path / "curves.png").read_bytes()[:4]
+
+
+def test_cells_hold_mean_deviation_and_interval():
+    def row(seed, error):
+        return {"label": "rope", "seed": seed, "diverged": None, "metrics": {"error": {"x": error}, "limit": None, "parameters": 1000}}
+
+    heads, cells = report.ablation_cells([row(0, 10.0), row(1, 12.0), row(2, 14.0)], "error")
+    # t_{0.975, 2} = 4.3027; 2 / sqrt(3) * 4.3027 = 4.968
+    assert heads == ["setting", "x", "parameters"] and cells == [["rope", "12.00 ± 2.00 [7.03, 16.97]", "1,000"]]
+
+
+def test_lengths_that_an_encoding_cannot_place_have_no_number():
+    def row(label, limit, value):
+        metrics = {"bits": {"16": 2.0, "32": value}, "limit": limit, "parameters": 5}
+        return {"label": label, "seed": 0, "diverged": None, "metrics": metrics}
+
+    rows = [row("learned", 16, None), row("rope", None, 3.0)]
+    assert report.ablation_cells(rows, "bits")[1] == [["learned", "2", "max 16", "5"], ["rope", "2", "3", "5"]]
+    assert report.seeds_of(rows, "bits", "32") == {"learned": [], "rope": [3.0]}
+
+
+# A corpus on the device ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        (folder / f"{number}.txt").write_text("".join(rng.choice([*"abcdefgh=(): \n"], size=300 + 137 * number)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(text, tmp_path_factory):
+    return load_corpus(str(text), "train", data_dir=tmp_path_factory.mktemp("data"))
+
+
+def test_rows_on_the_device_are_those_of_the_pipeline(corpus):
+    data, _ = on_device(corpus, length=24, batch_size=4)
+    theirs = list(batches(corpus, length=24, batch_size=1, seed=0, shuffle=False, repeat=False))
+    full = (len(corpus.tokens) + corpus.num_documents - 1) // 24
+    ours = jax.device_get(jax.jit(lambda d: language_rows(d, jnp.arange(full), 24, corpus.bos))(data))
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], np.concatenate([batch[name] for batch in theirs[:full]]), err_msg=name)
+
+
+def test_rows_are_drawn_uniformly_and_follow_from_the_key(corpus):
+    data, draw = on_device(corpus, length=24, batch_size=500)
+    draw = jax.jit(draw)
+    first, again, other = (draw(data, jax.random.key(seed)) for seed in (1, 1, 2))
+    assert (first["tokens"] == again["tokens"]).all() and not (first["tokens"] == other["tokens"]).all()
+    rows = len({row.tobytes() for row in np.asarray(first["tokens"])})
+    total = (len(corpus.tokens) + corpus.num_documents - 1) // 24
+    assert rows == pytest.approx(total * (1 - (1 - 1 / total) ** 500), rel=0.05)  # of draws with replacement
+
+
+def test_masked_rows_on_the_device_have_the_shares_of_the_pipeline(corpus):
+    data, draw = on_device(corpus, length=33, batch_size=400, masked=True)
+    batch = jax.device_get(jax.jit(draw)(data, jax.random.key(0)))
+    assert (batch["tokens"][:, 0] == corpus.cls).all() and not batch["weights"][:, 0].any()
+    text = {corpus.tokens[i * 32 : i * 32 + 32].astype(np.int32).tobytes() for i in range(len(corpus.tokens) // 32)}
+    assert {row[1:].tobytes() for row in batch["targets"]} <= text
+    asked = batch["weights"] > 0
+    n = asked.sum()
+    error = 3 / np.sqrt(n)
+    assert asked[:, 1:].mean() == pytest.approx(0.15, abs=3 * np.sqrt(0.15 * 0.85 / asked[:, 1:].size))
+    assert (batch["tokens"][asked] == corpus.mask).mean() == pytest.approx(0.8, abs=error)
+    assert (batch["tokens"][asked] == batch["targets"][asked]).mean() == pytest.approx(0.1 + 0.1 / 256, abs=error)
+    np.testing.assert_array_equal(batch["tokens"][~asked], batch["targets"][~asked])
+
+
+@pytest.mark.parametrize("task", ["lm", "mlm"])
+def test_a_text_is_learned_from_the_device(task, text, tmp_path):
+    config = dataclasses.replace(
+        CONFIG, task=task, data=str(text), data_dir=str(tmp_path / "data"), eval_lengths=(1, 2), encodings=("learned",)
+    )
+    (row,) = ablate(made(config), (0,), tmp_path / "run", open_source(config), **QUIET)
+    measure = "bits_per_byte" if task == "lm" else "masked_loss"
+    assert row["curve"]["loss"][-1] < row["curve"]["loss"][0] - 0.3
+    assert row["metrics"][measure]["32"] is None and row["metrics"]["limit"] == 16
+    assert 1.0 < row["metrics"][measure]["16"] < 8.0
+    assert row["diverged"] is None
