@@ -24,7 +24,8 @@ with pytest.raises(Exception, match="encoding"):
 tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 12)), jnp.int32)
 specs = ["identity", "sinusoidal", "learned", "rope", "rope(fraction=0.5, pairing='interleaved')", "alibi", "t5", "tupe",
          "tupe(relative=True, released=True)", "cope(8)", "cope(8, gates='keys', per_head=True, shared=False)",
-         "cope_alibi(learned=True)", "cope_mlp", "rope + cope(8, gates='values')", "cope(8) / identity"]
+         "cope_alibi(learned=True)", "cope_mlp", "rope + cope(8, gates='values')", "cope(8) / identity",
+         "alibi(0.5) + cope(8, gate_bias=-1, clamp=3)"]
 from posjax.specs import parse_encoding
 for spec in specs:
     config = TransformerConfig(vocab_size=11, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, max_length=12)
@@ -35,6 +36,10 @@ for spec in specs:
 q = jnp.ones((2, 12, 4, 8))
 pj.linear_attention(q, q, q, pj.rope(), is_causal=True)
 pj.attention_weights(q, q, pj.alibi(), is_causal=True)
+swept = lambda x: pj.chain(pj.sinusoidal(x), pj.rope(x), pj.alibi(x), pj.cope_alibi(x, gate_bias=x), pj.cope_mlp(gate_bias=x))
+jax.eval_shape(lambda x: swept(x).bias(swept(x).init(jax.random.key(0), pj.Dims(4, 8)), pj.AttentionInputs(
+    q, q, q, jnp.arange(12)[None], jnp.arange(12)[None], 1.0)), 2.0)
+jax.eval_shape(lambda x: pj.attention(q, q, q, pj.chain(pj.rope(x), pj.alibi(x)), is_causal=True), 2.0)
 print("checked", len(specs))
 """
 
@@ -42,4 +47,4 @@ print("checked", len(specs))
 def test_annotations_hold_where_they_are_checked():
     done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "checked 15"
+    assert done.stdout.strip() == "checked 16"

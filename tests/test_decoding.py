@@ -120,6 +120,13 @@ def test_packed_segments_stay_apart(window):
     close(out, whole(encoding, positions=positions, **packed), 1e-5)
 
 
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+def test_a_bias_of_gates_and_a_clamp_are_those_of_the_full_computation(cuts):
+    encoding = parse_encoding("rope + cope(6, gate_bias=-0.5, clamp=3)")
+    out, _ = through_cache(encoding, TOKENS, decoding.init_cache(encoding, DIMS, B, max_length=T), cuts)
+    close(out, whole(encoding), 1e-5)
+
+
 def test_scale_soft_cap_and_the_tiled_kernel():
     encoding, options = parse_encoding("rope + cope(4)"), dict(scale=0.7, logits_soft_cap=2.0)
     cache = decoding.init_cache(encoding, DIMS, B, max_length=T + 3)

@@ -1,5 +1,7 @@
 """Probes against closed forms in float64 NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,6 +151,19 @@ def test_gates_see_rotated_logits_grouped_keys_and_segments():
     expected_gates, expected = counted(logits, allowed)
     np.testing.assert_allclose(gates, expected_gates, atol=2e-6)
     np.testing.assert_allclose(counts, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [functools.partial(pj.cope, 8), pj.cope_alibi, pj.cope_mlp])
+def test_gates_have_their_bias(make):
+    length = 9
+    query, key = normal(0, 1, length, N, H), normal(1, 1, length, N, H)
+    params = make().init(jax.random.key(0), DIMS)
+    logits = np.einsum("btnh,bsnh->bnts", query.astype(np.float64), key) / np.sqrt(H)
+    expected_gates, expected = counted(logits - 1.5, np.tril(np.ones((length, length), bool)))
+    traced = jax.jit(lambda x: probes.cope_positions(query, key, key, make(gate_bias=x), params))(-1.5)
+    for gates, positions in (traced, probes.cope_positions(query, key, key, make(gate_bias=-1.5), params)):
+        np.testing.assert_allclose(gates, expected_gates, atol=2e-6)
+        np.testing.assert_allclose(positions, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("encoding", [pj.rope(), pj.chain(pj.cope(4), pj.cope(8))])
