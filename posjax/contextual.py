@@ -320,7 +320,7 @@ def _counting_term(
     )
 
 
-def _clamped(embedding: Array, clamp: Array | float) -> Array:
+def _clamped(embedding: Array, clamp: Array | int) -> Array:
     """[..., P, H] with the clamp's row in place of all behind it: interpolation is constant there. NaN for a clamp out of range."""
     clamp, last = setting(clamp), embedding.shape[-2] - 1
     row = jnp.minimum(jnp.arange(last + 1), jnp.round(clamp).astype(jnp.int32))

@@ -248,7 +248,7 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
-def setting(value: Array | float) -> Float[Array, ""]:
+def setting(value: Array | float | int) -> Float[Array, ""]:
     """A setting as a float32 scalar with gradient zero: some kernels have no gradient in it, so none has."""
     return jax.lax.stop_gradient(jnp.asarray(value, jnp.float32))
 

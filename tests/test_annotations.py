@@ -25,7 +25,7 @@ tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 12)), jnp.int3
 specs = ["identity", "sinusoidal", "learned", "rope", "rope(fraction=0.5, pairing='interleaved')", "alibi", "t5", "tupe",
          "tupe(relative=True, released=True)", "cope(8)", "cope(8, gates='keys', per_head=True, shared=False)",
          "cope_alibi(learned=True)", "cope_mlp", "rope + cope(8, gates='values')", "cope(8) / identity",
-         "alibi(0.5) + cope(8, gate_bias=-1, clamp=3)"]
+         "alibi(0.5) + cope(8, gate_bias=-1.0, clamp=3)"]
 from posjax.specs import parse_encoding
 for spec in specs:
     config = TransformerConfig(vocab_size=11, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, max_length=12)
