@@ -303,7 +303,7 @@ def _counting_term(
 ) -> BiasTerm:
     """A term with tables (scale, those of the encoding), and the gates' bias where it is not the number 0."""
     bias_of_count, load, settle = _COUNTING[encoding]
-    biased = is_traced(gate_bias) or gate_bias != 0
+    biased = is_traced(gate_bias) or float(gate_bias) != 0.0
     name = f"{encoding} with gates={gates!r}{' and a gate_bias' if biased else ''}"
     rows = {} if load is None and gates == "logits" else {"query": jnp.swapaxes(inputs.query, 1, 2)}
     columns = {} if gates == "logits" else {"gate_key": jnp.swapaxes(_gate_key(gates, params, inputs), 1, 2)}
@@ -368,5 +368,5 @@ def _check_clamp(clamp: Array | int | None, max_position: int) -> None:
     if clamp is None:
         return
     check_finite("clamp", clamp)
-    if not is_traced(clamp) and not (clamp == int(clamp) and 1 <= clamp < max_position):
+    if not is_traced(clamp) and not (float(clamp).is_integer() and 1 <= float(clamp) < max_position):
         raise ValueError(f"clamp must be an integer from 1 to max_position - 1 = {max_position - 1}, got {clamp!r}; None is that")

@@ -264,5 +264,6 @@ def check_positive(name: str, value: Any, hint: str) -> None:
     """Raises ValueError where a setting is not one positive number. What is traced is known by its shape alone."""
     if np.shape(value) != ():
         raise ValueError(f"{name} must be one number, or a traced scalar, got shape {np.shape(value)}; {hint}")
-    if not is_traced(value) and not value > 0:
+    # NumPy, because even on a known array a jax operation inside jit gives a value that is not.
+    if not is_traced(value) and not np.asarray(value) > 0:
         raise ValueError(f"{name} must be positive, got {value!r}; {hint}")

@@ -77,6 +77,20 @@ def test_a_sweep_runs_in_the_walk_over_tiles_too():
     close(swept, jnp.stack([jax.jit(functools.partial(sweep, value, "xla"))() for value in values]))
 
 
+def test_arrays_that_are_known_may_be_settings_under_jit():
+    """An operation of jax on one is traced there, and then has no truth value."""
+    three = jnp.float32(3.0)
+
+    @jax.jit
+    def function(params):
+        encoding = pj.chain(pj.rope(three), pj.alibi(three), pj.cope(6, gate_bias=three, clamp=three), pj.cope_alibi(three))
+        return layer(encoding, params, TOKENS, is_causal=True)
+
+    encoding = pj.chain(pj.rope(3.0), pj.alibi(3.0), pj.cope(6, gate_bias=3.0, clamp=3), pj.cope_alibi(3.0))
+    params = random_params(encoding)
+    close(function(params), layer(encoding, params, TOKENS, is_causal=True))
+
+
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name.count(" ") == 1])
 def test_a_setting_has_no_gradient(name):
     """Not in any kernel, because the fused ones do not make one."""
