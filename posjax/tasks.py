@@ -234,8 +234,10 @@ def counting(
     program that sets something has n with weight 1 - q^n and its first set at place f <= n with weight q^(f-1).
 
     A string longer than `length` tokens, its answer included, loses its beginning, as in the released code; with 1, 3
-    and 5 variables 0, 0.13 and 0.38 % of programs then lack the set that they ask about. A shorter one is padded at
-    the end. Loss and error count the answer only, which is also the last token of the row.
+    and 5 variables 0, 0.146 +- 0.004 and 0.384 +- 0.006 % of a million programs each then lack the set that they ask
+    about (+- one standard error); in a sample of 10,000, the size of the paper's data, errors are ten times as large,
+    and 0, 0.17 and 0.30 % are nothing unusual. A shorter one is padded at the end. Loss and error count the answer
+    only, which is also the last token of the row.
 
     Args:
       num_variables: 1 to 26; the paper has 1, 3 and 5.
