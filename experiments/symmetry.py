@@ -15,7 +15,7 @@ Two arguments of Su Jianlin's (RoFormer, arXiv:2104.09864, section 2, and his ar
    With sinusoids for p and the identity for H_mn it is sum_k cos((m - n) theta_k), a function of the distance; with the H_mn of a
    model it is not.
 
-Expect: differences of rounding, 5e-7, for identity() without a mask and with one in a single layer, and of 0.1 to 2 for all
+Expect: differences of rounding, 5e-7, for identity() without a mask and with one in a single layer, and of 0.1 to 2.2 for all
 others, in logits of standard deviation 1; a remainder that falls with the third power of p, 3.0 fitted; one position each for
 the terms before the sixth; and of the sixth term's variance over pairs (m, n), all explained by m - n where H_mn is the identity,
 10 % (3 to 31) where it is that of a random model.
