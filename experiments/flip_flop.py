@@ -62,7 +62,7 @@ def recipe(scale: str) -> Config:
     )
     if scale == "paper":
         return config
-    small = dict(seq_length=64, embed_dim=32, num_layers=2, steps=600, learning_rate=3e-3, log_every=50, eval_tokens=65_536)
+    small = dict(seq_length=64, embed_dim=32, num_layers=2, steps=400, learning_rate=3e-3, log_every=50, eval_tokens=65_536)
     return dataclasses.replace(config, **small)
 
 
