@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from common import markdown
-from trained import Part, Rows, cell, claims, main, of, verdict
+from trained import Part, Rows, cell, claims, main, of, values, verdict
 
 from posjax.config import Config
 from posjax.sweeps import grid
@@ -123,7 +123,7 @@ def table(found: Mapping[str, Rows]) -> str:
     heads = ["shape", "encoding", "in distribution", "dense", "sparse", "theirs: shape", "in distribution", "out of it"]
     absolute, rope, cope = (of(found.get("main", []), encoding=spec) for spec in encodings(config))
     told = [
-        verdict(f"CoPE below {name}, {column}", cope, rows, column, " %", 2)
+        verdict(f"CoPE below {name}, {column}", values(cope, column), values(rows, column), " %", 2)
         for name, rows in (("absolute", absolute), ("RoPE", rope))
         for column in COLUMNS
     ]

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from common import markdown
-from trained import Part, Rows, cell, claims, main, verdict
+from trained import Part, Rows, cell, claims, main, values, verdict
 
 from posjax.config import Config
 from posjax.sweeps import grid
@@ -65,7 +65,7 @@ def table(found: Mapping[str, Rows]) -> str:
     lines = [[rows[0]["encoding"], *(cell(rows, c, 2) for c in COLUMNS), *PUBLISHED[name]] for name, rows in own.items() if rows]
     names = {"cope": "CoPE", "rope": "RoPE", "learned": "absolute"}
     told = [
-        verdict(f"{names[low]} below {names[high]}, {column}", own[low], own[high], column, " %")
+        verdict(f"{names[low]} below {names[high]}, {column}", values(own[low], column), values(own[high], column), " %")
         for low, high in (("cope", "rope"), ("cope", "learned"), ("rope", "learned"))
         for column in COLUMNS
     ]

@@ -150,16 +150,14 @@ def cell(rows: Rows, column: str, digits: int = 1) -> str:
     return " ".join([*parts, *([f"{lost} of {len(rows)} diverged"] if lost else [])])
 
 
-def verdict(claim: str, lower: Rows, higher: Rows, column: str, unit: str = "", digits: int = 1) -> list[str]:
+def verdict(claim: str, lower: Sequence[float], higher: Sequence[float], unit: str = "", digits: int = 1) -> list[str]:
     """A line of the table of claims: what is claimed to be lower, by how much it is, and whether that was found.
 
-    The interval is the paired one: seed i of both has the same data in the same order.
+    The interval is the paired one where there are as many values: seed i of both has the same data in the same order.
     """
-    first, second = values(lower, column), values(higher, column)
-    if not first or not second:
+    if not lower or not higher:
         return [claim, "no number", "not shown"]
-    paired = len(first) == len(second)
-    mean, interval = difference(first, second, paired=paired)
+    mean, interval = difference(lower, higher, paired=len(lower) == len(higher))
     if interval is None:
         return [claim, f"{mean:+.{digits}f}{unit}, one seed", "not shown"]
     low, high = interval
