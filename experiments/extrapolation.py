@@ -4,8 +4,8 @@
     python experiments/extrapolation.py --scale paper    # trained on 1,024 BPE tokens; one GPU
 
 A decoder reads the source code of Python's standard library, or --data, and is evaluated on longer text than it was trained on.
-Bits per byte where the papers give perplexity of words: what compares is which curves fall, stay and rise. KERPLE, FIRE, CABLE and DAPE
-themselves are not among our encodings; their rows are left out.
+Bits per byte where the papers give perplexity of words: what compares is which curves fall, stay and rise. KERPLE, FIRE, CABLE and
+DAPE themselves are not among our encodings; their rows are left out.
 """
 
 import argparse

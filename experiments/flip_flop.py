@@ -75,7 +75,7 @@ def variants(config: Config) -> dict[str, str]:
     rest = " / identity" * (config.num_layers - 1)
     slopes = {"1": "1.0", "1/4": "0.25", "1/16": "0.0625"}
     return {
-        "cope_mlp": "cope_mlp(64)",
+        "cope_mlp": "cope_mlp(64)" if config.seq_length == 512 else "cope_mlp(16)",
         "cope in the first layer": encodings(config)[2] + rest,
         **{f"cope_alibi, slope {name}": f"cope_alibi(slope={value})" for name, value in slopes.items()},
         "cope_alibi, learned": "cope_alibi(learned=True)",

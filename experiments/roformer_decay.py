@@ -129,7 +129,6 @@ def draw(curves: dict[int, dict[str, np.ndarray]]):
 def main() -> None:
     found = {head_dim: measure(head_dim) for head_dim in HEAD_DIMS}
     rows = [row for row, _ in found.values()]
-    common.write("roformer_decay", rows, theta=THETA, distances=[0, FARTHEST], random_pairs=DRAWS)
     save(draw({head_dim: curves for head_dim, (_, curves) in found.items()}), common.RESULTS / "roformer_decay.png")
     heads = ["relative to distance 0", *(f"H = {row['head_dim']}" for row in rows)]
     lines = [[f"{name} at {d:,}", *(f"{row[key][str(d)]:.3f}" for row in rows)] for key, name in NAMES.items() for d in SHOWN]
@@ -147,7 +146,9 @@ def main() -> None:
         ["equal q, k: first negative at", *(row["equal_first_negative_at"] for row in rows)],
         ["posjax.rotary.decay_bound, greatest relative error", *(f"{row['decay_bound_error']:.0e}" for row in rows)],
     ]
-    print(common.markdown(heads, lines))
+    table = common.markdown(heads, lines)
+    common.write("roformer_decay", rows, theta=THETA, distances=[0, FARTHEST], random_pairs=DRAWS, table=table)
+    print(table)
 
 
 NAMES = {"bound": "bound", "equal": "equal q, k: product", "random_rms": "random q, k: root mean square"}

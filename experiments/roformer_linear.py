@@ -54,9 +54,7 @@ def table(found: Mapping[str, Rows]) -> str:
     own = {both: of(rows, encoding=both[0], attention=both[1]) for both in settings.values()}
     lines = [[attention, spec, *(cell(own[spec, attention], c, 3) for c in columns)] for spec, attention in own]
     told = [
-        verdict(
-            f"{kind}, {column} tokens: RoPE below none", values(own["rope", kind], column), values(own["identity", kind], column), "", 3
-        )
+        verdict(f"{kind}, {column} tokens: RoPE below none", *(values(own[s, kind], column) for s in ("rope", "identity")), "", 3)
         for kind in ("linear", "softmax")
         for column in columns
     ]

@@ -252,12 +252,11 @@ def main() -> None:
     symmetry = symmetry_rows()
     with jax.enable_x64(True):
         found, arrays = measure_expansion()
-    common.write("symmetry", symmetry, expansion=found)
     save(draw(symmetry, arrays), common.RESULTS / "symmetry.png")
 
     columns = list(symmetry[0])[1:]
     lines = [[row["encoding"], *("-" if row[c] is None else f"{row[c]:.1e}" for c in columns)] for row in symmetry]
-    print(common.markdown(["greatest difference of logits", *columns], lines), end="\n\n")
+    table = common.markdown(["greatest difference of logits", *columns], lines)
     models, identity = found["models"], found["identity"]
     lines = [
         ["power of the size of p that the remainder falls with", *of_models(models, "power_of_remainder", "{:.3f}")],
@@ -269,7 +268,9 @@ def main() -> None:
         *([f"the same of {name}, 16 positions", f"{share:.1%}", ""] for name, share in found["one_position_each"].items()),
         ["float32 posjax less the float64 model (logits)", *of_models(models, "error_of_float32_model", "{:.0e}")],
     ]
-    print(common.markdown([f"{len(models)} random models", "mean", "least to greatest"], lines))
+    table += "\n\n" + common.markdown([f"{len(models)} random models", "mean", "least to greatest"], lines)
+    common.write("symmetry", symmetry, expansion=found, table=table)
+    print(table)
 
 
 def of_models(rows: list[dict], key: str, form: str) -> tuple[str, str]:

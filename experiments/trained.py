@@ -8,10 +8,10 @@ Both leave their runs in runs/experiments/NAME_SCALE, where the same command goe
 
 import argparse
 import dataclasses
+import json
 import math
 import shlex
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,48 +72,59 @@ def main(
         grids = {part: dataclasses.replace(grid, seeds=options.seeds) for part, grid in grids.items()}
     spread_over_cores(max(len(grid.points) * grid.seeds for grid in grids.values()))
     try:
-        found = _run(name, options.scale, grids)
+        found, about = _run(name, options.scale, grids)
     except Interrupted as stopped:
         print(stopped)
         sys.exit(130)
     except (ValueError, CheckpointError, KernelRefused) as error:
         sys.exit(f"{name}: {error}")
-    print(table(found))
+    found, about = _kept(f"{name}_{options.scale}") | found, _kept(f"{name}_{options.scale}", "parts") | about
+    found = {part: found[part] for part in parts(options) if part in found}
+    stored = [{"part": part} | _slim(row) for part, rows in found.items() for row in rows]
+    text = table(found)
+    write(f"{name}_{options.scale}", stored, scale=options.scale, parts={part: about[part] for part in found}, table=text)
+    print(text)
 
 
-def _run(name: str, scale: str, grids: Mapping[str, Part]) -> dict[str, Rows]:
+def _kept(name: str, what: str = "rows") -> dict[str, Any]:
+    """What an earlier call left of its parts: rows, or what is said about them."""
+    path = RESULTS / f"{name}.json"
+    stored = json.loads(path.read_text()) if path.exists() else {"parts": {}, "rows": []}
+    if what == "parts":
+        return stored["parts"]
+    return {part: [row for row in stored["rows"] if row["part"] == part] for part in stored["parts"]}
+
+
+def _run(name: str, scale: str, grids: Mapping[str, Part]) -> tuple[dict[str, Rows], dict[str, Any]]:
     found: dict[str, Rows] = {}
-    stored, about = [], {}
+    about: dict[str, Any] = {}
     for part, grid in grids.items():
         folder = Path("runs/experiments") / f"{name}_{scale}" / part
         config = grid.points[0].config
         source = open_source(config)
         for point in grid.points:
             runs.check(point.config, (point.config.encoding,), source, devices=1)
-        began = time.perf_counter()
         again = shlex.join(["python", *sys.argv])
         print(f"{part}: {len(grid.points)} settings, {grid.seeds} seeds", flush=True)
         rows = ablate(grid.points, range(grid.seeds), folder, source, command=again, say=lambda text: print(text, flush=True))
-        seconds = time.perf_counter() - began
+        own = list(read_rows(folder))
+        seconds = sum(group["seconds"] for group in own)
         steps = sum(point.config.steps for point in grid.points) * grid.seeds
         measure, label = MEASURES.get(config.task, TASK_MEASURE)
         dots = {column: report.seeds_of(rows, measure, column) for column in rows[0]["metrics"][measure]}
         figure = plots.dots(dots, label, {row["label"]: row["encoding"] for row in rows})
         plots.save(figure, RESULTS / f"{name}_{scale}_{part}.png")
-        own = list(read_rows(folder))
         about[part] = {
             "seeds": grid.seeds,
             "runs": len(rows),
             "steps": config.steps,
-            "seconds": round(seconds, 1),  # next to nothing where the runs were done before
+            "seconds": round(seconds, 1),
             "runs_times_steps_a_second": round(steps / seconds, 1),
             "programs": sum(group["compilations"]["train"] for group in own),
             "config": _described(config),
         }
-        stored += [{"part": part} | _slim(row) for row in rows]
         found[part] = rows
-    write(f"{name}_{scale}", stored, scale=scale, parts=about)
-    return found
+    return found, about
 
 
 def _slim(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -333,11 +333,13 @@ def _train_group(
     config, log = group.config, folder / "metrics.jsonl"
     # Before anything is compiled: importing Orbax makes JAX forget its programs.
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    began = time.perf_counter()
     fleet = _Fleet(group, source, jax.local_devices()[: len(group.runs)], at_once)
     state, step = fleet.start(), 0
     found = checkpoints.restore_latest(fleet.trimmed(state))
     if found is not None:
         state, step = fleet.restored(found.state), found.step
+        began -= found.data_state["seconds"]
     saved = step
     forget_after(log, step)
     progress.moved(step * len(group.runs), counted=False)
@@ -363,7 +365,7 @@ def _train_group(
             file.write(json.dumps(line) + "\n")
         progress.moved((step - before) * len(group.runs), f"loss {np.mean(metrics['loss'][:, -1]):.4f}")
         if caught or step == config.steps or step - saved >= config.checkpoint_every:
-            checkpoints.save(step, fleet.trimmed(state))
+            checkpoints.save(step, fleet.trimmed(state), {"seconds": time.perf_counter() - began})
             saved = step
         if caught and step < config.steps:
             progress.stop()
@@ -379,7 +381,8 @@ def _train_group(
         own = {column: None if values is None else json_number(values[index]) for column, values in scores.items()}
         curve = {"step": [line["step"] for line in lines], "loss": [line["mean_loss"][index] for line in lines]}
         rows.append({"metrics": {measure: own} | about, "diverged": _diverged(lines, index), "curve": curve})
-    return {"rows": rows, "compilations": fleet.compilations, "at_once": fleet.at_once, "devices": len(fleet.devices)}
+    how = {"compilations": fleet.compilations, "at_once": fleet.at_once, "devices": len(fleet.devices)}
+    return {"rows": rows, "seconds": time.perf_counter() - began} | how
 
 
 def _line(metrics: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
@@ -448,6 +451,6 @@ class _Progress:
 
 
 def read_rows(workdir: Path) -> Iterator[dict[str, Any]]:
-    """What every finished group of a workdir says of itself: rows, compilations, at_once, devices."""
+    """What every finished group of a workdir says of itself: rows, seconds (compiling and resuming included), compilations ..."""
     for path in sorted(workdir.glob("*/rows.json")):
         yield json.loads(path.read_text())
