@@ -382,7 +382,7 @@ def _train_group(
         curve = {"step": [line["step"] for line in lines], "loss": [line["mean_loss"][index] for line in lines]}
         rows.append({"metrics": {measure: own} | about, "diverged": _diverged(lines, index), "curve": curve})
     how = {"compilations": fleet.compilations, "at_once": fleet.at_once, "devices": len(fleet.devices)}
-    return {"rows": rows, "seconds": time.perf_counter() - began} | how
+    return {"spec": group.spec, "rows": rows, "seconds": time.perf_counter() - began} | how
 
 
 def _line(metrics: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
