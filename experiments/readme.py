@@ -1,7 +1,7 @@
 """Fills the tables of experiments/README.md from the results: python experiments/readme.py
 
 Between <!-- results NAME --> and <!-- end --> stands what results/NAME.json says of itself: the table, the command that made it,
-seeds, hardware and versions. The text around them is written by hand.
+seeds, hardware and versions, or that it was not run. The text around them is written by hand.
 """
 
 import json
@@ -31,7 +31,9 @@ def filled(text: str) -> str:
     """The README with every table as its results have it."""
 
     def block(match: re.Match) -> str:
-        return match[1] + "\n" + described(json.loads((HERE / "results" / f"{match[2]}.json").read_text())) + "\n" + match[3]
+        path = HERE / "results" / f"{match[2]}.json"
+        inside = described(json.loads(path.read_text())) if path.exists() else "**Not run.**\n"
+        return f"{match[1]}\n{inside}\n{match[3]}"
 
     return BLOCK.sub(block, text)
 

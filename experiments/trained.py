@@ -19,10 +19,11 @@ from typing import Any
 from common import RESULTS, markdown, write
 
 from posjax import plots, report, runs
-from posjax.ablation import ablate, read_rows, spread_over_cores
+from posjax.ablation import spread_over_cores
 from posjax.checkpoints import CheckpointError
 from posjax.config import Config
 from posjax.evaluation import MEASURES, TASK_MEASURE
+from posjax.grids import read_rows, run_grid
 from posjax.kernels.refused import KernelRefused
 from posjax.loop import Interrupted
 from posjax.source import open_source
@@ -106,7 +107,7 @@ def _run(name: str, scale: str, grids: Mapping[str, Part]) -> tuple[dict[str, Ro
             runs.check(point.config, (point.config.encoding,), source, devices=1)
         again = shlex.join(["python", *sys.argv])
         print(f"{part}: {len(grid.points)} settings, {grid.seeds} seeds", flush=True)
-        rows = ablate(grid.points, range(grid.seeds), folder, source, command=again, say=lambda text: print(text, flush=True))
+        rows = run_grid(grid.points, range(grid.seeds), folder, source, command=again, say=lambda text: print(text, flush=True))
         own = list(read_rows(folder))
         seconds = sum(group["seconds"] for group in own)
         steps = sum(point.config.steps for point in grid.points) * grid.seeds

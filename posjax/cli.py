@@ -114,22 +114,23 @@ def compare(config, command: str) -> None:
 
 def ablate(args: Sequence[str], command: str) -> None:
     """posjax ablate: every combination of encodings and sweeps with every seed, those of the same shapes as one program."""
-    from posjax import ablation as engine
     from posjax import runs
+    from posjax.ablation import spread_over_cores
     from posjax.config import claim_workdir
+    from posjax.grids import run_grid
     from posjax.source import open_source
     from posjax.sweeps import Ablation, grid, parse_sweep
 
     ablation, config = parse(args, Ablation)
     points = grid(config, [parse_sweep(text) for text in ablation.sweep])
     seeds = tuple(range(config.seeds[0])) if len(config.seeds) == 1 and config.seeds[0] > 0 else config.seeds
-    engine.spread_over_cores(len(points) * len(seeds))
+    spread_over_cores(len(points) * len(seeds))
     source = open_source(config)
     for point in points:
         runs.check(point.config, (point.config.encoding,), source, devices=1)
     workdir = claim_workdir(config)
     say = _say()
-    rows = engine.ablate(points, seeds, workdir, source, at_once=ablation.runs_at_once, command=command, say=say)
+    rows = run_grid(points, seeds, workdir, source, at_once=ablation.runs_at_once, command=command, say=say)
     _report_ablation(rows, config, source, workdir, say)
 
 

@@ -66,7 +66,7 @@ def _markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 
 def write_ablation(rows: Sequence[Row], measure: str, label: str, workdir: Path, heading: str) -> tuple[list[str], list[list[str]]]:
-    """Writes results.json, results.md, dots.png and curves.png of the rows of ``posjax.ablation.ablate``; returns the table."""
+    """Writes results.json, results.md, dots.png and curves.png of the rows of ``posjax.grids.run_grid``; returns the table."""
     kept = ("encoding", "seed", "settings", "metrics", "diverged")
     slim = [{name: row[name] for name in kept} for row in rows]
     (workdir / "results.json").write_text(json.dumps({"rows": slim}, indent=1) + "\n")

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from posjax import report, runs
-from posjax.ablation import ablate, over_runs, scan_steps
+from posjax.ablation import Fleet, over_runs, scan_steps
 from posjax.config import Config
 from posjax.datasets.corpus import load_corpus
 from posjax.datasets.on_device import language_rows, on_device
 from posjax.datasets.pipeline import batches
+from posjax.grids import run_grid
 from posjax.loop import Interrupted
 from posjax.source import open_source
-from posjax.sweeps import grid, parse_sweep
+from posjax.sweeps import grid, groups, parse_sweep
 
 CONFIG = Config(
     task="flip_flop",
@@ -85,7 +86,7 @@ def test_a_grid_trains_and_evaluates_as_single_runs_do(spec, tmp_path, caplog):
     config = dataclasses.replace(CONFIG, encodings=(spec,))
     source = open_source(config)
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        rows = ablate(made(config), (0, 3), tmp_path / "grid", source, **QUIET)
+        rows = run_grid(made(config), (0, 3), tmp_path / "grid", source, **QUIET)
     finished = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Finished XLA compilation")]
     assert sum("train_piece" in message for message in finished) == 1  # for three pieces of two runs
     (folder,) = (tmp_path / "grid").iterdir()
@@ -106,9 +107,9 @@ def test_traced_settings_are_what_they_are_alone(tmp_path):
     sweeps = ("learning_rate=1e-2,1e-3", "clip_norm=0.1,2.0", "weight_decay=0.0,1.0", "rope.theta=100,10000", "cope.gate_bias=-2,1")
     points = made(config, *sweeps)
     pair = [points[5], points[26]]
-    rows = ablate(pair, (0,), tmp_path / "traced", source, **QUIET)
+    rows = run_grid(pair, (0,), tmp_path / "traced", source, **QUIET)
     assert len(list((tmp_path / "traced").iterdir())) == 1  # one group
-    (alone,) = ablate(pair[:1], (0,), tmp_path / "alone", source, **QUIET)
+    (alone,) = run_grid(pair[:1], (0,), tmp_path / "alone", source, **QUIET)
     np.testing.assert_allclose(rows[0]["curve"]["loss"], alone["curve"]["loss"], rtol=1e-4)
     assert rows[0]["settings"] == alone["settings"] and rows[0]["metrics"]["parameters"] == alone["metrics"]["parameters"]
     assert all(abs(a - b) > 1e-3 for a, b in zip(*(row["curve"]["loss"] for row in rows), strict=True))  # they matter
@@ -116,7 +117,7 @@ def test_traced_settings_are_what_they_are_alone(tmp_path):
 
 def test_an_interrupted_grid_goes_on_where_it_stopped_and_is_done_once(tmp_path):
     points, source = made(CONFIG), open_source(CONFIG)
-    whole = ablate(points, (0, 1), tmp_path / "whole", source, **QUIET)
+    whole = run_grid(points, (0, 1), tmp_path / "whole", source, **QUIET)
 
     stops = iter([True, False])
 
@@ -125,21 +126,34 @@ def test_an_interrupted_grid_goes_on_where_it_stopped_and_is_done_once(tmp_path)
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted, match="interrupted at step 10 of 25"):
-        ablate(points, (0, 1), tmp_path / "cut", source, command="posjax ablate", say=say)
+        run_grid(points, (0, 1), tmp_path / "cut", source, command="posjax ablate", say=say)
     (log,) = (tmp_path / "cut").glob("*/metrics.jsonl")
     assert [line["step"] for line in lines(log)] == [10]
     with log.open("a") as file:  # as a kill in the next piece may leave it
         file.write('{"step": 20, "loss": [1')
-    assert ablate(points, (0, 1), tmp_path / "cut", source, **QUIET) == whole
+    assert run_grid(points, (0, 1), tmp_path / "cut", source, **QUIET) == whole
     assert [line["step"] for line in lines(log)] == [10, 20, 25]
 
     log.unlink()
-    assert ablate(points, (0, 1), tmp_path / "cut", source, **QUIET) == whole
+    assert run_grid(points, (0, 1), tmp_path / "cut", source, **QUIET) == whole
     assert not log.exists()  # nothing was trained
 
 
+@pytest.mark.thorough
+def test_runs_that_do_not_fit_the_memory_wait(monkeypatch):
+    (group,) = groups(made(CONFIG), range(4))
+    source, metrics = open_source(CONFIG), []
+    for fits, at_once in ((True, 4), (False, 1)):
+        monkeypatch.setattr("posjax.ablation._fits", lambda compiled, device, fits=fits: fits)
+        fleet = Fleet(group, source, jax.local_devices()[:1], None)
+        fleet.at_once = 4  # as it begins on an accelerator
+        metrics.append(fleet.move_on(fleet.start(), 0)[1]["loss"])
+        assert fleet.at_once == at_once and fleet.compilations["train"] == (1 if fits else 3)
+    np.testing.assert_allclose(metrics[0], metrics[1], rtol=1e-4)
+
+
 def test_a_training_that_diverged_says_so(tmp_path):
-    rows = ablate(made(CONFIG, "learning_rate=1e-2,1e4"), (0, 1), tmp_path, open_source(CONFIG), **QUIET)
+    rows = run_grid(made(CONFIG, "learning_rate=1e-2,1e4"), (0, 1), tmp_path, open_source(CONFIG), **QUIET)
     assert [row["diverged"] is None for row in rows] == [True, True, False, False]
     heads, cells = report.write_ablation(rows, "error", "error (%)", tmp_path, "heading")
     assert heads[-1] == "diverged" and [line[-1] for line in cells] == ["0 of 2", "2 of 2"]
@@ -168,6 +182,43 @@ def test_lengths_that_an_encoding_cannot_place_have_no_number():
     rows = [row("learned", 16, None), row("rope", None, 3.0)]
     assert report.ablation_cells(rows, "bits")[1] == [["learned", "2", "max 16", "5"], ["rope", "2", "3", "5"]]
     assert report.seeds_of(rows, "bits", "32") == {"learned": [], "rope": [3.0]}
+
+
+# The command line ---------------------------------------------------------------------------------------------------------
+
+SIZES = {"seq_length": 16, "embed_dim": 16, "num_layers": 1, "batch_size": 8, "steps": 25, "log_every": 10, "eval_tokens": 1024}
+FLAGS = [part for name, value in SIZES.items() for part in (f"--{name}", value)]
+
+
+def test_a_grid_from_the_command_line(run, tmp_path):
+    command = ("ablate", "configs/flip_flop.py", "--encodings", "rope", "--sweep", "learning_rate=1e-3,1e-2", *FLAGS)
+    command += ("--seeds", 2, "--workdir", tmp_path)
+    code, out, _err = run(*command)
+    assert code == 0 and "1 of 1: rope, 4 runs" in out and "Mean of 2 seeds" in out
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    expected = [({"learning_rate": rate}, seed) for rate in (1e-3, 1e-2) for seed in (0, 1)]
+    assert [(row["settings"], row["seed"]) for row in rows] == expected
+    assert {path.name for path in tmp_path.glob("*.*")} == {"config.json", "results.json", "results.md", "dots.png", "curves.png"}
+    assert run(*command)[0] == 0
+    code, _, err = run(*command, "--embed_dim", 32)
+    assert code == 1 and "belongs to a run with embed_dim=16 there and 32 here" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--sweep", "learning_rat=1,2"), "did you mean learning_rate?"),
+        (("--sweep", "learning_rate=-1"), "learning_rate must be positive, got -1"),
+        (("--sweep", "cope.gates='keys',nothing"), "gates must be 'logits', 'content', 'keys' or 'values', got 'nothing'"),
+        (("--sweep", "num_heads=3"), "num_heads must divide embed_dim=64"),
+        (("--encodings", "rop"), "did you mean 'rope'?"),
+        (("--runs_at_once", "0"), "runs_at_once must be at least 1"),
+    ],
+)
+def test_what_cannot_be_run_is_told_before_anything_is_made(run, tmp_path, flags, message):
+    code, _, err = run("ablate", "configs/flip_flop.py", "--workdir", tmp_path / "new", *flags)
+    assert code in (1, 2) and message in err
+    assert not (tmp_path / "new").exists()
 
 
 # A corpus on the device ---------------------------------------------------------------------------------------------------
@@ -226,7 +277,7 @@ def test_a_text_is_learned_from_the_device(task, text, tmp_path):
     config = dataclasses.replace(
         CONFIG, task=task, data=str(text), data_dir=str(tmp_path / "data"), eval_lengths=(1, 2), encodings=("learned",)
     )
-    (row,) = ablate(made(config), (0,), tmp_path / "run", open_source(config), **QUIET)
+    (row,) = run_grid(made(config), (0,), tmp_path / "run", open_source(config), **QUIET)
     measure = "bits_per_byte" if task == "lm" else "masked_loss"
     assert row["curve"]["loss"][-1] < row["curve"]["loss"][0] - 0.3
     assert row["metrics"][measure]["32"] is None and row["metrics"]["limit"] == 16

@@ -1,5 +1,6 @@
 """The mathematics of the programs in experiments/, on small sizes."""
 
+import argparse
 import functools
 import json
 import sys
@@ -15,8 +16,22 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 import common  # noqa: E402
+import counting  # noqa: E402
+import extrapolation  # noqa: E402
+import flip_flop  # noqa: E402
+import language_code  # noqa: E402
+import language_text  # noqa: E402
+import readme  # noqa: E402
 import roformer_decay  # noqa: E402
+import roformer_linear  # noqa: E402
+import selective_copy  # noqa: E402
 import symmetry  # noqa: E402
+import trained  # noqa: E402
+import tupe  # noqa: E402
+
+from posjax.runs import check  # noqa: E402
+from posjax.source import open_source  # noqa: E402
+from posjax.sweeps import groups  # noqa: E402
 
 # What is written down
 
@@ -148,3 +163,75 @@ def test_products_are_rotations_and_stay_below_the_bound():
 
 def test_sign_changes():
     assert roformer_decay.sign_changes(np.array([1.0, -2.0, -1.0, 3.0, 4.0])) == 0.5
+
+
+# Experiments that train
+
+
+def row(spec, seed, error, diverged=None, **settings):
+    metrics = {"error": {"dense": error}, "limit": None, "parameters": 10}
+    return {"encoding": spec, "seed": seed, "label": spec, "settings": settings, "metrics": metrics, "diverged": diverged}
+
+
+def test_rows_are_found_and_written_as_the_papers_do():
+    rows = [row("rope", 0, 1.0, dim=2), row("rope", 1, 3.0, dim=2), row("rope", 0, 9.0, dim=4), row("alibi", 0, 5.0, diverged=7)]
+    assert trained.values(trained.of(rows, encoding="rope", dim=2), "dense") == [1.0, 3.0]
+    assert trained.cell(trained.of(rows, dim=2), "dense") == "2.0 (1.4)"
+    assert trained.cell(trained.of(rows, dim=4), "dense", 2) == "9.00"
+    assert trained.cell(trained.of(rows, encoding="alibi"), "dense") == "1 of 1 diverged"
+
+
+@pytest.mark.parametrize(
+    ("lower", "higher", "expected"),
+    [
+        # Of three differences -1, -2, -3: t_{0.975, 2} = 4.303 standard errors of 1 / sqrt(3)
+        ([1.0, 2.0, 3.0], [2.0, 4.0, 6.0], ["-2.0 % [-4.5, +0.5]", "not shown: the interval holds zero"]),
+        ([1.0, 2.0, 3.0], [5.0, 6.1, 7.0], ["-4.0 % [-4.2, -3.9]", "found"]),
+        ([5.0, 6.1, 7.0], [1.0, 2.0, 3.0], ["+4.0 % [+3.9, +4.2]", "the opposite was found"]),
+        ([1.0], [2.0], ["-1.0 %, one seed", "not shown"]),
+        ([], [2.0], ["no number", "not shown"]),
+    ],
+)
+def test_a_claim_is_found_where_its_interval_is_below_zero(lower, higher, expected):
+    assert trained.verdict("claim", lower, higher, " %") == ["claim", *expected]
+
+
+TRAINED = {
+    module.__name__: module
+    for module in (flip_flop, counting, selective_copy, extrapolation, language_text, language_code, tupe, roformer_linear)
+}
+
+
+@pytest.mark.parametrize("scale", ["cpu", "paper"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_grid_can_be_made(name, scale):
+    parts = TRAINED[name].parts(argparse.Namespace(scale=scale, data="text"))
+    for part in parts.values():
+        assert part.seeds >= (5 if scale == "cpu" and name in ("flip_flop", "counting", "selective_copy") else 3)
+        made = groups(part.points, range(part.seeds))
+        assert sum(len(group.runs) for group in made) == len(part.points) * part.seeds
+        assert len({point.label for point in part.points}) == len(part.points)
+
+
+@pytest.mark.parametrize("name", ["flip_flop", "counting", "selective_copy"])
+def test_the_published_models_fit_their_task(name):
+    part = next(iter(TRAINED[name].parts(argparse.Namespace(scale="paper")).values()))
+    source = open_source(part.points[0].config)
+    check(part.points[-1].config, [part.points[-1].config.encoding], source, devices=1)
+
+
+def test_the_clamps_and_biases_of_the_gates_are_two_programs():
+    points = language_code.parts(argparse.Namespace(scale="cpu", data=None))["clamp"].points
+    assert len(points) == 7 and len(groups(points, range(3))) == 2
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    text = (EXPERIMENTS / "README.md").read_text()
+    assert readme.filled(text) == text
+
+
+def test_every_result_of_an_experiment_stands_in_the_readme():
+    text = (EXPERIMENTS / "README.md").read_text()
+    for path in (EXPERIMENTS / "results").glob("*.json"):
+        if "table" in json.loads(path.read_text()):
+            assert f"<!-- results {path.stem} -->" in text, path.stem

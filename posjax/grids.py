@@ -1,0 +1,228 @@
+"""A grid of trainings, from its points to rows of results: groups in turn, each compiled once.
+
+    points -> groups -> [ log_every steps -> metrics.jsonl, progress; every checkpoint_every steps: save ] -> scores -> rows
+
+A grid that was interrupted or killed goes on from what was saved last.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from posjax.ablation import Fleet
+from posjax.checkpoints import Checkpoints
+from posjax.config import RUN_ONLY
+from posjax.evaluation import MEASURES, TASK_MEASURE, longest, percent_or_unit, test_sets
+from posjax.kernels.refused import naming_refusals
+from posjax.loop import MAX_SKIPPED_IN_A_ROW, Interrupted, forget_after, json_number, noted_signals
+from posjax.source import Source
+from posjax.specs import parse_encoding, slug
+from posjax.sweeps import Group, Point, groups
+
+
+def run_grid(
+    points: Sequence[Point],
+    seeds: Sequence[int],
+    workdir: Path,
+    source: Source,
+    *,
+    at_once: int | None = None,
+    command: str | None = None,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Trains and evaluates every point with every seed; what is finished is kept and not done again.
+
+    Args:
+      points: from ``posjax.sweeps.grid``; all of one task and text.
+      seeds: of parameters, data and dropout, as in ``posjax train``.
+      workdir: gets a folder a group: ``checkpoints/``, ``metrics.jsonl`` and, when it is done, ``rows.json``.
+      source: of the points' configuration.
+      at_once: runs that a device makes at once; None: all of a group where its memory allows, one on a CPU.
+      command: what to print after an interruption.
+      say: where lines for the reader go.
+
+    Returns:
+      A row for every point and seed, in their order: encoding, seed, label, settings, metrics as ``evaluate`` gives them,
+      diverged (the step of the tenth update in a row that was not finite, or the last where the loss ended above its start; else
+      None), curve ({"step", "loss"}: the mean training loss since the step before, in nats).
+
+    Raises:
+      ValueError: several processes.
+      Interrupted: SIGINT or SIGTERM, after the piece was finished and saved.
+      KernelRefused: the compiler of the chip does not take the attention kernel.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(f"a grid must run in one process, over all of its devices, got {jax.process_count()} processes")
+    made = groups(points, seeds)
+    total = sum(len(group.runs) * group.config.steps for group in made)
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    with noted_signals() as caught, _Progress(total, say) as progress:
+        for number, group in enumerate(made, 1):
+            folder = workdir / _folder(group)
+            progress.begin(f"{number} of {len(made)}: {group.spec}, {len(group.runs)} runs", group.config.steps * len(group.runs))
+            done = folder / "rows.json"
+            if not done.exists():
+                with naming_refusals(group.config.implementation):
+                    found = _train_group(group, source, folder, at_once, caught, progress, command)
+                folder.mkdir(parents=True, exist_ok=True)
+                part = done.with_suffix(".part")
+                part.write_text(json.dumps(found))
+                part.replace(done)
+            progress.end()
+            for run, row in zip(group.runs, json.loads(done.read_text())["rows"], strict=True):
+                point = points[run.point]
+                about = {"encoding": point.config.encoding, "seed": run.seed, "label": point.label, "settings": point.settings}
+                rows[run.point, run.seed] = {**about, **row}
+    return [rows[index, seed] for index in range(len(points)) for seed in seeds]
+
+
+def _folder(group: Group) -> str:
+    """A name that says what is in it, and that another group does not have."""
+    config = {name: value for name, value in dataclasses.asdict(group.config).items() if name not in RUN_ONLY}
+    runs = [(run.seed, dict(run.traced)) for run in group.runs]
+    digest = hashlib.sha256(json.dumps([config, group.spec, runs]).encode()).hexdigest()
+    return f"{slug(group.spec)[:60]}-{digest[:8]}"
+
+
+def _train_group(
+    group: Group,
+    source: Source,
+    folder: Path,
+    at_once: int | None,
+    caught: list[int],
+    progress: "_Progress",
+    command: str | None,
+) -> dict[str, Any]:
+    config, log = group.config, folder / "metrics.jsonl"
+    # Before anything is compiled: importing Orbax makes JAX forget its programs.
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    began = time.perf_counter()
+    fleet = Fleet(group, source, jax.local_devices()[: len(group.runs)], at_once)
+    state, step = fleet.start(), 0
+    found = checkpoints.restore_latest(fleet.trimmed(state))
+    if found is not None:
+        state, step = fleet.restored(found.state), found.step
+        began -= found.data_state["seconds"]
+    saved = step
+    forget_after(log, step)
+    progress.moved(step * len(group.runs), counted=False)
+    encodings = parse_encoding(group.spec, [1.0] * len(group.runs[0].traced))
+    limit = longest(config, encodings if isinstance(encodings, tuple) else (encodings,), source)
+    sets = {column: None if b is None else list(b) for column, b in test_sets(config, source, limit).items()}
+
+    def evaluate() -> dict[str, list[float] | None]:
+        scale = percent_or_unit(config, source)
+        sums = {column: None if batches is None else fleet.scores(state, batches) for column, batches in sets.items()}
+        return {c: None if s is None else (scale * s[0] / s[1]).tolist() for c, s in sums.items()}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    scores: dict[str, list[float] | None] = {}
+    while step < config.steps:
+        state, metrics = fleet.move_on(state, step)
+        before, step = step, step + metrics["loss"].shape[1]
+        line = {"step": step} | _line(metrics)
+        if step == config.steps or (config.evaluate_every and step // config.evaluate_every > before // config.evaluate_every):
+            scores = evaluate()
+            line |= {f"evaluation/{column}": values for column, values in scores.items()}
+        with log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        progress.moved((step - before) * len(group.runs), f"loss {np.mean(metrics['loss'][:, -1]):.4f}")
+        if caught or step == config.steps or step - saved >= config.checkpoint_every:
+            checkpoints.save(step, fleet.trimmed(state), {"seconds": time.perf_counter() - began})
+            saved = step
+        if caught and step < config.steps:
+            progress.stop()
+            again = command or " ".join(sys.argv)
+            raise Interrupted(f"interrupted at step {step} of {config.steps}; saved in {folder}. To go on, run:\n  {again}")
+    scores = scores or evaluate()
+    lines = [json.loads(text) for text in log.read_text().splitlines()]
+    parameters = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(state.params))
+    about = {"limit": limit, "parameters": parameters}
+    measure = MEASURES.get(config.task, TASK_MEASURE)[0]
+    rows = []
+    for index in range(len(group.runs)):
+        own = {column: None if values is None else json_number(values[index]) for column, values in scores.items()}
+        curve = {"step": [line["step"] for line in lines], "loss": [line["mean_loss"][index] for line in lines]}
+        rows.append({"metrics": {measure: own} | about, "diverged": _diverged(lines, index), "curve": curve})
+    how = {"compilations": fleet.compilations, "at_once": fleet.at_once, "devices": len(fleet.devices)}
+    return {"spec": group.spec, "rows": rows, "seconds": time.perf_counter() - began} | how
+
+
+def _line(metrics: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
+    """A line of metrics.jsonl from those of a piece, a number for every run; null for what is not finite."""
+    line = {name: metrics[name][:, -1] for name in ("loss", "learning_rate", "grad_norm", "skipped") if name in metrics}
+    line |= {"first_loss": metrics["loss"][:, 0], "mean_loss": metrics["loss"].mean(1)}
+    line |= {"streak": metrics["skipped_in_a_row"].max(1)}
+    return {name: [json_number(x) for x in values.tolist()] for name, values in line.items()}
+
+
+def _diverged(lines: Sequence[Mapping[str, Any]], run: int) -> int | None:
+    """The step at which a training was lost, or None: ten updates in a row not finite, or a loss that ends above its start."""
+    bad = (line["step"] for line in lines if line["streak"][run] >= MAX_SKIPPED_IN_A_ROW)
+    first, end = lines[0]["first_loss"][run], lines[-1]["mean_loss"][run]
+    lost = first is None or end is None or end > first
+    return next(bad, lines[-1]["step"] if lost else None)
+
+
+class _Progress:
+    """Steps of all runs of a grid: a bar on a terminal, else a line now and then. Finished groups count as done, not as fast."""
+
+    def __init__(self, total: int, say: Callable[[str], None]):
+        self.total, self.say, self.done, self.bar = total, say, 0, None
+        self.counted, self.started, self.last = 0, time.perf_counter(), 0.0
+        self.group_end = 0
+
+    def __enter__(self) -> "_Progress":
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
+            self.bar = Progress(*columns)
+            self.task = self.bar.add_task("", total=self.total)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def begin(self, title: str, steps: int) -> None:
+        self.title, self.group_end = title, self.done + steps
+        (self.bar.console.print if self.bar else self.say)(title)
+
+    def end(self) -> None:
+        self.moved(self.group_end - self.done, counted=False)
+
+    def moved(self, steps: int, text: str = "", counted: bool = True) -> None:
+        self.done += steps
+        if counted:
+            self.counted += steps
+        if not counted or not steps:
+            self.started = time.perf_counter() if not self.counted else self.started
+        elapsed = time.perf_counter() - self.started
+        speed = self.counted / elapsed if self.counted else 0.0
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, description=f"{text}  {speed:,.0f} steps/s")
+        elif counted and time.perf_counter() - self.last > 15:
+            self.last = time.perf_counter()
+            minutes, seconds = divmod(round((self.total - self.done) / max(speed, 1e-9)), 60)
+            share = 100 * self.done / self.total
+            self.say(f"{share:.0f} %  {text}  {speed:,.0f} steps/s  {minutes // 60}:{minutes % 60:02}:{seconds:02} left")
+
+
+def read_rows(workdir: Path) -> Iterator[dict[str, Any]]:
+    """What every finished group of a workdir says of itself: rows, seconds (compiling and resuming included), compilations ..."""
+    for path in sorted(workdir.glob("*/rows.json")):
+        yield json.loads(path.read_text())
