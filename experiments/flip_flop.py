@@ -62,8 +62,8 @@ def recipe(scale: str) -> Config:
     )
     if scale == "paper":
         return config
-    small = dict(seq_length=64, embed_dim=32, num_layers=2, steps=400, learning_rate=3e-3, log_every=50, eval_tokens=65_536)
-    return dataclasses.replace(config, **small)
+    small = dict(seq_length=64, batch_size=8, embed_dim=32, num_layers=2, steps=500, learning_rate=3e-3)
+    return dataclasses.replace(config, **small, log_every=50, eval_tokens=32_768)
 
 
 def encodings(config: Config) -> tuple[str, str, str]:

@@ -24,6 +24,7 @@ class Config:
       vocab_size: of bpe.
       seq_length: tokens in a training sequence. Synthetic tasks bring their own.
       num_variables: of counting, 1 to 26.
+      num_examples: of a synthetic task, drawn once and trained on again and again; None draws new ones for every step.
       batch_size: sequences in a step, over all devices.
       encoding: for train and evaluate, e.g. rope, "rope + cope(64)", or "cope(64) / identity" for layers in turn.
       encodings: for compare.
@@ -72,6 +73,7 @@ class Config:
     vocab_size: int = 4096
     seq_length: int = 256
     num_variables: int = 1
+    num_examples: int | None = None
     batch_size: int = 16
     encoding: str = "rope"
     encodings: tuple[str, ...] = (
@@ -130,6 +132,8 @@ class Config:
         for name in (*counts, "eval_tokens"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seq_length", self.seq_length, 2)  # one token to see and one to predict, or [CLS] and a token
+        if self.num_examples is not None:
+            check_at_least("num_examples", self.num_examples, 1)
         if self.evaluate_every is not None:
             check_at_least("evaluate_every", self.evaluate_every, 1)
         if self.tokenizer == "bpe":

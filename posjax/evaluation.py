@@ -14,7 +14,7 @@ from posjax import probes
 from posjax.attention import attention_weights
 from posjax.config import Config
 from posjax.encoding import PositionalEncoding
-from posjax.source import Source, TaskBatches, held_out
+from posjax.source import Source, held_out, test_batches
 from posjax.transformer import Transformer, cross_entropy
 from posjax.typing import Array, Params
 
@@ -67,7 +67,7 @@ def test_sets(config: Config, source: Source, limit: int | None) -> dict[str, It
     """
     if source.task is not None:
         variants = {"in distribution": source.task, **source.task.variants}
-        drawn = {name: TaskBatches(task, config.batch_size, seed=2**31) for name, task in variants.items()}
+        drawn = {name: test_batches(task, config.batch_size) for name, task in variants.items()}
     else:
         lengths = (config.seq_length * multiple for multiple in config.eval_lengths)
         drawn = {str(n): None if limit is not None and n > limit else held_out(config, source, n) for n in lengths}

@@ -1,6 +1,7 @@
 """Where batches come from: a corpus or a synthetic task, as a configuration names it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from posjax.datasets.on_device import on_device as corpus_on_device
 from posjax.datasets.pipeline import batches
 from posjax.typing import Array
 
+TESTS, _EXAMPLES = 2**31, 2**31 + 1  # seeds of what models are tested on, and of examples that are drawn once
 _EVAL_BATCH_TOKENS = 4096  # at least, in a batch of an evaluation: small batches cost more to start than to compute
 
 
@@ -68,20 +70,29 @@ def batch_key(seed: int | Array, number: int | Array) -> Array:
 def on_device(config: Config, source: Source) -> tuple[Any, Callable[[Any, Array], dict[str, Array]]]:
     """(data to put on the device, (data there, ``batch_key``) -> batch), for runs that are one program.
 
-    Of a synthetic task these are the batches of ``train_batches``; of a text, rows drawn with replacement.
+    Of a synthetic task these are the batches of ``train_batches``; of a text, rows drawn with replacement, as they are of a task with
+    ``num_examples``: the same for every seed.
     """
-    if source.task is not None:
+    if source.task is not None and config.num_examples is None:
         return (), lambda data, key: source.task.batch(key, config.batch_size)
+    if source.task is not None:
+        examples = jax.jit(lambda: source.task.batch(jax.random.key(_EXAMPLES), config.num_examples))()
+
+        def draw(examples: dict[str, Array], key: Array) -> dict[str, Array]:
+            index = jax.random.randint(key, (config.batch_size,), 0, config.num_examples)
+            return jax.tree.map(lambda x: x[index], examples)
+
+        return jax.device_get(examples), draw
     options = dict(length=config.seq_length, batch_size=config.batch_size, masked=config.task == "mlm")
     return corpus_on_device(source.train, **options)
 
 
 class TaskBatches:
-    """Endless batches of a synthetic task, each a function of the seed and its number."""
+    """Endless batches, each made by ``draw`` from its ``batch_key``."""
 
-    def __init__(self, task: tasks.Task, batch_size: int, seed: int):
+    def __init__(self, draw: Callable[[Array], dict[str, Array]], seed: int):
         self.drawn = 0
-        self.draw = jax.jit(lambda number: task.batch(batch_key(seed, number), batch_size))
+        self.draw = jax.jit(lambda number: draw(batch_key(seed, number)))
 
     def __iter__(self) -> "TaskBatches":
         return self
@@ -97,10 +108,16 @@ class TaskBatches:
         self.drawn = state["drawn"]
 
 
+def test_batches(task: tasks.Task, batch_size: int) -> TaskBatches:
+    """What models are tested on: new examples, the same for every model."""
+    return TaskBatches(functools.partial(task.batch, batch_size=batch_size), TESTS)
+
+
 def train_batches(config: Config, source: Source, seed: int) -> Iterator[dict[str, np.ndarray]]:
     """The batches of a run: the same for every encoding."""
     if source.task is not None:
-        return TaskBatches(source.task, config.batch_size, seed)
+        data, draw = on_device(config, source)
+        return TaskBatches(functools.partial(draw, data), seed)
     return batches(
         source.train,
         length=config.seq_length,
@@ -115,7 +132,7 @@ def train_batches(config: Config, source: Source, seed: int) -> Iterator[dict[st
 def held_out(config: Config, source: Source, length: int) -> Iterator[dict[str, np.ndarray]]:
     """The validation text in its own order: every length reads the same."""
     if source.task is not None:
-        return TaskBatches(source.task, config.batch_size, seed=2**31)
+        return test_batches(source.task, config.batch_size)
     rows = max(1, max(config.batch_size * config.seq_length, _EVAL_BATCH_TOKENS) // length)
     options = dict(length=length, batch_size=rows, seed=0, shuffle=False, repeat=False)
     return batches(source.validation, **options, masked=config.task == "mlm")
