@@ -41,11 +41,11 @@ def evaluate(config: Config, with_params: Callable[[Params], Transformer], param
     scale = percent_or_unit(config, source)
     by_length: dict[str, float | None] = {}
     curve = None
-    for column, test_batches in test_sets(config, source, limit).items():
-        if test_batches is None:
+    for column, tests in test_sets(config, source, limit).items():
+        if tests is None:
             by_length[column] = None
             continue
-        mean, curve = mean_loss(losses, params, test_batches)
+        mean, curve = mean_loss(losses, params, tests)
         by_length[column] = mean * scale
     result = {"metrics": {measure: by_length} | metrics}
     if curve is not None:
@@ -132,8 +132,8 @@ def _task_errors(config: Config, with_params: Callable, params: Params, source: 
     """Share of wrong answers in percent, on the task itself and on its variants."""
     wrong = jax.jit(score(config, with_params))
     errors = {}
-    for column, test_batches in test_sets(config, source, None).items():
-        sums = np.sum([jax.device_get(wrong(params, batch)) for batch in test_batches], axis=0, dtype=np.float64)
+    for column, tests in test_sets(config, source, None).items():
+        sums = np.sum([jax.device_get(wrong(params, batch)) for batch in tests], axis=0, dtype=np.float64)
         errors[column] = float(percent_or_unit(config, source) * sums[0] / sums[1])
     return errors
 

@@ -1,7 +1,6 @@
 """Where batches come from: a corpus or a synthetic task, as a configuration names it."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,8 +69,8 @@ def batch_key(seed: int | Array, number: int | Array) -> Array:
 def on_device(config: Config, source: Source) -> tuple[Any, Callable[[Any, Array], dict[str, Array]]]:
     """(data to put on the device, (data there, ``batch_key``) -> batch), for runs that are one program.
 
-    Of a synthetic task these are the batches of ``train_batches``; of a text, rows drawn with replacement, as they are of a task with
-    ``num_examples``: the same for every seed.
+    Of a synthetic task these are the batches of ``train_batches``; of a text, rows drawn with replacement, as they are of a task
+    with ``num_examples``, which are the same for every seed.
     """
     if source.task is not None and config.num_examples is None:
         return (), lambda data, key: source.task.batch(key, config.batch_size)
@@ -82,24 +81,24 @@ def on_device(config: Config, source: Source) -> tuple[Any, Callable[[Any, Array
             index = jax.random.randint(key, (config.batch_size,), 0, config.num_examples)
             return jax.tree.map(lambda x: x[index], examples)
 
-        return jax.device_get(examples), draw
+        return examples, draw
     options = dict(length=config.seq_length, batch_size=config.batch_size, masked=config.task == "mlm")
     return corpus_on_device(source.train, **options)
 
 
 class TaskBatches:
-    """Endless batches, each made by ``draw`` from its ``batch_key``."""
+    """Endless batches of a seed, made of data by ``draw`` as ``on_device`` returns them."""
 
-    def __init__(self, draw: Callable[[Array], dict[str, Array]], seed: int):
-        self.drawn = 0
-        self.draw = jax.jit(lambda number: draw(batch_key(seed, number)))
+    def __init__(self, data: Any, draw: Callable[[Any, Array], dict[str, Array]], seed: int):
+        self.drawn, self.data = 0, data
+        self.draw = jax.jit(lambda data, number: draw(data, batch_key(seed, number)))
 
     def __iter__(self) -> "TaskBatches":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         self.drawn += 1
-        return jax.device_get(self.draw(self.drawn - 1))
+        return jax.device_get(self.draw(self.data, self.drawn - 1))
 
     def get_state(self) -> dict[str, int]:
         return {"drawn": self.drawn}
@@ -110,14 +109,13 @@ class TaskBatches:
 
 def test_batches(task: tasks.Task, batch_size: int) -> TaskBatches:
     """What models are tested on: new examples, the same for every model."""
-    return TaskBatches(functools.partial(task.batch, batch_size=batch_size), TESTS)
+    return TaskBatches((), lambda data, key: task.batch(key, batch_size), TESTS)
 
 
 def train_batches(config: Config, source: Source, seed: int) -> Iterator[dict[str, np.ndarray]]:
     """The batches of a run: the same for every encoding."""
     if source.task is not None:
-        data, draw = on_device(config, source)
-        return TaskBatches(functools.partial(draw, data), seed)
+        return TaskBatches(*on_device(config, source), seed)
     return batches(
         source.train,
         length=config.seq_length,
