@@ -1,7 +1,7 @@
 """What the experiments that train share: scales, the grid, its results as JSON and figures. Not a program.
 
     python experiments/NAME.py                    the small scale, on two CPU cores in under ten minutes
-    python experiments/NAME.py --scale paper      the published one, for a GPU
+    python experiments/NAME.py --scale paper      the published one, for a GPU; with --time, what a step of it takes
 
 Both leave their runs in runs/experiments/NAME_SCALE, where the same command goes on, and write results/NAME_SCALE.json.
 """
@@ -12,14 +12,16 @@ import json
 import math
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from common import RESULTS, markdown, write
 
 from posjax import plots, report, runs
-from posjax.ablation import spread_over_cores
+from posjax.ablation import Fleet, spread_over_cores
 from posjax.checkpoints import CheckpointError
 from posjax.config import Config
 from posjax.evaluation import MEASURES, TASK_MEASURE
@@ -28,7 +30,7 @@ from posjax.kernels.refused import KernelRefused
 from posjax.loop import Interrupted
 from posjax.source import open_source
 from posjax.statistics import difference, summary
-from posjax.sweeps import Point
+from posjax.sweeps import Point, groups
 
 Rows = list[dict[str, Any]]
 
@@ -60,6 +62,7 @@ def main(
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=("cpu", "paper"), default="cpu")
     parser.add_argument("--seeds", type=int, help="instead of the experiment's own number")
+    parser.add_argument("--time", action="store_true", help="trains nothing: seconds of a step of every program, on this machine")
     parser.add_argument("--only", nargs="+", metavar="PART", help="parts to run; the others keep what results they have")
     for flag, text in (arguments or {}).items():
         parser.add_argument(flag, help=text)
@@ -71,6 +74,8 @@ def main(
         grids = {part: grid for part, grid in grids.items() if part in options.only}
     if options.seeds:
         grids = {part: dataclasses.replace(grid, seeds=options.seeds) for part, grid in grids.items()}
+    if options.time:
+        return _time(f"{name}_{options.scale}_steps", grids)
     spread_over_cores(max(len(grid.points) * grid.seeds for grid in grids.values()))
     try:
         found, about = _run(name, options.scale, grids)
@@ -85,6 +90,28 @@ def main(
     text = table(found)
     write(f"{name}_{options.scale}", stored, scale=options.scale, parts={part: about[part] for part in found}, table=text)
     print(text)
+
+
+def _time(name: str, grids: Mapping[str, Part]) -> None:
+    """Seconds of the second step of one run of each program, and what all steps of all runs would take one after the other."""
+    rows = []
+    for part, grid in grids.items():
+        source = open_source(grid.points[0].config)
+        for group in groups(grid.points, range(grid.seeds)):
+            steps, runs_ = group.config.steps, len(group.runs)
+            one = dataclasses.replace(group, config=dataclasses.replace(group.config, log_every=1), runs=group.runs[:1])
+            fleet = Fleet(one, source, jax.local_devices()[:1], at_once=1)
+            state, _ = fleet.move_on(fleet.start(), 0)
+            began = time.perf_counter()
+            fleet.move_on(state, 1)
+            seconds = time.perf_counter() - began
+            rows.append({"part": part, "encoding": group.spec, "runs": runs_, "steps": steps, "seconds_a_step": round(seconds, 2)})
+            print(rows[-1], flush=True)
+    heads = ["part", "encoding", "runs", "steps", "seconds a step", "hours in all"]
+    hours = [row["runs"] * row["steps"] * row["seconds_a_step"] / 3600 for row in rows]
+    table = markdown(heads, [[*row.values(), f"{own:,.0f}"] for row, own in zip(rows, hours, strict=True)])
+    write(name, rows, table=table)
+    print(table)
 
 
 def _kept(name: str, what: str = "rows") -> dict[str, Any]:
