@@ -112,6 +112,33 @@ def compare(config, command: str) -> None:
     _report(rows, config, source, workdir, say)
 
 
+def _ablation_flags() -> type:
+    """A dataclass; made here because its annotations need tyro, which only the command line does."""
+    import dataclasses
+    from typing import Annotated
+
+    import tyro
+
+    @dataclasses.dataclass(frozen=True)
+    class Ablation:
+        """What posjax ablate takes beyond a configuration. There, --seeds 8, a single number, is how many: 0 to 7.
+
+        Attributes:
+          sweep: field=a,b,c, once for every field: one of the configuration (learning_rate=1e-3,3e-4) or an argument of an encoding
+            (rope.theta=1e4,1e5); all combinations are run. encoding=rope,alibi stands in place of encodings.
+          runs_at_once: runs that a device makes at once; None is as many as its memory allows, and one on a CPU.
+        """
+
+        sweep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+        runs_at_once: int | None = None
+
+        def __post_init__(self) -> None:
+            if self.runs_at_once is not None and self.runs_at_once < 1:
+                raise ValueError(f"runs_at_once must be at least 1, or None for as many as fit, got {self.runs_at_once}")
+
+    return Ablation
+
+
 def ablate(args: Sequence[str], command: str) -> None:
     """posjax ablate: every combination of encodings and sweeps with every seed, those of the same shapes as one program."""
     from posjax import runs
@@ -119,9 +146,9 @@ def ablate(args: Sequence[str], command: str) -> None:
     from posjax.config import claim_workdir
     from posjax.grids import run_grid
     from posjax.source import open_source
-    from posjax.sweeps import Ablation, grid, parse_sweep
+    from posjax.sweeps import grid, parse_sweep
 
-    ablation, config = parse(args, Ablation)
+    ablation, config = parse(args, _ablation_flags())
     points = grid(config, [parse_sweep(text) for text in ablation.sweep])
     seeds = tuple(range(config.seeds[0])) if len(config.seeds) == 1 and config.seeds[0] > 0 else config.seeds
     spread_over_cores(len(points) * len(seeds))

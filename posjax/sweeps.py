@@ -8,9 +8,7 @@ import dataclasses
 import difflib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from posjax.config import RUN_ONLY, Config
 from posjax.runs import TRACED_FIELDS
@@ -18,24 +16,6 @@ from posjax.specs import blanked, filled, parse_encoding, with_argument
 
 # A run's own, or the same for all of a grid.
 _NOT_SWEPT = {*RUN_ONLY, "seeds", "eval_lengths", "eval_tokens", "task", "data", "tokenizer"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Ablation:
-    """What posjax ablate takes beyond a configuration. There, --seeds 8, a single number, is how many: 0 to 7.
-
-    Attributes:
-      sweep: field=a,b,c, once for every field: one of the configuration (learning_rate=1e-3,3e-4) or an argument of an encoding
-        (rope.theta=1e4,1e5); all combinations are run. encoding=rope,alibi stands in place of encodings.
-      runs_at_once: runs that a device makes at once; None is as many as its memory allows, and one on a CPU.
-    """
-
-    sweep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    runs_at_once: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.runs_at_once is not None and self.runs_at_once < 1:
-            raise ValueError(f"runs_at_once must be at least 1, or None for as many as fit, got {self.runs_at_once}")
 
 
 @dataclasses.dataclass(frozen=True)

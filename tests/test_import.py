@@ -87,3 +87,27 @@ def test_import_and_attention_with_jax_and_flax_alone():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["loaded"], done.stdout
+
+
+GRID = f"""{REFUSE}
+import tempfile
+from pathlib import Path
+
+from posjax.config import Config
+from posjax.grids import run_grid
+from posjax.source import open_source
+from posjax.sweeps import grid
+
+config = Config(task="flip_flop", encodings=("cope(4)",), seq_length=8, batch_size=2, num_layers=1, embed_dim=8, num_heads=2, steps=2,
+                warmup_steps=0, eval_tokens=8)
+with tempfile.TemporaryDirectory() as folder:
+    (row,) = run_grid(grid(config, []), (0,), Path(folder), open_source(config))
+print("loaded", *sorted(set(name.partition(".")[0] for name in set(sys.modules) - at_start) & refused), row["metrics"]["error"])
+"""
+
+
+@pytest.mark.thorough
+def test_a_grid_of_a_synthetic_task_needs_optax_orbax_and_little_else():
+    refused = "tyro tensorflow_datasets grain array_record tokenizers tensorboardX matplotlib"
+    done = subprocess.run([sys.executable, "-c", GRID, refused], capture_output=True, text=True)
+    assert done.returncode == 0 and "loaded {'in distribution'" in done.stdout, done.stdout + done.stderr

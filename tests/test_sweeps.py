@@ -6,7 +6,7 @@ import pytest
 
 from posjax.config import Config
 from posjax.specs import blanked, filled, parse_encoding, with_argument
-from posjax.sweeps import Ablation, grid, groups, parse_sweep
+from posjax.sweeps import grid, groups, parse_sweep
 
 CONFIG = Config(task="flip_flop", seq_length=16, encodings=("rope", "alibi", "rope + cope(8)"))
 
@@ -138,7 +138,3 @@ def test_clipping_and_none_are_two_programs():
     made = groups(grid(dataclasses.replace(CONFIG, encodings=("rope",)), [("clip_norm", (None, 1.0, 2.0))]), seeds=(0,))
     assert [len(g.runs) for g in made] == [1, 2]
 
-
-def test_runs_at_once_must_be_positive():
-    with pytest.raises(ValueError, match="runs_at_once must be at least 1"):
-        Ablation(runs_at_once=0)
