@@ -46,7 +46,7 @@ def recipe(scale: str) -> Config:
     )
     if scale == "paper":
         return config
-    small = dict(seq_length=32, batch_size=32, embed_dim=32, steps=2500, learning_rate=5e-3, warmup_steps=100)
+    small = dict(seq_length=32, batch_size=32, embed_dim=32, steps=2000, learning_rate=5e-3, warmup_steps=100)
     return dataclasses.replace(config, **small, log_every=100, eval_tokens=131_072)
 
 

@@ -19,6 +19,7 @@ import common  # noqa: E402
 import counting  # noqa: E402
 import extrapolation  # noqa: E402
 import flip_flop  # noqa: E402
+import flip_flop_shapes  # noqa: E402
 import language_code  # noqa: E402
 import language_text  # noqa: E402
 import readme  # noqa: E402
@@ -198,8 +199,21 @@ def test_a_claim_is_found_where_its_interval_is_below_zero(lower, higher, expect
 
 TRAINED = {
     module.__name__: module
-    for module in (flip_flop, counting, selective_copy, extrapolation, language_text, language_code, tupe, roformer_linear)
+    for module in (
+        flip_flop,
+        flip_flop_shapes,
+        counting,
+        selective_copy,
+        extrapolation,
+        language_text,
+        language_code,
+        tupe,
+        roformer_linear,
+    )
 }
+
+
+SYNTHETIC = ("flip_flop", "flip_flop_shapes", "counting", "selective_copy")
 
 
 @pytest.mark.parametrize("scale", ["cpu", "paper"])
@@ -207,13 +221,13 @@ TRAINED = {
 def test_every_grid_can_be_made(name, scale):
     parts = TRAINED[name].parts(argparse.Namespace(scale=scale, data="text"))
     for part in parts.values():
-        assert part.seeds >= (5 if scale == "cpu" and name in ("flip_flop", "counting", "selective_copy") else 3)
+        assert part.seeds >= (5 if scale == "cpu" and name in SYNTHETIC else 3)
         made = groups(part.points, range(part.seeds))
         assert sum(len(group.runs) for group in made) == len(part.points) * part.seeds
         assert len({point.label for point in part.points}) == len(part.points)
 
 
-@pytest.mark.parametrize("name", ["flip_flop", "counting", "selective_copy"])
+@pytest.mark.parametrize("name", SYNTHETIC)
 def test_the_published_models_fit_their_task(name):
     part = next(iter(TRAINED[name].parts(argparse.Namespace(scale="paper")).values()))
     source = open_source(part.points[0].config)

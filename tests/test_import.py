@@ -98,8 +98,8 @@ from posjax.grids import run_grid
 from posjax.source import open_source
 from posjax.sweeps import grid
 
-config = Config(task="flip_flop", encodings=("cope(4)",), seq_length=8, batch_size=2, num_layers=1, embed_dim=8, num_heads=2, steps=2,
-                warmup_steps=0, eval_tokens=8)
+sizes = dict(seq_length=8, batch_size=2, num_layers=1, embed_dim=8, num_heads=2, steps=2, warmup_steps=0, eval_tokens=8)
+config = Config(task="flip_flop", encodings=("cope(4)",), **sizes)
 with tempfile.TemporaryDirectory() as folder:
     (row,) = run_grid(grid(config, []), (0,), Path(folder), open_source(config))
 print("loaded", *sorted(set(name.partition(".")[0] for name in set(sys.modules) - at_start) & refused), row["metrics"]["error"])
