@@ -79,8 +79,7 @@ def main(
     spread_over_cores(max(len(grid.points) * grid.seeds for grid in grids.values()))
     try:
         found, about = _run(name, options.scale, grids)
-    except Interrupted as stopped:
-        print(stopped)
+    except Interrupted:  # which has said how to go on
         sys.exit(130)
     except (ValueError, CheckpointError, KernelRefused) as error:
         sys.exit(f"{name}: {error}")

@@ -9,6 +9,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +29,8 @@ from posjax.loop import MAX_SKIPPED_IN_A_ROW, Interrupted, forget_after, json_nu
 from posjax.source import Source
 from posjax.specs import parse_encoding, slug
 from posjax.sweeps import Group, Point, groups
+
+_SECONDS_BETWEEN_LINES = 15
 
 
 def run_grid(
@@ -64,25 +68,44 @@ def run_grid(
         raise ValueError(f"a grid must run in one process, over all of its devices, got {jax.process_count()} processes")
     made = groups(points, seeds)
     total = sum(len(group.runs) * group.config.steps for group in made)
-    rows: dict[tuple[int, int], dict[str, Any]] = {}
-    with noted_signals() as caught, _Progress(total, say) as progress:
-        for number, group in enumerate(made, 1):
-            folder = workdir / _folder(group)
-            progress.begin(f"{number} of {len(made)}: {group.spec}, {len(group.runs)} runs", group.config.steps * len(group.runs))
-            done = folder / "rows.json"
-            if not done.exists():
-                with naming_refusals(group.config.implementation):
-                    found = _train_group(group, source, folder, at_once, caught, progress, command)
-                folder.mkdir(parents=True, exist_ok=True)
-                part = done.with_suffix(".part")
-                part.write_text(json.dumps(found))
-                part.replace(done)
-            progress.end()
-            for run, row in zip(group.runs, json.loads(done.read_text())["rows"], strict=True):
-                point = points[run.point]
-                about = {"encoding": point.config.encoding, "seed": run.seed, "label": point.label, "settings": point.settings}
-                rows[run.point, run.seed] = {**about, **row}
+    try:
+        with noted_signals() as caught, _Progress(total, say) as progress:
+            rows = _rows(made, points, workdir, source, at_once, caught, progress)
+    except Interrupted as stopped:
+        say(f"{stopped} To go on, run:\n  {command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
+        raise
     return [rows[index, seed] for index in range(len(points)) for seed in seeds]
+
+
+def _rows(
+    made: Sequence[Group],
+    points: Sequence[Point],
+    workdir: Path,
+    source: Source,
+    at_once: int | None,
+    caught: list[int],
+    progress: "_Progress",
+) -> dict[tuple[int, int], dict[str, Any]]:
+    """{(point, seed): row}, from the files of groups that are done and from training the others."""
+    rows = {}
+    for number, group in enumerate(made, 1):
+        folder = workdir / _folder(group)
+        progress.begin(f"{number} of {len(made)}: {group.spec}, {len(group.runs)} runs")
+        done = folder / "rows.json"
+        if done.exists():
+            progress.skipped(group.config.steps * len(group.runs))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            with naming_refusals(group.config.implementation):
+                found = _train_group(group, source, folder, at_once, caught, progress)
+            part = done.with_suffix(".part")
+            part.write_text(json.dumps(found))
+            part.replace(done)
+        for run, row in zip(group.runs, json.loads(done.read_text())["rows"], strict=True):
+            point = points[run.point]
+            about = {"encoding": point.config.encoding, "seed": run.seed, "label": point.label, "settings": point.settings}
+            rows[run.point, run.seed] = {**about, **row}
+    return rows
 
 
 def _folder(group: Group) -> str:
@@ -94,14 +117,9 @@ def _folder(group: Group) -> str:
 
 
 def _train_group(
-    group: Group,
-    source: Source,
-    folder: Path,
-    at_once: int | None,
-    caught: list[int],
-    progress: "_Progress",
-    command: str | None,
+    group: Group, source: Source, folder: Path, at_once: int | None, caught: list[int], progress: "_Progress"
 ) -> dict[str, Any]:
+    """What ``rows.json`` of a group holds: its rows in the order of its runs, and how they were made."""
     config, log = group.config, folder / "metrics.jsonl"
     # Before anything is compiled: importing Orbax makes JAX forget its programs.
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
@@ -114,7 +132,7 @@ def _train_group(
         began -= found.data_state["seconds"]
     saved = step
     forget_after(log, step)
-    progress.moved(step * len(group.runs), counted=False)
+    progress.skipped(step * len(group.runs))
     encodings = parse_encoding(group.spec, [1.0] * len(group.runs[0].traced))
     limit = longest(config, encodings if isinstance(encodings, tuple) else (encodings,), source)
     sets = {column: None if b is None else list(b) for column, b in test_sets(config, source, limit).items()}
@@ -124,7 +142,6 @@ def _train_group(
         sums = {column: None if batches is None else fleet.scores(state, batches) for column, batches in sets.items()}
         return {c: None if s is None else (scale * s[0] / s[1]).tolist() for c, s in sums.items()}
 
-    folder.mkdir(parents=True, exist_ok=True)
     scores: dict[str, list[float] | None] = {}
     while step < config.steps:
         state, metrics = fleet.move_on(state, step)
@@ -140,9 +157,8 @@ def _train_group(
             checkpoints.save(step, fleet.trimmed(state), {"seconds": time.perf_counter() - began})
             saved = step
         if caught and step < config.steps:
-            progress.stop()
-            again = command or " ".join(sys.argv)
-            raise Interrupted(f"interrupted at step {step} of {config.steps}; saved in {folder}. To go on, run:\n  {again}")
+            name = signal.Signals(caught[0]).name
+            raise Interrupted(f"interrupted by {name} at step {step} of {config.steps}; saved in {folder}.")
     scores = scores or evaluate()
     lines = [json.loads(text) for text in log.read_text().splitlines()]
     parameters = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(state.params))
@@ -174,12 +190,13 @@ def _diverged(lines: Sequence[Mapping[str, Any]], run: int) -> int | None:
 
 
 class _Progress:
-    """Steps of all runs of a grid: a bar on a terminal, else a line now and then. Finished groups count as done, not as fast."""
+    """Steps of all runs of a grid: a bar on a terminal, else a line now and then."""
 
     def __init__(self, total: int, say: Callable[[str], None]):
-        self.total, self.say, self.done, self.bar = total, say, 0, None
-        self.counted, self.started, self.last = 0, time.perf_counter(), 0.0
-        self.group_end = 0
+        self.total, self.say = total, say
+        self.done = self.trained = 0  # trained here; what was found trained is done, but tells nothing of the speed
+        self.started = self.shown = time.perf_counter()
+        self.bar: Any = None
 
     def __enter__(self) -> "_Progress":
         if sys.stdout.isatty():
@@ -192,34 +209,27 @@ class _Progress:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.stop()
-
-    def stop(self) -> None:
         if self.bar:
             self.bar.stop()
 
-    def begin(self, title: str, steps: int) -> None:
-        self.title, self.group_end = title, self.done + steps
+    def begin(self, title: str) -> None:
         (self.bar.console.print if self.bar else self.say)(title)
 
-    def end(self) -> None:
-        self.moved(self.group_end - self.done, counted=False)
-
-    def moved(self, steps: int, text: str = "", counted: bool = True) -> None:
+    def skipped(self, steps: int) -> None:
         self.done += steps
-        if counted:
-            self.counted += steps
-        if not counted or not steps:
-            self.started = time.perf_counter() if not self.counted else self.started
-        elapsed = time.perf_counter() - self.started
-        speed = self.counted / elapsed if self.counted else 0.0
+
+    def moved(self, steps: int, text: str) -> None:
+        self.done += steps
+        self.trained += steps
+        now = time.perf_counter()
+        speed = self.trained / (now - self.started)
+        text = f"{text}  {speed:,.0f} steps/s"
         if self.bar:
-            self.bar.update(self.task, completed=self.done, description=f"{text}  {speed:,.0f} steps/s")
-        elif counted and time.perf_counter() - self.last > 15:
-            self.last = time.perf_counter()
-            minutes, seconds = divmod(round((self.total - self.done) / max(speed, 1e-9)), 60)
-            share = 100 * self.done / self.total
-            self.say(f"{share:.0f} %  {text}  {speed:,.0f} steps/s  {minutes // 60}:{minutes % 60:02}:{seconds:02} left")
+            self.bar.update(self.task, completed=self.done, description=text)
+        elif now - self.shown > _SECONDS_BETWEEN_LINES:
+            self.shown = now
+            minutes, seconds = divmod(round((self.total - self.done) / speed), 60)
+            self.say(f"{100 * self.done / self.total:.0f} %  {text}  {minutes // 60}:{minutes % 60:02}:{seconds:02} left")
 
 
 def read_rows(workdir: Path) -> Iterator[dict[str, Any]]:

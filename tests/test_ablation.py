@@ -121,12 +121,16 @@ def test_an_interrupted_grid_goes_on_where_it_stopped_and_is_done_once(tmp_path)
 
     stops = iter([True, False])
 
+    said = []
+
     def say(text):  # the first line comes before the first piece
+        said.append(text)
         if next(stops, False):
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted, match="interrupted at step 10 of 25"):
+    with pytest.raises(Interrupted, match="interrupted by SIGINT at step 10 of 25"):
         run_grid(points, (0, 1), tmp_path / "cut", source, command="posjax ablate", say=say)
+    assert said[-1].endswith("To go on, run:\n  posjax ablate")
     (log,) = (tmp_path / "cut").glob("*/metrics.jsonl")
     assert [line["step"] for line in lines(log)] == [10]
     with log.open("a") as file:  # as a kill in the next piece may leave it
