@@ -84,7 +84,11 @@ def table(found: Mapping[str, Rows]) -> str:
                 lines.append([named(variables), own[name][0]["encoding"], *ours, theirs, *passes])
         told += [
             verdict(f"{named(variables)}: {a} below {b}", *(values(own[n], "in distribution") for n in (low, high)), " %")
-            for a, low, b, high in (("CoPE", "cope", "RoPE", "rope"), ("RoPE", "rope", "absolute", "learned"))
+            for a, low, b, high in (
+                ("CoPE", "cope", "RoPE", "rope"),
+                ("CoPE", "cope", "absolute", "learned"),
+                ("RoPE", "rope", "absolute", "learned"),
+            )
         ]
     heads = ["task", "encoding", "error", "pass 100", "pass 10", "theirs: error", "pass 100", "pass 10"]
     return markdown(heads, lines) + "\n\n" + claims(told)
