@@ -140,7 +140,7 @@ def _run(name: str, scale: str, grids: Mapping[str, Part]) -> tuple[dict[str, Ro
         measure, label = MEASURES.get(config.task, TASK_MEASURE)
         dots = {column: report.seeds_of(rows, measure, column) for column in rows[0]["metrics"][measure]}
         figure = plots.dots(dots, label, {row["label"]: row["encoding"] for row in rows})
-        plots.save(figure, RESULTS / f"{name}_{scale}_{part}.png")
+        plots.save(figure, RESULTS / f"{name}_{scale}_{part.replace(' ', '_')}.png")
         about[part] = {
             "seeds": grid.seeds,
             "runs": len(rows),
