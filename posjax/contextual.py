@@ -277,9 +277,9 @@ def _sum_to_the_right(gates: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _CountingTile:
-    """The function of a term: equal for equal encodings, so that a term made twice is one term to jit; named in messages."""
+    """The function of a term: equal where the bias is the same function of a count, so that such terms are one program to jit."""
 
-    name: str
+    name: str = dataclasses.field(compare=False)  # for messages
     bias_of_count: Callable[[Array, dict[str, Array], Any], Array]
 
     def __call__(self, tile: Tile, rows: dict, columns: dict, tables: tuple, carry: Array) -> tuple[Array, Array]:

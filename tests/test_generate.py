@@ -215,7 +215,7 @@ def untrained(folder, **changes):
     """A checkpoint of step 0."""
     config = dataclasses.replace(load_config("tiny.py"), **changes)
     params = runs.build_model(config, config.encoding, source.open_source(config), 0)[1]
-    Checkpoints(Path(folder) / "checkpoints").save(0, init_state(params, runs._optimizer(config), 0))
+    Checkpoints(Path(folder) / "checkpoints").save(0, init_state(params, runs.optimizer_of(config), 0))
 
 
 @pytest.fixture(scope="module")

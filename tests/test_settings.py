@@ -274,6 +274,7 @@ def test_a_clamp_stays_fused_and_a_bias_of_gates_does_not():
     assert form(gate_bias=-1.0)[1] is None and jax.eval_shape(lambda x: form(gate_bias=x)[1], 0.0) is None
 
 
+@pytest.mark.thorough
 def test_the_fused_kernel_sweeps_in_one_program():
     """Interpreted: theta, clamp and slope at once, mapped over."""
     operands = long_operands(normal(3, 8, H))
