@@ -276,7 +276,7 @@ def test_masked_rows_on_the_device_have_the_shares_of_the_pipeline(corpus):
     np.testing.assert_array_equal(batch["tokens"][~asked], batch["targets"][~asked])
 
 
-@pytest.mark.parametrize("task", ["lm", "mlm"])
+@pytest.mark.parametrize("task", ["lm", pytest.param("mlm", marks=pytest.mark.thorough)])
 def test_a_text_is_learned_from_the_device(task, text, tmp_path):
     config = dataclasses.replace(
         CONFIG, task=task, data=str(text), data_dir=str(tmp_path / "data"), eval_lengths=(1, 2), encodings=("learned",)

@@ -227,6 +227,7 @@ def test_every_grid_can_be_made(name, scale):
         assert len({point.label for point in part.points}) == len(part.points)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["flip_flop", "selective_copy"])
 def test_the_published_models_fit_their_task(name):
     part = next(iter(TRAINED[name].parts(argparse.Namespace(scale="paper")).values()))

@@ -29,6 +29,8 @@ import posjax as pj
 from posjax.bias import Interpolation
 from posjax.kernels import dense, tiled
 
+pytestmark = pytest.mark.thorough  # test_ablation.py trains with traced settings in the README's command too
+
 # Traced equals concrete ----------------------------------------------------------------------------------------------
 
 # An encoding of one setting, and values of it.
@@ -274,7 +276,6 @@ def test_a_clamp_stays_fused_and_a_bias_of_gates_does_not():
     assert form(gate_bias=-1.0)[1] is None and jax.eval_shape(lambda x: form(gate_bias=x)[1], 0.0) is None
 
 
-@pytest.mark.thorough
 def test_the_fused_kernel_sweeps_in_one_program():
     """Interpreted: theta, clamp and slope at once, mapped over."""
     operands = long_operands(normal(3, 8, H))

@@ -345,6 +345,7 @@ def test_counting_without_passes_sets_at_once():
 
 
 # Shares counted with the released generator and its truncation: 77 of 57,739 programs and 229 of 59,637.
+@pytest.mark.thorough
 @pytest.mark.parametrize(("num_variables", "lost"), [(1, 0.0), (3, 77 / 57_739), (5, 229 / 59_637)])
 def test_counting_truncation_loses_as_many_sets_as_the_released_data(num_variables, lost):
     rows = 0
