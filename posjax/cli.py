@@ -266,7 +266,7 @@ def _report(rows, config, source, workdir: Path, say: Callable[[str], None]) -> 
     from posjax.evaluation import MEASURES, TASK_MEASURE
 
     measure, label = MEASURES.get(config.task, TASK_MEASURE)
-    heading = _heading(config, source, label)
+    heading = _heading(config, source, label) + ("." if source.task is None else "")
     report.write_results(rows, measure, workdir, heading)
     figures = report.write_figures(rows, measure, label, config.seq_length, workdir)
     say("")

@@ -26,9 +26,13 @@ def write_results(rows: Sequence[Row], measure: str, workdir: Path, heading: str
 
 def by_encoding(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows of one encoding together, in their order."""
+    return _grouped(rows, "encoding")
+
+
+def _grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
     grouped: dict[str, list[Row]] = {}
     for row in rows:
-        grouped.setdefault(row["encoding"], []).append(row)
+        grouped.setdefault(row[key], []).append(row)
     return grouped
 
 
@@ -82,10 +86,7 @@ def write_ablation(rows: Sequence[Row], measure: str, label: str, workdir: Path,
 
 def by_label(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows of one setting together, in their order."""
-    grouped: dict[str, list[Row]] = {}
-    for row in rows:
-        grouped.setdefault(row["label"], []).append(row)
-    return grouped
+    return _grouped(rows, "label")
 
 
 def seeds_of(rows: Sequence[Row], measure: str, column: str) -> dict[str, list[float]]:

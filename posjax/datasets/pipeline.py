@@ -149,7 +149,7 @@ def count_rows(corpus: Corpus, length: int, *, masked: bool = False) -> int:
     """How many whole rows of ``length`` tokens a corpus has.
 
     Raises:
-      ValueError: none.
+      ValueError: a corpus shorter than a row.
     """
     return len((_MaskedRows if masked else _Rows)(corpus, length, None))
 
