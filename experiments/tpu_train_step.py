@@ -76,7 +76,7 @@ class Kept:
 
 def step_job(config: str, tensor: int, folder: str, devices: Sequence[Any]) -> tuple[Kept, tuple]:
     """What posjax.aot compiles, in its own process."""
-    step, (state, batch) = abstract_step(config, devices, tensor=tensor)
+    step, (state, batch) = abstract_step(config, devices, mesh=f"fsdp={len(devices) // tensor},tensor={tensor}")
     about = {"devices": len(devices), "mesh": dict(batch["tokens"].sharding.mesh.shape)}
     about |= {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params))}
     Path(folder, "about.json").write_text(json.dumps(about | {"batch": list(batch["tokens"].shape)}))
