@@ -5,9 +5,8 @@
 It has not been run. What it takes on chips that are not attached, with heads and MLP of a sequence over 4 of them and the state cut
 over all, the compiler tells:
 
-    posjax.aot.compile_ahead("posjax.runs:abstract_step", {"config": "configs/decoder_1b.py", "tensor": 4}, "v5e:16x16")
-
-``posjax train`` itself keeps the whole state, 13 GB, on every device.
+    job = {"config": "configs/decoder_1b.py", "mesh": "fsdp=64,tensor=4"}
+    posjax.aot.compile_ahead("posjax.runs:abstract_step", job, "v5e:16x16")
 """
 
 from posjax.config import Config

@@ -51,8 +51,8 @@ def recipe(scale: str) -> Config:
     )
     if scale == "paper":
         return config
-    small = dict(seq_length=64, batch_size=16, embed_dim=32, num_layers=2, steps=1000, learning_rate=3e-3, dropout_rate=0.0)
-    return dataclasses.replace(config, **small, log_every=50, eval_tokens=131_072)
+    small = dict(seq_length=64, batch_size=16, embed_dim=32, num_layers=2, steps=800, learning_rate=3e-3, dropout_rate=0.0)
+    return dataclasses.replace(config, **small, log_every=50, eval_tokens=65_536)
 
 
 def encodings(config: Config) -> dict[str, str]:

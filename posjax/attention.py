@@ -10,7 +10,7 @@ import numpy as np
 
 from posjax.bias import BiasTerm, Mask
 from posjax.encoding import AttentionInputs, PositionalEncoding, identity, is_traced
-from posjax.kernels import dense, gpu, tiled, tpu
+from posjax.kernels import dense, gpu, ring, tiled, tpu
 from posjax.kernels.blocks import Blocks, check_blocks
 from posjax.kernels.gpu_blocks import GpuBlocks, check_gpu_blocks
 from posjax.kernels.shards import Cut, find_cut
@@ -59,9 +59,10 @@ def attention(
       logits_soft_cap: c, scores become c * tanh(scores / c) after the bias and before the mask.
       implementation: None takes the fastest that can do the call. "xla" is dense: the oracle, with [T, S] arrays, and the one that
         has derivatives of every order and mode. "xla_chunked" walks over tiles on any device: memory grows with T + S, gradients
-        are of first order in reverse mode. "pallas" is the kernel of the platform that the program is lowered for: a TPU's, an
-        NVIDIA GPU's (Ampere or later), and on a CPU the TPU's, interpreted, for tests; it takes no mask arrays, and of the
-        encodings rope, alibi, t5, tupe, cope with gates="logits", and their chains.
+        are of first order in reverse mode. On a mesh with an axis "context" (or an explicit one that cuts T) it is a ring of
+        devices, each with its share of the sequence, and what None takes. "pallas" is the kernel of the platform that the program
+        is lowered for: a TPU's, an NVIDIA GPU's (Ampere or later), and on a CPU the TPU's, interpreted, for tests; it takes no mask
+        arrays, and of the encodings rope, alibi, t5, tupe, cope with gates="logits", and their chains.
       block_sizes: of the "pallas" kernel, Blocks on a TPU, GpuBlocks on a GPU; None: those of the chip, smaller where the call
         would not fit a TPU's VMEM. With ``implementation`` None they count where the kernel is what runs.
 
@@ -77,11 +78,11 @@ def attention(
 
     options = dict(is_causal=is_causal, local_window_size=local_window_size, logits_soft_cap=logits_soft_cap)
 
-    cut = find_cut(query)
+    cut, context = find_cut(query), ring.find_context(query)
 
     def compute(query: Array, key: Array, value: Array, params: Params, arrays: dict[str, Any]) -> Array:
         call = prepare(query, key, value, encoding, params, **options, **arrays, rotated=False)
-        return run(call, value, implementation, cut, block_sizes)
+        return run(call, value, implementation, cut, block_sizes, context)
 
     positions = dict(query_positions=query_positions, key_positions=key_positions)
     arrays = dict(mask=mask, segment_ids=segment_ids, scale=scale) | positions
@@ -114,6 +115,7 @@ def run(
     implementation: Implementation | None = None,
     cut: Cut | None = None,
     block_sizes: Blocks | GpuBlocks | None = None,
+    context: ring.Context | None = None,
 ) -> Array:
     """Attention of a prepared call in one of the kernels.
 
@@ -123,6 +125,7 @@ def run(
       implementation: as in ``attention``.
       cut: how a mesh cuts the call's batch and heads, for kernels that run on each device's part; None: as the query's type shows.
       block_sizes: as in ``attention``.
+      context: the axis of a mesh that cuts sequences; None: there is none.
 
     Raises:
       ValueError: an unknown implementation, or block sizes that it does not have.
@@ -144,8 +147,13 @@ def run(
         return _of_the_platform(call, value, cut, block_sizes, otherwise=kernel)
     if implementation is None:
         if call["query"].shape[1] * call["key"].shape[1] > _SMALL:
-            return _of_the_platform(call, value, cut, block_sizes)
-        implementation = "xla"
+            if context is None or ring.refusal(context=context, **call) is not None:
+                return _of_the_platform(call, value, cut, block_sizes)
+            implementation = "xla_chunked"
+        else:
+            implementation = "xla"
+    if implementation == "xla_chunked" and context is not None:
+        return ring.attention(value=value, context=context, **_rotated(call))
     kernel = {"xla": dense.attention, "xla_chunked": tiled.attention}[implementation]
     return kernel(value=value, **_rotated(call))
 

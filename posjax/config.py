@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from posjax.encoding import check_at_least
+from posjax.sharding import parse_mesh
 from posjax.transformer import TransformerConfig
 
 
@@ -57,6 +58,7 @@ class Config:
       clip_norm: largest global norm of the gradient; None does not clip.
       accumulate_steps: micro-batches of a step.
       parallel: jit (with named sharding) or pmap.
+      mesh: devices an axis, such as data=2,fsdp=4; the axes are data, fsdp, context, tensor. Empty: rows over all devices.
       log_every: steps between lines of metrics.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: how many are kept.
@@ -115,6 +117,7 @@ class Config:
     clip_norm: float | None = 1.0
     accumulate_steps: int = 1
     parallel: Literal["jit", "pmap"] = "jit"
+    mesh: str = ""
     log_every: int = 20
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
@@ -156,6 +159,8 @@ class Config:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.end_fraction <= 1:
             raise ValueError(f"end_fraction must lie in [0, 1], got {self.end_fraction}")
+        if parse_mesh(self.mesh) and self.parallel == "pmap":
+            raise ValueError(f"mesh must be '' with parallel='pmap', which cuts rows over all devices, got {self.mesh!r}")
         if any(not 0 <= seed < 2**31 for seed in self.seeds):  # 2^31 is the evaluation's own
             raise ValueError(f"seeds must be from 0 to 2^31 - 1, got {self.seeds}")
         self.transformer(vocab_size=2)
@@ -172,7 +177,8 @@ class Config:
 
 
 # What may differ between a run and its resumption; all else would make it another run.
-RUN_ONLY = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints", "parallel", "implementation", "encodings"}
+_SAVING = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints"}
+RUN_ONLY = _SAVING | {"parallel", "mesh", "implementation", "encodings"}
 
 
 def load_config(path: str) -> Config:

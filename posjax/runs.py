@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from posjax.checkpoints import CheckpointError, Checkpoints
 from posjax.config import Config, load_config
@@ -17,7 +18,19 @@ from posjax.datasets.corpus import NUM_BYTES, NUM_SPECIAL
 from posjax.evaluation import evaluate, first_tokens, mean_loss, token_losses
 from posjax.kernels.refused import naming_refusals
 from posjax.loop import fit
-from posjax.sharding import SHARDED_RULES, abstract_train_step, gathered, jit_train_step, make_mesh, pmap_train_step
+from posjax.sharding import (
+    PARTITION_RULES,
+    ROWS,
+    SHARDED_RULES,
+    Rules,
+    abstract_train_step,
+    gathered,
+    jit_train_step,
+    make_mesh,
+    parse_mesh,
+    pmap_train_step,
+    state_shardings,
+)
 from posjax.source import Source, held_out, open_source, train_batches
 from posjax.specs import parse_encoding, slug
 from posjax.training import TrainState, init_state, learning_rate_schedule, make_optimizer, make_train_step
@@ -31,18 +44,24 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
     Args:
       config, source: of the run.
       specs: encodings to be compared.
-      devices: how many a batch is cut over; None: all there are.
+      devices: how many a batch is cut over; None: as the configuration's mesh has it.
 
     Raises:
-      ValueError: a batch that does not divide over the devices, a text shorter than a sequence, encodings that cannot be told
-        apart, or one that the model cannot take.
+      ValueError: a mesh that does not fit the devices, a batch that does not divide over them, a text shorter than a sequence,
+        encodings that cannot be told apart, or one that the model cannot take.
     """
-    devices = jax.device_count() if devices is None else devices
+    mesh = _mesh(config) if devices is None else None
+    devices = _rows(mesh) if devices is None else devices
     parts = devices * config.accumulate_steps if config.parallel == "pmap" else math.lcm(devices, config.accumulate_steps)
     if config.batch_size % parts:
         raise ValueError(
             f"batch_size must be a multiple of {parts} on {devices} devices with accumulate_steps={config.accumulate_steps}, "
             f"got {config.batch_size}"
+        )
+    if mesh is not None and source.max_length % (2 * mesh.shape["context"]) and mesh.shape["context"] > 1:
+        raise ValueError(
+            f"seq_length must be a multiple of {2 * mesh.shape['context']}, two chunks for each of the {mesh.shape['context']} "
+            f"devices of context in mesh {config.mesh!r}, got {source.max_length}"
         )
     names = [slug(spec) for spec in specs]
     if twice := [spec for spec, name in zip(specs, names, strict=True) if names.count(name) > 1]:
@@ -64,6 +83,28 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
             jax.eval_shape(make_loss(with_params, dropout=False), params, batch, jax.random.key(0))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"encoding {spec!r} does not fit this model: {error}") from error
+
+
+def _mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that a configuration asks for.
+
+    Raises:
+      ValueError: it does not take all devices.
+    """
+    try:
+        return make_mesh(**parse_mesh(config.mesh), devices=devices)
+    except ValueError as error:
+        raise ValueError(f"mesh {config.mesh!r} does not fit: {error}") from error
+
+
+def _rows(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def _rules(mesh: Mesh) -> Rules:
+    """Whole states where nothing but rows is cut, parts elsewhere."""
+    return PARTITION_RULES if mesh.size == mesh.shape["data"] else SHARDED_RULES
 
 
 def _maker(config: Config, spec: str, source: Source, seed: int | Array, settings: Sequence[Any]) -> Callable[[], Transformer]:
@@ -97,17 +138,16 @@ def make_loss(with_params: Callable[[Params], Transformer], dropout: bool) -> Ca
 
 
 def abstract_step(
-    config: Config | str, devices: Sequence[Any], *, tensor: int = 1, vocab_size: int | None = None, **fields: Any
+    config: Config | str, devices: Sequence[Any], *, vocab_size: int | None = None, **fields: Any
 ) -> tuple[Any, tuple[TrainState, Any]]:
-    """A configuration's train step for devices that need not be attached, its state cut over all of them: nothing is drawn, no data
-    is read.
+    """A configuration's train step for devices that need not be attached, on its mesh: nothing is drawn, no data is read.
 
-        posjax.aot.compile_ahead("posjax.runs:abstract_step", {"config": "configs/decoder_1b.py", "tensor": 4}, "v5e:16x16")
+        job = {"config": "configs/decoder_1b.py", "mesh": "fsdp=64,tensor=4"}
+        posjax.aot.compile_ahead("posjax.runs:abstract_step", job, "v5e:16x16")
 
     Args:
       config: or the file of one.
       devices: all of them are used.
-      tensor: how many devices share the heads and the MLP of a sequence.
       vocab_size: of a text's tokenizer, special tokens included; None: as many as the configuration asks for.
       **fields: of the configuration, in place of its own.
 
@@ -118,11 +158,11 @@ def abstract_step(
       ValueError: the devices or the batch do not divide, or the configuration is wrong.
     """
     config = dataclasses.replace(load_config(config) if isinstance(config, str) else config, **fields)
-    mesh = make_mesh(tensor=tensor, devices=devices)
-    if config.batch_size % (mesh.shape["data"] * config.accumulate_steps):
+    mesh = _mesh(config, devices)
+    if config.batch_size % (_rows(mesh) * config.accumulate_steps):
         raise ValueError(
-            f"batch_size must be a multiple of {mesh.shape['data'] * config.accumulate_steps} on {len(devices)} devices with "
-            f"tensor={tensor} and accumulate_steps={config.accumulate_steps}, got {config.batch_size}"
+            f"batch_size must be a multiple of {_rows(mesh) * config.accumulate_steps} on {len(devices)} devices with "
+            f"mesh={config.mesh!r} and accumulate_steps={config.accumulate_steps}, got {config.batch_size}"
         )
     if config.task in ("lm", "mlm"):
         own = config.vocab_size if config.tokenizer == "bpe" else NUM_BYTES + NUM_SPECIAL
@@ -136,7 +176,7 @@ def abstract_step(
     shape = (config.batch_size, source.max_length)
     dtypes = dict(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32, segment_ids=jnp.int32, positions=jnp.int32)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
-    return abstract_train_step(step, mesh, state, batch, SHARDED_RULES)
+    return abstract_train_step(step, mesh, state, batch, _rules(mesh))
 
 
 def train(
@@ -147,9 +187,10 @@ def train(
     Raises:
       KernelRefused: the compiler of the chip does not take the attention kernel.
     """
-    with_params, params = build_model(config, spec, source, seed)
+    with_params, state, mesh = _start(config, spec, seed, source)
+    loss = make_loss(with_params, config.dropout_rate > 0)
     step = make_train_step(
-        make_loss(with_params, config.dropout_rate > 0),
+        loss if _rules(mesh) is PARTITION_RULES else gathered(loss),
         optimizer_of(config),
         accumulate_steps=config.accumulate_steps,
         axis_name="data" if config.parallel == "pmap" else None,
@@ -162,8 +203,8 @@ def train(
 
     with naming_refusals(config.implementation):
         state = fit(
-            pmap_train_step(step) if config.parallel == "pmap" else jit_train_step(step, make_mesh()),
-            init_state(params, optimizer_of(config), seed),
+            pmap_train_step(step) if config.parallel == "pmap" else jit_train_step(step, mesh, _rules(mesh)),
+            state,
             train_batches(config, source, seed),
             steps=config.steps,
             workdir=workdir,
@@ -177,6 +218,20 @@ def train(
             quiet=quiet,
         )
     return state.params
+
+
+def _start(config: Config, spec: str, seed: int, source: Source) -> tuple[Callable[[Params], Transformer], TrainState, Mesh]:
+    """The model, its state before the first step, and the mesh. A state that is cut is made where it lies, in no place whole."""
+    mesh = _mesh(config)
+    if _rules(mesh) is PARTITION_RULES:
+        with_params, params = build_model(config, spec, source, seed)
+        return with_params, init_state(params, optimizer_of(config), seed), mesh
+
+    def make() -> TrainState:
+        return init_state(build_model(config, spec, source, seed)[1], optimizer_of(config), seed)
+
+    shardings = state_shardings(jax.eval_shape(make), mesh, _rules(mesh))
+    return abstract_model(config, spec, source)[0], jax.jit(make, out_shardings=shardings)(), mesh
 
 
 # Fields of a configuration that may be traced numbers: runs that differ in these alone are one program.
@@ -203,8 +258,7 @@ def restore_params(config: Config, spec: str, seed: int, workdir: Path, source: 
     Raises:
       CheckpointError: there is none, or none that is whole.
     """
-    _, params = build_model(config, spec, source, seed)
-    restored = Checkpoints(workdir / "checkpoints").restore_latest(init_state(params, optimizer_of(config), seed))
+    restored = Checkpoints(workdir / "checkpoints").restore_latest(_start(config, spec, seed, source)[1])
     if restored is None:
         raise CheckpointError(f"workdir {workdir} has no checkpoint to evaluate; posjax train makes one")
     return restored.state.params

@@ -1,13 +1,18 @@
 """Where arrays live: one mesh, a small table of partition rules, and the jit and pmap forms of a train step.
 
-    mesh axis    cuts the batch    cuts the state by SHARDED_RULES (by PARTITION_RULES, the default, it is whole on every device)
-    "data"       along B           weights and their moments, along D
-    "tensor"     not               heads, the MLP's hidden width, the vocabulary
+    mesh axis    cuts                       costs a step
+    "data"       rows of the batch          one sum of the gradients
+    "fsdp"       rows, and the state        parts of the weights put together where they are used, gradients summed into parts
+    "context"    the sequence               a ring of keys and values in attention; weights as with "fsdp"
+    "tensor"     heads, the MLP's width,    a sum of activations for each of the two branches of a layer
+                 the vocabulary
 
-Both forms of a step have the same signature, `(state, batch) -> (state, metrics)`, take a batch of host arrays [B, ...], keep no
-extra axis in the state (so a checkpoint of one fits the other), and donate it. Activations are the compiler's to place.
+A mesh has all four, most of them of one device. The state is cut by SHARDED_RULES; by PARTITION_RULES, the default, it is whole on
+every device. Both forms of a step have the same signature, `(state, batch) -> (state, metrics)`, take a batch of host arrays
+[B, T, ...], keep no extra axis in the state (so a checkpoint of one fits the other), and donate it.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,71 +24,114 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 Rules = Sequence[tuple[str, PartitionSpec]]
 
-# Batch leaves are cut along their leading axis. Leaves of the state follow the first rule whose pattern is found in their
-# path ("params/layers/kernel", "opt_state/1/mu/layers/kernel", ...): the moments of a parameter lie where it does.
-BATCH_SPEC = PartitionSpec("data")
+AXES = ("data", "fsdp", "context", "tensor")  # from devices that are far from each other to those that are near
+ROWS = ("data", "fsdp")
+WEIGHTS = ("fsdp", "context")
+
+# Leaves of the state follow the first rule whose pattern is found in their path ("params/layers/kernel",
+# "opt_state/1/mu/layers/kernel", ...): the moments of a parameter lie where it does.
 PARTITION_RULES: Rules = ((r"", PartitionSpec()),)
 
 # For `Transformer` on many devices, with `gathered`. Over "tensor" a pair of products costs one sum of activations (Megatron-LM,
-# arXiv:1909.08053); over "data" lie parts that are put together where they are used (ZeRO, arXiv:1910.02054). The first axis of a
+# arXiv:1909.08053); over WEIGHTS lie parts that are put together where they are used (ZeRO, arXiv:1910.02054). The first axis of a
 # layer's weight is the layer, which the scan walks along; the embedding is whole along D, for tokens pick its rows.
 SHARDED_RULES: Rules = (
-    (r"layers/(query|key|value)/kernel$", PartitionSpec(None, "data", "tensor", None)),  # [L, D, N or K, H]
-    (r"layers/out/kernel$", PartitionSpec(None, "tensor", None, "data")),  # [L, N, H, D]
-    (r"layers/(up|gate)/kernel$", PartitionSpec(None, "data", "tensor")),  # [L, D, F]
-    (r"layers/down/kernel$", PartitionSpec(None, "tensor", "data")),  # [L, F, D]
+    (r"layers/(query|key|value)/kernel$", PartitionSpec(None, WEIGHTS, "tensor", None)),  # [L, D, N or K, H]
+    (r"layers/out/kernel$", PartitionSpec(None, "tensor", None, WEIGHTS)),  # [L, N, H, D]
+    (r"layers/(up|gate)/kernel$", PartitionSpec(None, WEIGHTS, "tensor")),  # [L, D, F]
+    (r"layers/down/kernel$", PartitionSpec(None, "tensor", WEIGHTS)),  # [L, F, D]
     (r"token_embedding/embedding$", PartitionSpec("tensor", None)),  # [V, D]
     (r"head/kernel$", PartitionSpec(None, "tensor")),  # [D, V]
     (r"", PartitionSpec()),
 )
 
 
-def make_mesh(num_devices: int | None = None, *, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axis "data" and, where `tensor` is not 1, the axis "tensor" over the first `num_devices` devices.
+def parse_mesh(text: str) -> dict[str, int]:
+    """"data=2,fsdp=4" as the arguments of `make_mesh`; "" is {}.
+
+    Raises:
+      ValueError: an axis that there is not, or twice, or a size that is no positive integer.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        name, _, size = part.partition("=")
+        if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"mesh must be like 'data=2,fsdp=4', each of {', '.join(AXES)} once at most, got {text!r} ({part!r})")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(
+    num_devices: int | None = None,
+    *,
+    data: int | None = None,
+    fsdp: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """A mesh with the axes AXES over the first `num_devices` devices.
 
     Args:
       num_devices: None takes all.
-      tensor: how many devices share the heads and the MLP of one sequence.
+      data: None takes what the other axes leave.
+      fsdp, context, tensor: how many devices each cuts over.
       devices: None takes those of this machine; others may be ones that are only compiled for.
 
     Raises:
-      ValueError: there are fewer devices than asked for, or fewer than 1 is asked for, or `tensor` does not divide their number.
+      ValueError: there are fewer devices than asked for, or fewer than 1 is asked for, or the axes do not take all of them.
     """
     devices = jax.devices() if devices is None else list(devices)
     count = len(devices) if num_devices is None else num_devices
     if not 1 <= count <= len(devices):
         raise ValueError(f"num_devices must be between 1 and {len(devices)}, the devices at hand, got {count}")
-    if tensor < 1 or count % tensor:
-        raise ValueError(f"tensor must divide the number of devices, {count}, got {tensor}")
-    if tensor == 1:
-        return Mesh(np.asarray(devices[:count]), ("data",), axis_types=(AxisType.Auto,))
+    inner = dict(fsdp=fsdp, context=context, tensor=tensor)
+    if data is None and (min(inner.values()) < 1 or count % math.prod(inner.values())):
+        raise ValueError(f"fsdp * context * tensor must divide the number of devices, {count}, got {_product(inner)}")
+    if data is not None and (min(data, *inner.values()) < 1 or data * math.prod(inner.values()) != count):
+        whole = _product({"data": data} | inner)
+        raise ValueError(f"data * fsdp * context * tensor must be the number of devices, {count}, got {whole}")
     # Those of one process lie next to each other, and it brings whole rows of a batch.
     ordered = sorted(devices[:count], key=lambda device: (device.process_index, device.id))
-    return Mesh(np.asarray(ordered).reshape(-1, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    return Mesh(np.asarray(ordered).reshape(-1, fsdp, context, tensor), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def _product(sizes: dict[str, int]) -> str:
+    return " * ".join(map(str, sizes.values()))
+
+
+def batch_sharding(leaf: Any, mesh: Mesh) -> NamedSharding:
+    """Of an array [B, T, ...] or [B] of a batch: rows over ROWS, tokens over "context"."""
+    return NamedSharding(mesh, PartitionSpec(ROWS, "context") if leaf.ndim > 1 else PartitionSpec(ROWS))
 
 
 def state_shardings(state: Any, mesh: Mesh, rules: Rules = PARTITION_RULES) -> Any:
     """The NamedSharding of each leaf of `state` (arrays or ShapeDtypeStructs) by the rules, in a like pytree.
 
-    An axis of a rule that the mesh has not, or that does not divide the leaf, is left out.
+    Axes of a rule that the mesh has not, or that do not divide the leaf, are left out, the last ones first.
     """
 
     def sharding(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next(spec for pattern, spec in rules if re.search(pattern, name))
-        fits = (axis if size % mesh.shape.get(axis, size + 1) == 0 else None for axis, size in zip(spec, leaf.shape, strict=False))
-        return NamedSharding(mesh, PartitionSpec(*fits))
+        return NamedSharding(mesh, PartitionSpec(*(fitting(axes, size) for axes, size in zip(spec, leaf.shape, strict=False))))
+
+    def fitting(axes, size):
+        names = [name for name in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape.get(name, 1) > 1]
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names.pop()
+        return tuple(names) or None
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
 def gathered(loss_fn: Callable[..., Any], rules: Rules = SHARDED_RULES) -> Callable[..., Any]:
-    """`loss_fn(params, batch, key)` for parameters that are cut along "data": there they are put together first, once a call.
+    """`loss_fn(params, batch, key)` for parameters that are cut along WEIGHTS: they are put together first, once a call.
 
     Of weights that are cut like the batch the compiler would take over the cut: it moves every activation so that D is cut and B is
     not. Gradients come back cut as the parameters are.
     """
-    whole = tuple((pattern, PartitionSpec(*(None if axis == "data" else axis for axis in spec))) for pattern, spec in rules)
+    whole = tuple((pattern, PartitionSpec(*(None if axes == WEIGHTS else axes for axes in spec))) for pattern, spec in rules)
 
     def loss(params, batch, key):
         mesh = jax.typeof(jax.tree.leaves(params)[0]).sharding.mesh
@@ -103,7 +151,7 @@ def shard_state(state: Any, mesh: Mesh, rules: Rules = PARTITION_RULES) -> Any:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts this process's rows of a batch, leaves [B, ...], on its devices, cut along the leading axis.
+    """Puts this process's rows of a batch, leaves [B, T, ...] or [B], on its devices.
 
     Args:
       batch: pytree of NumPy or JAX arrays; with several processes, each passes its own rows. Leaves that are in place already
@@ -111,24 +159,29 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
       mesh: from `make_mesh`.
 
     Raises:
-      ValueError: the devices of this process do not divide B, or devices of several processes share a row.
+      ValueError: the devices of this process do not divide B or T, or devices of several processes share a row.
     """
-    sharding = NamedSharding(mesh, BATCH_SPEC)
-    if mesh.local_mesh.shape.get("tensor") != mesh.shape.get("tensor"):
-        raise ValueError(f"tensor must lie within a process, which brings rows of its own, got a mesh of {dict(mesh.shape)}")
-    devices = mesh.local_mesh.shape["data"]
+    for axis in ("context", "tensor"):
+        if mesh.local_mesh.shape[axis] != mesh.shape[axis]:
+            raise ValueError(f"{axis} must lie within a process, which brings rows of its own, got a mesh of {dict(mesh.shape)}")
+    devices = math.prod(mesh.local_mesh.shape[axis] for axis in ROWS)
 
-    def put(leaf):
-        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
-            return leaf
-        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+    def is_there(leaf):
+        return isinstance(leaf, jax.Array) and leaf.sharding == batch_sharding(leaf, mesh)
 
     for leaf in jax.tree.leaves(batch):
-        if not (isinstance(leaf, jax.Array) and leaf.sharding == sharding):
+        if not is_there(leaf):
             _check_divisible(leaf, devices)
+            if leaf.ndim > 1 and leaf.shape[1] % mesh.shape["context"]:
+                raise ValueError(f"context must divide the length of a sequence, {leaf.shape[1]}, got {mesh.shape['context']}")
+    shardings = jax.tree.map(lambda leaf: batch_sharding(leaf, mesh), batch)
     if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)  # all leaves in one call: a call a leaf takes as long as a small step
-    return jax.tree.map(put, batch)
+        return jax.device_put(batch, shardings)  # all leaves in one call: a call a leaf takes as long as a small step
+
+    def put(leaf, sharding):
+        return leaf if is_there(leaf) else jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+    return jax.tree.map(put, batch, shardings)
 
 
 def jit_train_step(step: Step, mesh: Mesh, rules: Rules = PARTITION_RULES) -> Step:
@@ -141,12 +194,13 @@ def jit_train_step(step: Step, mesh: Mesh, rules: Rules = PARTITION_RULES) -> St
 
     def call(state, batch):
         nonlocal compiled, shardings
+        batch = shard_batch(batch, mesh)
         if compiled is None:
             shardings = state_shardings(state, mesh, rules)
-            compiled = _jit(step, mesh, shardings)
+            compiled = _jit(step, mesh, shardings, batch)
         if state.step.sharding != shardings.step:  # the first call, or just restored
             state = shard_state(state, mesh, rules)
-        return compiled(state, shard_batch(batch, mesh))
+        return compiled(state, batch)
 
     return call
 
@@ -165,15 +219,15 @@ def abstract_train_step(
     Returns:
       The jax.jit object, and (state, batch) as jax.ShapeDtypeStructs with shardings.
     """
-    shardings = state_shardings(state, mesh, rules), jax.tree.map(lambda _: NamedSharding(mesh, BATCH_SPEC), batch)
+    shardings = state_shardings(state, mesh, rules), jax.tree.map(lambda leaf: batch_sharding(leaf, mesh), batch)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), (state, batch), shardings)
-    return _jit(step, mesh, shardings[0]), shapes
+    return _jit(step, mesh, shardings[0], batch), shapes
 
 
-def _jit(step: Step, mesh: Mesh, shardings: Any) -> Any:
+def _jit(step: Step, mesh: Mesh, shardings: Any, batch: Any) -> Any:
     return jax.jit(
         step,
-        in_shardings=(shardings, NamedSharding(mesh, BATCH_SPEC)),
+        in_shardings=(shardings, jax.tree.map(lambda leaf: batch_sharding(leaf, mesh), batch)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )

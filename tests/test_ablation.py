@@ -101,6 +101,7 @@ def test_a_grid_trains_and_evaluates_as_single_runs_do(spec, tmp_path, caplog):
     assert rows[1]["metrics"] == runs.evaluate_params(config, spec, params, source)["metrics"]
 
 
+@pytest.mark.thorough
 def test_traced_settings_are_what_they_are_alone(tmp_path):
     config = dataclasses.replace(CONFIG, encodings=("rope + cope(8)",), warmup_steps=0)
     source = open_source(config)

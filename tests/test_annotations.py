@@ -7,6 +7,8 @@ other tests are about.
 import subprocess
 import sys
 
+import pytest
+
 CHECK = """
 import os, sys
 sys.path[:0] = [os.path.join(os.getcwd(), "tests"), os.getcwd()]
@@ -44,6 +46,7 @@ print("checked", len(specs))
 """
 
 
+@pytest.mark.thorough
 def test_annotations_hold_where_they_are_checked():
     done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

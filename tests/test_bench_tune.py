@@ -29,6 +29,7 @@ def run_tiny(config=TINY):
 # The kernels -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_search_among_two_and_one_that_is_impossible(tmp_path):
     rows = run_tiny(dataclasses.replace(TINY, out=str(tmp_path)))
     present, small, impossible = rows

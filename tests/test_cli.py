@@ -141,7 +141,7 @@ def assert_same_run(workdir, straight):
 # Kills, signals, repeats ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.thorough)])
 def test_killed_at_any_step_and_started_again(run, straight, seed):
     at = random.Random(seed).randrange(2, 21)
     command = ("train", "tiny.py", "--workdir", f"killed-{at}")

@@ -214,7 +214,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("spec", MODELS)
+@pytest.mark.parametrize("spec", [pytest.param(m, marks=pytest.mark.thorough if "tupe" in m else ()) for m in MODELS])
 def test_a_model_reads_a_chunk_and_token_by_token_as_it_reads_all(spec):
     with_params, params = build(spec, **MODELS[spec])
     far = spec.startswith("rope")  # past max_length

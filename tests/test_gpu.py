@@ -64,7 +64,7 @@ def check(encoding, tile=SMALL, **call):
 # What always runs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gates", [None, "mixed", pytest.param("near 0", marks=thorough), pytest.param("near 1", marks=thorough)])
+@pytest.mark.parametrize("gates", ["mixed", *(pytest.param(gates, marks=thorough) for gates in (None, "near 0", "near 1"))])
 def test_everything_at_once(gates):
     kernel_calls.everything_at_once(Interpreted(), gates)
 

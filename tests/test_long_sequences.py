@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from suite import (
     equations,
@@ -45,6 +46,7 @@ def training(implementation: str | None):
     return make_train_step(make_loss(with_params, dropout=False), optimizer), init_state(params, optimizer, seed=0)
 
 
+@pytest.mark.thorough
 def test_the_walk_and_dense_attention_learn_the_same():
     curves = {}
     for implementation in ("xla", "xla_chunked"):

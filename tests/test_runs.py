@@ -99,7 +99,10 @@ def test_every_encoding_reads_the_same_data(tiny, tmp_path, monkeypatch):
     assert np.any(np.stack(seen["rope", "seed-0"]) != np.stack(seen["rope", "seed-1"]))
 
 
-@pytest.mark.parametrize("spec", ["tupe(relative=True)", "tupe", "learned", "t5(bidirectional=True)"])
+SLOWER = ("tupe(relative=True)", "learned", "t5(bidirectional=True)")
+
+
+@pytest.mark.parametrize("spec", ["tupe", *(pytest.param(s, marks=pytest.mark.thorough) for s in SLOWER)])
 def test_encoder_learns(tiny, tmp_path, spec):
     """The four of configs/encoder_mlm.py learn the frequencies of characters, and hardly more in 60 steps: no answer leaks."""
     config = dataclasses.replace(
@@ -116,6 +119,7 @@ def test_encoder_learns(tiny, tmp_path, spec):
     assert entropy < np.mean(seen[-3:]) + 0.5  # else the loss is below what can be known: the answer leaks
 
 
+@pytest.mark.thorough
 def test_one_device_eight_devices_and_pmap_agree(tiny):
     """Twenty steps of the real Transformer on packed text: how a batch lies on devices changes rounding and nothing else."""
     config = dataclasses.replace(tiny, batch_size=16)

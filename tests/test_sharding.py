@@ -10,7 +10,16 @@ from flax import nnx
 
 from posjax.config import Config, load_config
 from posjax.runs import abstract_step, make_loss
-from posjax.sharding import SHARDED_RULES, abstract_train_step, gathered, jit_train_step, make_mesh, shard_batch, shard_state
+from posjax.sharding import (
+    SHARDED_RULES,
+    abstract_train_step,
+    gathered,
+    jit_train_step,
+    make_mesh,
+    parse_mesh,
+    shard_batch,
+    shard_state,
+)
 from posjax.source import open_source, train_batches
 from posjax.specs import parse_encoding
 from posjax.training import init_state, make_optimizer, make_train_step
@@ -91,7 +100,7 @@ def lies(state, parts):
 def test_one_axis_cuts_batch_and_state(one_device):
     _, loss = make_state()
     step = make_train_step(gathered(loss), OPTIMIZER, accumulate_steps=1)
-    found = two_steps(jit_train_step(step, make_mesh(), SHARDED_RULES))
+    found = two_steps(jit_train_step(step, make_mesh(fsdp=8), SHARDED_RULES))
     agrees(found, one_device)
     lies(found[0], {"query/kernel": (2, 2, 4, 4), "down/kernel": (2, 48, 2), "token_embedding/embedding": (32, 16)})
 
@@ -99,7 +108,7 @@ def test_one_axis_cuts_batch_and_state(one_device):
 @pytest.mark.thorough
 def test_two_axes_cut_batch_heads_and_state_and_no_device_holds_the_whole_batch(one_device):
     whole = re.compile(rf"f32\[{BATCH},(\d+,)*{LENGTH}\b|f32\[\d+,{BATCH},{LENGTH},")
-    step, program = compiled_step(gathered, make_mesh(tensor=4), SHARDED_RULES)
+    step, program = compiled_step(gathered, make_mesh(fsdp=2, tensor=4), SHARDED_RULES)
     assert not whole.search(program)
     found = two_steps(step)
     agrees(found, one_device)
@@ -115,14 +124,15 @@ def test_two_axes_cut_batch_heads_and_state_and_no_device_holds_the_whole_batch(
         "outer_norm/scale": (16,),
     }
     lies(found[0], parts)
-    assert whole.search(compiled_step(lambda loss: loss, make_mesh(tensor=4), SHARDED_RULES)[1])  # what gathered is there for
+    _, without = compiled_step(lambda loss: loss, make_mesh(fsdp=2, tensor=4), SHARDED_RULES)
+    assert whole.search(without)  # what gathered is there for
 
 
 def test_a_configuration_becomes_a_step_for_any_devices():
     config = Config(
         task="counting", seq_length=16, batch_size=8, num_layers=2, embed_dim=32, num_heads=2, encoding="rope + cope(4)"
     )
-    jitted, (state, batch) = abstract_step(config, jax.devices(), tensor=2, compute_dtype="bfloat16")
+    jitted, (state, batch) = abstract_step(config, jax.devices(), mesh="fsdp=4,tensor=2", compute_dtype="bfloat16")
     assert state.params["layers"]["query"]["kernel"].sharding.shard_shape((2, 32, 2, 16)) == (2, 8, 1, 16)
     found = next(train_batches(config, open_source(config), 0))
     assert {name: (leaf.shape, leaf.dtype) for name, leaf in batch.items()} == {n: (x.shape, x.dtype) for n, x in found.items()}
@@ -133,7 +143,7 @@ def test_a_configuration_becomes_a_step_for_any_devices():
 
 
 def test_the_configuration_of_a_billion():
-    _, (state, batch) = abstract_step("configs/decoder_1b.py", jax.devices(), tensor=4, batch_size=2)
+    _, (state, batch) = abstract_step("configs/decoder_1b.py", jax.devices(), mesh="fsdp=2,tensor=4", batch_size=2)
     config = load_config("configs/decoder_1b.py")
     assert 1.0e9 < sum(leaf.size for leaf in jax.tree.leaves(state.params)) < 1.2e9
     assert batch["tokens"].shape == (2, config.seq_length)
@@ -141,14 +151,36 @@ def test_the_configuration_of_a_billion():
     assert all(leaf.size >= 4 * np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in large)
 
 
+MESHES = [dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, context=2), dict(data=2, context=4)]
+
+
+@pytest.mark.parametrize(
+    "axes", [dict(fsdp=2, context=2, tensor=2), *(pytest.param(axes, marks=pytest.mark.thorough) for axes in MESHES)], ids=str
+)
+def test_every_mesh_computes_what_one_device_does(axes, one_device):
+    """LENGTH is whole chunks for two devices; on more, attention is whole and the rest of the model is cut."""
+    found = two_steps(jit_train_step(make_train_step(gathered(make_state()[1]), OPTIMIZER), make_mesh(**axes), SHARDED_RULES))
+    agrees(found, one_device)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     (
-        (lambda: make_mesh(tensor=3), "tensor must divide the number of devices, 8, got 3"),
-        (lambda: make_mesh(4, tensor=0), "tensor must divide the number of devices, 4, got 0"),
+        (lambda: make_mesh(tensor=3), "fsdp * context * tensor must divide the number of devices, 8, got 1 * 1 * 3"),
+        (lambda: make_mesh(4, tensor=0), "fsdp * context * tensor must divide the number of devices, 4, got 1 * 1 * 0"),
+        (lambda: make_mesh(data=2, fsdp=2), "must be the number of devices, 8, got 2 * 2 * 1 * 1"),
+        (lambda: parse_mesh("data=2,pipe=2"), "each of data, fsdp, context, tensor once at most, got 'data=2,pipe=2'"),
+        (lambda: parse_mesh("data=2,data=2"), "got 'data=2,data=2' ('data=2')"),
+        (lambda: parse_mesh("fsdp=0"), "got 'fsdp=0' ('fsdp=0')"),
+        (lambda: Config(mesh="tensor"), "got 'tensor' ('tensor')"),
+        (lambda: Config(mesh="tensor=2", parallel="pmap"), "mesh must be '' with parallel='pmap'"),
         (
-            lambda: abstract_step(Config(batch_size=6), jax.devices(), tensor=2),
-            "batch_size must be a multiple of 4 on 8 devices with tensor=2 and accumulate_steps=1, got 6",
+            lambda: abstract_step(Config(batch_size=6, mesh="fsdp=4,tensor=2"), jax.devices()),
+            "batch_size must be a multiple of 4 on 8 devices with mesh='fsdp=4,tensor=2' and accumulate_steps=1, got 6",
+        ),
+        (
+            lambda: abstract_step(Config(mesh="data=2,fsdp=2"), jax.devices()),
+            "mesh 'data=2,fsdp=2' does not fit: data * fsdp * context * tensor must be the number of devices, 8",
         ),
     ),
 )

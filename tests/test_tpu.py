@@ -83,12 +83,13 @@ def check(encoding, tile=SMALL, chip="v6e", interpret=ONE_CORE, **call):
 # What always runs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gates", [None, "mixed", pytest.param("near 0", marks=thorough), pytest.param("near 1", marks=thorough)])
+@pytest.mark.parametrize("gates", ["mixed", *(pytest.param(gates, marks=thorough) for gates in (None, "near 0", "near 1"))])
 def test_everything_at_once(gates):
     """Of keys that come in blocks."""
     kernel_calls.everything_at_once(Interpreted(STREAMED), gates)
 
 
+@pytest.mark.thorough
 def test_bfloat16_within_its_rounding_of_float32_on_the_same_inputs():
     check(GATED, dtype="bfloat16", is_causal=True)
 

@@ -78,6 +78,7 @@ def test_models_that_differ_in_encoding_start_from_the_same_weights():
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), plain, rotated))
 
 
+@pytest.mark.thorough
 def test_remat_changes_nothing_but_memory():
     def loss(params, with_params):
         return cross_entropy(with_params(params)(TOKENS), TOKENS, jnp.ones(TOKENS.shape))[1]
@@ -204,6 +205,7 @@ def test_records_give_the_models_own_attention():
 ENCODER = [pj.tupe(), pj.tupe(relative=True)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("encoding", ENCODER, ids=lambda e: e.name)
 def test_classification_on_cls_learns_where_a_token_stands(encoding):
     """Is token 3 in the first or the second half of the row? Words alone cannot tell."""

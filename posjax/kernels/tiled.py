@@ -28,6 +28,7 @@ from posjax.typing import Array, Float, Int
 # Large enough for matrix products to run at full speed on a CPU, small enough for rows to settle early and to fit its cache.
 _ROWS = _COLUMNS = 128
 _NEVER = -1e30  # a score that no softmax weight survives
+NOTHING = 1e30  # the log-sum-exp of a row that sees nothing: no weight survives that either
 _LOWEST = -1e29  # the first maximum of a row, above _NEVER: in a row that sees nothing all weights are then zero
 
 
@@ -49,12 +50,64 @@ def attention(
     Args:
       tile: queries and keys of one tile; None chooses.
     """
+    call = (query, key, value, terms, mask, query_positions, key_positions, scale, logits_soft_cap)
+    return joined(_attend(*cut_up(*call, tile=tile)), query.shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known before compilation.
+
+    Attributes:
+      rows, columns: queries and keys of one tile.
+      keys: how many are not padding.
+      soft_cap: of the scores; None: none.
+      is_part: what is computed is one of several parts of the same rows: results that will be added up are float32.
+    """
+
+    rows: int
+    columns: int
+    keys: int
+    soft_cap: float | None
+    is_part: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """A call cut into tiles, T and S padded to whole ones. Letters: I query tiles of t rows, J key tiles of s columns."""
+
+    query: Array  # [I, B, N, t, H]
+    key: Array  # [J, B, K, s, H]
+    value: Array  # [J, B, K, s, V]
+    terms: tuple[BiasTerm, ...]
+    mask: Mask
+    query_positions: Array  # [1 or B, T]
+    key_positions: Array  # [1 or B, S]
+    scale: Array
+
+
+def cut_up(
+    query: Array,
+    key: Array,
+    value: Array,
+    terms: tuple[BiasTerm, ...],
+    mask: Mask,
+    query_positions: Array,
+    key_positions: Array,
+    scale: Array | float,
+    logits_soft_cap: float | None = None,
+    *,
+    tile: tuple[int, int] | None = None,
+    is_part: bool = False,
+) -> tuple[Plan, Operands]:
+    """The arguments of ``attention`` in the form that ``outputs`` and ``gradients`` take."""
     length, keys = query.shape[1], key.shape[1]
     rows, columns = tile or (_ROWS, max(_COLUMNS, _ROWS * _COLUMNS // length))  # few queries walk in wide tiles
     rows, columns = min(rows, length), min(columns, keys)
     along_rows, along_columns = functools.partial(_pad, to=rows), functools.partial(_pad, to=columns)
-    plan = _Plan(rows, columns, keys, None if logits_soft_cap is None else float(logits_soft_cap))
-    operands = _Operands(
+    plan = Plan(rows, columns, keys, None if logits_soft_cap is None else float(logits_soft_cap), is_part)
+    return plan, Operands(
         query=_blocks(along_rows(query, axis=1), rows),
         key=_blocks(along_columns(key, axis=1), columns),
         value=_blocks(along_columns(value, axis=1), columns),
@@ -69,33 +122,18 @@ def attention(
         key_positions=along_columns(key_positions, axis=1),
         scale=jnp.asarray(scale, jnp.float32),
     )
-    out = jnp.moveaxis(_attend(plan, operands), 0, 1)  # [B, T / t, N, t, V]
-    return jnp.swapaxes(out, 2, 3).reshape(out.shape[0], -1, out.shape[2], out.shape[4])[:, :length]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is known before compilation: the tile's size, the number of keys that are not padding, the soft cap."""
-
-    rows: int
-    columns: int
-    keys: int
-    soft_cap: float | None
+def joined(out: Array, length: int) -> Array:
+    """[I, B, N, t, V] as [B, T, N, V], without what pads T."""
+    out = jnp.swapaxes(jnp.moveaxis(out, 0, 1), 2, 3)  # [B, I, t, N, V]
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Operands:
-    """A call cut into tiles, T and S padded to whole ones. Letters: I query tiles of t rows, J key tiles of s columns."""
-
-    query: Array  # [I, B, N, t, H]
-    key: Array  # [J, B, K, s, H]
-    value: Array  # [J, B, K, s, V]
-    terms: tuple[BiasTerm, ...]
-    mask: Mask
-    query_positions: Array  # [1 or B, T]
-    key_positions: Array  # [1 or B, S]
-    scale: Array
+def whole_rows(tiles: Array) -> Array:
+    """[I, B, N, t, ...] as [B, N, T, ...]."""
+    tiles = jnp.moveaxis(tiles, 0, 2)
+    return tiles.reshape(*tiles.shape[:2], -1, *tiles.shape[4:])
 
 
 def _blocks(x: Array, size: int) -> Array:
@@ -139,8 +177,8 @@ class _KeyTile(NamedTuple):
 class _Row:
     """One query tile: its part of the operands, and the key tiles that it visits, in ascending order."""
 
-    plan: _Plan
-    operands: _Operands
+    plan: Plan
+    operands: Operands
     index: Array
     query: Array  # [B, N, t, H]
     query_positions: Array
@@ -180,7 +218,7 @@ def _into_groups(x: Array, y: Array, heads: int) -> Array:
     return jnp.einsum("bkgts,bkgth->bksh", x, y, preferred_element_type=jnp.float32)
 
 
-def _row(plan: _Plan, x: _Operands, index: Array) -> _Row:
+def _row(plan: Plan, x: Operands, index: Array) -> _Row:
     query_positions = jax.lax.dynamic_slice_in_dim(x.query_positions, index * plan.rows, plan.rows, axis=1)
     may_meet = _may_meet(plan, x, index, query_positions)
     live = may_meet.any((0, 1))
@@ -197,7 +235,7 @@ def _row(plan: _Plan, x: _Operands, index: Array) -> _Row:
     )
 
 
-def _may_meet(plan: _Plan, x: _Operands, index: Array, query_positions: Array) -> Array:
+def _may_meet(plan: Plan, x: Operands, index: Array, query_positions: Array) -> Array:
     """Which queries may see a key of which key tiles, [1 or B, t, J] bool: judged by the ranges of positions and segments."""
 
     def ranges(ids: Array) -> tuple[Array, Array]:
@@ -260,7 +298,7 @@ def _constants(terms: tuple[BiasTerm, ...], rows, tables, carries) -> tuple[list
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: _Plan, operands: _Operands) -> Array:
+def _attend(plan: Plan, operands: Operands) -> Array:
     """[I, B, N, t, V] in the dtype of value."""
     return _forward(plan, operands)[0]
 
@@ -268,19 +306,26 @@ def _attend(plan: _Plan, operands: _Operands) -> Array:
 def _one_by_one(function: Any) -> Any:
     """Under vmap, one call after the other: as one, all would walk as far as the longest, copying their sums at every tile."""
 
-    def called(plan: _Plan, *args: Any) -> Any:
+    def called(plan: Plan, *args: Any) -> Any:
         return jax.custom_batching.sequential_vmap(functools.partial(function, plan))(*args)
 
     return called
 
 
-def _forward(plan: _Plan, x: _Operands) -> tuple[Array, tuple[_Operands, Array, Array, Array, Any]]:
-    out, saved = _outputs(plan, x)
+def _forward(plan: Plan, x: Operands) -> tuple[Array, tuple[Operands, Array, Any]]:
+    out, saved = outputs(plan, x)
     return out, (x, out, saved)
 
 
 @_one_by_one
-def _outputs(plan: _Plan, x: _Operands) -> tuple[Array, Any]:
+def outputs(plan: Plan, x: Operands) -> tuple[Array, Any]:
+    """The walk of every query tile.
+
+    Returns:
+      [I, B, N, t, V], and what ``gradients`` needs of the walk: the log-sum-exp of every row [I, B, N, t] (``NOTHING`` where a row
+      saw no key), of the visited tiles of every query tile how many were plain [I], and the carry that every term hands on beyond
+      the last key, [I, B, N, t, ...].
+    """
     def one(index: Array) -> tuple[Array, Array, Array, Any]:
         row = _row(plan, x, index)
         loaded = [term.loaded() for term in row.terms]
@@ -323,8 +368,8 @@ def _outputs(plan: _Plan, x: _Operands) -> tuple[Array, Any]:
         highest, total, out = state[1]
         nothing = total == 0.0
         out = out / jnp.where(nothing, 1.0, total)[..., None]
-        log_sum = jnp.where(nothing, -_NEVER, highest + jnp.log(jnp.where(nothing, 1.0, total)))
-        return out.astype(x.value.dtype), log_sum, first, state[2]
+        log_sum = jnp.where(nothing, NOTHING, highest + jnp.log(jnp.where(nothing, 1.0, total)))
+        return out if plan.is_part else out.astype(x.value.dtype), log_sum, first, state[2]
 
     out, *saved = jax.lax.map(one, jnp.arange(x.query.shape[0]))
     return out, saved
@@ -333,7 +378,7 @@ def _outputs(plan: _Plan, x: _Operands) -> tuple[Array, Any]:
 # Backward --------------------------------------------------------------------------------------------------------------
 
 
-def _floats(tree: Any) -> tuple[list[Array], Any]:
+def floats(tree: Any) -> tuple[list[Array], Any]:
     """The leaves that have gradients, and the function that puts others in their place."""
     leaves, structure = jax.tree.flatten(tree)
     chosen = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
@@ -360,26 +405,37 @@ def _sum(a: list[Array], b: list[Array]) -> list[Array]:
 
 
 @_one_by_one
-def _gradients(plan: _Plan, x: _Operands, out: Array, saved: Any, d_out: Array) -> dict[str, Any]:
+def gradients(plan: Plan, x: Operands, out: Array, saved: Any, d_out: Array, d_final: list[Array]) -> dict[str, Any]:
+    """The gradients of the operands' floating-point leaves.
+
+    Args:
+      out, saved: of ``outputs``; of a part, ``out`` and the log-sum-exp are those of the whole rows.
+      d_out: of ``out``.
+      d_final: of the carries that are handed on, those of floats, [I, B, N, t, ...].
+
+    Returns:
+      By name. Tiles of queries lead query, rows and carries, tiles of keys lead key and value; what belongs to terms is a list of
+      their leaves of floats.
+    """
     log_sum, first, final = saved
-    all_columns, _ = _floats([term.columns for term in x.terms])
-    all_tables, _ = _floats([term.tables for term in x.terms])
+    all_columns, _ = floats([term.columns for term in x.terms])
+    all_tables, _ = floats([term.tables for term in x.terms])
     kv_heads = x.key.shape[2]
 
     def one(totals: Any, step: Any) -> tuple[Any, Any]:
-        index, out, log_sum, first, final, d_out = step
+        index, out, log_sum, first, final, d_out, d_final = step
         row = _row(plan, x, index)
-        raw_rows, with_raw_rows = _floats([term.rows for term in row.terms])
-        tables, with_tables = _floats([term.tables for term in row.terms])
+        raw_rows, with_raw_rows = floats([term.rows for term in row.terms])
+        tables, with_tables = floats([term.tables for term in row.terms])
 
         def load(raw_rows: list[Array], tables: list[Array]) -> list[Array]:
             pairs = zip(row.terms, with_raw_rows(raw_rows), with_tables(tables), strict=True)
             made = [dataclasses.replace(term, rows=own, tables=table).loaded().rows for term, own, table in pairs]
-            return _floats(made)[0]
+            return floats(made)[0]
 
         rows, load_vjp = jax.vjp(load, raw_rows, tables)
-        with_rows = _floats([term.loaded().rows for term in row.terms])[1]
-        carries, with_carries = _floats([term.carry for term in row.terms])
+        with_rows = floats([term.loaded().rows for term in row.terms])[1]
+        carries, with_carries = floats([term.carry for term in row.terms])
         carrying = bool(carries)
         d_out = d_out.astype(jnp.float32)
         slack = (d_out * out.astype(jnp.float32)).sum(-1)
@@ -388,23 +444,23 @@ def _gradients(plan: _Plan, x: _Operands, out: Array, saved: Any, d_out: Array) 
 
         def scores(seen: _KeyTile, logits, rows, columns, tables, carries, settled) -> tuple[Array, list[Array]]:
             """``_scores`` as a function of floats alone."""
-            _, with_columns = _floats(seen.columns)
+            _, with_columns = floats(seen.columns)
             others = with_rows(rows), with_columns(columns), with_tables(tables), with_carries(carries)
             total, handed_on = _scores(row, seen, logits, *others, settled)
-            return total, _floats(handed_on)[0]
+            return total, floats(handed_on)[0]
 
         def again(at: Array, state: Any) -> Any:
             """From the right to the left: the carry that each counted tile but the first receives."""
             carries, received = state
             at = row.count - 1 - at
             seen = row.key_tile(at)
-            carries = scores(seen, row.logits(seen.key), rows, _floats(seen.columns)[0], tables, carries, unsettled)[1]
+            carries = scores(seen, row.logits(seen.key), rows, floats(seen.columns)[0], tables, carries, unsettled)[1]
             return carries, [r.at[at - 1].set(c) for r, c in zip(received, carries, strict=True)]
 
         def visit(at: Array, state: Any, carries: list[Array], settled: list[Array | None]) -> Any:
             (d_query, d_rows, d_tables), (d_key, d_value, d_columns), d_carries, d_settled = state
             seen, j = row.key_tile(at), row.visits[at]
-            key, value, columns = seen.key, seen.value, _floats(seen.columns)[0]
+            key, value, columns = seen.key, seen.value, floats(seen.columns)[0]
             inputs = row.logits(key), rows, columns, tables, carries, settled
             (total, _), vjp = jax.vjp(functools.partial(scores, seen), *inputs)
             weights = jnp.where(seen.allowed, jnp.exp(total - log_sum[..., None]), 0.0)
@@ -426,7 +482,7 @@ def _gradients(plan: _Plan, x: _Operands, out: Array, saved: Any, d_out: Array) 
 
         d_tables, by_key = totals
         own = jnp.zeros(row.query.shape, jnp.float32), _zeros(rows), d_tables
-        d_carries, final, received = _zeros(carries), _floats(final)[0], None
+        d_carries, final, received = d_final, floats(final)[0], None
         if carrying:
             received = [jnp.broadcast_to(c, (x.key.shape[0], *c.shape)) for c in carries]
             received = jax.lax.fori_loop(0, row.count - first - 1, again, (carries, received))[1]
@@ -436,14 +492,14 @@ def _gradients(plan: _Plan, x: _Operands, out: Array, saved: Any, d_out: Array) 
                 return _constants(row.terms, with_rows(rows), with_tables(tables), with_carries(carries))[1]
 
             settled, settle_vjp = jax.vjp(settle, rows, tables, final)
-            own, by_key, _, d_settled = jax.lax.fori_loop(
+            own, by_key, d_carries, d_settled = jax.lax.fori_loop(
                 0,
                 first,
                 lambda at, state: visit(at, state, final, settled),
                 (own, by_key, d_carries, jax.tree.map(jnp.zeros_like, settled)),
             )
-            more_rows, more_tables, d_carries = settle_vjp(d_settled)
-            own = own[0], _sum(own[1], more_rows), _sum(own[2], more_tables)
+            more_rows, more_tables, more_carries = settle_vjp(d_settled)
+            own, d_carries = (own[0], _sum(own[1], more_rows), _sum(own[2], more_tables)), _sum(d_carries, more_carries)
         if carrying:
             own, by_key, d_carries, _ = jax.lax.fori_loop(
                 first,
@@ -454,12 +510,13 @@ def _gradients(plan: _Plan, x: _Operands, out: Array, saved: Any, d_out: Array) 
         d_query, d_rows, d_tables = own
         d_scale = (d_query * row.query.astype(jnp.float32)).sum()
         d_raw_rows, more_tables = load_vjp([d.astype(r.dtype) for d, r in zip(d_rows, rows, strict=True)])
-        made = (d_query * x.scale).astype(x.query.dtype), d_raw_rows, d_carries, d_scale
+        d_query = d_query * x.scale
+        made = d_query if plan.is_part else d_query.astype(x.query.dtype), d_raw_rows, d_carries, d_scale
         return (_sum(d_tables, more_tables), by_key), made
 
     start = _zeros(all_tables), (*_zeros([x.key, x.value]), _zeros(all_columns))
     (d_tables, (d_key, d_value, d_columns)), (d_query, d_rows, d_carries, d_scale) = jax.lax.scan(
-        one, start, (jnp.arange(x.query.shape[0]), out, log_sum, first, final, d_out)
+        one, start, (jnp.arange(x.query.shape[0]), out, log_sum, first, final, d_out, d_final)
     )
     return dict(
         query=d_query,
@@ -473,29 +530,28 @@ def _gradients(plan: _Plan, x: _Operands, out: Array, saved: Any, d_out: Array) 
     )
 
 
-def _backward(plan: _Plan, saved: tuple[_Operands, Array, Any], d_out: Array) -> tuple[_Operands]:
-    """The gradients in the form of the operands: of their dtypes, float0 where an operand is of integers."""
+def _backward(plan: Plan, saved: tuple[Operands, Array, Any], d_out: Array) -> tuple[Operands]:
     x = saved[0]
-    d = _gradients(plan, *saved, d_out)
+    final = floats(saved[2][2])[0]
+    return (gradient_of(x, gradients(plan, *saved, d_out, _zeros(final))),)
 
-    def like(primal: Any, floats: list[Array]) -> Any:
-        found, _ = _floats(primal)
-        floats = iter([d.astype(p.dtype) for d, p in zip(floats, found, strict=True)])
+
+def gradient_of(x: Operands, d: dict[str, Any]) -> Operands:
+    """What ``gradients`` returned as the gradient of the operands, of their dtypes; float0 where an operand is of integers."""
+
+    def like(primal: Any, gradients: list[Array]) -> Any:
+        found, _ = floats(primal)
+        made = iter([d.astype(p.dtype) for d, p in zip(gradients, found, strict=True)])
         return jax.tree.map(
-            lambda p: next(floats) if jnp.issubdtype(p.dtype, jnp.inexact) else np.zeros(p.shape, jax.dtypes.float0), primal
+            lambda p: next(made) if jnp.issubdtype(p.dtype, jnp.inexact) else np.zeros(p.shape, jax.dtypes.float0), primal
         )
 
-    def joined(tiles: Array) -> Array:
-        """[I, B, N, t, ...] as [B, N, T, ...]."""
-        tiles = jnp.moveaxis(tiles, 0, 2)
-        return tiles.reshape(*tiles.shape[:2], -1, *tiles.shape[4:])
-
-    rows = like([term.rows for term in x.terms], [joined(tiles) for tiles in d["rows"]])
+    rows = like([term.rows for term in x.terms], [whole_rows(tiles) for tiles in d["rows"]])
     columns = like([term.columns for term in x.terms], d["columns"])
     tables = like([term.tables for term in x.terms], d["tables"])
-    carries = like([term.carry for term in x.terms], [joined(tiles) for tiles in d["carries"]])
+    carries = like([term.carry for term in x.terms], [whole_rows(tiles) for tiles in d["carries"]])
     parts = zip(x.terms, rows, columns, tables, carries, strict=True)
-    gradient = _Operands(
+    return Operands(
         query=d["query"].astype(x.query.dtype),
         key=d["key"].astype(x.key.dtype),
         value=d["value"].astype(x.value.dtype),
@@ -505,7 +561,6 @@ def _backward(plan: _Plan, saved: tuple[_Operands, Array, Any], d_out: Array) ->
         key_positions=like(x.key_positions, []),
         scale=d["scale"].astype(x.scale.dtype),
     )
-    return (gradient,)
 
 
 _attend.defvjp(_forward, _backward)
