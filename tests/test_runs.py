@@ -142,6 +142,27 @@ def test_one_device_eight_devices_and_pmap_agree(tiny):
     np.testing.assert_allclose(curves[2], curves[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("mesh", ["fsdp=2,context=2,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=4,context=2", "data=2,context=4"])
+def test_a_run_on_any_mesh_is_the_run_on_one_axis(tiny, tmp_path, mesh):
+    config = dataclasses.replace(tiny, seq_length=32, steps=20, log_every=1, evaluate_every=10, implementation="xla_chunked")
+    source = open_source(config)
+    curves, params = {}, {}
+    for own in ("", mesh):
+        there = dataclasses.replace(config, mesh=own)
+        runs.check(there, ("rope + cope(8)",), source)
+        folder = tmp_path / (own or "data=8")
+        params[own] = runs.train(there, "rope + cope(8)", 0, folder, source, quiet=True)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        curves[own] = [line["loss"] for line in lines] + [lines[-1]["evaluation/loss"]]
+    assert len(curves[""]) == 21
+    np.testing.assert_allclose(curves[mesh], curves[""], rtol=0, atol=1e-5)
+    widths = {leaf.sharding.shard_shape(leaf.shape) for leaf in [params[mesh]["layers"]["up"]["kernel"]]}
+    assert widths != {params[""]["layers"]["up"]["kernel"].shape}  # no device has the whole
+    restored = runs.restore_params(config, "rope + cope(8)", 0, tmp_path / mesh, source)  # on another mesh than it was saved on
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((jax.device_get(a) == jax.device_get(b)).all()), restored, params[mesh]))
+
+
 def test_check_compiles_nothing(tiny, monkeypatch):
     """All that a wrong command says, it says before the first compilation."""
     source = open_source(tiny)
@@ -149,6 +170,11 @@ def test_check_compiles_nothing(tiny, monkeypatch):
     runs.check(tiny, ("rope + cope(8)", "tupe / alibi"), source)
     with pytest.raises(ValueError, match=r"encoding 'rope / alibi / rope' does not fit .* num_layers=2, got 3"):
         runs.check(tiny, ("rope", "rope / alibi / rope"), source)
+    short = dataclasses.replace(tiny, seq_length=12, mesh="context=4")
+    with pytest.raises(ValueError, match=r"seq_length must be a multiple of 8, two chunks for each of the 4 devices .* got 12"):
+        runs.check(short, ("rope",), open_source(short))
+    with pytest.raises(ValueError, match=r"mesh 'data=3,fsdp=2' does not fit: .* must be the number of devices, 8, got 3 \* 2"):
+        runs.check(dataclasses.replace(tiny, mesh="data=3,fsdp=2"), ("rope",), source)
     with pytest.raises(ValueError, match="encodings must all differ, got 'rope', 'rope'"):
         runs.check(tiny, ("rope", "alibi", "rope"), source)
 
