@@ -80,7 +80,7 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
     for spec in specs:
         try:
             with_params, params = abstract_model(config, spec, source)
-            jax.eval_shape(make_loss(with_params, dropout=False), params, batch, jax.random.key(0))
+            jax.eval_shape(make_loss(with_params, dropout=False), params, batch, jax.eval_shape(jax.random.key, 0))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"encoding {spec!r} does not fit this model: {error}") from error
 
