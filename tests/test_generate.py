@@ -311,6 +311,10 @@ def test_text_comes_while_it_is_made_and_an_interrupt_ends_it(run, monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(sys.stdout, "write", write)
-    code, _, err = run("generate", "tiny.py", "--workdir", "run", "--max-new-tokens", 5000, "--prompt", "ein")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        code, _, err = run("generate", "tiny.py", "--workdir", "run", "--max-new-tokens", 5000, "--prompt", "ein")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 130 and err == ""
     assert len(written) == 6 and written[0].startswith("ein") and len("".join(written)) < 50 and written[-1] == "\n"
