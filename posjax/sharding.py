@@ -100,9 +100,9 @@ def _product(sizes: dict[str, int]) -> str:
     return " * ".join(map(str, sizes.values()))
 
 
-def batch_sharding(leaf: Any, mesh: Mesh) -> NamedSharding:
-    """Of an array [B, T, ...] or [B] of a batch: rows over ROWS, tokens over "context"."""
-    return NamedSharding(mesh, PartitionSpec(ROWS, "context") if leaf.ndim > 1 else PartitionSpec(ROWS))
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """The NamedSharding of each leaf [B, T, ...] or [B] of a batch: rows over ROWS, tokens over "context"."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec(*(ROWS, "context")[: leaf.ndim])), batch)
 
 
 def state_shardings(state: Any, mesh: Mesh, rules: Rules = PARTITION_RULES) -> Any:
@@ -166,20 +166,21 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
             raise ValueError(f"{axis} must lie within a process, which brings rows of its own, got a mesh of {dict(mesh.shape)}")
     devices = math.prod(mesh.local_mesh.shape[axis] for axis in ROWS)
 
-    def is_there(leaf):
-        return isinstance(leaf, jax.Array) and leaf.sharding == batch_sharding(leaf, mesh)
+    shardings = batch_shardings(batch, mesh)
 
-    for leaf in jax.tree.leaves(batch):
-        if not is_there(leaf):
+    def is_there(leaf, sharding):
+        return isinstance(leaf, jax.Array) and leaf.sharding == sharding
+
+    for leaf, sharding in zip(jax.tree.leaves(batch), jax.tree.leaves(shardings), strict=True):
+        if not is_there(leaf, sharding):
             _check_divisible(leaf, devices)
             if leaf.ndim > 1 and leaf.shape[1] % mesh.shape["context"]:
                 raise ValueError(f"context must divide the length of a sequence, {leaf.shape[1]}, got {mesh.shape['context']}")
-    shardings = jax.tree.map(lambda leaf: batch_sharding(leaf, mesh), batch)
     if jax.process_count() == 1:
         return jax.device_put(batch, shardings)  # all leaves in one call: a call a leaf takes as long as a small step
 
     def put(leaf, sharding):
-        return leaf if is_there(leaf) else jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+        return leaf if is_there(leaf, sharding) else jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 
     return jax.tree.map(put, batch, shardings)
 
@@ -219,7 +220,7 @@ def abstract_train_step(
     Returns:
       The jax.jit object, and (state, batch) as jax.ShapeDtypeStructs with shardings.
     """
-    shardings = state_shardings(state, mesh, rules), jax.tree.map(lambda leaf: batch_sharding(leaf, mesh), batch)
+    shardings = state_shardings(state, mesh, rules), batch_shardings(batch, mesh)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), (state, batch), shardings)
     return _jit(step, mesh, shardings[0], batch), shapes
 
@@ -227,7 +228,7 @@ def abstract_train_step(
 def _jit(step: Step, mesh: Mesh, shardings: Any, batch: Any) -> Any:
     return jax.jit(
         step,
-        in_shardings=(shardings, jax.tree.map(lambda leaf: batch_sharding(leaf, mesh), batch)),
+        in_shardings=(shardings, batch_shardings(batch, mesh)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )

@@ -40,7 +40,7 @@ from posjax.kernels.tiled import NOTHING, Operands, Plan
 from posjax.typing import Array, Float, Int
 
 CONTEXT_AXES = ("context", "sequence", "seq", "cp", "sp")  # names of a mesh's axis that cuts sequences, where it is automatic
-_NEVER = -1e30  # the log-sum-exp of no keys, while parts of a row are merged
+_NEVER = -NOTHING  # the log-sum-exp of no keys, while parts of a row are merged
 
 
 @dataclasses.dataclass(frozen=True)

@@ -326,6 +326,7 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Any]:
       saw no key), of the visited tiles of every query tile how many were plain [I], and the carry that every term hands on beyond
       the last key, [I, B, N, t, ...].
     """
+
     def one(index: Array) -> tuple[Array, Array, Array, Any]:
         row = _row(plan, x, index)
         loaded = [term.loaded() for term in row.terms]
