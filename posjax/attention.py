@@ -13,6 +13,7 @@ from posjax.encoding import AttentionInputs, PositionalEncoding, identity, is_tr
 from posjax.kernels import dense, gpu, ring, tiled, tpu
 from posjax.kernels.blocks import Blocks, check_blocks
 from posjax.kernels.gpu_blocks import GpuBlocks, check_gpu_blocks
+from posjax.kernels.parts import on_parts
 from posjax.kernels.shards import Cut, find_cut
 from posjax.typing import Array, Float, Params
 
@@ -131,6 +132,7 @@ def run(
       ValueError: an unknown implementation, or block sizes that it does not have.
       NotImplementedError: one that cannot do the call, with one that can.
     """
+    cut = find_cut(call["query"]) if cut is None else cut
     if implementation not in (None, "xla", "xla_chunked", "pallas"):
         raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
     if block_sizes is not None:
@@ -155,7 +157,7 @@ def run(
     if implementation == "xla_chunked" and context is not None:
         return ring.attention(value=value, context=context, **_rotated(call))
     kernel = {"xla": dense.attention, "xla_chunked": tiled.attention}[implementation]
-    return kernel(value=value, **_rotated(call))
+    return on_parts(kernel, cut)(value=value, **_rotated(call))
 
 
 def platform_at_hand() -> str:
@@ -165,12 +167,12 @@ def platform_at_hand() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def _refusal(kernel: Any, call: dict[str, Any], value: Array, cut: Cut | None, block_sizes: Any) -> str | None:
+def _refusal(kernel: Any, call: dict[str, Any], value: Array, cut: Cut, block_sizes: Any) -> str | None:
     """Why the kernel of a platform, tpu or gpu, cannot do a call; None: it can."""
     return kernel.refusal(value=value, block_sizes=_own(kernel, block_sizes), cut=cut, **call)
 
 
-def _of_the_platform(call: dict[str, Any], value: Array, cut: Cut | None, block_sizes: Any, otherwise: Any = None) -> Array:
+def _of_the_platform(call: dict[str, Any], value: Array, cut: Cut, block_sizes: Any, otherwise: Any = None) -> Array:
     """The kernel of the platform that the program is lowered for, whatever devices this process has.
 
     Args:
@@ -180,7 +182,7 @@ def _of_the_platform(call: dict[str, Any], value: Array, cut: Cut | None, block_
     arrays = {name: x for name, x in call.items() if name not in static}
 
     def walk(arrays: dict[str, Any], value: Array) -> Array:
-        return tiled.attention(value=value, **_rotated(static | arrays))
+        return on_parts(tiled.attention, cut)(value=value, **_rotated(static | arrays))
 
     def of_tpu(arrays: dict[str, Any], value: Array) -> Array:
         return tpu.attention(value=value, **static, **arrays, tile=_own(tpu, block_sizes), cut=cut)

@@ -88,6 +88,8 @@ class BiasTerm:
       settle: (rows, tables, carry) -> (settled bool [B, N, t], bias float32 [B, N, t]): where settled, every pair further left has
         that bias, whatever its key. None: a term that carries never settles.
       fused: what the term is, for kernels of their own machine code that know some terms by name; None: no more than its function.
+      heads: which axis of each leaf of ``tables``, in the order of ``jax.tree.leaves``, is that of heads; None for one that has no
+        such axis. With them told, devices that share the heads have each only its own. None: not told.
     """
 
     function: TileFunction = dataclasses.field(metadata={"static": True})
@@ -98,6 +100,7 @@ class BiasTerm:
     load: LoadFunction | None = dataclasses.field(default=None, metadata={"static": True})
     settle: SettleFunction | None = dataclasses.field(default=None, metadata={"static": True})
     fused: Penalty | Lookup | Interpolation | None = dataclasses.field(default=None, metadata={"static": True})
+    heads: tuple[int | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     def cut(self, row_start: Any, row_size: int, column_start: Any, column_size: int) -> "BiasTerm":
         """The same term, seen from the tile of ``row_size`` queries and ``column_size`` keys that begins there."""
@@ -128,7 +131,10 @@ class BiasTerm:
 
 
 def position_bias(
-    function: Callable[[Array, Array, Any], Array], tables: Any = None, fused: Penalty | Lookup | None = None
+    function: Callable[[Array, Array, Any], Array],
+    tables: Any = None,
+    fused: Penalty | Lookup | None = None,
+    heads: tuple[int | None, ...] | None = None,
 ) -> BiasTerm:
     """A bias that is a function of two positions: ALiBi, T5, and whatever a user writes.
 
@@ -137,8 +143,9 @@ def position_bias(
         It must be a module-level function, or the same object at every call, so that jit does not compile again.
       tables: arrays that the function reads, learned ones included; their gradients have their own shape, never [T, S].
       fused: the same bias by name, where it has one.
+      heads: the axis of heads of each leaf of ``tables``, as in ``BiasTerm``.
     """
-    return BiasTerm(function=_PositionFunction(function), tables=tables, fused=fused)
+    return BiasTerm(function=_PositionFunction(function), tables=tables, fused=fused, heads=heads)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,7 +74,7 @@ def cope(
         embedding = leaf(params, "embedding", "cope", shape)
         embedding = embedding * inputs.scale if scaled else embedding
         embedding = embedding if clamp is None else _clamped(embedding, clamp)
-        return (_counting_term("cope", gates, gate_bias, params, inputs, embedding),)
+        return (_counting_term("cope", gates, gate_bias, params, inputs, embedding, (0 if per_head else None,)),)
 
     return _contextual("cope", gates, shared, init, bias)
 
@@ -108,7 +108,7 @@ def cope_alibi(
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
         heads = inputs.query.shape[2]
         slopes = leaf(params, "slope", "cope_alibi", (heads,)) if learned else slopes_of_heads(slope, heads)
-        return (_counting_term("cope_alibi", gates, gate_bias, params, inputs, slopes),)
+        return (_counting_term("cope_alibi", gates, gate_bias, params, inputs, slopes, (0,)),)
 
     return _contextual("cope_alibi", gates, shared, init, bias)
 
@@ -150,7 +150,7 @@ def cope_mlp(
         weight_out = leaf(params, "weight_out", "cope_mlp", (hidden_dim, inputs.query.shape[3]))
         weight_out = weight_out * inputs.scale if scaled else weight_out
         first = tuple(leaf(params, name, "cope_mlp", (hidden_dim,)) for name in ("weight_in", "bias_in"))
-        return (_counting_term("cope_mlp", gates, gate_bias, params, inputs, (*first, weight_out)),)
+        return (_counting_term("cope_mlp", gates, gate_bias, params, inputs, (*first, weight_out), (None, None, None)),)
 
     return _contextual("cope_mlp", gates, shared, init, bias)
 
@@ -299,24 +299,31 @@ _COUNTING = {
 
 
 def _counting_term(
-    encoding: str, gates: Gates, gate_bias: Array | float, params: Params, inputs: AttentionInputs, tables: Any
+    encoding: str,
+    gates: Gates,
+    gate_bias: Array | float,
+    params: Params,
+    inputs: AttentionInputs,
+    tables: Any,
+    heads: tuple[int | None, ...],
 ) -> BiasTerm:
-    """A term with tables (scale, those of the encoding), and the gates' bias where it is not the number 0."""
+    """A term with tables (scale, those of the encoding), whose axes of heads are told, and the gates' bias if not the number 0."""
     bias_of_count, load, settle = _COUNTING[encoding]
     biased = is_traced(gate_bias) or float(gate_bias) != 0.0
     name = f"{encoding} with gates={gates!r}{' and a gate_bias' if biased else ''}"
     rows = {} if load is None and gates == "logits" else {"query": jnp.swapaxes(inputs.query, 1, 2)}
     columns = {} if gates == "logits" else {"gate_key": jnp.swapaxes(_gate_key(gates, params, inputs), 1, 2)}
-    batch, length, heads, _ = inputs.query.shape
+    batch, length, num_heads, _ = inputs.query.shape
     return BiasTerm(
         function=_CountingTile(name, bias_of_count),
         rows=rows,
         columns=columns,
         tables=(jnp.asarray(inputs.scale, jnp.float32), tables, *((setting(gate_bias),) if biased else ())),
-        carry=jnp.zeros((batch, heads, length), jnp.float32),
+        carry=jnp.zeros((batch, num_heads, length), jnp.float32),
         load=load,
         settle=settle,
         fused=Interpolation() if encoding == "cope" and gates == "logits" and not biased else None,
+        heads=(None, *heads, *((None,) if biased else ())),
     )
 
 

@@ -29,7 +29,7 @@ def alibi(slope: Array | float | None = None) -> PositionalEncoding:
     check_slope(slope)
 
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        return (position_bias(_linear_penalty, slopes_of_heads(slope, inputs.query.shape[2]), Penalty()),)
+        return (position_bias(_linear_penalty, slopes_of_heads(slope, inputs.query.shape[2]), Penalty(), heads=(0,)),)
 
     return PositionalEncoding(name="alibi", bias=bias)
 
@@ -89,7 +89,7 @@ def t5(num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = Fal
         return {"bias": jnp.zeros((num_buckets, dims.num_heads), jnp.float32)}
 
     def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        return (position_bias(function, leaf(params, "bias", "t5", (num_buckets, inputs.query.shape[2])), lookup),)
+        return (position_bias(function, leaf(params, "bias", "t5", (num_buckets, inputs.query.shape[2])), lookup, heads=(1,)),)
 
     return PositionalEncoding(name="t5", init=init, bias=bias)
 

@@ -24,7 +24,6 @@ from posjax.sharding import (
     SHARDED_RULES,
     Rules,
     abstract_train_step,
-    gathered,
     jit_train_step,
     make_mesh,
     parse_mesh,
@@ -170,7 +169,7 @@ def abstract_step(
     else:
         source = open_source(config)
     with_params, params = abstract_model(config, config.encoding, source)
-    loss = gathered(make_loss(with_params, config.dropout_rate > 0))
+    loss = make_loss(with_params, config.dropout_rate > 0)
     step = make_train_step(loss, optimizer_of(config), accumulate_steps=config.accumulate_steps)
     state = jax.eval_shape(lambda params: init_state(params, optimizer_of(config), config.seed), params)
     shape = (config.batch_size, source.max_length)
@@ -188,9 +187,8 @@ def train(
       KernelRefused: the compiler of the chip does not take the attention kernel.
     """
     with_params, state, mesh = _start(config, spec, seed, source)
-    loss = make_loss(with_params, config.dropout_rate > 0)
     step = make_train_step(
-        loss if _rules(mesh) is PARTITION_RULES else gathered(loss),
+        make_loss(with_params, config.dropout_rate > 0),
         optimizer_of(config),
         accumulate_steps=config.accumulate_steps,
         axis_name="data" if config.parallel == "pmap" else None,

@@ -12,6 +12,7 @@ every device. Both forms of a step have the same signature, `(state, batch) -> (
 [B, T, ...], keep no extra axis in the state (so a checkpoint of one fits the other), and donate it.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -32,16 +33,16 @@ WEIGHTS = ("fsdp", "context")
 # "opt_state/1/mu/layers/kernel", ...): the moments of a parameter lie where it does.
 PARTITION_RULES: Rules = ((r"", PartitionSpec()),)
 
-# For `Transformer` on many devices, with `gathered`. Over "tensor" a pair of products costs one sum of activations (Megatron-LM,
-# arXiv:1909.08053); over WEIGHTS lie parts that are put together where they are used (ZeRO, arXiv:1910.02054). The first axis of a
-# layer's weight is the layer, which the scan walks along; the embedding is whole along D, for tokens pick its rows.
+# For `Transformer` on many devices. Over "tensor" a pair of products costs one sum of activations (Megatron-LM, arXiv:1909.08053);
+# over WEIGHTS lie parts that are put together where they are used, see `put_together` (ZeRO, arXiv:1910.02054). The first axis of a
+# layer's weight is the layer, which the scan walks along.
 SHARDED_RULES: Rules = (
     (r"layers/(query|key|value)/kernel$", PartitionSpec(None, WEIGHTS, "tensor", None)),  # [L, D, N or K, H]
     (r"layers/out/kernel$", PartitionSpec(None, "tensor", None, WEIGHTS)),  # [L, N, H, D]
     (r"layers/(up|gate)/kernel$", PartitionSpec(None, WEIGHTS, "tensor")),  # [L, D, F]
     (r"layers/down/kernel$", PartitionSpec(None, "tensor", WEIGHTS)),  # [L, F, D]
-    (r"token_embedding/embedding$", PartitionSpec("tensor", None)),  # [V, D]
-    (r"head/kernel$", PartitionSpec(None, "tensor")),  # [D, V]
+    (r"token_embedding/embedding$", PartitionSpec("tensor", WEIGHTS)),  # [V, D]
+    (r"head/kernel$", PartitionSpec(WEIGHTS, "tensor")),  # [D, V]
     (r"", PartitionSpec()),
 )
 
@@ -113,33 +114,85 @@ def state_shardings(state: Any, mesh: Mesh, rules: Rules = PARTITION_RULES) -> A
 
     def sharding(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = next(spec for pattern, spec in rules if re.search(pattern, name))
-        return NamedSharding(mesh, PartitionSpec(*(fitting(axes, size) for axes, size in zip(spec, leaf.shape, strict=False))))
-
-    def fitting(axes, size):
-        names = [name for name in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape.get(name, 1) > 1]
-        while names and size % math.prod(mesh.shape[name] for name in names):
-            names.pop()
-        return tuple(names) or None
+        return NamedSharding(mesh, _fitting(next(spec for pattern, spec in rules if re.search(pattern, name)), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def gathered(loss_fn: Callable[..., Any], rules: Rules = SHARDED_RULES) -> Callable[..., Any]:
-    """`loss_fn(params, batch, key)` for parameters that are cut along WEIGHTS: they are put together first, once a call.
+def _fitting(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """``spec`` without axes that the mesh has not, or that do not divide an array of that shape, the last ones first."""
+
+    def fitting(axes, size):
+        names = [name for name in _names(axes) if mesh.shape.get(name, 1) > 1]
+        while names and size % math.prod(mesh.shape[name] for name in names):
+            names.pop()
+        return tuple(names) or None
+
+    return PartitionSpec(*(fitting(axes, size) for axes, size in zip(spec, shape, strict=False)))
+
+
+def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def mesh_of(x: jax.Array) -> Mesh | None:
+    """The mesh of AXES that a program runs on, as the type of a traced array tells it; None on one device and on other meshes."""
+    mesh = jax.typeof(x).sharding.mesh
+    is_ours = set(AXES) <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
+    return mesh if is_ours and mesh.size > 1 else None
+
+
+def put_together(weights: Any, path: str, dtype: Any = None, rules: Rules = SHARDED_RULES) -> Any:
+    """Weights as they are used: in the type that they are multiplied in, and whole along WEIGHTS; their gradients come back cut.
 
     Of weights that are cut like the batch the compiler would take over the cut: it moves every activation so that D is cut and B is
-    not. Gradients come back cut as the parameters are.
+    not. What a layer needs is put together within the loop over layers, so that a device has one layer whole at a time.
+
+    Args:
+      weights: a pytree of arrays; what no rule cuts over WEIGHTS is returned as it is.
+      path: of the pytree among the parameters, as the patterns of the rules have it. The leaves may lack leading axes that the
+        rules have: those of one layer have lost the axis of layers.
+      dtype: None leaves it as it is.
     """
-    whole = tuple((pattern, PartitionSpec(*(None if axes == WEIGHTS else axes for axes in spec))) for pattern, spec in rules)
 
-    def loss(params, batch, key):
-        mesh = jax.typeof(jax.tree.leaves(params)[0]).sharding.mesh
-        if not mesh.empty:
-            params = jax.lax.with_sharding_constraint(params, state_shardings(params, mesh, whole))
-        return loss_fn(params, batch, key)
+    def one(where, leaf):
+        name = "/".join([path, *([jax.tree_util.keystr(where, simple=True, separator="/")] if where else [])])
+        spec = next(spec for pattern, spec in rules if re.search(pattern, name))
+        if not any(name in WEIGHTS for axes in spec for name in _names(axes)):
+            return leaf
+        leaf = leaf if dtype is None else leaf.astype(dtype)
+        mesh = mesh_of(leaf)
+        if mesh is None:
+            return leaf
+        kept = _fitting(PartitionSpec(*spec[len(spec) - leaf.ndim :]), leaf.shape, mesh)
+        used = PartitionSpec(*(tuple(name for name in _names(axes) if name not in WEIGHTS) or None for axes in kept))
+        return leaf if used == kept else _whole(mesh, used, kept, leaf)
 
-    return loss
+    return jax.tree_util.tree_map_with_path(one, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _whole(mesh: Mesh, used: PartitionSpec, kept: PartitionSpec, leaf: jax.Array) -> jax.Array:
+    """``leaf``, cut by ``used`` instead of ``kept``; what comes back is summed into parts, where AD alone would have it whole."""
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, used))
+
+
+_whole.defvjp(
+    lambda mesh, used, kept, leaf: (_whole(mesh, used, kept, leaf), None),
+    lambda mesh, used, kept, _, gradient: (
+        jax.lax.with_sharding_constraint(
+            jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, used)), NamedSharding(mesh, kept)
+        ),
+    ),
+)
+
+
+def in_rows(x: jax.Array) -> jax.Array:
+    """Activations [B, T, ...] with rows cut over ROWS and tokens over "context", as the batch is."""
+    mesh = mesh_of(x)
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _fitting(PartitionSpec(ROWS, "context"), x.shape, mesh)))
 
 
 def shard_state(state: Any, mesh: Mesh, rules: Rules = PARTITION_RULES) -> Any:

@@ -20,6 +20,7 @@ from posjax import decoding
 from posjax.attention import attention
 from posjax.encoding import Dims, PositionalEncoding, check_at_least
 from posjax.linear_attention import LinearCache, linear_attend, linear_attention
+from posjax.sharding import in_rows, put_together
 from posjax.typing import Array, Float, Int, Params
 
 
@@ -366,10 +367,10 @@ class Transformer(nnx.Module):
         embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         layer_keys = None if dropout_key is None else jax.random.split(layers_key, config.num_layers)
 
-        x = self.token_embedding(tokens) * jnp.asarray(math.sqrt(config.embed_dim), jnp.dtype(config.compute_dtype))
+        x = self._part("token_embedding")(tokens) * jnp.asarray(math.sqrt(config.embed_dim), jnp.dtype(config.compute_dtype))
         for encoding, p in zip(self.encodings, params, strict=True):
             x = encoding.embed(_layer_params(encoding, p, 0), x, positions)
-        x = _dropout(x, config.dropout_rate, embed_key)
+        x = in_rows(_dropout(x, config.dropout_rate, embed_key))
         x = x if config.norm_position == "pre" else self.outer_norm(x)
 
         records: list[LayerRecord] = []
@@ -402,15 +403,16 @@ class Transformer(nnx.Module):
         encoding = self.encodings[index]
         shared, own = _split_params(encoding, params)
         graph, stacked = nnx.split(self.layers)
+        dtype = jnp.dtype(self.config.compute_dtype)
 
         def layer(carry: tuple[Array, Any], xs: tuple[Any, Params, Array | None, Array]) -> tuple[Any, Any]:
             x, cache = carry  # carried, not scanned over, so that each layer writes its part of one buffer
             weights, own, key, i = xs
             mine = jax.tree.map(lambda all: jax.lax.dynamic_index_in_dim(all, i, keepdims=False), cache)
             params = _join_params(shared, own)
-            x, record, mine = nnx.merge(graph, weights)(x, encoding, params, positions, segment_ids, key, mine)
+            x, record, mine = _merged(graph, weights, "layers", dtype)(x, encoding, params, positions, segment_ids, key, mine)
             cache = None if cache is None else decoding.store(cache, i, mine, x.shape[1])
-            return (x, cache), record if keep else None
+            return (in_rows(x), cache), record if keep else None
 
         xs = (
             jax.tree.map(lambda w: w[layers], stacked),
@@ -425,8 +427,12 @@ class Transformer(nnx.Module):
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i in range(layers.stop - layers.start)]
         return x, [LayerRecord(query, key, value, encoding, params) for query, key, value, params in each], cache
 
+    def _part(self, name: str) -> nnx.Module:
+        """A part of the model with its weights put together."""
+        return _merged(*nnx.split(getattr(self, name)), name, jnp.dtype(self.config.compute_dtype))
+
     def _logits(self, hidden: Array) -> Array:
-        logits = self.token_embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
+        logits = self._part("token_embedding").attend(hidden) if self.config.tie_embeddings else self._part("head")(hidden)
         return logits.astype(jnp.float32)
 
 
@@ -454,6 +460,12 @@ def cross_entropy(
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     losses = (jax.nn.logsumexp(logits, axis=-1) - chosen) * weights
     return losses, losses.sum(), weights.sum()
+
+
+def _merged(graph: Any, weights: Any, path: str, dtype: Any) -> nnx.Module:
+    """``nnx.merge`` with the weights as ``put_together`` returns them, which are at ``path`` among the parameters."""
+    used = put_together(nnx.to_pure_dict(weights), path, dtype)
+    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(weights), jax.tree.leaves(used)))
 
 
 def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:

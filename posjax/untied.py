@@ -136,7 +136,7 @@ def tupe(
             return ()
         function, lookup = _relative_function(num_buckets, max_distance, untie_cls, released)
         buckets = num_buckets + extra_row
-        return (position_bias(function, leaf(params, "bias", "tupe", (buckets, inputs.query.shape[2])), lookup),)
+        return (position_bias(function, leaf(params, "bias", "tupe", (buckets, inputs.query.shape[2])), lookup, heads=(1,)),)
 
     name = "tupe-r" if relative else "tupe"
     return PositionalEncoding(name=name, init=init, rotate=rotate, bias=bias, max_length=lambda dims: dims.max_length)

@@ -18,6 +18,7 @@ from suite import (
 import posjax as pj
 from posjax.attention import prepare
 from posjax.kernels import ring, tiled
+from posjax.kernels.shards import Cut
 
 HEADS = (4, 2, 16, 16)
 GATED = pj.chain(pj.rope(theta=1e6), pj.cope(12))
@@ -42,7 +43,7 @@ class Ring:
         mesh = mesh_of(self.data, self.context)
         if self.bare:
             mesh = Mesh(mesh.devices.ravel(), ("context",), axis_types=(AxisType.Auto,))
-        return ring.attention(**call, context=ring.Context(mesh, "context", ("data",) if self.data > 1 else ()))
+        return ring.attention(**call, context=ring.Context(Cut(mesh, ("data",) if self.data > 1 else ()), "context"))
 
 
 def packed_rows(batch: int, length: int):

@@ -13,7 +13,6 @@ from posjax.runs import abstract_step, make_loss
 from posjax.sharding import (
     SHARDED_RULES,
     abstract_train_step,
-    gathered,
     jit_train_step,
     make_mesh,
     parse_mesh,
@@ -57,10 +56,10 @@ def leaves_by_path(tree):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def compiled_step(wrapped, mesh, rules):
+def compiled_step(mesh, rules):
     """A compiled step that takes host arrays, and its program."""
     state, loss = make_state()
-    jitted, arguments = abstract_train_step(make_train_step(wrapped(loss), OPTIMIZER), mesh, state, make_batch(), rules)
+    jitted, arguments = abstract_train_step(make_train_step(loss, OPTIMIZER), mesh, state, make_batch(), rules)
     compiled = jitted.lower(*arguments).compile()
     return lambda state, batch: compiled(shard_state(state, mesh, rules), shard_batch(batch, mesh)), compiled.as_text()
 
@@ -99,7 +98,7 @@ def lies(state, parts):
 @pytest.mark.thorough
 def test_one_axis_cuts_batch_and_state(one_device):
     _, loss = make_state()
-    step = make_train_step(gathered(loss), OPTIMIZER, accumulate_steps=1)
+    step = make_train_step(loss, OPTIMIZER, accumulate_steps=1)
     found = two_steps(jit_train_step(step, make_mesh(fsdp=8), SHARDED_RULES))
     agrees(found, one_device)
     lies(found[0], {"query/kernel": (2, 2, 4, 4), "down/kernel": (2, 48, 2), "token_embedding/embedding": (32, 16)})
@@ -108,7 +107,7 @@ def test_one_axis_cuts_batch_and_state(one_device):
 @pytest.mark.thorough
 def test_two_axes_cut_batch_heads_and_state_and_no_device_holds_the_whole_batch(one_device):
     whole = re.compile(rf"f32\[{BATCH},(\d+,)*{LENGTH}\b|f32\[\d+,{BATCH},{LENGTH},")
-    step, program = compiled_step(gathered, make_mesh(fsdp=2, tensor=4), SHARDED_RULES)
+    step, program = compiled_step(make_mesh(fsdp=2, tensor=4), SHARDED_RULES)
     assert not whole.search(program)
     found = two_steps(step)
     agrees(found, one_device)
@@ -159,7 +158,7 @@ MESHES = [dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, context=2), dict(data=2, 
 )
 def test_every_mesh_computes_what_one_device_does(axes, one_device):
     """LENGTH is whole chunks for two devices; on more, attention is whole and the rest of the model is cut."""
-    found = two_steps(jit_train_step(make_train_step(gathered(make_state()[1]), OPTIMIZER), make_mesh(**axes), SHARDED_RULES))
+    found = two_steps(jit_train_step(make_train_step(make_state()[1], OPTIMIZER), make_mesh(**axes), SHARDED_RULES))
     agrees(found, one_device)
 
 

@@ -31,11 +31,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType
 
 from posjax.bias import BiasTerm, Mask
 from posjax.kernels import tiled
-from posjax.kernels.shards import find_cut
+from posjax.kernels.parts import on_parts
+from posjax.kernels.shards import Cut, find_cut
 from posjax.kernels.tiled import NOTHING, Operands, Plan
 from posjax.typing import Array, Float, Int
 
@@ -48,18 +49,16 @@ class Context:
     """Over which axes of a mesh a call goes.
 
     Attributes:
-      mesh: with more than one device along ``axis``.
+      cut: of B and of heads; its mesh has more than one device along ``axis``.
       axis: cuts T and S.
-      batch: names of the axes that cut B.
     """
 
-    mesh: Any
+    cut: Cut
     axis: str
-    batch: tuple[str, ...] = ()
 
     @property
     def parts(self) -> int:
-        return self.mesh.shape[self.axis]
+        return self.cut.mesh.shape[self.axis]
 
 
 def find_context(query: Array) -> Context | None:
@@ -78,7 +77,7 @@ def find_context(query: Array) -> Context | None:
     names += [name for name in given if types[name] == AxisType.Explicit]
     fits = (n for n in names if cut.mesh.shape[n] > 1 and query.shape[1] % (2 * cut.mesh.shape[n]) == 0)
     axis = next(fits, None)
-    return None if axis is None else Context(cut.mesh, axis, cut.batch)
+    return None if axis is None else Context(cut, axis)
 
 
 def attention(
@@ -105,32 +104,8 @@ def attention(
     if (reason := refusal(query, key, terms, mask, context)) is not None:
         raise NotImplementedError(f"attention over the mesh axis {context.axis!r} cannot run this call: {reason}")
     is_ordered = any(term.carry is not None for term in terms)
-    batch = context.batch or None
 
-    def spec(where: int, x: Any) -> PartitionSpec:
-        """Of an array [B or 1, ...] whose axis ``where`` is that of queries or keys."""
-        axes = [batch if x.shape[0] > 1 else None, *[None] * (where - 1), context.axis]
-        return PartitionSpec(*axes)
-
-    def specs_of(term: BiasTerm) -> BiasTerm:
-        along = functools.partial(jax.tree.map, functools.partial(spec, 2))
-        tables = jax.tree.map(lambda _: PartitionSpec(), term.tables)
-        return dataclasses.replace(term, rows=along(term.rows), columns=along(term.columns), carry=along(term.carry), tables=tables)
-
-    call = dict(
-        query=query,
-        key=key,
-        value=value,
-        terms=terms,
-        mask=mask,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        scale=jnp.asarray(scale, jnp.float32),
-    )
-    specs = {name: jax.tree.map(functools.partial(spec, 1), x) for name, x in call.items() if name not in ("terms", "scale")}
-    specs |= dict(terms=tuple(specs_of(term) for term in terms), scale=PartitionSpec())
-
-    def local(call: dict[str, Any]) -> Array:
+    def local(**call: Any) -> Array:
         halves = _Halves(context.axis, context.parts, mask.is_causal)
         slots = halves.slots(call, split=is_ordered)
         made = [tiled.cut_up(**slot, logits_soft_cap=logits_soft_cap, is_part=True) for slot in slots]
@@ -139,15 +114,16 @@ def attention(
         length = slots[0]["query"].shape[1]
         return halves.home([tiled.joined(x, length) for x in out])
 
-    around = jax.sharding.get_abstract_mesh()  # of set_mesh, auto_axes or an outer shard_map, which shard_map insists on
-    return jax.shard_map(
-        local,
-        mesh=context.mesh if around.empty else around,
-        in_specs=(specs,),
-        out_specs=spec(1, query),
-        axis_names={*context.batch, context.axis},
-        check_vma=False,  # the loops of a walk do not say over which axes their sums vary
-    )(call)
+    return on_parts(local, context.cut, context.axis)(
+        query=query,
+        key=key,
+        value=value,
+        terms=terms,
+        mask=mask,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        scale=scale,
+    )
 
 
 def refusal(query: Array, key: Array, terms: tuple[BiasTerm, ...], mask: Mask, context: Context, **_: Any) -> str | None:
