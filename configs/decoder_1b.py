@@ -26,7 +26,7 @@ def get_config() -> Config:
         num_kv_heads=8,
         mlp_dim=5632,
         activation="swiglu",
-        remat=True,
+        remat="full",
         compute_dtype="bfloat16",
         steps=50_000,
         learning_rate=4e-4,

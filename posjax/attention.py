@@ -148,10 +148,10 @@ def run(
             raise NotImplementedError(f"implementation='pallas' cannot run this call: {reason}; implementation='xla_chunked' can")
         return _of_the_platform(call, value, cut, block_sizes, otherwise=kernel)
     if implementation is None:
-        if call["query"].shape[1] * call["key"].shape[1] > _SMALL:
-            if context is None or ring.refusal(context=context, **call) is not None:
-                return _of_the_platform(call, value, cut, block_sizes)
+        if context is not None and ring.refusal(context=context, **call) is None:
             implementation = "xla_chunked"
+        elif call["query"].shape[1] * call["key"].shape[1] > _SMALL:
+            return _of_the_platform(call, value, cut, block_sizes)
         else:
             implementation = "xla"
     if implementation == "xla_chunked" and context is not None:

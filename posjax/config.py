@@ -41,7 +41,7 @@ class Config:
       activation: gelu or swiglu.
       tie_embeddings: logits from the token embeddings.
       dropout_rate: after the embedding and each branch.
-      remat: recompute layers in the backward pass, for less memory.
+      remat: what the backward pass recomputes, for less memory: none, attention (all but attention) or full (whole layers).
       compute_dtype: float32 or bfloat16; parameters stay float32.
       attention: softmax, or linear (with an encoding that only rotates).
       local_window_size: how far back a token sees; None is all.
@@ -100,7 +100,7 @@ class Config:
     activation: Literal["gelu", "swiglu"] = "gelu"
     tie_embeddings: bool = True
     dropout_rate: float = 0.0
-    remat: bool = False
+    remat: Literal["none", "attention", "full"] = "none"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["softmax", "linear"] = "softmax"
     local_window_size: int | None = None
@@ -178,7 +178,7 @@ class Config:
 
 # What may differ between a run and its resumption; all else would make it another run.
 _SAVING = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints"}
-RUN_ONLY = _SAVING | {"parallel", "mesh", "implementation", "encodings"}
+RUN_ONLY = _SAVING | {"parallel", "mesh", "implementation", "remat", "encodings"}
 
 
 def load_config(path: str) -> Config:

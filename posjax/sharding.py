@@ -142,8 +142,8 @@ def mesh_of(x: jax.Array) -> Mesh | None:
     return mesh if is_ours and mesh.size > 1 else None
 
 
-def put_together(weights: Any, path: str, dtype: Any = None, rules: Rules = SHARDED_RULES) -> Any:
-    """Weights as they are used: in the type that they are multiplied in, and whole along WEIGHTS; their gradients come back cut.
+def put_together(weights: Any, path: str, rules: Rules = SHARDED_RULES) -> Any:
+    """Weights as they are used, whole along WEIGHTS; their gradients come back summed into parts.
 
     Of weights that are cut like the batch the compiler would take over the cut: it moves every activation so that D is cut and B is
     not. What a layer needs is put together within the loop over layers, so that a device has one layer whole at a time.
@@ -152,19 +152,15 @@ def put_together(weights: Any, path: str, dtype: Any = None, rules: Rules = SHAR
       weights: a pytree of arrays; what no rule cuts over WEIGHTS is returned as it is.
       path: of the pytree among the parameters, as the patterns of the rules have it. The leaves may lack leading axes that the
         rules have: those of one layer have lost the axis of layers.
-      dtype: None leaves it as it is.
     """
 
     def one(where, leaf):
-        name = "/".join([path, *([jax.tree_util.keystr(where, simple=True, separator="/")] if where else [])])
-        spec = next(spec for pattern, spec in rules if re.search(pattern, name))
-        if not any(name in WEIGHTS for axes in spec for name in _names(axes)):
-            return leaf
-        leaf = leaf if dtype is None else leaf.astype(dtype)
         mesh = mesh_of(leaf)
         if mesh is None:
             return leaf
-        kept = _fitting(PartitionSpec(*spec[len(spec) - leaf.ndim :]), leaf.shape, mesh)
+        name = f"{path}/{jax.tree_util.keystr(where, simple=True, separator='/')}"
+        spec = next(spec for pattern, spec in rules if re.search(pattern, name))
+        kept = _fitting(PartitionSpec(*spec[max(0, len(spec) - leaf.ndim) :]), leaf.shape, mesh)
         used = PartitionSpec(*(tuple(name for name in _names(axes) if name not in WEIGHTS) or None for axes in kept))
         return leaf if used == kept else _whole(mesh, used, kept, leaf)
 
@@ -173,18 +169,21 @@ def put_together(weights: Any, path: str, dtype: Any = None, rules: Rules = SHAR
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _whole(mesh: Mesh, used: PartitionSpec, kept: PartitionSpec, leaf: jax.Array) -> jax.Array:
-    """``leaf``, cut by ``used`` instead of ``kept``; what comes back is summed into parts, where AD alone would have it whole."""
+    """``leaf``, cut by ``used`` instead of ``kept``."""
     return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, used))
 
 
-_whole.defvjp(
-    lambda mesh, used, kept, leaf: (_whole(mesh, used, kept, leaf), None),
-    lambda mesh, used, kept, _, gradient: (
-        jax.lax.with_sharding_constraint(
-            jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, used)), NamedSharding(mesh, kept)
-        ),
-    ),
-)
+def _whole_forward(mesh, used, kept, leaf):
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, used)), None
+
+
+def _whole_backward(mesh, used, kept, _, gradient):
+    """A sum of which each device keeps a part; with either constraint alone the compiler would cut what it is a sum of."""
+    summed = jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, used))
+    return (jax.lax.with_sharding_constraint(summed, NamedSharding(mesh, kept)),)
+
+
+_whole.defvjp(_whole_forward, _whole_backward)
 
 
 def in_rows(x: jax.Array) -> jax.Array:

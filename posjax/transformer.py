@@ -15,12 +15,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from posjax import decoding
 from posjax.attention import attention
 from posjax.encoding import Dims, PositionalEncoding, check_at_least
+from posjax.kernels.tiled import SAVED
 from posjax.linear_attention import LinearCache, linear_attend, linear_attention
-from posjax.sharding import in_rows, put_together
+from posjax.sharding import in_rows, mesh_of, put_together
 from posjax.typing import Array, Float, Int, Params
 
 
@@ -44,7 +46,8 @@ class TransformerConfig:
       activation: "gelu" or "swiglu".
       tie_embeddings: logits are products with the token embeddings; False: with a matrix of their own.
       dropout_rate: after the embedding and after each branch.
-      remat: recompute each layer in the backward pass; memory then grows by one residual stream a layer.
+      remat: what the backward pass recomputes: "none"; "full": each layer from its input, all that is then kept of it; "attention":
+        all but query, key, value and what attention made of them, so that attention is walked through once.
       compute_dtype: "float32" or "bfloat16"; parameters and softmax statistics stay float32.
       attention: "softmax", or "linear" (RoFormer's, with an encoding that only rotates).
       local_window_size: how many earlier (and, in an encoder, later) positions a token sees; None: all.
@@ -70,7 +73,7 @@ class TransformerConfig:
     activation: Literal["gelu", "swiglu"] = "gelu"
     tie_embeddings: bool = True
     dropout_rate: float = 0.0
-    remat: bool = False
+    remat: Literal["none", "attention", "full"] = "none"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["softmax", "linear"] = "softmax"
     local_window_size: int | None = None
@@ -95,6 +98,7 @@ class TransformerConfig:
             "activation": ("gelu", "swiglu"),
             "compute_dtype": ("float32", "bfloat16"),
             "attention": ("softmax", "linear"),
+            "remat": ("none", "attention", "full"),
             "implementation": (None, "xla", "xla_chunked", "pallas"),
         }.items():
             if getattr(self, name) not in choices:
@@ -171,7 +175,7 @@ class _Layer(nnx.Module):
 
         hidden = self.attention_norm(x) if pre else x
         params = encoding.condition(params, hidden)
-        query, key, value = self.query(hidden), self.key(hidden), self.value(hidden)
+        query, key, value = checkpoint_name((self.query(hidden), self.key(hidden), self.value(hidden)), SAVED)
         shared = dict(is_causal=config.is_causal, segment_ids=segment_ids, query_positions=positions, key_positions=positions)
         how = dict(logits_soft_cap=config.logits_soft_cap, implementation=config.implementation)
         if config.attention == "linear" and cache is not None:
@@ -402,15 +406,15 @@ class Transformer(nnx.Module):
         """Neighbouring layers under one encoding, as one scan."""
         encoding = self.encodings[index]
         shared, own = _split_params(encoding, params)
-        graph, stacked = nnx.split(self.layers)
-        dtype = jnp.dtype(self.config.compute_dtype)
+        graph, stacked, structure = self._weights("layers")
 
         def layer(carry: tuple[Array, Any], xs: tuple[Any, Params, Array | None, Array]) -> tuple[Any, Any]:
             x, cache = carry  # carried, not scanned over, so that each layer writes its part of one buffer
             weights, own, key, i = xs
             mine = jax.tree.map(lambda all: jax.lax.dynamic_index_in_dim(all, i, keepdims=False), cache)
             params = _join_params(shared, own)
-            x, record, mine = _merged(graph, weights, "layers", dtype)(x, encoding, params, positions, segment_ids, key, mine)
+            weights = put_together(weights, "layers")
+            x, record, mine = nnx.merge(graph, jax.tree.unflatten(structure, jax.tree.leaves(weights)))(x, encoding, params, positions, segment_ids, key, mine)
             cache = None if cache is None else decoding.store(cache, i, mine, x.shape[1])
             return (in_rows(x), cache), record if keep else None
 
@@ -420,20 +424,43 @@ class Transformer(nnx.Module):
             None if layer_keys is None else layer_keys[layers],
             jnp.arange(layers.stop - layers.start),
         )
-        remat = self.config.remat and cache is None
-        (x, cache), kept = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False) if remat else layer, (x, cache), xs)
+        if cache is None and (self.config.remat != "none" or mesh_of(x) is not None):
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=_POLICIES[self.config.remat])
+        (x, cache), kept = jax.lax.scan(layer, (x, cache), xs)
         if not keep:
             return x, [], cache
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i in range(layers.stop - layers.start)]
         return x, [LayerRecord(query, key, value, encoding, params) for query, key, value, params in each], cache
 
+    def _weights(self, name: str) -> tuple[Any, Params, Any]:
+        """A part of the model: its graph, its parameters, and the pytree that they are to be in for ``nnx.merge``.
+
+        Matrices are in the type that they are multiplied in before they move between devices.
+        """
+        graph, state = nnx.split(getattr(self, name))
+        dtype = jnp.dtype(self.config.compute_dtype)
+
+        def cast(path: Any, leaf: Array) -> Array:
+            return leaf.astype(dtype) if path[-1].key in ("kernel", "embedding") else leaf
+
+        return graph, jax.tree_util.tree_map_with_path(cast, nnx.to_pure_dict(state)), jax.tree.structure(state)
+
     def _part(self, name: str) -> nnx.Module:
         """A part of the model with its weights put together."""
-        return _merged(*nnx.split(getattr(self, name)), name, jnp.dtype(self.config.compute_dtype))
+        graph, weights, structure = self._weights(name)
+        return nnx.merge(graph, jax.tree.unflatten(structure, jax.tree.leaves(put_together(weights, name))))
 
     def _logits(self, hidden: Array) -> Array:
         logits = self._part("token_embedding").attend(hidden) if self.config.tie_embeddings else self._part("head")(hidden)
         return logits.astype(jnp.float32)
+
+
+# What the backward pass keeps of a layer. Weights that were put together are in no case among it.
+_POLICIES = {
+    "none": lambda operation, *_, **__: operation.name != "sharding_constraint",
+    "attention": lambda operation, *_, **how: operation.name == "posjax_kernel" or (operation.name == "name" and how["name"] == SAVED),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def functional(model: nnx.Module) -> tuple[Callable[[Params], nnx.Module], Params]:
@@ -460,12 +487,6 @@ def cross_entropy(
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     losses = (jax.nn.logsumexp(logits, axis=-1) - chosen) * weights
     return losses, losses.sum(), weights.sum()
-
-
-def _merged(graph: Any, weights: Any, path: str, dtype: Any) -> nnx.Module:
-    """``nnx.merge`` with the weights as ``put_together`` returns them, which are at ``path`` among the parameters."""
-    used = put_together(nnx.to_pure_dict(weights), path, dtype)
-    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(weights), jax.tree.leaves(used)))
 
 
 def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:

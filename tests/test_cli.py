@@ -381,7 +381,7 @@ WRONG = [
     (("train", "none.py"), 1, "none.py must return a posjax.config.Config, got NoneType"),
     ((*TINY, "--stepz", "3"), 2, "Unrecognized options: --stepz.*Perhaps you meant.*--steps INT"),
     ((*TINY, "--steps", "many"), 2, "--steps.*'many'.*optimiser steps"),
-    ((*TINY, "--remat", "perhaps"), 2, "'perhaps' for argument '--remat'.*'True', 'False'"),
+    ((*TINY, "--tie_embeddings", "perhaps"), 2, "'perhaps' for argument '--tie-embeddings'.*'True', 'False'"),
     ((*TINY, "--task", "lmm"), 2, "'lmm' for argument '--task'.*'lm', 'mlm', 'flip_flop'"),
     ((*TINY, "--steps", "0"), 2, "steps must be an integer of at least 1, got 0"),
     ((*TINY, "--seeds"), 2, r"seeds must not be empty, got \(\)"),

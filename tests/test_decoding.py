@@ -209,7 +209,7 @@ def build(spec, **changes):
 MODELS = {
     "tupe(relative=True)": dict(norm="layernorm", norm_position="post", activation="swiglu", tie_embeddings=False),
     "cope(4, gates='keys') / identity": dict(compute_dtype="bfloat16"),
-    "rope + cope(4, shared=False)": dict(num_layers=3, local_window_size=WINDOW, logits_soft_cap=5.0, remat=True),
+    "rope + cope(4, shared=False)": dict(num_layers=3, local_window_size=WINDOW, logits_soft_cap=5.0, remat="full"),
     "cope(4, shared=False) / alibi / alibi": dict(num_layers=3),
 }
 

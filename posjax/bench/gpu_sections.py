@@ -233,7 +233,7 @@ def _programs(config: Any, implementation: str, spec: str, context: int) -> dict
         mlp_dim=config.embed_dim * 11 // 4,
         max_length=context,
         activation="swiglu",
-        remat=True,
+        remat="full",
         compute_dtype="bfloat16",
         implementation=implementation,
     )

@@ -31,13 +31,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
 from posjax.bias import BiasTerm, Mask
 from posjax.kernels import tiled
 from posjax.kernels.parts import on_parts
 from posjax.kernels.shards import Cut, find_cut
-from posjax.kernels.tiled import NOTHING, Operands, Plan
+from posjax.kernels.tiled import NOTHING, SAVED, Operands, Plan
 from posjax.typing import Array, Float, Int
 
 CONTEXT_AXES = ("context", "sequence", "seq", "cp", "sp")  # names of a mesh's axis that cuts sequences, where it is automatic
@@ -287,6 +288,7 @@ def _forward(ring: _Ring, slots: tuple[Operands, ...]) -> tuple[tuple[Array, ...
     (_, results, _), (finals, firsts) = jax.lax.scan(step, start, None, length=ring.steps)
     out = tuple(own.astype(x.value.dtype) for (_, own), x in zip(results, slots, strict=True))
     log_sums = tuple(jnp.where(total > 0.5 * _NEVER, total, NOTHING) for total, _ in results)
+    out, log_sums, finals, firsts = checkpoint_name((out, log_sums, finals, firsts), SAVED)
     return out, (slots, out, log_sums, finals, firsts)
 
 

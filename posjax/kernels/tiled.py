@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from posjax.bias import BiasTerm, Mask, Tile
 from posjax.typing import Array, Float, Int
@@ -29,6 +30,7 @@ from posjax.typing import Array, Float, Int
 _ROWS = _COLUMNS = 128
 _NEVER = -1e30  # a score that no softmax weight survives
 NOTHING = 1e30  # the log-sum-exp of a row that sees nothing: no weight survives that either
+SAVED = "attention"  # what the backward pass takes from the forward one, for policies of jax.checkpoint
 _LOWEST = -1e29  # the first maximum of a row, above _NEVER: in a row that sees nothing all weights are then zero
 
 
@@ -313,7 +315,7 @@ def _one_by_one(function: Any) -> Any:
 
 
 def _forward(plan: Plan, x: Operands) -> tuple[Array, tuple[Operands, Array, Any]]:
-    out, saved = outputs(plan, x)
+    out, saved = checkpoint_name(outputs(plan, x), SAVED)
     return out, (x, out, saved)
 
 
