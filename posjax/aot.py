@@ -19,21 +19,21 @@ import importlib.util
 import inspect
 import itertools
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from posjax import aot_gpu
+from posjax.hlo import Collective, Cost, computations, read_cost
 
 Job = tuple[str, Mapping[str, Any]]
-_MIB = 2**20
+_MIB, _GIB = 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Generation:
       flops: peak bfloat16 operations a second.
       bandwidth: bytes a second to and from HBM.
       vmem: bytes of vector memory.
+      memory: bytes of HBM.
+      torus: bytes a second, both ways together, that leave a whole chip along one dimension of the torus.
       clock: bundles a second. Google publishes v4's; the others are flops / (what the matrix units do in a cycle), see below.
       delay_slots: bundles after a branch that run whether it is taken or not, as they stand in the compiler's output.
     """
@@ -57,22 +59,28 @@ class Generation:
     flops: float
     bandwidth: float
     vmem: int
+    memory: float
+    torus: float
     clock: float
     delay_slots: int
 
 
 # A device of jax is one core of v4 and tpu7x, and both cores of v5p; topologies are counted in chips.
-# flops and bandwidth: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, per chip there, so over the number of cores here.
+# flops, bandwidth, memory: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, per chip there, so over the number of cores here.
+# torus: the same pages' bidirectional bandwidth between chips over the number of ports, of which a dimension has two.
 # cores and vmem: docs.jax.dev/en/latest/pallas/tpu/hardware.html. clock of v4: 1050 MHz, Jouppi et al. 2023, arXiv 2304.01433,
 # table 4. The others' is not published: v5e and v5p have 4 matrix units of 128 x 128 a core, so 4 * 128 * 128 * 2 operations a
 # cycle make 1.5 and 1.75 GHz (and of v4 1.05); of v6e and tpu7x the compiler expects more than 2 units of 256 x 256 could do at
 # one pass a cycle, so 2 * 256 * 256 * 2 * 2, which makes 1.75 and 2.2 GHz.
+_PASS = 4 * 128**2 * 2
 GENERATIONS = {
-    "v4": Generation("v4:2x2x1", "v4-8", 2, 275e12 / 2, 1228e9 / 2, 16 * _MIB, 1.05e9, 1),
-    "v5e": Generation("v5e:2x2", "v5litepod-4", 1, 197e12, 819e9, 128 * _MIB, 197e12 / (4 * 128**2 * 2), 4),
-    "v5p": Generation("v5p:2x2x1", "v5p-8", 2, 459e12 / 2, 2765e9 / 2, 64 * _MIB, 459e12 / 2 / (4 * 128**2 * 2), 4),
-    "v6e": Generation("v6e:2x2", "v6e-4", 1, 918e12, 1640e9, 128 * _MIB, 918e12 / (4 * 256**2 * 2), 4),
-    "tpu7x": Generation("tpu7x:2x2x1", "tpu7x-8", 2, 2307e12 / 2, 7380e9 / 2, 64 * _MIB, 2307e12 / 2 / (4 * 256**2 * 2), 6),
+    "v4": Generation("v4:2x2x1", "v4-8", 2, 275e12 / 2, 1228e9 / 2, 16 * _MIB, 32 * _GIB / 2, 600e9 / 6, 1.05e9, 1),
+    "v5e": Generation("v5e:2x2", "v5litepod-4", 1, 197e12, 819e9, 128 * _MIB, 16 * _GIB, 400e9 / 4, 197e12 / _PASS, 4),
+    "v5p": Generation("v5p:2x2x1", "v5p-8", 2, 459e12 / 2, 2765e9 / 2, 64 * _MIB, 95 * _GIB / 2, 1200e9 / 6, 459e12 / 2 / _PASS, 4),
+    "v6e": Generation("v6e:2x2", "v6e-4", 1, 918e12, 1640e9, 128 * _MIB, 32 * _GIB, 800e9 / 4, 918e12 / (4 * _PASS), 4),
+    "tpu7x": Generation(
+        "tpu7x:2x2x1", "tpu7x-8", 2, 2307e12 / 2, 7380e9 / 2, 64 * _MIB, 192 * _GIB / 2, 1200e9 / 6, 2307e12 / 2 / (4 * _PASS), 6
+    ),
 }
 
 
@@ -154,23 +162,6 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-    """All collectives of a kind.
-
-    Attributes:
-      kind: such as all-reduce.
-      count: in the program's text; what stands in a loop counts once.
-      bytes: of their results on a device.
-      op_names: where in the program they come from.
-    """
-
-    kind: str
-    count: int
-    bytes: int
-    op_names: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Report:
     """What became of a job. Of a failed one only target, topology and failed are known.
 
@@ -183,7 +174,7 @@ class Report:
       memory: bytes of HBM on each device: argument, output, temp, alias, peak.
       flops: of the whole program on a device, as XLA counts; it knows nothing of what a Pallas kernel does unless that tells.
       bytes_accessed: likewise; it counts what moves within VMEM too.
-      collectives: by kind.
+      cost: what a device does in a run as the program's text tells it, loops turn by turn; it knows nothing of Pallas kernels.
       kernels: Pallas kernels.
       custom_calls: how many of each other target.
     """
@@ -196,7 +187,7 @@ class Report:
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     flops: float | None = None
     bytes_accessed: float | None = None
-    collectives: tuple[Collective, ...] = ()
+    cost: Cost | None = None
     kernels: tuple[Kernel, ...] = ()
     custom_calls: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -204,8 +195,13 @@ class Report:
     def from_json(cls, found: Mapping[str, Any]) -> "Report":
         """The inverse of dataclasses.asdict."""
         kernels = tuple(Kernel(**k | {"sections": tuple(Section(**s) for s in k["sections"])}) for k in found.get("kernels", ()))
-        collectives = tuple(Collective(**c | {"op_names": tuple(c["op_names"])}) for c in found.get("collectives", ()))
-        return cls(**{**found, "kernels": kernels, "collectives": collectives})
+        cost = found.get("cost") and Cost.from_json(found["cost"])
+        return cls(**{**found, "kernels": kernels, "cost": cost})
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """By kind and axes of the mesh."""
+        return self.cost.collectives if self.cost else ()
 
 
 def generation_of(topology: str) -> Generation:
@@ -373,71 +369,26 @@ def read_schedule(text: str, delay_slots: int) -> tuple[int, tuple[Section, ...]
     )
 
 
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)", re.S)
 _CALLED = re.compile(r'custom_call_target="([^"]+)"')
-_COLLECTIVES = "all-reduce|all-gather|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|collective-broadcast"
-_COLLECTIVE = re.compile(rf"^(\(?.*?\)?) ({_COLLECTIVES})(-start)?\(")
-_SCATTER = "all-reduce-scatter"  # fusions that TPUs have for a reduce-scatter; within is an all-reduce
-_SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
-
-
-def read_program(text: str) -> tuple[tuple[Collective, ...], list[Kernel], dict[str, int]]:
-    """(collectives, kernels without their schedules, number of calls of each other custom target) of optimised HLO."""
-    moved: dict[str, dict[str, tuple[int, str]]] = {}
+def read_program(text: str) -> tuple[list[Kernel], dict[str, int]]:
+    """(kernels without their schedules, number of calls of each other custom target) of optimised HLO."""
     kernels, others = [], {}
-    for computation, name, body in _instructions(text):
-        op_name = match[1] if (match := re.search(r'op_name="([^"]*)"', body)) else ""
-        if match := re.match(rf"(\S+) fusion\(.* calls=%{_SCATTER}", body):
-            moved.setdefault("reduce-scatter", {})[name] = _result_bytes(match[1], "reduce-scatter", False), op_name
-        elif (match := _COLLECTIVE.match(body)) and not computation.startswith(_SCATTER):
-            channel = re.search(r"channel_id=(\d+)", body)  # the same one may stand in several fusions
-            size = _result_bytes(match[1], match[2], match[3] is not None)
-            moved.setdefault(match[2], {})[channel[1] if channel else name] = size, op_name
-        elif " custom-call(" in body and (match := _CALLED.search(body)):
-            if match[1] == aot_gpu.TRITON:
-                called = re.search(r'\bname = "([^"]+)"', body)
-                kernels.append(Kernel(called[1] if called else name, op_name, None, (), None))
-                continue
-            if match[1].startswith(aot_gpu.MOSAIC):
-                kernels.append(Kernel(op_name.rpartition("/")[0].rpartition("/")[2] or name, op_name, None, (), None))
-                continue
-            if match[1] != "tpu_custom_call":
-                others[match[1]] = others.get(match[1], 0) + 1
-                continue
-            used = re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', body)
+    for i in itertools.chain.from_iterable(computations(text)[0].values()):
+        if i.opcode != "custom-call" or not (match := _CALLED.search(i.attributes)):
+            continue
+        op_name = found[1] if (found := re.search(r'op_name="([^"]*)"', i.attributes)) else ""
+        if match[1] == aot_gpu.TRITON:
+            called = re.search(r'\bname = "([^"]+)"', i.attributes)
+            kernels.append(Kernel(called[1] if called else i.name, op_name, None, (), None))
+        elif match[1].startswith(aot_gpu.MOSAIC):
+            kernels.append(Kernel(op_name.rpartition("/")[0].rpartition("/")[2] or i.name, op_name, None, (), None))
+        elif match[1] != "tpu_custom_call":
+            others[match[1]] = others.get(match[1], 0) + 1
+        else:
+            used = re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', i.attributes)
             sizes = re.findall(r'"memory_space":"1","offset":"(\d+)","size":"(\d+)"', used[1] if used else "")
-            vmem = max((int(offset) + int(size) for offset, size in sizes), default=None)
-            kernels.append(Kernel(name, op_name, None, (), vmem))
-    collectives = (
-        Collective(
-            kind, len(found), sum(size for size, _ in found.values()), tuple(dict.fromkeys(op for _, op in found.values() if op))
-        )
-        for kind, found in sorted(moved.items())
-    )
-    return tuple(collectives), kernels, others
-
-
-def _instructions(text: str) -> Iterator[tuple[str, str, str]]:
-    """(computation, name, what stands after the equals sign); some go on over several lines."""
-    computation = ""
-    for part in re.split(r"\n(?=\s+(?:ROOT )?%[\w.-]+ = |(?:ENTRY )?%[\w.-]+ \()", text):
-        if match := _INSTRUCTION.match(part):
-            yield computation, match[1], match[2]
-        elif match := re.match(r"(?:ENTRY )?%([\w.-]+) \(", part):
-            computation = match[1]
-
-
-def _result_bytes(shape: str, kind: str, starts: bool) -> int:
-    """Bytes of a result; one that is only begun returns its operands too, where it is not an all-reduce."""
-    sizes = [math.prod(map(int, filter(None, dims.split(",")))) * _item_bytes(dtype) for dtype, dims in _SHAPE.findall(shape)]
-    if starts and kind != "all-reduce" and len(sizes) > 1:
-        sizes = sizes[: len(sizes) - 2] if kind == "collective-permute" and len(sizes) > 2 else sizes
-        sizes = sizes[len(sizes) // 2 :]
-    return math.ceil(sum(sizes))
-
-
-def _item_bytes(dtype: str) -> float:
-    return 1 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]) / 8
+            kernels.append(Kernel(i.name, op_name, None, (), max((int(at) + int(size) for at, size in sizes), default=None)))
+    return kernels, others
 
 
 def _with_schedule(kernel: Kernel, dump: Path, delay_slots: int) -> Kernel:
@@ -493,7 +444,8 @@ def _compile(target: str, kwargs: dict[str, Any], topology: str, devices: Sequen
         start = time.perf_counter()
         compiled = jitted.lower(*_placed(args, first)).compile()
     seconds = time.perf_counter() - start
-    collectives, kernels, others = read_program(compiled.as_text())
+    text = compiled.as_text()
+    kernels, others = read_program(text)
     if gpu is None:
         delay_slots = generation_of(topology).delay_slots
         kernels = [_with_schedule(kernel, dump, delay_slots) for kernel in kernels]
@@ -512,10 +464,18 @@ def _compile(target: str, kwargs: dict[str, Any], topology: str, devices: Sequen
         memory={name: size for name, size in sizes.items() if size is not None},
         flops=cost.get("flops"),
         bytes_accessed=cost.get("bytes accessed"),
-        collectives=collectives,
+        cost=read_cost(text, meshes[0].shape if (meshes := _meshes(args)) else None),
         kernels=tuple(kernels),
         custom_calls=others,
     )
+
+
+def _meshes(args: Any) -> list[Any]:
+    """Those that arguments lie on."""
+    import jax
+
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
+    return [sharding.mesh for sharding in shardings if isinstance(sharding, jax.sharding.NamedSharding)]
 
 
 def _placed(args: Any, device: Any) -> Any:
@@ -525,7 +485,7 @@ def _placed(args: Any, device: Any) -> Any:
     leaves = [leaf for leaf in jax.tree.leaves(args) if hasattr(leaf, "shape")]
     if not leaves:
         raise ValueError(f"what a target returns must be (function, arguments) with at least one array among them, got {args!r}")
-    meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding)]
+    meshes = _meshes(args)
     default = jax.sharding.SingleDeviceSharding(device)
     if meshes:
         default = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec())

@@ -1,4 +1,4 @@
-"""The command line: posjax train | compare | ablate | evaluate | generate | bench | list."""
+"""The command line: posjax train | compare | ablate | evaluate | generate | plan | bench | list."""
 
 import functools
 import os
@@ -15,12 +15,13 @@ usage: posjax VERB configs/NAME.py [--field value ...] [--workdir DIR]
   ablate     trains a whole grid at once: --sweep learning_rate=1e-3,3e-4 --sweep rope.theta=1e4,1e5 --seeds 8
   evaluate   evaluates the newest checkpoint of a workdir
   generate   goes on from a prompt with the newest checkpoint of a workdir: --prompt "def "
+  plan       what a step takes on chips that are not attached: --topology v5p:8x8x8 [--search]
   bench      measures: posjax bench attention [--lengths 2048 8192 ...] | schedule [--generations v6e ...] | gpu | tune
   list       lists the encodings and the configs
 
 posjax VERB configs/NAME.py --help explains every field.
 """
-VERBS = ("train", "compare", "ablate", "evaluate", "generate", "bench", "list")
+VERBS = ("train", "compare", "ablate", "evaluate", "generate", "plan", "bench", "list")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return bench(rest)
         if verb == "generate":
             return generate(rest)
+        if verb == "plan":
+            return plan(rest)
         if verb == "ablate":
             return ablate(rest, shlex.join(["posjax", *argv]))
         run = {"train": train, "compare": compare, "evaluate": evaluate}[verb]
@@ -193,6 +196,20 @@ def generate(args: Sequence[str]) -> None:
     except KeyboardInterrupt:
         write("\n")
         sys.exit(130)
+
+
+def plan(args: Sequence[str]) -> None:
+    """posjax plan: memory, collectives and the roofline of a step, compiled for chips that are not attached."""
+    import dataclasses
+
+    from posjax.config import load_config
+    from posjax.plan import Planning, run
+
+    planning, config = parse(args, Planning)
+    if not args or args[0].startswith("-"):
+        raise ValueError("a config must come first, such as configs/pretrain_1b.py")
+    own = load_config(args[0])
+    run(args[0], {f.name: v for f in dataclasses.fields(own) if (v := getattr(config, f.name)) != getattr(own, f.name)}, planning)
 
 
 def bench(args: Sequence[str]) -> None:

@@ -141,7 +141,7 @@ def abstract_step(
 ) -> tuple[Any, tuple[TrainState, Any]]:
     """A configuration's train step for devices that need not be attached, on its mesh: nothing is drawn, no data is read.
 
-        job = {"config": "configs/decoder_1b.py", "mesh": "fsdp=64,tensor=4"}
+        job = {"config": "configs/pretrain_1b.py", "mesh": "fsdp=64,tensor=4"}
         posjax.aot.compile_ahead("posjax.runs:abstract_step", job, "v5e:16x16")
 
     Args:

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
@@ -51,13 +52,14 @@ def parse_mesh(text: str) -> dict[str, int]:
     """"data=2,fsdp=4" as the arguments of `make_mesh`; "" is {}.
 
     Raises:
-      ValueError: an axis that there is not, or twice, or a size that is no positive integer.
+      ValueError: an axis that there is not, or twice, or a size that is neither a positive integer nor -1.
     """
     sizes: dict[str, int] = {}
     for part in filter(None, text.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
-        if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
-            raise ValueError(f"mesh must be like 'data=2,fsdp=4', each of {', '.join(AXES)} once at most, got {text!r} ({part!r})")
+        if name not in AXES or name in sizes or not (size == "-1" or (size.isdecimal() and int(size) > 0)):
+            axes = f"each of {', '.join(AXES)} once at most, -1 for what is left"
+            raise ValueError(f"mesh must be like 'data=2,fsdp=4', {axes}, got {text!r} ({part!r})")
         sizes[name] = int(size)
     return sizes
 
@@ -75,8 +77,8 @@ def make_mesh(
 
     Args:
       num_devices: None takes all.
-      data: None takes what the other axes leave.
-      fsdp, context, tensor: how many devices each cuts over.
+      data, fsdp, context, tensor: how many devices each cuts over. One of them may be -1, which takes what the others leave, as
+        data=None does where none is.
       devices: None takes those of this machine; others may be ones that are only compiled for.
 
     Raises:
@@ -86,19 +88,30 @@ def make_mesh(
     count = len(devices) if num_devices is None else num_devices
     if not 1 <= count <= len(devices):
         raise ValueError(f"num_devices must be between 1 and {len(devices)}, the devices at hand, got {count}")
-    inner = dict(fsdp=fsdp, context=context, tensor=tensor)
-    if data is None and (min(inner.values()) < 1 or count % math.prod(inner.values())):
-        raise ValueError(f"fsdp * context * tensor must divide the number of devices, {count}, got {_product(inner)}")
-    if data is not None and (min(data, *inner.values()) < 1 or data * math.prod(inner.values()) != count):
-        whole = _product({"data": data} | inner)
-        raise ValueError(f"data * fsdp * context * tensor must be the number of devices, {count}, got {whole}")
-    # Those of one process lie next to each other, and it brings whole rows of a batch.
-    ordered = sorted(devices[:count], key=lambda device: (device.process_index, device.id))
-    return Mesh(np.asarray(ordered).reshape(-1, fsdp, context, tensor), AXES, axis_types=(AxisType.Auto,) * 4)
+    sizes = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
+    if data is None:
+        sizes["data"] = 1 if -1 in sizes.values() else -1
+    rest = math.prod(size for size in sizes.values() if size != -1)
+    given = " * ".join(name for name, size in sizes.items() if size != -1)
+    found = " * ".join(str(size) for size in sizes.values() if size != -1)
+    if list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"one of data, fsdp, context, tensor at most must be -1, got {sizes}")
+    if -1 in sizes.values() and (min(size for size in sizes.values() if size != -1) < 1 or count % rest):
+        raise ValueError(f"{given} must divide the number of devices, {count}, got {found}")
+    if -1 not in sizes.values() and (min(sizes.values()) < 1 or rest != count):
+        raise ValueError(f"{given} must be the number of devices, {count}, got {found}")
+    shape = tuple(count // rest if size == -1 else size for size in sizes.values())
+    return Mesh(_laid_out(devices[:count], shape), AXES, axis_types=(AxisType.Auto,) * 4)
 
 
-def _product(sizes: dict[str, int]) -> str:
-    return " * ".join(map(str, sizes.values()))
+def _laid_out(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices as an array: neighbours along an axis are neighbours on the torus of TPUs, and of one process elsewhere."""
+    if devices[0].platform == "tpu" and len(devices) > 1:
+        try:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        except (ValueError, AssertionError, NotImplementedError):  # part of a torus
+            pass
+    return np.asarray(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(shape)
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:

@@ -414,7 +414,8 @@ class Transformer(nnx.Module):
             mine = jax.tree.map(lambda all: jax.lax.dynamic_index_in_dim(all, i, keepdims=False), cache)
             params = _join_params(shared, own)
             weights = put_together(weights, "layers")
-            x, record, mine = nnx.merge(graph, jax.tree.unflatten(structure, jax.tree.leaves(weights)))(x, encoding, params, positions, segment_ids, key, mine)
+            call = nnx.merge(graph, jax.tree.unflatten(structure, jax.tree.leaves(weights)))
+            x, record, mine = call(x, encoding, params, positions, segment_ids, key, mine)
             cache = None if cache is None else decoding.store(cache, i, mine, x.shape[1])
             return (in_rows(x), cache), record if keep else None
 
@@ -458,7 +459,7 @@ class Transformer(nnx.Module):
 # What the backward pass keeps of a layer. Weights that were put together are in no case among it.
 _POLICIES = {
     "none": lambda operation, *_, **__: operation.name != "sharding_constraint",
-    "attention": lambda operation, *_, **how: operation.name == "posjax_kernel" or (operation.name == "name" and how["name"] == SAVED),
+    "attention": lambda operation, *_, **how: operation.name == "posjax_kernel" or how.get("name") == SAVED,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -30,7 +30,7 @@ from posjax.typing import Array, Float, Int
 _ROWS = _COLUMNS = 128
 _NEVER = -1e30  # a score that no softmax weight survives
 NOTHING = 1e30  # the log-sum-exp of a row that sees nothing: no weight survives that either
-SAVED = "attention"  # what the backward pass takes from the forward one, for policies of jax.checkpoint
+SAVED = "posjax_attention"  # what the backward pass takes from the forward one, for policies of jax.checkpoint
 _LOWEST = -1e29  # the first maximum of a row, above _NEVER: in a row that sees nothing all weights are then zero
 
 

@@ -1,11 +1,11 @@
 """A decoder of 1.1 billion parameters under RoPE and CoPE, the shape of a run on a TPU pod: 2 million tokens a step.
 
-    posjax train configs/decoder_1b.py --data tfds:NAME
+    posjax train configs/pretrain_1b.py --data tfds:NAME
 
 It has not been run. What it takes on chips that are not attached, with heads and MLP of a sequence over 4 of them and the state cut
 over all, the compiler tells:
 
-    job = {"config": "configs/decoder_1b.py", "mesh": "fsdp=64,tensor=4"}
+    job = {"config": "configs/pretrain_1b.py", "mesh": "fsdp=64,tensor=4"}
     posjax.aot.compile_ahead("posjax.runs:abstract_step", job, "v5e:16x16")
 """
 
@@ -28,6 +28,7 @@ def get_config() -> Config:
         activation="swiglu",
         remat="full",
         compute_dtype="bfloat16",
+        mesh="fsdp=-1",
         steps=50_000,
         learning_rate=4e-4,
         warmup_steps=2000,

@@ -1,0 +1,363 @@
+"""What one device does in a run of a compiled program, read from the program's own text (optimised HLO).
+
+The compiler's cost analysis counts the body of a loop once, and so does whoever looks for collectives in the text. Here an
+instruction counts as often as the loops around it turn; of each collective it is told which axes of the mesh it goes over.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_KINDS = "all-reduce all-gather reduce-scatter all-to-all ragged-all-to-all collective-permute collective-broadcast"
+KINDS = tuple(_KINDS.split(" "))
+_SCATTER = "all-reduce-scatter"  # fusions that TPUs have for a reduce-scatter; within is an all-reduce
+_OVERLAPPED = "async_collective_fusion"  # fusions in which TPUs gather beside a product of matrices
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All collectives of a kind over the same axes.
+
+    Attributes:
+      kind: such as all-reduce.
+      axes: of the mesh that they go over, such as ("fsdp",); () where that is not known.
+      count: how many a device takes part in.
+      bytes: of what a device has afterwards (all-gather) or had before (all others), of all of them.
+      largest: of the one that moves the most.
+      beside: of these bytes those that the compiler moves beside computation.
+      op_names: where in the program they come from.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    bytes: int
+    largest: int
+    beside: int = 0
+    op_names: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a device does in one run.
+
+    Attributes:
+      flops: of products of matrices (a multiplication and an addition are two), not of what custom kernels do.
+      bytes: read from and written to its memory.
+      collectives: by kind and axes.
+      uncounted: loops of which the text does not tell how often they turn; nothing in them is counted but collectives, once.
+    """
+
+    flops: float
+    bytes: float
+    collectives: tuple[Collective, ...]
+    uncounted: int
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Cost":
+        """The inverse of dataclasses.asdict."""
+        collectives = [c | {"axes": tuple(c["axes"]), "op_names": tuple(c["op_names"])} for c in found["collectives"]]
+        return cls(**{**found, "collectives": tuple(Collective(**c) for c in collectives)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: ``name = shape opcode(inside), attributes``."""
+
+    name: str
+    shape: str
+    opcode: str
+    inside: str
+    attributes: str
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.-]+)", self.inside)
+
+
+_HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*->.*\{\s*$")
+_LINE = re.compile(r"(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(", re.S)
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{[^}]*\})?")
+
+
+def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """(instructions of each computation, the name of the one that a run begins with)."""
+    found: dict[str, list[Instruction]] = {}
+    entry, here = "", ""
+    for part in re.split(r"\n(?=\s*(?:ROOT )?%?[\w.-]+ = |(?:ENTRY )?%?[\w.-]+ \()", text):
+        line = part.strip()
+        if match := _LINE.match(line):
+            end = _closing(line, match.end())
+            found.setdefault(here, []).append(Instruction(*match.groups(), line[match.end() : end], line[end + 1 :]))
+        elif match := _HEAD.match(line.split("\n")[0]):
+            here = match[2]
+            found.setdefault(here, [])
+            entry = here if match[1] else entry
+    return found, entry
+
+
+def _closing(line: str, start: int) -> int:
+    """Where the bracket closes that was opened before ``start``."""
+    depth = 1
+    for at in range(start, len(line)):
+        depth += {"(": 1, ")": -1}.get(line[at], 0)
+        if depth == 0:
+            return at
+    return len(line)
+
+
+def read_cost(text: str, mesh: Mapping[str, int] | None = None) -> Cost:
+    """The cost of a program for a device.
+
+    Args:
+      text: of ``compiled.as_text()``.
+      mesh: sizes of the mesh's axes in their order, of the devices as the program numbers them.
+    """
+    program, entry = computations(text)
+    shapes = {name: {i.name: i.shape for i in body} for name, body in program.items()}
+    turns = _turns(program, entry)
+    fused = {called for body in program.values() for i in body if i.opcode == "fusion" for called in _called(i, "calls")}
+    flops = moved = 0.0
+    collectives: dict[tuple[str, tuple[str, ...]], dict[str, list]] = {}
+    for name, body in program.items():
+        times = turns.get(name)
+        if times is None:
+            continue
+        for i in body:
+            kind, size = _collective(i, shapes[name], program, name)
+            if kind:
+                within = [x for called in _called(i, "calls") for x in program.get(called, ()) if x.opcode == "all-reduce"]
+                ones = collectives.setdefault((kind, _axes((within or [i])[0].attributes, mesh)), {})
+                # What goes on beside several products stands in all their fusions, as links of one chain.
+                link = re.search(r"channel_id=(\d+).*chain_id=", i.attributes)
+                op_name = re.search(r'op_name="([^"]*)"', i.attributes)
+                one = ones.setdefault(link[1] if link else i.name, [max(1, times), size, False, op_name[1] if op_name else ""])
+                one[2] |= name.startswith(_OVERLAPPED) or i.opcode.endswith("-start")
+            flops += times * _flops(i, shapes[name])
+            if name not in fused:
+                moved += times * _moved(i, shapes[name], program)
+    return Cost(
+        flops=flops,
+        bytes=moved,
+        collectives=tuple(
+            Collective(
+                kind=kind,
+                axes=axes,
+                count=sum(times for times, *_ in ones.values()),
+                bytes=sum(times * size for times, size, *_ in ones.values()),
+                largest=max(size for _, size, *_ in ones.values()),
+                beside=sum(times * size for times, size, beside, _ in ones.values() if beside),
+                op_names=tuple(dict.fromkeys(op_name for *_, op_name in ones.values() if op_name)),
+            )
+            for (kind, axes), ones in sorted(collectives.items())
+        ),
+        uncounted=sum(_trips(i, program) is None for n in turns for i in program[n] if i.opcode == "while"),
+    )
+
+
+# How often a computation runs --------------------------------------------------------------------------------------------
+
+
+def _called(i: Instruction, *names: str) -> list[str]:
+    found = [re.search(rf"\b{name}=%?([\w.-]+)", i.attributes) for name in names]
+    return [match[1] for match in found if match]
+
+
+def _turns(program: dict[str, list[Instruction]], entry: str) -> dict[str, int]:
+    """How often each computation runs that runs at all; 0 within a loop of unknown length. Each branch counts as taken."""
+    turns: dict[str, int] = {}
+
+    def visit(name: str, times: int) -> None:
+        turns[name] = turns.get(name, 0) + times
+        for i in program.get(name, ()):
+            if i.opcode == "while":
+                for called in _called(i, "body"):
+                    visit(called, times * (_trips(i, program) or 0))
+            elif i.opcode in ("fusion", "call", "async-start"):
+                for called in _called(i, "calls", "to_apply"):
+                    visit(called, times)
+            elif i.opcode == "conditional":
+                branches = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
+                for called in re.findall(r"%?([\w.-]+)", branches[1] if branches else "") or _called(
+                    i, "true_computation", "false_computation"
+                ):
+                    visit(called, times)
+
+    visit(entry, 1)
+    return turns
+
+
+def _trips(loop: Instruction, program: dict[str, list[Instruction]]) -> int | None:
+    """How often a loop turns: as the compiler tells, or where its counter is compared with a constant."""
+    if match := re.search(r'"?known_trip_count"?:\s*\{"?n"?:"?(\d+)', loop.attributes):
+        return int(match[1])
+    condition = {i.name: i for called in _called(loop, "condition") for i in program.get(called, ())}
+    compared = [i for i in condition.values() if _compares(i, program)]
+    if len(compared) != 1 or len(compared[0].operands) != 2:
+        return None
+    counter, limit = (condition.get(name) for name in compared[0].operands)
+    if counter is None or limit is None or counter.opcode != "get-tuple-element" or limit.opcode != "constant":
+        return None
+    return int(limit.inside)
+
+
+def _compares(i: Instruction, program: dict[str, list[Instruction]]) -> bool:
+    """Whether an instruction tells if its first operand is less than its second; on CPUs it may be wrapped up."""
+    if i.opcode != "fusion":
+        return i.opcode == "compare" and "direction=LT" in i.attributes
+    body = [x for called in _called(i, "calls") for x in program.get(called, ())]
+    numbers = {x.name: x.inside for x in body if x.opcode == "parameter"}
+    rest = [x for x in body if x.opcode != "parameter"]
+    return len(rest) == 1 and _compares(rest[0], program) and [numbers.get(name) for name in rest[0].operands] == ["0", "1"]
+
+
+# What is moved between devices -------------------------------------------------------------------------------------------
+
+
+def _collective(i: Instruction, shapes: Mapping[str, str], program: dict[str, list[Instruction]], name: str) -> tuple[str, int]:
+    """Its kind, or "", and the bytes of its larger side on a device."""
+    before = sum(_bytes(*part) for operand in i.operands for part in _SHAPE.findall(shapes.get(operand, "")))
+    if i.opcode == "fusion" and any(called.startswith(_SCATTER) for called in _called(i, "calls")):
+        return "reduce-scatter", before
+    kind = i.opcode.removesuffix("-start")
+    if kind not in KINDS or name.startswith(_SCATTER):
+        return "", 0
+    if kind == "collective-permute" and all(a == b for a, b in _pairs(i.attributes)):
+        return "", 0  # each to itself
+    if kind != "all-gather":
+        return kind, before
+    parts = _SHAPE.findall(i.shape)
+    return kind, sum(_bytes(*part) for part in (parts if i.opcode == kind else parts[len(parts) // 2 :]))  # -start: operands too
+
+
+def _axes(attributes: str, mesh: Mapping[str, int] | None) -> tuple[str, ...]:
+    """The axes of the mesh along which the devices of a group differ."""
+    if mesh is None:
+        return ()
+    groups = _groups(attributes, math.prod(mesh.values()))
+    if groups is None:
+        return ()
+    places = np.stack(np.unravel_index(groups, tuple(mesh.values())), -1)  # [groups, devices of one, axes]
+    differ = (places != places[:, :1]).any((0, 1))
+    return tuple(name for name, differs in zip(mesh, differ, strict=True) if differs)
+
+
+def _groups(attributes: str, devices: int) -> np.ndarray | None:
+    """[groups, devices of a group], in any of the forms that the text has for them; of a permutation, pairs."""
+    if pairs := _pairs(attributes):
+        return np.array(pairs)
+    if match := re.search(r"replica_groups=\{(\{[\d,]*\}(?:,\{[\d,]*\})*)\}", attributes):
+        return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])])
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        shape, source, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups())
+        ids = np.arange(math.prod(source)).reshape(source)
+        return (ids if order is None else ids.transpose(order)).reshape(shape)
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]\))?\s*\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        ids = np.arange(math.prod(sizes.values())) if not match[2] else np.array([int(n) for n in match[2].split(",")])
+        over = re.findall(r"'([^']+)'", match[3])
+        names = list(sizes)
+        rest = [names.index(name) for name in names if name not in over]
+        ids = ids.reshape(tuple(sizes.values())).transpose(rest + [names.index(name) for name in over])
+        return ids.reshape(-1, math.prod(sizes[name] for name in over))
+    if re.search(r"replica_groups=\{\}", attributes):
+        return np.arange(devices)[None]
+    return None
+
+
+def _pairs(attributes: str) -> list[tuple[int, int]]:
+    match = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
+    return [(int(a), int(b)) for a, b in re.findall(r"(\d+),\s*(\d+)", match[1])] if match else []
+
+
+# Products of matrices ----------------------------------------------------------------------------------------------------
+
+
+def _flops(i: Instruction, shapes: Mapping[str, str]) -> float:
+    if i.opcode == "dot":
+        dims = _dims(shapes.get(i.operands[0], i.inside))
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
+        over = [int(n) for n in contracted[1].split(",") if n] if contracted else []
+        return 2.0 * math.prod(_dims(i.shape)) * math.prod(dims[n] for n in over)
+    if i.opcode == "custom-call" and "__cublas$" in i.attributes:
+        dims = _dims(shapes.get(i.operands[0], ""))
+        contracted = re.search(r'"?lhs_contracting_dimensions"?:\s*\[([^\]]*)\]', i.attributes)
+        over = [int(n) for n in re.findall(r"\d+", contracted[1])] if contracted else []
+        return 2.0 * math.prod(_dims(i.shape)) * math.prod(dims[n] for n in over)
+    return _convolution(i, shapes) if i.opcode == "convolution" else 0.0
+
+
+def _convolution(i: Instruction, shapes: Mapping[str, str]) -> float:
+    """TPUs make every product a convolution. Of a window only what meets the array counts, not what pads it."""
+    labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", i.attributes)
+    image, kernel, out = (_dims(shape) for shape in (shapes.get(i.operands[0], ""), shapes.get(i.operands[1], ""), i.shape))
+    window = re.search(r"window=\{([^}]*)\}", i.attributes)
+    fields = dict(part.split("=") for part in window[1].split()) if window else {}
+    pairs = 1.0
+    for number, letter in enumerate(sorted(set(labels[1]) - {"b", "f"})):
+
+        def field(name: str, default: str, number: int = number) -> str:
+            return fields[name].split("x")[number] if name in fields else default
+
+        size, low = int(field("size", "1")), int(field("pad", "0_0").split("_")[0])
+        stride, spread, dilated = (int(field(name, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+        at = np.arange(out[labels[3].index(letter)])[:, None] * stride + np.arange(size)[None] * dilated - low
+        reach = (image[labels[1].index(letter)] - 1) * spread
+        pairs *= ((at >= 0) & (at <= reach) & (at % spread == 0)).sum()
+    of_batch = math.prod(out[labels[3].index(letter)] for letter in "bf")
+    return 2.0 * of_batch * kernel[labels[2].index("i")] * pairs
+
+
+# Memory ------------------------------------------------------------------------------------------------------------------
+
+# What names a place and moves nothing, and what runs other computations, which are counted for themselves.
+_FREE = {"parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
+_FREE |= {"while", "conditional", "call"}
+_CUTS = ("dynamic-slice", "slice", "gather")
+
+
+def _moved(i: Instruction, shapes: Mapping[str, str], program: dict[str, list[Instruction]]) -> int:
+    """Bytes that an instruction reads and writes; of an array that it cuts from or writes into, those alone."""
+    if i.opcode in _FREE or i.opcode.endswith(("-start", "-done")):
+        return 0
+    read = [size_of(shapes.get(operand, "")) for operand in i.operands]
+    if i.opcode in _CUTS:
+        return 2 * size_of(i.shape)
+    if i.opcode == "dynamic-update-slice":
+        return 2 * read[1]
+    if i.opcode != "fusion":
+        return sum(read) + size_of(i.shape)
+    body = [x for called in _called(i, "calls") for x in program.get(called, ())]
+    sizes = {x.name: x.shape for x in body}
+    written = size_of(i.shape)
+    for x in body:
+        if x.opcode != "parameter":
+            continue
+        users = [user for user in body if x.name in user.operands]
+        number = int(x.inside)
+        if users and all(user.opcode in _CUTS and user.operands[0] == x.name for user in users):
+            read[number] = min(read[number], sum(size_of(user.shape) for user in users))
+        elif users and all(user.opcode == "dynamic-update-slice" and user.operands[0] == x.name for user in users):
+            update = sum(size_of(sizes.get(user.operands[1], "")) for user in users)
+            written -= min(written, read[number]) - update  # in place: the rest of the result is the operand
+            read[number] = 0
+    return sum(read) + written
+
+
+def size_of(shape: str) -> int:
+    """Bytes of a shape in the device's own memory; what the compiler has put elsewhere does not move there."""
+    return sum(_bytes(m[1], m[2]) for m in _SHAPE.finditer(shape) if not re.search(r"S\([1-9]\d*\)", m[0]))
+
+
+def _dims(shape: str) -> list[int]:
+    match = _SHAPE.search(shape)
+    return [int(n) for n in match[2].split(",") if n] if match else []
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    return math.ceil(math.prod(int(n) for n in dims.split(",") if n) * bits / 8)
