@@ -361,7 +361,8 @@ def candidates(config: Config, devices: int, limit: int = 6) -> Iterator[dict[st
             continue
         found.append(dict(data=data, fsdp=fsdp, context=context, tensor=tensor))
     # Fewest chips to a sequence first, and then the widest cut of the state that still has parts of 16 rows, a tile of bfloat16.
-    found.sort(key=lambda m: (m["context"] * m["tensor"], m["context"], config.embed_dim // m["fsdp"] < 16, -m["fsdp"]))
+    narrow = config.embed_dim / 16
+    found.sort(key=lambda m: (m["context"] * m["tensor"], m["context"], m["fsdp"] > narrow, -m["fsdp"]))
     for mesh in found[: math.ceil(limit / len(REMATS))]:
         for remat in REMATS:
             yield dict(mesh=_flag(mesh), remat=remat)
@@ -455,8 +456,9 @@ def _print_plan(plan: Plan, config: Config) -> None:
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     tokens = plan.batch_size * plan.seq_length
     print(
-        f"\n{plan.config} on {plan.topology}, {chips} devices: {mesh}; remat {plan.remat}, accumulate_steps {plan.accumulate_steps}\n"
-        f"{plan.parameters / 1e9:.3f} billion parameters, {plan.batch_size} sequences of {plan.seq_length:,} tokens a step, {tokens:,}"
+        f"\n{plan.config} on {plan.topology}, {chips} devices: {mesh}; remat {plan.remat}, accumulate_steps "
+        f"{plan.accumulate_steps}\n{plan.parameters / 1e9:.3f} billion parameters, {plan.batch_size} sequences of "
+        f"{plan.seq_length:,} tokens a step, {tokens:,} in all"
     )
     lines = [[name, f"{size / _GIB:.3f}"] for name, size in plan.memory.items()]
     lines += [["in all", f"{plan.used / _GIB:.3f}"], ["of", f"{plan.capacity / _GIB:.1f}"]]
