@@ -345,8 +345,8 @@ def _flag(mesh: Mapping[str, int]) -> str:
 def candidates(config: Config, devices: int, limit: int = 6) -> Iterator[dict[str, Any]]:
     """Meshes and remat policies worth compiling, the likeliest first.
 
-    Rows are whole, heads are whole, a sequence is cut no finer than 256 tokens. Where there are rows for all chips neither sequences
-    nor heads are cut at first; each mesh comes with less recomputation before more.
+    Rows are whole, heads are whole, a sequence is cut no finer than 256 tokens. Where there are rows for all devices neither
+    sequences nor heads are cut at first; each mesh comes with less recomputation before more.
     """
     kv_heads = config.num_kv_heads or config.num_heads
     found = []

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from posjax import aot, aot_gpu
-from posjax.aot import Collective, Kernel, Report, Section
+from posjax.aot import Kernel, Report, Section
 from posjax.bench import schedule
 from posjax.bench.schedule import ScheduleBench
 
@@ -126,21 +126,10 @@ def test_the_work_on_a_tile_is_in_the_inner_loop():
 PROGRAM = """\
 HloModule jit_f
 
-%all-reduce-scatter (input: bf16[8,4]) -> bf16[4,4] {
-  %all-reduce.5 = bf16[8,4]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=6, to_apply=%add
-  ROOT %dynamic-slice.1 = bf16[4,4]{1,0} dynamic-slice(%all-reduce.5, %a, %b), dynamic_slice_sizes={4,4}
-}
-
 ENTRY %main (x: bf16[8,4]) -> bf16[4,4] {
-  %all-gather.1 = f32[16,4]{1,0:T(8,128)S(1)} all-gather(%x), channel_id=2, metadata={op_name="jit(f)/w"}
-  %ag.clone = f32[16,4]{1,0} all-gather(%x), channel_id=2, metadata={op_name="jit(f)/w"}
-  %collective-permute-start = (bf16[40,4]{1,0}, bf16[40,4]{1,0}, u32[]{:S(2)}, u32[]) collective-permute-start(%y), channel_id=1
-  %collective-permute-done = bf16[40,4]{1,0} collective-permute-done(%collective-permute-start)
-  %all-gather-start = (s8[8]{0}, s8[32]{0}) all-gather-start(%z), channel_id=3, metadata={op_name="jit(f)/v"}
-  %all-reduce.9 = (pred[3]{0}, f32[]) all-reduce(%p, %q), channel_id=4, to_apply=%or
-  %fusion = bf16[4,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter, metadata={op_name="jit(f)/g"}
+  %x = bf16[8,4]{1,0} parameter(0)
   %topk = f32[8]{0} custom-call(%x), custom_call_target="TopK"
-  ROOT %my_kernel.3 = bf16[4,4]{1,0} custom-call(%fusion), custom_call_target="tpu_custom_call", attributes={kernel_metadata={
+  ROOT %my_kernel.3 = bf16[4,4]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", attributes={kernel_metadata={
 "a":"b"
 }}, metadata={op_name="jit(f)/pallas_call" stack_frame_id=7}, \
 backend_config={"used_scoped_memory_configs":[{"memory_space":"1","offset":"1024","size":"4096"}]}
@@ -148,14 +137,8 @@ backend_config={"used_scoped_memory_configs":[{"memory_space":"1","offset":"1024
 """
 
 
-def test_collectives_and_kernels_of_a_program():
-    collectives, kernels, others = aot.read_program(PROGRAM)
-    assert collectives == (
-        Collective("all-gather", 2, 16 * 4 * 4 + 32, ("jit(f)/w", "jit(f)/v")),
-        Collective("all-reduce", 1, 3 + 4, ()),
-        Collective("collective-permute", 1, 40 * 4 * 2, ()),
-        Collective("reduce-scatter", 1, 4 * 4 * 2, ("jit(f)/g",)),
-    )
+def test_kernels_of_a_program():
+    kernels, others = aot.read_program(PROGRAM)
     assert kernels == [Kernel("my_kernel.3", "jit(f)/pallas_call", None, (), 1024 + 4096)]
     assert others == {"TopK": 1}
 
@@ -224,7 +207,7 @@ def test_triton_kernels_of_a_program():
   %call.1 = bf16[8,128]{1,0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/pallas_call"}, \
 backend_config={debug = false, grid_x = 64 : i32, ir = "ML", name = "posjax_attention_forward", num_stages = 2 : i32}
 """
-    _, kernels, others = aot.read_program(f"ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {{{line}}}\n")
+    kernels, others = aot.read_program(f"ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {{{line}}}\n")
     assert [(kernel.name, kernel.op_name) for kernel in kernels] == [("posjax_attention_forward", "jit(f)/pallas_call")]
     assert not others
 
@@ -234,7 +217,7 @@ def test_mosaic_kernels_of_a_program_have_their_names_from_what_called_them():
   %mpmd_map.0 = bf16[8,128]{1,0} custom-call(%x), custom_call_target="mosaic_gpu_v2", \
 metadata={op_name="jit(f)/posjax_attention_mosaic_forward/mpmd_map"}, backend_config={module = "ML"}
 """
-    _, kernels, others = aot.read_program(f"ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {{{line}}}\n")
+    kernels, others = aot.read_program(f"ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {{{line}}}\n")
     assert [kernel.name for kernel in kernels] == ["posjax_attention_mosaic_forward"]
     assert not others
 
@@ -329,8 +312,8 @@ def test_a_kernel_on_two_chips(monkeypatch):
     assert report.device_kind == "TPU v6 lite"
     assert report.memory["argument"] == 4 * (512 * 128 + 128 * 256)
     assert report.memory["output"] >= 4 * 256
-    ((kind, count, size),) = [(found.kind, found.count, found.bytes) for found in report.collectives]
-    assert (kind, count, size) == ("all-reduce", 1, 4 * 256)
+    (one,) = report.collectives
+    assert (one.kind, one.axes, one.count, one.bytes) == ("all-reduce", ("data",), 1, 4 * 256)
     (kernel,) = report.kernels
     assert kernel.name.startswith("walk") and "pallas_call" in kernel.op_name
     assert kernel.vmem >= 4 * 2 * 128 * 128

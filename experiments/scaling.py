@@ -1,0 +1,141 @@
+"""How a training step divides between computing and each axis of the mesh on 64, 256 and 512 chips; no TPU is needed.
+
+    python experiments/scaling.py                          # configs/pretrain_7b.py on v5p, an hour on two CPU cores
+    python experiments/scaling.py --only "fsdp" --chips 64 256
+
+The whole step of a decoder of 7 billion parameters under RoPE and CoPE is compiled for each number of chips by their own compiler;
+shares are those of ``posjax plan``: what computes and what moves at the peaks of the data sheets, with nothing beside anything. Strong:
+the batch of the configuration on ever more chips. Weak: as many sequences for every chip. Three meshes:
+
+    fsdp                 rows and state over all chips
+    data, fsdp, tensor   the state over 16, heads and MLP over 4, copies for the rest
+    context              sequences of 32,768 tokens, a quarter as many, each over 4 chips
+
+experiments/results/scaling.json keeps each plan; one that is there is not made again as long as jax and libtpu are the same.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from posjax.bench.results import print_table
+from posjax.bench.tune import versions
+from posjax.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, new_figure, save
+from posjax.plan import Plan, make_plans
+
+CONFIG = "configs/pretrain_7b.py"
+RESULTS = Path(__file__).parent / "results" / "scaling.json"
+TOPOLOGIES = {64: "v5p:4x4x4", 256: "v5p:4x8x8", 512: "v5p:8x8x8"}
+SEQUENCES = 512  # of 8,192 tokens, strong scaling
+
+
+def meshes(chips: int) -> dict[str, dict[str, Any]]:
+    """Fields of the configuration by the name of the mesh."""
+    long = dict(seq_length=32_768)
+    return {
+        "fsdp": dict(mesh=f"fsdp={chips}"),
+        "data, fsdp, tensor": dict(mesh=f"data={chips // 64},fsdp=16,tensor=4"),
+        "context": dict(mesh=f"data={chips // 64},fsdp=16,context=4") | long,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """Compiles and writes down what is missing, and draws the figure.
+
+    Attributes:
+      only: meshes; all of them if none is named.
+      chips: numbers of them.
+    """
+
+    only: tuple[str, ...] = ()
+    chips: tuple[int, ...] = tuple(TOPOLOGIES)
+
+
+def sequences(kind: str, chips: int, fields: Mapping[str, Any]) -> int:
+    """In a batch, of the length that the mesh has."""
+    return (SEQUENCES if kind == "strong" else chips) * 8192 // fields.get("seq_length", 8192)
+
+
+def main(config: Scaling) -> None:
+    of = {name: n for name, n in versions().items() if name in ("python", "jax", "jaxlib", "libtpu")}
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    rows = {(r["mesh"], r["kind"], r["chips"]): r for r in stored.get("rows", ()) if stored.get("versions") == of}
+    for name in meshes(64):
+        for kind in ("strong", "weak"):
+            for chips in TOPOLOGIES:
+                asked = (not config.only or name in config.only) and chips in config.chips
+                if asked and (name, kind, chips) not in rows:
+                    fields = meshes(chips)[name]
+                    fields |= dict(batch_size=sequences(kind, chips, fields))
+                    alike = [r for r in rows.values() if r["fields"] == fields and r["chips"] == chips]
+                    made = alike[0]["plan"] if alike else measured(chips, fields)
+                    rows[name, kind, chips] = dict(mesh=name, kind=kind, chips=chips, fields=fields, plan=made)
+                    RESULTS.write_text(json.dumps({"versions": of, "rows": list(rows.values())}, indent=1) + "\n")
+    show(list(rows.values()))
+    draw(list(rows.values()))
+
+
+def measured(chips: int, fields: dict[str, Any]) -> dict[str, Any]:
+    (plan,) = make_plans(CONFIG, TOPOLOGIES[chips], [fields])
+    print(f"{TOPOLOGIES[chips]} {fields}: {plan.compile_seconds:.0f} s", flush=True)
+    numbers = dataclasses.asdict(plan)
+    numbers["collectives"] = [{k: v for k, v in one.items() if k != "op_names"} for one in numbers["collectives"]]
+    if plan.failed is None:
+        numbers |= dict(shares=plan.shares(), step=plan.step, best=plan.best, mfu=plan.mfu(plan.step))
+    return numbers
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    for kind in ("strong", "weak"):
+        lines = []
+        for row in rows:
+            plan = row["plan"]
+            if row["kind"] == kind and plan["failed"] is None:
+                shares = ", ".join(f"{name} {share:.0%}" for name, share in plan["shares"].items())
+                used = sum(plan["memory"].values()) / 2**30
+                fits = "" if used * 2**30 <= plan["capacity"] else " (does not fit)"
+                numbers = [str(row["chips"]), f"{used:.1f}{fits}", f"{plan['step']:.2f}", f"{plan['mfu']:.0%}", shares]
+                lines.append([row["mesh"], *numbers])
+            elif row["kind"] == kind:
+                lines.append([row["mesh"], str(row["chips"]), "does not fit", "", "", ""])
+        heads = ["mesh", "chips", "GiB of a chip", "s a step", "MFU", "shares"]
+        print_table(f"{kind} scaling, {CONFIG} on v5p", heads, lines, [])
+
+
+_COLORS = dict(zip(("compute", "memory", "fsdp", "data+fsdp", "tensor", "context"), (GREY, SKY, BLUE, GREEN, ORANGE, RED), strict=True))
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Stacked shares of a step, a panel for each mesh and kind."""
+    names = list(meshes(64))
+    figure, grid = new_figure(10.0, 5.0, 2, len(names), squeeze=False, sharey=True, sharex=True)
+    seen: dict[str, Any] = {}
+    for panels, kind in zip(grid, ("strong", "weak"), strict=True):
+        for axes, name in zip(panels, names, strict=True):
+            found = [r for r in rows if (r["mesh"], r["kind"]) == (name, kind) and r["plan"]["failed"] is None]
+            for at, row in enumerate(sorted(found, key=lambda r: r["chips"])):
+                low = 0.0
+                for what, share in row["plan"]["shares"].items():
+                    color = _COLORS.get(what, PURPLE)
+                    label = what if what in _COLORS else "other axes"
+                    seen[label] = axes.bar(at, share, 0.7, low, color=color)
+                    low += share
+                axes.text(at, 1.01, f"{row['plan']['step']:.2f} s", ha="center", fontsize=8)
+            axes.set_xticks(range(len(found)), [str(r["chips"]) for r in sorted(found, key=lambda r: r["chips"])])
+            axes.set_ylim(0, 1.1)
+            axes.set_title(f"{name}: {kind}", fontsize=10)
+    for axes in grid[-1]:
+        axes.set_xlabel("chips (v5p)")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("share of a step")
+    figure.legend(list(seen.values()), list(seen), loc="outside right upper", frameon=False, fontsize=9)
+    save(figure, RESULTS.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Scaling, description=__doc__))
