@@ -23,7 +23,7 @@ from typing import Any
 import tyro
 
 from posjax.bench.results import print_table
-from posjax.bench.tune import versions
+from posjax.bench.attention import versions
 from posjax.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, new_figure, save
 from posjax.plan import Plan, make_plans
 
