@@ -28,7 +28,7 @@ DECAYS = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "muon")
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Everything that a run needs to go on, and nothing else. A pytree; `dataclasses.replace` makes a changed copy.
@@ -40,7 +40,7 @@ class TrainState:
       key: typed PRNG key []; constant over a run: the key of a step is `fold_in(key, step)`.
       skipped: int32 []: steps whose loss or gradient was not finite, in all.
       skipped_in_a_row: int32 []: such steps since the last good one.
-      ema: exponential moving average of the parameters, shaped like them; None, which has no leaves, where none is kept.
+      ema: exponential moving average of the parameters, shaped like them; None where none is kept.
     """
 
     step: jax.Array
@@ -55,6 +55,16 @@ class TrainState:
     def eval_params(self) -> Params:
         """What to evaluate and to generate with: the average where there is one, else the parameters."""
         return self.params if self.ema is None else self.ema
+
+    # Not as jax.tree_util.register_dataclass does it: a checkpoint has a place for None too, and those of states without an
+    # average have none for it.
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[str, ...]]:
+        fields = {name: value for name, value in vars(self).items() if name != "ema" or value is not None}
+        return tuple((jax.tree_util.GetAttrKey(name), value) for name, value in fields.items()), tuple(fields)
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], values: Any) -> "TrainState":
+        return cls(**dict(zip(names, values, strict=True)))
 
 
 def learning_rate_schedule(
