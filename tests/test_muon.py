@@ -9,7 +9,7 @@ from flax import nnx
 from posjax.checkpoints import Checkpoints
 from posjax.config import Config
 from posjax.runs import make_loss
-from posjax.sharding import SHARDED_RULES, gathered, jit_train_step, make_mesh
+from posjax.sharding import SHARDED_RULES, jit_train_step, make_mesh
 from posjax.specs import parse_encoding
 from posjax.training import (
     decay_mask,
@@ -197,8 +197,8 @@ def test_a_mesh_computes_what_one_device_does_and_the_average_lies_where_the_par
     weights = np.linspace(0, 1, 128, dtype=np.float32).reshape(8, 16)
     batch = dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], weights=weights, segment_ids=ones, positions=positions)
     states = []
-    for wrapped, mesh in ((loss, make_mesh(1)), (gathered(loss), make_mesh(fsdp=2, context=2, tensor=2))):
-        step = jit_train_step(make_train_step(wrapped, optimizer, ema_decay=0.5), mesh, SHARDED_RULES)
+    for mesh in (make_mesh(1), make_mesh(fsdp=2, context=2, tensor=2)):
+        step = jit_train_step(make_train_step(loss, optimizer, ema_decay=0.5), mesh, SHARDED_RULES)
         state = init_state(params, optimizer, 0, ema=True)
         for _ in range(3):
             state, metrics = step(state, batch)
