@@ -188,9 +188,19 @@ def test_one_device_eight_devices_and_pmap_agree(tiny):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("mesh", ["fsdp=2,context=2,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=4,context=2", "data=2,context=4"])
-def test_a_run_on_any_mesh_is_the_run_on_one_axis(tiny, tmp_path, mesh):
-    config = dataclasses.replace(tiny, seq_length=32, steps=20, log_every=1, evaluate_every=10, implementation="xla_chunked")
+@pytest.mark.parametrize(
+    ("mesh", "fields"),
+    [
+        ("fsdp=2,context=2,tensor=2", {}),
+        ("data=2,fsdp=2,tensor=2", {}),
+        ("fsdp=4,context=2", {}),
+        ("data=2,context=4", {}),
+        ("fsdp=2,context=2,tensor=2", {"optimizer": "muon", "z_loss": 1e-3, "ema_decay": 0.9}),
+    ],
+)
+def test_a_run_on_any_mesh_is_the_run_on_one_axis(tiny, tmp_path, mesh, fields):
+    own = {"seq_length": 32, "steps": 20, "log_every": 1, "evaluate_every": 10, "implementation": "xla_chunked"}
+    config = dataclasses.replace(tiny, **own, **fields)
     source = open_source(config)
     curves, params = {}, {}
     for own in ("", mesh):
