@@ -48,7 +48,7 @@ class Config:
       logits_soft_cap: of attention scores; None is none.
       implementation: of attention: xla is dense, xla_chunked walks over tiles; None is the fastest.
       steps: optimiser steps.
-      optimizer: adamw, or muon for the matrices of the layers, at AdamW's learning rate, and AdamW for all else.
+      optimizer: adamw, or muon for the matrices of the layers and AdamW for all else, at one learning rate.
       learning_rate: its peak.
       warmup_steps: steps to the peak.
       decay: cosine, linear or constant, after the peak.

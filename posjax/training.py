@@ -205,8 +205,9 @@ def make_optimizer(
         m <- momentum * m + g
         x <- x - learning_rate * (0.2 sqrt(max(A, B)) orthogonalized(g + momentum * m) + weight_decay * x)
 
-    All other leaves take AdamW's; learning rate and weight decay are the same for both, and what suits AdamW suits both. The
-    iteration runs in the type of the gradient; it was published in bfloat16, so low precision of products does no harm.
+    All other leaves take AdamW's, at the same learning rate and weight decay: the factor gives a step of Muon the size that
+    Moonlight's authors measured of AdamW's. The iteration runs in the type of the gradient; it was published in bfloat16, so low
+    precision of products does no harm.
 
     Args:
       learning_rate: a number, or a function of the count of applied steps (see `learning_rate_schedule`).
