@@ -129,12 +129,13 @@ def programs_of(group: Group, source: Source) -> Programs:
     def init(seed: Array, traced: Mapping[str, Array]) -> TrainState:
         settings, fields = parts(traced)
         params = build_model(config, group.spec, source, seed, settings)[1]
-        return init_state(params, optimizer_of(config, fields), seed)
+        return init_state(params, optimizer_of(config, fields), seed, ema=config.ema_decay is not None)
 
     def step(traced: Mapping[str, Array]) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
         settings, fields = parts(traced)
-        loss = make_loss(abstract_model(config, group.spec, source, settings)[0], config.dropout_rate > 0)
-        return make_train_step(loss, optimizer_of(config, fields), accumulate_steps=config.accumulate_steps)
+        loss = make_loss(abstract_model(config, group.spec, source, settings)[0], config.dropout_rate > 0, config.z_loss)
+        optimizer = optimizer_of(config, fields)
+        return make_train_step(loss, optimizer, accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay)
 
     def scored(params: Params, traced: Mapping[str, Array], batch: Any) -> tuple[Array, Array]:
         return score(config, abstract_model(config, group.spec, source, parts(traced)[0])[0])(params, batch)
@@ -210,7 +211,7 @@ class Fleet:
         stacked = jax.tree.map(lambda *parts: np.stack(parts), *batches)
         self.scored_shapes.add(stacked["tokens"].shape)
         self.compilations["evaluate"] = len(self.scored_shapes)
-        found = self.score_all((state.params, self.fixed), self._place(stacked))
+        found = self.score_all((state.eval_params, self.fixed), self._place(stacked))
         return np.stack([np.asarray(x, np.float64)[: self.size] for x in found])
 
     def _place(self, tree: Any, *axes: str) -> Any:

@@ -5,7 +5,7 @@ import difflib
 import importlib.util
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from posjax.encoding import check_at_least
 from posjax.sharding import parse_mesh
@@ -48,14 +48,17 @@ class Config:
       logits_soft_cap: of attention scores; None is none.
       implementation: of attention: xla is dense, xla_chunked walks over tiles; None is the fastest.
       steps: optimiser steps.
-      learning_rate: peak of AdamW's.
+      optimizer: adamw, or muon for the matrices of the layers and AdamW for all else, at one learning rate.
+      learning_rate: its peak.
       warmup_steps: steps to the peak.
       decay: cosine, linear or constant, after the peak.
       end_fraction: of the peak, at the last step.
-      weight_decay: of AdamW, on matrices.
+      weight_decay: of the optimiser, on matrices.
       beta1: of AdamW.
       beta2: of AdamW.
       clip_norm: largest global norm of the gradient; None does not clip.
+      z_loss: how much the mean of logsumexp(logits)^2 weighs in training, as 1e-4; the loss that is logged stays without it.
+      ema_decay: of a moving average of the parameters, as 0.999, which evaluation and generation use; None keeps none.
       accumulate_steps: micro-batches of a step.
       parallel: jit (with named sharding) or pmap.
       mesh: devices an axis, such as data=2,fsdp=4; the axes are data, fsdp, context, tensor. Empty: rows over all devices.
@@ -107,6 +110,7 @@ class Config:
     logits_soft_cap: float | None = None
     implementation: Literal["xla", "xla_chunked", "pallas"] | None = None
     steps: int = 1000
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     decay: Literal["cosine", "linear", "constant"] = "cosine"
@@ -115,6 +119,8 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.99
     clip_norm: float | None = 1.0
+    z_loss: float = 0.0
+    ema_decay: float | None = None
     accumulate_steps: int = 1
     parallel: Literal["jit", "pmap"] = "jit"
     mesh: str = ""
@@ -152,11 +158,14 @@ class Config:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be positive, or None not to clip, got {self.clip_norm}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        for name in ("weight_decay", "z_loss"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), or be None for no average, got {self.ema_decay}")
         if not 0 <= self.end_fraction <= 1:
             raise ValueError(f"end_fraction must lie in [0, 1], got {self.end_fraction}")
         if parse_mesh(self.mesh) and self.parallel == "pmap":
@@ -179,6 +188,14 @@ class Config:
 # What may differ between a run and its resumption; all else would make it another run.
 _SAVING = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints"}
 RUN_ONLY = _SAVING | {"parallel", "mesh", "implementation", "remat", "encodings"}
+_LATER = ("optimizer", "z_loss", "ema_decay")  # runs that were begun before these fields were there go on with their defaults
+
+
+def identity_of(config: Config) -> dict[str, Any]:
+    """The fields that make a run that run and no other; those of `_LATER` only where they are not the default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in _LATER}
+    own = {name: value for name, value in dataclasses.asdict(config).items() if name not in RUN_ONLY}
+    return {name: value for name, value in own.items() if name not in defaults or value != defaults[name]}
 
 
 def load_config(path: str) -> Config:
@@ -215,10 +232,10 @@ def claim_workdir(config: Config) -> Path:
     """
     workdir = Path(config.workdir)
     stored = workdir / "config.json"
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    now, defaults = (json.loads(json.dumps(dataclasses.asdict(made))) for made in (config, Config()))
     if stored.exists():
         try:
-            before = dict(json.loads(stored.read_text()))
+            before = defaults | dict(json.loads(stored.read_text()))  # a field that there was not yet has its default
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(
                 f"workdir {workdir} has an unreadable config.json ({error}); remove that file or use another --workdir"

@@ -5,7 +5,6 @@
 A grid that was interrupted or killed goes on from what was saved last.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -22,7 +21,7 @@ import numpy as np
 
 from posjax.ablation import Fleet
 from posjax.checkpoints import Checkpoints
-from posjax.config import RUN_ONLY
+from posjax.config import identity_of
 from posjax.evaluation import MEASURES, TASK_MEASURE, longest, percent_or_unit, test_sets
 from posjax.kernels.refused import naming_refusals
 from posjax.loop import MAX_SKIPPED_IN_A_ROW, Interrupted, forget_after, json_number, noted_signals
@@ -110,9 +109,8 @@ def _rows(
 
 def _folder(group: Group) -> str:
     """A name that says what is in it, and that another group does not have."""
-    config = {name: value for name, value in dataclasses.asdict(group.config).items() if name not in RUN_ONLY}
     runs = [(run.seed, dict(run.traced)) for run in group.runs]
-    digest = hashlib.sha256(json.dumps([config, group.spec, runs]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([identity_of(group.config), group.spec, runs]).encode()).hexdigest()
     return f"{slug(group.spec)[:60]}-{digest[:8]}"
 
 

@@ -33,7 +33,7 @@ from posjax.sharding import (
 from posjax.source import Source, held_out, open_source, train_batches
 from posjax.specs import parse_encoding, slug
 from posjax.training import TrainState, init_state, learning_rate_schedule, make_optimizer, make_train_step
-from posjax.transformer import Transformer, cross_entropy, functional
+from posjax.transformer import Transformer, cross_entropy, functional, z_loss
 from posjax.typing import Array, Params
 
 
@@ -125,13 +125,23 @@ def build_model(
     return functional(_maker(config, spec, source, seed, settings)())
 
 
-def make_loss(with_params: Callable[[Params], Transformer], dropout: bool) -> Callable[[Params, Any, Array], tuple[Array, Array]]:
-    """(params, batch, key) -> (sum of weighted nats, sum of weights)."""
+def make_loss(
+    with_params: Callable[[Params], Transformer], dropout: bool, z_weight: float = 0.0
+) -> Callable[[Params, Any, Array], tuple[Array, Array]]:
+    """(params, batch, key) -> (sum of weighted nats, sum of weights).
+
+    The gradient is that of the nats and ``z_weight`` times ``z_loss``; the value is the nats alone, so that losses of runs with and
+    without it compare.
+    """
 
     def loss(params: Params, batch: dict[str, Array], key: Array) -> tuple[Array, Array]:
         model = with_params(params)
         logits = model(batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key=key if dropout else None)
-        return cross_entropy(logits, batch["targets"], batch["weights"])[1:]
+        _, nats, weight = cross_entropy(logits, batch["targets"], batch["weights"])
+        if z_weight:
+            penalty = z_weight * z_loss(logits, batch["weights"])
+            nats = nats + (penalty - jax.lax.stop_gradient(penalty))
+        return nats, weight
 
     return loss
 
@@ -169,9 +179,9 @@ def abstract_step(
     else:
         source = open_source(config)
     with_params, params = abstract_model(config, config.encoding, source)
-    loss = make_loss(with_params, config.dropout_rate > 0)
-    step = make_train_step(loss, optimizer_of(config), accumulate_steps=config.accumulate_steps)
-    state = jax.eval_shape(lambda params: init_state(params, optimizer_of(config), config.seed), params)
+    loss = make_loss(with_params, config.dropout_rate > 0, config.z_loss)
+    step = make_train_step(loss, optimizer_of(config), accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay)
+    state = jax.eval_shape(lambda params: _first_state(config, params, config.seed), params)
     shape = (config.batch_size, source.max_length)
     dtypes = dict(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32, segment_ids=jnp.int32, positions=jnp.int32)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
@@ -181,23 +191,24 @@ def abstract_step(
 def train(
     config: Config, spec: str, seed: int, workdir: Path, source: Source, *, command: str | None = None, quiet: bool = False
 ) -> Params:
-    """Trains one model, or goes on where its workdir stopped, and returns its parameters.
+    """Trains one model, or goes on where its workdir stopped, and returns its parameters, or their average where one is kept.
 
     Raises:
       KernelRefused: the compiler of the chip does not take the attention kernel.
     """
     with_params, state, mesh = _start(config, spec, seed, source)
     step = make_train_step(
-        make_loss(with_params, config.dropout_rate > 0),
+        make_loss(with_params, config.dropout_rate > 0, config.z_loss),
         optimizer_of(config),
         accumulate_steps=config.accumulate_steps,
         axis_name="data" if config.parallel == "pmap" else None,
+        ema_decay=config.ema_decay,
     )
     losses = jax.jit(token_losses(with_params))
 
     def evaluate_now(state: TrainState) -> dict[str, float]:
         test_batches = first_tokens(held_out(config, source, config.seq_length), config.eval_tokens)
-        return {"loss": mean_loss(losses, state.params, test_batches)[0]}
+        return {"loss": mean_loss(losses, state.eval_params, test_batches)[0]}
 
     with naming_refusals(config.implementation):
         state = fit(
@@ -215,7 +226,7 @@ def train(
             resume_command=command,
             quiet=quiet,
         )
-    return state.params
+    return state.eval_params
 
 
 def _start(config: Config, spec: str, seed: int, source: Source) -> tuple[Callable[[Params], Transformer], TrainState, Mesh]:
@@ -223,13 +234,17 @@ def _start(config: Config, spec: str, seed: int, source: Source) -> tuple[Callab
     mesh = _mesh(config)
     if _rules(mesh) is PARTITION_RULES:
         with_params, params = build_model(config, spec, source, seed)
-        return with_params, init_state(params, optimizer_of(config), seed), mesh
+        return with_params, _first_state(config, params, seed), mesh
 
     def make() -> TrainState:
-        return init_state(build_model(config, spec, source, seed)[1], optimizer_of(config), seed)
+        return _first_state(config, build_model(config, spec, source, seed)[1], seed)
 
     shardings = state_shardings(jax.eval_shape(make), mesh, _rules(mesh))
     return abstract_model(config, spec, source)[0], jax.jit(make, out_shardings=shardings)(), mesh
+
+
+def _first_state(config: Config, params: Params, seed: int) -> TrainState:
+    return init_state(params, optimizer_of(config), seed, ema=config.ema_decay is not None)
 
 
 # Fields of a configuration that may be traced numbers: runs that differ in these alone are one program.
@@ -241,7 +256,7 @@ def optimizer_of(config: Config, settings: Mapping[str, Any] | None = None) -> A
     chosen = {name: getattr(config, name) for name in TRACED_FIELDS} | dict(settings or {})
     peak, warmup, end = (chosen.pop(name) for name in TRACED_FIELDS[:3])
     schedule = learning_rate_schedule(peak, config.steps, warmup, decay=config.decay, end_fraction=end)
-    return make_optimizer(schedule, **chosen)
+    return make_optimizer(schedule, optimizer=config.optimizer, **chosen)
 
 
 def evaluate_params(config: Config, spec: str, params: Params, source: Source) -> dict[str, Any]:
@@ -251,7 +266,7 @@ def evaluate_params(config: Config, spec: str, params: Params, source: Source) -
 
 
 def restore_params(config: Config, spec: str, seed: int, workdir: Path, source: Source) -> Params:
-    """The parameters of a workdir's newest good checkpoint.
+    """The parameters of a workdir's newest good checkpoint, or their average where one is kept.
 
     Raises:
       CheckpointError: there is none, or none that is whole.
@@ -259,7 +274,7 @@ def restore_params(config: Config, spec: str, seed: int, workdir: Path, source: 
     restored = Checkpoints(workdir / "checkpoints").restore_latest(_start(config, spec, seed, source)[1])
     if restored is None:
         raise CheckpointError(f"workdir {workdir} has no checkpoint to evaluate; posjax train makes one")
-    return restored.state.params
+    return restored.state.eval_params
 
 
 # Comparison ----------------------------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """The train state and the train step, as pure functions that jit, pmap, scan and vmap all take.
 
     batch -> micro-batches -> sum of losses, sum of weights, gradient of the sum
-          -> (sum over devices) -> divide once by the total weight -> clip -> AdamW -> new state
+          -> (sum over devices) -> divide once by the total weight -> clip -> AdamW or Muon -> new state
 
 Sums are divided once, at the very end, so how a batch was cut up (accumulation, devices, uneven weights) changes nothing
 but rounding.
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,9 +25,10 @@ LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, jax.Array]]
 Schedule = Callable[[jax.Array], jax.Array]
 
 DECAYS = ("cosine", "linear", "constant")
+OPTIMIZERS = ("adamw", "muon")
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Everything that a run needs to go on, and nothing else. A pytree; `dataclasses.replace` makes a changed copy.
@@ -37,6 +40,7 @@ class TrainState:
       key: typed PRNG key []; constant over a run: the key of a step is `fold_in(key, step)`.
       skipped: int32 []: steps whose loss or gradient was not finite, in all.
       skipped_in_a_row: int32 []: such steps since the last good one.
+      ema: exponential moving average of the parameters, shaped like them; None where none is kept.
     """
 
     step: jax.Array
@@ -45,6 +49,22 @@ class TrainState:
     key: jax.Array
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    ema: Params | None = None
+
+    @property
+    def eval_params(self) -> Params:
+        """What to evaluate and to generate with: the average where there is one, else the parameters."""
+        return self.params if self.ema is None else self.ema
+
+    # Not as jax.tree_util.register_dataclass does it: a checkpoint has a place for None too, and those of states without an
+    # average have none for it.
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[str, ...]]:
+        fields = {name: value for name, value in vars(self).items() if name != "ema" or value is not None}
+        return tuple((jax.tree_util.GetAttrKey(name), value) for name, value in fields.items()), tuple(fields)
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], values: Any) -> "TrainState":
+        return cls(**dict(zip(names, values, strict=True)))
 
 
 def learning_rate_schedule(
@@ -111,6 +131,58 @@ def decay_mask(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def matrix_mask(params: Params) -> Any:
+    """Which leaves hold the matrices that Muon is for: a pytree of bools shaped like `params`.
+
+    Of the leaves that `decay_mask` names, those of two dimensions, and those called query, key, value or out of three: heads
+    are sides of one matrix, [D, N * H] or, for out, [N * H, D]. A leading axis of layers, which leaves below "layers" have
+    (but not below "layers/0"), does not count as a dimension. Embeddings and what makes logits (head, lm_head, classifier) are
+    not named: Muon's authors leave them to AdamW.
+    """
+
+    def is_matrix(path, leaf, decays):
+        return decays and _matrix_shape(path, leaf) is not None
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params, decay_mask(params))
+
+
+def _matrix_shape(path: Any, leaf: Any) -> tuple[int, ...] | None:
+    """[..., A, B]: a leaf as one matrix, or as one a layer; None for a leaf that is none."""
+    names = jax.tree_util.keystr(path, simple=True, separator="/").lower().split("/")
+    if any("embed" in name for name in names) or {"head", "lm_head", "classifier"} & set(names):
+        return None
+    stacked = any(name == "layers" and not below.isdecimal() for name, below in itertools.pairwise(names))
+    layers, own = leaf.shape[:stacked], leaf.shape[stacked:]
+    if len(own) == 3 and {"query", "key", "value", "out"} & set(names):
+        own = (own[0] * own[1], own[2]) if "out" in names else (own[0], own[1] * own[2])
+    return (*layers, *own) if len(own) == 2 else None
+
+
+def orthogonalized(matrices: jax.Array) -> jax.Array:
+    """U S V^T -> nearly U V^T for every matrix [..., A, B], by five Newton-Schulz iterations (Keller Jordan, 2024).
+
+    X <- a X + b (X X^T) X + c (X X^T)^2 X with the published coefficients: singular values end between 0.7 and 1.2.
+    """
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if wide else matrices.mT  # the smaller product
+    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+def _scale_by_orthogonalizing() -> optax.GradientTransformation:
+    """Updates made orthogonal, at the size of Adam's (their root mean square is about 0.2: Moonlight, section 2.2)."""
+
+    def direction(path, update):
+        shape = _matrix_shape(path, update)
+        found = orthogonalized(update.reshape(shape)) * (0.2 * math.sqrt(max(shape[-2:])))
+        return found.reshape(update.shape).astype(update.dtype)
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(direction, updates))
+
+
 def make_optimizer(
     learning_rate: float | Schedule,
     *,
@@ -119,11 +191,23 @@ def make_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip_norm: float | None = 1.0,
+    optimizer: str = "adamw",
+    momentum: float = 0.95,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, 1711.05101) after clipping by global norm.
+    """AdamW (Loshchilov and Hutter, 1711.05101), or Muon with it, after clipping by global norm.
 
         g <- g * min(1, clip_norm / |g|);  m, v <- moments of g
         x <- x - learning_rate * (m^ / (sqrt(v^) + eps) + weight_decay * x)
+
+    Muon (Keller Jordan, 2024) as Moonlight scales it (Liu et al., 2502.16982) takes this step instead for every matrix [A, B]
+    that `matrix_mask` names, each layer's by itself and whole, not head by head:
+
+        m <- momentum * m + g
+        x <- x - learning_rate * (0.2 sqrt(max(A, B)) orthogonalized(g + momentum * m) + weight_decay * x)
+
+    All other leaves take AdamW's, at the same learning rate and weight decay: the factor gives a step of Muon the size that
+    Moonlight's authors measured of AdamW's. The iteration runs in the type of the gradient; it was published in bfloat16, so low
+    precision of products does no harm.
 
     Args:
       learning_rate: a number, or a function of the count of applied steps (see `learning_rate_schedule`).
@@ -131,26 +215,41 @@ def make_optimizer(
       eps: added to sqrt(v^).
       weight_decay: on the leaves that `decay_mask` names.
       clip_norm: largest global norm of the gradient; None does not clip.
+      optimizer: "adamw" or "muon".
+      momentum: of Muon, in [0, 1).
       (All numbers may be traced: settings of a sweep.)
 
     Returns:
       An optax transformation. Its state holds the learning rate of the last step under the name `learning_rate`.
 
     Raises:
-      ValueError: clip_norm is not positive.
+      ValueError: clip_norm is not positive, or there is no such optimizer.
     """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     if clip_norm is not None and not is_traced(clip_norm) and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, or None not to clip, got {clip_norm}")
+    direction = optax.scale_by_adam(beta1, beta2, eps)
+    if optimizer == "muon":
+        # Not optax.contrib.muon: it corrects the bias of its momentum, which is not the published step, and takes Nesterov's
+        # form of Adam for the other leaves.
+        muon = optax.chain(optax.trace(momentum, nesterov=True), _scale_by_orthogonalizing())
+        direction = optax.partition({True: muon, False: direction}, matrix_mask)
     return optax.chain(
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
-        optax.scale_by_adam(beta1, beta2, eps),
+        direction,
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
         optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate),
     )
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step. Copies `params`: a step that donates its state leaves the caller's arrays alone."""
+def init_state(params: Params, optimizer: optax.GradientTransformation, seed: int, *, ema: bool = False) -> TrainState:
+    """The state before the first step. Copies `params`: a step that donates its state leaves the caller's arrays alone.
+
+    Args:
+      params, optimizer, seed: what the state begins with.
+      ema: keeps an average of the parameters too, which begins as they do; `make_train_step(ema_decay=)` moves it.
+    """
 
     # jnp.array with a dtype also drops weak types, with which the step would compile twice and scan refuse its carry.
     def own(leaf):
@@ -164,6 +263,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, seed: in
         key=jax.random.key(seed),
         skipped=jnp.array(0, jnp.int32),
         skipped_in_a_row=jnp.array(0, jnp.int32),
+        ema=jax.tree.map(own, params) if ema else None,  # a copy of its own, as both are donated
     )
 
 
@@ -173,12 +273,13 @@ def make_train_step(
     *,
     accumulate_steps: int = 1,
     axis_name: str | None = None,
+    ema_decay: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Makes `step(state, batch) -> (state, metrics)`, a pure function.
 
     The loss is sum(loss_sum) / sum(weight_sum) over all micro-batches and devices. A step whose loss or gradient norm is not
-    finite leaves `params` and `opt_state` as they were, is counted, and still advances `step` (and with it the key). A batch
-    of total weight 0 has loss 0 and gradient 0.
+    finite leaves `params`, `opt_state` and `ema` as they were, is counted, and still advances `step` (and with it the key). A
+    batch of total weight 0 has loss 0 and gradient 0.
 
     Args:
       loss_fn: (params, batch, key) -> (loss_sum, weight_sum), float32 scalars: the sum of weighted losses (nats) and the sum
@@ -188,16 +289,20 @@ def make_train_step(
         memory of one.
       axis_name: mapped axis to sum over, for `jax.pmap` (`jit` over sharded arrays needs none). Each device then draws its
         own noise.
+      ema_decay: ema <- ema_decay * ema + (1 - ema_decay) * params after every step, in [0, 1); None for a state that has none.
 
     Returns:
       The step. Its metrics are scalars: loss (nats per unit of weight), grad_norm (before clipping), weight (total weight of
       the batch, the tokens counted), skipped, skipped_in_a_row, and learning_rate where the optimizer's state holds one.
 
     Raises:
-      ValueError: accumulate_steps is below 1, or (when tracing) does not divide the batch.
+      ValueError: accumulate_steps is below 1, or (when tracing) does not divide the batch; ema_decay is not in [0, 1), or (when
+        tracing) is given where the state has no average, or not where it has one.
     """
     if accumulate_steps < 1:
         raise ValueError(f"accumulate_steps must be at least 1, got {accumulate_steps}")
+    if ema_decay is not None and not is_traced(ema_decay) and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in [0, 1), or be None for no average, got {ema_decay}")
     value_and_gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
     def summed(params, batch, key):
@@ -215,6 +320,9 @@ def make_train_step(
         return total
 
     def step(state, batch):
+        if (ema_decay is None) != (state.ema is None):
+            kept = "no" if state.ema is None else "an"
+            raise ValueError(f"ema_decay must go with init_state(ema=True), got {ema_decay} for a state with {kept} average")
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
@@ -235,14 +343,21 @@ def make_train_step(
         def unless_skipped(new, old):
             return jnp.where(finite, new, old).astype(old.dtype)
 
+        params = jax.tree.map(unless_skipped, params, state.params)
+        ema = state.ema
+        if ema is not None:
+            moved = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, params)
+            ema = jax.tree.map(unless_skipped, moved, ema)
+
         bad = 1 - finite.astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
-            params=jax.tree.map(unless_skipped, params, state.params),
+            params=params,
             opt_state=jax.tree.map(unless_skipped, opt_state, state.opt_state),
             key=state.key,
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+            ema=ema,
         )
         metrics = {
             "loss": loss,

@@ -490,6 +490,11 @@ def cross_entropy(
     return losses, losses.sum(), weights.sum()
 
 
+def z_loss(logits: Float[Array, "B T V"], weights: Float[Array, "B T"]) -> Float[Array, ""]:
+    """Weighted sum of logsumexp(logits)^2, which keeps softmax near exp(logits) (PaLM, arXiv:2204.02311, section 5)."""
+    return (jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) ** 2 * weights).sum()
+
+
 def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:
     kind = nnx.RMSNorm if config.norm == "rmsnorm" else nnx.LayerNorm
     return kind(config.embed_dim, dtype=jnp.dtype(config.compute_dtype), rngs=rngs)

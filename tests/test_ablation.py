@@ -81,9 +81,15 @@ def test_a_scan_takes_the_steps_before_the_last_alone():
 # Grids ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["rope", pytest.param("cope(8)", marks=pytest.mark.thorough)])
-def test_a_grid_trains_and_evaluates_as_single_runs_do(spec, tmp_path, caplog):
-    config = dataclasses.replace(CONFIG, encodings=(spec,))
+PRETRAINING = {"optimizer": "muon", "z_loss": 1e-2, "ema_decay": 0.8}
+
+
+SLOWER = [pytest.param(*own, marks=pytest.mark.thorough) for own in (("cope(8)", {}), ("rope", PRETRAINING))]
+
+
+@pytest.mark.parametrize(("spec", "fields"), [("rope", {}), *SLOWER])
+def test_a_grid_trains_and_evaluates_as_single_runs_do(spec, fields, tmp_path, caplog):
+    config = dataclasses.replace(CONFIG, encodings=(spec,), **fields)
     source = open_source(config)
     with jax.log_compiles(), caplog.at_level("WARNING"):
         rows = run_grid(made(config), (0, 3), tmp_path / "grid", source, **QUIET)

@@ -1,5 +1,6 @@
 """What was saved comes back bit for bit, or is refused by name; damage costs one checkpoint, never the run."""
 
+import dataclasses
 import re
 import shutil
 import warnings
@@ -13,7 +14,7 @@ import pytest
 
 from posjax.checkpoints import CheckpointError, Checkpoints
 from posjax.sharding import make_mesh, state_shardings
-from posjax.training import init_state, make_optimizer
+from posjax.training import TrainState, init_state, make_optimizer
 
 DATA_STATE = {"file": "a.py", "offset": 17, "shuffle": [3, 1, 2], "epoch": None}
 CONFIG = {"encoding": "cope", "dim": 8}
@@ -78,6 +79,17 @@ def test_data_state_of_bytes_and_no_data_state(tmp_path):
     assert checkpoints.restore_latest(make_state()).data_state == bytes(range(256))
     checkpoints.save(2, make_state())
     assert checkpoints.restore_latest(make_state()).data_state is None
+
+
+def test_a_state_of_before_there_were_averages(tmp_path):
+    """Orbax has a place for None too: the state that was saved then had no field for the average at all."""
+    fields = [f.name for f in dataclasses.fields(TrainState) if f.name != "ema"]
+    before = jax.tree_util.register_dataclass(dataclasses.make_dataclass("Before", fields, frozen=True))
+    state = make_state()
+    Checkpoints(tmp_path).save(1, before(**{name: getattr(state, name) for name in fields}))
+    same(Checkpoints(tmp_path).restore_latest(make_state(scale=0.0)).state, state)
+    with pytest.raises(CheckpointError, match=r"ema/.* is absent there"):
+        Checkpoints(tmp_path).restore_latest(init_state(state.params, make_optimizer(0.1), 7, ema=True))
 
 
 def test_nothing_there(tmp_path):

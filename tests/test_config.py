@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from posjax import report
-from posjax.config import Config, claim_workdir, load_config
+from posjax.config import RUN_ONLY, Config, claim_workdir, identity_of, load_config
 from posjax.encoding import PositionalEncoding
 from posjax.specs import CONSTRUCTORS, one_line, parse_encoding, slug
 
@@ -41,6 +41,9 @@ WRONG_FIELDS = [
     ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
     ({"clip_norm": 0.0}, "clip_norm must be positive, or None not to clip, got 0.0"),
     ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+    ({"z_loss": -1e-4}, "z_loss must be at least 0, got -0.0001"),
+    ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), or be None for no average, got 1.0"),
+    ({"ema_decay": -0.1}, r"ema_decay must lie in \[0, 1\), or be None for no average, got -0.1"),
     ({"beta2": 1.0}, r"beta2 must lie in \[0, 1\), got 1.0"),
     ({"end_fraction": 2.0}, r"end_fraction must lie in \[0, 1\], got 2.0"),
     ({"dropout_rate": 1.5}, r"dropout_rate must lie in \[0, 1\), got 1.5"),
@@ -116,6 +119,20 @@ def test_workdir_belongs_to_one_config(tmp_path):
     with pytest.raises(ValueError, match=wrong):
         claim_workdir(dataclasses.replace(config, steps=300, beta1=0.8))
     assert stored.read_bytes() == before
+
+
+def test_a_workdir_that_is_older_than_a_field_has_its_default(tmp_path):
+    config = Config(workdir=str(tmp_path), steps=200)
+    claim_workdir(config)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    old = {name: value for name, value in fields.items() if name not in ("optimizer", "z_loss", "ema_decay")}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert claim_workdir(config) == tmp_path
+    wrong = "optimizer='adamw' there and 'muon' here, z_loss=0.0 there and 0.1 here, ema_decay=None there and 0.5 here"
+    with pytest.raises(ValueError, match=wrong):
+        claim_workdir(dataclasses.replace(config, optimizer="muon", z_loss=0.1, ema_decay=0.5))
+    assert set(identity_of(config)) == set(old) - RUN_ONLY  # of which a grid makes the names of its folders
+    assert identity_of(dataclasses.replace(config, z_loss=0.1)) == identity_of(config) | {"z_loss": 0.1}
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[1]", "null", "\udcff"])

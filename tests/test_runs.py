@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from posjax import runs
+from posjax.checkpoints import Checkpoints
 from posjax.config import Config
+from posjax.evaluation import first_tokens, mean_loss, token_losses
 from posjax.sharding import jit_train_step, make_mesh, pmap_train_step
-from posjax.source import open_source, train_batches
+from posjax.source import held_out, open_source, train_batches
 from posjax.specs import parse_encoding, slug
 from posjax.training import init_state, make_optimizer, make_train_step
 
@@ -119,6 +121,49 @@ def test_encoder_learns(tiny, tmp_path, spec):
     assert entropy < np.mean(seen[-3:]) + 0.5  # else the loss is below what can be known: the answer leaks
 
 
+def test_z_loss_is_in_the_gradient_and_not_in_the_loss():
+    logits = np.random.default_rng(0).normal(scale=2, size=(2, 4, 6)).astype(np.float32)
+    batch = {name: np.zeros((2, 4), np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
+    batch["weights"] = np.array([[1, 1, 0.5, 0], [1, 0, 0, 2]], np.float32)
+
+    def with_params(params):
+        return lambda *_, **__: params  # a model whose parameters are its logits
+
+    def value_and_gradient(*z_weight):
+        loss = runs.make_loss(with_params, False, *z_weight)
+        return jax.value_and_grad(loss, has_aux=True)(logits, batch, jax.random.key(0))
+
+    (plain, weight), without = value_and_gradient()
+    (same, same_weight), with_z = value_and_gradient(0.25)
+    assert (float(same), float(same_weight)) == (float(plain), float(weight)) and float(weight) == 5.5
+    exact = logits.astype(np.float64)
+    z = np.log(np.exp(exact).sum(-1, keepdims=True))
+    added = 0.25 * 2 * z * np.exp(exact - z) * batch["weights"][..., None]
+    np.testing.assert_allclose(with_z - without, added, rtol=0, atol=1e-6 * np.abs(added).max())
+
+
+@pytest.mark.thorough
+def test_muon_learns_and_the_average_is_what_is_evaluated_and_restored(tiny, tmp_path):
+    config = dataclasses.replace(tiny, optimizer="muon", z_loss=1e-3, ema_decay=0.9, steps=40, evaluate_every=40)
+    source = open_source(config)
+    params = runs.train(config, "rope", 0, tmp_path, source, quiet=True)
+    seen = losses(tmp_path)
+    assert seen[0] > 5.0 and seen[-1] < 3.6  # ln 258 is 5.55
+    with_params, state, _ = runs._start(config, "rope", 0, source)
+    state = Checkpoints(tmp_path / "checkpoints").restore_latest(state).state
+    restored = runs.restore_params(config, "rope", 0, tmp_path, source)
+    for average, last, *evaluated in zip(*map(jax.tree.leaves, (state.ema, state.params, params, restored)), strict=True):
+        assert np.abs(average - last).max() > 1e-4
+        for leaf in evaluated:
+            np.testing.assert_array_equal(leaf, average)
+    score = jax.jit(token_losses(with_params))
+    expected, other = (
+        mean_loss(score, p, first_tokens(held_out(config, source, 16), config.eval_tokens))[0] for p in (state.ema, state.params)
+    )
+    (line,) = [x for x in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if x["step"] == 40]
+    assert line["evaluation/loss"] == pytest.approx(expected, rel=1e-6) and abs(other - expected) > 1e-4
+
+
 @pytest.mark.thorough
 def test_one_device_eight_devices_and_pmap_agree(tiny):
     """Twenty steps of the real Transformer on packed text: how a batch lies on devices changes rounding and nothing else."""
@@ -143,9 +188,19 @@ def test_one_device_eight_devices_and_pmap_agree(tiny):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("mesh", ["fsdp=2,context=2,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=4,context=2", "data=2,context=4"])
-def test_a_run_on_any_mesh_is_the_run_on_one_axis(tiny, tmp_path, mesh):
-    config = dataclasses.replace(tiny, seq_length=32, steps=20, log_every=1, evaluate_every=10, implementation="xla_chunked")
+@pytest.mark.parametrize(
+    ("mesh", "fields"),
+    [
+        ("fsdp=2,context=2,tensor=2", {}),
+        ("data=2,fsdp=2,tensor=2", {}),
+        ("fsdp=4,context=2", {}),
+        ("data=2,context=4", {}),
+        ("fsdp=2,context=2,tensor=2", {"optimizer": "muon", "z_loss": 1e-3, "ema_decay": 0.9}),
+    ],
+)
+def test_a_run_on_any_mesh_is_the_run_on_one_axis(tiny, tmp_path, mesh, fields):
+    own = {"seq_length": 32, "steps": 20, "log_every": 1, "evaluate_every": 10, "implementation": "xla_chunked"}
+    config = dataclasses.replace(tiny, **own, **fields)
     source = open_source(config)
     curves, params = {}, {}
     for own in ("", mesh):

@@ -240,6 +240,39 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(bad, accumulate_steps)
     assert not np.array_equal(after.params["kernel"], state.params["kernel"])
 
 
+@pytest.mark.parametrize("form", ["jit", "jit, accumulated", "pmap"])
+def test_the_average_equals_numpy_and_skipped_steps_leave_it(form):
+    optimizer, decay = make_optimizer(0.05), 0.75
+    own = {"accumulate_steps": 2} if "accumulated" in form else {"axis_name": "data"} if form == "pmap" else {}
+    step = make_train_step(tanh_loss, optimizer, ema_decay=decay, **own)
+    step = pmap_train_step(step) if form == "pmap" else jit_train_step(step, make_mesh())
+    state = init_state(make_params(), optimizer, 0, ema=True)
+    expected = {name: leaf.astype(np.float64) for name, leaf in make_params().items()}
+    for i in range(6):
+        batch = make_batch(i)
+        if i == 3:
+            batch["y"][3, 1], batch["weights"][3] = np.nan, 1.0
+        state, metrics = step(state, batch)
+        assert int(metrics["skipped_in_a_row"]) == (i == 3)
+        if i != 3:
+            expected = {name: decay * old + (1 - decay) * np.asarray(state.params[name]) for name, old in expected.items()}
+        for name, leaf in expected.items():
+            np.testing.assert_allclose(state.ema[name], leaf, rtol=1e-6, atol=1e-7)
+    assert state.eval_params is state.ema
+    plain, _ = jax.jit(make_train_step(tanh_loss, optimizer))(init_state(make_params(), optimizer, 0), make_batch(0))
+    assert plain.ema is None and plain.eval_params is plain.params
+
+
+def test_an_average_is_asked_for_twice_or_not_at_all():
+    optimizer = make_optimizer(0.1)
+    with pytest.raises(ValueError, match=r"ema_decay must lie in \[0, 1\), or be None for no average, got 1.0"):
+        make_train_step(tanh_loss, optimizer, ema_decay=1.0)
+    with pytest.raises(ValueError, match=r"ema_decay must go with init_state\(ema=True\), got 0.9 for a state with no average"):
+        make_train_step(tanh_loss, optimizer, ema_decay=0.9)(init_state(make_params(), optimizer, 0), make_batch(0))
+    with pytest.raises(ValueError, match=r"ema_decay must go with init_state\(ema=True\), got None for a state with an average"):
+        make_train_step(tanh_loss, optimizer)(init_state(make_params(), optimizer, 0, ema=True), make_batch(0))
+
+
 def test_a_finite_loss_with_an_infinite_gradient_is_skipped():
     optimizer = make_optimizer(0.1)
     step = make_train_step(lambda params, batch, key: (jnp.sum(jnp.sqrt(params["w"])), jnp.float32(1)), optimizer)

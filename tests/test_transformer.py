@@ -10,7 +10,7 @@ from flax import nnx
 from suite import quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
-from posjax.transformer import Transformer, TransformerConfig, cross_entropy, functional
+from posjax.transformer import Transformer, TransformerConfig, cross_entropy, functional, z_loss
 
 TINY = TransformerConfig(vocab_size=19, num_layers=2, embed_dim=16, num_heads=4, max_length=24)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 19, (2, 12)), jnp.int32)
@@ -248,6 +248,16 @@ def test_cross_entropy_counts_weighted_tokens_only():
     losses, total, weight = cross_entropy(logits, jnp.asarray([[1, 0]]), jnp.asarray([[1.0, 0.0]]))
     np.testing.assert_allclose(losses, [[np.log(4 / 3), 0.0]], rtol=1e-6)
     assert float(total) == pytest.approx(np.log(4 / 3)) and float(weight) == 1.0
+
+
+def test_z_loss_in_closed_form():
+    rng = np.random.default_rng(0)
+    logits, weights = rng.normal(scale=3, size=(2, 3, 5)), np.array([[1.0, 0.5, 0.0], [1.0, 0.0, 2.0]])
+    z = np.log(np.exp(logits).sum(-1))
+    value, gradient = jax.value_and_grad(z_loss)(jnp.asarray(logits, jnp.float32), jnp.asarray(weights, jnp.float32))
+    np.testing.assert_allclose(value, (weights * z**2).sum(), rtol=1e-6)
+    expected = (2 * weights * z)[..., None] * np.exp(logits - z[..., None])
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------
