@@ -4,8 +4,8 @@
     python experiments/scaling.py --only "fsdp" --chips 64 256
 
 The whole step of a decoder of 7 billion parameters under RoPE and CoPE is compiled for each number of chips by their own compiler;
-shares are those of ``posjax plan``: what computes and what moves at the peaks of the data sheets, with nothing beside anything. Strong:
-the batch of the configuration on ever more chips. Weak: as many sequences for every chip. Three meshes:
+shares are those of ``posjax plan``: what computes and what moves at the peaks of the data sheets, with nothing beside anything.
+Strong: the batch of the configuration on ever more chips. Weak: as many sequences for every chip. Three meshes:
 
     fsdp                 rows and state over all chips
     data, fsdp, tensor   the state over 16, heads and MLP over 4, copies for the rest
@@ -22,10 +22,10 @@ from typing import Any
 
 import tyro
 
-from posjax.bench.results import print_table
 from posjax.bench.attention import versions
+from posjax.bench.results import print_table
 from posjax.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, new_figure, save
-from posjax.plan import Plan, make_plans
+from posjax.plan import make_plans
 
 CONFIG = "configs/pretrain_7b.py"
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
@@ -107,7 +107,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         print_table(f"{kind} scaling, {CONFIG} on v5p", heads, lines, [])
 
 
-_COLORS = dict(zip(("compute", "memory", "fsdp", "data+fsdp", "tensor", "context"), (GREY, SKY, BLUE, GREEN, ORANGE, RED), strict=True))
+_COLORS = {"compute": GREY, "memory": SKY, "fsdp": BLUE, "data+fsdp": GREEN, "tensor": ORANGE, "context": RED}
 
 
 def draw(rows: list[dict[str, Any]]) -> None:

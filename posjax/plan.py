@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from posjax import aot, aot_gpu
 from posjax.bench.results import print_table
 from posjax.config import Config, load_config
@@ -141,7 +143,7 @@ class Plan:
       compile_seconds: that the compiler took.
       memory: bytes by kind: parameters, optimizer, average, batch, activations (with gradients and all else that comes and goes).
       capacity: bytes of a chip.
-      gathered: of the weights, the most bytes that one collective puts together.
+      largest: the most bytes of weights, or of their gradients, that one collective has whole on a device.
       flops: operations: model (without recomputation), products (of matrices, as compiled), attention (within kernels).
       bytes_moved: to and from memory.
       collectives: by kind and axes.
@@ -161,7 +163,7 @@ class Plan:
     compile_seconds: float = 0.0
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     capacity: float = 0.0
-    gathered: int = 0
+    largest: int = 0
     flops: dict[str, float] = dataclasses.field(default_factory=dict)
     peak_flops: float = 0.0
     bytes_moved: float = 0.0
@@ -286,12 +288,12 @@ def _plan(path: str, config: Config, topology: str, report: aot.Report, note: di
             name = "+".join(one.axes)
             seconds[name] = seconds.get(name, 0.0) + time
             beside += time * one.beside / max(one.bytes, 1)
-    weights = [c for c in cost.collectives if c.kind == "all-gather" and set(c.axes) & {"fsdp", "context"}]
+    of_weights = [c for c in cost.collectives if "fsdp" in c.axes or (c.kind != "collective-permute" and "context" in c.axes)]
     return Plan(
         **common,
         compile_seconds=report.seconds,
         memory=note["memory"] | {"activations": max(0, peak - sum(note["memory"].values()))},
-        gathered=max((c.largest for c in weights), default=0),
+        largest=max((c.largest for c in of_weights), default=0),
         flops=flops,
         bytes_moved=cost.bytes,
         collectives=cost.collectives,
@@ -383,7 +385,7 @@ class Planning:
     """
 
     topology: str = "v5e:16x16"
-    search: bool = False
+    search: tyro.conf.UseCounterAction[int] = 0
     candidates: int = 6
     out: str = ""
 
@@ -473,9 +475,10 @@ def _print_plan(plan: Plan, config: Config) -> None:
     whole = 2 * plan.parameters if config.compute_dtype == "bfloat16" else 4 * plan.parameters
     length = plan.seq_length // plan.mesh["context"]
     print(
-        f"Fits. A device keeps 1/{cut} of the large weights and of their moments; one collective puts together\n"
-        f"{plan.gathered / 2**20:.0f} MiB of weights at most ({plan.gathered / whole:.1%} of the {whole / 2**20:,.0f} in all). "
-        f"Of {plan.batch_size} sequences it has {rows},\n{length:,} tokens of each, 1/{plan.mesh['context']}."
+        f"Fits. A device keeps 1/{cut} of the large weights and of their moments. Whole it has what one collective\n"
+        f"moves, {plan.largest / 2**20:.0f} MiB at most of weights or gradients, {plan.largest / whole:.1%} of the "
+        f"{whole / 2**20:,.0f} of all weights.\n"
+        f"Of {plan.batch_size} sequences it has {rows}, {length:,} tokens of each, 1/{plan.mesh['context']}."
     )
     lines = []
     for one in plan.collectives:
