@@ -79,8 +79,8 @@ def main(
     spread_over_cores(max(len(grid.points) * grid.seeds for grid in grids.values()))
     try:
         found, about = _run(name, options.scale, grids)
-    except Interrupted:  # which has said how to go on
-        sys.exit(130)
+    except Interrupted as stopped:  # which has said how to go on
+        sys.exit(stopped.exit_code)
     except (ValueError, CheckpointError, KernelRefused) as error:
         sys.exit(f"{name}: {error}")
     found, about = _kept(f"{name}_{options.scale}") | found, _kept(f"{name}_{options.scale}", "parts") | about

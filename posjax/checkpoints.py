@@ -90,14 +90,15 @@ class Checkpoints:
         Args:
           step: the name of the checkpoint.
           state: pytree of jax arrays, typed PRNG keys among them.
-          data_state: where the data iterator stands, bytes or a JSON value; each process passes its own.
+          data_state: where the data iterator stands, bytes or a JSON value; each process passes its own. Where all pass the same,
+            any number of processes can go on from the checkpoint.
           config: a JSON value, for whoever reads the checkpoint later.
           prune: False keeps every older checkpoint.
         """
         from orbax.checkpoint import v1 as ocp
 
         saving = self.directory / SAVING
-        metadata = {"data_states": _gather(_encode(data_state)), "config": config, "leaves": _describe(state)}
+        metadata = {"data_states": _distinct(_gather(_encode(data_state))), "config": config, "leaves": _describe(state)}
         if jax.process_index() == 0:
             self._clear_leftovers()
             saving.mkdir(parents=True)
@@ -156,15 +157,10 @@ class Checkpoints:
         path = self.directory / str(step)
         metadata = ocp.checkpointables_metadata(path).custom_metadata
         _check_same(metadata["leaves"], _describe(abstract_state), path)
-        data_states = metadata["data_states"]
-        if len(data_states) != jax.process_count():
-            raise CheckpointError(
-                f"checkpoint {path} was saved by {len(data_states)} processes and cannot be read by {jax.process_count()}: "
-                "each has its own place in the data"
-            )
+        data_state = _own(metadata["data_states"], path)
         abstract_state = jax.tree.map(_abstract, abstract_state)
         state = ocp.load_checkpointables(path, {"state": abstract_state})["state"]
-        return Restored(step, state, _decode(data_states[jax.process_index()]), metadata["config"])
+        return Restored(step, state, _decode(data_state), metadata["config"])
 
     def _clear_leftovers(self) -> None:
         """Removes what an interrupted save left behind; never anything that bears the name of a step."""
@@ -263,6 +259,24 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     # Orbax warns, and trusts the devices of the run that saved, where there is no sharding.
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _distinct(data_states: list[Any]) -> list[Any]:
+    """One data state where all processes' are equal, as they are where each reads its rows of the same batches."""
+    return data_states[:1] if all(state == data_states[0] for state in data_states) else data_states
+
+
+def _own(data_states: list[Any], path: Path) -> Any:
+    """This process's data state, among those of the processes that saved."""
+    data_states = _distinct(data_states)
+    if len(data_states) == 1:
+        return data_states[0]
+    if len(data_states) != jax.process_count():
+        raise CheckpointError(
+            f"checkpoint {path} was saved by {len(data_states)} processes that stood at different places in their data, so that "
+            f"{jax.process_count()} cannot go on from it: run as many as before"
+        )
+    return data_states[jax.process_index()]
 
 
 def _encode(data_state: Any) -> Any:

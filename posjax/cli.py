@@ -1,10 +1,13 @@
 """The command line: posjax train | compare | ablate | evaluate | generate | plan | bench | list."""
 
+import contextlib
 import functools
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 USAGE = """\
@@ -20,12 +23,19 @@ usage: posjax VERB configs/NAME.py [--field value ...] [--workdir DIR]
   list       lists the encodings and the configs
 
 posjax VERB configs/NAME.py --help explains every field.
+
+train, compare and evaluate run in several processes too: the same command in each, and a workdir that all can write.
+SLURM, Open MPI, TPU pods and Kubernetes jobs are recognised; elsewhere set JAX_COORDINATOR_ADDRESS (host:port of
+process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. When one is not heard of for POSJAX_HEARTBEAT_SECONDS (60), all stop.
+
+exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by SIGINT (the run is saved), 75 stopped by SIGTERM (saved)
+or by the loss of a process: run the same command again
 """
 VERBS = ("train", "compare", "ablate", "evaluate", "generate", "plan", "bench", "list")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exits with 0 when done, 1 when the run failed, 2 on wrong usage, 130 when interrupted."""
+    """Entry point. Exits with the codes that USAGE tells."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -38,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"verb must be {', '.join(VERBS)}, got {verb!r}" + (f"; did you mean {near[0]}?" if near else ""), code=2)
     if verb == "list":
         return list_all()
+    from posjax import hosts
     from posjax.checkpoints import CheckpointError
     from posjax.kernels.refused import KernelRefused
     from posjax.loop import Interrupted, NonFiniteLoss
@@ -52,20 +63,46 @@ def main(argv: Sequence[str] | None = None) -> None:
         if verb == "ablate":
             return ablate(rest, shlex.join(["posjax", *argv]))
         run = {"train": train, "compare": compare, "evaluate": evaluate}[verb]
-        run(parse(rest), shlex.join(["posjax", *argv]))
-    except Interrupted:  # which has said how to resume
-        sys.exit(130)
-    except KeyboardInterrupt:  # outside the training loop, or for the second time
-        _fail(f"interrupted. To go on, run:\n  {shlex.join(['posjax', *argv])}", code=130)
+        config = parse(rest)
+        hosts.join()
+        with _terminable(), hosts.loss_told(lambda: f"to go on, run:\n  {shlex.join(['posjax', *argv])}"):
+            run(config, shlex.join(["posjax", *argv]))
+            hosts.wait_for_all()  # the first process may still draw figures
+    except Interrupted as stopped:  # which has said how to resume
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt as error:  # outside the training loop, or for the second time
+        code = hosts.RESTART if isinstance(error, _Terminated) else 130
+        _fail(f"interrupted. To go on, run:\n  {shlex.join(['posjax', *argv])}", code, hosts.leave)
+    except hosts.ProcessLost as error:
+        _fail(str(error), hosts.RESTART, functools.partial(hosts.leave, together=False))
     except (ValueError, ImportError, OSError, NotImplementedError, CheckpointError, NonFiniteLoss, KernelRefused) as error:
         if os.environ.get("POSJAX_TRACEBACK"):
             raise
-        _fail(str(error))
+        _fail(str(error), 1, hosts.leave)
 
 
-def _fail(message: str, code: int = 1) -> None:
+def _fail(message: str, code: int = 1, leave: Callable[[int], None] = sys.exit) -> None:
     print(f"posjax: {message}", file=sys.stderr)
-    sys.exit(code)
+    leave(code)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, outside the training loop, which notes it and saves."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    def end(number, frame):
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse(args: Sequence[str], options: type | None = None):
@@ -260,14 +297,15 @@ def list_all() -> None:
 
 def _open(config, specs: Sequence[str]):
     """Workdir and data; what cannot work is told here, before the workdir is made and anything is trained."""
-    from posjax import runs
+    from posjax import hosts, runs
     from posjax.config import claim_workdir
     from posjax.source import open_source
     from posjax.specs import parse_encoding
 
     for spec in specs:
         parse_encoding(spec)  # the cheapest first
-    source = open_source(config)
+    with hosts.first_process_first():
+        source = open_source(config)
     runs.check(config, specs, source)
     return claim_workdir(config), source
 
@@ -279,6 +317,10 @@ def _say() -> Callable[[str], None]:
 
 
 def _report(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
+    import jax
+
+    if jax.process_index() > 0:
+        return
     from posjax import report
     from posjax.evaluation import MEASURES, TASK_MEASURE
 
@@ -323,12 +365,9 @@ def _heading(config, source, label: str) -> str:
 
 
 def _print_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
-    import jax
     from rich.console import Console
     from rich.table import Table
 
-    if jax.process_index():
-        return
     table = Table()
     for number, head in enumerate(heads):
         table.add_column(head, justify="right" if number else "left", overflow="fold")

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from posjax.encoding import check_at_least
 from posjax.sharding import parse_mesh
 from posjax.transformer import TransformerConfig
@@ -225,7 +227,8 @@ def load_config(path: str) -> Config:
 
 
 def claim_workdir(config: Config) -> Path:
-    """Makes the workdir and stores the config there, or checks that it is the config stored there.
+    """Makes the workdir and stores the config there, or checks that it is the config stored there. Of several processes, the first
+    stores it.
 
     Raises:
       ValueError: the workdir belongs to another configuration (the fields that differ are named), or cannot be made.
@@ -244,6 +247,8 @@ def claim_workdir(config: Config) -> Path:
         if differ:
             what = ", ".join(f"{name}={before.get(name)!r} there and {now[name]!r} here" for name in differ)
             raise ValueError(f"workdir {workdir} belongs to a run with {what}; use another --workdir, or remove it to start over")
+        return workdir
+    if jax.process_index() > 0:
         return workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)

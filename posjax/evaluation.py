@@ -14,6 +14,7 @@ from posjax import probes
 from posjax.attention import attention_weights
 from posjax.config import Config
 from posjax.encoding import PositionalEncoding
+from posjax.sharding import jit_for_all
 from posjax.source import Source, held_out, test_batches
 from posjax.transformer import Transformer, cross_entropy
 from posjax.typing import Array, Params
@@ -37,7 +38,7 @@ def evaluate(config: Config, with_params: Callable[[Params], Transformer], param
         return {"metrics": {"error": _task_errors(config, with_params, params, source)} | metrics}
 
     measure = MEASURES[config.task][0]
-    losses = jax.jit(token_losses(with_params))
+    losses = jit_for_all(token_losses(with_params))
     scale = percent_or_unit(config, source)
     by_length: dict[str, float | None] = {}
     curve = None
@@ -130,7 +131,7 @@ def mean_loss(
 
 def _task_errors(config: Config, with_params: Callable, params: Params, source: Source) -> dict[str, float]:
     """Share of wrong answers in percent, on the task itself and on its variants."""
-    wrong = jax.jit(score(config, with_params))
+    wrong = jit_for_all(score(config, with_params))
     errors = {}
     for column, tests in test_sets(config, source, None).items():
         sums = np.sum([jax.device_get(wrong(params, batch)) for batch in tests], axis=0, dtype=np.float64)
@@ -149,7 +150,7 @@ def _probe(config: Config, with_params: Callable[[Params], Transformer], params:
     batch = next(held_out(config, source, config.seq_length))
     tokens, segments, positions = (jnp.asarray(batch[name][:8]) for name in ("tokens", "segment_ids", "positions"))
 
-    @jax.jit
+    @jit_for_all
     def distances(params: Params) -> list[Array]:
         return [
             probes.attention_distance(
@@ -197,7 +198,7 @@ def _cope_line(
     end = config.seq_length + found.end(1)
     tokens = np.frombuffer(text[end - config.seq_length : end], np.uint8)[None].astype(np.int32)
 
-    @jax.jit
+    @jit_for_all
     def counted(params: Params) -> tuple[Array, Array]:
         record = with_params(params).records(tokens)[counting[-1]]
         return probes.cope_positions(record.query, record.key, record.value, record.encoding, record.params)
@@ -213,5 +214,5 @@ def _decay(config: Config, with_params: Callable[[Params], Transformer], params:
     encoding, limit = model.encodings[0], model.encodings[0].max_length(dims)
     reach = 4 * config.seq_length
     distances = np.arange(0, reach if limit is None else min(reach, limit - 1))
-    values = jax.jit(lambda p: probes.decay_curve(encoding, p, distances, dims))(model.encoding_params(0))
+    values = jit_for_all(lambda p: probes.decay_curve(encoding, p, distances, dims))(model.encoding_params(0))
     return {"distance": distances.tolist(), "score": np.asarray(values).tolist()}

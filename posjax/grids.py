@@ -156,7 +156,7 @@ def _train_group(
             saved = step
         if caught and step < config.steps:
             name = signal.Signals(caught[0]).name
-            raise Interrupted(f"interrupted by {name} at step {step} of {config.steps}; saved in {folder}.")
+            raise Interrupted(f"interrupted by {name} at step {step} of {config.steps}; saved in {folder}.", caught[0])
     scores = scores or evaluate()
     lines = [json.loads(text) for text in log.read_text().splitlines()]
     parameters = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(state.params))

@@ -23,12 +23,21 @@ import jax
 import numpy as np
 
 from posjax.checkpoints import Checkpoints
+from posjax.hosts import RESTART, Agreement, loss_told
 
 MAX_SKIPPED_IN_A_ROW = 10
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM came; the run is saved as far as the message says. The command line exits with 130."""
+    """SIGINT or SIGTERM came; the run is saved as far as the message says.
+
+    Attributes:
+      exit_code: of the command line: 130 after SIGINT, posjax.hosts.RESTART after SIGTERM, which schedulers send.
+    """
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.exit_code = RESTART if number == signal.SIGTERM else 130
 
 
 class NonFiniteLoss(RuntimeError):
@@ -50,6 +59,7 @@ def fit(
     evaluate_every: int | None = None,
     resume_command: str | None = None,
     quiet: bool = False,
+    shares: int | None = None,
 ) -> Any:
     """Trains until `state.step == steps` and returns the state; resumes from the workdir's newest good checkpoint.
 
@@ -71,9 +81,12 @@ def fit(
       evaluate_every: in steps; None evaluates after the last step only.
       resume_command: what to print after an interruption; None: this program's own command line.
       quiet: prints nothing but the resume command.
+      shares: how many batches like those of `batches` are a batch of all processes; None: as many as there are processes.
 
     Raises:
-      Interrupted: SIGINT or SIGTERM, after the step was finished and saved. (A second SIGINT is a KeyboardInterrupt at once.)
+      Interrupted: SIGINT or SIGTERM, after the step was finished and saved; with several processes, on all of them after the same
+        step, soon after one of them got the signal. (A second SIGINT is a KeyboardInterrupt at once.)
+      ProcessLost: another process is gone. (Where JAX itself ends this one for it, the same message is printed.)
       NonFiniteLoss: ten steps in a row were not finite. No checkpoint is written while steps are being skipped, except after
         the last step.
       CheckpointError: there are checkpoints, but none can be used.
@@ -105,8 +118,12 @@ def fit(
         checkpoints.save(step, state, data_state, config, prune=prune)
         saved = step
 
-    with noted_signals() as caught, _Log(workdir, step, steps, quiet) as log:
-        clock, streaks, save_due = _Clock(), [], False
+    def telling() -> str:
+        done = checkpoints.steps()
+        return f"{workdir} is {_saved_at(done[-1] if done else 0)}. To go on, run:\n  {_command(resume_command)}"
+
+    with noted_signals() as caught, _Log(workdir, step, steps, quiet) as log, Agreement(step) as agreement, loss_told(telling):
+        clock, streaks, save_due = _Clock(jax.process_count() if shares is None else shares), [], False
         while step < steps:
             try:
                 batch = next(batches)
@@ -121,8 +138,7 @@ def fit(
             save_due = save_due or step % checkpoint_every == 0
             evaluating = evaluate is not None and (last or (evaluate_every and step % evaluate_every == 0))
             logging = step % log_every == 0 or evaluating or last
-            # Several processes must agree on the step to stop at; they ask one another at log points only.
-            stopping = _any_process(bool(caught)) if logging else bool(caught) and jax.process_count() == 1
+            stopping = None if last else agreement.signal_after(step, caught)
             if not (logging or save_due or stopping):
                 continue
 
@@ -138,8 +154,8 @@ def fit(
                 with clock.paused():
                     save(prune=streak == 0)
                 save_due = False
-            if stopping and not last:
-                raise Interrupted(_farewell(workdir, step, saved, caught, resume_command))
+            if stopping:
+                raise Interrupted(_farewell(workdir, step, saved, stopping, resume_command), stopping)
     say(f"{workdir} is at step {step} of {steps}: done")
     return state
 
@@ -174,27 +190,24 @@ def _check_streaks(streaks: list[np.ndarray], step: int, checkpoints: Checkpoint
     return int(streaks[-1])
 
 
-def _farewell(workdir: Path, step: int, saved: int, caught: list[int], resume_command: str | None) -> str:
-    if resume_command is None:
-        resume_command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    name = signal.Signals(caught[0]).name if caught else "a signal to another process"
-    where = f"saved at step {saved}" if saved else "not saved yet"
-    text = f"interrupted by {name} at step {step}; {workdir} is {where}. To go on, run:\n  {resume_command}"
+def _farewell(workdir: Path, step: int, saved: int, number: int, resume_command: str | None) -> str:
+    name, command = signal.Signals(number).name, _command(resume_command)
+    text = f"interrupted by {name} at step {step}; {workdir} is {_saved_at(saved)}. To go on, run:\n  {command}"
     if jax.process_index() == 0:
         _say(text)
     return text
 
 
+def _command(resume_command: str | None) -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if resume_command is None else resume_command
+
+
+def _saved_at(step: int) -> str:
+    return f"saved at step {step}" if step else "not saved yet"
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def _any_process(flag: bool) -> bool:
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 @contextlib.contextmanager
@@ -220,12 +233,13 @@ def noted_signals() -> Iterator[list[int]]:
 class _Clock:
     """Tokens a second between log points, without evaluation and saving, and without the first step, which compiles."""
 
-    def __init__(self):
+    def __init__(self, shares: int):
+        self.shares = shares
         self.tokens, self.start, self.first = 0, time.perf_counter(), None
 
     def count(self, batch: Any, metrics: dict[str, jax.Array]) -> None:
         leaf = batch["tokens"] if isinstance(batch, dict) and "tokens" in batch else None
-        tokens = jax.process_count() * (leaf.size if leaf is not None else jax.tree.leaves(batch)[0].shape[0])
+        tokens = self.shares * (leaf.size if leaf is not None else jax.tree.leaves(batch)[0].shape[0])
         if self.first is None:
             jax.block_until_ready(metrics)  # once a run: compilation belongs to no rate
             now = time.perf_counter()

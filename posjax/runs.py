@@ -24,10 +24,13 @@ from posjax.sharding import (
     SHARDED_RULES,
     Rules,
     abstract_train_step,
+    jit_for_all,
     jit_train_step,
     make_mesh,
     parse_mesh,
     pmap_train_step,
+    row_share,
+    shard_state,
     state_shardings,
 )
 from posjax.source import Source, held_out, open_source, train_batches
@@ -50,6 +53,9 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
         encodings that cannot be told apart, or one that the model cannot take.
     """
     mesh = _mesh(config) if devices is None else None
+    share = (0, 1) if mesh is None else row_share(mesh)
+    if config.parallel == "pmap" and jax.process_count() > 1:
+        raise ValueError(f"parallel must be 'jit' with several processes, got 'pmap' and {jax.process_count()} processes")
     devices = _rows(mesh) if devices is None else devices
     parts = devices * config.accumulate_steps if config.parallel == "pmap" else math.lcm(devices, config.accumulate_steps)
     if config.batch_size % parts:
@@ -66,7 +72,7 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
     if twice := [spec for spec, name in zip(specs, names, strict=True) if names.count(name) > 1]:
         raise ValueError(f"encodings must all differ, got {', '.join(map(repr, twice))}")
     try:
-        batch = next(train_batches(config, source, config.seed))
+        batch = next(train_batches(config, source, config.seed, share))
     except ValueError as error:
         raise ValueError(f"seq_length={config.seq_length} does not fit the train split of {config.data!r}: {error}") from error
     lengths = [] if source.task is not None else [config.seq_length * multiple for multiple in config.eval_lengths]
@@ -204,17 +210,18 @@ def train(
         axis_name="data" if config.parallel == "pmap" else None,
         ema_decay=config.ema_decay,
     )
-    losses = jax.jit(token_losses(with_params))
+    losses = jit_for_all(token_losses(with_params))
 
     def evaluate_now(state: TrainState) -> dict[str, float]:
         test_batches = first_tokens(held_out(config, source, config.seq_length), config.eval_tokens)
         return {"loss": mean_loss(losses, state.eval_params, test_batches)[0]}
 
+    share = row_share(mesh)
     with naming_refusals(config.implementation):
         state = fit(
             pmap_train_step(step) if config.parallel == "pmap" else jit_train_step(step, mesh, _rules(mesh)),
             state,
-            train_batches(config, source, seed),
+            train_batches(config, source, seed, share),
             steps=config.steps,
             workdir=workdir,
             config=dataclasses.asdict(config) | {"encoding": spec, "seeds": [seed]},
@@ -225,6 +232,7 @@ def train(
             evaluate_every=config.evaluate_every,
             resume_command=command,
             quiet=quiet,
+            shares=share[1],
         )
     return state.eval_params
 
@@ -234,7 +242,8 @@ def _start(config: Config, spec: str, seed: int, source: Source) -> tuple[Callab
     mesh = _mesh(config)
     if _rules(mesh) is PARTITION_RULES:
         with_params, params = build_model(config, spec, source, seed)
-        return with_params, _first_state(config, params, seed), mesh
+        state = _first_state(config, params, seed)
+        return with_params, state if jax.process_count() == 1 else shard_state(state, mesh), mesh
 
     def make() -> TrainState:
         return _first_state(config, build_model(config, spec, source, seed)[1], seed)
@@ -311,7 +320,8 @@ def train_and_evaluate(
         return json.loads(done.read_text())
     params = train(config, spec, seed, folder, source, command=command)
     result = evaluate_params(config, spec, params, source)
-    part = done.with_suffix(".part")
-    part.write_text(json.dumps(result))
-    part.replace(done)
+    if jax.process_index() == 0:
+        part = done.with_suffix(".part")
+        part.write_text(json.dumps(result))
+        part.replace(done)
     return result

@@ -114,6 +114,31 @@ def _laid_out(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(shape)
 
 
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): of a batch cut into `count` shares, one below another, the one whose rows lie on this process's devices.
+
+    Processes that only other axes than ROWS tell apart have the same share; each brings all of it.
+
+    Raises:
+      ValueError: processes that have some rows in common and others not, or a mesh without a device of this process.
+    """
+    parts = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in ROWS), -1)
+    held: dict[int, set[int]] = {}
+    for part, devices in enumerate(parts):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(part)
+    own = held.get(jax.process_index())
+    if own is None:
+        raise ValueError(f"mesh must have devices of every process, got none of process {jax.process_index()}")
+    size = len(own)
+    if any(rows != set(range(min(rows), min(rows) + size)) or min(rows) % size for rows in held.values()):
+        raise ValueError(
+            f"processes must have all rows of a batch in common or none, got a mesh of {dict(mesh.shape)} in which "
+            + ", ".join(f"process {index} has parts {sorted(rows)} of {len(parts)}" for index, rows in sorted(held.items()))
+        )
+    return min(own) // size, len(parts) // size
+
+
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
     """The NamedSharding of each leaf [B, T, ...] or [B] of a batch: rows over ROWS, tokens over "context"."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec(*(ROWS, "context")[: leaf.ndim])), batch)
@@ -219,17 +244,15 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Puts this process's rows of a batch, leaves [B, T, ...] or [B], on its devices.
 
     Args:
-      batch: pytree of NumPy or JAX arrays; with several processes, each passes its own rows. Leaves that are in place already
-        are left alone.
+      batch: pytree of NumPy or JAX arrays; with several processes, each passes the rows of its `row_share`, whole. Leaves that
+        are in place already are left alone.
       mesh: from `make_mesh`.
 
     Raises:
-      ValueError: the devices of this process do not divide B or T, or devices of several processes share a row.
+      ValueError: the devices do not divide B or T, or as `row_share`.
     """
-    for axis in ("context", "tensor"):
-        if mesh.local_mesh.shape[axis] != mesh.shape[axis]:
-            raise ValueError(f"{axis} must lie within a process, which brings rows of its own, got a mesh of {dict(mesh.shape)}")
-    devices = math.prod(mesh.local_mesh.shape[axis] for axis in ROWS)
+    index, count = row_share(mesh)
+    devices = math.prod(mesh.shape[axis] for axis in ROWS) // count
 
     shardings = batch_shardings(batch, mesh)
 
@@ -245,9 +268,34 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.device_put(batch, shardings)  # all leaves in one call: a call a leaf takes as long as a small step
 
     def put(leaf, sharding):
-        return leaf if is_there(leaf, sharding) else jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+        if is_there(leaf, sharding):
+            return leaf
+        own, first = np.asarray(leaf), index * len(leaf)
+
+        def part(where):
+            start, stop, _ = where[0].indices(count * len(own))
+            return own[(slice(start - first, stop - first), *where[1:])]
+
+        return jax.make_array_from_callback((count * len(own), *own.shape[1:]), sharding, part)
 
     return jax.tree.map(put, batch, shardings)
+
+
+def jit_for_all(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit(function)`, whose results every process has whole where its first argument lies on devices of several.
+
+    The other arguments are host arrays, the same on all processes.
+    """
+    compiled = None
+
+    def call(placed, *arguments):
+        nonlocal compiled
+        if compiled is None:
+            meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(placed) if not getattr(leaf, "is_fully_addressable", True)]
+            compiled = jax.jit(function, out_shardings=NamedSharding(meshes[0], PartitionSpec()) if meshes else None)
+        return compiled(placed, *arguments)
+
+    return call
 
 
 def jit_train_step(step: Step, mesh: Mesh, rules: Rules = PARTITION_RULES) -> Step:

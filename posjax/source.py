@@ -87,10 +87,13 @@ def on_device(config: Config, source: Source) -> tuple[Any, Callable[[Any, Array
 
 
 class TaskBatches:
-    """Endless batches of a seed, made of data by ``draw`` as ``on_device`` returns them."""
+    """Endless batches of a seed, made of data by ``draw`` as ``on_device`` returns them.
 
-    def __init__(self, data: Any, draw: Callable[[Any, Array], dict[str, Array]], seed: int):
-        self.drawn, self.data = 0, data
+    Of each, the rows of ``share``, (index, count). The whole batch is drawn all the same: what a row is depends on its size.
+    """
+
+    def __init__(self, data: Any, draw: Callable[[Any, Array], dict[str, Array]], seed: int, share: tuple[int, int] = (0, 1)):
+        self.drawn, self.data, self.share = 0, data, share
         self.draw = jax.jit(lambda data, number: draw(data, batch_key(seed, number)))
 
     def __iter__(self) -> "TaskBatches":
@@ -98,7 +101,13 @@ class TaskBatches:
 
     def __next__(self) -> dict[str, np.ndarray]:
         self.drawn += 1
-        return jax.device_get(self.draw(self.data, self.drawn - 1))
+        index, count = self.share
+
+        def own(leaf: np.ndarray) -> np.ndarray:
+            rows = len(leaf) // count
+            return leaf[index * rows : (index + 1) * rows]
+
+        return jax.tree.map(own, jax.device_get(self.draw(self.data, self.drawn - 1)))
 
     def get_state(self) -> dict[str, int]:
         return {"drawn": self.drawn}
@@ -112,18 +121,30 @@ def test_batches(task: tasks.Task, batch_size: int) -> TaskBatches:
     return TaskBatches((), lambda data, key: task.batch(key, batch_size), TESTS)
 
 
-def train_batches(config: Config, source: Source, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of a run: the same for every encoding."""
+def train_batches(
+    config: Config, source: Source, seed: int, share: tuple[int, int] = (0, 1)
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of a run: the same for every encoding.
+
+    Args:
+      share: (index, count), as ``sharding.row_share`` gives it: the rows of a process. States of the iterator fit any share.
+
+    Raises:
+      ValueError: a batch that the shares do not divide, or a text shorter than a sequence.
+    """
+    index, count = share
+    if config.batch_size % count:
+        raise ValueError(f"batch_size must be a multiple of {count}, the shares of the processes, got {config.batch_size}")
     if source.task is not None:
-        return TaskBatches(*on_device(config, source), seed)
+        return TaskBatches(*on_device(config, source), seed, share)
     return batches(
         source.train,
         length=config.seq_length,
         batch_size=config.batch_size,
         seed=seed,
         masked=config.task == "mlm",
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )
 
 

@@ -172,13 +172,15 @@ def test_interrupted(run, straight):
     assert_same_run("it stops", straight)
 
 
-def test_interrupted_outside_of_training(run, straight, monkeypatch):
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_interrupted_outside_of_training(run, straight, monkeypatch, number, expected):
     def interrupt(*args, **options):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        time.sleep(1)
 
     monkeypatch.setattr(source, "open_source", interrupt)
     code, _, err = run("train", "tiny.py", "--workdir", "straight")
-    assert code == 130 and err.splitlines()[-1].strip() == "posjax train tiny.py --workdir straight"
+    assert code == expected and err.splitlines()[-1].strip() == "posjax train tiny.py --workdir straight"
 
 
 def test_what_a_run_leaves_and_a_run_that_is_done(run, straight):

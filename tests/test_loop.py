@@ -183,8 +183,9 @@ def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, capsys, straight, bat
             os.kill(os.getpid(), number)
 
     words = rf"{signal.Signals(number).name} at step 17; .* saved at step 17(.|\n)*posjax train again"
-    with pytest.raises(Interrupted, match=words):
+    with pytest.raises(Interrupted, match=words) as stopped:
         run(tmp_path, batches(hook=hook))
+    assert stopped.value.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 75}[number]
     assert "posjax train again" in capsys.readouterr().out
     assert signal.getsignal(number) is before
     assert Checkpoints(tmp_path / "checkpoints").steps() == [10, 17]
