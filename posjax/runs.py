@@ -243,7 +243,7 @@ def _start(config: Config, spec: str, seed: int, source: Source) -> tuple[Callab
     if _rules(mesh) is PARTITION_RULES:
         with_params, params = build_model(config, spec, source, seed)
         state = _first_state(config, params, seed)
-        return with_params, state if jax.process_count() == 1 else shard_state(state, mesh), mesh
+        return with_params, state if config.parallel == "pmap" else shard_state(state, mesh), mesh
 
     def make() -> TrainState:
         return _first_state(config, build_model(config, spec, source, seed)[1], seed)

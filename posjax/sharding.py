@@ -115,28 +115,33 @@ def _laid_out(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def row_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): of a batch cut into `count` shares, one below another, the one whose rows lie on this process's devices.
+    """(index, count): a batch comes in `count` shares of rows, and this process brings the one with that index.
 
-    Processes that only other axes than ROWS tell apart have the same share; each brings all of it.
+    Processes that have the same rows on their devices, as where "context" or "tensor" spans them, bring the same share, whole.
 
     Raises:
       ValueError: processes that have some rows in common and others not, or a mesh without a device of this process.
     """
+    return _row_parts(mesh)[:2]
+
+
+def _row_parts(mesh: Mesh) -> tuple[int, int, list[int]]:
+    """`row_share`, and which of the parts that the rows of a batch are cut into lie here: any, where a mesh follows a torus."""
     parts = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in ROWS), -1)
     held: dict[int, set[int]] = {}
     for part, devices in enumerate(parts):
         for device in devices:
             held.setdefault(device.process_index, set()).add(part)
-    own = held.get(jax.process_index())
-    if own is None:
+    if jax.process_index() not in held:
         raise ValueError(f"mesh must have devices of every process, got none of process {jax.process_index()}")
-    size = len(own)
-    if any(rows != set(range(min(rows), min(rows) + size)) or min(rows) % size for rows in held.values()):
+    own = sorted(held[jax.process_index()])
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if len(shares) * len(own) != len(parts) or len(set().union(*shares)) != len(parts):
         raise ValueError(
             f"processes must have all rows of a batch in common or none, got a mesh of {dict(mesh.shape)} in which "
             + ", ".join(f"process {index} has parts {sorted(rows)} of {len(parts)}" for index, rows in sorted(held.items()))
         )
-    return min(own) // size, len(parts) // size
+    return shares.index(tuple(own)), len(shares), own
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
@@ -251,8 +256,8 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     Raises:
       ValueError: the devices do not divide B or T, or as `row_share`.
     """
-    index, count = row_share(mesh)
-    devices = math.prod(mesh.shape[axis] for axis in ROWS) // count
+    _, count, parts = _row_parts(mesh)
+    devices = len(parts)
 
     shardings = batch_shardings(batch, mesh)
 
@@ -270,13 +275,14 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     def put(leaf, sharding):
         if is_there(leaf, sharding):
             return leaf
-        own, first = np.asarray(leaf), index * len(leaf)
+        own = np.asarray(leaf).reshape(devices, -1, *leaf.shape[1:])
+        shape = (count * leaf.shape[0], *leaf.shape[1:])
 
         def part(where):
-            start, stop, _ = where[0].indices(count * len(own))
-            return own[(slice(start - first, stop - first), *where[1:])]
+            first = where[0].indices(shape[0])[0]
+            return own[(parts.index(first // own.shape[1]), slice(None), *where[1:])]
 
-        return jax.make_array_from_callback((count * len(own), *own.shape[1:]), sharding, part)
+        return jax.make_array_from_callback(shape, sharding, part)
 
     return jax.tree.map(put, batch, shardings)
 

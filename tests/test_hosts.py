@@ -14,11 +14,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from posjax import hosts
 from posjax.checkpoints import CheckpointError, Checkpoints
 from posjax.config import Config
-from posjax.sharding import make_mesh, row_share
+from posjax.sharding import AXES, make_mesh, row_share
 from posjax.source import open_source, train_batches
 
 ROOT = Path(__file__).parents[1]
@@ -226,23 +227,28 @@ def test_a_process_that_is_silent_is_lost(run, monkeypatch):
 PAIR = """
     import contextlib, sys, time
     import jax, numpy as np
+    from jax.sharding import Mesh
     from posjax import hosts
-    from posjax.sharding import jit_for_all, make_mesh, row_share, shard_batch
+    from posjax.sharding import AXES, jit_for_all, make_mesh, row_share, shard_batch
 
     hosts.join()
     index = jax.process_index()
-    for axes, own in ((dict(data=2), (index, 2)), (dict(context=2), (0, 1))):
-        mesh = make_mesh(**axes)
-        assert row_share(mesh) == own, own
-        whole = np.arange(32.0).reshape(4, 8)
-        rows = 4 // own[1]
-        batch = shard_batch({"x": whole[own[0] * rows :][:rows], "w": np.ones(rows)}, mesh)
-        assert batch["x"].shape == (4, 8) and not batch["x"].is_fully_addressable
-        here = [shard.data for shard in batch["x"].addressable_shards]
-        expected = whole[2 * index :][:2] if axes == dict(data=2) else whole[:, 4 * index :][:, :4]
-        np.testing.assert_array_equal(here[0], expected)
+    whole = np.arange(32.0).reshape(4, 8)
+    turned = Mesh(np.array(jax.devices())[[0, 2, 3, 1]].reshape(4, 1, 1, 1), AXES)  # as of a torus: parts 0 and 3, 1 and 2
+    for mesh, share, order in (
+        (make_mesh(), (index, 2), [0, 1, 2, 3]),
+        (make_mesh(context=2, tensor=2), (0, 1), [0, 1, 2, 3]),
+        (make_mesh(context=4), (0, 1), [0, 1, 2, 3]),
+        (turned, (index, 2), [0, 2, 3, 1]),
+    ):
+        assert row_share(mesh) == share
+        rows = 4 // share[1]
+        batch = shard_batch({"x": whole[share[0] * rows :][:rows], "w": np.ones(rows)}, mesh)
+        assert batch["x"].shape == (4, 8) and batch["w"].shape == (4,) and not batch["x"].is_fully_addressable
+        for shard in batch["x"].addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[order][shard.index])
         product = jit_for_all(lambda x, y: (x * y).sum(1))(batch["x"], whole)
-        np.testing.assert_array_equal(product, (whole**2).sum(1))
+        np.testing.assert_array_equal(product, (whole[order] * whole).sum(1))
     with hosts.first_process_first():
         print("ready", flush=True)
     caught, step = [2] if index else [], 0
@@ -258,7 +264,7 @@ PAIR = """
 
 
 def test_two_processes_share_a_batch_and_stop_at_one_step():
-    xla = re.sub(r"_count=\d+", "_count=1", os.environ["XLA_FLAGS"])
+    xla = re.sub(r"_count=\d+", "_count=2", os.environ["XLA_FLAGS"])
     common = os.environ | {"XLA_FLAGS": xla, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(PAIR)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -277,13 +283,13 @@ def test_two_processes_share_a_batch_and_stop_at_one_step():
 
 class Device:
     def __init__(self, process_index, id):
-        self.process_index, self.id = process_index, id
+        self.process_index, self.id, self.platform = process_index, id, "cpu"
 
     def __repr__(self):
         return f"{self.process_index}.{self.id}"
 
 
-def mesh_of(processes, each, **axes):
+def mesh_over(processes, each, **axes):
     return make_mesh(devices=[Device(process, process * each + n) for process in range(processes) for n in range(each)], **axes)
 
 
@@ -300,7 +306,7 @@ def mesh_of(processes, each, **axes):
     ],
 )
 def test_row_share(monkeypatch, processes, each, axes, shares):
-    mesh = mesh_of(processes, each, **axes)
+    mesh = mesh_over(processes, each, **axes)
     found = []
     for index in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
@@ -308,13 +314,22 @@ def test_row_share(monkeypatch, processes, each, axes, shares):
     assert found == shares
 
 
+def test_row_share_of_a_torus(monkeypatch):
+    """Processes with two by two devices each, of four by four that are numbered row by row."""
+    devices = np.array([Device(2 * (row // 2) + column // 2, 4 * row + column) for row in range(4) for column in range(4)])
+    for shape, expected in (((16, 1, 1, 1), [0, 1, 2, 3]), ((4, 1, 4, 1), [0, 0, 1, 1]), ((1, 2, 2, 4), [0, 0, 1, 1])):
+        for index in range(4):
+            monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+            assert row_share(Mesh(devices.reshape(shape), AXES)) == (expected[index], len(set(expected)))
+
+
 def test_row_share_errors(monkeypatch):
     words = r"all rows of a batch in common or none, .* process 0 has parts \[0\] of 2, process 1 has parts \[0, 1\] of 2"
     with pytest.raises(ValueError, match=words):
-        row_share(mesh_of(3, 2, context=3))
+        row_share(mesh_over(3, 2, context=3))
     monkeypatch.setattr(jax, "process_index", lambda: 2)
     with pytest.raises(ValueError, match="mesh must have devices of every process, got none of process 2"):
-        row_share(mesh_of(2, 2))
+        row_share(mesh_over(2, 2))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_examples": 5}, {"task": "lm"}])
