@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from posjax.checkpoints import Checkpoints
+from posjax.flops import peak_flops
 from posjax.hosts import RESTART, Agreement, loss_told
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -60,6 +61,7 @@ def fit(
     resume_command: str | None = None,
     quiet: bool = False,
     shares: int | None = None,
+    flops_per_token: float | None = None,
 ) -> Any:
     """Trains until `state.step == steps` and returns the state; resumes from the workdir's newest good checkpoint.
 
@@ -81,6 +83,8 @@ def fit(
       evaluate_every: in steps; None evaluates after the last step only.
       resume_command: what to print after an interruption; None: this program's own command line.
       quiet: prints nothing but the resume command.
+      flops_per_token: operations of the model for each token of a step, forward and backward: with the peak of the devices, where
+        it is known, every line also has mfu, the share of that peak.
       shares: how many batches like those of `batches` are a batch of all processes; None: as many as there are processes.
 
     Raises:
@@ -122,7 +126,8 @@ def fit(
         done = checkpoints.steps()
         return f"{workdir} is {_saved_at(done[-1] if done else 0)}. To go on, run:\n  {_command(resume_command)}"
 
-    with noted_signals() as caught, _Log(workdir, step, steps, quiet) as log, Agreement(step) as agreement, loss_told(telling):
+    log = _Log(workdir, step, steps, quiet, flops_per_token)
+    with noted_signals() as caught, log, Agreement(step) as agreement, loss_told(telling):
         clock, streaks, save_due = _Clock(jax.process_count() if shares is None else shares), [], False
         while step < steps:
             try:
@@ -263,7 +268,9 @@ class _Clock:
 class _Log:
     """`metrics.jsonl`, TensorBoard events, and a progress bar, or plain lines where standard output is no terminal."""
 
-    def __init__(self, workdir: Path, step: int, steps: int, quiet: bool):
+    def __init__(self, workdir: Path, step: int, steps: int, quiet: bool, flops_per_token: float | None):
+        peak = peak_flops(jax.devices()[0])
+        self.flops_of_peak = None if None in (peak, flops_per_token) else flops_per_token / (peak * jax.device_count())
         self.workdir, self.first, self.steps = workdir, step, steps
         self.show = not quiet
         self.started = time.perf_counter()
@@ -307,6 +314,8 @@ class _Log:
         for name in ("loss", "learning_rate", "grad_norm"):
             line[name] = json_number(metrics.get(name))
         line["tokens_per_second"] = json_number(rate)
+        if self.flops_of_peak is not None:
+            line["mfu"] = json_number(rate * self.flops_of_peak)
         line["skipped"] = int(metrics["skipped"])
         line |= {f"evaluation/{name}": json_number(value) for name, value in evaluation.items()}
         self.file.write(json.dumps(line) + "\n")
@@ -320,6 +329,7 @@ class _Log:
     def _print(self, step: int, line: dict[str, Any]) -> None:
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         text = f"loss {loss}  {line['tokens_per_second']:,.0f} tokens/s"
+        text += f"  MFU {line['mfu']:.1%}" if line.get("mfu") is not None else ""
         scores = "".join(f"  {name} {value}" for name, value in line.items() if name.startswith("evaluation/"))
         if self.progress:
             self.progress.update(self.task, completed=step, description=text)

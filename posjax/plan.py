@@ -24,6 +24,7 @@ import tyro
 from posjax import aot, aot_gpu
 from posjax.bench.results import print_table
 from posjax.config import Config, load_config
+from posjax.flops import attention_flops, model_flops
 from posjax.hlo import Collective
 
 REMATS = ("none", "attention", "full")
@@ -55,27 +56,6 @@ def chip_of(topology: str, cores: int) -> Chip:
         return Chip(gpu.memory, gpu.flops, gpu.bandwidth, gpu.link, aot_gpu.NETWORK)
     g = aot.generation_of(topology)
     return Chip(g.memory * cores, g.flops * cores, g.bandwidth * cores, g.torus * cores / g.cores)
-
-
-# Operations --------------------------------------------------------------------------------------------------------------
-
-
-def attention_flops(config: Config) -> float:
-    """Of both products of attention in all layers, forward, for a batch: 4 H for every pair that may meet and head."""
-    length, window = config.seq_length, config.local_window_size
-    seen = length if window is None else min(window + 1, length)
-    pairs = seen * (seen + 1) / 2 + (length - seen) * seen if config.task != "mlm" else length * length
-    heads = config.num_heads * (config.head_dim or config.embed_dim // config.num_heads)
-    return 4.0 * config.num_layers * config.batch_size * heads * pairs
-
-
-def model_flops(config: Config, parameters: int) -> float:
-    """Of a step without recomputation, as MFU has it (Chowdhery et al., arXiv:2204.02311, appendix B).
-
-    Three times the forward pass: two operations a token for each parameter that is in a product, and attention's own. The embedding
-    is in one where it makes the logits.
-    """
-    return 6.0 * parameters * config.batch_size * config.seq_length + 3.0 * attention_flops(config)
 
 
 def _kernel_flops(config: Config, mesh: Mapping[str, int], counts: bool) -> float:

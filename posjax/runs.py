@@ -16,6 +16,7 @@ from posjax.checkpoints import CheckpointError, Checkpoints
 from posjax.config import Config, load_config
 from posjax.datasets.corpus import NUM_BYTES, NUM_SPECIAL
 from posjax.evaluation import evaluate, first_tokens, mean_loss, token_losses
+from posjax.flops import model_flops
 from posjax.kernels.refused import naming_refusals
 from posjax.loop import fit
 from posjax.sharding import (
@@ -217,6 +218,8 @@ def train(
         return {"loss": mean_loss(losses, state.eval_params, test_batches)[0]}
 
     share = row_share(mesh)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    sized = config if source.task is None else dataclasses.replace(config, seq_length=source.task.length)
     with naming_refusals(config.implementation):
         state = fit(
             pmap_train_step(step) if config.parallel == "pmap" else jit_train_step(step, mesh, _rules(mesh)),
@@ -233,6 +236,7 @@ def train(
             resume_command=command,
             quiet=quiet,
             shares=share[1],
+            flops_per_token=model_flops(sized, parameters) / (sized.batch_size * sized.seq_length),
         )
     return state.eval_params
 

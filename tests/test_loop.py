@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from posjax import loop
 from posjax.checkpoints import CheckpointError, Checkpoints
 from posjax.loop import Interrupted, NonFiniteLoss, fit, forget_after
 from posjax.sharding import jit_train_step, make_mesh, pmap_train_step
@@ -144,6 +145,14 @@ def test_plain_lines_and_quiet(tmp_path, capsys):
     assert re.search(r"step 5/5  loss \d", out) and "tokens/s" in out and "0:00:00 left" in out and "\x1b" not in out
     run(tmp_path / "b", steps=5, quiet=True)
     assert capsys.readouterr().out == ""
+
+
+def test_the_share_of_the_devices_peak(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "peak_flops", lambda device: 2e6)
+    run(tmp_path, steps=5, flops_per_token=3.0)
+    (line,) = lines(tmp_path)
+    assert line["mfu"] == pytest.approx(3.0 * line["tokens_per_second"] / (2e6 * jax.device_count()))
+    assert f"tokens/s  MFU {line['mfu']:.1%}" in capsys.readouterr().out
 
 
 def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):

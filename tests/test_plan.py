@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 
 from posjax import aot, cli, plan
 from posjax.config import Config
+from posjax.flops import attention_flops, model_flops, peak_flops
 from posjax.hlo import Collective, read_cost
-from posjax.plan import Chip, Plan, Planning, advice, attention_flops, candidates, make_plans, model_flops, seconds_of
+from posjax.plan import Chip, Plan, Planning, advice, candidates, make_plans, seconds_of
 from posjax.runs import abstract_step
 
 SMALL = """
@@ -76,6 +78,14 @@ def test_model_operations_are_those_of_the_compiled_step():
     dense = 3 * 4 * 2 * 8 * 4 * 16 * 64 * 64
     assert found.flops == 6 * matrices * 8 * 64 + dense
     assert model_flops(config, matrices) == 6 * matrices * 8 * 64 + dense * (65 / 128)
+
+
+def test_peaks_of_devices():
+    """A chip's, from its data sheet, where it is one device of two cores."""
+    device = SimpleNamespace(device_kind="TPU v5", num_cores=2)
+    assert peak_flops(device) == 459e12
+    assert peak_flops(SimpleNamespace(device_kind="NVIDIA H200")) == 989e12
+    assert peak_flops(jax.devices()[0]) is None
 
 
 # Links -------------------------------------------------------------------------------------------------------------------
