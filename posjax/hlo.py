@@ -256,10 +256,15 @@ def _groups(attributes: str, devices: int) -> np.ndarray | None:
         shape, source, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups())
         ids = np.arange(math.prod(source)).reshape(source)
         return (ids if order is None else ids.transpose(order)).reshape(shape)
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]\))?\s*\{([^}]*)\}", attributes):
+    if match := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}", attributes
+    ):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
-        ids = np.arange(math.prod(sizes.values())) if not match[2] else np.array([int(n) for n in match[2].split(",")])
-        over = re.findall(r"'([^']+)'", match[3])
+        ids = np.arange(math.prod(sizes.values()))
+        numbers, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups()[1:3])
+        if numbers is not None:  # a list of devices, or what to make of 0, 1, 2, ... to have it
+            ids = np.array(numbers) if order is None else ids.reshape(numbers).transpose(order)
+        over = re.findall(r"'([^']+)'", match[4])
         names = list(sizes)
         rest = [names.index(name) for name in names if name not in over]
         ids = ids.reshape(tuple(sizes.values())).transpose(rest + [names.index(name) for name in over])

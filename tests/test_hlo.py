@@ -156,6 +156,9 @@ GROUPS = {
     "replica_groups=mesh['data'=2,'tensor'=4] {'tensor'}": ("tensor",),
     "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}": ("data",),
     "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1','axis_0'}": ("data", "tensor"),
+    "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}": ("tensor",),
+    "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}": ("data",),
+    "replica_groups=mesh['a'=2,'b'=4], device_ids=([0,4,1,5,2,6,3,7]) {'a'}": ("tensor",),
     "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}": ("tensor",),
     "": (),
 }
