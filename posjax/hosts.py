@@ -24,6 +24,7 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PRO
 HEARTBEAT = "POSJAX_HEARTBEAT_SECONDS"
 RESTART = 75  # EX_TEMPFAIL, the exit code of a run that the same command goes on with
 
+_MEETING_SECONDS = 300
 _POLL_SECONDS = 0.5  # how often a process asks whether another one wants to stop
 _LONG_MS = 24 * 3600 * 1000  # for waits that a lost process ends, through its heartbeat
 _numbers = itertools.count()  # waits and agreements need names of their own; all processes come to them in the same order
@@ -53,6 +54,7 @@ def join() -> None:
         raise ValueError(f"{HEARTBEAT} must be at least 1, got {heartbeat}")
     if count == 1 or jax.distributed.is_initialized():
         return
+    where = f" at {ADDRESS}={given[ADDRESS]}" if ADDRESS in given else ""
     try:
         cluster = None if len(given) == 3 else _cluster()
         if cluster is None and 0 < len(given) < 3:
@@ -62,13 +64,15 @@ def join() -> None:
             return
         # JAX's preemption service would take SIGTERM away from Python: until the loop runs, nothing would end the process.
         jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(
-            given.get(ADDRESS),
-            count,
-            index,
-            cluster_detection_method="deactivate" if cluster is None else None,
-            heartbeat_timeout_seconds=heartbeat,
-        )
+        with _abort_told(lambda: f"the processes of this run did not meet within {_MEETING_SECONDS} s{where}", 1):
+            jax.distributed.initialize(
+                given.get(ADDRESS),
+                count,
+                index,
+                cluster_detection_method="deactivate" if cluster is None else None,
+                initialization_timeout=_MEETING_SECONDS,
+                heartbeat_timeout_seconds=heartbeat,
+            )
     except (RuntimeError, KeyError, OSError) as error:
         alone = "" if COUNT in given else f" ({COUNT}=1 runs in this process alone)"
         raise ConnectionError(f"the processes of this run did not meet{alone}: {error}") from error
@@ -197,7 +201,7 @@ class Agreement:
 # What an error of XLA has in it when a connection to another process broke, rather than something in this one.
 _BROKEN = ("gloo", "nccl", "coordination", "connection reset", "connection closed", "socket closed", "unavailable:")
 
-_tellings: list[Callable[[], str]] = []
+_tellings: list[tuple[Callable[[], str], int]] = []  # what an abort is told with, the innermost last, and the exit code
 _leaving: int | None = None
 
 
@@ -212,32 +216,40 @@ def loss_told(telling: Callable[[], str]) -> Iterator[None]:
     if not jax.distributed.is_initialized():
         yield
         return
-    _tellings.append(telling)
+
+    def loss() -> str:
+        return f"another process of this run was lost; {telling()}"
+
+    with _abort_told(loss, RESTART):
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if not any(words in str(error).lower() for words in _BROKEN):
+                raise
+            raise ProcessLost(loss()) from error
+
+
+@contextlib.contextmanager
+def _abort_told(telling: Callable[[], str], code: int) -> Iterator[None]:
+    _tellings.append((telling, code))
     _on_abort(_HANDLER)
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if not any(words in str(error).lower() for words in _BROKEN):
-            raise
-        raise ProcessLost(_loss(telling)) from error
     finally:
         _tellings.pop()
         if not _tellings:
             _on_abort(None)
 
 
-def _loss(telling: Callable[[], str]) -> str:
-    return f"another process of this run was lost; {telling()}"
-
-
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _HANDLER(number: int) -> None:  # Python's own handlers would wait for the main thread, which may wait for the lost process
     if _leaving is not None:
         os._exit(_leaving)
+    telling, code = _tellings[-1]
     try:
-        print(f"posjax: {_loss(_tellings[-1])}", file=sys.stderr, flush=True)
+        print(f"posjax: {telling()}", file=sys.stderr, flush=True)
     finally:
-        os._exit(RESTART)
+        os._exit(code)
 
 
 def _on_abort(handler: Any) -> None:

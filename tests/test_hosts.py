@@ -416,10 +416,10 @@ def test_one_process_joins_nothing(joined):
 
 
 def test_clusters_are_found_and_variables_go_before(joined):
-    options = dict(cluster_detection_method=None, heartbeat_timeout_seconds=60)
+    options = dict(cluster_detection_method=None, initialization_timeout=300, heartbeat_timeout_seconds=60)
     assert joined(SLURM) == [((None, None, None), options)]
     assert joined(SLURM | {hosts.ADDRESS: "node1:99"}) == [(("node1:99", None, None), options)]
-    options = dict(cluster_detection_method="deactivate", heartbeat_timeout_seconds=9)
+    options |= dict(cluster_detection_method="deactivate", heartbeat_timeout_seconds=9)
     assert joined(SLURM | HAND | {hosts.HEARTBEAT: "9"}) == [(("10.0.0.1:1234", 2, 1), options)]
 
 
@@ -438,3 +438,13 @@ def test_clusters_are_found_and_variables_go_before(joined):
 def test_wrong_variables_are_named(joined, environment, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         joined(environment)
+
+
+@pytest.mark.thorough
+def test_processes_that_do_not_meet_say_so(run):
+    (environment, _) = by_hand(2)
+    code = "from posjax import hosts; hosts._MEETING_SECONDS = 2; hosts.join()"
+    common = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    process = subprocess.run([sys.executable, "-c", code], env=common, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1
+    assert f"posjax: the processes of this run did not meet within 2 s at {hosts.ADDRESS}=127.0.0.1:" in process.stderr
