@@ -5,7 +5,7 @@
     hand                                        JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID
 
 Process 0 serves the others as coordinator. A process that is not heard of for POSJAX_HEARTBEAT_SECONDS (60 where it is not set)
-counts as lost, and all others stop; where its connections break, as those of a killed process do, they stop at once.
+counts as lost, and all others stop; where they wait for a device of a killed process, its connections break and they stop at once.
 """
 
 import contextlib

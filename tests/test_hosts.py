@@ -187,7 +187,8 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_any_number_goes_on(ru
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("lost", [0, 1])
-def test_the_loss_of_one_is_told_and_one_process_goes_on(run, one_device, lost):
+def test_the_loss_of_one_is_told_and_one_process_goes_on(run, one_device, lost, monkeypatch):
+    monkeypatch.setenv(hosts.HEARTBEAT, "10")  # what ends a wait for a process that was lost while all saved
     name = f"lost-{lost}"
     started = run.start(name, "--mesh", "fsdp=2,tensor=4", "--checkpoint_every", "5", processes=2)
     run.wait_for_step(name, 8, started)
@@ -196,7 +197,7 @@ def test_the_loss_of_one_is_told_and_one_process_goes_on(run, one_device, lost):
     codes = [hosts.RESTART, hosts.RESTART]
     codes[lost] = -signal.SIGKILL
     _, err = run.finish(started, codes)[1 - lost]
-    assert time.monotonic() - killed < 20
+    assert time.monotonic() - killed < 40
     saved = Checkpoints(run.folder / name / "checkpoints").newest_good()
     words = f"posjax: another process of this run was lost; {name} is saved at step {saved}. To go on, run:\n  posjax train tiny.py"
     assert words in err and "Traceback" not in err
