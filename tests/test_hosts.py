@@ -275,10 +275,9 @@ def test_two_processes_share_a_batch_and_stop_at_one_step():
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(out + err for out, err in texts)
-    said = [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in texts]
+    said = [re.findall(r"ready|stopped \d+ \d+", out) for out, _ in texts]  # Gloo writes there too, in the middle of lines
     assert said[0] == said[1] and said[0][0] == "ready"
-    assert re.fullmatch(r"stopped 2 \d+", said[0][1])
-    assert int(said[0][1].split()[-1]) > 4
+    assert said[0][1].startswith("stopped 2 ") and int(said[0][1].split()[-1]) > 4
 
 
 class Device:
