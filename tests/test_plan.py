@@ -196,12 +196,11 @@ FAILURE = "XlaRuntimeError: RESOURCE_EXHAUSTED: XLA:TPU compile permanent error.
 Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
 
 
-def test_what_does_not_fit_says_what_to_change(config, on_cpus, monkeypatch, capsys):
-    whole = plan.aot.compile_all
-
-    def too_small(*args, **kwargs):
-        (report,) = whole(*args, **kwargs)
-        return [dataclasses.replace(report, failed=FAILURE, cost=None)]
+def test_what_does_not_fit_says_what_to_change(config, monkeypatch, capsys):
+    def too_small(jobs, topology, *, schedules):
+        ((target, kwargs),) = jobs
+        plan.step_job(jax.devices(), **kwargs)
+        return [aot.Report(target, topology, failed=FAILURE)]
 
     monkeypatch.setattr(plan.aot, "compile_all", too_small)
     cli.main(["plan", config, "--topology", "h200:1x1x8", "--mesh", "data=8"])
