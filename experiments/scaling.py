@@ -91,22 +91,24 @@ def measured(chips: int, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    for kind in ("strong", "weak"):
-        lines = []
-        for row in rows:
-            plan = row["plan"]
-            if row["kind"] == kind and plan["failed"] is None:
-                shares = ", ".join(f"{name} {share:.0%}" for name, share in plan["shares"].items())
-                used = sum(plan["memory"].values()) / 2**30
-                fits = "" if used * 2**30 <= plan["capacity"] else " (does not fit)"
-                numbers = [str(row["chips"]), f"{used:.1f}{fits}", f"{plan['step']:.2f}", f"{plan['mfu']:.0%}", shares]
-                lines.append([row["mesh"], *numbers])
-            elif row["kind"] == kind:
-                lines.append([row["mesh"], str(row["chips"]), "does not fit", "", "", ""])
-        heads = ["mesh", "chips", "GiB of a chip", "s a step", "MFU", "shares"]
-        print_table(f"{kind} scaling, {CONFIG} on v5p", heads, lines, [])
+    heads = ["mesh", "scaling", "chips", "GiB", "s a step", "MFU", *_GROUPS]
+    lines = []
+    for row in rows:
+        plan, first = row["plan"], [row["mesh"], row["kind"], str(row["chips"])]
+        if plan["failed"] is not None:
+            lines.append([*first, "no fit", *[""] * (len(heads) - 4)])
+            continue
+        used = sum(plan["memory"].values())
+        verdict = "" if used <= plan["capacity"] else " (no fit)"
+        grouped = dict.fromkeys(_GROUPS, 0.0)
+        for name, share in plan["shares"].items():
+            grouped[name if name in grouped else "weights"] += share
+        numbers = [f"{used / 2**30:.1f}{verdict}", f"{plan['step']:.2f}", f"{plan['mfu']:.0%}"]
+        lines.append([*first, *numbers, *(f"{share:.1%}" for share in grouped.values())])
+    print_table(f"{CONFIG} on v5p: shares of a step", heads, lines, ["weights: and their gradients, over data, fsdp and others."])
 
 
+_GROUPS = ("compute", "weights", "tensor", "context")
 _COLORS = {"compute": GREY, "memory": SKY, "fsdp": BLUE, "data+fsdp": GREEN, "tensor": ORANGE, "context": RED}
 
 
