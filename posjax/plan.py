@@ -251,10 +251,9 @@ def _plan(path: str, config: Config, topology: str, report: aot.Report, note: di
     common |= dict(batch_size=config.batch_size, seq_length=config.seq_length, parameters=note["parameters"], capacity=chip.memory)
     common |= dict(peak_flops=chip.flops)
     if report.failed is not None:
-        if (used := _bytes_asked_for(report.failed)) is None:
+        if (rest := _bytes_asked_for(report.failed, sum(note["memory"].values()))) is None:
             return Plan(**common, memory=note["memory"], failed=report.failed)
-        rest = max(0, used - sum(note["memory"].values()))
-        return Plan(**common, memory=note["memory"] | {"activations": rest}, failed="it does not fit: the compiler gave up")
+        return Plan(**common, memory=note["memory"] | {"activations": rest}, failed="the compiler gave up")
     peak = max(report.memory.get("peak", 0), report.memory["argument"] + report.memory["temp"])
     cost = report.cost
     counts = "cope" in config.encoding
@@ -282,10 +281,14 @@ def _plan(path: str, config: Config, topology: str, report: aot.Report, note: di
     )
 
 
-def _bytes_asked_for(failure: str) -> int | None:
-    """What a program that did not fit would have taken, as the compiler's message has it."""
-    match = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ", failure) or re.search(r"allocat\w* ([\d.]+)\s?([KMGT])i?B", failure)
-    return int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]]) if match else None
+def _bytes_asked_for(failure: str, arguments: int) -> int | None:
+    """What a program that did not fit would have taken beside its arguments, as the compiler's message has it."""
+    alone = re.search(r"temporaries \(([\d.]+)([KMGT])\) exceeds", failure)
+    whole = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ", failure)
+    if (match := alone or whole) is None:
+        return None
+    size = int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]])
+    return size if alone else max(0, size - arguments)
 
 
 # What to change ----------------------------------------------------------------------------------------------------------
@@ -300,9 +303,10 @@ def advice(plan: Plan, config: Config) -> list[str]:
     if plan.remat != "full":
         of_activations.append("--remat full keeps the input of each layer alone and computes the rest again")
     if rows > 1:
-        of_activations.append(
-            f"--accumulate_steps {2 * config.accumulate_steps} has half of the {rows} sequences in memory that a chip has at a time"
-        )
+        room = max(plan.capacity - state, 1)
+        parts = next((n for n in range(2, rows + 1) if rows % n == 0 and memory.get("activations", 0) / n <= room), rows)
+        fewer = f"has {rows // parts} of a device's {rows} sequences in memory at a time"
+        of_activations.append(f"--accumulate_steps {parts * config.accumulate_steps} {fewer}")
     elif config.seq_length % (4 * mesh["context"]) == 0:
         wider = mesh | {"context": 2 * mesh["context"]}
         narrower = next((axis for axis in ("data", "fsdp") if wider[axis] % 2 == 0), None)

@@ -202,6 +202,17 @@ FAILURE = "XlaRuntimeError: RESOURCE_EXHAUSTED: XLA:TPU compile permanent error.
 Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
 
 
+TEMPORARIES = "JaxRuntimeError: RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory \
+required for HLO temporaries (212.10G) exceeds available HBM (15.75G). HLO module: jit_step."
+
+
+def test_both_messages_of_the_compiler():
+    """One has the whole program in it, the other what comes beside the arguments."""
+    assert plan._bytes_asked_for(FAILURE, 2**30) == int(19.5 * 2**30)
+    assert plan._bytes_asked_for(TEMPORARIES, 2**30) == int(212.1 * 2**30)
+    assert plan._bytes_asked_for("ValueError: no", 2**30) is None
+
+
 def test_what_does_not_fit_says_what_to_change(config, monkeypatch, capsys):
     def too_small(jobs, topology, *, schedules):
         ((target, kwargs),) = jobs
@@ -213,7 +224,7 @@ def test_what_does_not_fit_says_what_to_change(config, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "Does not fit: 20.50 GiB of 141.0" in said
     advised = [line.strip() for line in said[said.index("What would make it smaller:") :].splitlines()[1:] if line.strip()]
-    assert advised[0].startswith("--remat full") and advised[1].startswith("--accumulate_steps 2 has half of the 2 sequences")
+    assert advised[0].startswith("--remat full") and advised[1].startswith("--accumulate_steps 2 has 1 of a device's 2 sequences")
     assert any(line.startswith("--mesh fsdp=8 cuts the state over all chips") for line in advised)
     assert advised[-1] == "a topology with more chips"
 
