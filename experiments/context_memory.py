@@ -41,7 +41,7 @@ def measure(encoding: pj.PositionalEncoding, context: int) -> dict[str, int]:
         out, back = jax.vjp(call, query, key, value, params)
         return out, back(d_out)
 
-    stats = jax.jit(step, out_shardings=((cut), (cut, cut, cut, None))).lower(x, x, x, params, x).compile().memory_analysis()
+    stats = jax.jit(step, out_shardings=(cut, (cut, cut, cut, None))).lower(x, x, x, params, x).compile().memory_analysis()
     return dict(
         context=context,
         argument_bytes=stats.argument_size_in_bytes,

@@ -243,8 +243,6 @@ def plan(args: Sequence[str]) -> None:
     from posjax.plan import Planning, run
 
     planning, config = parse(args, Planning)
-    if not args or args[0].startswith("-"):
-        raise ValueError("a config must come first, such as configs/pretrain_1b.py")
     own = load_config(args[0])
     run(args[0], {f.name: v for f in dataclasses.fields(own) if (v := getattr(config, f.name)) != getattr(own, f.name)}, planning)
 

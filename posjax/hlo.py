@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-_KINDS = "all-reduce all-gather reduce-scatter all-to-all ragged-all-to-all collective-permute collective-broadcast"
-KINDS = tuple(_KINDS.split(" "))
+_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_KINDS += ("collective-broadcast",)
 _SCATTER = "all-reduce-scatter"  # fusions that TPUs have for a reduce-scatter; within is an all-reduce
 _OVERLAPPED = "async_collective_fusion"  # fusions in which TPUs gather beside a product of matrices
 
@@ -224,7 +224,7 @@ def _collective(i: Instruction, shapes: Mapping[str, str], program: dict[str, li
     if i.opcode == "fusion" and any(called.startswith(_SCATTER) for called in _called(i, "calls")):
         return "reduce-scatter", before
     kind = i.opcode.removesuffix("-start")
-    if kind not in KINDS or name.startswith(_SCATTER):
+    if kind not in _KINDS or name.startswith(_SCATTER):
         return "", 0
     if kind == "collective-permute" and all(a == b for a, b in _pairs(i.attributes)):
         return "", 0  # each to itself

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -229,8 +230,6 @@ def make_plans(
       ValueError: a topology or a field that there is not.
       ImportError: the compiler is not installed.
     """
-    import tempfile
-
     plans = []
     for fields in variants:
         with tempfile.TemporaryDirectory() as folder:
