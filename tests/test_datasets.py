@@ -205,6 +205,16 @@ def test_hidden_files_are_ignored(tmp_path):
     assert sorted(read) == [b"one", b"two"]
 
 
+@pytest.mark.parametrize("cache", ["", "cache"])
+def test_a_cache_within_the_folder_is_no_text(tmp_path, cache):
+    folder = write(tmp_path, random_texts(10))
+    first, second = (
+        [documents(load_corpus(folder, split, tokenizer="bpe", vocab_size=300, data_dir=folder / cache)) for split in both]
+        for both in 2 * [("train", "validation")]
+    )
+    assert first == second and len(first[0] + first[1]) == 10
+
+
 @pytest.mark.parametrize("text", ["line\n" * 101, "é" * 501, "no line end", "x" * 95 + "\n" + "y" * 4, "z" * 99 + "\n"])
 def test_one_file_holds_out_its_end(tmp_path, text):
     path = write(tmp_path, {"text.txt": text}) / "text.txt"

@@ -110,7 +110,7 @@ def load_corpus(
       source: "stdlib", the .py files of the running Python's standard library, one in ten held out;
         "tfds:NAME", "tfds:NAME/CONFIG" or "tfds:NAME:FEATURE", a text data set of TFDS (if it has no validation split,
         the last tenth of train is held out, from train too);
-        or the path of a folder of UTF-8 text files, one file in ten held out (hidden ones are ignored), or of one
+        or the path of a folder of UTF-8 text files, one file in ten held out (hidden ones and caches are ignored), or of one
         file, its last tenth held out.
       split: "train" or "validation"; for "tfds:" any split of TFDS, such as "test" or "train[:1%]".
       tokenizer: "bytes" (ids 0 to 255) or "bpe", a byte-level BPE trained on the train split.

@@ -14,6 +14,7 @@ from pathlib import Path
 from posjax.datasets.files import VALIDATION_SHARE, list_files, read_file, validation_paths
 
 SPLITS = ("train", "validation")
+CACHED = ("tfds", "corpora", "tokenizers")  # folders of the cache: data sets of TFDS, tokens, vocabularies
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def open_source(source: str, cache: Path, tfds_dir: Path | None) -> Text:
         return _open_tfds(source, tfds_dir)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _open_folder(path.resolve())
+        return _open_folder(path.resolve(), cache.resolve())
     if path.is_file():
         return _open_file(path.resolve())
     siblings = [str(path.parent / other.name) for other in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -149,8 +150,9 @@ def _read_text(path: Path) -> bytes:
     return data
 
 
-def _open_folder(folder: Path) -> Text:
-    paths = list_files(folder, lambda path: not path.name.startswith("."))
+def _open_folder(folder: Path, cache: Path) -> Text:
+    made = {cache / name for name in CACHED}  # the cache may lie in the folder, or be it
+    paths = list_files(folder, lambda path: not path.name.startswith(".") and folder / path not in made)
     if len(paths) == 1:
         return _open_file(folder / paths[0])
     held_out = validation_paths(paths)
