@@ -34,14 +34,14 @@ def measure(encoding: pj.PositionalEncoding, context: int) -> dict[str, int]:
     x = jax.ShapeDtypeStruct((1, LENGTH, HEADS, WIDTH), jnp.bfloat16, sharding=cut)
     params = encoding.init(jax.random.key(0), pj.Dims(HEADS, WIDTH, HEADS * WIDTH, LENGTH))
 
-    def step(query, key, value, params, d_out):
+    def step(query, key, value, params):
         def call(*args):
             return pj.attention(*args[:3], encoding, args[3], is_causal=True, implementation="xla_chunked")
 
         out, back = jax.vjp(call, query, key, value, params)
-        return out, back(d_out)
+        return out, back(out)  # as of a loss that is half the sum of squares
 
-    stats = jax.jit(step, out_shardings=(cut, (cut, cut, cut, None))).lower(x, x, x, params, x).compile().memory_analysis()
+    stats = jax.jit(step, out_shardings=(cut, (cut, cut, cut, None))).lower(x, x, x, params).compile().memory_analysis()
     return dict(
         context=context,
         argument_bytes=stats.argument_size_in_bytes,

@@ -17,6 +17,9 @@ of every device, to the right through the low ones and back to the left through 
     low    chunk of keys  0 -> 1 -> 2 -> 3        (device 0 .. 3)
     high                  7 <- 6 <- 5 <- 4        2 C steps; at step s chunk of queries q meets chunk of keys q - s
 
+Keys are cut into some pieces once more: one piece is on its way while another is looked at, and what is made of it is added to what
+comes. So the room for what comes and goes is a fraction of a device's share, and sending still does not wait for the walk.
+
 What a term has carried stays with its queries. A step in which nothing is to be seen visits no tile, and where all rows of a term
 have settled a chunk is plain flash attention, as in ``tiled``. From step C on the low chunks have no keys left: the belt takes the
 time of 3 C - 1 full pairs of chunks, for 2 C where the order is free, and 4 C - 2 without the zig-zag.
@@ -27,6 +30,7 @@ of what was carried flows from the left to the right. It is given the carries th
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -42,6 +46,7 @@ from posjax.kernels.tiled import NOTHING, SAVED, Operands, Plan
 from posjax.typing import Array, Float, Int
 
 CONTEXT_AXES = ("context", "sequence", "seq", "cp", "sp")  # names of a mesh's axis that cuts sequences, where it is automatic
+_PIECES = 4  # of the keys of a chunk at most: each costs a merge of the results and, where a term carries, a number a row
 _NEVER = -NOTHING  # the log-sum-exp of no keys, while parts of a row are merged
 
 
@@ -110,7 +115,11 @@ def attention(
         halves = _Halves(context.axis, context.parts, mask.is_causal)
         slots = halves.slots(call, split=is_ordered)
         made = [tiled.cut_up(**slot, logits_soft_cap=logits_soft_cap, is_part=True) for slot in slots]
-        ring = _Ring(made[0][0], context.axis, context.parts, is_ordered)
+        plan, operands = made[0]
+        tiles = operands.key.shape[0]
+        pieces = next(n for n in range(_PIECES, 0, -1) if tiles % n == 0)
+        plan = dataclasses.replace(plan, keys=plan.keys // pieces if pieces > 1 else plan.keys)
+        ring = _Ring(plan, context.axis, context.parts, is_ordered, pieces)
         out = _attend(ring, tuple(operands for _, operands in made))
         length = slots[0]["query"].shape[1]
         return halves.home([tiled.joined(x, length) for x in out])
@@ -203,37 +212,61 @@ class _Ring:
     axis: str
     parts: int
     is_ordered: bool
+    pieces: int  # of a chunk's keys, looked at from the right to the left
 
     @property
     def steps(self) -> int:
-        return 2 * self.parts if self.is_ordered else self.parts
+        return self.pieces * (2 * self.parts if self.is_ordered else self.parts)
 
-    def moved(self, slots: tuple[Any, ...], back: bool = False) -> tuple[Any, ...]:
-        """What travels, one step further on its way, or back."""
+    def at(self, step: Array) -> Array:
+        """The piece of a step."""
+        return self.pieces - 1 - step % self.pieces
+
+    def moved(self, pieces: Any, back: bool = False) -> Any:
+        """What travels, the pieces of all slots along the first axis, one step further on its way, or back."""
         right, left = [(d, d + 1) for d in range(self.parts - 1)], [(d + 1, d) for d in range(self.parts - 1)]
-
-        def sent(x: Any, moves: list[tuple[int, int]]) -> Any:
-            return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.axis, moves), x)
-
         if not self.is_ordered:
             last = self.parts - 1
-            return (sent(slots[0], [*left, (0, last)] if back else [*right, (last, 0)]),)
-        low, high = slots
-        here = jax.lax.axis_index(self.axis)
-        if back:
-            right, left = left, right
+            moves = [*left, (0, last)] if back else [*right, (last, 0)]
+            return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, moves), pieces)
         # The ends of the belt: at the last device it turns, and from the high chunk of the first it begins anew.
+        here = jax.lax.axis_index(self.axis)
         first, last = here == 0, here == self.parts - 1
         turned_low, turned_high = (last, first) if back else (first, last)
-        new_low = jax.tree.map(lambda x, y: jnp.where(turned_low, y, x), sent(low, right), high)
-        new_high = jax.tree.map(lambda x, y: jnp.where(turned_high, y, x), sent(high, left), low)
-        return new_low, new_high
+        if back:
+            right, left = left, right
+
+        def moved(x: Array) -> Array:
+            low, high = (jax.lax.ppermute(x[i], self.axis, moves) for i, moves in enumerate((right, left)))
+            return jnp.stack([jnp.where(turned_low, x[1], low), jnp.where(turned_high, x[0], high)])
+
+        return jax.tree.map(moved, pieces)
 
 
 def _travelling(x: Operands) -> dict[str, Any]:
     """What belongs to keys."""
     columns = [term.columns for term in x.terms]
     return dict(key=x.key, value=x.value, columns=columns, segments=x.mask.key_segments, positions=x.key_positions)
+
+
+def _in_pieces(ring: _Ring, by_key: dict[str, Any]) -> dict[str, Any]:
+    """What belongs to keys, or gradients of it, as pieces along a new first axis."""
+    along = dict(key=0, value=0, columns=2, segments=1, positions=1)
+
+    def cut(x: Array, axis: int) -> Array:
+        if x.shape[axis] == 1 and axis > 0:  # the same for all keys
+            return jnp.broadcast_to(x, (ring.pieces, *x.shape))
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], ring.pieces, -1, *x.shape[axis + 1 :]), axis, 0)
+
+    return {name: jax.tree.map(functools.partial(cut, axis=along[name]), x) for name, x in by_key.items()}
+
+
+def _taken(pieces: Any, at: Array) -> Any:
+    return jax.tree.map(lambda x: x[at], pieces)
+
+
+def _put(pieces: Any, at: Array, new: Any) -> Any:
+    return jax.tree.map(lambda x, y: x.at[at].set(y), pieces, new)
 
 
 def _meeting(x: Operands, there: dict[str, Any], carries: list[Any]) -> Operands:
@@ -247,6 +280,11 @@ def _meeting(x: Operands, there: dict[str, Any], carries: list[Any]) -> Operands
         mask=dataclasses.replace(x.mask, key_segments=there["segments"]),
         key_positions=there["positions"],
     )
+
+
+def _stacked(ring: _Ring, slots: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What belongs to the keys of all slots: pieces lead, slots follow."""
+    return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *(_in_pieces(ring, by_key) for by_key in slots))
 
 
 def _carries(x: Operands) -> list[Any]:
@@ -269,23 +307,26 @@ def _forward(ring: _Ring, slots: tuple[Operands, ...]) -> tuple[tuple[Array, ...
         total = jnp.logaddexp(before, log_sum)
         return total, out * jnp.exp(before - total)[..., None] + more * jnp.exp(log_sum - total)[..., None]
 
-    def step(state: Any, _: None) -> tuple[Any, Any]:
+    def step(state: Any, number: Array) -> tuple[Any, Any]:
         travelling, so_far, carries = state
-        further = ring.moved(travelling)  # does not wait for the walk
+        at = ring.at(number)
+        pieces = _taken(travelling, at)
+        travelling = _put(travelling, at, ring.moved(pieces))  # does not wait for the walk
         finals, firsts, results = [], [], []
-        for x, there, own, carried in zip(slots, travelling, so_far, carries, strict=True):
+        for i, (x, own, carried) in enumerate(zip(slots, so_far, carries, strict=True)):
+            there = _taken(pieces, i)
             out, (log_sum, first, final) = tiled.outputs(ring.plan, _meeting(x, there, carried))
             results.append(merged(own, (log_sum, out)))
             finals.append(jax.tree.map(tiled.whole_rows, final))
             firsts.append(first)
-        return (further, tuple(results), tuple(finals)), (tuple(finals), tuple(firsts))
+        return (travelling, tuple(results), tuple(finals)), (tuple(finals), tuple(firsts))
 
     def nothing(x: Operands) -> tuple[Array, Array]:
         rows = x.query.shape[:-1]
         return jnp.full(rows, _NEVER, jnp.float32), jnp.zeros((*rows, x.value.shape[-1]), jnp.float32)
 
-    start = tuple(map(_travelling, slots)), tuple(map(nothing, slots)), tuple(map(_carries, slots))
-    (_, results, _), (finals, firsts) = jax.lax.scan(step, start, None, length=ring.steps)
+    start = _stacked(ring, map(_travelling, slots)), tuple(map(nothing, slots)), tuple(map(_carries, slots))
+    (_, results, _), (finals, firsts) = jax.lax.scan(step, start, jnp.arange(ring.steps))
     out = tuple(own.astype(x.value.dtype) for (_, own), x in zip(results, slots, strict=True))
     log_sums = tuple(jnp.where(total > 0.5 * _NEVER, total, NOTHING) for total, _ in results)
     out, log_sums, finals, firsts = checkpoint_name((out, log_sums, finals, firsts), SAVED)
@@ -294,6 +335,7 @@ def _forward(ring: _Ring, slots: tuple[Operands, ...]) -> tuple[tuple[Array, ...
 
 def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[Operands, ...]]:
     slots, out, log_sums, finals, firsts = saved
+    slacks = tuple(map(tiled.slack_of, out, d_out))
 
     def pair(i: int, number: Array, there: dict[str, Any], d_final: list[Array]) -> dict[str, Any]:
         """The gradients of the pair of pieces that slot i saw at a step."""
@@ -303,42 +345,48 @@ def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[
         )
         final = jax.tree.map(lambda f: _tiles(f[number], ring.plan.rows), finals[i])
         saved = log_sums[i], firsts[i][number], final
-        return tiled.gradients(ring.plan, _meeting(x, there, received), out[i], saved, d_out[i], d_final)
+        return tiled.gradients(ring.plan, _meeting(x, there, received), saved, d_out[i], slacks[i], d_final)
 
     def step(state: Any, number: Array) -> tuple[Any, None]:
         travelling, d_travelling, d_stayed, d_carries = state
-        travelling, d_travelling = ring.moved(travelling, back=True), ring.moved(d_travelling, back=True)
-        made = [pair(i, number, there, d) for i, (there, d) in enumerate(zip(travelling, d_carries, strict=True))]
+        at = ring.at(number)
+        pieces, d_pieces = (ring.moved(_taken(x, at), back=True) for x in (travelling, d_travelling))
+        made = [pair(i, number, _taken(pieces, i), d) for i, d in enumerate(d_carries)]
+        by_key = jax.tree.map(lambda *x: jnp.stack(x), *({name: d[name] for name in _BY_KEY} for d in made))
         return (
-            travelling,
-            _added(d_travelling, [{name: d[name] for name in _BY_KEY} for d in made]),
-            _added(d_stayed, [{name: d[name] for name in _BY_QUERY} for d in made]),
+            _put(travelling, at, pieces),
+            _put(d_travelling, at, jax.tree.map(jnp.add, d_pieces, by_key)),
+            jax.tree.map(jnp.add, d_stayed, tuple({name: d[name] for name in _BY_QUERY} for d in made)),
             tuple(d["carries"] for d in made),
         ), None
 
+    def zeros(shapes: Any) -> Any:
+        return jax.tree.map(lambda s: jnp.full(s.shape, tiled.late_zero(firsts[0])), shapes)
+
     d_carries = tuple(
-        [jnp.zeros((*x.query.shape[:-1], *c.shape[3:]), jnp.float32) for c in tiled.floats(_carries(x))[0]] for x in slots
+        zeros([jax.ShapeDtypeStruct((*x.query.shape[:-1], *c.shape[3:]), c.dtype) for c in tiled.floats(_carries(x))[0]])
+        for x in slots
     )
-    travelling = tuple(map(_travelling, slots))
-    shapes = [jax.eval_shape(functools.partial(pair, i), jnp.int32(0), travelling[i], d_carries[i]) for i in range(len(slots))]
-    zeros = [jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shape) for shape in shapes]
+    travelling = _stacked(ring, map(_travelling, slots))
+    first = _taken(travelling, 0)
+    shapes = [jax.eval_shape(functools.partial(pair, i), jnp.int32(0), _taken(first, i), d) for i, d in enumerate(d_carries)]
+    whole = tuple(dict(key=x.key, value=x.value, columns=tiled.floats([term.columns for term in x.terms])[0]) for x in slots)
+    whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), whole)
+    stacked = functools.partial(_stacked, ring)
     start = (
         travelling,
-        tuple({name: d[name] for name in _BY_KEY} for d in zeros),
-        tuple({name: d[name] for name in _BY_QUERY} for d in zeros),
+        zeros(jax.eval_shape(stacked, whole)),
+        tuple(zeros({name: d[name] for name in _BY_QUERY}) for d in shapes),
         d_carries,
     )
-    (_, by_key, stayed, d_carries), _ = jax.lax.scan(step, start, jnp.arange(ring.steps), reverse=True)
+    (_, sums, stayed, d_carries), _ = jax.lax.scan(step, start, jnp.arange(ring.steps), reverse=True)
+    (by_key,) = jax.linear_transpose(stacked, whole)(sums)
     parts = zip(slots, by_key, stayed, d_carries, strict=True)
     return (tuple(tiled.gradient_of(x, keys | own | dict(carries=carried)) for x, keys, own, carried in parts),)
 
 
 _BY_KEY = ("key", "value", "columns")
 _BY_QUERY = ("query", "rows", "tables", "scale")
-
-
-def _added(sums: tuple[Any, ...], more: list[Any]) -> tuple[Any, ...]:
-    return tuple(jax.tree.map(lambda a, b: a + b.astype(a.dtype), a, b) for a, b in zip(sums, more, strict=True))
 
 
 def _tiles(x: Array, rows: int) -> Array:

@@ -407,13 +407,26 @@ def _sum(a: list[Array], b: list[Array]) -> list[Array]:
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
+def late_zero(first: Array) -> Array:
+    """0.0, of counts of plain tiles, never negative: what sums start from must not be laid out before the forward walk.
+
+    Constants have no place in the order of a program, and XLA puts these, of the size of keys and values, at its very beginning.
+    """
+    return jnp.minimum(first.ravel()[0], 0).astype(jnp.float32)
+
+
+def slack_of(out: Array, d_out: Array) -> Array:
+    """What the derivative of the softmax takes off the gradient of every weight of a row: sum(d_out * out), float32."""
+    return jax.lax.map(lambda both: (both[0].astype(jnp.float32) * both[1].astype(jnp.float32)).sum(-1), (out, d_out))
+
+
 @_one_by_one
-def gradients(plan: Plan, x: Operands, out: Array, saved: Any, d_out: Array, d_final: list[Array]) -> dict[str, Any]:
+def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, slack: Array, d_final: list[Array]) -> dict[str, Any]:
     """The gradients of the operands' floating-point leaves.
 
     Args:
-      out, saved: of ``outputs``; of a part, ``out`` and the log-sum-exp are those of the whole rows.
-      d_out: of ``out``.
+      saved: of ``outputs``; of a part, the log-sum-exp is that of the whole rows.
+      d_out, slack: of the whole rows, see ``slack_of``.
       d_final: of the carries that are handed on, those of floats, [I, B, N, t, ...].
 
     Returns:
@@ -426,7 +439,7 @@ def gradients(plan: Plan, x: Operands, out: Array, saved: Any, d_out: Array, d_f
     kv_heads = x.key.shape[2]
 
     def one(totals: Any, step: Any) -> tuple[Any, Any]:
-        index, out, log_sum, first, final, d_out, d_final = step
+        index, log_sum, first, final, d_out, slack, d_final = step
         row = _row(plan, x, index)
         raw_rows, with_raw_rows = floats([term.rows for term in row.terms])
         tables, with_tables = floats([term.tables for term in row.terms])
@@ -441,8 +454,6 @@ def gradients(plan: Plan, x: Operands, out: Array, saved: Any, d_out: Array, d_f
         carries, with_carries = floats([term.carry for term in row.terms])
         carrying = bool(carries)
         d_out = d_out.astype(jnp.float32)
-        slack = (d_out * out.astype(jnp.float32)).sum(-1)
-
         unsettled = [None] * len(row.terms)
 
         def scores(seen: _KeyTile, logits, rows, columns, tables, carries, settled) -> tuple[Array, list[Array]]:
@@ -518,8 +529,9 @@ def gradients(plan: Plan, x: Operands, out: Array, saved: Any, d_out: Array, d_f
         return (_sum(d_tables, more_tables), by_key), made
 
     start = _zeros(all_tables), (*_zeros([x.key, x.value]), _zeros(all_columns))
+    start = jax.tree.map(lambda zeros: jnp.full_like(zeros, late_zero(first)), start)
     (d_tables, (d_key, d_value, d_columns)), (d_query, d_rows, d_carries, d_scale) = jax.lax.scan(
-        one, start, (jnp.arange(x.query.shape[0]), out, log_sum, first, final, d_out, d_final)
+        one, start, (jnp.arange(x.query.shape[0]), log_sum, first, final, d_out, slack, d_final)
     )
     return dict(
         query=d_query,
@@ -534,9 +546,9 @@ def gradients(plan: Plan, x: Operands, out: Array, saved: Any, d_out: Array, d_f
 
 
 def _backward(plan: Plan, saved: tuple[Operands, Array, Any], d_out: Array) -> tuple[Operands]:
-    x = saved[0]
-    final = floats(saved[2][2])[0]
-    return (gradient_of(x, gradients(plan, *saved, d_out, _zeros(final))),)
+    x, out, walk = saved
+    final = floats(walk[2])[0]
+    return (gradient_of(x, gradients(plan, x, walk, d_out, slack_of(out, d_out), _zeros(final))),)
 
 
 def gradient_of(x: Operands, d: dict[str, Any]) -> Operands:
