@@ -46,7 +46,8 @@ from posjax.kernels.tiled import NOTHING, SAVED, Operands, Plan
 from posjax.typing import Array, Float, Int
 
 CONTEXT_AXES = ("context", "sequence", "seq", "cp", "sp")  # names of a mesh's axis that cuts sequences, where it is automatic
-_PIECES = 4  # of the keys of a chunk at most: each costs a merge of the results and, where a term carries, a number a row
+_PIECES = 4  # of the keys of a chunk at most
+_PIECE = 2048  # keys of one at least: what a query tile prepares, CoPE above all, it prepares for every piece
 _NEVER = -NOTHING  # the log-sum-exp of no keys, while parts of a row are merged
 
 
@@ -117,8 +118,8 @@ def attention(
         made = [tiled.cut_up(**slot, logits_soft_cap=logits_soft_cap, is_part=True) for slot in slots]
         plan, operands = made[0]
         tiles = operands.key.shape[0]
-        pieces = next(n for n in range(_PIECES, 0, -1) if tiles % n == 0)
-        plan = dataclasses.replace(plan, keys=plan.keys // pieces if pieces > 1 else plan.keys)
+        pieces = next(n for n in range(_PIECES, 0, -1) if n == 1 or tiles % n == 0 and plan.keys >= n * _PIECE)
+        plan = dataclasses.replace(plan, keys=plan.keys // pieces)
         ring = _Ring(plan, context.axis, context.parts, is_ordered, pieces)
         out = _attend(ring, tuple(operands for _, operands in made))
         length = slots[0]["query"].shape[1]
