@@ -83,7 +83,7 @@ class Run:
     def results(self, workdir):
         return json.loads((self.folder / workdir / "results.json").read_text())["rows"][0]["metrics"]
 
-    def wait_for_step(self, workdir, step, started, seconds=100):
+    def wait_for_step(self, workdir, step, started, seconds=200):
         end = time.monotonic() + seconds
         while not any(line["step"] >= step for line in self.lines(workdir)):
             assert time.monotonic() < end and all(process.poll() is None for process in started)
