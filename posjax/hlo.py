@@ -336,21 +336,39 @@ def _moved(i: Instruction, shapes: Mapping[str, str], program: dict[str, list[In
         return 2 * read[1]
     if i.opcode != "fusion":
         return sum(read) + size_of(i.shape)
-    body = [x for called in _called(i, "calls") for x in program.get(called, ())]
-    sizes = {x.name: x.shape for x in body}
     written = size_of(i.shape)
-    for x in body:
-        if x.opcode != "parameter":
+    for number, size in enumerate(read):
+        if (part := _part_used(i, number, program)) is None:
             continue
-        users = [user for user in body if x.name in user.operands]
-        number = int(x.inside)
-        if users and all(user.opcode in _CUTS and user.operands[0] == x.name for user in users):
-            read[number] = min(read[number], sum(size_of(user.shape) for user in users))
-        elif users and all(user.opcode == "dynamic-update-slice" and user.operands[0] == x.name for user in users):
-            update = sum(size_of(sizes.get(user.operands[1], "")) for user in users)
-            written -= min(written, read[number]) - update  # in place: the rest of the result is the operand
-            read[number] = 0
+        cut, updated = part
+        read[number] = min(size, cut)
+        if updated:  # in place: the rest of the result is the operand
+            written -= max(0, min(written, size) - updated)
     return sum(read) + written
+
+
+def _part_used(fusion: Instruction, number: int, program: dict[str, list[Instruction]]) -> tuple[int, int] | None:
+    """Bytes that a fusion cuts from an operand, and bytes that it writes into it; None where it takes the whole."""
+    body = [x for called in _called(fusion, "calls") for x in program.get(called, ())]
+    shapes = {x.name: x.shape for x in body}
+    cut = updated = 0
+    names = [x.name for x in body if x.opcode == "parameter" and int(x.inside) == number]
+    for name in names:  # grows: what only renames an array is followed
+        for user in (x for x in body if name in x.operands):
+            if user.opcode == "bitcast":
+                names.append(user.name)
+            elif user.opcode == "fusion":
+                within = [_part_used(user, at, program) for at, operand in enumerate(user.operands) if operand == name]
+                if None in within:
+                    return None
+                cut, updated = cut + sum(part[0] for part in within), updated + sum(part[1] for part in within)
+            elif user.opcode in _CUTS and user.operands[0] == name:
+                cut += size_of(user.shape)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name and user.operands.count(name) == 1:
+                updated += size_of(shapes.get(user.operands[1], ""))
+            else:
+                return None
+    return (cut, updated) if names else None
 
 
 def size_of(shape: str) -> int:

@@ -229,6 +229,42 @@ def test_what_lies_elsewhere_does_not_move():
     assert hlo.size_of("(bf16[2,3]{1,0:T(8,128)(2,1)}, f32[4]{0:S(1)}, pred[5], s4[3])") == 12 + 5 + 2
 
 
+PARTS = """HloModule parts
+%cut (a: f32[1,32,8], at: s32[]) -> f32[8] {
+  %a = f32[1,32,8]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %rows = f32[32,8]{1,0} bitcast(%a)
+  %row = f32[1,8]{1,0} dynamic-slice(%rows, %at, %zero), dynamic_slice_sizes={1,8}
+  ROOT %flat = f32[8]{0} bitcast(%row)
+}
+%add_to_one (b: f32[32,8], a: f32[1,32,8], at: s32[]) -> f32[32,8] {
+  %b = f32[32,8]{1,0} parameter(0)
+  %a = f32[1,32,8]{2,1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[8]{0} fusion(%a, %at), kind=kLoop, calls=%cut
+  %more = f32[1,8]{1,0} bitcast(%row)
+  %old = f32[1,8]{1,0} dynamic-slice(%b, %at, %zero), dynamic_slice_sizes={1,8}
+  %sum = f32[1,8]{1,0} add(%old, %more)
+  ROOT %new = f32[32,8]{1,0} dynamic-update-slice(%b, %sum, %at, %zero)
+}
+ENTRY %main (a: f32[1,32,8], b: f32[32,8], at: s32[]) -> f32[32,8] {
+  %a = f32[1,32,8]{2,1,0} parameter(0)
+  %b = f32[32,8]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  ROOT %out = f32[32,8]{1,0} fusion(%b, %a, %at), kind=kLoop, calls=%add_to_one
+}
+"""
+
+
+def test_a_row_of_one_array_added_to_a_row_of_another_moves_rows():
+    """Cut in a fusion within the fusion, and read and written in place."""
+    assert read_cost(PARTS).bytes == 3 * 8 * 4 + 4  # and the index
+    whole = PARTS.replace("ROOT %new = f32[32,8]{1,0} dynamic-update-slice(%b, %sum", "ROOT %new = f32[32,8]{1,0} other(%b, %sum")
+    assert read_cost(whole).bytes == 2 * 32 * 8 * 4 + 8 * 4 + 4
+
+
 # A program whose collectives can be told in advance ----------------------------------------------------------------------
 
 

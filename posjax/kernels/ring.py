@@ -118,7 +118,7 @@ def attention(
         made = [tiled.cut_up(**slot, logits_soft_cap=logits_soft_cap, is_part=True) for slot in slots]
         plan, operands = made[0]
         tiles = operands.key.shape[0]
-        pieces = next(n for n in range(_PIECES, 0, -1) if n == 1 or tiles % n == 0 and plan.keys >= n * _PIECE)
+        pieces = next(n for n in range(_PIECES, 0, -1) if n == 1 or (tiles % n == 0 and plan.keys >= n * _PIECE))
         plan = dataclasses.replace(plan, keys=plan.keys // pieces)
         ring = _Ring(plan, context.axis, context.parts, is_ordered, pieces)
         out = _attend(ring, tuple(operands for _, operands in made))
