@@ -240,11 +240,12 @@ def plan(args: Sequence[str]) -> None:
     import dataclasses
 
     from posjax.config import load_config
-    from posjax.plan import Planning, run
+    from posjax.planning import Planning, run
 
     planning, config = parse(args, Planning)
     own = load_config(args[0])
-    run(args[0], {f.name: v for f in dataclasses.fields(own) if (v := getattr(config, f.name)) != getattr(own, f.name)}, planning)
+    changed = {f.name: v for f in dataclasses.fields(own) if (v := getattr(config, f.name)) != getattr(own, f.name)}
+    run(args[0], config, changed, planning)
 
 
 def bench(args: Sequence[str]) -> None:

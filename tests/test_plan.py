@@ -10,11 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from posjax import aot, cli, plan
+from posjax import aot, cli, plan, planning, roofline
 from posjax.config import Config
 from posjax.flops import attention_flops, model_flops, peak_flops
 from posjax.hlo import Collective, read_cost
-from posjax.plan import Chip, Plan, Planning, advice, candidates, make_plans, seconds_of
+from posjax.plan import Plan, make_plans
+from posjax.planning import Planning, advice, candidates
+from posjax.roofline import Chip, seconds_of
 from posjax.runs import abstract_step
 
 SMALL = """
@@ -131,7 +133,7 @@ def test_a_small_slice_has_no_rings():
 
 
 def test_gpus_of_a_host_and_between_hosts():
-    chip = plan.chip_of("h200:1x2x8", 1)
+    chip = roofline.chip_of("h200:1x2x8", 1)
     mesh = {"data": 2, "fsdp": 8, "context": 1, "tensor": 1}
     places = [(host,) for host in range(2) for _ in range(8)]
     within, between = (Collective("all-gather", (axis,), 1, 10**9, 10**9) for axis in ("fsdp", "data"))
@@ -141,8 +143,8 @@ def test_gpus_of_a_host_and_between_hosts():
 
 def test_chips_of_one_and_of_two_cores():
     """The data sheets', per chip."""
-    assert plan.chip_of("v5p:8x8x8", 2) == Chip(95 * 2**30, 459e12, 2765e9, 200e9)
-    assert plan.chip_of("v5e:16x16", 1) == Chip(16 * 2**30, 197e12, 819e9, 100e9)
+    assert roofline.chip_of("v5p:8x8x8", 2) == Chip(95 * 2**30, 459e12, 2765e9, 200e9)
+    assert roofline.chip_of("v5e:16x16", 1) == Chip(16 * 2**30, 197e12, 819e9, 100e9)
 
 
 # Plans -------------------------------------------------------------------------------------------------------------------
@@ -225,8 +227,8 @@ def test_what_does_not_fit_says_what_to_change(config, monkeypatch, capsys):
     assert "Does not fit: 20.50 GiB of 141.0" in said
     advised = [line.strip() for line in said[said.index("What would make it smaller:") :].splitlines()[1:] if line.strip()]
     assert advised[0].startswith("--remat full") and advised[1].startswith("--accumulate_steps 2 has 1 of a device's 2 sequences")
-    assert any(line.startswith("--mesh fsdp=8 cuts the state over all chips") for line in advised)
-    assert advised[-1] == "a topology with more chips"
+    assert any(line.startswith("--mesh fsdp=8 cuts the state over all devices") for line in advised)
+    assert advised[-1] == "a topology with more devices"
 
 
 def test_advice_begins_with_what_is_largest():
@@ -273,11 +275,11 @@ def test_a_config_must_be_named(capsys):
 
 
 def test_devices_of_a_topology():
-    assert [plan._count(name) for name in ("v5e:16x16", "v5p:8x8x8", "tpu7x:2x2x1", "h200:1x2x8")] == [256, 512, 8, 16]
+    assert [planning._count(name) for name in ("v5e:16x16", "v5p:8x8x8", "tpu7x:2x2x1", "h200:1x2x8")] == [256, 512, 8, 16]
     assert Planning("h200:1x1x8").topology == "h200:1x1x8"
 
 
 def test_neighbours_of_a_mesh_lie_where_its_devices_are():
-    group = plan._group(("context",), MESH, TORUS)
+    group = roofline._group(("context",), MESH, TORUS)
     assert group == [tuple(p) for p in np.array(TORUS).reshape(4, 4, 4, 2, 3)[0, 0, :, 0]]
-    assert plan._group(("data", "tensor"), MESH, TORUS)[:3] == [(0, 0, 0), (0, 0, 1), (1, 0, 0)]
+    assert roofline._group(("data", "tensor"), MESH, TORUS)[:3] == [(0, 0, 0), (0, 0, 1), (1, 0, 0)]
