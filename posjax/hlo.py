@@ -283,14 +283,9 @@ def _pairs(attributes: str) -> list[tuple[int, int]]:
 
 
 def _flops(i: Instruction, shapes: Mapping[str, str]) -> float:
-    if i.opcode == "dot":
+    if i.opcode == "dot" or (i.opcode == "custom-call" and "__cublas$" in i.attributes):
         dims = _dims(shapes.get(i.operands[0], i.inside))
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
-        over = [int(n) for n in contracted[1].split(",") if n] if contracted else []
-        return 2.0 * math.prod(_dims(i.shape)) * math.prod(dims[n] for n in over)
-    if i.opcode == "custom-call" and "__cublas$" in i.attributes:
-        dims = _dims(shapes.get(i.operands[0], ""))
-        contracted = re.search(r'"?lhs_contracting_dimensions"?:\s*\[([^\]]*)\]', i.attributes)
+        contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions"?:\s*\[)([\d,\s"]*)', i.attributes)
         over = [int(n) for n in re.findall(r"\d+", contracted[1])] if contracted else []
         return 2.0 * math.prod(_dims(i.shape)) * math.prod(dims[n] for n in over)
     return _convolution(i, shapes) if i.opcode == "convolution" else 0.0

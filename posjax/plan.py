@@ -50,7 +50,8 @@ class Plan:
       capacity: bytes of a chip.
       largest: the most bytes of weights, or of their gradients, that one collective has whole on a device.
       flops: operations: model (without recomputation), products (of matrices, as compiled), attention (within kernels).
-      bytes_moved: to and from memory.
+      bytes_moved: to and from memory, but for what loops do of which the program does not tell how often they turn.
+      uncounted: how many such loops there are, as walks over tiles in plain XLA are.
       collectives: by kind and axes.
       seconds: by what is waited for: compute, memory, and the axes of the mesh joined by "+".
       beside: of the axes' seconds those that the compiler has put beside computation.
@@ -72,6 +73,7 @@ class Plan:
     flops: dict[str, float] = dataclasses.field(default_factory=dict)
     peak_flops: float = 0.0
     bytes_moved: float = 0.0
+    uncounted: int = 0
     collectives: tuple[Collective, ...] = ()
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     beside: float = 0.0
@@ -198,6 +200,7 @@ def _plan(path: str, config: Config, topology: str, report: aot.Report, note: di
         largest=max((c.largest for c in of_weights), default=0),
         flops=flops,
         bytes_moved=cost.bytes,
+        uncounted=cost.uncounted,
         collectives=cost.collectives,
         seconds=seconds,
         beside=beside,

@@ -201,7 +201,10 @@ def _print_plan(plan: Plan, config: Config) -> None:
     print_table("Between devices, in a step of one device", heads, lines, [])
     shares = plan.shares()
     lines = [[name, f"{1e3 * time:,.1f}", f"{shares[name]:.1%}" if name in shares else ""] for name, time in plan.seconds.items()]
-    print_table("Roofline", ["what", "ms", "share"], lines, [])
+    notes = []
+    if plan.uncounted:
+        notes = [f"memory: without {plan.uncounted} loop(s), such as walks over tiles, of which the program does not tell the turns"]
+    print_table("Roofline", ["what", "ms", "share"], lines, notes)
     flops = ", ".join(f"{name} {value / 1e12:,.1f}" for name, value in plan.flops.items())
     print(
         f"Tera-operations of a device: {flops}.\n"

@@ -64,6 +64,19 @@ def test_grouped_products():
     assert cost.flops == 2 * 2 * 3 * 5 * 11 * 7
 
 
+def test_products_of_cublas():
+    numbers = '{"lhs_contracting_dimensions":["0","2"],"rhs_contracting_dimensions":["0","1"]}'
+    config = f'{{"gemm_backend_config":{{"dot_dimension_numbers":{numbers}}}}}'
+    call = f'custom-call(%x, %y), custom_call_target="__cublas$gemm", backend_config={config}'
+    program = f"""ENTRY %main (x: f32[2,5,7], y: f32[2,7,11]) -> f32[5,11] {{
+  %x = f32[2,5,7]{{2,1,0}} parameter(0)
+  %y = f32[2,7,11]{{2,1,0}} parameter(1)
+  ROOT %out = f32[5,11]{{1,0}} {call}
+}}
+"""
+    assert read_cost(program).flops == 2 * 5 * 11 * (2 * 7)
+
+
 CONVOLUTIONS = [
     # TPUs make products of matrices convolutions; of a window that is wider than the array only what meets it counts.
     ("bf16[8,4]", "bf16[4,16]", "bf16[8,16]", "dim_labels=bf_io->bf", 2 * 8 * 4 * 16),
