@@ -203,7 +203,7 @@ def _print_plan(plan: Plan, config: Config) -> None:
     lines = [[name, f"{1e3 * time:,.1f}", f"{shares[name]:.1%}" if name in shares else ""] for name, time in plan.seconds.items()]
     notes = []
     if plan.uncounted:
-        notes = [f"memory: without {plan.uncounted} loop(s), such as walks over tiles, of which the program does not tell the turns"]
+        notes = [f"memory: without {plan.uncounted} loop(s), as walks over tiles are, of which the program does not tell the turns"]
     print_table("Roofline", ["what", "ms", "share"], lines, notes)
     flops = ", ".join(f"{name} {value / 1e12:,.1f}" for name, value in plan.flops.items())
     print(
