@@ -362,7 +362,7 @@ def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[
         ), None
 
     def zeros(shapes: Any) -> Any:
-        return jax.tree.map(lambda s: jnp.full(s.shape, tiled.late_zero(firsts[0])), shapes)
+        return jax.tree.map(lambda s: jnp.full(s.shape, tiled.late_zero(slacks[0])), shapes)
 
     d_carries = tuple(
         zeros([jax.ShapeDtypeStruct((*x.query.shape[:-1], *c.shape[3:]), c.dtype) for c in tiled.floats(_carries(x))[0]])

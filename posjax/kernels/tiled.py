@@ -407,12 +407,13 @@ def _sum(a: list[Array], b: list[Array]) -> list[Array]:
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
-def late_zero(first: Array) -> Array:
-    """0.0, of counts of plain tiles, never negative: what sums start from must not be laid out before the forward walk.
+def late_zero(slack: Array) -> Array:
+    """0.0 that is not known before the gradient of the result is: what sums start from must not be laid out before.
 
     Constants have no place in the order of a program, and XLA puts these, of the size of keys and values, at its very beginning.
     """
-    return jnp.minimum(first.ravel()[0], 0).astype(jnp.float32)
+    magnitude = jax.lax.bitcast_convert_type(slack.ravel()[0], jnp.int32) & 0x7FFFFFFF  # never negative, of NaN neither
+    return jnp.minimum(magnitude, 0).astype(jnp.float32)
 
 
 def slack_of(out: Array, d_out: Array) -> Array:
@@ -529,7 +530,7 @@ def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, slack: Array, d
         return (_sum(d_tables, more_tables), by_key), made
 
     start = _zeros(all_tables), (*_zeros([x.key, x.value]), _zeros(all_columns))
-    start = jax.tree.map(lambda zeros: jnp.full_like(zeros, late_zero(first)), start)
+    start = jax.tree.map(lambda zeros: jnp.full_like(zeros, late_zero(slack)), start)
     (d_tables, (d_key, d_value, d_columns)), (d_query, d_rows, d_carries, d_scale) = jax.lax.scan(
         one, start, (jnp.arange(x.query.shape[0]), log_sum, first, final, d_out, slack, d_final)
     )
