@@ -6,7 +6,7 @@ It has not been run. What its compiler says of 32 chips (posjax plan configs/pre
 
     memory of a chip   parameters 0.015, optimizer 0.029, activations 4.67; in all 4.72 of 16 GiB
     between chips      over fsdp all-gather 430 MiB (83 % beside computation), reduce-scatter 251, all-reduce 36
-    roofline           compute 117 ms (93 %), memory 61, fsdp 8 (7 %)
+    roofline           compute 117 ms (93 %), memory 46, fsdp 8 (7 %)
     a step             0.117 s where all overlaps (MFU 86 %), 0.121 s as compiled (MFU 83 %): bounds from data sheets
 """
 

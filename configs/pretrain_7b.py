@@ -6,15 +6,17 @@ It has not been run. What its compiler says of 512 chips (posjax plan configs/pr
 
     memory of a chip   parameters 0.053, optimizer 0.106, activations 4.27; in all 4.43 of 95 GiB
     between chips      over fsdp all-reduce 40,963 MiB: parts of 8 rows are put together by sums
-    roofline           compute 1,116 ms (89 %), memory 311, fsdp 143 (11 %)
+    roofline           compute 1,116 ms (89 %), memory 142, fsdp 143 (11 %)
     a step             1.116 s where all overlaps (MFU 79 %), 1.259 s as compiled (MFU 70 %): bounds from data sheets
 
 and of sequences of 131,072 tokens (--seq_length 131072 --batch_size 32 --mesh fsdp=32,context=16), of which a chip has 8,192:
 
-    memory of a chip   in all 5.06 of 95 GiB
+    memory of a chip   in all 5.00 of 95 GiB
     between chips      over context 185,507 MiB by permutation, over both axes all-reduce 40,961
-    roofline           compute 5,045 ms, memory 5,949 (88 %), context 648 (10 %), both axes 143 (2 %)
-    a step             5.95 s where all overlaps (MFU 44 %), 6.09 s as compiled (MFU 43 %): the ring is a walk in plain XLA
+    roofline           compute 5,093 ms (87 %), memory 4,967, context 648 (11 %), both axes 143 (2 %)
+    a step             5.09 s where all overlaps (MFU 51 %), 5.24 s as compiled (MFU 50 %)
+
+There the ring is a walk in plain XLA, and what it moves within memory, tile by tile, is in none of these numbers.
 """
 
 from posjax.config import Config
