@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from posjax.datasets.sources import Text, near, open_source
+from posjax.datasets.sources import CORPORA, TOKENIZERS, Text, near, open_source
 
 NUM_BYTES = 256
 NUM_SPECIAL = 2  # beginning of a document (and [CLS]), [MASK]
@@ -139,7 +139,7 @@ def load_corpus(
         raise ValueError(f"split must be one of {', '.join(text.splits)}, got {split!r}{near(split, text.splits)}")
     tokenizer_path = _trained_bpe(text, vocab_size, cache) if tokenizer == "bpe" else None
     name = _cache_name(text.key, split, tokenizer, str(vocab_size) if tokenizer_path else "")
-    folder = _build_once(cache / "corpora" / name, lambda new: _write_corpus(new, text, split, tokenizer_path))
+    folder = _build_once(cache / CORPORA / name, lambda new: _write_corpus(new, text, split, tokenizer_path))
     facts = json.loads((folder / "corpus.json").read_text())
     return Corpus(
         source=str(source),
@@ -276,4 +276,4 @@ def _trained_bpe(text: Text, vocab_size: int, cache: Path) -> Path:
 
     if "train" not in text.splits:
         raise ValueError(f"tokenizer 'bpe' needs a source with a train split, got splits {list(text.splits)}")
-    return _build_once(cache / "tokenizers" / _cache_name(text.key, str(vocab_size)), train) / "bpe.json"
+    return _build_once(cache / TOKENIZERS / _cache_name(text.key, str(vocab_size)), train) / "bpe.json"

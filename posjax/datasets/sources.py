@@ -14,7 +14,7 @@ from pathlib import Path
 from posjax.datasets.files import VALIDATION_SHARE, list_files, read_file, validation_paths
 
 SPLITS = ("train", "validation")
-CACHED = ("tfds", "corpora", "tokenizers")  # folders of the cache: data sets of TFDS, tokens, vocabularies
+TFDS, CORPORA, TOKENIZERS = CACHED = ("tfds", "corpora", "tokenizers")  # folders of the cache
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _open_stdlib(cache: Path) -> Text:
         _import_tfds()
         from posjax.datasets.stdlib_source.stdlib_source_dataset_builder import Builder
 
-        builder = _prepare(lambda: Builder(data_dir=str(cache / "tfds"), file_format="array_record"), io.StringIO())
+        builder = _prepare(lambda: Builder(data_dir=str(cache / TFDS), file_format="array_record"), io.StringIO())
         for example in builder.as_data_source(split=split):
             yield example["text"]
 
@@ -94,7 +94,7 @@ def _open_tfds(source: str, data_dir: Path | None) -> Text:
     if feature[:1].isdigit():  # "NAME:1.0.0" is a version
         version, _, feature = feature.partition(":")
         name = f"{name}:{version}"
-    where = {"data_dir": str(data_dir / "tfds")} if data_dir else {}
+    where = {"data_dir": str(data_dir / TFDS)} if data_dir else {}
 
     def make_builder():
         return tfds.builder(name, file_format="array_record", **where)

@@ -262,7 +262,7 @@ def _in_pieces(ring: _Ring, by_key: dict[str, Any]) -> dict[str, Any]:
     return {name: jax.tree.map(functools.partial(cut, axis=along[name]), x) for name, x in by_key.items()}
 
 
-def _taken(pieces: Any, at: Array) -> Any:
+def _taken(pieces: Any, at: Array | int) -> Any:
     return jax.tree.map(lambda x: x[at], pieces)
 
 

@@ -418,6 +418,7 @@ def late_zero(slack: Array) -> Array:
 
 def slack_of(out: Array, d_out: Array) -> Array:
     """What the derivative of the softmax takes off the gradient of every weight of a row: sum(d_out * out), float32."""
+    # tile by tile, or the products of all rows are laid out in float32
     return jax.lax.map(lambda both: (both[0].astype(jnp.float32) * both[1].astype(jnp.float32)).sum(-1), (out, d_out))
 
 
