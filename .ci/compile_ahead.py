@@ -17,9 +17,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [os.environ.get(
 
 import jax  # noqa: E402, after its settings
 import jax.numpy as jnp  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 import posjax as pj  # noqa: E402
 from posjax import aot  # noqa: E402
+from posjax.sharding import make_mesh  # noqa: E402
 from posjax.specs import parse_encoding  # noqa: E402
 
 CALLS = {
@@ -36,17 +38,19 @@ CALLS = {
         dict(spec="tupe(relative=True)", length=1024, heads=(2, 1), width=128, dtype="float16", window=(300, 0)),
     ],
 }
-MOSAIC = pj.GpuBlocks(queries=128, keys=128, strip=32, rows=64, warps=8, stages=2, lowering="mosaic")  # on the h200 alone
-CALLS["mosaic"] = [CALLS["gpu"][0] | dict(blocks=MOSAIC)]
-CALLS["mosaic"] += [dict(spec="t5 + alibi", length=1024, heads=(2, 2), width=64, dtype="float16", soft_cap=30.0, blocks=MOSAIC)]
+MOSAIC = pj.GpuBlocks(queries=128, keys=128, strip=32, rows=64, warps=8, stages=2, lowering="mosaic")
+MORE = {"h200": [CALLS["gpu"][0] | dict(blocks=MOSAIC)]}  # on one chip alone
+MORE["h200"] += [dict(spec="t5 + alibi", length=1024, heads=(2, 2), width=64, dtype="float16", soft_cap=30.0, blocks=MOSAIC)]
+MORE["h200"] += [CALLS["gpu"][0] | dict(context=2)]  # around a ring of devices
+MORE["v5e"] = [CALLS["tpu"][0] | dict(context=4)]
 TOPOLOGIES = {
     "tpu": {name: generation.topology for name, generation in aot.GENERATIONS.items()},
-    "gpu": {name: f"{name}:1x1x1" for name in ("a100", "h200", "b200")},
+    "gpu": {name: f"{name}:1x1x2" for name in ("a100", "h200", "b200")},
 }
 KERNELS = {"tpu": ("forward", "backward"), "gpu": ("forward", "query_plain", "key_plain")}
 
 
-def call(spec, length, heads, width, dtype, segmented=False, soft_cap=None, window=None, blocks=None):
+def call(spec, length, heads, width, dtype, devices, segmented=False, soft_cap=None, window=None, blocks=None, context=1):
     """What posjax.aot compiles: gradients of attention, and its arguments."""
     encoding = parse_encoding(spec)
     dims = pj.Dims(heads[0], width, max_length=length, num_kv_heads=heads[1])
@@ -61,14 +65,16 @@ def call(spec, length, heads, width, dtype, segmented=False, soft_cap=None, wind
 
         return jax.grad(loss, (0, 1, 2, 3))(*operands)
 
-    query, key = (jax.ShapeDtypeStruct((1, length, n, width), dtype) for n in heads)
+    mesh = make_mesh(context, context=context, devices=devices)
+    cut = NamedSharding(mesh, PartitionSpec(None, "context")) if context > 1 else None
+    query, key = (jax.ShapeDtypeStruct((1, length, n, width), dtype, sharding=cut) for n in heads)
     params = jax.eval_shape(lambda: encoding.init(jax.random.key(0), dims))
-    return gradients, (jax.ShapeDtypeStruct((1, length), jnp.int32), query, key, key, params)
+    return gradients, (jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=cut), query, key, key, params)
 
 
 def main(kind: str) -> int:
     def compiled(name):
-        calls = CALLS[kind] + (CALLS["mosaic"] if name == "h200" else [])
+        calls = CALLS[kind] + MORE.get(name, [])
         return calls, aot.compile_all([("compile_ahead:call", kwargs) for kwargs in calls], TOPOLOGIES[kind][name], schedules=False)
 
     failed = 0
@@ -82,7 +88,8 @@ def main(kind: str) -> int:
             missing = [part for part in wanted if not any(part in kernel for kernel in found)]
             reason = report.failed or (f"the program has no kernel named {', '.join(missing)}" if missing else None)
             said = reason or f"compiled in {report.seconds:.0f} s"
-            print(name, *(["mosaic"] if "blocks" in kwargs else []), kwargs["spec"], kwargs["dtype"], said, flush=True)
+            special = [word for option, word in (("blocks", "mosaic"), ("context", "ring")) if option in kwargs]
+            print(name, *special, kwargs["spec"], kwargs["dtype"], said, flush=True)
             failed += reason is not None
     return failed
 

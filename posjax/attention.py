@@ -60,10 +60,10 @@ def attention(
       logits_soft_cap: c, scores become c * tanh(scores / c) after the bias and before the mask.
       implementation: None takes the fastest that can do the call. "xla" is dense: the oracle, with [T, S] arrays, and the one that
         has derivatives of every order and mode. "xla_chunked" walks over tiles on any device: memory grows with T + S, gradients
-        are of first order in reverse mode. On a mesh with an axis "context" (or an explicit one that cuts T) it is a ring of
-        devices, each with its share of the sequence, and what None takes. "pallas" is the kernel of the platform that the program
-        is lowered for: a TPU's, an NVIDIA GPU's (Ampere or later), and on a CPU the TPU's, interpreted, for tests; it takes no mask
-        arrays, and of the encodings rope, alibi, t5, tupe, cope with gates="logits", and their chains.
+        are of first order in reverse mode. "pallas" is the kernel of the platform that the program is lowered for: a TPU's, an
+        NVIDIA GPU's (Ampere or later), and on a CPU the TPU's, interpreted, for tests; it takes no mask arrays, and of the
+        encodings rope, alibi, t5, tupe, cope with gates="logits", and their chains. On a mesh with an axis "context" (or an
+        explicit one that cuts T) None, "xla_chunked" and "pallas" are a ring of devices, each with its share of the sequence.
       block_sizes: of the "pallas" kernel, Blocks on a TPU, GpuBlocks on a GPU; None: those of the chip, smaller where the call
         would not fit a TPU's VMEM. With ``implementation`` None they count where the kernel is what runs.
 
@@ -142,20 +142,23 @@ def run(
                 f"block_sizes must be None with implementation={implementation!r}, got {block_sizes}; "
                 "implementation='pallas' has block sizes"
             )
+    around = context is not None and ring.refusal(context=context, **call) is None
     if implementation == "pallas":
         kernel = gpu if platform_at_hand() == "gpu" else tpu
         if (reason := _refusal(kernel, call, value, cut, block_sizes)) is not None:
             raise NotImplementedError(f"implementation='pallas' cannot run this call: {reason}; implementation='xla_chunked' can")
+        if around:
+            name = "cuda" if kernel is gpu else "tpu"
+            return ring.attention(value=value, context=context, kernel=name, block_sizes=block_sizes, **_rotated(call))
         return _of_the_platform(call, value, cut, block_sizes, otherwise=kernel)
     if implementation is None:
-        if context is not None and ring.refusal(context=context, **call) is None:
-            implementation = "xla_chunked"
-        elif call["query"].shape[1] * call["key"].shape[1] > _SMALL:
+        if around:
+            return ring.attention(value=value, context=context, block_sizes=block_sizes, **_rotated(call))
+        if call["query"].shape[1] * call["key"].shape[1] > _SMALL:
             return _of_the_platform(call, value, cut, block_sizes)
-        else:
-            implementation = "xla"
+        implementation = "xla"
     if implementation == "xla_chunked" and context is not None:
-        return ring.attention(value=value, context=context, **_rotated(call))
+        return ring.attention(value=value, context=context, kernel="xla", **_rotated(call))
     kernel = {"xla": dense.attention, "xla_chunked": tiled.attention}[implementation]
     return on_parts(kernel, cut)(value=value, **_rotated(call))
 

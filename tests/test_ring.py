@@ -38,12 +38,14 @@ class Ring:
     data: int
     context: int
     bare: bool = False  # a mesh of the one axis alone
+    kernel: str = "xla"
 
     def __call__(self, **call):
         mesh = mesh_of(self.data, self.context)
         if self.bare:
             mesh = Mesh(mesh.devices.ravel(), ("context",), axis_types=(AxisType.Auto,))
-        return ring.attention(**call, context=ring.Context(Cut(mesh, ("data",) if self.data > 1 else ()), "context"))
+        context = ring.Context(Cut(mesh, ("data",) if self.data > 1 else ()), "context")
+        return ring.attention(**call, context=context, kernel=self.kernel)
 
 
 def packed_rows(batch: int, length: int):
@@ -124,6 +126,51 @@ def test_bfloat16_within_its_own_rounding(encoding):
 def test_the_same_bits_every_time():
     first, again = (answers(Ring(1, 4), GATED, length=64, heads=HEADS, is_causal=True)[0] for _ in range(2))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first, again))
+
+
+# With kernels ------------------------------------------------------------------------------------------------------------
+
+KERNELS = ("tpu", "cuda")  # interpreted
+thorough = functools.partial(pytest.param, marks=pytest.mark.thorough)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "encoding",
+    [pytest.param(GATED, id="cope"), *(thorough(e, id=e.name) for e in (pj.alibi(), pj.t5(8, 32), pj.identity(), pj.tupe()))],
+)
+def test_every_kernel_equals_dense_attention(encoding, kernel):
+    """Chunks of 128, a tile, or of 96, of which a tile has some of the next."""
+    check(Ring(1, 2, kernel=kernel), encoding, length=512 if encoding is GATED else 384, heads=(2, 1, 16, 16), is_causal=True)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("gates", ["near 0", "near 1", "mixed", "small"])
+def test_counts_go_on_from_kernel_to_kernel_whatever_the_gates_are(gates, kernel):
+    check(Ring(1, 2, kernel=kernel), pj.cope(300), length=512, heads=(2, 1, 16, 16), gates=gates, is_causal=True)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("encoding", [pj.t5(8, 32), GATED], ids=["t5", "rope + cope"])
+def test_packed_rows_windows_and_soft_caps_in_kernels(encoding, kernel):
+    options = dict(is_causal=True, local_window_size=(140, None), logits_soft_cap=20.0, scale=0.25)
+    check(Ring(2, 2, kernel=kernel), encoding, length=512, batch=2, heads=HEADS, arrays=packed_rows(2, 512), **options)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("encoding", [pj.alibi(), GATED], ids=["alibi", "rope + cope"])
+def test_bfloat16_in_kernels_within_its_own_rounding(encoding, kernel):
+    check(Ring(1, 2, kernel=kernel), encoding, dtype="bfloat16", length=512, heads=(2, 1, 16, 16), is_causal=True)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_keys_of_a_kernel_in_several_pieces(kernel, monkeypatch):
+    monkeypatch.setattr(ring, "_PIECE", 128)
+    check(Ring(1, 2, kernel=kernel), GATED, length=2048, heads=(1, 1, 16, 16), is_causal=True)
 
 
 # Through the public function ------------------------------------------------------------------------------------------

@@ -88,9 +88,35 @@ def attention(
       [B, T, N, V] in the dtype of value; rows without an allowed key are zero.
     """
     cut = find_cut(query) if cut is None else cut
+    call = dict(query=query, key=key, value=value, terms=terms, mask=mask, scale=scale, logits_soft_cap=logits_soft_cap)
+    call |= dict(query_positions=query_positions, key_positions=key_positions)
+    out = _attend(*laid_out(default_blocks(query, value, terms) if tile is None else tile, cut, interpret, **call))
+    return joined(out, query.shape[1], value.shape[-1])
+
+
+def joined(out: Array, length: int, width: int) -> Array:
+    """[B, T, N, V] without what pads T and V."""
+    return out[:, :length, :, :width]
+
+
+def laid_out(
+    blocks: GpuBlocks,
+    cut: Cut,
+    interpret: Any,
+    *,
+    query: Array,
+    key: Array,
+    value: Array,
+    terms: tuple[BiasTerm, ...],
+    mask: Mask,
+    query_positions: Array,
+    key_positions: Array,
+    scale: Array | float,
+    logits_soft_cap: float | None = None,
+) -> tuple[Plan, Cut, Operands]:
+    """A call as the kernels take it; arguments as in ``attention``."""
     kinds = {type(term.fused): term for term in terms}
     counts, looks, penalty = (kinds.get(kind) for kind in (Interpolation, Lookup, Penalty))
-    blocks = default_blocks(query, value, terms) if tile is None else tile
     repeats = np.lcm(key.shape[2], cut.head_parts) // key.shape[2]  # more parts than key heads: each part gets one of its own
     if repeats > 1:
         key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
@@ -123,7 +149,7 @@ def attention(
         table=None if looks is None else looks.tables.astype(jnp.float32).T,
         slopes=None if penalty is None else penalty.tables.astype(jnp.float32),
     )
-    return _attend(plan, cut, operands)[:, : query.shape[1], :, : value.shape[-1]]
+    return plan, cut, operands
 
 
 def default_blocks(query: Array, value: Array, terms: tuple[BiasTerm, ...], lowerings: tuple[str, ...] = LOWERINGS) -> GpuBlocks:
@@ -166,8 +192,10 @@ _LETTERS = dict(  # of the operands, for ``per_shard``
     z="bn..",
     table="n.",
     slopes="n",
+    high="bn.",
+    low="bn.",
 )
-_LEARNED = ("query", "key", "value", "scale", "z", "table")
+LEARNED = ("query", "key", "value", "scale", "z", "table")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -177,7 +205,7 @@ def _run(function: Any, plan: Plan, present: tuple[str, ...], interpret: Any, *a
     return function(dataclasses.replace(plan, interpret=interpret), Operands(**fields), *arrays[len(present) :])
 
 
-def _sharded(
+def sharded(
     function: Any, plan: Plan, cut: Cut, x: Operands, more: tuple[Array, ...], letters: tuple[str, ...], results: Any
 ) -> Any:
     """function(plan, operands, *more) on each device's part, in the kernels or, where lowered for a CPU, interpreted."""
@@ -198,7 +226,7 @@ def _attend(plan: Plan, cut: Cut, x: Operands) -> Array:
 
 def _forward(plan: Plan, cut: Cut, x: Operands) -> tuple[Array, Any]:
     rows = 1 if plan.last is None else 4
-    out, *saved = _sharded(_attended, plan, cut, x, (), (), ("b.n.", *["bn."] * rows))
+    out, *saved = sharded(_attended, plan, cut, x, (), (), ("b.n.", *["bn."] * rows))
     return out, (x, out, tuple(saved))
 
 
@@ -241,21 +269,31 @@ def _gradients(plan: Plan, x: Operands, d_out: Array, slack: Array, *saved: Arra
     if counts:
         found = gpu_triton.backward_band(plan, x, seen, saved, d_out, slack, found)
         tables += [found["d_table"]] if tables else []
+    found = summed_up(x, found, tables)
+    return tuple(found[name] for name in LEARNED if name in found)
+
+
+def summed_up(x: Operands, found: dict[str, Array], tables: list[Array]) -> dict[str, Array]:
+    """What the backward kernels return, as the gradients of the operands; ``tables`` are parts of that of a lookup's."""
     d_query = found["d_query"]
     found |= {"d_query": d_query * x.scale, "d_key": found["d_key"] * x.scale}
     found["d_scale"] = (d_query * x.query.astype(jnp.float32)).sum().reshape(1)
     if tables:
         found["d_table"] = sum(table.sum((0, 2))[:, : x.table.shape[1]] for table in tables)
-    return tuple(found[f"d_{name}"] for name in _LEARNED if f"d_{name}" in found)
+    return {name.removeprefix("d_"): x for name, x in found.items()}
 
 
 def _backward(plan: Plan, cut: Cut, kept: Any, d_out: Array) -> tuple[Operands]:
     x, out, saved = kept
     slack = jnp.swapaxes((d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), 1, 2)
-    names = [name for name in _LEARNED if getattr(x, name) is not None]
+    names = [name for name in LEARNED if getattr(x, name) is not None]
     results = tuple(exact(_LETTERS[name], getattr(x, name)) for name in names)
-    found = _sharded(_gradients, plan, cut, x, (d_out, slack, *saved), ("b.n.", *["bn."] * (1 + len(saved))), results)
-    given = dict(zip(names, found, strict=True))
+    found = sharded(_gradients, plan, cut, x, (d_out, slack, *saved), ("b.n.", *["bn."] * (1 + len(saved))), results)
+    return (gradient_of(x, dict(zip(names, found, strict=True))),)
+
+
+def gradient_of(x: Operands, given: dict[str, Array]) -> Operands:
+    """Gradients by name as that of the operands, of their dtypes; float0 where an operand is of integers."""
 
     def like(name: str) -> Any:
         primal = getattr(x, name)
@@ -267,7 +305,7 @@ def _backward(plan: Plan, cut: Cut, kept: Any, d_out: Array) -> tuple[Operands]:
             return jnp.zeros_like(primal)
         return np.zeros(primal.shape, jax.dtypes.float0)
 
-    return (Operands(**{field.name: like(field.name) for field in dataclasses.fields(x)}),)
+    return Operands(**{field.name: like(field.name) for field in dataclasses.fields(x)})
 
 
 _attend.defvjp(_forward, _backward)

@@ -400,7 +400,7 @@ def _call(
 
 def _inputs(plan: Plan, x: Operands, seen: Visits) -> dict[str, Any]:
     """What every kernel reads."""
-    inputs = {field.name: getattr(x, field.name) for field in dataclasses.fields(x) if field.name != "z"}
+    inputs = {field.name: getattr(x, field.name) for field in dataclasses.fields(x) if field.name not in ("z", "high", "low")}
     if plan.last is not None:
         inputs["z_last"] = x.z[..., plan.last]
     return inputs | ({"key_last": seen.key_last} if plan.index is not None else {})

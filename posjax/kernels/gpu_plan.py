@@ -67,6 +67,8 @@ class Operands:
     z: Array | None  # [B, N, T, P] float32, the query's products with the embedding of CoPE
     table: Array | None  # [N, W] float32, of a lookup
     slopes: Array | None  # [N] float32
+    high: Array | None = None  # [B, N, T] float32: counts of keys to the right that other calls have, high + low
+    low: Array | None = None
 
 
 class Visits(NamedTuple):

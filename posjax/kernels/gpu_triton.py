@@ -96,7 +96,8 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     kept = jnp.full((size,), LOWEST, jnp.float32), jnp.zeros((size,), jnp.float32), sums
     constant, limit = None, last
     if plan.last is not None:
-        state = (last, *kept, jnp.zeros((size,), jnp.float32), jnp.zeros((size,), jnp.float32))
+        received = [r.old_high[...], r.old_low[...]] if "old_high" in names else [jnp.zeros((size,), jnp.float32)] * 2
+        state = (last, *kept, *received)
         limit, *kept, r.high[...], r.low[...] = jax.lax.while_loop(unsettled, band, state)
         r.limit[0], kept = limit, tuple(kept)
         if "sums" in names:  # the rest is done elsewhere
@@ -448,14 +449,15 @@ def _like(*arrays: Array, dtype: Any = None) -> Any:
     return [jax.ShapeDtypeStruct(array.shape, dtype or array.dtype) for array in arrays]
 
 
-def forward(plan: Plan, x: Operands, seen: Visits) -> tuple[Array, ...]:
+def forward(plan: Plan, x: Operands, seen: Visits, dtype: Any = None) -> tuple[Array, ...]:
     """out [B, T, N, V] and, [B, N, T], log2 of the softmax's sum; of counts the state, high and low [B, N, T], and the key tile
-    from which on each query tile counted, [B, N, I]."""
+    from which on each query tile counted, [B, N, I]. ``dtype`` is that of out; None: that of value."""
     batch, length, heads, _ = x.query.shape
-    out = jax.ShapeDtypeStruct((batch, length, heads, x.value.shape[-1]), x.value.dtype)
+    out = jax.ShapeDtypeStruct((batch, length, heads, x.value.shape[-1]), dtype or x.value.dtype)
     outputs = {"out": out, "log_sum": jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)}
     outputs |= {} if plan.last is None else _counted(plan, x)
-    return tuple(_call(_forward, plan, _of_queries(plan, x), _inputs(plan, x, _of_tiles(seen)), outputs).values())
+    inputs = _inputs(plan, x, _of_tiles(seen)) | dict(high=x.high, low=x.low)
+    return tuple(_call(_forward, plan, _of_queries(plan, x), inputs, outputs).values())
 
 
 def forward_band(plan: Plan, x: Operands, seen: Visits) -> dict[str, Array]:
@@ -505,19 +507,29 @@ def backward(
 
 
 def backward_band(
-    plan: Plan, x: Operands, seen: Visits, saved: tuple[Array, ...], d_out: Array, slack: Array, found: dict[str, Array]
+    plan: Plan,
+    x: Operands,
+    seen: Visits,
+    saved: tuple[Array, ...],
+    d_out: Array,
+    slack: Array,
+    found: dict[str, Array],
+    gathered: Array | None = None,
 ) -> dict[str, Array]:
-    """d_query, d_key and d_value of ``backward`` with what was counted; d_z, and d_table of the band alone.
+    """d_query, d_key and d_value of ``backward`` with what was counted; d_z, d_table of the band alone, and gathered.
 
     Args:
       saved: log_sum, high, low and limit, as ``forward`` returned them.
       found: what ``backward`` did.
+      gathered: [B, N, T], the gradient of the counts that are handed on: what the keys to the left, of other calls, have made of
+        them. That of the counts that were received comes back.
     """
     log_sum, high, low, limit = saved
     given = {"d_out": d_out, "log_sum": log_sum, "slack": slack}
     d_z = jnp.zeros_like(x.z).at[..., plan.last].set(found["d_last"])
     found = {name: found[name] for name in ("d_query", "d_key", "d_value")}
-    found |= {"d_z": d_z, "high": high, "low": low, "gathered": jnp.zeros_like(high)}
+    gathered = jnp.zeros_like(high) if gathered is None else gathered
+    found |= {"d_z": d_z, "high": high, "low": low, "gathered": gathered}
     if plan.index is not None:
         found["d_table"] = jnp.zeros((*limit.shape, _table_size(x)), jnp.float32)
     ends = jnp.broadcast_to(seen.by_queries[:, None, :, 3], limit.shape)

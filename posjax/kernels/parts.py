@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from posjax.bias import BiasTerm
 from posjax.kernels.shards import Cut
@@ -38,11 +38,11 @@ def on_parts(function: Function, cut: Cut, along: str | None = None) -> Function
         static = {name: x for name, x in rest.items() if x is None or isinstance(x, float | int)}
         call = {name: x for name, x in call.items() if name not in static}
         heads = cut.heads if key.shape[2] % cut.head_parts == 0 and all(_tells(term) for term in terms) else ()
-        names = {"b": cut.batch or None, "n": heads or None, "t": along}
+        of = {"b": cut.batch or None, "n": heads or None, "t": along}
 
         def spec(letters: str, x: Array) -> PartitionSpec:
             """Of an array whose first axes have those letters; one of length 1 is not cut."""
-            return PartitionSpec(*(names.get(letter) if size > 1 else None for letter, size in zip(letters, x.shape, strict=False)))
+            return PartitionSpec(*(of.get(letter) if size > 1 else None for letter, size in zip(letters, x.shape, strict=False)))
 
         def specs(letters: str, tree: Any) -> Any:
             return jax.tree.map(functools.partial(spec, letters), tree)
@@ -64,12 +64,16 @@ def on_parts(function: Function, cut: Cut, along: str | None = None) -> Function
         )
         of_call |= dict(terms=tuple(map(of_term, terms)), scale=PartitionSpec())
         around = jax.sharding.get_abstract_mesh()  # of set_mesh, auto_axes or an outer shard_map, which shard_map insists on
+        mesh = cut.mesh if around.empty else around
+        names = {*cut.batch, *heads}
+        if along:  # there may be a kernel within, which no axis can be left to the compiler with
+            names = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
         return jax.shard_map(
             lambda call: function(**call, **static),
-            mesh=cut.mesh if around.empty else around,
+            mesh=mesh,
             in_specs=(of_call,),
             out_specs=spec("btn", query),
-            axis_names={*cut.batch, *heads, *([along] if along else [])},
+            axis_names=names,
             check_vma=False,  # the loops of a walk do not say over which axes their sums vary
         )(call)
 

@@ -1,10 +1,10 @@
 """Context parallelism: attention over a sequence whose pieces lie on the devices of one axis of a mesh, forward and backward.
 
-Queries stay, keys and values travel (Ring Attention, Liu et al., arXiv:2310.01889); each device walks over the tiles of the piece
-that is with it, as ``tiled`` does, and merges what comes out by the log-sum-exp of its rows. No device ever holds more than its
-share of the sequence. What bias terms hold by key travels with the keys. Under a causal mask the work is balanced by a zig-zag: the
-sequence is cut into 2 C chunks for C devices, and device d has chunks d and 2 C - 1 - d. They go there and come back inside this
-call, at the price of one step of the ring each way; outside, a sequence is in its own order.
+Queries stay, keys and values travel (Ring Attention, Liu et al., arXiv:2310.01889); each device attends to the keys that are with
+it, in the kernel of its platform or in plain XLA, and merges what comes out by the log-sum-exp of its rows. No device ever holds
+more than its share of the sequence. What bias terms hold by key travels with the keys. Under a causal mask the work is balanced by
+a zig-zag: the sequence is cut into 2 C chunks for C devices, and device d has chunks d and 2 C - 1 - d. They go there and come back
+inside this call, at the price of one step of the ring each way; outside, a sequence is in its own order.
 
 Without a term that carries, any order of visits will do, and all pieces move around the ring together:
 
@@ -21,11 +21,13 @@ Keys are cut into some pieces once more: one piece is on its way while another i
 comes. So the room for what comes and goes is a fraction of a device's share, and sending still does not wait for the walk.
 
 What a term has carried stays with its queries. A step in which nothing is to be seen visits no tile, and where all rows of a term
-have settled a chunk is plain flash attention, as in ``tiled``. From step C on the low chunks have no keys left: the belt takes the
+have settled a chunk is plain flash attention. From step C on the low chunks have no keys left: the belt takes the
 time of 3 C - 1 full pairs of chunks, for 2 C where the order is free, and 4 C - 2 without the zig-zag.
 
 The backward pass goes the same way back: keys and values return with what has been collected of their gradients, and the gradient
 of what was carried flows from the left to the right. It is given the carries that every step handed on, a number a row and step.
+
+What a device does with a part of the keys is in ``ring_tiled``, ``ring_tpu`` and ``ring_gpu``, which have one interface.
 """
 
 import dataclasses
@@ -39,15 +41,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
 from posjax.bias import BiasTerm, Mask
-from posjax.kernels import tiled
+from posjax.kernels import gpu, ring_gpu, ring_tiled, ring_tpu, tiled, tpu
 from posjax.kernels.parts import on_parts
 from posjax.kernels.shards import Cut, find_cut
-from posjax.kernels.tiled import NOTHING, SAVED, Operands, Plan
+from posjax.kernels.tiled import NOTHING, SAVED
 from posjax.typing import Array, Float, Int
 
 CONTEXT_AXES = ("context", "sequence", "seq", "cp", "sp")  # names of a mesh's axis that cuts sequences, where it is automatic
 _PIECES = 4  # of the keys of a chunk at most
 _PIECE = 2048  # keys of one at least: what a query tile prepares, CoPE above all, it prepares for every piece
+_PARTS = {"tpu": ring_tpu, "cuda": ring_gpu, "xla": ring_tiled}
 _NEVER = -NOTHING  # the log-sum-exp of no keys, while parts of a row are merged
 
 
@@ -99,10 +102,15 @@ def attention(
     logits_soft_cap: float | None = None,
     *,
     context: Context,
+    kernel: str | None = None,
+    block_sizes: Any = None,
 ) -> Float[Array, "B T N V"]:
     """What ``tiled.attention`` computes, T and S cut over an axis of a mesh.
 
     Args:
+      kernel: "tpu" or "cuda", interpreted where the program is lowered for another platform; "xla"; or None: the kernel of the
+        platform that the program is lowered for, or "xla" where there is none that can do the call.
+      block_sizes: as in ``posjax.attention``.
       context: whose number of devices, twice, divides T and S.
 
     Raises:
@@ -115,15 +123,7 @@ def attention(
     def local(**call: Any) -> Array:
         halves = _Halves(context.axis, context.parts, mask.is_causal)
         slots = halves.slots(call, split=is_ordered)
-        made = [tiled.cut_up(**slot, logits_soft_cap=logits_soft_cap, is_part=True) for slot in slots]
-        plan, operands = made[0]
-        tiles = operands.key.shape[0]
-        pieces = next(n for n in range(_PIECES, 0, -1) if n == 1 or (tiles % n == 0 and plan.keys >= n * _PIECE))
-        plan = dataclasses.replace(plan, keys=plan.keys // pieces)
-        ring = _Ring(plan, context.axis, context.parts, is_ordered, pieces)
-        out = _attend(ring, tuple(operands for _, operands in made))
-        length = slots[0]["query"].shape[1]
-        return halves.home([tiled.joined(x, length) for x in out])
+        return halves.home(_of_the_platform(context, slots, logits_soft_cap, kernel, block_sizes))
 
     return on_parts(local, context.cut, context.axis)(
         query=query,
@@ -135,6 +135,38 @@ def attention(
         key_positions=key_positions,
         scale=scale,
     )
+
+
+def _of_the_platform(
+    context: Context, slots: list[dict[str, Any]], logits_soft_cap: float | None, kernel: str | None, block_sizes: Any
+) -> list[Array]:
+    """By the kernel of the platform that the program is lowered for, where it can do the call, or in plain XLA."""
+    kernels = {"tpu": tpu, "cuda": gpu}
+
+    def own(name: str) -> Any:
+        return block_sizes if name in kernels and isinstance(block_sizes, kernels[name].BLOCKS) else None
+
+    def by(name: str) -> Any:
+        return lambda slots: _around(context, _PARTS[name], slots, logits_soft_cap, own(name))
+
+    if kernel is not None:
+        return by(kernel)(slots)
+    can = {name: by(name) for name, k in kernels.items() if k.refusal(**slots[0], block_sizes=own(name), cut=Cut()) is None}
+    return jax.lax.platform_dependent(slots, **can, default=by("xla")) if can else by("xla")(slots)
+
+
+def _around(
+    context: Context, walk: Any, slots: list[dict[str, Any]], logits_soft_cap: float | None, block_sizes: Any
+) -> list[Array]:
+    """[B, t, N, V] of each chunk of this device, by a walk: a module such as ``ring_tiled``."""
+    made = [walk.cut_up(slot, logits_soft_cap, block_sizes) for slot in slots]
+    plan, x = made[0]
+    length, keys, width = slots[0]["query"].shape[1], slots[0]["key"].shape[1], slots[0]["value"].shape[-1]
+    most = max(1, min(_PIECES, keys // _PIECE))
+    pieces, plan = next((n, cut) for n in range(most, 0, -1) if (cut := walk.in_parts(plan, x, n)) is not None)
+    ring = _Ring(walk, plan, context.axis, context.parts, len(slots) == 2, pieces)
+    out = _attend(ring, tuple(operands for _, operands in made))
+    return [walk.joined(each, length, width) for each in out]
 
 
 def refusal(query: Array, key: Array, terms: tuple[BiasTerm, ...], mask: Mask, context: Context, **_: Any) -> str | None:
@@ -209,7 +241,8 @@ class _Halves:
 class _Ring:
     """What is known before compilation: the walk over a piece, and how pieces move."""
 
-    plan: Plan
+    walk: Any  # the module
+    plan: Any  # of its
     axis: str
     parts: int
     is_ordered: bool
@@ -244,22 +277,20 @@ class _Ring:
         return jax.tree.map(moved, pieces)
 
 
-def _travelling(x: Operands) -> dict[str, Any]:
-    """What belongs to keys."""
-    columns = [term.columns for term in x.terms]
-    return dict(key=x.key, value=x.value, columns=columns, segments=x.mask.key_segments, positions=x.key_positions)
-
-
 def _in_pieces(ring: _Ring, by_key: dict[str, Any]) -> dict[str, Any]:
     """What belongs to keys, or gradients of it, as pieces along a new first axis."""
-    along = dict(key=0, value=0, columns=2, segments=1, positions=1)
 
     def cut(x: Array, axis: int) -> Array:
         if x.shape[axis] == 1 and axis > 0:  # the same for all keys
             return jnp.broadcast_to(x, (ring.pieces, *x.shape))
         return jnp.moveaxis(x.reshape(*x.shape[:axis], ring.pieces, -1, *x.shape[axis + 1 :]), axis, 0)
 
-    return {name: jax.tree.map(functools.partial(cut, axis=along[name]), x) for name, x in by_key.items()}
+    return {name: jax.tree.map(functools.partial(cut, axis=ring.walk.BY_KEY[name]), x) for name, x in by_key.items()}
+
+
+def _stacked(ring: _Ring, slots: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What belongs to the keys of all slots: pieces lead, slots follow."""
+    return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *(_in_pieces(ring, by_key) for by_key in slots))
 
 
 def _taken(pieces: Any, at: Array | int) -> Any:
@@ -270,38 +301,16 @@ def _put(pieces: Any, at: Array, new: Any) -> Any:
     return jax.tree.map(lambda x, y: x.at[at].set(y), pieces, new)
 
 
-def _meeting(x: Operands, there: dict[str, Any], carries: list[Any]) -> Operands:
-    """The queries of x with other keys, and with what their terms have carried so far."""
-    parts = zip(x.terms, there["columns"], carries, strict=True)
-    return dataclasses.replace(
-        x,
-        key=there["key"],
-        value=there["value"],
-        terms=tuple(dataclasses.replace(term, columns=c, carry=k) for term, c, k in parts),
-        mask=dataclasses.replace(x.mask, key_segments=there["segments"]),
-        key_positions=there["positions"],
-    )
-
-
-def _stacked(ring: _Ring, slots: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """What belongs to the keys of all slots: pieces lead, slots follow."""
-    return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *(_in_pieces(ring, by_key) for by_key in slots))
-
-
-def _carries(x: Operands) -> list[Any]:
-    return [term.carry for term in x.terms]
-
-
 # Forward and backward --------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(ring: _Ring, slots: tuple[Operands, ...]) -> tuple[Array, ...]:
-    """[I, B, N, t, V] of every slot, in the dtype of value."""
+def _attend(ring: _Ring, slots: tuple[Any, ...]) -> tuple[Array, ...]:
+    """The result of every slot as the walk has it, in the dtype of value. ``slots`` are its operands."""
     return _forward(ring, slots)[0]
 
 
-def _forward(ring: _Ring, slots: tuple[Operands, ...]) -> tuple[tuple[Array, ...], Any]:
+def _forward(ring: _Ring, slots: tuple[Any, ...]) -> tuple[tuple[Array, ...], Any]:
     def merged(so_far: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[Array, Array]:
         (before, out), (log_sum, more) = so_far, part
         log_sum = jnp.where(log_sum < NOTHING, log_sum, _NEVER)
@@ -313,86 +322,69 @@ def _forward(ring: _Ring, slots: tuple[Operands, ...]) -> tuple[tuple[Array, ...
         at = ring.at(number)
         pieces = _taken(travelling, at)
         travelling = _put(travelling, at, ring.moved(pieces))  # does not wait for the walk
-        finals, firsts, results = [], [], []
+        handed_on, kept, results = [], [], []
         for i, (x, own, carried) in enumerate(zip(slots, so_far, carries, strict=True)):
-            there = _taken(pieces, i)
-            out, (log_sum, first, final) = tiled.outputs(ring.plan, _meeting(x, there, carried))
+            out, log_sum, *rest = ring.walk.outputs(ring.plan, ring.walk.with_keys(x, _taken(pieces, i), carried))
             results.append(merged(own, (log_sum, out)))
-            finals.append(jax.tree.map(tiled.whole_rows, final))
-            firsts.append(first)
-        return (travelling, tuple(results), tuple(finals)), (tuple(finals), tuple(firsts))
+            kept.append(rest[0])
+            handed_on.append(rest[1])
+        return (travelling, tuple(results), tuple(handed_on)), (tuple(handed_on), tuple(kept))
 
-    def nothing(x: Operands) -> tuple[Array, Array]:
-        rows = x.query.shape[:-1]
-        return jnp.full(rows, _NEVER, jnp.float32), jnp.zeros((*rows, x.value.shape[-1]), jnp.float32)
+    def nothing(x: Any) -> tuple[Array, Array]:
+        out, log_sum, *_ = jax.eval_shape(functools.partial(ring.walk.outputs, ring.plan), x)
+        return jnp.full(log_sum.shape, _NEVER, jnp.float32), jnp.zeros(out.shape, jnp.float32)
 
-    start = _stacked(ring, map(_travelling, slots)), tuple(map(nothing, slots)), tuple(map(_carries, slots))
-    (_, results, _), (finals, firsts) = jax.lax.scan(step, start, jnp.arange(ring.steps))
+    start = _stacked(ring, map(ring.walk.by_key, slots)), tuple(map(nothing, slots)), tuple(map(ring.walk.carried, slots))
+    (_, results, _), (carries, kept) = jax.lax.scan(step, start, jnp.arange(ring.steps))
     out = tuple(own.astype(x.value.dtype) for (_, own), x in zip(results, slots, strict=True))
     log_sums = tuple(jnp.where(total > 0.5 * _NEVER, total, NOTHING) for total, _ in results)
-    out, log_sums, finals, firsts = checkpoint_name((out, log_sums, finals, firsts), SAVED)
-    return out, (slots, out, log_sums, finals, firsts)
+    out, log_sums, carries, kept = checkpoint_name((out, log_sums, carries, kept), SAVED)
+    return out, (slots, out, log_sums, carries, kept)
 
 
-def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[Operands, ...]]:
-    slots, out, log_sums, finals, firsts = saved
-    slacks = tuple(map(tiled.slack_of, out, d_out))
+def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[Any, ...]]:
+    slots, out, log_sums, carries, kept = saved
+    walk, slacks = ring.walk, tuple(map(tiled.slack_of, out, d_out))
 
-    def pair(i: int, number: Array, there: dict[str, Any], d_final: list[Array]) -> dict[str, Any]:
+    def pair(i: int, number: Array, there: dict[str, Any], d_handed_on: list[Array]) -> Any:
         """The gradients of the pair of pieces that slot i saw at a step."""
         x = slots[i]
         received = jax.tree.map(
-            lambda carry, final: jnp.where(number > 0, final[jnp.maximum(number - 1, 0)], carry), _carries(x), finals[i]
+            lambda first, later: jnp.where(number > 0, later[jnp.maximum(number - 1, 0)], first), walk.carried(x), carries[i]
         )
-        final = jax.tree.map(lambda f: _tiles(f[number], ring.plan.rows), finals[i])
-        saved = log_sums[i], firsts[i][number], final
-        return tiled.gradients(ring.plan, _meeting(x, there, received), saved, d_out[i], slacks[i], d_final)
+        own = _taken(kept[i], number), _taken(carries[i], number)
+        met = walk.with_keys(x, there, received)
+        return walk.gradients(ring.plan, met, log_sums[i], *own, d_out[i], slacks[i], d_handed_on)
 
     def step(state: Any, number: Array) -> tuple[Any, None]:
         travelling, d_travelling, d_stayed, d_carries = state
         at = ring.at(number)
         pieces, d_pieces = (ring.moved(_taken(x, at), back=True) for x in (travelling, d_travelling))
         made = [pair(i, number, _taken(pieces, i), d) for i, d in enumerate(d_carries)]
-        by_key = jax.tree.map(lambda *x: jnp.stack(x), *({name: d[name] for name in _BY_KEY} for d in made))
+        of_keys, rest, d_carries = zip(*made, strict=True)
+        of_keys = jax.tree.map(lambda *x: jnp.stack(x), *of_keys)
         return (
             _put(travelling, at, pieces),
-            _put(d_travelling, at, jax.tree.map(jnp.add, d_pieces, by_key)),
-            jax.tree.map(jnp.add, d_stayed, tuple({name: d[name] for name in _BY_QUERY} for d in made)),
-            tuple(d["carries"] for d in made),
+            _put(d_travelling, at, jax.tree.map(jnp.add, d_pieces, of_keys)),
+            jax.tree.map(jnp.add, d_stayed, rest),
+            d_carries,
         ), None
 
     def zeros(shapes: Any) -> Any:
         return jax.tree.map(lambda s: jnp.full(s.shape, tiled.late_zero(slacks[0])), shapes)
 
-    d_carries = tuple(
-        zeros([jax.ShapeDtypeStruct((*x.query.shape[:-1], *c.shape[3:]), c.dtype) for c in tiled.floats(_carries(x))[0]])
-        for x in slots
-    )
-    travelling = _stacked(ring, map(_travelling, slots))
+    d_carries = tuple(zeros(tiled.floats(walk.carried(x))[0]) for x in slots)
+    travelling = _stacked(ring, map(walk.by_key, slots))
     first = _taken(travelling, 0)
-    shapes = [jax.eval_shape(functools.partial(pair, i), jnp.int32(0), _taken(first, i), d) for i, d in enumerate(d_carries)]
-    whole = tuple(dict(key=x.key, value=x.value, columns=tiled.floats([term.columns for term in x.terms])[0]) for x in slots)
+    shapes = (jax.eval_shape(functools.partial(pair, i), jnp.int32(0), _taken(first, i), d) for i, d in enumerate(d_carries))
+    stayed = tuple(rest for _, rest, _ in shapes)
+    whole = tuple({name: tiled.floats(tree)[0] for name, tree in walk.by_key(x).items()} for x in slots)
     whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), whole)
     stacked = functools.partial(_stacked, ring)
-    start = (
-        travelling,
-        zeros(jax.eval_shape(stacked, whole)),
-        tuple(zeros({name: d[name] for name in _BY_QUERY}) for d in shapes),
-        d_carries,
-    )
+    start = travelling, zeros(jax.eval_shape(stacked, whole)), zeros(stayed), d_carries
     (_, sums, stayed, d_carries), _ = jax.lax.scan(step, start, jnp.arange(ring.steps), reverse=True)
-    (by_key,) = jax.linear_transpose(stacked, whole)(sums)
-    parts = zip(slots, by_key, stayed, d_carries, strict=True)
-    return (tuple(tiled.gradient_of(x, keys | own | dict(carries=carried)) for x, keys, own, carried in parts),)
-
-
-_BY_KEY = ("key", "value", "columns")
-_BY_QUERY = ("query", "rows", "tables", "scale")
-
-
-def _tiles(x: Array, rows: int) -> Array:
-    """The opposite of ``tiled.whole_rows``."""
-    return jnp.moveaxis(x.reshape(*x.shape[:2], -1, rows, *x.shape[3:]), 2, 0)
+    (of_keys,) = jax.linear_transpose(stacked, whole)(sums)
+    return (tuple(map(walk.gradient_of, slots, of_keys, stayed, d_carries)),)
 
 
 _attend.defvjp(_forward, _backward)

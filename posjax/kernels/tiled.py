@@ -138,6 +138,11 @@ def whole_rows(tiles: Array) -> Array:
     return tiles.reshape(*tiles.shape[:2], -1, *tiles.shape[4:])
 
 
+def tiles_of(x: Array, rows: int) -> Array:
+    """The opposite of ``whole_rows``."""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], -1, rows, *x.shape[3:]), 2, 0)
+
+
 def _blocks(x: Array, size: int) -> Array:
     """[B, L, N, H] as [L / size, B, N, size, H]: the one copy in which XLA also does what an encoding does to query and key."""
     batch, length, heads, width = x.shape
@@ -550,7 +555,8 @@ def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, slack: Array, d
 def _backward(plan: Plan, saved: tuple[Operands, Array, Any], d_out: Array) -> tuple[Operands]:
     x, out, walk = saved
     final = floats(walk[2])[0]
-    return (gradient_of(x, gradients(plan, x, walk, d_out, slack_of(out, d_out), _zeros(final))),)
+    found = gradients(plan, x, walk, d_out, slack_of(out, d_out), _zeros(final))
+    return (gradient_of(x, found | dict(carries=[whole_rows(tiles) for tiles in found["carries"]])),)
 
 
 def gradient_of(x: Operands, d: dict[str, Any]) -> Operands:
@@ -566,7 +572,7 @@ def gradient_of(x: Operands, d: dict[str, Any]) -> Operands:
     rows = like([term.rows for term in x.terms], [whole_rows(tiles) for tiles in d["rows"]])
     columns = like([term.columns for term in x.terms], d["columns"])
     tables = like([term.tables for term in x.terms], d["tables"])
-    carries = like([term.carry for term in x.terms], [whole_rows(tiles) for tiles in d["carries"]])
+    carries = like([term.carry for term in x.terms], d["carries"])
     parts = zip(x.terms, rows, columns, tables, carries, strict=True)
     return Operands(
         query=d["query"].astype(x.query.dtype),

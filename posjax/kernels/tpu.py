@@ -66,7 +66,7 @@ def refusal(
 
 def _too_many(chip: Chip, block_sizes: Blocks | None, cut: Cut, call: dict[str, Any]) -> str | None:
     """Why the scalars of a call do not fit the chip's SMEM; None: they do."""
-    taken = scalars(*_shapes(block_sizes or _fitting(chip, call), chip, call), cut.batch_parts)
+    taken = scalars(*_shapes(block_sizes or fitting(chip, call), chip, call), cut.batch_parts)
     if taken <= SMEM:
         return None
     of = dict(segment_ids=call["mask"].query_segments, query_positions=call["query_positions"], key_positions=call["key_positions"])
@@ -79,20 +79,20 @@ def _too_much(chip: Chip, block_sizes: Blocks | None, call: dict[str, Any]) -> s
     """Why a call does not fit the chip's VMEM; None: it does."""
     if block_sizes is not None and (taken := _vmem_of(block_sizes, chip, call)) <= chip.vmem:
         return None
-    fitting = _fitting(chip, call)
+    smaller_ones = fitting(chip, call)
     width, there = call["query"].shape[-1], f"{chip.vmem / 2**20:.0f} MiB of VMEM"
-    if fitting is None:
+    if smaller_ones is None:
         counts = [term for term in call["terms"] if isinstance(term.fused, Interpolation)]
         others = tuple(term for term in call["terms"] if term not in counts)
-        if counts and _fitting(chip, call | {"terms": others}) is not None:
+        if counts and fitting(chip, call | {"terms": others}) is not None:
             return f"max_position={counts[0].tables[1].shape[-2]} of cope on heads of {width} channels does not fit {there}"
         return f"query has {width} channels and value {call['value'].shape[-1]}, of which no tile fits {there}"
     if block_sizes is None:
         return None
-    return f"block_sizes={block_sizes} takes about {taken / 2**20:.0f} MiB of {there}; block_sizes={fitting} fits"
+    return f"block_sizes={block_sizes} takes about {taken / 2**20:.0f} MiB of {there}; block_sizes={smaller_ones} fits"
 
 
-def _fitting(chip: Chip, call: dict[str, Any]) -> Blocks | None:
+def fitting(chip: Chip, call: dict[str, Any]) -> Blocks | None:
     """The chip's own block sizes, or the first smaller ones that fit its VMEM."""
     own = chip.blocks(call["query"].dtype, max(call["query"].shape[-1], call["value"].shape[-1]))
     return next((blocks for blocks in smaller(own) if _vmem_of(blocks, chip, call) <= chip.vmem), None)
@@ -104,11 +104,11 @@ def _vmem_of(blocks: Blocks, chip: Chip, call: dict[str, Any]) -> int:
 
 
 def _shapes(blocks: Blocks, chip: Chip, call: dict[str, Any]) -> tuple[Plan, Operands]:
-    """``_laid_out`` with shapes for arrays."""
+    """``laid_out`` with shapes for arrays."""
     plans = []
 
     def operands() -> Operands:
-        plan, x = _laid_out(blocks, chip, Cut(), None, **call)
+        plan, x = laid_out(blocks, chip, Cut(), None, **call)
         plans.append(plan)
         return x
 
@@ -153,13 +153,18 @@ def attention(
     call = dict(query=query, key=key, value=value, terms=terms, mask=mask, scale=scale, logits_soft_cap=logits_soft_cap)
     call |= dict(query_positions=query_positions, key_positions=key_positions, rotation=rotation, raw=raw)
     if tile is None:
-        tile = _fitting(chip, call) or Blocks(LANES, LANES, LANES, LANES)
-    plan, operands = _laid_out(tile, chip, cut, interpret, **call)
-    out = _attend(plan, cut, operands)  # [B, K, G, T, V]
-    return jnp.moveaxis(out, 3, 1).reshape(out.shape[0], -1, query.shape[2], value.shape[-1])[:, : query.shape[1]]
+        tile = fitting(chip, call) or Blocks(LANES, LANES, LANES, LANES)
+    plan, operands = laid_out(tile, chip, cut, interpret, **call)
+    return joined(_attend(plan, cut, operands), query.shape[1])
 
 
-def _laid_out(
+def joined(out: Array, length: int) -> Array:
+    """[B, K, G, T, V] as [B, T, N, V], without what pads T."""
+    batch, kv_heads, group, _, width = out.shape
+    return jnp.moveaxis(out, 3, 1).reshape(batch, -1, kv_heads * group, width)[:, :length]
+
+
+def laid_out(
     tile: Blocks,
     chip: Chip,
     cut: Cut,
@@ -322,6 +327,8 @@ _LETTERS = dict(  # of the operands, for ``per_shard``
     query_turn="b...",
     key_turn="b...",
     partner="..",
+    high="bn....",
+    low="bn....",
 )
 _ROWS = "bn...."
 
@@ -336,7 +343,7 @@ def _run(function: Any, plan: Plan, present: tuple[str, ...], interpret: Any, *a
     return function(dataclasses.replace(plan, interpret=interpret), Operands(**fields), *arrays[len(present) :])
 
 
-def _sharded(
+def sharded(
     function: Any, plan: Plan, cut: Cut, x: Operands, more: tuple[Array, ...], letters: tuple[str, ...], results: Any
 ) -> Any:
     """function(plan, operands, *more) on each device's part, in the kernel or, where lowered for a CPU, interpreted."""
@@ -361,18 +368,23 @@ def _outputs(plan: Plan, x: Operands) -> tuple[Array, ...]:
 
 def _forward(plan: Plan, cut: Cut, x: Operands) -> tuple[Array, Any]:
     rows = 1 if plan.counting is None else 5
-    out, *saved = _sharded(_outputs, plan, cut, x, (), (), ("bn...", *[_ROWS] * rows))
+    out, *saved = sharded(_outputs, plan, cut, x, (), (), ("bn...", *[_ROWS] * rows))
     return out, (x, out, tuple(saved))
 
 
-def _learned(x: Operands) -> list[str]:
+def learned(x: Operands) -> list[str]:
     """The operands that have gradients."""
     names = ["query", "key", "value", "scale"]
     return names + [name for name in ("counted_query", "embedding", "table") if getattr(x, name) is not None]
 
 
 def _gradients(plan: Plan, x: Operands, d_out: Array, slack: Array, *saved: Array) -> tuple[Array, ...]:
-    found = backward(plan, x, saved, d_out, slack)
+    found = summed_up(x, backward(plan, x, saved, d_out, slack))
+    return tuple(found[name] for name in learned(x))
+
+
+def summed_up(x: Operands, found: dict[str, Array]) -> dict[str, Array]:
+    """What ``backward`` returns, as the gradients of the operands."""
     found["scale"] = found["scale"].sum().reshape(1)
     if "embedding" in found:
         over = tuple(n for n, size in enumerate(x.embedding.shape[:2]) if size == 1)
@@ -381,17 +393,26 @@ def _gradients(plan: Plan, x: Operands, d_out: Array, slack: Array, *saved: Arra
         found["embedding"] = jnp.stack([of_positions, jnp.zeros_like(of_positions)], 2)
     if "table" in found:  # by place in the table and lane of the query
         found["table"] = found["table"].sum((0, -1))[:, :, None]
-    return tuple(found[name] for name in _learned(x))
+    return found
 
 
 def _backward(plan: Plan, cut: Cut, kept: Any, d_out: Array) -> tuple[Operands]:
     x, out, saved = kept
     slack = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    slack = slack.reshape(*slack.shape[:3], -1, plan.groups, LANES)
-    names = _learned(x)
+    names = learned(x)
     results = tuple(exact(_LETTERS[name], getattr(x, name)) for name in names)
-    found = _sharded(_gradients, plan, cut, x, (d_out, slack, *saved), ("bn...", *[_ROWS] * (1 + len(saved))), results)
-    given = dict(zip(names, found, strict=True))
+    more = d_out, by_tile(plan, slack), *saved
+    found = sharded(_gradients, plan, cut, x, more, ("bn...", *[_ROWS] * (1 + len(saved))), results)
+    return (gradient_of(x, dict(zip(names, found, strict=True))),)
+
+
+def by_tile(plan: Plan, rows: Array) -> Array:
+    """[B, K, G, T] as the kernels take it, [B, K, G, I, t / 128, 128]."""
+    return rows.reshape(*rows.shape[:3], -1, plan.groups, LANES)
+
+
+def gradient_of(x: Operands, given: dict[str, Array]) -> Operands:
+    """Gradients by name as that of the operands, of their dtypes; float0 where an operand is of integers."""
 
     def like(name: str) -> Any:
         primal = getattr(x, name)
@@ -403,7 +424,7 @@ def _backward(plan: Plan, cut: Cut, kept: Any, d_out: Array) -> tuple[Operands]:
             return jnp.zeros_like(primal)
         return np.zeros(primal.shape, jax.dtypes.float0)
 
-    return (Operands(**{field.name: like(field.name) for field in dataclasses.fields(x)}),)
+    return Operands(**{field.name: like(field.name) for field in dataclasses.fields(x)})
 
 
 _attend.defvjp(_forward, _backward)

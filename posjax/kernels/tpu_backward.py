@@ -5,6 +5,7 @@ keys between its own and the query, so one sum a row is gathered on the way. Key
 VMEM, from all queries; where there are several blocks the kernel runs once for each, from the left, and hands the rows' state on.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -361,20 +362,34 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         jax.lax.fori_loop(0, s.key.shape[0] // size, finish, None)
 
 
-def backward(plan: Plan, x: Operands, saved: tuple[Array, ...], d_out: Array, slack: Array) -> dict[str, Array]:
-    """Gradients by the names of the operands, ``table`` and ``embedding`` by head, ``scale`` by head and channel.
+def backward(
+    plan: Plan,
+    x: Operands,
+    saved: tuple[Array, ...],
+    d_out: Array,
+    slack: Array,
+    gathered: Array | None = None,
+    is_part: bool = False,
+) -> dict[str, Array]:
+    """Gradients by the names of the operands, ``table`` and ``embedding`` by head, ``scale`` by head and channel; and of counts
+    ``gathered``.
 
     Args:
       plan, x: of ``forward``.
       saved: what ``forward`` returned after out.
       d_out: [B, K, G, T, V].
       slack: sum of d_out * out over V, in the layout of rows, [B, K, G, I, t / 128, 128].
+      gathered: the gradient of the counts that are handed on, in the same layout: what the keys to the left, of other calls, have
+        made of them. That of the counts that were received comes back.
+      is_part: the gradients will be added up: they are float32.
     """
     turns = x.key.shape[2] // min(plan.blocks.resident, x.key.shape[2])
-    state = (*saved[1:], jnp.zeros_like(saved[0])) if plan.counting is not None else ()
-    call = functools.partial(_backward_of_block, plan, x, saved[0], d_out, slack)
+    state = (*saved[1:], jnp.zeros_like(saved[0]) if gathered is None else gathered) if plan.counting is not None else ()
+    x = dataclasses.replace(x, high=None, low=None)  # it begins at the left, with what ``saved`` has
+    call = functools.partial(_backward_of_block, plan, x, saved[0], d_out, slack, is_part)
     if turns == 1:
-        return call(x.query.dtype, jnp.zeros(1, jnp.int32), state)[0]
+        found, state = call(jnp.float32 if is_part else x.query.dtype, jnp.zeros(1, jnp.int32), state)
+        return found | (dict(gathered=state[-1]) if state else {})
     blocks = jnp.arange(turns, dtype=jnp.int32)[:, None]
     call = functools.partial(call, jnp.float32)
     by_key = ("key", "value")
@@ -386,13 +401,21 @@ def backward(plan: Plan, x: Operands, saved: tuple[Array, ...], d_out: Array, sl
 
     shapes = jax.eval_shape(call, blocks[0], state)[0]
     sums = {name: jnp.zeros(a.shape, a.dtype) for name, a in shapes.items() if name not in by_key}
-    (_, sums), found = jax.lax.scan(one, (state, sums), blocks)
+    (state, sums), found = jax.lax.scan(one, (state, sums), blocks)
     joined = [jnp.moveaxis(a, 0, 2).reshape(*a.shape[1:3], -1, a.shape[-1]) for a in found]
-    return sums | dict(zip(by_key, joined, strict=True))
+    return sums | dict(zip(by_key, joined, strict=True)) | (dict(gathered=state[-1]) if state else {})
 
 
 def _backward_of_block(
-    plan: Plan, x: Operands, log_sum: Array, d_out: Array, slack: Array, dtype: Any, block: Array, state: tuple[Array, ...]
+    plan: Plan,
+    x: Operands,
+    log_sum: Array,
+    d_out: Array,
+    slack: Array,
+    is_part: bool,
+    dtype: Any,
+    block: Array,
+    state: tuple[Array, ...],
 ) -> tuple[dict[str, Array], tuple[Array, ...]]:
     """The gradients that come from one resident block of keys, those of queries in ``dtype``, and the state for the next."""
     batch, kv_heads, group, length, width = x.query.shape
@@ -416,7 +439,8 @@ def _backward_of_block(
 
     def by_key(array: Array) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
         shape = (batch, kv_heads, resident, array.shape[-1])
-        return jax.ShapeDtypeStruct(shape, array.dtype), pl.BlockSpec((None, None, *shape[2:]), lambda b, k, *_: (b, k, 0, 0))
+        made = jax.ShapeDtypeStruct(shape, jnp.float32 if is_part else array.dtype)
+        return made, pl.BlockSpec((None, None, *shape[2:]), lambda b, k, *_: (b, k, 0, 0))
 
     outs = {
         "d_query": (jax.ShapeDtypeStruct(x.query.shape, dtype), by_query(x.query)),

@@ -90,8 +90,9 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         s.total[...] = jnp.zeros(s.total.shape, jnp.float32)
         s.sums[...] = jnp.zeros(s.sums.shape, jnp.float32)
         if counting is not None:
-            s.high[...] = jnp.zeros(s.high.shape, jnp.float32)
-            s.low[...] = jnp.zeros(s.low.shape, jnp.float32)
+            for name in ("high", "low"):
+                own, given = getattr(s, name), rest.get(f"in_{name}")
+                own[...] = jnp.zeros(own.shape, jnp.float32) if given is None else given[...]
             s.hasty[0] = s.hasty[1] = -1
             for a in range(band.passages):
                 s.limit[a] = band.seen(a)[1]
@@ -249,8 +250,12 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
             s.out_high[...], s.out_low[...] = s.high[...], s.low[...]
 
 
-def forward(plan: Plan, x: Operands) -> tuple[Array, ...]:
-    """out [B, K, G, T, V] and, by query tile [B, K, G, I, t / 128, 128]: log2 of the softmax's sum, and of counts the state."""
+def forward(plan: Plan, x: Operands, dtype: Any = None) -> tuple[Array, ...]:
+    """out [B, K, G, T, V] and, by query tile [B, K, G, I, t / 128, 128]: log2 of the softmax's sum, and of counts the state.
+
+    Args:
+      dtype: of out; None: that of value.
+    """
     batch, kv_heads, group, length, _ = x.query.shape
     blocks, keys = plan.blocks, x.key.shape[2]
     resident = min(blocks.resident, keys)
@@ -267,7 +272,7 @@ def forward(plan: Plan, x: Operands) -> tuple[Array, ...]:
     by_tile = (batch, kv_heads, group, tiles, plan.groups, LANES)
     row_spec = pl.BlockSpec((None,) * 4 + by_tile[4:], lambda b, k, g, i, r, *_: (b, k, g, i, 0, 0))
     width = x.value.shape[-1]
-    out = jax.ShapeDtypeStruct((*x.query.shape[:4], width), x.value.dtype)
+    out = jax.ShapeDtypeStruct((*x.query.shape[:4], width), dtype or x.value.dtype)
     outs = {"out": out, "log_sum": jax.ShapeDtypeStruct(by_tile, jnp.float32)}
     if plan.counting is not None:
         outs |= {f"out_{name}": jax.ShapeDtypeStruct(by_tile, jnp.float32) for name in ("high", "low")}

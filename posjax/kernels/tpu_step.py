@@ -81,6 +81,8 @@ class Operands:
     query_turn: Array | None  # [B or 1, 2, T, C], cosines and sines
     key_turn: Array | None  # [B or 1, 2, S, C]
     partner: Array | None  # [C, C], which channel turns into which
+    high: Array | None = None  # [B, K, G, I, t / 128, 128]: counts of keys to the right that other calls have, high + low
+    low: Array | None = None
 
 
 # Extents, for the scalar unit --------------------------------------------------------------------------------------------
@@ -424,6 +426,9 @@ def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[
                 lambda b, k, g, i, r, *scalars: (varies(x.key_turn, b), 0, key_block(b, i, r, *scalars), 0),
             )
         add("partner", x.partner, x.partner.shape, lambda *_: (0, 0))
+    for name in ("high", "low"):
+        by_tile = (None,) * 4 + (plan.groups, LANES)
+        add(f"in_{name}", getattr(x, name), by_tile, lambda b, k, g, i, *_: (b, k, g, i, 0, 0))
     specs = [pl.BlockSpec(shape, index) for _, _, shape, index in made]
     return [name for name, *_ in made], [array for _, array, *_ in made], specs
 

@@ -1,0 +1,89 @@
+"""The kernels for TPUs over some keys of many, as ``ring`` asks for it; see ``ring_tiled`` for what that is."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from posjax.kernels import tpu
+from posjax.kernels.blocks import Blocks, chip_at_hand
+from posjax.kernels.shards import Cut
+from posjax.kernels.tiled import NOTHING
+from posjax.kernels.tpu_backward import backward
+from posjax.kernels.tpu_forward import forward
+from posjax.kernels.tpu_step import Operands, Plan
+from posjax.kernels.tpu_tiles import LOG2E, NEVER
+from posjax.typing import Array
+
+BY_KEY = dict(key=2, value=2, segments=2, positions=2)
+
+
+def cut_up(call: dict[str, Any], logits_soft_cap: float | None, blocks: Blocks | None) -> tuple[Plan, Operands]:
+    call = call | dict(logits_soft_cap=logits_soft_cap)
+    chip = chip_at_hand(call["query"])
+    plan, x = tpu.laid_out(blocks or tpu.fitting(chip, call), chip, Cut(), None, **call)
+    if plan.counting is not None:
+        nothing = jnp.zeros((*x.query.shape[:3], *x.query_positions.shape[1:]), jnp.float32)
+        x = dataclasses.replace(x, high=nothing, low=nothing)
+    return plan, x
+
+
+def in_parts(plan: Plan, x: Operands, parts: int) -> Plan | None:
+    size, resident = x.key.shape[2] // parts, min(plan.blocks.resident, x.key.shape[2])
+    fits = x.key.shape[2] % parts == 0 and size % plan.blocks.keys == 0
+    return plan if fits and (size <= resident or size % resident == 0) else None
+
+
+def by_key(x: Operands) -> dict[str, Any]:
+    return dict(key=x.key, value=x.value, segments=x.key_segments, positions=x.key_positions)
+
+
+def carried(x: Operands) -> Any:
+    return [] if x.high is None else [x.high, x.low]
+
+
+def with_keys(x: Operands, there: dict[str, Any], carried: Any) -> Operands:
+    high, low = carried or (None, None)
+    keys = dict(key_segments=there["segments"], key_positions=there["positions"])
+    return dataclasses.replace(x, key=there["key"], value=there["value"], **keys, high=high, low=low)
+
+
+def joined(out: Array, length: int, width: int) -> Array:
+    return tpu.joined(out, length)
+
+
+def _outputs(plan: Plan, x: Operands) -> tuple[Array, ...]:
+    return tuple(forward(plan, x, jnp.float32))
+
+
+def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
+    out, log_sum, *state = tpu.sharded(_outputs, plan, Cut(), x, (), (), None)
+    log_sum = jnp.where(log_sum < -0.5 * NEVER, log_sum / LOG2E, NOTHING).reshape(out.shape[:-1])
+    return out, log_sum, state[2:], state[:2]
+
+
+def _gradients(plan: Plan, x: Operands, d_out: Array, slack: Array, log_sum: Array, *counts: Array) -> tuple[Array, ...]:
+    """``counts``: high, low, limit, hasty and gathered."""
+    saved, gathered = (log_sum, *counts[:4]), counts[4] if counts else None
+    found = tpu.summed_up(x, backward(plan, x, saved, d_out, slack, gathered, is_part=True))
+    return tuple(found[name] for name in _found(x))
+
+
+def _found(x: Operands) -> list[str]:
+    return tpu.learned(x) + ([] if x.embedding is None else ["gathered"])
+
+
+def gradients(
+    plan: Plan, x: Operands, log_sum: Array, kept: Any, handed_on: Any, d_out: Array, slack: Array, d_handed_on: list[Array]
+) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
+    counts = (*handed_on, *kept, d_handed_on[0]) if d_handed_on else ()
+    more = d_out, *(tpu.by_tile(plan, row) for row in (slack, log_sum * LOG2E)), *counts
+    found = dict(zip(_found(x), tpu.sharded(_gradients, plan, Cut(), x, more, (), None), strict=True))
+    received = [found.pop("gathered"), d_handed_on[1]] if counts else []
+    of_keys = dict(key=[found.pop("key")], value=[found.pop("value")], segments=[], positions=[])
+    return of_keys, found, received
+
+
+def gradient_of(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:
+    (key,), (value,) = of_keys["key"], of_keys["value"]
+    return tpu.gradient_of(x, rest | dict(key=key, value=value))
