@@ -37,7 +37,7 @@ finished = itertools.count(1)
 
 
 def pytest_runtest_teardown():
-    """Every program that is kept maps memory, and with more than 65,530 maps Linux gives a process no memory: the compiler aborts."""
+    """Every program that is kept maps memory, and with more than 65,530 maps Linux gives a process no memory and it aborts."""
     if next(finished) % 8 == 0 and MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST_MAPS:
         import jax
 

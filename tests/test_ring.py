@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec
 from kernel_calls import answers, check, make_operands
 from suite import (
     equations,
@@ -201,6 +201,30 @@ def test_attention_takes_the_ring_where_the_mesh_has_a_context_axis():
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * float(jnp.abs(b).max()))
     moved = [e for e in equations(jax.make_jaxpr(gradient)(cut).jaxpr) if e.primitive.name == "ppermute"]
     assert moved and all(e.params["axis_name"] in ("context", ("context",)) for e in moved)
+
+
+@pytest.mark.parametrize("encoding", [pj.alibi(), GATED], ids=["alibi", "rope + cope"])
+def test_programs_for_tpus_and_gpus_go_around_it_with_kernels(encoding):
+    """Also where there are neither."""
+
+    def loss(query, key, value, params):
+        return pj.attention(query, key, value, encoding, params, is_causal=True).astype(jnp.float32).sum()
+
+    def lowered(platform, device):
+        mesh = mesh_of(1, 2).abstract_mesh.update(abstract_device=device)
+        sharding = NamedSharding(mesh, PartitionSpec(None, "context"))
+        query = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16, sharding=sharding)
+        params = jax.eval_shape(lambda: encoding.init(jax.random.key(0), pj.Dims(2, 64)))
+        program = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(query, query, query, params)
+        return program.lower(lowering_platforms=(platform,)).as_text()
+
+    texts = [lowered("tpu", AbstractDevice("TPU v5e", 1, "tpu")), lowered("cuda", AbstractDevice("NVIDIA H200", 132, "gpu"))]
+    texts += [lowered("cpu", AbstractDevice("cpu", None, "cpu"))]
+    for name in ("forward", "backward"):
+        assert [f"posjax_attention_{name}" in text for text in texts] == [True, name == "forward", False]
+    for name in ("query_plain", "key_plain", *(["query_band", "key_band"] if encoding is GATED else [])):
+        assert f"posjax_attention_{name}" in texts[1]
+    assert "tpu_custom_call" in texts[0] and "__gpu$xla.gpu.triton" in texts[1]
 
 
 def test_which_calls_have_a_context_axis():
