@@ -1,21 +1,28 @@
 """Memory of a device for attention over 131,072 tokens, forward and backward, cut over 1, 2, 4 and 8 devices; compiled, not run.
 
-    python experiments/context_memory.py        # some minutes on two CPU cores
+    python experiments/context_memory.py                        # in plain XLA, compiled for CPUs; some minutes on two CPU cores
+    python experiments/context_memory.py --topology v5e:2x4     # by the kernels, compiled for chips that are not there; likewise
 
-Eight heads of 128 channels in bfloat16, causal, one sequence; the compiler is that of CPUs. Counted are a device's shares of query,
-key, value, the result and all their gradients, and what comes and goes. experiments/results/context_memory.json.
+Eight heads of 128 channels in bfloat16, causal, one sequence. Counted are a device's shares of query, key, value, the result and
+all their gradients, and what comes and goes. experiments/results/context_memory.json, and context_memory_v5e.json.
 """
 
+import dataclasses
 import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp
+import tyro
 from common import write  # beside this one
 from jax.sharding import NamedSharding, PartitionSpec
 
 import posjax as pj
+from posjax import aot
 from posjax.bench.results import print_table
 from posjax.sharding import make_mesh
 
@@ -28,37 +35,67 @@ ENCODINGS = {
 }
 
 
-def measure(encoding: pj.PositionalEncoding, context: int) -> dict[str, int]:
-    mesh = make_mesh(context, context=context)
-    cut = NamedSharding(mesh, PartitionSpec(None, "context"))
-    x = jax.ShapeDtypeStruct((1, LENGTH, HEADS, WIDTH), jnp.bfloat16, sharding=cut)
-    params = encoding.init(jax.random.key(0), pj.Dims(HEADS, WIDTH, HEADS * WIDTH, LENGTH))
+CONTEXTS = (1, 2, 4, 8)
 
-    def step(query, key, value, params):
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """Compiles and writes down.
+
+    Attributes:
+      topology: of eight chips, whose compiler posjax[tpu-aot] has; none: CPUs.
+    """
+
+    topology: str | None = None
+
+
+def step(name: str, context: int, is_chunked: bool, devices: Sequence[Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What is compiled, and its arguments."""
+    encoding = ENCODINGS[name]
+    cut = NamedSharding(make_mesh(context, context=context, devices=devices), PartitionSpec(None, "context"))
+    x = jax.ShapeDtypeStruct((1, LENGTH, HEADS, WIDTH), jnp.bfloat16, sharding=cut)
+    params = jax.eval_shape(lambda: encoding.init(jax.random.key(0), pj.Dims(HEADS, WIDTH, HEADS * WIDTH, LENGTH)))
+    implementation = "xla_chunked" if is_chunked else None
+
+    def both(query, key, value, params):
         def call(*args):
-            return pj.attention(*args[:3], encoding, args[3], is_causal=True, implementation="xla_chunked")
+            return pj.attention(*args[:3], encoding, args[3], is_causal=True, implementation=implementation)
 
         out, back = jax.vjp(call, query, key, value, params)
         return out, back(out)  # as of a loss that is half the sum of squares
 
-    stats = jax.jit(step, out_shardings=(cut, (cut, cut, cut, None))).lower(x, x, x, params).compile().memory_analysis()
-    return dict(
-        context=context,
-        argument_bytes=stats.argument_size_in_bytes,
-        output_bytes=stats.output_size_in_bytes,
-        temporary_bytes=stats.temp_size_in_bytes,
-    )
+    return jax.jit(both, out_shardings=(cut, (cut, cut, cut, None))), (x, x, x, params)
 
 
-def main() -> None:
-    rows = [dict(encoding=name) | measure(encoding, n) for name, encoding in ENCODINGS.items() for n in (1, 2, 4, 8)]
+def on_cpus(name: str, context: int) -> dict[str, int]:
+    function, args = step(name, context, True, jax.devices())
+    stats = function.lower(*args).compile().memory_analysis()
+    return {kind: getattr(stats, f"{kind}_size_in_bytes") for kind in ("argument", "output", "temp")}
+
+
+def main(where: Where) -> None:
+    cases = [(name, context) for name in ENCODINGS for context in CONTEXTS]
+    if where.topology is None:
+        memories = [on_cpus(*case) for case in cases]
+    else:
+        jobs = [("context_memory:step", dict(name=name, context=context, is_chunked=False)) for name, context in cases]
+        reports = aot.compile_all(jobs, where.topology, schedules=False)
+        if failed := [report.failed for report in reports if report.failed is not None]:
+            sys.exit(f"{len(failed)} of {len(jobs)} did not compile; the first says: {failed[0]}")
+        memories = [report.memory for report in reports]
+    kinds = {"argument": "argument_bytes", "output": "output_bytes", "temp": "temporary_bytes"}
+    sizes = [{to: memory[kind] for kind, to in kinds.items()} for memory in memories]
     lines = []
     for name in ENCODINGS:
-        sums = [r["argument_bytes"] + r["output_bytes"] + r["temporary_bytes"] for r in rows if r["encoding"] == name]
-        lines.append([name, *(f"{size / 2**20:,.0f}" for size in sums)])
-    print_table("MiB of a device", ["encoding", "context 1", "2", "4", "8"], lines, [])
-    write("context_memory", rows)
+        sums = [sum(size.values()) for case, size in zip(cases, sizes, strict=True) if case[0] == name]
+        lines.append([name, *(f"{total / 2**20:,.0f}" for total in sums)])
+    print_table("MiB of a device", ["encoding", f"context {CONTEXTS[0]}", *map(str, CONTEXTS[1:])], lines, [])
+    rows = [dict(encoding=name, context=context) | size for (name, context), size in zip(cases, sizes, strict=True)]
+    if where.topology is None:
+        write("context_memory", rows)
+    else:
+        write(f"context_memory_{where.topology.partition(':')[0]}", rows, compiled_for=where.topology)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Where, description=__doc__))
