@@ -137,7 +137,7 @@ thorough = functools.partial(pytest.param, marks=pytest.mark.thorough)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     "encoding",
-    [pytest.param(GATED, id="cope"), *(thorough(e, id=e.name) for e in (pj.alibi(), pj.t5(8, 32), pj.identity(), pj.tupe()))],
+    [pytest.param(GATED, id="cope"), *(thorough(e, id=e.name) for e in (pj.alibi(), pj.t5(8, 32), pj.tupe()))],
 )
 def test_every_kernel_equals_dense_attention(encoding, kernel):
     """Chunks of 128, a tile, or of 96, of which a tile has some of the next."""
@@ -146,7 +146,7 @@ def test_every_kernel_equals_dense_attention(encoding, kernel):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("gates", ["near 0", "near 1", "mixed", "small"])
+@pytest.mark.parametrize("gates", ["near 0", "near 1", "small"])
 def test_counts_go_on_from_kernel_to_kernel_whatever_the_gates_are(gates, kernel):
     check(Ring(1, 2, kernel=kernel), pj.cope(300), length=512, heads=(2, 1, 16, 16), gates=gates, is_causal=True)
 

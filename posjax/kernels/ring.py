@@ -48,7 +48,7 @@ from posjax.kernels.tiled import NOTHING, SAVED
 from posjax.typing import Array, Float, Int
 
 CONTEXT_AXES = ("context", "sequence", "seq", "cp", "sp")  # names of a mesh's axis that cuts sequences, where it is automatic
-_PIECES = 4  # of the keys of a chunk at most
+_PIECES = 8  # of the keys of a chunk at most
 _PIECE = 2048  # keys of one at least: what a query tile prepares, CoPE above all, it prepares for every piece
 _PARTS = {"tpu": ring_tpu, "cuda": ring_gpu, "xla": ring_tiled}
 _NEVER = -NOTHING  # the log-sum-exp of no keys, while parts of a row are merged
