@@ -179,7 +179,9 @@ def test_interrupted_outside_of_training(run, straight, monkeypatch, number, exp
         time.sleep(1)
 
     monkeypatch.setattr(source, "open_source", interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     code, _, err = run("train", "tiny.py", "--workdir", "straight")
+    signal.signal(signal.SIGINT, before)
     assert code == expected and err.splitlines()[-1].strip() == "posjax train tiny.py --workdir straight"
 
 
