@@ -28,13 +28,11 @@ CALLS = {
     "tpu": [
         dict(spec="rope + cope(64)", length=8192, heads=(4, 2), width=128, dtype="bfloat16", segmented=True),
         dict(spec="t5 + alibi", length=1024, heads=(2, 2), width=64, dtype="float32", soft_cap=30.0),
-        dict(spec="identity", length=8192, heads=(2, 2), width=256, dtype="float32"),  # too much for a v4's own tiles
         dict(spec="tupe(relative=True)", length=1024, heads=(2, 1), width=256, dtype="bfloat16", window=(300, 0)),
     ],
     "gpu": [
         dict(spec="rope + cope(64)", length=8192, heads=(4, 2), width=128, dtype="bfloat16", segmented=True),
         dict(spec="t5 + alibi + cope(64)", length=1024, heads=(2, 2), width=64, dtype="float32", soft_cap=30.0),
-        dict(spec="identity", length=8192, heads=(2, 2), width=256, dtype="bfloat16"),
         dict(spec="tupe(relative=True)", length=1024, heads=(2, 1), width=128, dtype="float16", window=(300, 0)),
     ],
 }
@@ -43,6 +41,9 @@ MORE = {"h200": [CALLS["gpu"][0] | dict(blocks=MOSAIC)]}  # on one chip alone
 MORE["h200"] += [dict(spec="t5 + alibi", length=1024, heads=(2, 2), width=64, dtype="float16", soft_cap=30.0, blocks=MOSAIC)]
 MORE["h200"] += [CALLS["gpu"][0] | dict(context=2)]  # around a ring of devices
 MORE["v5e"] = [CALLS["tpu"][0] | dict(context=4)]
+WIDE = dict(spec="identity", length=8192, heads=(2, 2), width=256)
+MORE["v4"] = [WIDE | dict(dtype="float32")]  # too much for its own tiles
+MORE["h200"] += [WIDE | dict(dtype="bfloat16")]
 TOPOLOGIES = {
     "tpu": {name: generation.topology for name, generation in aot.GENERATIONS.items()},
     "gpu": {name: f"{name}:1x1x2" for name in ("a100", "h200", "b200")},

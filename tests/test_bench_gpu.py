@@ -62,6 +62,7 @@ def of(rows, section, **fields):
     return [row for row in found if all(row[name] == value for name, value in fields.items())]
 
 
+@pytest.mark.thorough
 def test_a_run_has_rows_of_every_section(finished):
     written, _, _ = finished
     rows = written["rows"]
@@ -78,6 +79,7 @@ def test_a_run_has_rows_of_every_section(finished):
     assert {"platform", "device_kind", "cores"} <= set(written["hardware"]) and "jax" in written["versions"]
 
 
+@pytest.mark.thorough
 def test_errors_are_those_of_float32(finished):
     rows = of(finished[0]["rows"], "accuracy")
     assert [(row["call"], row["dtype"], row["head_dim"]) for row in rows] == [
@@ -90,6 +92,7 @@ def test_errors_are_those_of_float32(finished):
         assert row["same_bits"] is True
 
 
+@pytest.mark.thorough
 def test_the_decoder_has_the_parameters_that_it_should(finished):
     rows = of(finished[0]["rows"], "decoder")
     assert [(row["encoding"], row["context"]) for row in rows] == [("identity", 64), ("cope(64)", 64)]
@@ -98,6 +101,7 @@ def test_the_decoder_has_the_parameters_that_it_should(finished):
     assert all(row["prefill_tokens_per_second"] > row["train_tokens_per_second"] > 0 for row in rows)
 
 
+@pytest.mark.thorough
 def test_without_matplotlib_there_is_no_figure_and_a_line_says_so(finished):
     _, out, printed = finished
     assert {path.name for path in out.iterdir()} == {"gpu.json", "gpu.md"}

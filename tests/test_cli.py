@@ -285,6 +285,7 @@ def test_errors_that_are_not_about_the_kernel_stay_what_they_are(said, implement
         raise jax.errors.JaxRuntimeError(said)
 
 
+@pytest.mark.thorough
 def test_compare_goes_on_with_what_is_missing(run, home):
     command = ("compare", "tiny.py", "--workdir", "table")
     process = start(*command)

@@ -232,8 +232,10 @@ def test_encodings_that_it_does_not_know(case):
 
 
 @thorough
-@pytest.mark.parametrize("gates", ["near 0", "near 1", "mixed"])
-@pytest.mark.parametrize(("last", "per_head"), [(6, True), (64, False), (150, False)])
+@pytest.mark.parametrize(
+    ("last", "per_head", "gates"),
+    [(6, True, "near 0"), (6, True, "mixed"), (64, False, "near 1"), (150, False, "near 0"), (150, False, "mixed")],
+)
 def test_cope_where_gates_saturate(last, per_head, gates):
     check(saturating(last, per_head), gates=gates, length=200, heads=(2, 2, 16, 16), is_causal=True)
 
@@ -246,8 +248,7 @@ def test_groups_strips_and_blocks_of_several_tiles(gates):
 
 
 @thorough
-@pytest.mark.parametrize("gates", [None, "small", "small and large", "by group"])
-@pytest.mark.parametrize("last", [4, 40])
+@pytest.mark.parametrize(("last", "gates"), [(4, None), (4, "small"), (40, "small and large"), (40, "by group")])
 def test_strips_in_which_queries_pass_few_cells_and_many(last, gates):
     """Two pieces to a strip, two groups to a passage; counts that stop to matter within small gates, or go on."""
     tile = Blocks(256, 512, 256, 512)
@@ -282,12 +283,10 @@ CALLS = {
     "a window to both sides": (pj.alibi(), dict(length=300, local_window_size=(70, 20))),
     "a window to the right": (pj.t5(8, 30, bidirectional=True), dict(length=200, local_window_size=(None, 0))),
     "packed in both directions": (pj.rope(), dict(batch=2, length=300, arrays=packed(2, 300, 300), logits_soft_cap=2.0, scale=0.3)),
-    "packed and padded": (pj.identity(), dict(batch=2, keys=150, arrays=packed(2, 140, 150))),
     "tupe + cope, packed": (
         pj.chain(pj.tupe(relative=True), pj.cope(12, per_head=True)),
         dict(is_causal=True, batch=2, keys=150, arrays=packed(2, 140, 150)),
     ),
-    "blocks of keys, one direction": (pj.rope(), dict(tile=STREAMED, length=384, is_causal=True)),
     "blocks of keys, both directions": (
         pj.chain(pj.rope(pairing="interleaved"), pj.t5(8, 30, bidirectional=True)),
         dict(tile=STREAMED, length=140, keys=384, scale=0.3),
@@ -296,8 +295,10 @@ CALLS = {
         pj.cope(12),
         dict(tile=STREAMED, length=500, heads=(1, 1, 16, 16), is_causal=True, local_window_size=(100, None)),
     ),
-    "blocks of keys in bfloat16": (GATED, dict(tile=STREAMED, length=384, dtype="bfloat16", is_causal=True)),
-    "bfloat16 and a learned scale": (pj.cope(64, per_head=True), dict(dtype="bfloat16", scale=0.2, is_causal=True)),
+    "blocks of keys in bfloat16 and a learned scale": (
+        pj.cope(64, per_head=True),  # without rotations, whose rounding moves counts to other slopes
+        dict(tile=STREAMED, length=384, dtype="bfloat16", scale=0.2, is_causal=True),
+    ),
     "bfloat16 in both directions": (pj.tupe(relative=True), dict(dtype="bfloat16")),
     "two cores that count": (GATED, dict(interpret=TWO_CORES, heads=(2, 2, 16, 16), is_causal=True)),
     "two cores, blocks of keys": (pj.t5(6, 8), dict(interpret=TWO_CORES, tile=STREAMED, batch=2, length=300, is_causal=True)),
