@@ -238,11 +238,9 @@ def apply_rotation(x: Float[Array, "B T N H"], phase: Float[Array, "_ T R2"], pa
     """Rotates the first 2 * phase.shape[-1] channels of x; the products are float32, the result has x's dtype."""
     width = 2 * phase.shape[-1]
     cos, sin = jnp.cos(phase)[:, :, None, :], jnp.sin(phase)[:, :, None, :]
-    turned = x[..., :width].astype(jnp.float32)
-    if pairing == "half":
-        first, second = turned[..., : width // 2], turned[..., width // 2 :]
-    else:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-    pair = first * cos - second * sin, first * sin + second * cos
-    turned = jnp.concatenate(pair, -1) if pairing == "half" else jnp.stack(pair, -1).reshape(turned.shape)
-    return jnp.concatenate([turned.astype(x.dtype), x[..., width:]], axis=-1)
+    raw = x[..., :width]
+    pair = (raw[..., : width // 2], raw[..., width // 2 :]) if pairing == "half" else (raw[..., 0::2], raw[..., 1::2])
+    first, second = (part.astype(jnp.float32) for part in pair)  # apart: the compiler may keep both, and whole in float32 it would
+    pair = [part.astype(x.dtype) for part in (first * cos - second * sin, first * sin + second * cos)]
+    turned = jnp.concatenate(pair, -1) if pairing == "half" else jnp.stack(pair, -1).reshape(raw.shape)
+    return jnp.concatenate([turned, x[..., width:]], axis=-1)

@@ -50,6 +50,7 @@ from posjax.typing import Array, Float, Int
 CONTEXT_AXES = ("context", "sequence", "seq", "cp", "sp")  # names of a mesh's axis that cuts sequences, where it is automatic
 _PIECES = 8  # of the keys of a chunk at most
 _PIECE = 2048  # keys of one at least: what a query tile prepares, CoPE above all, it prepares for every piece
+_KERNELS = {"tpu": tpu, "cuda": gpu}
 _PARTS = {"tpu": ring_tpu, "cuda": ring_gpu, "xla": ring_tiled}
 _NEVER = -NOTHING  # the log-sum-exp of no keys, while parts of a row are merged
 
@@ -118,41 +119,41 @@ def attention(
     """
     if (reason := refusal(query, key, terms, mask, context)) is not None:
         raise NotImplementedError(f"attention over the mesh axis {context.axis!r} cannot run this call: {reason}")
-    is_ordered = any(term.carry is not None for term in terms)
-
-    def local(**call: Any) -> Array:
-        halves = _Halves(context.axis, context.parts, mask.is_causal)
-        slots = halves.slots(call, split=is_ordered)
-        return halves.home(_of_the_platform(context, slots, logits_soft_cap, kernel, block_sizes))
-
-    return on_parts(local, context.cut, context.axis)(
-        query=query,
-        key=key,
-        value=value,
-        terms=terms,
-        mask=mask,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        scale=scale,
-    )
-
-
-def _of_the_platform(
-    context: Context, slots: list[dict[str, Any]], logits_soft_cap: float | None, kernel: str | None, block_sizes: Any
-) -> list[Array]:
-    """By the kernel of the platform that the program is lowered for, where it can do the call, or in plain XLA."""
-    kernels = {"tpu": tpu, "cuda": gpu}
-
-    def own(name: str) -> Any:
-        return block_sizes if name in kernels and isinstance(block_sizes, kernels[name].BLOCKS) else None
+    halves = _Halves(context.axis, context.parts, mask.is_causal)
+    slots = functools.partial(halves.slots, split=any(term.carry is not None for term in terms))
+    call = dict(query=query, key=key, value=value, terms=terms, mask=mask, scale=scale)
+    call |= dict(query_positions=query_positions, key_positions=key_positions)
 
     def by(name: str) -> Any:
-        return lambda slots: _around(context, _PARTS[name], slots, logits_soft_cap, own(name))
+        def local(**part: Any) -> Array:
+            return halves.home(_around(context, _PARTS[name], slots(part), logits_soft_cap, _own(name, block_sizes)))
+
+        return lambda call: on_parts(local, context.cut, context.axis)(**call)
 
     if kernel is not None:
-        return by(kernel)(slots)
-    can = {name: by(name) for name, k in kernels.items() if k.refusal(**slots[0], block_sizes=own(name), cut=Cut()) is None}
-    return jax.lax.platform_dependent(slots, **can, default=by("xla")) if can else by("xla")(slots)
+        return by(kernel)(call)
+    can = {name: by(name) for name in _able(slots, call, context, block_sizes)}
+    # Around all that a device does. Within, the backward pass would be handed the choice as one of the arrays that it is given.
+    return jax.lax.platform_dependent(call, **can, default=by("xla")) if can else by("xla")(call)
+
+
+def _own(name: str, block_sizes: Any) -> Any:
+    """The block sizes of a call if they are of that kernel."""
+    return block_sizes if name in _KERNELS and isinstance(block_sizes, _KERNELS[name].BLOCKS) else None
+
+
+def _able(slots: Any, call: dict[str, Any], context: Context, block_sizes: Any) -> list[str]:
+    """The platforms whose kernels can do what a device is given, the ``slots`` of its part of the call."""
+    able = []
+
+    def ask(**part: Any) -> Array:
+        slot, *_ = slots(part)
+        refusals = {name: k.refusal(**slot, block_sizes=_own(name, block_sizes), cut=Cut()) for name, k in _KERNELS.items()}
+        able.extend(name for name, reason in refusals.items() if reason is None)
+        return part["query"]
+
+    jax.eval_shape(on_parts(ask, context.cut, context.axis), **call)
+    return able
 
 
 def _around(
@@ -346,27 +347,27 @@ def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[
     slots, out, log_sums, carries, kept = saved
     walk, slacks = ring.walk, tuple(map(tiled.slack_of, out, d_out))
 
-    def pair(i: int, number: Array, there: dict[str, Any], d_handed_on: list[Array]) -> Any:
-        """The gradients of the pair of pieces that slot i saw at a step."""
+    def pair(i: int, number: Array, there: dict[str, Any], d_handed_on: list[Array], so_far: Any = None) -> Any:
+        """The gradients of the pair of pieces that slot i saw at a step, those that do not travel added to ``so_far``."""
         x = slots[i]
         received = jax.tree.map(
             lambda first, later: jnp.where(number > 0, later[jnp.maximum(number - 1, 0)], first), walk.carried(x), carries[i]
         )
         own = _taken(kept[i], number), _taken(carries[i], number)
         met = walk.with_keys(x, there, received)
-        return walk.gradients(ring.plan, met, log_sums[i], *own, d_out[i], slacks[i], d_handed_on)
+        return walk.gradients(ring.plan, met, log_sums[i], *own, d_out[i], slacks[i], d_handed_on, so_far)
 
     def step(state: Any, number: Array) -> tuple[Any, None]:
         travelling, d_travelling, d_stayed, d_carries = state
         at = ring.at(number)
         pieces, d_pieces = (ring.moved(_taken(x, at), back=True) for x in (travelling, d_travelling))
-        made = [pair(i, number, _taken(pieces, i), d) for i, d in enumerate(d_carries)]
-        of_keys, rest, d_carries = zip(*made, strict=True)
+        made = [pair(i, number, _taken(pieces, i), *own) for i, own in enumerate(zip(d_carries, d_stayed, strict=True))]
+        of_keys, d_stayed, d_carries = zip(*made, strict=True)
         of_keys = jax.tree.map(lambda *x: jnp.stack(x), *of_keys)
         return (
             _put(travelling, at, pieces),
             _put(d_travelling, at, jax.tree.map(jnp.add, d_pieces, of_keys)),
-            jax.tree.map(jnp.add, d_stayed, rest),
+            d_stayed,
             d_carries,
         ), None
 

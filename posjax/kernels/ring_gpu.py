@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from posjax.kernels import gpu, gpu_triton
 from posjax.kernels.gpu_blocks import GpuBlocks
 from posjax.kernels.gpu_plan import LOG2E, NEVER, Operands, Plan, visits
+from posjax.kernels.ring_tiled import added
 from posjax.kernels.shards import Cut
 from posjax.kernels.tiled import NOTHING
 from posjax.typing import Array
@@ -77,14 +78,22 @@ def _found(x: Operands) -> list[str]:
 
 
 def gradients(
-    plan: Plan, x: Operands, log_sum: Array, kept: Any, handed_on: Any, d_out: Array, slack: Array, d_handed_on: list[Array]
+    plan: Plan,
+    x: Operands,
+    log_sum: Array,
+    kept: Any,
+    handed_on: Any,
+    d_out: Array,
+    slack: Array,
+    d_handed_on: list[Array],
+    so_far: dict[str, Any] | None,
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
     counts = (*handed_on, *kept, d_handed_on[0]) if d_handed_on else ()
     more = jnp.swapaxes(d_out, 1, 2), slack, log_sum * LOG2E, *counts
     found = dict(zip(_found(x), gpu.sharded(_gradients, plan, Cut(), x, more, (), None), strict=True))
     received = [found.pop("gathered"), d_handed_on[1]] if counts else []
     of_keys = dict(key=[found.pop("key")], value=[found.pop("value")], segments=[], positions=[])
-    return of_keys, found, received
+    return of_keys, added(so_far, found), received
 
 
 def gradient_of(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from posjax.kernels import tiled
 from posjax.kernels.tiled import Operands, Plan, whole_rows
@@ -59,20 +60,34 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
 
 
 def gradients(
-    plan: Plan, x: Operands, log_sum: Array, kept: Any, handed_on: Any, d_out: Array, slack: Array, d_handed_on: list[Array]
+    plan: Plan,
+    x: Operands,
+    log_sum: Array,
+    kept: Any,
+    handed_on: Any,
+    d_out: Array,
+    slack: Array,
+    d_handed_on: list[Array],
+    so_far: dict[str, Any] | None,
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
     """Gradients of the floats that belong to keys, of all others, and of what was received; float32.
 
     Args:
       log_sum, d_out, slack: of the whole rows.
       kept, handed_on: of ``outputs``.
+      so_far: what other parts have found for all others, to which this is added; None: nothing.
     """
     final = jax.tree.map(lambda rows: tiled.tiles_of(rows, plan.rows), handed_on)
     d_final = [tiled.tiles_of(rows, plan.rows) for rows in d_handed_on]
     found = tiled.gradients(plan, x, (log_sum, kept, final), d_out, slack, d_final)
     of_keys = dict(key=[found["key"]], value=[found["value"]], columns=found["columns"], segments=[], positions=[])
     rest = {name: found[name] for name in ("query", "rows", "tables", "scale")}
-    return of_keys, rest, [whole_rows(tiles) for tiles in found["carries"]]
+    return of_keys, added(so_far, rest), [whole_rows(tiles) for tiles in found["carries"]]
+
+
+def added(so_far: Any, found: Any) -> Any:
+    """Of gradients of the same; None: there are none so far."""
+    return found if so_far is None else jax.tree.map(jnp.add, so_far, found)
 
 
 def gradient_of(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:

@@ -11,7 +11,7 @@ from posjax.kernels.shards import Cut
 from posjax.kernels.tiled import NOTHING
 from posjax.kernels.tpu_backward import backward
 from posjax.kernels.tpu_forward import forward
-from posjax.kernels.tpu_step import Operands, Plan
+from posjax.kernels.tpu_step import Operands, Plan, queries_of
 from posjax.kernels.tpu_tiles import LOG2E, NEVER
 from posjax.typing import Array
 
@@ -62,10 +62,12 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
     return out, log_sum, state[2:], state[:2]
 
 
-def _gradients(plan: Plan, x: Operands, d_out: Array, slack: Array, log_sum: Array, *counts: Array) -> tuple[Array, ...]:
-    """``counts``: high, low, limit, hasty and gathered."""
+def _gradients(plan: Plan, x: Operands, d_out: Array, slack: Array, log_sum: Array, *more: Array) -> tuple[Array, ...]:
+    """``more``: high, low, limit, hasty and gathered of counts, and what has been found for queries."""
+    counts, own = (more[:5], more[5:]) if plan.counting is not None else ((), more)
     saved, gathered = (log_sum, *counts[:4]), counts[4] if counts else None
-    found = tpu.summed_up(x, backward(plan, x, saved, d_out, slack, gathered, is_part=True))
+    so_far = dict(zip(queries_of(x), own, strict=False))
+    found = tpu.summed_up(x, backward(plan, x, saved, d_out, slack, gathered, is_part=True, so_far=so_far))
     return tuple(found[name] for name in _found(x))
 
 
@@ -74,13 +76,26 @@ def _found(x: Operands) -> list[str]:
 
 
 def gradients(
-    plan: Plan, x: Operands, log_sum: Array, kept: Any, handed_on: Any, d_out: Array, slack: Array, d_handed_on: list[Array]
+    plan: Plan,
+    x: Operands,
+    log_sum: Array,
+    kept: Any,
+    handed_on: Any,
+    d_out: Array,
+    slack: Array,
+    d_handed_on: list[Array],
+    so_far: dict[str, Any] | None,
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
     counts = (*handed_on, *kept, d_handed_on[0]) if d_handed_on else ()
     more = d_out, *(tpu.by_tile(plan, row) for row in (slack, log_sum * LOG2E)), *counts
+    own = queries_of(x)  # the kernel adds to these itself
+    if so_far is not None:
+        more += tuple(so_far[name] for name in own)
     found = dict(zip(_found(x), tpu.sharded(_gradients, plan, Cut(), x, more, (), None), strict=True))
     received = [found.pop("gathered"), d_handed_on[1]] if counts else []
     of_keys = dict(key=[found.pop("key")], value=[found.pop("value")], segments=[], positions=[])
+    if so_far is not None:
+        found |= {name: so_far[name] + part for name, part in found.items() if name not in own}
     return of_keys, found, received
 
 

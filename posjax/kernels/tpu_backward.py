@@ -28,6 +28,7 @@ from posjax.kernels.tpu_step import (
     inputs_of,
     make_scalars,
     masked_or_not,
+    queries_of,
     scratch_of,
     soft,
     soft_slack,
@@ -323,6 +324,10 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         begin, end = band.steps()
         jax.lax.fori_loop(0, end - begin, lambda n, _: uncount(end - 1 - n), None)
 
+    def write(name: str, gradient: Array) -> None:
+        out, before = rest[f"d_{name}"], rest.get(f"before_{name}")
+        out[...] = gradient.astype(out.dtype) if before is None else before[...] + gradient
+
     sums = s.query_sums[...].T
     s.d_scale[...] += (sums * s.queries().astype(jnp.float32)).sum(0, keepdims=True)
     d_query = sums * scale[0]
@@ -337,10 +342,10 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         if s.counted_query is None:
             d_query += more
         else:
-            s.d_counted_query[...] = more.astype(s.d_counted_query.dtype)
+            write("counted_query", more)
         for name in ("high", "low", "gathered"):
             getattr(s, f"out_{name}")[...] = getattr(s, name)[...]
-    s.d_query[...] = d_query.astype(s.d_query.dtype)
+    write("query", d_query)
     if plan.index is not None:
 
         @pl.when(tile == pl.num_programs(3) - 1)
@@ -370,6 +375,7 @@ def backward(
     slack: Array,
     gathered: Array | None = None,
     is_part: bool = False,
+    so_far: dict[str, Array] | None = None,
 ) -> dict[str, Array]:
     """Gradients by the names of the operands, ``table`` and ``embedding`` by head, ``scale`` by head and channel; and of counts
     ``gathered``.
@@ -382,28 +388,31 @@ def backward(
       gathered: the gradient of the counts that are handed on, in the same layout: what the keys to the left, of other calls, have
         made of them. That of the counts that were received comes back.
       is_part: the gradients will be added up: they are float32.
+      so_far: of a part, the gradients of queries that other parts have found, by name, float32. These are added to them, in place.
     """
     turns = x.key.shape[2] // min(plan.blocks.resident, x.key.shape[2])
     state = (*saved[1:], jnp.zeros_like(saved[0]) if gathered is None else gathered) if plan.counting is not None else ()
     x = dataclasses.replace(x, high=None, low=None)  # it begins at the left, with what ``saved`` has
     call = functools.partial(_backward_of_block, plan, x, saved[0], d_out, slack, is_part)
+    if (turns > 1 or is_part) and not so_far:
+        so_far = {name: jnp.zeros(getattr(x, name).shape, jnp.float32) for name in queries_of(x)}
     if turns == 1:
-        found, state = call(jnp.float32 if is_part else x.query.dtype, jnp.zeros(1, jnp.int32), state)
+        found, state = call(jnp.zeros(1, jnp.int32), state, so_far or {})
         return found | (dict(gathered=state[-1]) if state else {})
     blocks = jnp.arange(turns, dtype=jnp.int32)[:, None]
-    call = functools.partial(call, jnp.float32)
     by_key = ("key", "value")
 
     def one(carry: Any, block: Array) -> Any:
-        state, sums = carry
-        found, state = call(block, state)
-        return (state, {name: sums[name] + found[name] for name in sums}), [found[name] for name in by_key]
+        state, so_far, sums = carry
+        found, state = call(block, state, so_far)
+        of_keys, of_queries = ([found.pop(name) for name in names] for names in (by_key, so_far))
+        return (state, dict(zip(so_far, of_queries, strict=True)), jax.tree.map(jnp.add, sums, found)), of_keys
 
-    shapes = jax.eval_shape(call, blocks[0], state)[0]
-    sums = {name: jnp.zeros(a.shape, a.dtype) for name, a in shapes.items() if name not in by_key}
-    (state, sums), found = jax.lax.scan(one, (state, sums), blocks)
+    shapes = jax.eval_shape(call, blocks[0], state, so_far)[0]
+    sums = {name: jnp.zeros(a.shape, a.dtype) for name, a in shapes.items() if name not in (*by_key, *so_far)}
+    (state, so_far, sums), found = jax.lax.scan(one, (state, so_far, sums), blocks)
     joined = [jnp.moveaxis(a, 0, 2).reshape(*a.shape[1:3], -1, a.shape[-1]) for a in found]
-    return sums | dict(zip(by_key, joined, strict=True)) | (dict(gathered=state[-1]) if state else {})
+    return so_far | sums | dict(zip(by_key, joined, strict=True)) | (dict(gathered=state[-1]) if state else {})
 
 
 def _backward_of_block(
@@ -413,11 +422,11 @@ def _backward_of_block(
     d_out: Array,
     slack: Array,
     is_part: bool,
-    dtype: Any,
     block: Array,
     state: tuple[Array, ...],
+    so_far: dict[str, Array],
 ) -> tuple[dict[str, Array], tuple[Array, ...]]:
-    """The gradients that come from one resident block of keys, those of queries in ``dtype``, and the state for the next."""
+    """The gradients that come from one resident block of keys, those of queries added to ``so_far``, and the state for the next."""
     batch, kv_heads, group, length, width = x.query.shape
     blocks, counting = plan.blocks, plan.counting
     resident, tiles = min(blocks.resident, x.key.shape[2]), length // blocks.queries
@@ -430,7 +439,7 @@ def _backward_of_block(
     if counting is not None:
         row_arrays |= dict(zip(("in_high", "in_low", "in_limit", "in_hasty", "in_gathered"), state, strict=True))
 
-    def by_query(array: Array) -> pl.BlockSpec:
+    def at_query(array: Array) -> pl.BlockSpec:
         return pl.BlockSpec((None,) * 3 + (blocks.queries, array.shape[-1]), lambda b, k, g, i, r, *_: (b, k, g, i, 0))
 
     def by_head(shape: tuple) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
@@ -442,16 +451,18 @@ def _backward_of_block(
         made = jax.ShapeDtypeStruct(shape, jnp.float32 if is_part else array.dtype)
         return made, pl.BlockSpec((None, None, *shape[2:]), lambda b, k, *_: (b, k, 0, 0))
 
+    def of_queries(name: str) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
+        array = getattr(x, name)
+        return jax.ShapeDtypeStruct(array.shape, jnp.float32 if so_far else array.dtype), at_query(array)
+
     outs = {
-        "d_query": (jax.ShapeDtypeStruct(x.query.shape, dtype), by_query(x.query)),
+        **{f"d_{name}": of_queries(name) for name in queries_of(x)},
         "d_key": by_key(x.key),
         "d_value": by_key(x.value),
         "d_scale": by_head((1, width)),
     }
     if counting is not None:
         outs["d_embedding"] = by_head(x.embedding.shape[3:])
-        if x.counted_query is not None:
-            outs["d_counted_query"] = jax.ShapeDtypeStruct(x.counted_query.shape, dtype), by_query(x.counted_query)
         outs |= {f"out_{name}": (jax.ShapeDtypeStruct(by_tile, jnp.float32), row_spec) for name in ("high", "low", "gathered")}
     if plan.index is not None:
         outs["d_table"] = by_head((LANES, LANES))
@@ -470,12 +481,14 @@ def _backward_of_block(
         scratch["d_scores"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
     if plan.index is not None:
         scratch["table_sums"] = pltpu.VMEM((LANES, SUBLANES, LANES), jnp.float32)
+    before = {f"before_{name}": array for name, array in so_far.items()}
+    last = len(scalars) + 2 + len(names) + 1 + len(row_arrays)  # the place of the first of them among what the kernel takes
     found = pl.pallas_call(
-        functools.partial(_body, plan, (*names, "d_out", *row_arrays, *outs, *scratch), rows),
+        functools.partial(_body, plan, (*names, "d_out", *row_arrays, *before, *outs, *scratch), rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=8,
             grid=(batch, kv_heads, group, tiles, 1),
-            in_specs=[*specs, by_query(d_out), *[row_spec] * len(row_arrays)],
+            in_specs=[*specs, at_query(d_out), *[row_spec] * len(row_arrays), *map(at_query, before.values())],
             out_specs=[spec for _, spec in outs.values()],
             scratch_shapes=list(scratch.values()),
         ),
@@ -484,8 +497,9 @@ def _backward_of_block(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=plan.vmem
         ),
         interpret=plan.interpret,
+        input_output_aliases={last + n: list(outs).index(f"d_{name}") for n, name in enumerate(so_far)},
         name="posjax_attention_backward",
-    )(*scalars, x.scale, block, *arrays, d_out, *row_arrays.values())
+    )(*scalars, x.scale, block, *arrays, d_out, *row_arrays.values(), *before.values())
     found = dict(zip(outs, found, strict=True))
     state = tuple(found.pop(f"out_{name}") for name in ("high", "low", "gathered")) if counting is not None else ()
     if counting is not None:

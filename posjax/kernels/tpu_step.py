@@ -85,6 +85,11 @@ class Operands:
     low: Array | None = None
 
 
+def queries_of(x: Operands) -> list[str]:
+    """The operands that each query tile has its own part of, and that have gradients."""
+    return ["query"] + ([] if x.counted_query is None else ["counted_query"])
+
+
 # Extents, for the scalar unit --------------------------------------------------------------------------------------------
 
 

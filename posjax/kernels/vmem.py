@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax.kernels.blocks import Blocks
-from posjax.kernels.tpu_step import Operands, Plan, inputs_of, make_scalars, scratch_of
+from posjax.kernels.tpu_step import Operands, Plan, inputs_of, make_scalars, queries_of, scratch_of
 from posjax.kernels.tpu_tiles import LANES, SUBLANES
 
 SMEM = 2**20 - 2**14  # bytes; all generations have 1 MiB
@@ -51,9 +51,12 @@ def buffers(plan: Plan, x: Operands) -> int:
     held = min(blocks.resident, x.key.shape[2])
     names, arrays, specs = inputs_of(plan, x, lambda *_: 0)
     windows = {name: size(spec.block_shape, array.dtype) for name, array, spec in zip(names, arrays, specs, strict=True)}
-    windows |= {f"d_{name}": windows[name] for name in ("key", "value", "counted_query", "embedding") if name in windows}
+    windows |= {f"d_{name}": windows[name] for name in ("key", "value", "embedding") if name in windows}
     windows["d_out"] = size((blocks.queries, value_width), x.value.dtype)
-    windows["d_query"] = size((blocks.queries, width), x.query.dtype if held == x.key.shape[2] else jnp.float32)
+    for name in queries_of(x):
+        channels = getattr(x, name).shape[-1]
+        whole, part = (size((blocks.queries, channels), dtype) for dtype in (x.query.dtype, jnp.float32))
+        windows[f"d_{name}"] = whole if held == x.key.shape[2] else 2 * part  # of all keys at once, or with what was found before
     windows["rows"] = 14 * size((plan.groups, LANES), jnp.float32)  # statistics and the state of counts
     scratch = {name: size(a.shape, a.dtype) for name, a in scratch_of(plan, x).items() if "vmem" in str(a.memory_space)}
     scratch |= {f"d_{name}": n for name, n in scratch.items() if not name.startswith("turned")}
