@@ -94,6 +94,7 @@ def buffers_of(equation):
 
     arrays = refs[mapping.num_index_operands :]
     windows, scratch = arrays[: len(mapping.block_mappings)], arrays[len(mapping.block_mappings) :]
+    windows = [aval for aval in windows if "any" not in str(aval.memory_space).lower()]  # what stays in HBM
     return 2 * sum(map(padded, windows)) + sum(padded(aval) for aval in scratch if "vmem" in str(aval.memory_space).lower())
 
 

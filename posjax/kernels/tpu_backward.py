@@ -71,7 +71,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         return
     scalars, scale, block, rest = Scalars(*refs[:6]), refs[6], refs[7], dict(zip(names, refs[8:], strict=True))
     rest = dict.fromkeys(OPTIONAL) | rest
-    batch, _, group, tile, _ = (pl.program_id(n) for n in range(5))
+    batch, head, group, tile, _ = (pl.program_id(n) for n in range(5))
     row = batch if rows > 1 else 0
     blocks, counting = plan.blocks, plan.counting
     s = Step(plan, scalars, rest, row, rows, tile, block[0])
@@ -93,6 +93,12 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         if plan.index is not None:
             s.table_sums[...] = jnp.zeros(s.table_sums.shape, jnp.float32)
 
+    arriving = {}  # what was found before, to where the sum will be
+    for n, name in enumerate(name for name in ("query", "counted_query") if f"before_{name}" in rest):
+        rows_here = pl.ds(pl.multiple_of(tile * blocks.queries, blocks.queries), blocks.queries)
+        before = rest[f"before_{name}"].at[batch, head, group, rows_here]
+        arriving[name] = pltpu.make_async_copy(before, rest[f"d_{name}"].at[0, 0, 0], s.arrivals.at[n])
+        arriving[name].start()
     s.prepare_queries()
     s.query_sums[...] = jnp.zeros(s.query_sums.shape, jnp.float32)
     if counting is not None:
@@ -325,8 +331,11 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         jax.lax.fori_loop(0, end - begin, lambda n, _: uncount(end - 1 - n), None)
 
     def write(name: str, gradient: Array) -> None:
-        out, before = rest[f"d_{name}"], rest.get(f"before_{name}")
-        out[...] = gradient.astype(out.dtype) if before is None else before[...] + gradient
+        out = rest[f"d_{name}"].at[0, 0, 0]
+        if name in arriving:
+            arriving[name].wait()
+            gradient = out[...] + gradient
+        out[...] = gradient.astype(out.dtype)
 
     sums = s.query_sums[...].T
     s.d_scale[...] += (sums * s.queries().astype(jnp.float32)).sum(0, keepdims=True)
@@ -453,7 +462,9 @@ def _backward_of_block(
 
     def of_queries(name: str) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
         array = getattr(x, name)
-        return jax.ShapeDtypeStruct(array.shape, jnp.float32 if so_far else array.dtype), at_query(array)
+        spec = at_query(array)
+        spec = pl.BlockSpec((1, 1, 1, *spec.block_shape[3:]), spec.index_map)  # a copy to it must see all axes
+        return jax.ShapeDtypeStruct(array.shape, jnp.float32 if so_far else array.dtype), spec
 
     outs = {
         **{f"d_{name}": of_queries(name) for name in queries_of(x)},
@@ -482,13 +493,15 @@ def _backward_of_block(
     if plan.index is not None:
         scratch["table_sums"] = pltpu.VMEM((LANES, SUBLANES, LANES), jnp.float32)
     before = {f"before_{name}": array for name, array in so_far.items()}
+    if before:
+        scratch["arrivals"] = pltpu.SemaphoreType.DMA((len(before),))
     last = len(scalars) + 2 + len(names) + 1 + len(row_arrays)  # the place of the first of them among what the kernel takes
     found = pl.pallas_call(
         functools.partial(_body, plan, (*names, "d_out", *row_arrays, *before, *outs, *scratch), rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=8,
             grid=(batch, kv_heads, group, tiles, 1),
-            in_specs=[*specs, at_query(d_out), *[row_spec] * len(row_arrays), *map(at_query, before.values())],
+            in_specs=[*specs, at_query(d_out), *[row_spec] * len(row_arrays), *[pl.BlockSpec(memory_space=pl.ANY)] * len(before)],
             out_specs=[spec for _, spec in outs.values()],
             scratch_shapes=list(scratch.values()),
         ),

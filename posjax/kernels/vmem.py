@@ -54,9 +54,8 @@ def buffers(plan: Plan, x: Operands) -> int:
     windows |= {f"d_{name}": windows[name] for name in ("key", "value", "embedding") if name in windows}
     windows["d_out"] = size((blocks.queries, value_width), x.value.dtype)
     for name in queries_of(x):
-        channels = getattr(x, name).shape[-1]
-        whole, part = (size((blocks.queries, channels), dtype) for dtype in (x.query.dtype, jnp.float32))
-        windows[f"d_{name}"] = whole if held == x.key.shape[2] else 2 * part  # of all keys at once, or with what was found before
+        dtype = x.query.dtype if held == x.key.shape[2] else jnp.float32  # of all keys at once, or added to what was found before
+        windows[f"d_{name}"] = size((blocks.queries, getattr(x, name).shape[-1]), dtype)
     windows["rows"] = 14 * size((plan.groups, LANES), jnp.float32)  # statistics and the state of counts
     scratch = {name: size(a.shape, a.dtype) for name, a in scratch_of(plan, x).items() if "vmem" in str(a.memory_space)}
     scratch |= {f"d_{name}": n for name, n in scratch.items() if not name.startswith("turned")}
