@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.bias import BiasTerm, Mask
+from posjax.bias import BiasTerm, Mask, rotated
 from posjax.encoding import AttentionInputs, PositionalEncoding, identity, is_traced
 from posjax.kernels import dense, gpu, ring, tiled, tpu
 from posjax.kernels.blocks import Blocks, check_blocks
@@ -149,18 +149,18 @@ def run(
             raise NotImplementedError(f"implementation='pallas' cannot run this call: {reason}; implementation='xla_chunked' can")
         if around:
             name = "cuda" if kernel is gpu else "tpu"
-            return ring.attention(value=value, context=context, kernel=name, block_sizes=block_sizes, **_rotated(call))
+            return ring.attention(value=value, context=context, kernel=name, block_sizes=block_sizes, **call)
         return _of_the_platform(call, value, cut, block_sizes, otherwise=kernel)
     if implementation is None:
         if around:
-            return ring.attention(value=value, context=context, block_sizes=block_sizes, **_rotated(call))
+            return ring.attention(value=value, context=context, block_sizes=block_sizes, **call)
         if call["query"].shape[1] * call["key"].shape[1] > _SMALL:
             return _of_the_platform(call, value, cut, block_sizes)
         implementation = "xla"
     if implementation == "xla_chunked" and context is not None:
-        return ring.attention(value=value, context=context, kernel="xla", **_rotated(call))
+        return ring.attention(value=value, context=context, kernel="xla", **call)
     kernel = {"xla": dense.attention, "xla_chunked": tiled.attention}[implementation]
-    return on_parts(kernel, cut)(value=value, **_rotated(call))
+    return on_parts(kernel, cut)(value=value, **rotated(call))
 
 
 def platform_at_hand() -> str:
@@ -185,13 +185,13 @@ def _of_the_platform(call: dict[str, Any], value: Array, cut: Cut, block_sizes: 
     arrays = {name: x for name, x in call.items() if name not in static}
 
     def walk(arrays: dict[str, Any], value: Array) -> Array:
-        return on_parts(tiled.attention, cut)(value=value, **_rotated(static | arrays))
+        return on_parts(tiled.attention, cut)(value=value, **rotated(static | arrays))
 
     def of_tpu(arrays: dict[str, Any], value: Array) -> Array:
         return tpu.attention(value=value, **static, **arrays, tile=_own(tpu, block_sizes), cut=cut)
 
     def of_gpu(arrays: dict[str, Any], value: Array) -> Array:
-        return gpu.attention(value=value, **_rotated(static | arrays), tile=_own(gpu, block_sizes), cut=cut)
+        return gpu.attention(value=value, **rotated(static | arrays), tile=_own(gpu, block_sizes), cut=cut)
 
     kernels, runs = {"tpu": tpu, "cuda": gpu}, {tpu: of_tpu, gpu: of_gpu}
     branches = {name: runs[k] for name, k in kernels.items() if _refusal(k, call, value, cut, block_sizes) is None}
@@ -202,15 +202,6 @@ def _of_the_platform(call: dict[str, Any], value: Array, cut: Cut, block_sizes: 
 def _own(kernel: Any, block_sizes: Any) -> Any:
     """The block sizes of a call if they are of that kernel."""
     return block_sizes if isinstance(block_sizes, kernel.BLOCKS) else None
-
-
-def _rotated(call: dict[str, Any]) -> dict[str, Any]:
-    """The call with the rotation done that ``prepare`` left to the kernel."""
-    rotation, rest = call.get("rotation"), {name: x for name, x in call.items() if name not in ("rotation", "raw")}
-    if rotation is None:
-        return rest
-    query, key = rotation.applied(call["query"], call["key"])
-    return rest | dict(query=query, key=key)
 
 
 def attention_weights(

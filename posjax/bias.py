@@ -221,17 +221,28 @@ class Rotation:
 
     Attributes:
       query_phase: [B or 1, T, R / 2] float32 radians, R the number of channels that are rotated, from the first on.
-      key_phase: [B or 1, S, R / 2].
+      key_phase: [B or 1, S, R / 2]; None: the keys are rotated.
       pairing: "half" pairs channel c with c + R / 2, "interleaved" 2c with 2c + 1.
     """
 
     query_phase: Array
-    key_phase: Array
+    key_phase: Array | None
     pairing: Pairing = dataclasses.field(default="half", metadata={"static": True})
 
     def applied(self, query: Array, key: Array) -> tuple[Array, Array]:
         """Both rotated, in their own types."""
-        return apply_rotation(query, self.query_phase, self.pairing), apply_rotation(key, self.key_phase, self.pairing)
+        if self.key_phase is not None:
+            key = apply_rotation(key, self.key_phase, self.pairing)
+        return apply_rotation(query, self.query_phase, self.pairing), key
+
+
+def rotated(call: dict[str, Any]) -> dict[str, Any]:
+    """The call of a kernel with the rotation done that was left to it."""
+    rotation, rest = call.get("rotation"), {name: x for name, x in call.items() if name not in ("rotation", "raw")}
+    if rotation is None:
+        return rest
+    query, key = rotation.applied(call["query"], call["key"])
+    return rest | dict(query=query, key=key)
 
 
 def apply_rotation(x: Float[Array, "B T N H"], phase: Float[Array, "_ T R2"], pairing: Pairing = "half") -> Float[Array, "B T N H"]:

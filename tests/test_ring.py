@@ -39,12 +39,18 @@ class Ring:
     context: int
     bare: bool = False  # a mesh of the one axis alone
     kernel: str = "xla"
+    tensor: int = 1
+
+    @property
+    def rotates(self) -> bool:
+        return self.kernel == "tpu"
 
     def __call__(self, **call):
-        mesh = mesh_of(self.data, self.context)
+        mesh = mesh_of(self.data, self.context, self.tensor)
         if self.bare:
             mesh = Mesh(mesh.devices.ravel(), ("context",), axis_types=(AxisType.Auto,))
-        context = ring.Context(Cut(mesh, ("data",) if self.data > 1 else ()), "context")
+        cut = Cut(mesh, ("data",) if self.data > 1 else (), ("tensor",) if self.tensor > 1 else ())
+        context = ring.Context(cut, "context")
         return ring.attention(**call, context=context, kernel=self.kernel)
 
 
@@ -145,6 +151,13 @@ def test_every_kernel_equals_dense_attention(encoding, kernel):
 
 
 @pytest.mark.thorough
+def test_queries_that_are_rotated_before_the_kernel_bring_those_that_count():
+    """Two rotations, which no kernel does."""
+    encoding = pj.chain(pj.rope(theta=1e6), pj.rope(theta=1e6, fraction=0.5), pj.cope(12))
+    check(Ring(1, 2, kernel="tpu"), encoding, length=512, heads=(2, 1, 16, 16), is_causal=True)
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize(("gates", "kernel"), [("near 0", "tpu"), ("small", "tpu"), ("near 1", "cuda"), ("small", "cuda")])
 def test_counts_go_on_from_kernel_to_kernel_whatever_the_gates_are(gates, kernel):
     check(Ring(1, 2, kernel=kernel), pj.cope(300), length=512, heads=(2, 1, 16, 16), gates=gates, is_causal=True)
@@ -158,7 +171,7 @@ def test_counts_go_on_from_kernel_to_kernel_whatever_the_gates_are(gates, kernel
 )
 def test_packed_rows_windows_and_soft_caps_in_kernels(encoding, kernel):
     options = dict(is_causal=True, local_window_size=(140, None), logits_soft_cap=20.0, scale=0.25)
-    check(Ring(2, 2, kernel=kernel), encoding, length=512, batch=2, heads=HEADS, arrays=packed_rows(2, 512), **options)
+    check(Ring(2, 2, kernel=kernel, tensor=2), encoding, length=512, batch=2, heads=HEADS, arrays=packed_rows(2, 512), **options)
 
 
 @pytest.mark.thorough

@@ -21,7 +21,7 @@ Function = Callable[..., Array]
 
 
 def on_parts(function: Function, cut: Cut, along: str | None = None) -> Function:
-    """``function`` of a call's query, key, value, terms, mask, positions and scale, on each device's part of them.
+    """``function`` of a call's query, key, value, terms, mask, positions, rotation and scale, on each device's part of them.
 
     Heads are cut where the devices divide key heads too, and where all terms tell which axes of their tables are those of heads.
 
@@ -62,6 +62,8 @@ def on_parts(function: Function, cut: Cut, along: str | None = None) -> Function
             query_segments=specs("bt", mask.query_segments),
             key_segments=specs("bt", mask.key_segments),
         )
+        if "rotation" in call:
+            of_call["rotation"] = specs("bt", call["rotation"])
         of_call |= dict(terms=tuple(map(of_term, terms)), scale=PartitionSpec())
         around = jax.sharding.get_abstract_mesh()  # of set_mesh, auto_axes or an outer shard_map, which shard_map insists on
         mesh = cut.mesh if around.empty else around

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
-from posjax.bias import BiasTerm, Mask
+from posjax.bias import BiasTerm, Mask, Rotation, apply_rotation, rotated
 from posjax.kernels import gpu, ring_gpu, ring_tiled, ring_tpu, tiled, tpu
 from posjax.kernels.parts import on_parts
 from posjax.kernels.shards import Cut, find_cut
@@ -101,6 +101,8 @@ def attention(
     key_positions: Int[Array, "_ S"],
     scale: Array | float,
     logits_soft_cap: float | None = None,
+    rotation: Rotation | None = None,
+    raw: bool = False,
     *,
     context: Context,
     kernel: str | None = None,
@@ -109,6 +111,7 @@ def attention(
     """What ``tiled.attention`` computes, T and S cut over an axis of a mesh.
 
     Args:
+      rotation, raw: as in ``tpu.attention``.
       kernel: "tpu" or "cuda", interpreted where the program is lowered for another platform; "xla"; or None: the kernel of the
         platform that the program is lowered for, or "xla" where there is none that can do the call.
       block_sizes: as in ``posjax.attention``.
@@ -119,20 +122,26 @@ def attention(
     """
     if (reason := refusal(query, key, terms, mask, context)) is not None:
         raise NotImplementedError(f"attention over the mesh axis {context.axis!r} cannot run this call: {reason}")
+    if rotation is not None:  # the keys once, before they travel
+        key, rotation = apply_rotation(key, rotation.key_phase, rotation.pairing), dataclasses.replace(rotation, key_phase=None)
     halves = _Halves(context.axis, context.parts, mask.is_causal)
     slots = functools.partial(halves.slots, split=any(term.carry is not None for term in terms))
-    call = dict(query=query, key=key, value=value, terms=terms, mask=mask, scale=scale)
+    call = dict(query=query, key=key, value=value, terms=terms, mask=mask, scale=scale, rotation=rotation)
     call |= dict(query_positions=query_positions, key_positions=key_positions)
+    static = dict(logits_soft_cap=logits_soft_cap, raw=raw)
 
     def by(name: str) -> Any:
-        def local(**part: Any) -> Array:
-            return halves.home(_around(context, _PARTS[name], slots(part), logits_soft_cap, _own(name, block_sizes)))
+        prepared = dict if name == "tpu" else rotated  # that kernel rotates queries itself, and then needs no second, raw one
 
-        return lambda call: on_parts(local, context.cut, context.axis)(**call)
+        def local(**part: Any) -> Array:
+            calls = [prepared(slot | static) for slot in slots(part)]
+            return halves.home(_around(context, _PARTS[name], calls, _own(name, block_sizes)))
+
+        return lambda call: on_parts(local, context.cut, context.axis)(**prepared(call))
 
     if kernel is not None:
         return by(kernel)(call)
-    can = {name: by(name) for name in _able(slots, call, context, block_sizes)}
+    can = {name: by(name) for name in _able(lambda part: slots(part)[0] | static, call, context, block_sizes)}
     # Around all that a device does. Within, the backward pass would be handed the choice as one of the arrays that it is given.
     return jax.lax.platform_dependent(call, **can, default=by("xla")) if can else by("xla")(call)
 
@@ -142,13 +151,12 @@ def _own(name: str, block_sizes: Any) -> Any:
     return block_sizes if name in _KERNELS and isinstance(block_sizes, _KERNELS[name].BLOCKS) else None
 
 
-def _able(slots: Any, call: dict[str, Any], context: Context, block_sizes: Any) -> list[str]:
-    """The platforms whose kernels can do what a device is given, the ``slots`` of its part of the call."""
+def _able(chunk: Any, call: dict[str, Any], context: Context, block_sizes: Any) -> list[str]:
+    """The platforms whose kernels can do what a device is given: ``chunk`` of its part of the call."""
     able = []
 
     def ask(**part: Any) -> Array:
-        slot, *_ = slots(part)
-        refusals = {name: k.refusal(**slot, block_sizes=_own(name, block_sizes), cut=Cut()) for name, k in _KERNELS.items()}
+        refusals = {name: k.refusal(**chunk(part), block_sizes=_own(name, block_sizes), cut=Cut()) for name, k in _KERNELS.items()}
         able.extend(name for name, reason in refusals.items() if reason is None)
         return part["query"]
 
@@ -156,16 +164,14 @@ def _able(slots: Any, call: dict[str, Any], context: Context, block_sizes: Any) 
     return able
 
 
-def _around(
-    context: Context, walk: Any, slots: list[dict[str, Any]], logits_soft_cap: float | None, block_sizes: Any
-) -> list[Array]:
+def _around(context: Context, walk: Any, calls: list[dict[str, Any]], block_sizes: Any) -> list[Array]:
     """[B, t, N, V] of each chunk of this device, by a walk: a module such as ``ring_tiled``."""
-    made = [walk.cut_up(slot, logits_soft_cap, block_sizes) for slot in slots]
+    made = [walk.cut_up(call, block_sizes) for call in calls]
     plan, x = made[0]
-    length, keys, width = slots[0]["query"].shape[1], slots[0]["key"].shape[1], slots[0]["value"].shape[-1]
+    length, keys, width = calls[0]["query"].shape[1], calls[0]["key"].shape[1], calls[0]["value"].shape[-1]
     most = max(1, min(_PIECES, keys // _PIECE))
     pieces, plan = next((n, cut) for n in range(most, 0, -1) if (cut := walk.in_parts(plan, x, n)) is not None)
-    ring = _Ring(walk, plan, context.axis, context.parts, len(slots) == 2, pieces)
+    ring = _Ring(walk, plan, context.axis, context.parts, len(calls) == 2, pieces)
     out = _attend(ring, tuple(operands for _, operands in made))
     return [walk.joined(each, length, width) for each in out]
 

@@ -16,12 +16,12 @@ from posjax.typing import Array
 BY_KEY = dict(key=1, value=1, segments=1, positions=1)
 
 
-def cut_up(call: dict[str, Any], logits_soft_cap: float | None, blocks: GpuBlocks | None) -> tuple[Plan, Operands]:
+def cut_up(call: dict[str, Any], blocks: GpuBlocks | None) -> tuple[Plan, Operands]:
     if blocks is not None and blocks.lowering != "triton":
         what = f"block_sizes has lowering={blocks.lowering!r}"
         raise NotImplementedError(f"{what}, which does not go around a ring of devices; lowering='triton' does")
     blocks = blocks or gpu.default_blocks(call["query"], call["value"], call["terms"], ("triton",))
-    plan, _, x = gpu.laid_out(blocks, Cut(), None, **call, logits_soft_cap=logits_soft_cap)
+    plan, _, x = gpu.laid_out(blocks, Cut(), None, **call)
     if plan.last is not None:
         nothing = jnp.zeros(x.z.shape[:-1], jnp.float32)
         x = dataclasses.replace(x, high=nothing, low=nothing)

@@ -17,8 +17,8 @@ from posjax.typing import Array
 BY_KEY = dict(key=0, value=0, columns=2, segments=1, positions=1)
 
 
-def cut_up(call: dict[str, Any], logits_soft_cap: float | None, _: Any) -> tuple[Plan, Operands]:
-    return tiled.cut_up(**call, logits_soft_cap=logits_soft_cap, is_part=True)
+def cut_up(call: dict[str, Any], _: Any) -> tuple[Plan, Operands]:
+    return tiled.cut_up(**call, is_part=True)
 
 
 def in_parts(plan: Plan, x: Operands, parts: int) -> Plan | None:

@@ -12,14 +12,13 @@ from posjax.kernels.tiled import NOTHING
 from posjax.kernels.tpu_backward import backward
 from posjax.kernels.tpu_forward import forward
 from posjax.kernels.tpu_step import Operands, Plan, queries_of
-from posjax.kernels.tpu_tiles import LOG2E, NEVER
+from posjax.kernels.tpu_tiles import LANES, LOG2E, NEVER
 from posjax.typing import Array
 
 BY_KEY = dict(key=2, value=2, segments=2, positions=2)
 
 
-def cut_up(call: dict[str, Any], logits_soft_cap: float | None, blocks: Blocks | None) -> tuple[Plan, Operands]:
-    call = call | dict(logits_soft_cap=logits_soft_cap)
+def cut_up(call: dict[str, Any], blocks: Blocks | None) -> tuple[Plan, Operands]:
     chip = chip_at_hand(call["query"])
     plan, x = tpu.laid_out(blocks or tpu.fitting(chip, call), chip, Cut(), None, **call)
     if plan.counting is not None:
@@ -59,7 +58,25 @@ def _outputs(plan: Plan, x: Operands) -> tuple[Array, ...]:
 def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
     out, log_sum, *state = tpu.sharded(_outputs, plan, Cut(), x, (), (), None)
     log_sum = jnp.where(log_sum < -0.5 * NEVER, log_sum / LOG2E, NOTHING).reshape(out.shape[:-1])
-    return out, log_sum, state[2:], state[:2]
+    return out, log_sum, _numbers(*state[2:]) if state else (), state[:2]
+
+
+def _numbers(limit: Array, hasty: Array) -> Array:
+    """[B, K, G, I (t / 128 + 2)]: what the forward pass says of the groups of a query tile, and of the tile, a number each.
+
+    It says so to every row, and what is kept is kept for every step.
+    """
+    each = jnp.concatenate([limit[..., 0], hasty[..., 0, :2]], -1)
+    return each.reshape(*each.shape[:3], -1)
+
+
+def _to_rows(plan: Plan, numbers: Array) -> tuple[Array, Array]:
+    """limit and hasty again."""
+    each = numbers.reshape(*numbers.shape[:3], -1, plan.groups + 2)
+    limit, first, last = jnp.split(each, (plan.groups, plan.groups + 1), axis=-1)
+    shape = (*each.shape[:-1], plan.groups, LANES)
+    hasty = jnp.where(jnp.arange(LANES) == 0, first[..., None], last[..., None])
+    return jnp.broadcast_to(limit[..., None], shape), jnp.broadcast_to(hasty, shape)
 
 
 def _gradients(plan: Plan, x: Operands, d_out: Array, slack: Array, log_sum: Array, *more: Array) -> tuple[Array, ...]:
@@ -86,7 +103,7 @@ def gradients(
     d_handed_on: list[Array],
     so_far: dict[str, Any] | None,
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
-    counts = (*handed_on, *kept, d_handed_on[0]) if d_handed_on else ()
+    counts = (*handed_on, *_to_rows(plan, kept), d_handed_on[0]) if d_handed_on else ()
     more = d_out, *(tpu.by_tile(plan, row) for row in (slack, log_sum * LOG2E)), *counts
     own = queries_of(x)  # the kernel adds to these itself
     if so_far is not None:

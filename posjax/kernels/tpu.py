@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.bias import BiasTerm, Interpolation, Lookup, Mask, Penalty, Rotation
+from posjax.bias import BiasTerm, Interpolation, Lookup, Mask, Penalty, Rotation, apply_rotation
 from posjax.kernels.blocks import Blocks, Chip, chip_at_hand
 from posjax.kernels.deferred import deferred
 from posjax.kernels.shards import Cut, exact, find_cut, per_shard
@@ -221,10 +221,9 @@ def laid_out(
         return _padded(jnp.concatenate([both, rest], -1), to, 2)
 
     key_positions, *segments = with_padding(mask, length, key_positions, keys - key.shape[1])
-    turn_keys = rotation is not None and keys <= blocks.resident
-    key_turned = key
-    if rotation is not None and not turn_keys:  # keys that come and go would be rotated again for each query tile
-        key_turned = dataclasses.replace(rotation, query_phase=rotation.key_phase).applied(key, key)[1]
+    turn_keys = rotation is not None and rotation.key_phase is not None
+    if turn_keys and keys > blocks.resident:  # keys that come and go would be rotated again for each query tile
+        key, turn_keys = apply_rotation(key, rotation.key_phase, rotation.pairing), False
     counting = None
     if counts is not None:
         positions = counts.tables[1].shape[-2]
@@ -248,7 +247,7 @@ def laid_out(
     )
     operands = Operands(
         query=by_query(query),
-        key=by_key(key_turned),
+        key=by_key(key),
         value=by_key(value),
         scale=jnp.asarray(scale, jnp.float32).reshape(1),
         query_positions=by_tile(query_positions),

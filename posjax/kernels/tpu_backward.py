@@ -495,7 +495,7 @@ def _backward_of_block(
     before = {f"before_{name}": array for name, array in so_far.items()}
     if before:
         scratch["arrivals"] = pltpu.SemaphoreType.DMA((len(before),))
-    last = len(scalars) + 2 + len(names) + 1 + len(row_arrays)  # the place of the first of them among what the kernel takes
+    first = len(scalars) + 2 + len(names) + 1 + len(row_arrays)  # the place of the first of them among what the kernel takes
     found = pl.pallas_call(
         functools.partial(_body, plan, (*names, "d_out", *row_arrays, *before, *outs, *scratch), rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -510,7 +510,7 @@ def _backward_of_block(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=plan.vmem
         ),
         interpret=plan.interpret,
-        input_output_aliases={last + n: list(outs).index(f"d_{name}") for n, name in enumerate(so_far)},
+        input_output_aliases={first + n: list(outs).index(f"d_{name}") for n, name in enumerate(so_far)},
         name="posjax_attention_backward",
     )(*scalars, x.scale, block, *arrays, d_out, *row_arrays.values(), *before.values())
     found = dict(zip(outs, found, strict=True))
