@@ -12,10 +12,10 @@ It has not been run. What its compiler says of 256 chips (posjax plan configs/pr
 and of sequences of 131,072 tokens (--seq_length 131072 --batch_size 16 --mesh fsdp=16,context=16), of which a chip has 8,192:
 
     memory of a chip   in all 2.53 of 16 GiB
-    between chips      over context 121,178 MiB by permutation (93 % beside computation), over both axes all-gather 3,032,
+    between chips      over context 119,112 MiB by permutation (95 % beside computation), over both axes all-gather 3,032,
                        all-reduce 3,292
-    roofline           compute 3,587 ms (73 %), memory 2,159, context 1,271 (26 %), both axes 50 (1 %)
-    a step             3.59 s where all overlaps (MFU 49 %), 3.71 s as compiled (MFU 47 %)
+    roofline           compute 3,587 ms (73 %), memory 1,796, context 1,249 (26 %), both axes 50 (1 %)
+    a step             3.59 s where all overlaps (MFU 49 %), 3.69 s as compiled (MFU 47 %)
 """
 
 from posjax.config import Config

@@ -11,9 +11,9 @@ It has not been run. What its compiler says of 512 chips (posjax plan configs/pr
 
 and of sequences of 131,072 tokens (--seq_length 131072 --batch_size 32 --mesh fsdp=32,context=16), of which a chip has 8,192:
 
-    memory of a chip   in all 4.57 of 95 GiB
-    between chips      over context 185,474 MiB by permutation, all beside computation, over both axes all-reduce 40,961
-    roofline           compute 4,997 ms (86 %), memory 2,163, context 648 (11 %), both axes 143 (3 %)
+    memory of a chip   in all 4.76 of 95 GiB
+    between chips      over context 179,396 MiB by permutation, all beside computation, over both axes all-reduce 40,961
+    roofline           compute 4,997 ms (86 %), memory 1,737, context 627 (11 %), both axes 143 (2 %)
     a step             5.00 s where all overlaps (MFU 52 %), 5.14 s as compiled (MFU 51 %)
 """
 
