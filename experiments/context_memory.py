@@ -4,7 +4,8 @@
     python experiments/context_memory.py --topology v5e:2x4     # by the kernels, compiled for chips that are not there; likewise
 
 Eight heads of 128 channels in bfloat16, causal, one sequence. Counted are a device's shares of query, key, value, the result and
-all their gradients, and what comes and goes. experiments/results/context_memory.json, and context_memory_v5e.json.
+all their gradients, and what comes and goes. One device needs no ring and takes none; a ring of one is there for comparison, since
+what a ring keeps is what falls with the number of devices. experiments/results/context_memory.json, and context_memory_v5e.json.
 """
 
 import dataclasses
@@ -23,7 +24,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import posjax as pj
 from posjax import aot
+from posjax.attention import prepare
 from posjax.bench.results import print_table
+from posjax.kernels import ring
+from posjax.kernels.shards import Cut
 from posjax.sharding import make_mesh
 
 LENGTH, HEADS, WIDTH = 131_072, 8, 128
@@ -33,9 +37,7 @@ ENCODINGS = {
     "alibi": pj.alibi(),
     "t5": pj.t5(),
 }
-
-
-CONTEXTS = (1, 2, 4, 8)
+CASES = {"no ring": (1, False)} | {str(context): (context, True) for context in (1, 2, 4, 8)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +51,24 @@ class Where:
     topology: str | None = None
 
 
-def step(name: str, context: int, is_chunked: bool, devices: Sequence[Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def step(
+    encoding: str, context: int, is_ring: bool, is_chunked: bool, devices: Sequence[Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """What is compiled, and its arguments."""
-    encoding = ENCODINGS[name]
-    cut = NamedSharding(make_mesh(context, context=context, devices=devices), PartitionSpec(None, "context"))
+    applied = ENCODINGS[encoding]
+    mesh = make_mesh(context, context=context, devices=devices)
+    cut = NamedSharding(mesh, PartitionSpec(None, "context"))
     x = jax.ShapeDtypeStruct((1, LENGTH, HEADS, WIDTH), jnp.bfloat16, sharding=cut)
-    params = jax.eval_shape(lambda: encoding.init(jax.random.key(0), pj.Dims(HEADS, WIDTH, HEADS * WIDTH, LENGTH)))
+    params = jax.eval_shape(lambda: applied.init(jax.random.key(0), pj.Dims(HEADS, WIDTH, HEADS * WIDTH, LENGTH)))
     implementation = "xla_chunked" if is_chunked else None
 
     def both(query, key, value, params):
         def call(*args):
-            return pj.attention(*args[:3], encoding, args[3], is_causal=True, implementation=implementation)
+            if is_ring and context == 1:  # which nobody asks for but here
+                prepared = prepare(*args[:3], applied, args[3], is_causal=True, rotated=False)
+                kernel = "xla" if is_chunked else "tpu"
+                return ring.attention(value=args[2], context=ring.Context(Cut(mesh), "context"), kernel=kernel, **prepared)
+            return pj.attention(*args[:3], applied, args[3], is_causal=True, implementation=implementation)
 
         out, back = jax.vjp(call, query, key, value, params)
         return out, back(out)  # as of a loss that is half the sum of squares
@@ -67,18 +76,18 @@ def step(name: str, context: int, is_chunked: bool, devices: Sequence[Any]) -> t
     return jax.jit(both, out_shardings=(cut, (cut, cut, cut, None))), (x, x, x, params)
 
 
-def on_cpus(name: str, context: int) -> dict[str, int]:
-    function, args = step(name, context, True, jax.devices())
+def on_cpus(case: dict[str, Any]) -> dict[str, int]:
+    function, args = step(**case, is_chunked=True, devices=jax.devices())
     stats = function.lower(*args).compile().memory_analysis()
     return {kind: getattr(stats, f"{kind}_size_in_bytes") for kind in ("argument", "output", "temp")}
 
 
 def main(where: Where) -> None:
-    cases = [(name, context) for name in ENCODINGS for context in CONTEXTS]
+    cases = [dict(encoding=name, context=n, is_ring=is_ring) for name in ENCODINGS for n, is_ring in CASES.values()]
     if where.topology is None:
-        memories = [on_cpus(*case) for case in cases]
+        memories = [on_cpus(case) for case in cases]
     else:
-        jobs = [("context_memory:step", dict(name=name, context=context, is_chunked=False)) for name, context in cases]
+        jobs = [("context_memory:step", case | dict(is_chunked=False)) for case in cases]
         reports = aot.compile_all(jobs, where.topology, schedules=False)
         if failed := [report.failed for report in reports if report.failed is not None]:
             sys.exit(f"{len(failed)} of {len(jobs)} did not compile; the first says: {failed[0]}")
@@ -87,10 +96,10 @@ def main(where: Where) -> None:
     sizes = [{to: memory[kind] for kind, to in kinds.items()} for memory in memories]
     lines = []
     for name in ENCODINGS:
-        sums = [sum(size.values()) for case, size in zip(cases, sizes, strict=True) if case[0] == name]
+        sums = [sum(size.values()) for case, size in zip(cases, sizes, strict=True) if case["encoding"] == name]
         lines.append([name, *(f"{total / 2**20:,.0f}" for total in sums)])
-    print_table("MiB of a device", ["encoding", f"context {CONTEXTS[0]}", *map(str, CONTEXTS[1:])], lines, [])
-    rows = [dict(encoding=name, context=context) | size for (name, context), size in zip(cases, sizes, strict=True)]
+    print_table("MiB of a device", ["encoding", *CASES], lines, [])
+    rows = [case | size for case, size in zip(cases, sizes, strict=True)]
     if where.topology is None:
         write("context_memory", rows)
     else:
