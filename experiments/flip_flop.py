@@ -1,11 +1,12 @@
-"""Flip-flop language modelling: CoPE's paper (arXiv:2405.18719), its largest model and CoPE's variants.
+"""Flip-flop language modelling: CoPE's paper (arXiv:2405.18719), after few steps and many, at the trained length and past it.
 
-    python experiments/flip_flop.py                  # a small model, strings of 64 tokens; under ten minutes on two cores
-    python experiments/flip_flop.py --scale paper --only main    # dimension 256, 4 layers, 4 heads, strings of 512; one GPU
+    python experiments/flip_flop.py                  # a small model, strings of 64 tokens; under fifteen minutes on two cores
+    python experiments/flip_flop.py --scale paper    # dimension 256, 4 layers, 2 heads, strings of 512; one GPU
 
 The model reads writes, reads and ignores, each followed by a bit, and must tell the last bit written after each read. Error in
 percent of these bits on the training distribution (80 % ignored) and on two others: dense (10 %) and sparse (98 %). Recipe of the
-paper: 10,000 steps of 16 strings of 512 tokens, AdamW at 3e-4, linear decay. flip_flop_shapes.py has the seven other shapes.
+paper: 10,000 steps of 16 strings of 512 tokens, AdamW at 3e-4, linear decay. In strings as long as trained no distance is new;
+the tests with 4x have strings four times as long. flip_flop_variants.py has CoPE's variants, flip_flop_shapes.py other shapes.
 """
 
 import argparse
@@ -13,24 +14,26 @@ import dataclasses
 from collections.abc import Mapping
 
 from common import markdown
-from trained import Part, Rows, cell, claims, main, of, values, verdict
+from contrasts import Claim, cell
+from scoring import strings
+from trained import Found, Part, lasting, main, tuned
 
 from posjax.config import Config
+from posjax.evaluation import EvalSet
+from posjax.source import Source
 from posjax.sweeps import Point, grid
+from posjax.tasks import flip_flop
 
-PUBLISHED = ((6.8, 21.7), (1.8, 20.3), (0.03, 4.9))  # in and out of the distribution: Abs, RoPE, CoPE
-PUBLISHED_VARIANTS = {
-    "cope_mlp": (0.03, 5.9),
-    "cope in the first layer": (0.9, 24.3),
-    "cope_alibi, slope 1": (0.0, 11.4),
-    "cope_alibi, slope 1/4": (0.0, 8.7),
-    "cope_alibi, slope 1/16": (0.0, 17.1),
-    "cope_alibi, learned": (0.0, 11.4),
-}
-SHAPE = (256, 4, 4)  # dimension, layers, heads
-COLUMNS = ("in distribution", "dense", "sparse")
+PUBLISHED = ((0.1, 18.0), (0.02, 19.0), (0.0, 3.0))  # in and out of the distribution: Abs, RoPE, CoPE
+SHAPE = (256, 4, 2)  # dimension, layers, heads
+SETS = ("in distribution", "dense", "sparse")
+LONGER = tuple(f"4x, {name}" for name in SETS)
+SHORT, MARGIN = 500, 1.0
 # The small scale: an eighth of the width. One layer cannot do the task, so that two layers stay two, and four become three.
 SMALL = {"embed_dim": {256: 32, 128: 16}, "num_layers": {4: 3, 2: 2}}
+# Of learning_rates.py. CoPE has fewer steps, about as many as take the time of RoPE's.
+RATES: Mapping[str, float] = {}
+STEPS = {"learned": 2000, "rope": 1600, "cope(64)": 1000}
 
 
 def recipe(scale: str) -> Config:
@@ -47,10 +50,9 @@ def recipe(scale: str) -> Config:
         beta2=0.999,
         log_every=100,
         checkpoint_every=1000,
-        eval_tokens=1_048_576,
     )
     if scale == "cpu":
-        config = dataclasses.replace(config, seq_length=64, steps=500, learning_rate=3e-3, log_every=50, eval_tokens=32_768)
+        config = lasting(config, seq_length=64, steps=1000, learning_rate=3e-3, log_every=20, checkpoint_every=500)
     return dataclasses.replace(config, **size(scale, *SHAPE))
 
 
@@ -69,25 +71,23 @@ def encodings(config: Config) -> tuple[str, str, str]:
     return "learned", "rope", f"cope({min(64, config.seq_length)})"
 
 
-def variants(config: Config) -> dict[str, str]:
-    """The published rows at the first shape, by their names there."""
-    rest = " / identity" * (config.num_layers - 1)
-    slopes = {"1": "1.0", "1/4": "0.25", "1/16": "0.0625"}
-    return {
-        "cope_mlp": "cope_mlp(64)" if config.seq_length == 512 else "cope_mlp(16)",
-        "cope in the first layer": encodings(config)[2] + rest,
-        **{f"cope_alibi, slope {name}": f"cope_alibi(slope={value})" for name, value in slopes.items()},
-        "cope_alibi, learned": "cope_alibi(learned=True)",
-    }
+def tests(config: Config, source: Source) -> dict[str, EvalSet]:
+    """More than 100,000 reads at the small scale, in strings as long as trained and four times as long."""
+    longer = flip_flop(length=4 * config.seq_length)
+    counts = (2048, 6144, 2048, 512, 256, 1024)
+    drawn = [source.task, *source.task.variants.values(), longer, *longer.variants.values()]
+    return {c: strings(config, source, task, n) for c, task, n in zip((*SETS, *LONGER), drawn, counts, strict=True)}
 
 
 def parts(options: argparse.Namespace) -> dict[str, Part]:
-    config, seeds = recipe(options.scale), 5 if options.scale == "cpu" else 3
-    shape = size(options.scale, *SHAPE)
-    return {
-        "main": Part(sized(config, encodings(config), shape), seeds=seeds),
-        "variants": Part(sized(config, tuple(variants(config).values()), shape), seeds=seeds),
-    }
+    config = recipe(options.scale)
+    if options.scale == "paper":
+        return {"main": Part(tuned(config, encodings(config)), tests, seeds=3)}
+    absolute, rope, cope = encodings(config)
+    claims = [Claim(cope, rope, column, MARGIN) for column in (*SETS, *LONGER)]
+    claims += [Claim(absolute, rope, column, MARGIN, steps=SHORT) for column in SETS]
+    claims += [Claim(absolute, rope, column, MARGIN) for column in SETS]
+    return {"main": Part(tuned(config, encodings(config), RATES, STEPS), tests, seeds=8, claims=claims)}
 
 
 def name_of(shape: Mapping[str, int]) -> str:
@@ -95,27 +95,20 @@ def name_of(shape: Mapping[str, int]) -> str:
     return "{embed_dim} {num_layers}/{num_heads}".format(**shape)
 
 
-def table(found: Mapping[str, Rows]) -> str:
-    scale = "paper" if found["main"][0]["settings"]["embed_dim"] == SHAPE[0] else "cpu"
-    config, shape = recipe(scale), name_of(size(scale, *SHAPE))
-    own = {spec: of(found["main"], encoding=spec) for spec in encodings(config)}
-    rows_of = own | {
-        name: of(found.get("variants", []), encoding=spec) for name, spec in variants(config).items()
-    }
-    theirs = dict(zip(own, PUBLISHED, strict=True)) | PUBLISHED_VARIANTS
-    lines = [[name, *(cell(rows, c, 2) for c in COLUMNS), *theirs[name]] for name, rows in rows_of.items() if rows]
-    absolute, rope, cope = own.values()
-    told = [
-        verdict(f"{lower} below {higher}, {column}", values(low, column), values(high, column), " %", 2)
-        for lower, higher, low, high in (
-            ("CoPE", "absolute", cope, absolute),
-            ("CoPE", "RoPE", cope, rope),
-            ("RoPE", "absolute", rope, absolute),
-        )
-        for column in COLUMNS
-    ]
-    heads = [f"{shape}, T = {config.seq_length}", *COLUMNS, "theirs, 256 4/4, T = 512: in distribution", "out of it"]
-    return markdown(heads, lines) + "\n\n" + claims(told)
+def table(found: Mapping[str, Found]) -> str:
+    main_part = found["main"]
+    scale = "paper" if main_part.about["config"]["embed_dim"] == SHAPE[0] else "cpu"
+    config, lines = recipe(scale), []
+    for spec, theirs in zip(encodings(config), PUBLISHED, strict=True):
+        rows = main_part.of(encoding=spec)
+        last = main_part.steps(rows)
+        for step in sorted(step for step in rows[0]["items"] if step in (SHORT, last)):
+            cells = [cell(rows, step, c, main_part.scale, 2, solved=True) for c in (*SETS, *LONGER)]
+            lines.append([spec, f"{step:,}", *cells, *(theirs if step == last else ("", ""))])
+    lines.append(["the commoner bit", "", *(f"{main_part.about['majority'][c]:.1f}" for c in (*SETS, *LONGER)), "", ""])
+    shape = name_of(size(scale, *SHAPE))
+    heads = [f"{shape}, T = {config.seq_length}", "steps", *SETS, *LONGER, "theirs, 256 4/2, T = 512: in distribution", "out of it"]
+    return markdown(heads, lines)
 
 
 if __name__ == "__main__":

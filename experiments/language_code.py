@@ -1,6 +1,6 @@
 """Language modelling on code: a table of CoPE's paper (arXiv:2405.18719), with what its gates and its last position are worth.
 
-    python experiments/language_code.py                  # source code of Python's standard library; under ten minutes on two cores
+    python experiments/language_code.py                  # source code of Python's standard library; under 15 minutes on two cores
     python experiments/language_code.py --scale paper    # 4 layers, 8 heads, dimension 256, 4,096 tokens; one GPU
 
 Bits per byte on held-out files at the training length; the paper has perplexity of tokens of another corpus. The part "gates" has
@@ -12,10 +12,13 @@ import dataclasses
 from collections.abc import Mapping
 
 from common import markdown
-from trained import Part, Rows, cell, claims, main, of, values, verdict
+from contrasts import Claim, cell
+from scoring import ITEMS, excerpts_in_rows
+from trained import Found, Part, lasting, main, tuned
 
 from posjax.config import Config
-from posjax.sweeps import grid
+from posjax.evaluation import EvalSet
+from posjax.source import Source
 
 PUBLISHED = {"learned": "4.7", "rope": "4.1", "cope(64)": "3.9", "rope + cope(64)": "4.0"}
 GATES = {  # WikiText-103, perplexity on its validation split; CoPE is 22.55
@@ -28,6 +31,8 @@ GATES = {  # WikiText-103, perplexity on its validation split; CoPE is 22.55
 }
 # One at a time. Published P are 16 (22.45), 64 and 1,024 (22.46): clamp is P - 1.
 CLAMPS = {"clamp": (3, 7, 15, 31), "gate_bias": (-4.0, -2.0, 2.0)}
+COLUMN, SHORT, MARGIN = "64 tokens", 300, 0.02  # bits per byte
+RATES: Mapping[str, float] = {}
 
 
 def recipe(options: argparse.Namespace) -> Config:
@@ -39,49 +44,60 @@ def recipe(options: argparse.Namespace) -> Config:
         embed_dim=64,
         num_layers=2,
         num_heads=4,
-        steps=440,
+        steps=1200,
         learning_rate=4e-3,
         warmup_steps=50,
         beta2=0.95,
-        log_every=100,
-        checkpoint_every=440,
-        eval_lengths=(1,),
-        eval_tokens=131_072,
+        log_every=20,
+        checkpoint_every=400,
+        eval_lengths=(1, 4),  # excerpts are four rows long
+        eval_tokens=ITEMS * (4 * 64 - 1),
     )
     if options.scale == "cpu":
-        return config
+        return lasting(config)
     shape = dict(tokenizer="bpe", vocab_size=16_384, seq_length=4096, batch_size=16, embed_dim=256, num_layers=4, num_heads=8)
     return dataclasses.replace(config, **shape, steps=20_000, learning_rate=5e-4, warmup_steps=500, compute_dtype="bfloat16")
 
 
+def tests(config: Config, source: Source) -> dict[str, EvalSet]:
+    return {COLUMN: excerpts_in_rows(config, source)}
+
+
 def parts(options: argparse.Namespace) -> dict[str, Part]:
     config = recipe(options)
-    clamps = [f"cope(64, {name}={value})" for name, choices in CLAMPS.items() for value in choices]
+    clamps = tuple(f"cope(64, {name}={value})" for name, choices in CLAMPS.items() for value in choices)
+    if options.scale == "paper":
+        return {
+            "main": Part(tuned(config, tuple(PUBLISHED)), tests, seeds=3),
+            "gates": Part(tuned(config, tuple(GATES)), tests, seeds=3),
+            "clamp": Part(tuned(config, clamps), tests, seeds=3),
+        }
+    claims = [Claim(spec, "rope", COLUMN, MARGIN) for spec in PUBLISHED if spec != "rope"]
+    claims += [Claim(spec, "rope", COLUMN, MARGIN, steps=SHORT) for spec in PUBLISHED if spec != "rope"]
+    claims.append(Claim("rope + cope(64)", "cope(64)", COLUMN, MARGIN))
+
+    def beside_cope(specs: tuple[str, ...]) -> Part:
+        shorter = dataclasses.replace(config, steps=320, checkpoint_every=320)
+        own = [Claim(spec, "cope(64)", COLUMN, MARGIN, steps=320, primary=False) for spec in specs]
+        rates = dict.fromkeys(specs, RATES.get("cope(64)", config.learning_rate))
+        return Part(tuned(shorter, ("cope(64)", *specs), RATES | rates), tests, seeds=3, claims=own)
+
     return {
-        "main": Part(grid(config, []), seeds=3),
-        "gates": Part(grid(config, [("encoding", tuple(GATES))]), seeds=3),
-        "clamp": Part(grid(config, [("encoding", tuple(clamps))]), seeds=3),
+        "main": Part(tuned(config, tuple(PUBLISHED), RATES), tests, claims=claims),
+        "gates": beside_cope(tuple(GATES)),
+        "clamp": beside_cope(clamps),
     }
 
 
-def table(found: Mapping[str, Rows]) -> str:
-    rows = [row for part in found.values() for row in part]
-    (column,) = rows[0]["metrics"]["bits_per_byte"]
-    specs = list(dict.fromkeys(row["encoding"] for row in rows))
-    lines = [[s, cell(of(rows, encoding=s), column, 4), PUBLISHED.get(s, "-"), GATES.get(s, "-")] for s in specs]
-
-    def of_spec(spec: str) -> list[float]:
-        return values(of(rows, encoding=spec), column)
-
-    pairs = [
-        ("RoPE below absolute", "rope", "learned"),
-        ("CoPE below RoPE", "cope(64)", "rope"),
-        ("CoPE below CoPE + RoPE", "cope(64)", "rope + cope(64)"),
-        *((f"CoPE below {spec}", "cope(64)", spec) for spec in specs if spec.startswith("cope(64") and spec != "cope(64)"),
-    ]
-    told = [verdict(claim, of_spec(low), of_spec(high), "", 4) for claim, low, high in pairs]
-    heads = ["encoding", "bits per byte", "theirs: perplexity, code", "theirs: perplexity, WikiText"]
-    return markdown(heads, lines) + "\n\n" + claims(told)
+def table(found: Mapping[str, Found]) -> str:
+    lines = []
+    for part, one in found.items():
+        for spec in dict.fromkeys(row["encoding"] for row in one.rows):
+            rows = one.of(encoding=spec)
+            for step in sorted(step for step in rows[0]["items"] if step in (SHORT, one.steps(rows))):
+                theirs = (PUBLISHED.get(spec, "-"), "-") if part == "main" else ("-", GATES.get(spec, "-"))
+                lines.append([spec, f"{step:,}", cell(rows, step, COLUMN, one.scale, 3), *theirs])
+    return markdown(["encoding", "steps", "bits per byte", "theirs: perplexity, code", "theirs: perplexity, WikiText"], lines)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """What the experiments that train share: scales, the grid, its results as JSON and figures. Not a program.
 
-    python experiments/NAME.py                    the small scale, on two CPU cores in under ten minutes
-    python experiments/NAME.py --scale paper      the published one, for a GPU; with --time, what a step of it takes
+    python experiments/NAME.py                    the small scale, on two CPU cores in under fifteen minutes
+    python experiments/NAME.py --time             first, on a new machine: seconds of a step, from which equal time follows
+    python experiments/NAME.py --scale paper      the published scale, for a GPU
 
-Both leave their runs in runs/experiments/NAME_SCALE, where the same command goes on, and write results/NAME_SCALE.json.
+Runs stay in runs/experiments/NAME_SCALE, where the same command goes on. Results are results/NAME_SCALE.json and, in
+NAME_SCALE_items.npz, the score of every item (excerpt of text, block of strings) by every seed, which intervals are made from.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import shlex
@@ -18,45 +21,84 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from common import RESULTS, markdown, write
+from contrasts import Claim, Rows, adjusted, claims_table, measured_claims, steps_asked, values
+from scoring import majority, text_digest
 
-from posjax import plots, report, runs
+from posjax import plots, runs
 from posjax.ablation import Fleet, spread_over_cores
 from posjax.checkpoints import CheckpointError
 from posjax.config import Config
-from posjax.evaluation import MEASURES, TASK_MEASURE
+from posjax.evaluation import MEASURES, TASK_MEASURE, EvalSet, percent_or_unit
 from posjax.grids import read_rows, run_grid
 from posjax.kernels.refused import KernelRefused
 from posjax.loop import Interrupted
-from posjax.source import open_source
-from posjax.statistics import difference, summary
-from posjax.sweeps import Point, groups
+from posjax.source import Source, open_source
+from posjax.sweeps import Point, grid, groups
 
-Rows = list[dict[str, Any]]
+# Final seeds are none that anything was tried or tuned with.
+FIRST_SEED, TUNING_SEEDS = 40, (100, 101, 102)
+_QUANTUM = 1024  # a text's score in an item is stored in steps of this part of a nat
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One grid of an experiment: its points, of one task and text, and how many seeds each gets."""
+    """One grid of an experiment.
+
+    Attributes:
+      points: of one task and text.
+      tests: (configuration, source) -> what is scored, by column.
+      seeds: how many each point gets.
+      claims: the contrasts that the part is run for; labels are those of points.
+      first_seed: seeds count up from here.
+    """
 
     points: Sequence[Point]
-    seeds: int = 3
+    tests: Callable[[Config, Source], Mapping[str, EvalSet]]
+    seeds: int = 5
+    claims: Sequence[Claim] = ()
+    first_seed: int = FIRST_SEED
+
+    @property
+    def all_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+
+def lasting(config: Config, **fields: Any) -> Config:
+    """A configuration whose learning rate stays at its peak, for trainings that are scored after several numbers of steps.
+
+    Scored is a moving average of the parameters, which does for a constant learning rate what its decay does at the end of a run:
+    a run of 500 steps is then the first part of one of 2,000. Each small layer is compiled by itself, for speed.
+    """
+    return dataclasses.replace(config, decay="constant", ema_decay=0.99, scan_layers=False, **fields)
+
+
+def tuned(
+    config: Config, specs: Sequence[str], rates: Mapping[str, float] | None = None, steps: Mapping[str, int] | None = None
+) -> list[Point]:
+    """A point for each encoding, at its own learning rate and number of steps, or at those of the configuration."""
+    made = []
+    for spec in specs:
+        own = {"learning_rate": (rates or {}).get(spec), "steps": (steps or {}).get(spec), "encodings": (spec,)}
+        made += grid(dataclasses.replace(config, **{name: value for name, value in own.items() if value}), [])
+    return made
 
 
 def main(
     name: str,
     description: str,
     parts: Callable[[argparse.Namespace], Mapping[str, Part]],
-    table: Callable[[Mapping[str, Rows]], str],
+    table: Callable[[Mapping[str, "Found"]], str],
     arguments: Mapping[str, str] | None = None,
 ) -> None:
-    """Runs an experiment from the command line: trains, writes results/NAME_SCALE.json and a figure a part, prints the table.
+    """Runs an experiment from the command line: trains, writes results/NAME_SCALE.json and a figure a part, prints the tables.
 
     Args:
       name: of the file.
       description: its docstring.
       parts: options -> grids by name.
-      table: {part: rows} -> Markdown, ours beside the published numbers.
+      table: what was found, by part -> Markdown, ours beside the published numbers.
       arguments: more options, {"--flag": help}.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,87 +113,224 @@ def main(
     if unknown := [part for part in options.only or () if part not in grids]:
         parser.error(f"--only must name {', '.join(grids)}, got {unknown[0]}")
     if options.only:
-        grids = {part: grid for part, grid in grids.items() if part in options.only}
+        grids = {part: own for part, own in grids.items() if part in options.only}
     if options.seeds:
-        grids = {part: dataclasses.replace(grid, seeds=options.seeds) for part, grid in grids.items()}
+        grids = {part: dataclasses.replace(own, seeds=options.seeds) for part, own in grids.items()}
+    spread_over_cores(max(len(own.points) * own.seeds for own in grids.values()))
+    result = f"{name}_{options.scale}"
     if options.time:
-        return _time(f"{name}_{options.scale}_steps", grids)
-    spread_over_cores(max(len(grid.points) * grid.seeds for grid in grids.values()))
+        return _time(f"{result}_steps", grids)
+    began = time.perf_counter()
     try:
-        found, about = _run(name, options.scale, grids)
+        found = stored(result) | {part: _run(result, part, own) for part, own in grids.items()}
     except Interrupted as stopped:  # which has said how to go on
         sys.exit(stopped.exit_code)
     except (ValueError, CheckpointError, KernelRefused) as error:
         sys.exit(f"{name}: {error}")
-    found, about = _kept(f"{name}_{options.scale}") | found, _kept(f"{name}_{options.scale}", "parts") | about
     found = {part: found[part] for part in parts(options) if part in found}
-    stored = [{"part": part} | _slim(row) for part, rows in found.items() for row in rows]
     text = table(found)
-    write(f"{name}_{options.scale}", stored, scale=options.scale, parts={part: about[part] for part in found}, table=text)
-    print(text)
+    about = {part: one.about for part, one in found.items()}
+    whole = {"seconds": round(time.perf_counter() - began)} if not options.only else {}
+    claims = [{"part": part} | claim for part, one in found.items() for claim in one.claims]
+    rows = [{"part": part} | _slim(row) for part, one in found.items() for row in one.rows]
+    _write_items(result, found)
+    write(result, rows, scale=options.scale, parts=about, **whole, claims=claims, table=text)
+    print(text, claims_table(adjusted({name: claims})[name], 3), sep="\n\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a part of an experiment found.
+
+    Attributes:
+      rows: of every point and seed, with "items": {step: {column: [sums [I], counts [I]]}}.
+      claims: as ``contrasts.measured_claims`` makes them.
+      about: seeds, steps, seconds, costs, what the baselines get ...
+    """
+
+    rows: Rows
+    claims: list[dict[str, Any]]
+    about: dict[str, Any]
+
+    def of(self, **wanted: Any) -> Rows:
+        """Rows whose encoding, label, seed or settings are those."""
+        def fits(row: Mapping[str, Any]) -> bool:
+            return all(row.get(name, row["settings"].get(name)) == value for name, value in wanted.items())
+
+        return [row for row in self.rows if fits(row)]
+
+    @property
+    def scale(self) -> float:
+        """From a mean score to the unit of the tables."""
+        return self.about["scale"]
+
+    def steps(self, rows: Rows) -> int:
+        """How many steps these were trained for."""
+        return max(rows[0]["items"])
+
+
+def costs_of(result: str, part: str, points: Sequence[Point]) -> dict[str, float]:
+    """Seconds of a step of every point by its label, as ``--time`` measured them side by side.
+
+    Raises:
+      ValueError: they have not been measured.
+    """
+    path = RESULTS / f"{result}_steps.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    seconds = {row["label"]: row["seconds_a_step"] for row in rows if row["part"] == part}
+    if missing := [point.label for point in points if point.label not in seconds]:
+        raise ValueError(f"seconds of a step of {missing[0]!r} must be known first: run the same command with --time")
+    return {point.label: seconds[point.label] for point in points}
 
 
 def _time(name: str, grids: Mapping[str, Part]) -> None:
-    """Seconds of the second step of one run of each program, and what all steps of all runs would take one after the other."""
-    rows = []
-    for part, grid in grids.items():
-        source = open_source(grid.points[0].config)
-        for group in groups(grid.points, range(grid.seeds)):
-            steps, runs_ = group.config.steps, len(group.runs)
-            one = dataclasses.replace(group, config=dataclasses.replace(group.config, log_every=1), runs=group.runs[:1])
-            fleet = Fleet(one, source, jax.local_devices()[:1], at_once=1)
+    """Seconds of a step of every program on one core of all: each in turn makes a few steps, several times."""
+    measured: list[tuple[str, Any, list[float]]] = []
+    pieces, count = 5, 8
+    for part, own in grids.items():
+        source = open_source(own.points[0].config)
+        for group in groups(own.points, [0]):
+            devices = jax.local_devices()
+            runs_ = (group.runs * len(devices))[: len(devices)]
+            one = dataclasses.replace(group, config=dataclasses.replace(group.config, log_every=count), runs=runs_)
+            fleet = Fleet(one, source, devices, at_once=1)
             state, _ = fleet.move_on(fleet.start(), 0)
+            labels = [own.points[run.point].label for run in group.runs]
+            measured.append((part, (labels, group, fleet, [state]), []))
+    for piece in range(pieces):
+        for _, (_, _, fleet, state), seconds in measured:
             began = time.perf_counter()
-            fleet.move_on(state, 1)
-            seconds = time.perf_counter() - began
-            rows.append({"part": part, "encoding": group.spec, "runs": runs_, "steps": steps, "seconds_a_step": round(seconds, 2)})
-            print(rows[-1], flush=True)
-    heads = ["part", "encoding", "runs", "steps", "seconds a step", "hours in all"]
-    hours = [row["runs"] * row["steps"] * row["seconds_a_step"] / 3600 for row in rows]
-    table = markdown(heads, [[*row.values(), f"{own:,.0f}"] for row, own in zip(rows, hours, strict=True)])
-    write(name, rows, table=table)
-    print(table)
+            state[0], _ = fleet.move_on(state[0], count * (piece + 1))
+            seconds.append((time.perf_counter() - began) / count)
+    rows = [
+        {"part": part, "label": label, "steps": group.config.steps, "seconds_a_step": round(float(np.median(seconds)), 5)}
+        for part, (labels, group, _, _), seconds in measured
+        for label in labels
+    ]
+    heads = ["part", "setting", "milliseconds a step", "to the first"]
+    first = {row["part"]: row["seconds_a_step"] for row in reversed(rows)}
+    lines = [
+        [row["part"], row["label"], f"{1000 * row['seconds_a_step']:.1f}", f"{row['seconds_a_step'] / first[row['part']]:.2f}"]
+        for row in rows
+    ]
+    write(name, rows, table=markdown(heads, lines))
+    print(markdown(heads, lines))
 
 
-def _kept(name: str, what: str = "rows") -> dict[str, Any]:
-    """What an earlier call left of its parts: rows, or what is said about them."""
-    path = RESULTS / f"{name}.json"
-    stored = json.loads(path.read_text()) if path.exists() else {"parts": {}, "rows": []}
-    if what == "parts":
-        return stored["parts"]
-    return {part: [row for row in stored["rows"] if row["part"] == part] for part in stored["parts"]}
+def _run(result: str, part: str, own: Part) -> Found:
+    folder = Path("runs/experiments") / result / part
+    config = own.points[0].config
+    source = open_source(config)
+    for point in own.points:
+        runs.check(point.config, (point.config.encoding,), source, devices=1)
+    made = dict(own.tests(config, source))
+    steps = {point.label: point.config.steps for point in own.points}
+    costs = costs_of(result, part, own.points) if own.claims else {}
+    asked = steps_asked(own.claims, steps, costs, config.log_every)
+
+    def tests(config: Config, limit: int | None) -> dict[str, EvalSet | None]:
+        wanted = (config.encoding, config.steps)
+        labels = [point.label for point in own.points if (point.config.encoding, point.config.steps) == wanted]
+        placed: dict[str, EvalSet | None] = {}
+        for column, one in made.items():
+            steps = frozenset().union(*(asked.get((label, column), ()) for label in labels))
+            too_long = limit is not None and max(batch["positions"].max() for batch in one.batches) >= limit
+            placed[column] = None if too_long else dataclasses.replace(one, steps=steps)
+        return placed
+
+    again = shlex.join(["python", *sys.argv])
+    print(f"{part}: {len(own.points)} settings, {own.seeds} seeds", flush=True)
+    rows = run_grid(own.points, own.all_seeds, folder, source, tests=tests, command=again, say=lambda t: print(t, flush=True))
+    is_text = source.task is None
+    rows = [row | {"items": _rounded(row["items"]) if is_text else row["items"]} for row in rows]
+    finished = list(read_rows(folder))
+    seconds = sum(group["seconds"] for group in finished)
+    total = sum(steps.values()) * own.seeds
+    measure, label = MEASURES.get(config.task, TASK_MEASURE)
+    scale = percent_or_unit(config, source)
+    dots = {
+        column: {name: values([r for r in rows if r["label"] == name], most, column, scale) for name, most in steps.items()}
+        for column in made
+    }
+    figure = plots.dots(dots, label, {row["label"]: row["encoding"] for row in rows})
+    plots.save(figure, RESULTS / f"{result}_{part.replace(' ', '_')}.png")
+    about = {
+        "seeds": list(own.all_seeds),
+        "runs": len(rows),
+        "steps": config.steps,
+        "seconds": round(seconds, 1),
+        "runs_times_steps_a_second": round(total / seconds, 1),
+        "programs": sum(group["compilations"]["train"] for group in finished),
+        "measure": measure,
+        "scale": scale,
+        "costs": costs,
+        "config": _described(config),
+    }
+    if is_text:
+        digest = hashlib.sha256(b"".join(text_digest([source.train, source.validation]))).hexdigest()
+        excerpts = source.validation.num_documents
+        about["text"] = {"sha256": digest[:16], "train_tokens": len(source.train.tokens), "excerpts": excerpts}
+    else:
+        about["majority"] = majority(made)
+        about["answers"] = {column: int(sum(b["weights"].sum() for b in one.batches)) for column, one in made.items()}
+    claims = measured_claims(own.claims, rows, costs, config.log_every, scale, exact=not is_text)
+    return Found(rows, claims, about)
 
 
-def _run(name: str, scale: str, grids: Mapping[str, Part]) -> tuple[dict[str, Rows], dict[str, Any]]:
-    found: dict[str, Rows] = {}
-    about: dict[str, Any] = {}
-    for part, grid in grids.items():
-        folder = Path("runs/experiments") / f"{name}_{scale}" / part
-        config = grid.points[0].config
-        source = open_source(config)
-        for point in grid.points:
-            runs.check(point.config, (point.config.encoding,), source, devices=1)
-        again = shlex.join(["python", *sys.argv])
-        print(f"{part}: {len(grid.points)} settings, {grid.seeds} seeds", flush=True)
-        rows = run_grid(grid.points, range(grid.seeds), folder, source, command=again, say=lambda text: print(text, flush=True))
-        own = list(read_rows(folder))
-        seconds = sum(group["seconds"] for group in own)
-        steps = sum(point.config.steps for point in grid.points) * grid.seeds
-        measure, label = MEASURES.get(config.task, TASK_MEASURE)
-        dots = {column: report.seeds_of(rows, measure, column) for column in rows[0]["metrics"][measure]}
-        figure = plots.dots(dots, label, {row["label"]: row["encoding"] for row in rows})
-        plots.save(figure, RESULTS / f"{name}_{scale}_{part.replace(' ', '_')}.png")
-        about[part] = {
-            "seeds": grid.seeds,
-            "runs": len(rows),
-            "steps": config.steps,
-            "seconds": round(seconds, 1),
-            "runs_times_steps_a_second": round(steps / seconds, 1),
-            "programs": sum(group["compilations"]["train"] for group in own),
-            "config": _described(config),
-        }
-        found[part] = rows
-    return found, about
+def _rounded(items: Mapping[int, Mapping[str, np.ndarray]]) -> dict[int, dict[str, np.ndarray]]:
+    """Sums of losses such that their means are whole numbers of quanta, as they are stored."""
+
+    def one(found: np.ndarray) -> np.ndarray:
+        sums, counts = np.asarray(found, float)
+        return np.stack([np.round(_QUANTUM * sums / counts) / _QUANTUM * counts, counts])
+
+    return {step: {column: one(found) for column, found in columns.items()} for step, columns in items.items()}
+
+
+def _write_items(result: str, found: Mapping[str, Found]) -> None:
+    """results/RESULT_items.npz: "part|label|step|column" [S, I], and "part|column" [I], how much counts in each item.
+
+    Scores are sums of wrong answers; for text, the mean loss of an item in 1024ths of a nat.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for part, one in found.items():
+        for row in one.rows:
+            for step, columns in row["items"].items():
+                for column, (sums, counts) in columns.items():
+                    stored = sums if "majority" in one.about else _QUANTUM * sums / counts
+                    kind = np.uint16 if np.isfinite(stored).all() and stored.max() < 2**16 else np.float32
+                    arrays.setdefault(f"{part}|{row['label']}|{step}|{column}", []).append(np.round(stored).astype(kind))
+                    arrays[f"{part}|{column}"] = np.asarray(counts, np.uint16)
+    path, unfinished = RESULTS / f"{result}_items.npz", RESULTS / f"{result}_items.part"
+    with unfinished.open("wb") as file:
+        np.savez_compressed(file, **{name: np.stack(x) if isinstance(x, list) else x for name, x in arrays.items()})
+    unfinished.replace(path)
+
+
+def stored(result: str) -> dict[str, Found]:
+    """What results/RESULT.json and its items hold, by part; {} where there are none."""
+    path, items = RESULTS / f"{result}.json", RESULTS / f"{result}_items.npz"
+    if not (path.exists() and items.exists()):
+        return {}
+    found, arrays = json.loads(path.read_text()), dict(np.load(items))
+    made = {}
+    for part, about in found["parts"].items():
+        rows = [row for row in found["rows"] if row["part"] == part]
+        for row in rows:
+            row["items"] = {}
+        for name, scores in arrays.items():
+            if name.count("|") != 3 or not name.startswith(f"{part}|"):
+                continue
+            _, label, step, column = name.split("|")
+            counts = arrays[f"{part}|{column}"].astype(float)
+            unit = 1.0 if "majority" in about else counts / _QUANTUM
+            own = sorted((row for row in rows if row["label"] == label), key=lambda row: row["seed"])
+            for row, one in zip(own, scores.astype(float), strict=True):
+                row["items"].setdefault(int(step), {})[column] = np.stack([one * unit, counts])
+        claims = [claim for claim in found["claims"] if claim["part"] == part]
+        made[part] = Found(rows, [{k: v for k, v in claim.items() if k != "part"} for claim in claims], about)
+    return made
+
 
 
 def _slim(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,43 +345,3 @@ def _described(config: Config) -> dict[str, Any]:
     """The fields that differ from the defaults, of which paths say nothing to anybody else."""
     fields = [f for f in dataclasses.fields(config) if f.name not in ("workdir", "data_dir", "data", "encoding", "encodings")]
     return {f.name: getattr(config, f.name) for f in fields if getattr(config, f.name) != f.default}
-
-
-def of(rows: Rows, **wanted: Any) -> Rows:
-    """Rows whose encoding, seed or settings are those."""
-    return [row for row in rows if all(row.get(name, row["settings"].get(name)) == value for name, value in wanted.items())]
-
-
-def values(rows: Rows, column: str) -> list[float]:
-    """What the seeds that did not diverge got, in one column."""
-    kept = [row["metrics"] for row in rows if row["diverged"] is None]
-    found = [scores[column] for metrics in kept for scores in metrics.values() if isinstance(scores, dict)]
-    return [value for value in found if value is not None]
-
-
-def cell(rows: Rows, column: str, digits: int = 1) -> str:
-    """"mean (deviation)" as the papers write it, and how many diverged; empty where there is nothing."""
-    found, lost = summary(values(rows, column)), sum(row["diverged"] is not None for row in rows)
-    parts = [] if found.mean is None else [f"{found.mean:.{digits}f}"]
-    parts += [] if found.deviation is None else [f"({found.deviation:.{digits}f})"]
-    return " ".join([*parts, *([f"{lost} of {len(rows)} diverged"] if lost else [])])
-
-
-def verdict(claim: str, lower: Sequence[float], higher: Sequence[float], unit: str = "", digits: int = 1) -> list[str]:
-    """A line of the table of claims: what is claimed to be lower, by how much it is, and whether that was found.
-
-    The interval is the paired one where there are as many values: seed i of both has the same data in the same order.
-    """
-    if not lower or not higher:
-        return [claim, "no number", "not shown"]
-    mean, interval = difference(lower, higher, paired=len(lower) == len(higher))
-    if interval is None:
-        return [claim, f"{mean:+.{digits}f}{unit}, one seed", "not shown"]
-    low, high = interval
-    word = "found" if high < 0 else "the opposite was found" if low > 0 else "not shown: the interval holds zero"
-    return [claim, f"{mean:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}]", word]
-
-
-def claims(lines: Sequence[Sequence[str]]) -> str:
-    """The table of claims."""
-    return markdown(["claim", "difference, 95 % interval", "here"], lines)

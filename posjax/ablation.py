@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.evaluation import score
+from posjax.evaluation import EvalSet, score
 from posjax.runs import abstract_model, build_model, make_loss, optimizer_of
 from posjax.source import Source, batch_key, on_device
 from posjax.sweeps import Group
@@ -108,14 +108,15 @@ class Programs:
       step: (traced) -> the train step.
       draw: (data, seed, number) -> batch.
       data: what ``draw`` reads, for the device.
-      score: (params, traced, batch) -> (what is wrong, how much counts).
+      score: (params, traced, batch, local_window_size) -> (what is wrong, how much counts), [B] each; a window of None is the
+        configuration's own.
     """
 
     init: Callable[[Array, Mapping[str, Array]], TrainState]
     step: Callable[[Mapping[str, Array]], Callable[[TrainState, Any], tuple[TrainState, Any]]]
     draw: Callable[[Any, Array, Array], Any]
     data: Any
-    score: Callable[[Params, Mapping[str, Array], Any], tuple[Array, Array]]
+    score: Callable[[Params, Mapping[str, Array], Any, int | None], tuple[Array, Array]]
 
 
 def programs_of(group: Group, source: Source) -> Programs:
@@ -137,8 +138,9 @@ def programs_of(group: Group, source: Source) -> Programs:
         optimizer = optimizer_of(config, fields)
         return make_train_step(loss, optimizer, accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay)
 
-    def scored(params: Params, traced: Mapping[str, Array], batch: Any) -> tuple[Array, Array]:
-        return score(config, abstract_model(config, group.spec, source, parts(traced)[0])[0])(params, batch)
+    def scored(params: Params, traced: Mapping[str, Array], batch: Any, window: int | None) -> tuple[Array, Array]:
+        seen = config if window is None else dataclasses.replace(config, local_window_size=window)
+        return score(seen, abstract_model(seen, group.spec, source, parts(traced)[0])[0])(params, batch)
 
     data, draw = on_device(config, source)
     return Programs(init, step, lambda data, seed, number: draw(data, batch_key(seed, number)), data, scored)
@@ -162,8 +164,8 @@ class Fleet:
         self.may_shrink = at_once is None
         self.compilations = {"train": 0, "evaluate": 0}
         self.advance: Callable[..., Any] | None = None
-        self.score_all: Callable[..., Any] | None = None
-        self.scored_shapes: set[tuple[int, ...]] = set()
+        self.scorers: dict[int | None, Callable[..., Any]] = {}  # by window
+        self.scored: set[Any] = set()
 
     def start(self) -> TrainState:
         """The state of all runs before the first step."""
@@ -195,24 +197,28 @@ class Fleet:
         taken = min(count, config.steps - first)
         return state, {name: np.asarray(x)[: self.size, :taken] for name, x in metrics.items()}
 
-    def scores(self, state: TrainState, batches: Sequence[Any]) -> np.ndarray:
-        """What is wrong and how much counts, [2, R], over batches of one shape."""
+    def scores(self, state: TrainState, tests: EvalSet) -> np.ndarray:
+        """What is wrong and how much counts in every item of a test set, [2, R, I]."""
+        window = tests.local_window_size
 
         def score_run(run: Any, batches: Any) -> tuple[Array, Array]:
             params, (_, traced) = run
+            return jax.lax.map(lambda batch: self.programs.score(params, traced, batch, window), batches)
 
-            def add(sums: tuple[Array, Array], batch: Any) -> tuple[tuple[Array, Array], None]:
-                return jax.tree.map(jnp.add, sums, self.programs.score(params, traced, batch)), None
-
-            return jax.lax.scan(add, (jnp.float32(0), jnp.float32(0)), batches)[0]
-
-        if self.score_all is None:
-            self.score_all = jax.jit(over_runs(score_run, self.devices, self.at_once))
-        stacked = jax.tree.map(lambda *parts: np.stack(parts), *batches)
-        self.scored_shapes.add(stacked["tokens"].shape)
-        self.compilations["evaluate"] = len(self.scored_shapes)
-        found = self.score_all((state.eval_params, self.fixed), self._place(stacked))
-        return np.stack([np.asarray(x, np.float64)[: self.size] for x in found])
+        if window not in self.scorers:
+            self.scorers[window] = jax.jit(over_runs(score_run, self.devices, self.at_once))
+        stacked = jax.tree.map(lambda *parts: np.stack(parts), *tests.batches)
+        self.scored.add((window, stacked["tokens"].shape))
+        self.compilations["evaluate"] = len(self.scored)
+        found = self.scorers[window]((state.eval_params, self.fixed), self._place(stacked))
+        by_row = np.stack([np.asarray(x, np.float64)[: self.size].reshape(self.size, -1) for x in found])
+        if tests.by_row:
+            by_row = np.stack([by_row[0] > 0, np.ones_like(by_row[1])]).astype(np.float64)
+        if tests.items is None:
+            return by_row
+        sums = np.zeros((*by_row.shape[:2], int(tests.items.max()) + 1))
+        np.add.at(sums, (slice(None), slice(None), tests.items), by_row)
+        return sums
 
     def _place(self, tree: Any, *axes: str) -> Any:
         return jax.device_put(tree, jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*axes)))

@@ -44,6 +44,7 @@ class Config:
       tie_embeddings: logits from the token embeddings.
       dropout_rate: after the embedding and each branch.
       remat: what the backward pass recomputes, for less memory: none, attention (all but attention) or full (whole layers).
+      scan_layers: compiles one layer for all; False compiles each by itself: faster steps of small models, slower compilation.
       compute_dtype: float32 or bfloat16; parameters stay float32.
       attention: softmax, or linear (with an encoding that only rotates).
       local_window_size: how far back a token sees; None is all.
@@ -106,6 +107,7 @@ class Config:
     tie_embeddings: bool = True
     dropout_rate: float = 0.0
     remat: Literal["none", "attention", "full"] = "none"
+    scan_layers: bool = True
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["softmax", "linear"] = "softmax"
     local_window_size: int | None = None
@@ -189,7 +191,7 @@ class Config:
 
 # What may differ between a run and its resumption; all else would make it another run.
 _SAVING = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints"}
-RUN_ONLY = _SAVING | {"parallel", "mesh", "implementation", "remat", "encodings"}
+RUN_ONLY = _SAVING | {"parallel", "mesh", "implementation", "remat", "scan_layers", "encodings"}
 _LATER = ("optimizer", "z_loss", "ema_decay")  # runs that were begun before these fields were there go on with their defaults
 
 

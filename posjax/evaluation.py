@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from posjax.attention import attention_weights
 from posjax.config import Config
 from posjax.encoding import PositionalEncoding
 from posjax.sharding import jit_for_all
-from posjax.source import Source, held_out, test_batches
+from posjax.source import Source, held_out, test_rows
 from posjax.transformer import Transformer, cross_entropy
 from posjax.typing import Array, Params
 
@@ -61,6 +61,26 @@ def longest(config: Config, encodings: Iterable[PositionalEncoding], source: Sou
     return min((n for e in encodings if (n := e.max_length(dims)) is not None), default=None)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class EvalSet:
+    """Rows that every model is scored on.
+
+    Attributes:
+      batches: as models take them, all of one shape.
+      items: [rows of all batches] integers, the item of each row; None: every row is an item. An item is what an interval
+        resamples as a whole, such as an excerpt of a text; its score is the quotient of two sums over its rows.
+      by_row: a row counts once, and is wrong where any of its answers is.
+      local_window_size: how far back a token sees while it is scored; None: as the configuration says.
+      steps: numbers of training steps after which a grid scores it, besides the last.
+    """
+
+    batches: Sequence[Mapping[str, np.ndarray]]
+    items: np.ndarray | None = None
+    by_row: bool = False
+    local_window_size: int | None = None
+    steps: frozenset[int] = frozenset()
+
+
 def test_sets(config: Config, source: Source, limit: int | None) -> dict[str, Iterator[dict[str, np.ndarray]] | None]:
     """What is evaluated on, by its column: lengths of a text, or a task and its variants; ``eval_tokens`` of each.
 
@@ -68,7 +88,7 @@ def test_sets(config: Config, source: Source, limit: int | None) -> dict[str, It
     """
     if source.task is not None:
         variants = {"in distribution": source.task, **source.task.variants}
-        drawn = {name: test_batches(task, config.batch_size) for name, task in variants.items()}
+        drawn = {name: test_rows(config, source, task) for name, task in variants.items()}
     else:
         lengths = (config.seq_length * multiple for multiple in config.eval_lengths)
         drawn = {str(n): None if limit is not None and n > limit else held_out(config, source, n) for n in lengths}
@@ -95,14 +115,17 @@ def percent_or_unit(config: Config, source: Source) -> float:
 def score(
     config: Config, with_params: Callable[[Params], Transformer]
 ) -> Callable[[Params, dict[str, Array]], tuple[Array, Array]]:
-    """(params, batch) -> (wrong answers, or nats of loss; answers, or tokens, that count): the mean is their quotient."""
+    """(params, batch) -> (wrong answers, or nats of loss; answers, or tokens, that count), both [B]: a sum for every row.
+
+    The mean over some rows is the quotient of their two sums.
+    """
 
     def wrong(params: Params, batch: dict[str, Array]) -> tuple[Array, Array]:
         logits = with_params(params)(batch["tokens"], batch["positions"], batch["segment_ids"])
-        return ((logits.argmax(-1) != batch["targets"]) * batch["weights"]).sum(), batch["weights"].sum()
+        return ((logits.argmax(-1) != batch["targets"]) * batch["weights"]).sum(1), batch["weights"].sum(1)
 
     def nats(params: Params, batch: dict[str, Array]) -> tuple[Array, Array]:
-        return token_losses(with_params)(params, batch).sum(), batch["weights"].sum()
+        return token_losses(with_params)(params, batch).sum(1), batch["weights"].sum(1)
 
     return nats if config.task in MEASURES else wrong
 
@@ -134,7 +157,7 @@ def _task_errors(config: Config, with_params: Callable, params: Params, source: 
     wrong = jit_for_all(score(config, with_params))
     errors = {}
     for column, tests in test_sets(config, source, None).items():
-        sums = np.sum([jax.device_get(wrong(params, batch)) for batch in tests], axis=0, dtype=np.float64)
+        sums = np.sum([np.sum(jax.device_get(wrong(params, batch)), axis=1) for batch in tests], axis=0, dtype=np.float64)
         errors[column] = float(percent_or_unit(config, source) * sums[0] / sums[1])
     return errors
 

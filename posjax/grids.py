@@ -21,8 +21,8 @@ import numpy as np
 
 from posjax.ablation import Fleet
 from posjax.checkpoints import Checkpoints
-from posjax.config import identity_of
-from posjax.evaluation import MEASURES, TASK_MEASURE, longest, percent_or_unit, test_sets
+from posjax.config import Config, identity_of
+from posjax.evaluation import MEASURES, TASK_MEASURE, EvalSet, longest, percent_or_unit, test_sets
 from posjax.kernels.refused import naming_refusals
 from posjax.loop import MAX_SKIPPED_IN_A_ROW, Interrupted, forget_after, json_number, noted_signals
 from posjax.source import Source
@@ -39,6 +39,7 @@ def run_grid(
     source: Source,
     *,
     at_once: int | None = None,
+    tests: Callable[[Config, int | None], Mapping[str, EvalSet | None]] | None = None,
     command: str | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
@@ -50,13 +51,16 @@ def run_grid(
       workdir: gets a folder a group: ``checkpoints/``, ``metrics.jsonl`` and, when it is done, ``rows.json``.
       source: of the points' configuration.
       at_once: runs that a device makes at once; None: all of a group where its memory allows, one on a CPU.
+      tests: (configuration, longest sequence that its encodings can place or None) -> what is scored, by column; None in place of
+        a test set: it is too long for the encodings. By default what ``evaluate`` reads.
       command: what to print after an interruption.
       say: where lines for the reader go.
 
     Returns:
       A row for every point and seed, in their order: encoding, seed, label, settings, metrics as ``evaluate`` gives them,
       diverged (the step of the tenth update in a row that was not finite, or the last where the loss ended above its start; else
-      None), curve ({"step", "loss"}: the mean training loss since the step before, in nats).
+      None), curve ({"step", "loss"}: the mean training loss since the step before, in nats), evaluations ({step: {column: value}},
+      the last step's among them) and items ({step: {column: [2, I]}}: what is wrong and how much counts in every item).
 
     Raises:
       ValueError: several processes.
@@ -69,7 +73,7 @@ def run_grid(
     total = sum(len(group.runs) * group.config.steps for group in made)
     try:
         with noted_signals() as caught, _Progress(total, say) as progress:
-            rows = _rows(made, points, workdir, source, at_once, caught, progress)
+            rows = _rows(made, points, workdir, source, at_once, tests or _usual_tests(source), caught, progress)
     except Interrupted as stopped:
         say(f"{stopped} To go on, run:\n  {command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
         raise
@@ -82,6 +86,7 @@ def _rows(
     workdir: Path,
     source: Source,
     at_once: int | None,
+    tests: Callable[[Config, int | None], Mapping[str, EvalSet | None]],
     caught: list[int],
     progress: "_Progress",
 ) -> dict[tuple[int, int], dict[str, Any]]:
@@ -96,14 +101,17 @@ def _rows(
         else:
             folder.mkdir(parents=True, exist_ok=True)
             with naming_refusals(group.config.implementation):
-                found = _train_group(group, source, folder, at_once, caught, progress)
+                found = _train_group(group, source, folder, at_once, tests, caught, progress)
             part = done.with_suffix(".part")
             part.write_text(json.dumps(found))
             part.replace(done)
-        for run, row in zip(group.runs, json.loads(done.read_text())["rows"], strict=True):
+        items = _read_items(folder)
+        for index, (run, row) in enumerate(zip(group.runs, json.loads(done.read_text())["rows"], strict=True)):
             point = points[run.point]
             about = {"encoding": point.config.encoding, "seed": run.seed, "label": point.label, "settings": point.settings}
-            rows[run.point, run.seed] = {**about, **row}
+            own = {step: {column: sums[:, index] for column, sums in scored.items()} for step, scored in items.items()}
+            evaluations = {int(step): scores for step, scores in row["evaluations"].items()}
+            rows[run.point, run.seed] = {**about, **row, "evaluations": evaluations, "items": own}
     return rows
 
 
@@ -114,8 +122,40 @@ def _folder(group: Group) -> str:
     return f"{slug(group.spec)[:60]}-{digest[:8]}"
 
 
+def _usual_tests(source: Source) -> Callable[[Config, int | None], Mapping[str, EvalSet | None]]:
+    """What ``evaluate`` reads, a row an item, after every ``evaluate_every`` steps."""
+
+    def made(config: Config, limit: int | None) -> dict[str, EvalSet | None]:
+        every = config.evaluate_every
+        steps = frozenset(range(every, config.steps, every) if every else ())
+        return {c: None if b is None else EvalSet(list(b), steps=steps) for c, b in test_sets(config, source, limit).items()}
+
+    return made
+
+
+def _write_items(folder: Path, step: int, sums: Mapping[str, np.ndarray | None]) -> None:
+    """items/STEP.npz: [2, R, I] of every column, what is wrong and how much counts, whole or not at all."""
+    path, part = folder / "items" / f"{step}.npz", folder / "items" / f"{step}.part"
+    path.parent.mkdir(exist_ok=True)
+    with part.open("wb") as file:
+        np.savez_compressed(file, **{column: found.astype(np.float32) for column, found in sums.items() if found is not None})
+    part.replace(path)
+
+
+def _read_items(folder: Path) -> dict[int, dict[str, np.ndarray]]:
+    """{step: {column: [2, R, I]}} as ``_write_items`` left them."""
+    steps = sorted(int(path.stem) for path in (folder / "items").glob("*.npz"))
+    return {step: dict(np.load(folder / "items" / f"{step}.npz")) for step in steps}
+
+
 def _train_group(
-    group: Group, source: Source, folder: Path, at_once: int | None, caught: list[int], progress: "_Progress"
+    group: Group,
+    source: Source,
+    folder: Path,
+    at_once: int | None,
+    tests: Callable[[Config, int | None], Mapping[str, EvalSet | None]],
+    caught: list[int],
+    progress: "_Progress",
 ) -> dict[str, Any]:
     """What ``rows.json`` of a group holds: its rows in the order of its runs, and how they were made."""
     config, log = group.config, folder / "metrics.jsonl"
@@ -133,20 +173,28 @@ def _train_group(
     progress.skipped(step * len(group.runs))
     encodings = parse_encoding(group.spec, [1.0] * len(group.runs[0].traced))
     limit = longest(config, encodings if isinstance(encodings, tuple) else (encodings,), source)
-    sets = {column: None if b is None else list(b) for column, b in test_sets(config, source, limit).items()}
+    sets = tests(config, limit)
 
-    def evaluate() -> dict[str, list[float] | None]:
+    def due(before: int) -> dict[str, EvalSet | None]:
+        last = step == config.steps
+        return {c: t for c, t in sets.items() if last or (t is not None and any(before < s <= step for s in t.steps))}
+
+    def evaluate(asked: Mapping[str, EvalSet | None]) -> dict[str, list[float] | None]:
         scale = percent_or_unit(config, source)
-        sums = {column: None if batches is None else fleet.scores(state, batches) for column, batches in sets.items()}
-        return {c: None if s is None else (scale * s[0] / s[1]).tolist() for c, s in sums.items()}
+        sums = {column: None if one is None else fleet.scores(state, one) for column, one in asked.items()}
+        _write_items(folder, step, sums)
+        return {c: None if s is None else (scale * s[0].sum(1) / s[1].sum(1)).tolist() for c, s in sums.items()}
 
     scores: dict[str, list[float] | None] = {}
+    paces = []  # seconds a step of every piece but the first, which is compiled
     while step < config.steps:
+        piece_began = time.perf_counter()
         state, metrics = fleet.move_on(state, step)
         before, step = step, step + metrics["loss"].shape[1]
+        paces.append((time.perf_counter() - piece_began) / (step - before))
         line = {"step": step} | _line(metrics)
-        if step == config.steps or (config.evaluate_every and step // config.evaluate_every > before // config.evaluate_every):
-            scores = evaluate()
+        if asked := due(before):
+            scores = evaluate(asked)
             line |= {f"evaluation/{column}": values for column, values in scores.items()}
         with log.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -157,7 +205,7 @@ def _train_group(
         if caught and step < config.steps:
             name = signal.Signals(caught[0]).name
             raise Interrupted(f"interrupted by {name} at step {step} of {config.steps}; saved in {folder}.", caught[0])
-    scores = scores or evaluate()
+    scores = scores or evaluate(sets)
     lines = [json.loads(text) for text in log.read_text().splitlines()]
     parameters = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(state.params))
     about = {"limit": limit, "parameters": parameters}
@@ -166,9 +214,19 @@ def _train_group(
     for index in range(len(group.runs)):
         own = {column: None if values is None else json_number(values[index]) for column, values in scores.items()}
         curve = {"step": [line["step"] for line in lines], "loss": [line["mean_loss"][index] for line in lines]}
-        rows.append({"metrics": {measure: own} | about, "diverged": _diverged(lines, index), "curve": curve})
+        history = {line["step"]: _evaluated(line, index) for line in lines if _evaluated(line, index)}
+        found = {"metrics": {measure: own} | about, "diverged": _diverged(lines, index), "curve": curve}
+        rows.append(found | {"evaluations": history | {config.steps: own}})
     how = {"compilations": fleet.compilations, "at_once": fleet.at_once, "devices": len(fleet.devices)}
+    pace = float(np.median(paces[1:])) * len(fleet.devices) / len(fleet.fixed[0]) if len(paces) > 1 else None
+    how |= {"seconds_a_step": pace}  # of one run on one device
     return {"spec": group.spec, "rows": rows, "seconds": time.perf_counter() - began} | how
+
+
+def _evaluated(line: Mapping[str, Any], run: int) -> dict[str, float | None]:
+    """What a line of metrics.jsonl says of a run's evaluation, by column."""
+    prefix = "evaluation/"
+    return {name[len(prefix) :]: values and json_number(values[run]) for name, values in line.items() if name.startswith(prefix)}
 
 
 def _line(metrics: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:

@@ -75,7 +75,7 @@ def on_device(config: Config, source: Source) -> tuple[Any, Callable[[Any, Array
     if source.task is not None and config.num_examples is None:
         return (), lambda data, key: source.task.batch(key, config.batch_size)
     if source.task is not None:
-        examples = jax.jit(lambda: source.task.batch(jax.random.key(_EXAMPLES), config.num_examples))()
+        examples = _examples(config, source.task)
 
         def draw(examples: dict[str, Array], key: Array) -> dict[str, Array]:
             index = jax.random.randint(key, (config.batch_size,), 0, config.num_examples)
@@ -84,6 +84,11 @@ def on_device(config: Config, source: Source) -> tuple[Any, Callable[[Any, Array
         return examples, draw
     options = dict(length=config.seq_length, batch_size=config.batch_size, masked=config.task == "mlm")
     return corpus_on_device(source.train, **options)
+
+
+def _examples(config: Config, task: tasks.Task) -> dict[str, Array]:
+    """The rows that a run with ``num_examples`` is trained on, whatever its seed."""
+    return jax.jit(lambda: task.batch(jax.random.key(_EXAMPLES), config.num_examples))()
 
 
 class TaskBatches:
@@ -116,9 +121,27 @@ class TaskBatches:
         self.drawn = state["drawn"]
 
 
-def test_batches(task: tasks.Task, batch_size: int) -> TaskBatches:
-    """What models are tested on: new examples, the same for every model."""
-    return TaskBatches((), lambda data, key: task.batch(key, batch_size), TESTS)
+def test_rows(config: Config, source: Source, task: tasks.Task) -> Iterator[dict[str, np.ndarray]]:
+    """Draws what models are tested on, the same for every model: ``batch_size`` rows of ``task`` at a time.
+
+    With ``num_examples``, rows that are among the examples of the run are left out and others take their place: a short program of
+    the counting task is drawn again and again.
+    """
+    drawn = TaskBatches((), lambda data, key: task.batch(key, config.batch_size), TESTS)
+    if config.num_examples is None:
+        return drawn
+    trained = {row.tobytes() for row in jax.device_get(_examples(config, source.task))["tokens"]}
+    return _without(drawn, trained, config.batch_size)
+
+
+def _without(drawn: Iterator[dict[str, np.ndarray]], trained: set[bytes], size: int) -> Iterator[dict[str, np.ndarray]]:
+    kept: dict[str, np.ndarray] = {}
+    for batch in drawn:
+        new = np.asarray([row.tobytes() not in trained for row in batch["tokens"]])
+        kept = {name: np.concatenate([kept[name], x[new]]) if kept else x[new] for name, x in batch.items()}
+        if len(kept["tokens"]) >= size:
+            yield {name: x[:size] for name, x in kept.items()}
+            kept = {name: x[size:] for name, x in kept.items()}
 
 
 def train_batches(
@@ -151,7 +174,7 @@ def train_batches(
 def held_out(config: Config, source: Source, length: int) -> Iterator[dict[str, np.ndarray]]:
     """The validation text in its own order: every length reads the same."""
     if source.task is not None:
-        return test_batches(source.task, config.batch_size)
+        return test_rows(config, source, source.task)
     rows = max(1, max(config.batch_size * config.seq_length, _EVAL_BATCH_TOKENS) // length)
     options = dict(length=length, batch_size=rows, seed=0, shuffle=False, repeat=False)
     return batches(source.validation, **options, masked=config.task == "mlm")
