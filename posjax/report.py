@@ -138,7 +138,10 @@ def ablation_cells(rows: Sequence[Row], measure: str) -> tuple[list[str], list[l
 
 
 def spread(values: Sequence[float]) -> str:
-    """"mean ± deviation [low, high]" of the seeds of a setting, as far as there are enough of them."""
+    """"mean ± deviation [low, high]" of the seeds of a setting, as far as there are enough of them.
+
+    Seeds that all got the same, such as no errors at all, have no interval: they do not say what another seed would get.
+    """
     found = summary(values)
     if found.mean is None:
         return ""
@@ -148,6 +151,8 @@ def spread(values: Sequence[float]) -> str:
     if min(values) >= 0:  # so can no mean be
         low = max(low, 0.0)
     digits = 3 if found.mean < 10 else 2 if found.mean < 100 else 1
+    if found.deviation == 0:
+        return f"{found.mean:.{digits}f} ± {0:.{digits}f}"
     return f"{found.mean:.{digits}f} ± {found.deviation:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 

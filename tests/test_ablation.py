@@ -196,6 +196,8 @@ def test_cells_hold_mean_deviation_and_interval():
     heads, cells = report.ablation_cells([row(0, 10.0), row(1, 12.0), row(2, 14.0)], "error")
     # t_{0.975, 2} = 4.3027; 2 / sqrt(3) * 4.3027 = 4.968
     assert heads == ["setting", "x", "parameters"] and cells == [["rope", "12.00 ± 2.00 [7.03, 16.97]", "1,000"]]
+    cells = report.ablation_cells([row(seed, 0.0) for seed in range(3)], "error")[1]
+    assert cells == [["rope", "0.000 ± 0.000", "1,000"]]  # [0, 0] would say that there can be no error
 
 
 def test_lengths_that_an_encoding_cannot_place_have_no_number():
