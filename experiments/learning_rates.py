@@ -1,7 +1,7 @@
 """Learning rates of the encodings that are compared: five for text, three for masked words and for the synthetic tasks.
 
     python experiments/learning_rates.py                          # text and masked words; under fifteen minutes on two cores
-    python experiments/learning_rates.py --only flip_flop selective_copy counting    # the synthetic tasks, as long again
+    python experiments/learning_rates.py --only "masked words, higher" flip_flop selective_copy counting    # as long again
 
 Tuning seeds are none of the final ones. The recipes are those of language_code.py, tupe.py, flip_flop.py, selective_copy.py and
 counting.py, with fewer steps; each encoding is then trained there at the learning rate that is best for it here.
@@ -24,7 +24,7 @@ from trained import TUNING_SEEDS, Found, Part, main
 from posjax.config import Config
 from posjax.sweeps import grid
 
-TEXT_RATES, RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (1e-3, 3e-3, 1e-2)
+TEXT_RATES, RATES, HIGHER = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (1e-3, 3e-3, 1e-2), (3e-2,)
 TEXT = ("rope", "cope(64)", "rope + cope(64)", "alibi", "learned")
 MASKED = ("learned", "sinusoidal", "t5(bidirectional=True)", "tupe", "tupe(relative=True)")
 
@@ -44,7 +44,8 @@ def parts(options: argparse.Namespace) -> dict[str, Part]:
     return {
         "code": of(language_code.recipe(small), TEXT, TEXT_RATES, 600, lambda c, s: {"64": excerpts_in_rows(c, s)}),
         "masked words": of(tupe.recipe(small), MASKED, RATES, 400, tupe.tests),
-        "flip_flop": synthetic(flip_flop, 500),
+        "masked words, higher": of(tupe.recipe(small), MASKED[2:], HIGHER, 400, tupe.tests),
+        "flip_flop": synthetic(flip_flop, 500, ("cope_alibi(slope=1.0)", "alibi")),
         "selective_copy": synthetic(selective_copy, 1000),
         "counting": synthetic(counting, 400),
     }
