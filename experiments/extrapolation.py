@@ -109,7 +109,7 @@ def parts(options: argparse.Namespace) -> dict[str, Part]:
     rates = language_code.RATES | dict.fromkeys(OTHERS, language_code.RATES.get("rope", config.learning_rate))
     return {
         "main": Part(tuned(config, MAIN, rates), tests, claims=claims),
-        "others": Part(tuned(config, OTHERS, rates), tests, seeds=3),
+        "others": Part(tuned(config, OTHERS, rates), tests, seeds=4),
     }
 
 

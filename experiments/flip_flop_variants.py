@@ -54,7 +54,7 @@ def parts(options: argparse.Namespace) -> dict[str, Part]:
     shorter = dataclasses.replace(config, steps=700)
     return {
         "main": Part(tuned(config, MAIN, flip_flop.RATES | RATES), tests, seeds=8, claims=claims),
-        "variants": Part(tuned(shorter, others), tests, seeds=3),
+        "variants": Part(tuned(shorter, others), tests, seeds=4),
     }
 
 

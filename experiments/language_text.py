@@ -74,12 +74,12 @@ def parts(options: argparse.Namespace) -> dict[str, Part]:
         return {"main": Part(tuned(config, MAIN), tests, seeds=3), "variants": Part(tuned(config, others), tests, seeds=3)}
     claims = [Claim(spec, "rope", COLUMN, MARGIN, steps=steps) for steps in (None, SHORT) for spec in MAIN if spec != "rope"]
     claims.append(Claim("rope + cope(64)", "cope(64)", COLUMN, MARGIN))
-    shorter = dataclasses.replace(config, steps=SHORT)
+    shorter = dataclasses.replace(config, steps=SHORT, checkpoint_every=SHORT)
     rates = RATES | dict.fromkeys(others, RATES.get("cope(64)", config.learning_rate))
     own = [Claim(spec, "cope(64)", COLUMN, MARGIN, steps=SHORT, primary=False) for spec in others]
     return {
         "main": Part(tuned(config, MAIN, RATES), tests, claims=claims),
-        "variants": Part(tuned(shorter, ("cope(64)", *others), rates), tests, claims=own),
+        "variants": Part(tuned(shorter, ("cope(64)", *others), rates), tests, seeds=4, claims=own),
     }
 
 

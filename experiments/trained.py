@@ -49,14 +49,14 @@ class Part:
     Attributes:
       points: of one task and text.
       tests: (configuration, source) -> what is scored, by column.
-      seeds: how many each point gets.
+      seeds: how many each point gets; an even number keeps two cores busy.
       claims: the contrasts that the part is run for; labels are those of points.
       first_seed: seeds count up from here.
     """
 
     points: Sequence[Point]
     tests: Callable[[Config, Source], Mapping[str, EvalSet]]
-    seeds: int = 5
+    seeds: int = 6
     claims: Sequence[Claim] = ()
     first_seed: int = FIRST_SEED
 
