@@ -26,7 +26,7 @@ from posjax.sweeps import grid
 
 TEXT_RATES, RATES, HIGHER = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (1e-3, 3e-3, 1e-2), (3e-2,)
 TEXT = ("rope", "cope(64)", "rope + cope(64)", "alibi", "learned")
-MASKED = ("learned", "sinusoidal", "t5(bidirectional=True)", "tupe", "tupe(relative=True)")
+MASKED = ("learned", "sinusoidal", "identity", "t5(bidirectional=True)", "tupe", "tupe(relative=True)")
 
 
 def parts(options: argparse.Namespace) -> dict[str, Part]:
@@ -44,7 +44,7 @@ def parts(options: argparse.Namespace) -> dict[str, Part]:
     return {
         "code": of(language_code.recipe(small), TEXT, TEXT_RATES, 600, lambda c, s: {"64": excerpts_in_rows(c, s)}),
         "masked words": of(tupe.recipe(small), MASKED, RATES, 400, tupe.tests),
-        "masked words, higher": of(tupe.recipe(small), MASKED[2:], HIGHER, 400, tupe.tests),
+        "masked words, higher": of(tupe.recipe(small), MASKED[3:], HIGHER, 400, tupe.tests),
         "flip_flop": synthetic(flip_flop, 500, ("cope_alibi(slope=1.0)", "alibi")),
         "selective_copy": synthetic(selective_copy, 1000),
         "counting": synthetic(counting, 400),
