@@ -20,9 +20,9 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 import posjax as pj  # noqa: E402
-from posjax import aot  # noqa: E402
-from posjax.sharding import make_mesh  # noqa: E402
-from posjax.specs import parse_encoding  # noqa: E402
+from posjax.compile import aot  # noqa: E402
+from posjax.encodings.spec import parse_encoding  # noqa: E402
+from posjax.parallel.mesh import make_mesh  # noqa: E402
 
 CALLS = {
     "tpu": [
@@ -52,7 +52,7 @@ KERNELS = {"tpu": ("forward", "backward"), "gpu": ("forward", "query_plain", "ke
 
 
 def call(spec, length, heads, width, dtype, devices, segmented=False, soft_cap=None, window=None, blocks=None, context=1):
-    """What posjax.aot compiles: gradients of attention, and its arguments."""
+    """What posjax.compile.aot compiles: gradients of attention, and its arguments."""
     encoding = parse_encoding(spec)
     dims = pj.Dims(heads[0], width, max_length=length, num_kv_heads=heads[1])
 

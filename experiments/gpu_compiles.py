@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 import tyro
 
-from posjax import aot
+from posjax.attention.backends.gpu.blocks import LOWERINGS, GpuBlocks, blocks_for
 from posjax.bench import results
 from posjax.bench.attention import show_progress, versions
-from posjax.kernels.gpu_blocks import LOWERINGS, GpuBlocks, blocks_for
-from posjax.specs import parse_encoding
+from posjax.compile import aot
+from posjax.encodings.spec import parse_encoding
 
 RESULTS = Path(__file__).parent / "results" / "gpu_compiles.json"
 LENGTH, HEADS = 8192, 8

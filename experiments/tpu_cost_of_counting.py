@@ -36,11 +36,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from posjax import aot
+from posjax.attention.backends.tpu.blocks import CHIPS, Blocks
+from posjax.attention.backends.tpu.tiles import CALM, FEW, HASTY, LANES, OFFSET, QUARTER, SUBLANES, WIDE
 from posjax.bench import results
 from posjax.bench.attention import versions
-from posjax.kernels.blocks import CHIPS, Blocks
-from posjax.kernels.tpu_tiles import CALM, FEW, HASTY, LANES, OFFSET, QUARTER, SUBLANES, WIDE
+from posjax.compile import aot
 
 SPEC, LAST = "rope + cope(64)", 63  # the last position
 CONTEXT = 8192
@@ -378,9 +378,9 @@ def drawn(kind: str, length: int) -> list[Gates]:
 
 def trained(workdir: str) -> tuple[list[Gates], dict[str, Any]]:
     """(gates of every layer and head over one context, what the model is)."""
-    from posjax import runs
     from posjax.bench.inputs import workdir_config
-    from posjax.source import held_out, open_source
+    from posjax.lab import run as runs
+    from posjax.lab.source import held_out, open_source
 
     config, spec = workdir_config(workdir)
     about = {"encoding": spec, "layers": config.num_layers, "heads": config.num_heads, "context_of_training": config.seq_length}

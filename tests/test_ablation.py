@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posjax import report, runs
-from posjax.ablation import Fleet, over_runs, scan_steps
-from posjax.config import Config
-from posjax.datasets.corpus import load_corpus
-from posjax.datasets.on_device import language_rows, on_device
-from posjax.datasets.pipeline import batches
-from posjax.grids import run_grid
-from posjax.loop import Interrupted
-from posjax.source import open_source
-from posjax.sweeps import grid, groups, parse_sweep
+from posjax.data.corpus import load_corpus
+from posjax.data.on_device import language_rows, on_device
+from posjax.data.pipeline import batches
+from posjax.lab import report
+from posjax.lab import run as runs
+from posjax.lab.ablation.engine import Fleet, over_runs, scan_steps
+from posjax.lab.ablation.grids import run_grid
+from posjax.lab.ablation.sweeps import grid, groups, parse_sweep
+from posjax.lab.config import Config
+from posjax.lab.source import open_source
+from posjax.training.loop import Interrupted
 
 CONFIG = Config(
     task="flip_flop",
@@ -168,7 +169,7 @@ def test_runs_that_do_not_fit_the_memory_wait(monkeypatch):
     (group,) = groups(made(CONFIG), range(4))
     source, metrics = open_source(CONFIG), []
     for fits, at_once in ((True, 4), (False, 1)):
-        monkeypatch.setattr("posjax.ablation._fits", lambda compiled, device, fits=fits: fits)
+        monkeypatch.setattr("posjax.lab.ablation.engine._fits", lambda compiled, device, fits=fits: fits)
         fleet = Fleet(group, source, jax.local_devices()[:1], None)
         fleet.at_once = 4  # as it begins on an accelerator
         metrics.append(fleet.move_on(fleet.start(), 0)[1]["loss"])

@@ -1,4 +1,4 @@
-"""posjax.aot and posjax bench schedule: what is read from the compiler's texts, and what becomes of jobs that fail."""
+"""posjax.compile.aot and posjax bench schedule: what is read from the compiler's texts, and what becomes of jobs that fail."""
 
 import dataclasses
 import importlib.util
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from posjax import aot, aot_gpu
-from posjax.aot import Kernel, Report, Section
 from posjax.bench import schedule
 from posjax.bench.schedule import ScheduleBench
+from posjax.compile import aot, aot_gpu
+from posjax.compile.aot import Kernel, Report, Section
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 HERE = Path(__file__).stem

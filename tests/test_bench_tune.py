@@ -12,10 +12,11 @@ from suite import (
     quick_compilation,  # noqa: F401, a fixture
 )
 
+from posjax.attention.backends import reference
+from posjax.attention.backends.gpu import blocks as gpu_blocks
+from posjax.attention.backends.gpu.blocks import GpuBlocks, blocks_for, check_gpu_blocks
 from posjax.bench import command, tune
 from posjax.bench.tune import CHANNELS, SHIPPED, Tune, neighbours, table, text_of, walk
-from posjax.kernels import dense, gpu_blocks
-from posjax.kernels.gpu_blocks import GpuBlocks, blocks_for, check_gpu_blocks
 
 SMALL, IMPOSSIBLE = GpuBlocks(16, 16, 16, 16, 4, 1), GpuBlocks(16, 16, 32, 16, 4, 1)
 TINY = Tune(dtypes=("float32",), channels=(64,), encodings=("cope(4)",), length=32, heads=1, repeats=1)
@@ -54,7 +55,7 @@ def planted(monkeypatch):
     def attention(value, tile, **call):
         if math.isinf(factors.get(tile, 1.0)):
             raise RuntimeError("RESOURCE_EXHAUSTED: Shared memory size limit exceeded\nmore")
-        return factors.get(tile, 1.0) * dense.attention(value=value, **call)
+        return factors.get(tile, 1.0) * reference.attention(value=value, **call)
 
     monkeypatch.setattr(tune.gpu, "attention", attention)
     return factors

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from posjax.kernels.blocks import CHIPS, Blocks
+from posjax.attention.backends.tpu.blocks import CHIPS, Blocks
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 # Bundles of a plain tile, with a mask or without; the backward pass takes a hundred more.

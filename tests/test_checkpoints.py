@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from posjax.checkpoints import CheckpointError, Checkpoints
-from posjax.sharding import make_mesh, state_shardings
-from posjax.training import TrainState, init_state, make_optimizer
+from posjax.parallel.mesh import make_mesh, state_shardings
+from posjax.training.checkpoints import CheckpointError, Checkpoints
+from posjax.training.step import TrainState, init_state, make_optimizer
 
 DATA_STATE = {"file": "a.py", "offset": 17, "shuffle": [3, 1, 2], "epoch": None}
 CONFIG = {"encoding": "cope", "dim": 8}

@@ -22,15 +22,17 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from posjax import cli, config, prompting, runs, source
-from posjax.checkpoints import Checkpoints
-from posjax.kernels.refused import naming_refusals
-from posjax.specs import CONSTRUCTORS
+from posjax import cli
+from posjax.attention.backends.refused import naming_refusals
+from posjax.encodings.spec import CONSTRUCTORS
+from posjax.lab import config, prompting, source
+from posjax.lab import run as runs
+from posjax.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 30
 CONFIG = f"""
-from posjax.config import Config
+from posjax.lab.config import Config
 
 def get_config():
     return Config(
@@ -383,7 +385,7 @@ WRONG = [
     (("train", "tinny.py"), 1, r"config must be a Python file .*, got 'tinny.py'; did you mean tiny.py\?"),
     (("train", "text"), 1, "config must be a Python file .*, got 'text'"),
     (("train", "raises.py"), 1, "config raises.py does not run: KeyError: 'workdirr'"),
-    (("train", "none.py"), 1, "none.py must return a posjax.config.Config, got NoneType"),
+    (("train", "none.py"), 1, "none.py must return a posjax.lab.config.Config, got NoneType"),
     ((*TINY, "--stepz", "3"), 2, "Unrecognized options: --stepz.*Perhaps you meant.*--steps INT"),
     ((*TINY, "--steps", "many"), 2, "--steps.*'many'.*optimiser steps"),
     ((*TINY, "--tie_embeddings", "perhaps"), 2, "'perhaps' for argument '--tie-embeddings'.*'True', 'False'"),

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from posjax import report
-from posjax.config import RUN_ONLY, Config, claim_workdir, identity_of, load_config
-from posjax.encoding import PositionalEncoding
-from posjax.specs import CONSTRUCTORS, one_line, parse_encoding, slug
+from posjax.core.encoding import PositionalEncoding
+from posjax.encodings.spec import CONSTRUCTORS, one_line, parse_encoding, slug
+from posjax.lab import report
+from posjax.lab.config import RUN_ONLY, Config, claim_workdir, identity_of, load_config
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.py"))
 WRONG_FIELDS = [
@@ -79,13 +79,13 @@ WRONG_FILES = {
     "raises.py": ("1 / 0", "raises.py does not run: ZeroDivisionError: division by zero"),
     "syntax.py": ("def get_config(:", "syntax.py does not run: SyntaxError"),
     "nothing.py": ("x = 1", "nothing.py does not run: AttributeError: .*get_config"),
-    "dict.py": ("def get_config():\n    return {}", "dict.py must return a posjax.config.Config, got dict"),
+    "dict.py": ("def get_config():\n    return {}", "dict.py must return a posjax.lab.config.Config, got dict"),
     "field.py": (
-        "from posjax.config import Config\ndef get_config():\n    return Config(stepz=1)",
+        "from posjax.lab.config import Config\ndef get_config():\n    return Config(stepz=1)",
         "field.py does not run: TypeError: .*'stepz'",
     ),
     "value.py": (
-        "from posjax.config import Config\ndef get_config():\n    return Config(steps=0)",
+        "from posjax.lab.config import Config\ndef get_config():\n    return Config(steps=0)",
         "value.py does not run: ValueError: steps must be an integer of at least 1, got 0",
     ),
     "config.txt": ("x", "config must be a Python file such as configs/quickstart.py, got '.*config.txt'"),

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from posjax.datasets import batches, load_corpus, unigram_bits_per_byte
-from posjax.datasets.files import validation_paths
-from posjax.datasets.stdlib_source import source_files, source_name, stdlib_root
+from posjax.data import batches, load_corpus, unigram_bits_per_byte
+from posjax.data.files import validation_paths
+from posjax.data.stdlib_source import source_files, source_name, stdlib_root
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("tokens", "targets", "weights", "segment_ids", "positions")
@@ -116,7 +116,7 @@ def test_stdlib_is_source_code_of_the_expected_size_and_entropy(stdlib):
 
 
 def test_builder_round_trip(tmp_path):
-    from posjax.datasets.stdlib_source.stdlib_source_dataset_builder import Builder, source_config
+    from posjax.data.stdlib_source.stdlib_source_dataset_builder import Builder, source_config
 
     texts = random_texts(30, suffix=".py") | {"empty.py": "", "latin.py": b"# caf\xe9\n"}
     config = source_config(write(tmp_path / "lib", texts))
@@ -137,12 +137,12 @@ def test_builder_round_trip(tmp_path):
 SMALL_STDLIB = """
 import os, sys
 from pathlib import Path
-import posjax.datasets.stdlib_source as stdlib_source
+import posjax.data.stdlib_source as stdlib_source
 for name in ("tensorflow_datasets", "grain", "tokenizers"):
-    assert name not in sys.modules, f"import posjax.datasets must not import {name}"
+    assert name not in sys.modules, f"import posjax.data must not import {name}"
 stdlib_source.stdlib_root = lambda: Path(sys.argv[1])
 if sys.argv[3] == "die":
-    import posjax.datasets.stdlib_source.stdlib_source_dataset_builder as module
+    import posjax.data.stdlib_source.stdlib_source_dataset_builder as module
     read, reads = module.read_file, []
     def dying(path):
         reads.append(path)
@@ -153,7 +153,7 @@ if sys.argv[3] == "die":
 if sys.argv[3] == "die late":
     import numpy
     numpy.save = lambda *_: os._exit(9)
-from posjax.datasets import load_corpus
+from posjax.data import load_corpus
 corpus = load_corpus("stdlib", data_dir=sys.argv[2])
 print(corpus.num_documents, corpus.num_bytes)
 """

@@ -28,9 +28,9 @@ from suite import (
 )
 
 import posjax as pj
-from posjax import decoding
-from posjax.specs import parse_encoding
-from posjax.transformer import Transformer, TransformerConfig, functional
+from posjax.attention import kv_cache
+from posjax.encodings.spec import parse_encoding
+from posjax.models.transformer import Transformer, TransformerConfig, functional
 
 HALF = T // 2
 CUTS = {"at once": (0, T), "in chunks": (0, HALF, T), "token by token": (0, HALF, *range(HALF + 1, T + 1))}
@@ -44,9 +44,9 @@ def through_cache(encoding, x, cache, cuts, positions=None, segment_ids=None, **
         piece = slice(begin, end)
         place, segments = (None if a is None else jnp.broadcast_to(a, x.shape[:2])[:, piece] for a in (positions, segment_ids))
         given = dict(positions=None if positions is None else place, segment_ids=segments)
-        place = decoding.place_next(cache, end - begin, place, segments)[0]
+        place = kv_cache.place_next(cache, end - begin, place, segments)[0]
         hidden = encoding.embed(params, x[:, piece], place)
-        mixed, cache = decoding.attend(*project(hidden), encoding, encoding.condition(params, hidden), cache, **given, **options)
+        mixed, cache = kv_cache.attend(*project(hidden), encoding, encoding.condition(params, hidden), cache, **given, **options)
         out.append(mixed)
     return jnp.concatenate(out, axis=1), cache
 
@@ -63,7 +63,7 @@ def whole(encoding, x=TOKENS, **options):
 def test_any_split_equals_the_full_computation(case):
     expected = whole(case.encoding)
     for how, cuts in CUTS.items():
-        out, cache = through_cache(case.encoding, TOKENS, decoding.init_cache(case.encoding, DIMS, B, max_length=T), cuts)
+        out, cache = through_cache(case.encoding, TOKENS, kv_cache.init_cache(case.encoding, DIMS, B, max_length=T), cuts)
         np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5, err_msg=how)
         assert cache.used == T and (cache.next_position == T).all()
 
@@ -73,7 +73,7 @@ def test_a_window_equals_full_windowed_attention_past_the_training_length(case):
     far = 0 if case.encoding.max_length(DIMS) else 1000
     positions = far + jnp.arange(T)
     expected = whole(case.encoding, positions=positions, local_window_size=WINDOW)
-    cache = decoding.init_cache(case.encoding, DIMS, B, window=WINDOW)
+    cache = kv_cache.init_cache(case.encoding, DIMS, B, window=WINDOW)
     before = jax.tree.map(jnp.shape, cache)
     out, cache = through_cache(case.encoding, TOKENS, cache, CUTS["in chunks"], positions)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
@@ -92,7 +92,7 @@ def test_rows_of_different_lengths_never_see_their_padding(case, window):
     x = jnp.concatenate([TOKENS, TOKENS[:, :HALF]], axis=1)[:, : end + HALF]
     real = jnp.asarray([[1] * (end + HALF), [1] * short + [0] * (end - short) + [1] * HALF])
     options = dict(max_length=T) if window is None else dict(window=window)
-    cache, cuts = decoding.init_cache(case.encoding, DIMS, B, **options), range(0, end + HALF + 1, HALF)
+    cache, cuts = kv_cache.init_cache(case.encoding, DIMS, B, **options), range(0, end + HALF + 1, HALF)
     if (limit := case.encoding.max_length(DIMS)) is not None and end + HALF > limit:
         x, real, cuts = x[:, :limit], real[:, :limit], (*cuts[:-1], limit)
     out, cache = through_cache(case.encoding, x, cache, cuts, segment_ids=real)
@@ -114,7 +114,7 @@ def test_packed_segments_stay_apart(window):
     segments, positions = 1 + (jnp.arange(T) >= begin), jnp.arange(T) - begin * (jnp.arange(T) >= begin)
     options = dict(max_length=T) if window is None else dict(window=window)
     out, _ = through_cache(
-        encoding, TOKENS, decoding.init_cache(encoding, DIMS, B, **options), CUTS["token by token"], positions, segments
+        encoding, TOKENS, kv_cache.init_cache(encoding, DIMS, B, **options), CUTS["token by token"], positions, segments
     )
     packed = dict(segment_ids=jnp.broadcast_to(segments, (B, T)), local_window_size=window)
     close(out, whole(encoding, positions=positions, **packed), 1e-5)
@@ -123,13 +123,13 @@ def test_packed_segments_stay_apart(window):
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 def test_a_bias_of_gates_and_a_clamp_are_those_of_the_full_computation(cuts):
     encoding = parse_encoding("rope + cope(6, gate_bias=-0.5, clamp=3)")
-    out, _ = through_cache(encoding, TOKENS, decoding.init_cache(encoding, DIMS, B, max_length=T), cuts)
+    out, _ = through_cache(encoding, TOKENS, kv_cache.init_cache(encoding, DIMS, B, max_length=T), cuts)
     close(out, whole(encoding), 1e-5)
 
 
 def test_scale_soft_cap_and_the_tiled_kernel():
     encoding, options = parse_encoding("rope + cope(4)"), dict(scale=0.7, logits_soft_cap=2.0)
-    cache = decoding.init_cache(encoding, DIMS, B, max_length=T + 3)
+    cache = kv_cache.init_cache(encoding, DIMS, B, max_length=T + 3)
     out, _ = through_cache(encoding, TOKENS, cache, CUTS["in chunks"], implementation="xla_chunked", **options)
     close(out, whole(encoding, **options), 1e-5)
 
@@ -153,17 +153,17 @@ def test_what_each_encoding_caches():
 def test_the_listing_adds_up_to_the_cache(spec):
     encoding = parse_encoding(spec)
     listed = sum(entry.bytes for entry in pj.cached(encoding, DIMS))
-    cache = decoding.init_cache(encoding, DIMS, 3, max_length=7)
+    cache = kv_cache.init_cache(encoding, DIMS, 3, max_length=7)
     assert sum(x.nbytes for x in jax.tree.leaves((cache.key, cache.value, cache.columns))) == 3 * 7 * listed
 
 
 def test_a_full_cache_says_so():
-    cache = decoding.init_cache(None, DIMS, B, max_length=HALF)
+    cache = kv_cache.init_cache(None, DIMS, B, max_length=HALF)
     _, cache = through_cache(pj.identity(), TOKENS, cache, (0, HALF))
     with pytest.raises(ValueError, match="max_length of the cache must be at least 12 to hold 6 more tokens, got 6"):
         through_cache(pj.identity(), TOKENS, cache, (HALF, T))
     query, key, value = project(TOKENS[:, :1])
-    out, _ = jax.jit(lambda cache: decoding.attend(query, key, value, None, None, cache))(cache)
+    out, _ = jax.jit(lambda cache: kv_cache.attend(query, key, value, None, None, cache))(cache)
     assert jnp.isnan(out).all()  # where nothing can be raised, nothing that looks right comes out
 
 
@@ -178,17 +178,17 @@ def test_a_full_cache_says_so():
 )
 def test_sizes_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
-        decoding.init_cache(pj.rope(), DIMS, B, **options)
+        kv_cache.init_cache(pj.rope(), DIMS, B, **options)
 
 
 def test_calls_that_cannot_be():
     query, key, value = project(TOKENS[:, :1])
-    cache = decoding.init_cache(None, DIMS, B + 1, max_length=4)
+    cache = kv_cache.init_cache(None, DIMS, B + 1, max_length=4)
     with pytest.raises(ValueError, match=r"batch size and dtype of the cache, 3 and float32, got 2 and float32"):
-        decoding.attend(query, key, value, None, None, cache)
-    cache = decoding.init_cache(None, DIMS, B, max_length=4)
+        kv_cache.attend(query, key, value, None, None, cache)
+    cache = kv_cache.init_cache(None, DIMS, B, max_length=4)
     with pytest.raises(ValueError, match=r"segment_ids must be integers \[2, 1\], got int32\[2\]"):
-        decoding.attend(query, key, value, None, None, cache, segment_ids=jnp.ones(B, jnp.int32))
+        kv_cache.attend(query, key, value, None, None, cache, segment_ids=jnp.ones(B, jnp.int32))
 
 
 # Whole models --------------------------------------------------------------------------------------------------------

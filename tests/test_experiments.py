@@ -35,12 +35,12 @@ import selective_copy  # noqa: E402
 import symmetry  # noqa: E402
 import tupe  # noqa: E402
 
-from posjax.ablation import Fleet  # noqa: E402
-from posjax.config import Config  # noqa: E402
-from posjax.evaluation import EvalSet  # noqa: E402
-from posjax.runs import check  # noqa: E402
-from posjax.source import TESTS, TaskBatches, on_device, open_source  # noqa: E402
-from posjax.sweeps import grid, groups  # noqa: E402
+from posjax.lab.ablation.engine import Fleet  # noqa: E402
+from posjax.lab.ablation.sweeps import grid, groups  # noqa: E402
+from posjax.lab.config import Config  # noqa: E402
+from posjax.lab.evaluation import EvalSet  # noqa: E402
+from posjax.lab.run import check  # noqa: E402
+from posjax.lab.source import TESTS, TaskBatches, on_device, open_source  # noqa: E402
 
 # What is written down
 
@@ -240,7 +240,7 @@ def test_words_follow_from_both_contrasts(steps, time, expected):
 
 
 def recomputed(result, claim, kind):
-    """The interval of a claim from the stored items alone, one resample after another, by the definition in posjax.statistics."""
+    """The interval of a claim from the stored items alone, one resample after another, as posjax.lab.statistics defines it."""
     arrays = np.load(EXPERIMENTS / "results" / f"{result}_items.npz")
     stored = json.loads((EXPERIMENTS / "results" / f"{result}.json").read_text())
     part, found = claim["part"], claim[kind]

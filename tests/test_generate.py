@@ -12,14 +12,17 @@ import pytest
 from flax import nnx
 from suite import noisy, quick_compilation  # noqa: F401, a fixture
 
-from posjax import cli, generation, prompting, runs, source
-from posjax.checkpoints import Checkpoints
-from posjax.config import load_config
-from posjax.generation import generate, stream
-from posjax.sampling import Sampling, filtered_logits, sample
-from posjax.specs import parse_encoding
-from posjax.training import init_state
-from posjax.transformer import Transformer, TransformerConfig, functional
+from posjax import cli
+from posjax.encodings.spec import parse_encoding
+from posjax.inference import generation
+from posjax.inference.generation import generate, stream
+from posjax.inference.sampling import Sampling, filtered_logits, sample
+from posjax.lab import prompting, source
+from posjax.lab import run as runs
+from posjax.lab.config import load_config
+from posjax.models.transformer import Transformer, TransformerConfig, functional
+from posjax.training.checkpoints import Checkpoints
+from posjax.training.step import init_state
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -200,7 +203,7 @@ def test_characters_come_whole_and_stop_texts_not_at_all():
 # The command ---------------------------------------------------------------------------------------------------------
 
 CONFIG = """
-from posjax.config import Config
+from posjax.lab.config import Config
 
 def get_config():
     return Config(

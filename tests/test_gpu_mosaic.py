@@ -16,9 +16,10 @@ from suite import (
 )
 
 import posjax as pj
-from posjax.attention import prepare
-from posjax.kernels import gpu, gpu_blocks
-from posjax.kernels.gpu_blocks import GpuBlocks, blocks_for, check_gpu_blocks, mosaic_refusal
+from posjax.attention.api import prepare
+from posjax.attention.backends.gpu import attention as gpu
+from posjax.attention.backends.gpu import blocks as gpu_blocks
+from posjax.attention.backends.gpu.blocks import GpuBlocks, blocks_for, check_gpu_blocks, mosaic_refusal
 
 TILE = GpuBlocks(queries=128, keys=128, strip=32, rows=64, warps=8, stages=2, lowering="mosaic")
 thorough = pytest.mark.thorough

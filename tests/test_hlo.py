@@ -1,4 +1,4 @@
-"""posjax.hlo: what a device does in a run, read from the compiler's text, loops turn by turn."""
+"""posjax.compile.hlo: what a device does in a run, read from the compiler's text, loops turn by turn."""
 
 import functools
 import itertools
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from posjax import hlo
-from posjax.hlo import Collective, read_cost
+from posjax.compile import hlo
+from posjax.compile.hlo import Collective, read_cost
 
 
 def compiled(function, *args):
@@ -283,7 +283,7 @@ def test_a_row_of_one_array_added_to_a_row_of_another_moves_rows():
 
 @functools.cache
 def step_of(mesh_text, **fields):
-    from posjax.runs import abstract_step
+    from posjax.lab.run import abstract_step
 
     jitted, (state, batch) = abstract_step(
         "configs/pretrain_125m.py", jax.devices(), mesh=mesh_text, batch_size=8, compute_dtype="float32", **fields

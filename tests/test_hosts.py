@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from posjax import hosts
-from posjax.checkpoints import CheckpointError, Checkpoints
-from posjax.config import Config
-from posjax.sharding import AXES, make_mesh, row_share
-from posjax.source import open_source, train_batches
+from posjax.lab.config import Config
+from posjax.lab.source import open_source, train_batches
+from posjax.parallel import distributed
+from posjax.parallel.mesh import AXES, make_mesh, row_share
+from posjax.training.checkpoints import CheckpointError, Checkpoints
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20
 CONFIG = """
-    from posjax.config import Config
+    from posjax.lab.config import Config
 
     def get_config():
         return Config(
@@ -49,7 +49,7 @@ class Run:
         flag = f"--xla_force_host_platform_device_count={devices}"
         xla = re.sub(r"--xla_force_host_platform_device_count=\d+", flag, os.environ["XLA_FLAGS"])
         common = os.environ | {"XLA_FLAGS": xla, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "posjax.cli", "train", "tiny.py", "--workdir", workdir, *flags]
+        command = [sys.executable, "-m", "posjax", "train", "tiny.py", "--workdir", workdir, *flags]
         started = []
         for own in by_hand(processes) if processes > 1 else [{}]:
             pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -95,7 +95,7 @@ def by_hand(count):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{found.getsockname()[1]}"
-    names = (hosts.ADDRESS, hosts.COUNT, hosts.INDEX)
+    names = (distributed.ADDRESS, distributed.COUNT, distributed.INDEX)
     return [dict(zip(names, (address, str(count), str(index)), strict=True)) for index in range(count)]
 
 
@@ -176,7 +176,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_any_number_goes_on(ru
             break
         run.wait_for_step("stopped", before + 3, started)
         started[target].send_signal(signal.SIGTERM)
-        texts = run.finish(started, [hosts.RESTART] * processes)
+        texts = run.finish(started, [distributed.RESTART] * processes)
         step = saved.newest_good()
         assert before + 3 <= step < STEPS
         assert f"interrupted by SIGTERM at step {step}; stopped is saved at step {step}. To go on, run:" in texts[0][0]
@@ -188,13 +188,13 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_any_number_goes_on(ru
 @pytest.mark.thorough
 @pytest.mark.parametrize("lost", [0, 1])
 def test_the_loss_of_one_is_told_and_one_process_goes_on(run, one_device, lost, monkeypatch):
-    monkeypatch.setenv(hosts.HEARTBEAT, "10")  # what ends a wait for a process that was lost while all saved
+    monkeypatch.setenv(distributed.HEARTBEAT, "10")  # what ends a wait for a process that was lost while all saved
     name = f"lost-{lost}"
     started = run.start(name, "--mesh", "fsdp=2,tensor=4", "--checkpoint_every", "5", processes=2)
     run.wait_for_step(name, 8, started)
     started[lost].kill()
     killed = time.monotonic()
-    codes = [hosts.RESTART, hosts.RESTART]
+    codes = [distributed.RESTART, distributed.RESTART]
     codes[lost] = -signal.SIGKILL
     _, err = run.finish(started, codes)[1 - lost]
     assert time.monotonic() - killed < 40
@@ -208,7 +208,7 @@ def test_the_loss_of_one_is_told_and_one_process_goes_on(run, one_device, lost, 
 @pytest.mark.thorough
 def test_a_process_that_is_silent_is_lost(run, monkeypatch):
     """As when a machine stands still: no connection breaks, and the other would wait for ever."""
-    monkeypatch.setenv(hosts.HEARTBEAT, "5")
+    monkeypatch.setenv(distributed.HEARTBEAT, "5")
     started = run.start("silent", processes=2, devices=1)
     try:
         run.wait_for_step("silent", 2, started)
@@ -217,7 +217,7 @@ def test_a_process_that_is_silent_is_lost(run, monkeypatch):
         started[0].wait(60)
     finally:
         os.kill(started[1].pid, signal.SIGKILL)
-    _, err = run.finish(started, [hosts.RESTART, -signal.SIGKILL])[0]
+    _, err = run.finish(started, [distributed.RESTART, -signal.SIGKILL])[0]
     assert time.monotonic() - stopped < 40
     assert "another process of this run was lost; silent is not saved yet. To go on, run:" in err
 
@@ -228,8 +228,8 @@ PAIR = """
     import contextlib, sys, time
     import jax, numpy as np
     from jax.sharding import Mesh
-    from posjax import hosts
-    from posjax.sharding import AXES, jit_for_all, make_mesh, row_share, shard_batch
+    from posjax.parallel import distributed as hosts
+    from posjax.parallel.mesh import AXES, jit_for_all, make_mesh, row_share, shard_batch
 
     hosts.join()
     index = jax.process_index()
@@ -357,9 +357,9 @@ def test_shares_are_the_rows_of_the_batch_and_stand_at_the_same_place(options, t
 def test_a_checkpoint_of_several_processes_at_one_place_is_for_any_number(tmp_path, monkeypatch, stored):
     checkpoints, state = Checkpoints(tmp_path), {"x": jax.numpy.zeros(3)}
     with monkeypatch.context() as two:
-        two.setattr("posjax.checkpoints._gather", lambda own: [own, own])
+        two.setattr("posjax.training.checkpoints._gather", lambda own: [own, own])
         if stored != "once":
-            two.setattr("posjax.checkpoints._distinct", lambda states: states)
+            two.setattr("posjax.training.checkpoints._distinct", lambda states: states)
         checkpoints.save(1, state, {"at": 7})
     assert checkpoints.restore_latest(state).data_state == {"at": 7}
 
@@ -367,7 +367,7 @@ def test_a_checkpoint_of_several_processes_at_one_place_is_for_any_number(tmp_pa
 def test_a_checkpoint_of_processes_at_different_places_is_for_as_many(tmp_path, monkeypatch):
     checkpoints, state = Checkpoints(tmp_path), {"x": jax.numpy.zeros(3)}
     with monkeypatch.context() as two:
-        two.setattr("posjax.checkpoints._gather", lambda own: [own, {"json": {"at": 8}}])
+        two.setattr("posjax.training.checkpoints._gather", lambda own: [own, {"json": {"at": 8}}])
         checkpoints.save(1, state, {"at": 7})
     words = "saved by 2 processes that stood at different places in their data, so that 1 cannot go on from it: run as many"
     with pytest.raises(CheckpointError, match=words):
@@ -383,13 +383,13 @@ SLURM = {
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
 }
-HAND = {hosts.ADDRESS: "10.0.0.1:1234", hosts.COUNT: "2", hosts.INDEX: "1"}
+HAND = {distributed.ADDRESS: "10.0.0.1:1234", distributed.COUNT: "2", distributed.INDEX: "1"}
 
 
 @pytest.fixture
 def joined(monkeypatch):
     """Calls ``hosts.join`` in an environment; what JAX was asked for."""
-    for name in (hosts.ADDRESS, hosts.COUNT, hosts.INDEX, hosts.HEARTBEAT, "JOB_COMPLETION_INDEX", *SLURM):
+    for name in (distributed.ADDRESS, distributed.COUNT, distributed.INDEX, distributed.HEARTBEAT, "JOB_COMPLETION_INDEX", *SLURM):
         monkeypatch.delenv(name, raising=False)
     asked = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: asked.append((args, options)))
@@ -400,7 +400,7 @@ def joined(monkeypatch):
         with monkeypatch.context() as patched:
             for name, value in environment.items():
                 patched.setenv(name, value)
-            hosts.join()
+            distributed.join()
         return asked
 
     return join
@@ -409,29 +409,32 @@ def joined(monkeypatch):
 def test_one_process_joins_nothing(joined):
     assert joined({}) == []
     assert joined(SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == []
-    assert joined(SLURM | {hosts.COUNT: "1"}) == []
-    assert joined(HAND | {hosts.COUNT: "1", hosts.INDEX: "0"}) == []
+    assert joined(SLURM | {distributed.COUNT: "1"}) == []
+    assert joined(HAND | {distributed.COUNT: "1", distributed.INDEX: "0"}) == []
     assert joined({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) == []  # a pod that is no indexed job
 
 
 def test_clusters_are_found_and_variables_go_before(joined):
     options = dict(cluster_detection_method=None, initialization_timeout=300, heartbeat_timeout_seconds=60)
     assert joined(SLURM) == [((None, None, None), options)]
-    assert joined(SLURM | {hosts.ADDRESS: "node1:99"}) == [(("node1:99", None, None), options)]
+    assert joined(SLURM | {distributed.ADDRESS: "node1:99"}) == [(("node1:99", None, None), options)]
     options |= dict(cluster_detection_method="deactivate", heartbeat_timeout_seconds=9)
-    assert joined(SLURM | HAND | {hosts.HEARTBEAT: "9"}) == [(("10.0.0.1:1234", 2, 1), options)]
+    assert joined(SLURM | HAND | {distributed.HEARTBEAT: "9"}) == [(("10.0.0.1:1234", 2, 1), options)]
 
 
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({hosts.ADDRESS: "a:1"}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set too, as JAX_COORDINATOR_ADDRESS is"),
-        ({hosts.COUNT: "2", hosts.INDEX: "0"}, "JAX_COORDINATOR_ADDRESS must be set too, as JAX_NUM_PROCESSES, JAX_PROCESS_ID is"),
-        (HAND | {hosts.INDEX: "2"}, "JAX_PROCESS_ID must be from 0 to JAX_NUM_PROCESSES - 1 = 1, got 2"),
-        (HAND | {hosts.COUNT: "two"}, "JAX_NUM_PROCESSES must be an integer, got 'two'"),
-        (HAND | {hosts.COUNT: "0"}, "JAX_NUM_PROCESSES must be at least 1, got 0"),
-        (HAND | {hosts.ADDRESS: "node1"}, "JAX_COORDINATOR_ADDRESS must be host:port, got 'node1'"),
-        (HAND | {hosts.HEARTBEAT: "0"}, "POSJAX_HEARTBEAT_SECONDS must be at least 1, got 0"),
+        ({distributed.ADDRESS: "a:1"}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set too, as JAX_COORDINATOR_ADDRESS is"),
+        (
+            {distributed.COUNT: "2", distributed.INDEX: "0"},
+            "JAX_COORDINATOR_ADDRESS must be set too, as JAX_NUM_PROCESSES, JAX_PROCESS_ID is",
+        ),
+        (HAND | {distributed.INDEX: "2"}, "JAX_PROCESS_ID must be from 0 to JAX_NUM_PROCESSES - 1 = 1, got 2"),
+        (HAND | {distributed.COUNT: "two"}, "JAX_NUM_PROCESSES must be an integer, got 'two'"),
+        (HAND | {distributed.COUNT: "0"}, "JAX_NUM_PROCESSES must be at least 1, got 0"),
+        (HAND | {distributed.ADDRESS: "node1"}, "JAX_COORDINATOR_ADDRESS must be host:port, got 'node1'"),
+        (HAND | {distributed.HEARTBEAT: "0"}, "POSJAX_HEARTBEAT_SECONDS must be at least 1, got 0"),
     ],
 )
 def test_wrong_variables_are_named(joined, environment, words):
@@ -442,8 +445,8 @@ def test_wrong_variables_are_named(joined, environment, words):
 @pytest.mark.thorough
 def test_processes_that_do_not_meet_say_so(run):
     (environment, _) = by_hand(2)
-    code = "from posjax import hosts; hosts._MEETING_SECONDS = 2; hosts.join()"
+    code = "from posjax.parallel import distributed as hosts; hosts._MEETING_SECONDS = 2; hosts.join()"
     common = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     process = subprocess.run([sys.executable, "-c", code], env=common, capture_output=True, text=True, timeout=60)
     assert process.returncode == 1
-    assert f"posjax: the processes of this run did not meet within 2 s at {hosts.ADDRESS}=127.0.0.1:" in process.stderr
+    assert f"posjax: the processes of this run did not meet within 2 s at {distributed.ADDRESS}=127.0.0.1:" in process.stderr

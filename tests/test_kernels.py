@@ -25,9 +25,9 @@ from suite import (
 )
 
 import posjax as pj
-from posjax.attention import prepare
-from posjax.kernels import dense
-from posjax.sharding import make_mesh
+from posjax.attention.api import prepare
+from posjax.attention.backends import reference
+from posjax.parallel.mesh import make_mesh
 
 B, T, N, K, H = 2, 24, 4, 2, 8
 TILE = (8, 8)
@@ -222,7 +222,7 @@ def test_tiles_that_the_mask_rules_out_are_not_visited(kernel, encoding, poisone
     gradient, out = jax.jit(jax.grad(functools.partial(outcome, kernel=kernel, tile=TILE), has_aux=True))(operands["query"])
     assert np.isfinite(out).all()
     assert np.isfinite(gradient[:, rows]).all()
-    assert np.isnan(outcome(operands["query"], dense.attention, None)[1]).all()
+    assert np.isnan(outcome(operands["query"], reference.attention, None)[1]).all()
 
 
 # Types ---------------------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_bfloat16_within_its_rounding_of_float32_on_the_same_inputs(kernel):
     got = answers(with_tile(kernel), encoding, low, is_causal=True)
     assert [got[name].dtype for name in ("out", "query", "key", "value")] == [jnp.bfloat16] * 4
     assert got["params"]["cope"]["embedding"].dtype == jnp.float32
-    want = answers(dense.attention, encoding, jax.tree.map(lambda x: x.astype(jnp.float32), low), is_causal=True)
+    want = answers(reference.attention, encoding, jax.tree.map(lambda x: x.astype(jnp.float32), low), is_causal=True)
     got = jax.tree.map(lambda x: x.astype(jnp.float32), got)
     errors = relative_errors(got, want, operands)
     assert errors.pop("['out']") < 2.0**-7
@@ -268,7 +268,7 @@ def same(got, want):
 def test_the_plain_call_of_the_transformations_equals_dense_attention_eagerly():
     for kernel in KERNELS.values():
         operands, want = plain(kernel)
-        agree(want, answers(dense.attention, ENCODING, operands, is_causal=True), operands)
+        agree(want, answers(reference.attention, ENCODING, operands, is_causal=True), operands)
         np.testing.assert_allclose(run(kernel, ENCODING, operands, is_causal=True), want["out"], atol=1e-5)
 
 
@@ -279,7 +279,7 @@ def test_vmap_with_rows_that_settle_in_different_tiles(kernel):
     stack = jax.tree.map(lambda a, b: jnp.stack([a, b]), operands, silent)
     gradients = jax.jit(jax.vmap(jax.grad(functools.partial(one_loss, kernel))))(stack)
     same(jax.tree.map(lambda x: x[0], gradients), {name: want[name] for name in operands})
-    dense_gradients = answers(dense.attention, ENCODING, silent, is_causal=True)
+    dense_gradients = answers(reference.attention, ENCODING, silent, is_causal=True)
     same(jax.tree.map(lambda x: x[1], gradients), {name: dense_gradients[name] for name in operands})
 
 
@@ -370,7 +370,7 @@ def test_no_array_of_all_pairs_forward_or_backward(kernel, encoding):
     once, twice, bound = largest(with_tile(kernel, (32, 32)), 1024), largest(with_tile(kernel, (32, 32)), 2048), 1024 * 1024 / 8
     assert twice <= 2.1 * once
     assert once <= bound
-    assert largest(dense.attention, 1024) >= 8 * bound  # the same search, where there is such an array
+    assert largest(reference.attention, 1024) >= 8 * bound  # the same search, where there is such an array
 
 
 MADE_TWICE = [

@@ -26,8 +26,8 @@ from suite import (
 )
 
 import posjax as pj
-from posjax.attention import prepare
-from posjax.kernels import dense
+from posjax.attention.api import prepare
+from posjax.attention.backends import reference
 
 B, D, LONGEST, TABLE = 2, 6, 40, 128  # batch; model width; length of all arrays; positions of the encodings that have a table
 
@@ -213,7 +213,7 @@ def check(kernel, form: Form, encoding, seed: int, size: float, longest: int = L
     got = output_and_gradients(tiled, encoding, operands, hidden, weight, **static, **options)
     plain = {name: options[name] for name in ("query_positions", "key_positions") if name in options}
     plain |= {"mask": jnp.asarray(allowed(form, options, longest)), "logits_soft_cap": form.soft_cap}
-    oracle = functools.partial(compiled(dense.attention), longest, longest)
+    oracle = functools.partial(compiled(reference.attention), longest, longest)
     want = output_and_gradients(oracle, encoding, operands, hidden, weight, **plain)
     agree(got, want, operands)
 
@@ -287,6 +287,6 @@ def test_gates_near_zero_and_one(kernel, name, max_position, regime):
 
     tiled, weight = functools.partial(compiled(kernel), LENGTH, LENGTH, tile=(8, 8)), normal(1, *query.shape)
     got = output_and_gradients(tiled, encoding, operands, hidden, weight, is_causal=True)
-    oracle = functools.partial(compiled(dense.attention), LENGTH, LENGTH)
+    oracle = functools.partial(compiled(reference.attention), LENGTH, LENGTH)
     want = output_and_gradients(oracle, encoding, operands, hidden, weight, mask=jnp.tril(jnp.ones((LENGTH, LENGTH), bool)))
     agree(got, want, operands)

@@ -10,10 +10,10 @@ from suite import (
 )
 
 import posjax as pj
-from posjax.runs import make_loss
-from posjax.sharding import jit_train_step, make_mesh
-from posjax.training import init_state, make_optimizer, make_train_step
-from posjax.transformer import Transformer, TransformerConfig, functional
+from posjax.lab.run import make_loss
+from posjax.models.transformer import Transformer, TransformerConfig, functional
+from posjax.parallel.mesh import jit_train_step, make_mesh
+from posjax.training.step import init_state, make_optimizer, make_train_step
 
 LENGTH, VOCABULARY = 160, 12
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posjax import loop
-from posjax.checkpoints import CheckpointError, Checkpoints
-from posjax.loop import Interrupted, NonFiniteLoss, fit, forget_after
-from posjax.sharding import jit_train_step, make_mesh, pmap_train_step
-from posjax.training import init_state, learning_rate_schedule, make_optimizer, make_train_step
+from posjax.parallel.mesh import jit_train_step, make_mesh, pmap_train_step
+from posjax.training import loop
+from posjax.training.checkpoints import CheckpointError, Checkpoints
+from posjax.training.loop import Interrupted, NonFiniteLoss, fit, forget_after
+from posjax.training.step import init_state, learning_rate_schedule, make_optimizer, make_train_step
 
 STEPS = 40
 

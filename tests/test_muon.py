@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from posjax.checkpoints import Checkpoints
-from posjax.config import Config
-from posjax.runs import make_loss
-from posjax.sharding import SHARDED_RULES, jit_train_step, make_mesh
-from posjax.specs import parse_encoding
-from posjax.training import (
+from posjax.encodings.spec import parse_encoding
+from posjax.lab.config import Config
+from posjax.lab.run import make_loss
+from posjax.models.transformer import Transformer, TransformerConfig, functional
+from posjax.parallel.mesh import SHARDED_RULES, jit_train_step, make_mesh
+from posjax.training.checkpoints import Checkpoints
+from posjax.training.step import (
     decay_mask,
     init_state,
     learning_rate_schedule,
@@ -20,7 +21,6 @@ from posjax.training import (
     matrix_mask,
     orthogonalized,
 )
-from posjax.transformer import Transformer, TransformerConfig, functional
 
 # Leaves of the Transformer, and how each is cut into matrices; None: AdamW's. Of two layers, width 6, two heads of 4, one of keys.
 SHAPES = {

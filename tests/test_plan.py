@@ -10,17 +10,18 @@ import jax
 import numpy as np
 import pytest
 
-from posjax import aot, cli, plan, planning, roofline
-from posjax.config import Config
-from posjax.flops import attention_flops, model_flops, peak_flops
-from posjax.hlo import Collective, read_cost
-from posjax.plan import Plan, make_plans
-from posjax.planning import Planning, advice, candidates
-from posjax.roofline import Chip, seconds_of
-from posjax.runs import abstract_step
+from posjax import cli
+from posjax.compile import aot, plan, planning, roofline
+from posjax.compile.hlo import Collective, read_cost
+from posjax.compile.plan import Plan, make_plans
+from posjax.compile.planning import Planning, advice, candidates
+from posjax.compile.roofline import Chip, seconds_of
+from posjax.lab.config import Config
+from posjax.lab.flops import attention_flops, model_flops, peak_flops
+from posjax.lab.run import abstract_step
 
 SMALL = """
-from posjax.config import Config
+from posjax.lab.config import Config
 def get_config():
     return Config(tokenizer="bpe", vocab_size=512, seq_length=256, batch_size=16, encoding="rope + cope(8)", num_layers=2,
                   embed_dim=64, num_heads=4, num_kv_heads=2, mlp_dim=192, activation="swiglu", mesh="fsdp=-1", steps=10,
@@ -44,7 +45,7 @@ def on_cpus(monkeypatch):
 
     def compile_all(jobs, topology, *, schedules):
         ((target, kwargs),) = jobs
-        assert target == "posjax.plan:step_job"
+        assert target == "posjax.compile.plan:step_job"
         try:
             jitted, args = plan.step_job(jax.devices(), **kwargs)
         except ValueError as error:

@@ -9,7 +9,7 @@ import pytest
 from suite import quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
-from posjax import probes
+from posjax.lab import probes
 
 N, H = 4, 16
 DIMS = pj.Dims(num_heads=N, head_dim=H, max_length=40)

@@ -16,9 +16,10 @@ from suite import (
 )
 
 import posjax as pj
-from posjax.attention import prepare
-from posjax.kernels import ring, tiled
-from posjax.kernels.shards import Cut
+from posjax.attention.api import prepare
+from posjax.attention.backends import xla_chunked
+from posjax.attention.backends.ring import attention as ring
+from posjax.attention.backends.shards import Cut
 
 HEADS = (4, 2, 16, 16)
 GATED = pj.chain(pj.rope(theta=1e6), pj.cope(12))
@@ -107,8 +108,8 @@ def test_packed_rows_windows_soft_caps_and_a_learned_scale(encoding):
 @pytest.mark.parametrize("encoding", [pytest.param(pj.t5(8, 32), id="t5", marks=pytest.mark.thorough), GATED])
 def test_keys_in_several_pieces(encoding, monkeypatch):
     """Packed documents that end in any piece; tiles of eight, of which a chunk has three or four and both as one six or eight."""
-    monkeypatch.setattr(tiled, "_ROWS", 8)
-    monkeypatch.setattr(tiled, "_COLUMNS", 8)
+    monkeypatch.setattr(xla_chunked, "_ROWS", 8)
+    monkeypatch.setattr(xla_chunked, "_COLUMNS", 8)
     monkeypatch.setattr(ring, "_PIECE", 8)
     pieces, stacked = set(), ring._stacked
     monkeypatch.setattr(ring, "_stacked", lambda plan, slots: pieces.add(plan.pieces) or stacked(plan, slots))
@@ -319,7 +320,7 @@ def test_chunks_past_which_every_row_has_settled_are_plain(monkeypatch):
     operands = make_operands(GATED, 1, 1024, 1024, (2, 1, 16, 16), gates="near 1")
     query, key, value, params = (operands[name] for name in ("query", "key", "value", "params"))
     call = prepare(query, key, value, GATED, params, is_causal=True)
-    seen, outputs = [], tiled.outputs
+    seen, outputs = [], xla_chunked.outputs
 
     def spy(plan, x):
         out, saved = outputs(plan, x)
@@ -328,7 +329,7 @@ def test_chunks_past_which_every_row_has_settled_are_plain(monkeypatch):
         jax.debug.callback(lambda plain, *at: seen.append((*map(int, at), int(tiles - plain.min()))), saved[1], *places)
         return out, saved
 
-    monkeypatch.setattr(tiled, "outputs", spy)
+    monkeypatch.setattr(xla_chunked, "outputs", spy)
     around = Ring(1, 2, bare=True)  # callbacks want it so
     jax.block_until_ready(jax.jit(lambda call: around(value=value, **call))(call))
     jax.effects_barrier()

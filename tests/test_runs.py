@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from posjax import runs
-from posjax.checkpoints import Checkpoints
-from posjax.config import Config
-from posjax.evaluation import first_tokens, mean_loss, token_losses
-from posjax.sharding import jit_train_step, make_mesh, pmap_train_step
-from posjax.source import held_out, open_source, train_batches
-from posjax.specs import parse_encoding, slug
-from posjax.training import init_state, make_optimizer, make_train_step
+from posjax.encodings.spec import parse_encoding, slug
+from posjax.lab import run as runs
+from posjax.lab.config import Config
+from posjax.lab.evaluation import first_tokens, mean_loss, token_losses
+from posjax.lab.source import held_out, open_source, train_batches
+from posjax.parallel.mesh import jit_train_step, make_mesh, pmap_train_step
+from posjax.training.checkpoints import Checkpoints
+from posjax.training.step import init_state, make_optimizer, make_train_step
 
 WORDS = [*"abcdefgh=():", "return", "range", "print", "None", "True", "while"]
 

@@ -26,8 +26,8 @@ from suite import (
 )
 
 import posjax as pj
-from posjax.bias import Interpolation
-from posjax.kernels import dense, tiled
+from posjax.attention.backends import reference, xla_chunked
+from posjax.core.bias import Interpolation
 
 pytestmark = pytest.mark.thorough  # test_ablation.py trains with traced settings in the README's command too
 
@@ -201,7 +201,7 @@ REFERENCES = {
     "cope_mlp": (pj.cope_mlp(8, gate_bias=-1.3), functools.partial(by_network, gate_bias=-1.3)),
     "alibi": (pj.alibi(0.4), lambda logits, query, params: -0.4 * np.abs(np.arange(T)[:, None] - np.arange(T))),
 }
-WALKS = {"xla": dense.attention, "xla_chunked": functools.partial(tiled.attention, tile=(5, 4))}
+WALKS = {"xla": reference.attention, "xla_chunked": functools.partial(xla_chunked.attention, tile=(5, 4))}
 
 
 @pytest.mark.parametrize(

@@ -8,21 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from posjax.config import Config, load_config
-from posjax.runs import abstract_step, make_loss
-from posjax.sharding import (
-    SHARDED_RULES,
-    abstract_train_step,
-    jit_train_step,
-    make_mesh,
-    parse_mesh,
-    shard_batch,
-    shard_state,
-)
-from posjax.source import open_source, train_batches
-from posjax.specs import parse_encoding
-from posjax.training import init_state, make_optimizer, make_train_step
-from posjax.transformer import Transformer, TransformerConfig, functional
+from posjax.encodings.spec import parse_encoding
+from posjax.lab.config import Config, load_config
+from posjax.lab.run import abstract_step, make_loss
+from posjax.lab.source import open_source, train_batches
+from posjax.models.transformer import Transformer, TransformerConfig, functional
+from posjax.parallel.mesh import SHARDED_RULES, abstract_train_step, jit_train_step, make_mesh, parse_mesh, shard_batch, shard_state
+from posjax.training.step import init_state, make_optimizer, make_train_step
 
 BATCH, LENGTH, WIDTH = 24, 20, 16
 MODEL = TransformerConfig(32, num_layers=2, embed_dim=WIDTH, num_heads=4, num_kv_heads=2, mlp_dim=48, activation="swiglu")

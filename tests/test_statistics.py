@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from posjax.statistics import (
-    benjamini_hochberg,
-    binomial_bounds,
-    crossed_contrast,
-    difference,
-    sign_flips,
-    summary,
-    within,
-)
+from posjax.lab.statistics import benjamini_hochberg, binomial_bounds, crossed_contrast, difference, sign_flips, summary, within
 
 
 @pytest.mark.parametrize(("count", "quantile"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (31, 2.042)])

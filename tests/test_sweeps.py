@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from posjax.config import Config
-from posjax.specs import blanked, filled, parse_encoding, with_argument
-from posjax.sweeps import grid, groups, parse_sweep
+from posjax.encodings.spec import blanked, filled, parse_encoding, with_argument
+from posjax.lab.ablation.sweeps import grid, groups, parse_sweep
+from posjax.lab.config import Config
 
 CONFIG = Config(task="flip_flop", seq_length=16, encodings=("rope", "alibi", "rope + cope(8)"))
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from suite import quick_compilation  # noqa: F401, a fixture
 
-from posjax import tasks
+from posjax.data import synthetic
 
 SIGMAS = 5.0
-counting = functools.cache(tasks.counting)  # the same task is compiled once
+counting = functools.cache(synthetic.counting)  # the same task is compiled once
 
 
 def draw(task, batch_size, seed=0):
@@ -33,12 +33,12 @@ def assert_share(hits, probability):
 
 
 ALL_TASKS = [
-    tasks.flip_flop(16),
-    tasks.flip_flop(16).variants["dense"],
-    tasks.selective_copy(5, 4, 7),
-    tasks.selective_copy(5, 4, 7).variants["sparse"],
-    tasks.counting(2, 20, length=24),
-    tasks.counting(2, 20, length=24).variants["pass_10"],
+    synthetic.flip_flop(16),
+    synthetic.flip_flop(16).variants["dense"],
+    synthetic.selective_copy(5, 4, 7),
+    synthetic.selective_copy(5, 4, 7).variants["sparse"],
+    synthetic.counting(2, 20, length=24),
+    synthetic.counting(2, 20, length=24).variants["pass_10"],
 ]
 
 
@@ -69,7 +69,7 @@ def test_sampling_is_a_pure_function_of_the_key(task):
 
 @pytest.mark.parametrize("variant", [None, "dense", "sparse"])
 def test_flip_flop_bits_after_read_are_the_last_written(variant):
-    task = tasks.flip_flop(64)
+    task = synthetic.flip_flop(64)
     task = task.variants[variant] if variant else task
     tokens, targets, weights = draw(task, 50)
     for row, target, weight in zip(tokens, targets, weights, strict=True):
@@ -87,7 +87,7 @@ def test_flip_flop_bits_after_read_are_the_last_written(variant):
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.8, 0.98, 1.0])
 def test_flip_flop_frequencies(probability):
-    tokens, _, weights = draw(tasks.flip_flop(128, probability), 1000)
+    tokens, _, weights = draw(synthetic.flip_flop(128, probability), 1000)
     instructions, bits = tokens[:, 2:-2:2], tokens[:, 3:-2:2]
     assert_share(instructions == 2, probability)
     assert_share(instructions == 0, (1 - probability) / 2)
@@ -100,16 +100,16 @@ def test_flip_flop_frequencies(probability):
 
 
 def test_flip_flop_variants_have_the_published_settings():
-    task = tasks.flip_flop(128)
+    task = synthetic.flip_flop(128)
     for name, probability in (("dense", 0.1), ("sparse", 0.98)):
         assert_share(draw(task.variants[name], 500)[0][:, 2:-2:2] == 2, probability)
     assert_share(draw(task, 500)[0][:, 2:-2:2] == 2, 0.8)
-    assert tasks.flip_flop().length == 512 and task.words == ("w", "r", "i", "0", "1")
+    assert synthetic.flip_flop().length == 512 and task.words == ("w", "r", "i", "0", "1")
 
 
 @pytest.mark.parametrize(("variant", "ignored"), [(None, 0.8), ("dense", 0.1), ("sparse", 0.98)])
 def test_flip_flop_as_published_has_the_statistics_of_its_definition(variant, ignored):
-    task = tasks.flip_flop().variants[variant] if variant else tasks.flip_flop()
+    task = synthetic.flip_flop().variants[variant] if variant else synthetic.flip_flop()
     tokens, _, weights = draw(task, 400)
     instructions, bits = tokens[:, ::2], tokens[:, 1::2]
     assert instructions.shape == (400, 256) and instructions.max() <= 2 and set(np.unique(bits)) == {3, 4}
@@ -132,7 +132,7 @@ def test_flip_flop_as_published_has_the_statistics_of_its_definition(variant, ig
 
 @pytest.mark.parametrize(("letters", "blanks", "vocab"), [(8, 8, 16), (5, 0, 3), (3, 17, 30)])
 def test_selective_copy_repeats_the_letters_in_order(letters, blanks, vocab):
-    task = tasks.selective_copy(letters, blanks, vocab)
+    task = synthetic.selective_copy(letters, blanks, vocab)
     tokens, targets, weights = draw(task, 20)
     assert task.length == 2 * letters + blanks and task.vocab_size == vocab
     for row, target, weight in zip(tokens, targets, weights, strict=True):
@@ -146,7 +146,7 @@ def test_selective_copy_repeats_the_letters_in_order(letters, blanks, vocab):
 
 
 def test_selective_copy_draws_letters_and_places_uniformly():
-    tokens, _, _ = draw(tasks.selective_copy(6, 3, 8), 4000)
+    tokens, _, _ = draw(synthetic.selective_copy(6, 3, 8), 4000)
     mixed = tokens[:, :9]
     for place in range(9):
         assert_share(mixed[:, place] == 0, 3 / 9)
@@ -156,7 +156,7 @@ def test_selective_copy_draws_letters_and_places_uniformly():
 
 
 def test_selective_copy_takes_every_arrangement_equally_often():
-    tokens, _, _ = draw(tasks.selective_copy(4, 2, 5), 6000)
+    tokens, _, _ = draw(synthetic.selective_copy(4, 2, 5), 6000)
     is_blank = tokens[:, :6] == 0
     arrangements, counts = np.unique(is_blank, axis=0, return_counts=True)
     assert len(arrangements) == math.comb(6, 2) and (arrangements.sum(1) == 2).all()
@@ -171,7 +171,7 @@ def test_selective_copy_takes_every_arrangement_equally_often():
 
 @pytest.mark.parametrize(("variant", "blanks"), [(None, 256), ("dense", 128), ("sparse", 512)])
 def test_selective_copy_as_published(variant, blanks):
-    task = tasks.selective_copy()
+    task = synthetic.selective_copy()
     tokens, targets, weights = draw(task.variants[variant] if variant else task, 200)
     mixed, copied = tokens[:, : 256 + blanks], targets[:, 256 + blanks :]
     assert (tokens[:, 256 + blanks] == 15).all() and mixed.max() == 14
@@ -187,7 +187,7 @@ def test_selective_copy_as_published(variant, blanks):
 
 
 def test_selective_copy_variants_have_the_published_lengths():
-    task = tasks.selective_copy()
+    task = synthetic.selective_copy()
     assert (task.length, task.variants["dense"].length, task.variants["sparse"].length) == (768, 640, 1024)
     assert {v.vocab_size for v in task.variants.values()} == {task.vocab_size} == {16}
 
@@ -404,30 +404,30 @@ def test_batch_adds_segments_and_positions():
         used = int(np.flatnonzero(tokens)[-1]) + 1
         assert segments.tolist() == [1] * used + [0] * (50 - used)
         assert positions.tolist() == [*range(used)] + [0] * (50 - used)
-    batch = jax.jit(tasks.flip_flop(8).batch, static_argnums=1)(jax.random.key(0), 5)
+    batch = jax.jit(synthetic.flip_flop(8).batch, static_argnums=1)(jax.random.key(0), 5)
     assert batch["segment_ids"].min() == 1 and batch["positions"][2].tolist() == [*range(8)]
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tasks.flip_flop(7), "length must be even.*7"),
-        (lambda: tasks.flip_flop(2), "length must be a whole number, at least 4, got 2"),
-        (lambda: tasks.flip_flop("512"), "length must be a whole number.*'512'"),
-        (lambda: tasks.flip_flop(8, 1.1), "ignore_probability must be from 0 to 1, got 1.1"),
-        (lambda: tasks.flip_flop(8, "0.8"), "ignore_probability must be from 0 to 1, got '0.8'"),
-        (lambda: tasks.selective_copy(0), "num_tokens must be a whole number, at least 1, got 0"),
-        (lambda: tasks.selective_copy(4, -1), "num_blanks must be a whole number, at least 0, got -1"),
-        (lambda: tasks.selective_copy(4, 4, 2), "vocab_size must be a whole number, at least 3, got 2"),
-        (lambda: tasks.counting(0), "num_variables must be a whole number, from 1 to 26, got 0"),
-        (lambda: tasks.counting(27), "num_variables must be a whole number, from 1 to 26, got 27"),
-        (lambda: tasks.counting(1, 2), "max_operations must be a whole number, at least 3, got 2"),
-        (lambda: tasks.counting(set_weight=0), "set_weight must be a positive number.*got 0"),
-        (lambda: tasks.counting(increment_weight=-1), "increment_weight must be 0 or a positive number, got -1"),
-        (lambda: tasks.counting(pass_weight=float("nan")), "pass_weight must be 0 or a positive number, got nan"),
-        (lambda: tasks.counting(length=2), "length must be a whole number, at least 3, got 2"),
-        (lambda: tasks.flip_flop(8).detokenize([[0, 1]]), r"tokens must be one row \[T\], got shape \(1, 2\)"),
-        (lambda: tasks.flip_flop(8).detokenize([0, 5]), "tokens must be ids of flip_flop, 0 to 4, got 0 to 5"),
+        (lambda: synthetic.flip_flop(7), "length must be even.*7"),
+        (lambda: synthetic.flip_flop(2), "length must be a whole number, at least 4, got 2"),
+        (lambda: synthetic.flip_flop("512"), "length must be a whole number.*'512'"),
+        (lambda: synthetic.flip_flop(8, 1.1), "ignore_probability must be from 0 to 1, got 1.1"),
+        (lambda: synthetic.flip_flop(8, "0.8"), "ignore_probability must be from 0 to 1, got '0.8'"),
+        (lambda: synthetic.selective_copy(0), "num_tokens must be a whole number, at least 1, got 0"),
+        (lambda: synthetic.selective_copy(4, -1), "num_blanks must be a whole number, at least 0, got -1"),
+        (lambda: synthetic.selective_copy(4, 4, 2), "vocab_size must be a whole number, at least 3, got 2"),
+        (lambda: synthetic.counting(0), "num_variables must be a whole number, from 1 to 26, got 0"),
+        (lambda: synthetic.counting(27), "num_variables must be a whole number, from 1 to 26, got 27"),
+        (lambda: synthetic.counting(1, 2), "max_operations must be a whole number, at least 3, got 2"),
+        (lambda: synthetic.counting(set_weight=0), "set_weight must be a positive number.*got 0"),
+        (lambda: synthetic.counting(increment_weight=-1), "increment_weight must be 0 or a positive number, got -1"),
+        (lambda: synthetic.counting(pass_weight=float("nan")), "pass_weight must be 0 or a positive number, got nan"),
+        (lambda: synthetic.counting(length=2), "length must be a whole number, at least 3, got 2"),
+        (lambda: synthetic.flip_flop(8).detokenize([[0, 1]]), r"tokens must be one row \[T\], got shape \(1, 2\)"),
+        (lambda: synthetic.flip_flop(8).detokenize([0, 5]), "tokens must be ids of flip_flop, 0 to 4, got 0 to 5"),
     ],
 )
 def test_a_wrong_argument_says_what_would_work(make, message):

@@ -41,8 +41,8 @@ from suite import (
 )
 
 import posjax as pj
-from posjax.kernels import tpu
-from posjax.kernels.blocks import CHIPS, Blocks
+from posjax.attention.backends.tpu import attention as tpu
+from posjax.attention.backends.tpu.blocks import CHIPS, Blocks
 
 SMALL = Blocks(queries=128, keys=128, strip=128, resident=1024)
 STREAMED = Blocks(128, 128, 128, resident=128)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posjax.sharding import jit_train_step, make_mesh, pmap_train_step, shard_batch
-from posjax.training import decay_mask, init_state, learning_rate_schedule, make_optimizer, make_train_step
+from posjax.parallel.mesh import jit_train_step, make_mesh, pmap_train_step, shard_batch
+from posjax.training.step import decay_mask, init_state, learning_rate_schedule, make_optimizer, make_train_step
 
 
 def regression_loss(params, batch, key):

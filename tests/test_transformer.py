@@ -10,7 +10,7 @@ from flax import nnx
 from suite import quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
-from posjax.transformer import Transformer, TransformerConfig, cross_entropy, functional, z_loss
+from posjax.models.transformer import Transformer, TransformerConfig, cross_entropy, functional, z_loss
 
 TINY = TransformerConfig(vocab_size=19, num_layers=2, embed_dim=16, num_heads=4, max_length=24)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 19, (2, 12)), jnp.int32)
@@ -120,7 +120,7 @@ def test_dropout_only_with_a_key_and_a_rate(dropout):
 
 
 def test_dropout_keeps_the_mean():
-    from posjax.transformer import _dropout
+    from posjax.models.transformer import _dropout
 
     x = jnp.ones(100_000)
     kept = _dropout(x, 0.25, jax.random.key(1))

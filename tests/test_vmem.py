@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 import posjax as pj
-from posjax.attention import prepare
-from posjax.kernels import tpu, vmem
-from posjax.kernels.blocks import CHIPS, Blocks, Chip, check_blocks
-from posjax.kernels.shards import Cut
-from posjax.kernels.tpu_backward import backward
-from posjax.kernels.tpu_forward import forward
+from posjax.attention.api import prepare
+from posjax.attention.backends.shards import Cut
+from posjax.attention.backends.tpu import attention as tpu
+from posjax.attention.backends.tpu import vmem
+from posjax.attention.backends.tpu.backward import backward
+from posjax.attention.backends.tpu.blocks import CHIPS, Blocks, Chip, check_blocks
+from posjax.attention.backends.tpu.forward import forward
 
 MIB = 2**20
 GATED = pj.chain(pj.rope(), pj.cope(64))

@@ -1,6 +1,6 @@
 """``posjax bench schedule``: what the TPU compiler made of attention, counted in bundles, with no TPU attached.
 
-    contestants x generations -> posjax.aot, a process for each generation -> kernels: loops, bundles of a tile, VMEM, HBM
+    contestants x generations -> posjax.compile.aot, a process for each generation -> kernels: loops, bundles of a tile, VMEM, HBM
         -> distance to the roofline of the chip: schedule.json, schedule.md
 
 A bundle is a cycle. A count does not know of waiting, for memory or for a matrix unit that is still busy, so it is a lower bound of
@@ -18,14 +18,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from posjax import aot
-from posjax.attention import attention
+from posjax.attention.api import attention
+from posjax.attention.backends.gpu.blocks import GpuBlocks
+from posjax.attention.backends.tpu.blocks import Blocks
 from posjax.bench import results
 from posjax.bench.attention import Row, make_folder, show_progress, versions
-from posjax.encoding import Dims, check_at_least
-from posjax.kernels.blocks import Blocks
-from posjax.kernels.gpu_blocks import GpuBlocks
-from posjax.specs import parse_encoding
+from posjax.compile import aot
+from posjax.core.encoding import Dims, check_at_least
+from posjax.encodings.spec import parse_encoding
 
 FILES = ("schedule.json", "schedule.md")
 _DEFAULT_TILE = 128  # of splash's BlockSizes.get_default()
@@ -168,7 +168,7 @@ def posjax_job(
     dtype: str,
     block_sizes: Sequence[int] | dict[str, Any] | None = None,
 ) -> tuple[Callable, tuple]:
-    """posjax.attention for posjax.aot; ``block_sizes`` of the GPU kernels by name."""
+    """posjax.attention for posjax.compile.aot; ``block_sizes`` of the GPU kernels by name."""
     if block_sizes is not None:
         block_sizes = GpuBlocks(**block_sizes) if isinstance(block_sizes, dict) else Blocks(*block_sizes)
     encoding = parse_encoding(spec)
@@ -197,7 +197,7 @@ def splash_job(
     batch: int,
     dtype: str,
 ) -> tuple[Callable, tuple]:
-    """jax.experimental's splash attention for posjax.aot."""
+    """jax.experimental's splash attention for posjax.compile.aot."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
@@ -235,9 +235,9 @@ def _row(config: ScheduleBench, generation: str, about: Row, report: aot.Report)
 
 def _own_tile(config: ScheduleBench, generation: str) -> list[int] | None:
     """Queries and keys of a tile of posjax's kernel; None while there is none."""
-    if importlib.util.find_spec("posjax.kernels.blocks") is None:
+    if importlib.util.find_spec("posjax.attention.backends.tpu.blocks") is None:
         return None
-    from posjax.kernels.blocks import CHIPS
+    from posjax.attention.backends.tpu.blocks import CHIPS
 
     blocks = CHIPS[generation].blocks(config.dtype, config.head_dim)
     return [blocks.queries, blocks.keys]
