@@ -37,6 +37,7 @@ from posjax.bench.attention import versions
 from posjax.compile import aot
 from posjax.core import masks
 from posjax.encodings.spec import parse_encoding
+from posjax.hardware import GENERATIONS
 
 SOURCES = Path(blocks.__file__).parent  # of the kernels
 SHARED = (Path(deferred.__file__), Path(shards.__file__), Path(masks.__file__))  # and what else a call runs
@@ -88,7 +89,7 @@ def attention_job(length: int, encoding: str, dtype: str, head_dim: int, plain: 
 def measure(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of calls for one chip."""
     jobs = [("tpu_compiles:attention_job", {name: value for name, value in call.items() if name != "chip"}) for call in batch]
-    reports = aot.compile_all(jobs, aot.GENERATIONS[batch[0]["chip"]].topology, schedules=False)
+    reports = aot.compile_all(jobs, GENERATIONS[batch[0]["chip"]].topology, schedules=False)
     rows = []
     for call, report in zip(batch, reports, strict=True):
         kernels = [{"name": k.name, "vmem_bytes": k.vmem} for k in report.kernels]

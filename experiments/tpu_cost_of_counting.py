@@ -41,12 +41,13 @@ from posjax.attention.backends.tpu.tiles import CALM, FEW, HASTY, LANES, OFFSET,
 from posjax.bench import results
 from posjax.bench.attention import versions
 from posjax.compile import aot
+from posjax.hardware import GENERATIONS
 
 SPEC, LAST = "rope + cope(64)", 63  # the last position
 CONTEXT = 8192
 DRAWN = {"half": (0.0, 1.0), "small": (-4.0, 0.5), "sparse": (-4.4, 1.0)}  # mean and standard deviation of logits
 NEED = ("few cells", "many cells")  # to be looked up in a quarter of a strip, in the order of the kernel's loops over groups
-SLOTS = max(generation.delay_slots for generation in aot.GENERATIONS.values())
+SLOTS = max(generation.delay_slots for generation in GENERATIONS.values())
 Gates = Callable[[slice, slice], np.ndarray]  # queries, keys -> [t, s] before the mask
 Parts = dict[str, int]  # own bundles of each part
 Turns = collections.Counter  # how often each part runs
@@ -426,7 +427,7 @@ def compiled(chip: str, blocks: Blocks, specs: Sequence[str] = ("identity", SPEC
     job = dict(with_gradients=True, seq_len=length, heads=4, kv_heads=4, head_dim=128, batch=1, dtype="bfloat16")
     jobs = [("posjax.bench.schedule:posjax_job", job | {"spec": spec, "block_sizes": list(blocks)}) for spec in specs]
     found = {}
-    for (_, kwargs), report in zip(jobs, aot.compile_all(jobs, aot.GENERATIONS[chip].topology), strict=True):
+    for (_, kwargs), report in zip(jobs, aot.compile_all(jobs, GENERATIONS[chip].topology), strict=True):
         if report.failed is not None:
             raise RuntimeError(f"{kwargs['spec']} did not compile: {report.failed}")
         for direction in PASSES:

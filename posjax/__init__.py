@@ -5,8 +5,10 @@ from posjax.attention.backends.gpu.blocks import GpuBlocks
 from posjax.attention.backends.tpu.blocks import Blocks
 from posjax.attention.kv_cache import Cache, attend, cached, init_cache
 from posjax.attention.linear import linear_attention
-from posjax.core.bias import BiasTerm, Mask, Tile, position_bias
-from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, chain, identity
+from posjax.core.bias import BiasTerm, Tile, position_bias
+from posjax.core.chain import chain
+from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, identity
+from posjax.core.masks import Mask
 from posjax.encodings.absolute import learned, sinusoidal
 from posjax.encodings.cope import cope, cope_alibi, cope_mlp
 from posjax.encodings.relative import alibi, t5

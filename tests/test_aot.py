@@ -16,6 +16,7 @@ from posjax.bench import schedule
 from posjax.bench.schedule import ScheduleBench
 from posjax.compile import aot, aot_gpu
 from posjax.compile.aot import Kernel, Report, Section
+from posjax.hardware import GENERATIONS, GPUS
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 HERE = Path(__file__).stem
@@ -190,7 +191,7 @@ def test_registers_of_kernels(tmp_path, monkeypatch):
     ptxas.chmod(0o755)
     (tmp_path / "module.ptx").touch()
     monkeypatch.setattr(aot_gpu, "_toolkit", lambda: tmp_path)
-    assert aot_gpu.resources(tmp_path, aot_gpu.GPUS["h200"]) == wanted
+    assert aot_gpu.resources(tmp_path, GPUS["h200"]) == wanted
 
 
 def test_resources_of_mosaic_kernels_are_what_their_compiler_wrote_down(tmp_path, monkeypatch):
@@ -199,7 +200,7 @@ def test_resources_of_mosaic_kernels_are_what_their_compiler_wrote_down(tmp_path
     (tmp_path / "posjax_attention_mosaic_forward_0.ptx").touch()
     said = PTXAS.replace("posjax_attention_forward", "f_mosaic_gpu_kernel")
     (tmp_path / "posjax_attention_mosaic_forward_0.ptxas").write_text(said)
-    assert aot_gpu.resources(tmp_path, aot_gpu.GPUS["h200"])["f"] == aot_gpu.read_ptxas(PTXAS)["posjax_attention_forward"]
+    assert aot_gpu.resources(tmp_path, GPUS["h200"])["f"] == aot_gpu.read_ptxas(PTXAS)["posjax_attention_forward"]
 
 
 def test_triton_kernels_of_a_program():
@@ -232,7 +233,7 @@ def test_chips_are_those_of_jax():
     """Per core, as in jax's own table; bandwidths there are rounded."""
     from jax.experimental.pallas import tpu as pltpu
 
-    for name, chip in aot.GENERATIONS.items():
+    for name, chip in GENERATIONS.items():
         version = getattr(pltpu.ChipVersion, f"TPU_{name.removeprefix('tpu').upper()}")
         info = pltpu.get_tpu_info_for_chip(version, 1)
         assert chip.cores == version.num_physical_tensor_cores_per_chip

@@ -12,9 +12,11 @@ import numpy as np
 import optax
 import pytest
 
-from posjax.parallel.mesh import make_mesh, state_shardings
+from posjax.parallel.mesh import make_mesh
+from posjax.parallel.partition_rules import state_shardings
 from posjax.training.checkpoints import CheckpointError, Checkpoints
-from posjax.training.step import TrainState, init_state, make_optimizer
+from posjax.training.optimizer import make_optimizer
+from posjax.training.state import TrainState, init_state
 
 DATA_STATE = {"file": "a.py", "offset": 17, "shuffle": [3, 1, 2], "epoch": None}
 CONFIG = {"encoding": "cope", "dim": 8}

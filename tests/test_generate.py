@@ -22,7 +22,7 @@ from posjax.lab import run as runs
 from posjax.lab.config import load_config
 from posjax.models.transformer import Transformer, TransformerConfig, functional
 from posjax.training.checkpoints import Checkpoints
-from posjax.training.step import init_state
+from posjax.training.state import init_state
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,8 +12,11 @@ from suite import (
 import posjax as pj
 from posjax.lab.run import make_loss
 from posjax.models.transformer import Transformer, TransformerConfig, functional
-from posjax.parallel.mesh import jit_train_step, make_mesh
-from posjax.training.step import init_state, make_optimizer, make_train_step
+from posjax.parallel.mesh import make_mesh
+from posjax.parallel.steps import jit_train_step
+from posjax.training.optimizer import make_optimizer
+from posjax.training.state import init_state
+from posjax.training.step import make_train_step
 
 LENGTH, VOCABULARY = 160, 12
 

@@ -17,11 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posjax.parallel.mesh import jit_train_step, make_mesh, pmap_train_step
+from posjax.parallel.mesh import make_mesh
+from posjax.parallel.steps import jit_train_step, pmap_train_step
 from posjax.training import loop
 from posjax.training.checkpoints import CheckpointError, Checkpoints
 from posjax.training.loop import Interrupted, NonFiniteLoss, fit, forget_after
-from posjax.training.step import init_state, learning_rate_schedule, make_optimizer, make_train_step
+from posjax.training.optimizer import make_optimizer
+from posjax.training.schedule import learning_rate_schedule
+from posjax.training.state import init_state
+from posjax.training.step import make_train_step
 
 STEPS = 40
 

@@ -10,17 +10,14 @@ from posjax.encodings.spec import parse_encoding
 from posjax.lab.config import Config
 from posjax.lab.run import make_loss
 from posjax.models.transformer import Transformer, TransformerConfig, functional
-from posjax.parallel.mesh import SHARDED_RULES, jit_train_step, make_mesh
+from posjax.parallel.mesh import make_mesh
+from posjax.parallel.partition_rules import SHARDED_RULES
+from posjax.parallel.steps import jit_train_step
 from posjax.training.checkpoints import Checkpoints
-from posjax.training.step import (
-    decay_mask,
-    init_state,
-    learning_rate_schedule,
-    make_optimizer,
-    make_train_step,
-    matrix_mask,
-    orthogonalized,
-)
+from posjax.training.optimizer import decay_mask, make_optimizer, matrix_mask, orthogonalized
+from posjax.training.schedule import learning_rate_schedule
+from posjax.training.state import init_state
+from posjax.training.step import make_train_step
 
 # Leaves of the Transformer, and how each is cut into matrices; None: AdamW's. Of two layers, width 6, two heads of 4, one of keys.
 SHAPES = {

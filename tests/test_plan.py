@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from posjax import cli
-from posjax.compile import aot, plan, planning, roofline
+from posjax.cli import plan as planning
+from posjax.cli.plan import Planning
+from posjax.compile import aot, plan, roofline
 from posjax.compile.hlo import Collective, read_cost
-from posjax.compile.plan import Plan, make_plans
-from posjax.compile.planning import Planning, advice, candidates
+from posjax.compile.plan import Plan, advice, candidates, make_plans
 from posjax.compile.roofline import Chip, seconds_of
+from posjax.hardware import peak_flops
 from posjax.lab.config import Config
-from posjax.lab.flops import attention_flops, model_flops, peak_flops
+from posjax.lab.flops import attention_flops, model_flops
 from posjax.lab.run import abstract_step
 
 SMALL = """

@@ -14,9 +14,12 @@ from posjax.lab import run as runs
 from posjax.lab.config import Config
 from posjax.lab.evaluation import first_tokens, mean_loss, token_losses
 from posjax.lab.source import held_out, open_source, train_batches
-from posjax.parallel.mesh import jit_train_step, make_mesh, pmap_train_step
+from posjax.parallel.mesh import make_mesh
+from posjax.parallel.steps import jit_train_step, pmap_train_step
 from posjax.training.checkpoints import Checkpoints
-from posjax.training.step import init_state, make_optimizer, make_train_step
+from posjax.training.optimizer import make_optimizer
+from posjax.training.state import init_state
+from posjax.training.step import make_train_step
 
 WORDS = [*"abcdefgh=():", "return", "range", "print", "None", "True", "while"]
 

@@ -13,8 +13,12 @@ from posjax.lab.config import Config, load_config
 from posjax.lab.run import abstract_step, make_loss
 from posjax.lab.source import open_source, train_batches
 from posjax.models.transformer import Transformer, TransformerConfig, functional
-from posjax.parallel.mesh import SHARDED_RULES, abstract_train_step, jit_train_step, make_mesh, parse_mesh, shard_batch, shard_state
-from posjax.training.step import init_state, make_optimizer, make_train_step
+from posjax.parallel.mesh import make_mesh, parse_mesh, shard_batch
+from posjax.parallel.partition_rules import SHARDED_RULES, shard_state
+from posjax.parallel.steps import abstract_train_step, jit_train_step
+from posjax.training.optimizer import make_optimizer
+from posjax.training.state import init_state
+from posjax.training.step import make_train_step
 
 BATCH, LENGTH, WIDTH = 24, 20, 16
 MODEL = TransformerConfig(32, num_layers=2, embed_dim=WIDTH, num_heads=4, num_kv_heads=2, mlp_dim=48, activation="swiglu")

@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posjax.parallel.mesh import jit_train_step, make_mesh, pmap_train_step, shard_batch
-from posjax.training.step import decay_mask, init_state, learning_rate_schedule, make_optimizer, make_train_step
+from posjax.parallel.mesh import make_mesh, shard_batch
+from posjax.parallel.steps import jit_train_step, pmap_train_step
+from posjax.training.optimizer import decay_mask, make_optimizer
+from posjax.training.schedule import learning_rate_schedule
+from posjax.training.state import init_state
+from posjax.training.step import make_train_step
 
 
 def regression_loss(params, batch, key):

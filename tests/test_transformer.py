@@ -10,7 +10,8 @@ from flax import nnx
 from suite import quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
-from posjax.models.transformer import Transformer, TransformerConfig, cross_entropy, functional, z_loss
+from posjax.models.losses import cross_entropy, z_loss
+from posjax.models.transformer import Transformer, TransformerConfig, functional
 
 TINY = TransformerConfig(vocab_size=19, num_layers=2, embed_dim=16, num_heads=4, max_length=24)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 19, (2, 12)), jnp.int32)

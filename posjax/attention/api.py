@@ -11,13 +11,14 @@ import numpy as np
 from posjax.attention.backends import reference, xla_chunked
 from posjax.attention.backends.gpu import attention as gpu
 from posjax.attention.backends.gpu.blocks import GpuBlocks, check_gpu_blocks
-from posjax.attention.backends.parts import on_parts
 from posjax.attention.backends.ring import attention as ring
-from posjax.attention.backends.shards import Cut, find_cut
+from posjax.attention.backends.shards import Cut, find_cut, on_parts
 from posjax.attention.backends.tpu import attention as tpu
 from posjax.attention.backends.tpu.blocks import Blocks, check_blocks
-from posjax.core.bias import BiasTerm, Mask, rotated
-from posjax.core.encoding import AttentionInputs, PositionalEncoding, identity, is_traced
+from posjax.checks import is_traced
+from posjax.core.bias import BiasTerm, rotated
+from posjax.core.encoding import AttentionInputs, PositionalEncoding, identity
+from posjax.core.masks import Mask
 from posjax.typing import Array, Float, Params
 
 Implementation = Literal["xla", "xla_chunked", "pallas"]

@@ -22,7 +22,8 @@ import numpy as np
 
 from posjax.attention.api import Implementation, check_encoding, check_operands, prepare, run
 from posjax.attention.linear import LinearCache
-from posjax.core.encoding import Dims, PositionalEncoding, check_at_least, is_traced
+from posjax.checks import check_at_least, is_traced
+from posjax.core.encoding import Dims, PositionalEncoding
 from posjax.typing import Array, Float, Int, Params
 
 _EMPTY = 2**30  # position of a slot not yet written: past every query, so that slots are in the order of positions

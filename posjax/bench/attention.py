@@ -25,7 +25,7 @@ import numpy as np
 import posjax
 from posjax.bench.contestants import Contestant, Prepared, counts, list_contestants, prepare
 from posjax.bench.oracle import members
-from posjax.core.encoding import check_at_least
+from posjax.checks import check_at_least
 from posjax.encodings.spec import parse_encoding
 
 Row = dict[str, Any]

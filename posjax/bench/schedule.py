@@ -23,9 +23,11 @@ from posjax.attention.backends.gpu.blocks import GpuBlocks
 from posjax.attention.backends.tpu.blocks import Blocks
 from posjax.bench import results
 from posjax.bench.attention import Row, make_folder, show_progress, versions
+from posjax.checks import check_at_least
 from posjax.compile import aot
-from posjax.core.encoding import Dims, check_at_least
+from posjax.core.encoding import Dims
 from posjax.encodings.spec import parse_encoding
+from posjax.hardware import GENERATIONS
 
 FILES = ("schedule.json", "schedule.md")
 _DEFAULT_TILE = 128  # of splash's BlockSizes.get_default()
@@ -102,7 +104,7 @@ def run(config: ScheduleBench, quiet: bool = False) -> list[Row]:
       ValueError: a folder that cannot be written.
     """
     out = make_folder(config.out)
-    chips = {name: dataclasses.asdict(aot.GENERATIONS[name]) for name in config.generations}
+    chips = {name: dataclasses.asdict(GENERATIONS[name]) for name in config.generations}
     wanted = _contestants(config)
     together: dict[tuple[str, str], list[int]] = {}  # both passes of an encoding in one process; all of splash
     for n, (about, _) in enumerate(wanted):
@@ -115,7 +117,7 @@ def run(config: ScheduleBench, quiet: bool = False) -> list[Row]:
                 kind, encoding = wanted[numbers[0]][0]["kind"], wanted[numbers[0]][0]["encoding"]
                 label = f"{name}: {encoding if kind == 'posjax' else kind}"
                 progress(label, number * len(together) + part, len(config.generations) * len(together))
-                reports = aot.compile_all([wanted[n][1] for n in numbers], aot.GENERATIONS[name].topology)
+                reports = aot.compile_all([wanted[n][1] for n in numbers], GENERATIONS[name].topology)
                 found |= {n: _row(config, name, wanted[n][0], report) for n, report in zip(numbers, reports, strict=True)}
                 rows = before + [found[n] for n in sorted(found)]
                 _write(rows, config, chips, out)
@@ -286,7 +288,7 @@ def _roofline(
     if products is None:
         return None
     products = 5 if fused and "dkv" in name else products
-    chip = aot.GENERATIONS[generation]
+    chip = GENERATIONS[generation]
     queries, keys = tile
     rows = range(0, config.seq_len, queries)
     tiles = config.batch * config.heads * sum(math.ceil(min(row + queries, config.seq_len) / keys) for row in rows)

@@ -32,7 +32,7 @@ from posjax.bench import inputs, results
 from posjax.bench.attention import Row, make_folder, show_progress, versions
 from posjax.bench.contestants import Prepared, counts
 from posjax.bench.gpu_machine import LATE, Clock, check_gpu, hardware, milliseconds, reason, side_by_side
-from posjax.core.encoding import check_at_least
+from posjax.checks import check_at_least
 from posjax.encodings.spec import parse_encoding
 
 FILES = ("gpu_blocks.json", "tune.json")

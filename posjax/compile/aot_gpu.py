@@ -14,57 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from posjax.hardware import GPUS, Gpu
+
 TRITON = "__gpu$xla.gpu.triton"  # the custom call that a Pallas-Triton kernel is
 MOSAIC = "mosaic_gpu"  # and what the name of a Mosaic kernel's begins with
 
 
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """A kind of GPU.
-
-    Attributes:
-      device_kind: as jax calls it.
-      capability: compute capability.
-      arch: as ptxas calls it.
-      processors: streaming multiprocessors.
-      shared: bytes of shared memory of one of them, and of a block at most.
-      memory: bytes.
-      bandwidth: bytes a second.
-      l2: bytes of level 2 cache.
-      clock: GHz.
-      flops: peak bfloat16 operations a second, dense.
-      link: bytes a second to the other GPUs of a host, one way.
-    """
-
-    device_kind: str
-    capability: tuple[int, int]
-    arch: str
-    processors: int
-    shared: tuple[int, int]
-    memory: int
-    bandwidth: float
-    l2: int
-    clock: float
-    flops: float
-    link: float
-
-
-_GIB = 2**30
-NETWORK = 50e9  # bytes a second from a GPU to other hosts, through a port of 400 Gb/s of its own
-# From NVIDIA's data sheets and the CUDA programming guide's table of capabilities.
-GPUS = {
-    "a100": Gpu(
-        "NVIDIA A100-SXM4-80GB", (8, 0), "sm_80", 108, (167936, 166912), 80 * _GIB, 2039e9, 40 * 2**20, 1.41, 312e12, 300e9
-    ),
-    "rtx4090": Gpu(
-        "NVIDIA GeForce RTX 4090", (8, 9), "sm_89", 128, (102400, 101376), 24 * _GIB, 1008e9, 72 * 2**20, 2.52, 165e12, 32e9
-    ),
-    "h100": Gpu(
-        "NVIDIA H100 80GB HBM3", (9, 0), "sm_90a", 132, (233472, 232448), 80 * _GIB, 3350e9, 50 * 2**20, 1.98, 989e12, 450e9
-    ),
-    "h200": Gpu("NVIDIA H200", (9, 0), "sm_90a", 132, (233472, 232448), 141 * _GIB, 4800e9, 50 * 2**20, 1.98, 989e12, 450e9),
-    "b200": Gpu("NVIDIA B200", (10, 0), "sm_100a", 148, (233472, 232448), 180 * _GIB, 8000e9, 126 * 2**20, 1.97, 2250e12, 900e9),
-}
 
 _DESCRIPTION = """
 gpu_device_info {{

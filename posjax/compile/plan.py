@@ -10,12 +10,13 @@ attention does is counted by its products of matrices alone; what CoPE's countin
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,72 @@ def _bytes_asked_for(failure: str, arguments: int) -> int | None:
         return None
     size = int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]])
     return size if alone else max(0, size - arguments)
+
+
+# What to change ----------------------------------------------------------------------------------------------------------
+
+
+REMATS = ("none", "attention", "full")
+
+
+def advice(plan: Plan, config: Config) -> list[str]:
+    """What makes a plan smaller that does not fit, what helps most first; flags as ``posjax`` takes them."""
+    mesh, memory = plan.mesh, plan.memory
+    gradients = min(memory.get("parameters", 0), memory.get("activations", 0))  # stand among the activations
+    state = sum(memory.get(name, 0) for name in ("parameters", "optimizer", "average")) + gradients
+    activations = memory.get("activations", 0) - gradients
+    rows = config.batch_size // (mesh["data"] * mesh["fsdp"]) // config.accumulate_steps
+    of_activations, of_state = [], []
+    if plan.remat != "full":
+        of_activations.append("--remat full keeps the input of each layer alone and computes the rest again")
+    if rows > 1:
+        room = max(plan.capacity - state, 1)
+        parts = next((n for n in range(2, rows + 1) if rows % n == 0 and activations / n <= room), rows)
+        fewer = f"has {rows // parts} of a device's {rows} sequences in memory at a time"
+        of_activations.append(f"--accumulate_steps {parts * config.accumulate_steps} {fewer}")
+    elif config.seq_length % (4 * mesh["context"]) == 0:
+        wider = mesh | {"context": 2 * mesh["context"]}
+        narrower = next((axis for axis in ("data", "fsdp") if wider[axis] % 2 == 0), None)
+        if narrower:
+            wider[narrower] //= 2
+            of_activations.append(f"--mesh {mesh_flag(wider)} cuts each sequence over {wider['context']} devices")
+    if mesh["data"] > 1:
+        whole = mesh | {"data": 1, "fsdp": mesh["fsdp"] * mesh["data"]}
+        of_state.append(f"--mesh {mesh_flag(whole)} cuts the state over all devices, not over {mesh['fsdp'] * mesh['context']}")
+    kv_heads = config.num_kv_heads or config.num_heads
+    if mesh["tensor"] < 8 and kv_heads % (2 * mesh["tensor"]) == 0 and mesh["fsdp"] % 2 == 0:
+        cut = mesh | {"tensor": 2 * mesh["tensor"], "fsdp": mesh["fsdp"] // 2}
+        of_activations.append(f"--mesh {mesh_flag(cut)} cuts heads, MLP and logits over {cut['tensor']} devices")
+    first, second = (of_state, of_activations) if state > 0.5 * plan.used else (of_activations, of_state)
+    return [*first, *second, "a topology with more devices"]
+
+
+def mesh_flag(mesh: Mapping[str, int]) -> str:
+    """A mesh as --mesh takes it."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "data=1"
+
+
+def candidates(config: Config, devices: int, limit: int = 6) -> Iterator[dict[str, Any]]:
+    """Meshes and remat policies worth compiling, the likeliest first.
+
+    Rows are whole, heads are whole, a sequence is cut no finer than 256 tokens. Where there are rows for all devices neither
+    sequences nor heads are cut at first; each mesh comes with less recomputation before more.
+    """
+    kv_heads = config.num_kv_heads or config.num_heads
+    found = []
+    powers = [2**n for n in range(devices.bit_length()) if devices % 2**n == 0]
+    for tensor, context, data in itertools.product(powers, powers, powers):
+        if devices % (tensor * context * data):
+            continue
+        fsdp = devices // (tensor * context * data)
+        if kv_heads % tensor or tensor > 8 or config.batch_size % (data * fsdp * config.accumulate_steps):
+            continue
+        if context > 1 and (config.seq_length % (2 * context) or config.seq_length // context < 256):
+            continue
+        found.append(dict(data=data, fsdp=fsdp, context=context, tensor=tensor))
+    # Fewest devices to a sequence first, and then the widest cut of the state that still has parts of 16 rows, a tile of bfloat16.
+    narrow = config.embed_dim / 16
+    found.sort(key=lambda m: (m["context"] * m["tensor"], m["context"], m["fsdp"] > narrow, -m["fsdp"]))
+    for mesh in found[: math.ceil(limit / len(REMATS))]:
+        for remat in REMATS:
+            yield dict(mesh=mesh_flag(mesh), remat=remat)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from posjax.compile import aot, aot_gpu
 from posjax.compile.hlo import Collective
+from posjax.hardware import NETWORK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Chip:
 def chip_of(topology: str, cores: int) -> Chip:
     """The chip of a topology, of which a device of jax has that many TensorCores."""
     if (gpu := aot_gpu.gpu_of(topology)) is not None:
-        return Chip(gpu.memory, gpu.flops, gpu.bandwidth, gpu.link, aot_gpu.NETWORK)
+        return Chip(gpu.memory, gpu.flops, gpu.bandwidth, gpu.link, NETWORK)
     g = aot.generation_of(topology)
     return Chip(g.memory * cores, g.flops * cores, g.bandwidth * cores, g.torus * cores / g.cores)
 

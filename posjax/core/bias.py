@@ -160,57 +160,6 @@ class _PositionFunction:
         return self.function(query_positions, key_positions, tables), carry
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """Which pairs of query and key may meet.
-
-    Attributes:
-      boolean: [B or 1, N or 1, T or 1, S or 1], True where allowed; None allows all.
-      query_segments, key_segments: [B, T] and [B, S] integers; only equal segments meet.
-      is_causal: a key's position must not be past the query's.
-      window: (left, right); a key's position lies in [query - left, query + right]. None on a side is no limit.
-    """
-
-    boolean: Array | None = None
-    query_segments: Array | None = None
-    key_segments: Array | None = None
-    is_causal: bool = dataclasses.field(default=False, metadata={"static": True})
-    window: tuple[int | None, int | None] = dataclasses.field(default=(None, None), metadata={"static": True})
-
-    def cut(self, row_start: Any, row_size: int, column_start: Any, column_size: int) -> "Mask":
-        """The same mask, seen from one tile."""
-
-        def along(x: Array | None, axis: int, start: Any, size: int) -> Array | None:
-            if x is None or x.shape[axis] == 1:
-                return x
-            return jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
-
-        return dataclasses.replace(
-            self,
-            boolean=along(along(self.boolean, 2, row_start, row_size), 3, column_start, column_size),
-            query_segments=along(self.query_segments, 1, row_start, row_size),
-            key_segments=along(self.key_segments, 1, column_start, column_size),
-        )
-
-    def allowed(self, query_positions: Int[Array, "_ t"], key_positions: Int[Array, "_ s"]) -> Bool[Array, "_ _ t s"]:
-        """The tile of booleans at those positions, [B or 1, N or 1, t, s]. The mask must have been cut to the tile."""
-        distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
-        allowed = jnp.ones(distance.shape, bool)
-        left, right = self.window
-        if self.is_causal:
-            allowed &= distance >= 0
-        if left is not None:
-            allowed &= distance <= left
-        if right is not None:
-            allowed &= distance >= -right
-        if self.query_segments is not None and self.key_segments is not None:
-            allowed &= self.query_segments[:, None, :, None] == self.key_segments[:, None, None, :]
-        if self.boolean is not None:
-            allowed = allowed & self.boolean
-        return allowed
-
-
 Pairing = Literal["half", "interleaved"]
 
 

@@ -8,15 +8,13 @@ An encoding may act at four places, and most act at one:
 """
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from posjax.checks import check_at_least
 from posjax.core.bias import BiasTerm, Rotation
 from posjax.typing import Array, Float, Params
 
@@ -147,81 +145,6 @@ def identity() -> PositionalEncoding:
     return PositionalEncoding(name="identity")
 
 
-def chain(*encodings: PositionalEncoding) -> PositionalEncoding:
-    """Several encodings at once: embeddings and rotations in their order, biases summed.
-
-    In ``chain(rope(), cope(64))`` the gates see the logits after rotation and the position embeddings meet the query before it.
-
-    Args:
-      *encodings: at least one. ``init`` returns {name: params} for the members that learn something; a second member of the
-        same name is called name_1, and so on.
-
-    Raises:
-      ValueError: no encoding given.
-      TypeError: an argument is not a PositionalEncoding.
-    """
-    if not encodings:
-        raise ValueError("chain needs at least one encoding, got none; identity() is the empty encoding")
-    for encoding in encodings:
-        if not isinstance(encoding, PositionalEncoding):
-            raise TypeError(f"chain takes PositionalEncoding values, got {encoding!r}; call the function: chain(rope(), cope(64))")
-    members: dict[str, PositionalEncoding] = {}
-    for encoding in encodings:
-        name, repeat = encoding.name, 0
-        while name in members:
-            repeat += 1
-            name = f"{encoding.name}_{repeat}"
-        members[name] = encoding
-
-    def part(params: Params, name: str) -> Params:
-        return (params or {}).get(name, {})
-
-    def init(key: Array, dims: Dims) -> Params:
-        keys = jax.random.split(key, len(members))
-        made = {name: member.init(k, dims) for k, (name, member) in zip(keys, members.items(), strict=True)}
-        return {name: params for name, params in made.items() if params}
-
-    def embed(params: Params, x: Array, positions: Array) -> Array:
-        for name, member in members.items():
-            x = member.embed(part(params, name), x, positions)
-        return x
-
-    def condition(params: Params, hidden: Array) -> Params:
-        made = {name: member.condition(part(params, name), hidden) for name, member in members.items()}
-        return {name: value for name, value in made.items() if value}
-
-    def rotate(params: Params, query: Array, key: Array, inputs: AttentionInputs) -> tuple[Array, Array]:
-        for name, member in members.items():
-            query, key = member.rotate(part(params, name), query, key, inputs)
-        return query, key
-
-    turning = {name: member for name, member in members.items() if member.turns}
-
-    def rotation(params: Params, inputs: AttentionInputs) -> Rotation:
-        ((name, member),) = turning.items()
-        return member.rotation(part(params, name), inputs)
-
-    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        return tuple(term for name, member in members.items() for term in member.bias(part(params, name), inputs))
-
-    def max_length(dims: Dims) -> int | None:
-        limits = [limit for member in members.values() if (limit := member.max_length(dims)) is not None]
-        return min(limits, default=None)
-
-    return PositionalEncoding(
-        name="+".join(encoding.name for encoding in encodings),
-        init=init,
-        embed=embed,
-        condition=condition,
-        rotate=rotate if turning else _no_rotation,
-        rotation=rotation if [member.rotation is not None for member in turning.values()] == [True] else None,
-        bias=bias,
-        per_layer={name: member.per_layer for name, member in members.items()},
-        max_length=max_length,
-        is_contextual=any(member.is_contextual for member in members.values()),
-    )
-
-
 def leaf(params: Params, name: str, encoding: str, shape: tuple[int | None, ...] | None = None) -> Array:
     """params[name], or an error that says where it comes from. ``shape``: what it must have, None for an axis of any length."""
     if not params or name not in params:
@@ -234,36 +157,9 @@ def leaf(params: Params, name: str, encoding: str, shape: tuple[int | None, ...]
     return found
 
 
-def check_at_least(name: str, value: Any, least: int) -> None:
-    """Raises ValueError where a size is not an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
 # Settings: numbers of an encoding that change no shapes, so that one compiled program serves many values of them -------
-
-
-def is_traced(value: Any) -> bool:
-    """Whether a value is not known before the program runs: an argument of a function under jit, vmap or grad."""
-    return isinstance(value, jax.core.Tracer)
 
 
 def setting(value: Array | float | int) -> Float[Array, ""]:
     """A setting as a float32 scalar with gradient zero: some kernels have no gradient in it, so none has."""
     return jax.lax.stop_gradient(jnp.asarray(value, jnp.float32))
-
-
-def check_finite(name: str, value: Any) -> None:
-    """Raises ValueError where a setting is not one finite number. What is traced is known by its shape alone."""
-    is_number = isinstance(value, numbers.Real | jax.Array) and not isinstance(value, bool) and np.shape(value) == ()
-    if not is_number or not (is_traced(value) or math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number, or a traced scalar, got {value!r}")
-
-
-def check_positive(name: str, value: Any, hint: str) -> None:
-    """Raises ValueError where a setting is not one positive number. What is traced is known by its shape alone."""
-    if np.shape(value) != ():
-        raise ValueError(f"{name} must be one number, or a traced scalar, got shape {np.shape(value)}; {hint}")
-    # NumPy, because even on a known array a jax operation inside jit gives a value that is not.
-    if not is_traced(value) and not np.asarray(value) > 0:
-        raise ValueError(f"{name} must be positive, got {value!r}; {hint}")

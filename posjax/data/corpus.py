@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from posjax.data.sources import CORPORA, TOKENIZERS, Text, near, open_source
+from posjax.checks import near
+from posjax.data.sources import CORPORA, TOKENIZERS, Text, open_source
 
 NUM_BYTES = 256
 NUM_SPECIAL = 2  # beginning of a document (and [CLS]), [MASK]

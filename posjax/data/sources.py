@@ -4,13 +4,13 @@
 """
 
 import contextlib
-import difflib
 import io
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from posjax.checks import near
 from posjax.data.files import VALIDATION_SHARE, list_files, read_file, validation_paths
 
 SPLITS = ("train", "validation")
@@ -27,11 +27,6 @@ class Text:
 
     def has_split(self, split: str) -> bool:
         return split.partition("[")[0] in self.splits if self.key.startswith("tfds:") else split in self.splits
-
-
-def near(word: str, candidates) -> str:
-    close = difflib.get_close_matches(str(word), list(candidates), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def open_source(source: str, cache: Path, tfds_dir: Path | None) -> Text:

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.core.encoding import Dims, PositionalEncoding, check_at_least, check_positive, is_traced, leaf
+from posjax.checks import check_at_least, check_positive, is_traced
+from posjax.core.encoding import Dims, PositionalEncoding, leaf
 from posjax.encodings.phases import angles, geometric_frequencies
 from posjax.typing import Array, Params
 

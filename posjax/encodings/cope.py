@@ -16,8 +16,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from posjax.checks import check_at_least, check_finite, is_traced
 from posjax.core.bias import BiasTerm, Interpolation, Tile
-from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, check_at_least, check_finite, is_traced, leaf, setting
+from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, leaf, setting
 from posjax.encodings.relative import check_slope, slopes_of_heads
 from posjax.typing import Array, Float, Params
 

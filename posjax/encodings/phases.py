@@ -5,7 +5,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.core.encoding import is_traced, setting
+from posjax.checks import is_traced
+from posjax.core.encoding import setting
 from posjax.typing import Array, Float
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from posjax.checks import check_at_least, check_positive
 from posjax.core.bias import BiasTerm, Lookup, Penalty, position_bias
-from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, check_at_least, check_positive, leaf, setting
+from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, leaf, setting
 from posjax.typing import Array, Float, Int, Params
 
 

@@ -17,7 +17,8 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from posjax.core.encoding import PositionalEncoding, chain, identity
+from posjax.core.chain import chain
+from posjax.core.encoding import PositionalEncoding, identity
 from posjax.encodings.absolute import learned, sinusoidal
 from posjax.encodings.cope import cope, cope_alibi, cope_mlp
 from posjax.encodings.relative import alibi, t5

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.core.encoding import check_at_least
+from posjax.checks import check_at_least
 from posjax.inference.sampling import PLAIN, Sampling, sample
 from posjax.models.transformer import Transformer
 from posjax.typing import Array, Params

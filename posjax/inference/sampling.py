@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from posjax.core.encoding import check_at_least
+from posjax.checks import check_at_least
 from posjax.typing import Array, Float, Int
 
 

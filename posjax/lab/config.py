@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 
-from posjax.core.encoding import check_at_least
+from posjax.checks import check_at_least
 from posjax.models.transformer import TransformerConfig
 from posjax.parallel.mesh import parse_mesh
 

@@ -15,8 +15,9 @@ from posjax.core.encoding import PositionalEncoding
 from posjax.lab import probes
 from posjax.lab.config import Config
 from posjax.lab.source import Source, held_out, test_rows
-from posjax.models.transformer import Transformer, cross_entropy
-from posjax.parallel.mesh import jit_for_all
+from posjax.models.losses import cross_entropy
+from posjax.models.transformer import Transformer
+from posjax.parallel.steps import jit_for_all
 from posjax.typing import Array, Params
 
 # What a task is measured by: its name in results, and the words for tables and axes.

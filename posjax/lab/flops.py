@@ -1,8 +1,6 @@
 """Operations of a training step, and what a device could do at most: their quotient is the MFU of a run."""
 
-from typing import Any
 
-from posjax.compile import aot, aot_gpu
 from posjax.lab.config import Config
 
 
@@ -22,14 +20,3 @@ def model_flops(config: Config, parameters: int) -> float:
     is in one where it makes the logits.
     """
     return 6.0 * parameters * config.batch_size * config.seq_length + 3.0 * attention_flops(config)
-
-
-# As jax calls TPUs, of which a device is one chip, or a core of one where a chip is two devices.
-_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
-
-
-def peak_flops(device: Any) -> float | None:
-    """Peak bfloat16 operations a second of a device of jax, from its data sheet; None where that is not known, as of a CPU."""
-    if device.device_kind in _KINDS:
-        return aot.GENERATIONS[_KINDS[device.device_kind]].flops * getattr(device, "num_cores", 1)
-    return next((gpu.flops for gpu in aot_gpu.GPUS.values() if gpu.device_kind == device.device_kind), None)

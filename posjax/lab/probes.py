@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.attention.backends.reference import whole_tile
-from posjax.core.bias import Mask, Tile
-from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, check_at_least
+from posjax.checks import check_at_least
+from posjax.core.bias import Tile
+from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding
+from posjax.core.masks import Mask
 from posjax.encodings.cope import gates_and_positions
 from posjax.encodings.rotary import decay_bound
 from posjax.typing import Array, Float, Int, Params

@@ -1,19 +1,19 @@
 """Text in, text out: the prompts of ``posjax generate`` as tokens, and tokens as text while they come."""
 
-import codecs
 import contextlib
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from posjax.core.encoding import check_at_least
+from posjax.checks import check_at_least
 from posjax.encodings.spec import parse_encoding, slug
 from posjax.inference.generation import stream
 from posjax.inference.sampling import Sampling
+from posjax.inference.text import TextRow
 from posjax.lab import run as runs
 from posjax.lab.config import Config, claim_workdir
 from posjax.lab.source import Source, open_source
@@ -179,37 +179,3 @@ def token_bytes(source: Source) -> Callable[[int], bytes]:
     byte_of = {chr(b): b for b in printable}
     byte_of |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
     return lambda token: special[token] if token in special else bytes(byte_of[c] for c in tokenizer.id_to_token(token))
-
-
-class TextRow:
-    """The text of one row of tokens while they come. Held back: half a character, and what may be the beginning of a stop text.
-
-    Args:
-      bytes_of: of a token.
-      stops: texts that end the row; the first to come ends it, and is left out.
-    """
-
-    def __init__(self, bytes_of: Callable[[int], bytes], stops: Sequence[str] = ()):
-        self.ended = False
-        self._bytes_of, self._stops = bytes_of, tuple(stops)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
-
-    def add(self, token: int) -> str:
-        """What can be shown now that this token has come."""
-        return self._show(self._decoder.decode(self._bytes_of(token)), last=False)
-
-    def end(self) -> str:
-        """What was still held back."""
-        return self._show(self._decoder.decode(b"", True), last=True)
-
-    def _show(self, new: str, last: bool) -> str:
-        if self.ended:
-            return ""
-        text = self._held + new
-        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        self.ended = last or bool(found)
-        begun = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        cut = min(found) if found else len(text) if last else len(text) - begun
-        self._held = text[cut:]
-        return text[:cut]

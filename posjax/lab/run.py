@@ -19,25 +19,17 @@ from posjax.lab.config import Config, load_config
 from posjax.lab.evaluation import evaluate, first_tokens, mean_loss, token_losses
 from posjax.lab.flops import model_flops
 from posjax.lab.source import Source, held_out, open_source, train_batches
-from posjax.models.transformer import Transformer, cross_entropy, functional, z_loss
-from posjax.parallel.mesh import (
-    PARTITION_RULES,
-    ROWS,
-    SHARDED_RULES,
-    Rules,
-    abstract_train_step,
-    jit_for_all,
-    jit_train_step,
-    make_mesh,
-    parse_mesh,
-    pmap_train_step,
-    row_share,
-    shard_state,
-    state_shardings,
-)
+from posjax.models.losses import cross_entropy, z_loss
+from posjax.models.transformer import Transformer, functional
+from posjax.parallel.mesh import ROWS, make_mesh, parse_mesh, row_share
+from posjax.parallel.partition_rules import PARTITION_RULES, SHARDED_RULES, Rules, shard_state, state_shardings
+from posjax.parallel.steps import abstract_train_step, jit_for_all, jit_train_step, pmap_train_step
 from posjax.training.checkpoints import CheckpointError, Checkpoints
 from posjax.training.loop import fit
-from posjax.training.step import TrainState, init_state, learning_rate_schedule, make_optimizer, make_train_step
+from posjax.training.optimizer import make_optimizer
+from posjax.training.schedule import learning_rate_schedule
+from posjax.training.state import TrainState, init_state
+from posjax.training.step import make_train_step
 from posjax.typing import Array, Params
 
 

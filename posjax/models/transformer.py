@@ -21,8 +21,10 @@ from posjax.attention import kv_cache
 from posjax.attention.api import attention
 from posjax.attention.backends.xla_chunked import SAVED
 from posjax.attention.linear import LinearCache, linear_attend, linear_attention
-from posjax.core.encoding import Dims, PositionalEncoding, check_at_least
-from posjax.parallel.mesh import in_rows, mesh_of, put_together
+from posjax.checks import check_at_least
+from posjax.core.encoding import Dims, PositionalEncoding
+from posjax.parallel.gather import in_rows, put_together
+from posjax.parallel.mesh import mesh_of
 from posjax.typing import Array, Float, Int, Params
 
 
@@ -481,21 +483,6 @@ def functional(model: nnx.Module) -> tuple[Callable[[Params], nnx.Module], Param
         return nnx.merge(graph, filled)
 
     return with_params, nnx.to_pure_dict(state)
-
-
-def cross_entropy(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], weights: Float[Array, "B T"]
-) -> tuple[Float[Array, "B T"], Float[Array, ""], Float[Array, ""]]:
-    """Loss of every token in nats [B, T] (zero where its weight is), its weighted sum, and the sum of the weights."""
-    logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    losses = (jax.nn.logsumexp(logits, axis=-1) - chosen) * weights
-    return losses, losses.sum(), weights.sum()
-
-
-def z_loss(logits: Float[Array, "B T V"], weights: Float[Array, "B T"]) -> Float[Array, ""]:
-    """Weighted sum of logsumexp(logits)^2, which keeps softmax near exp(logits) (PaLM, arXiv:2204.02311, section 5)."""
-    return (jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) ** 2 * weights).sum()
 
 
 def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from posjax.lab.flops import peak_flops
+from posjax.hardware import peak_flops
 from posjax.parallel.distributed import RESTART, Agreement, loss_told
 from posjax.training.checkpoints import Checkpoints
 

@@ -6,7 +6,8 @@ scores = scale * q.k + bias;  scores = cap * tanh(scores / cap);  weights = soft
 import jax
 import jax.numpy as jnp
 
-from posjax.core.bias import BiasTerm, Mask, Tile
+from posjax.core.bias import BiasTerm, Tile
+from posjax.core.masks import Mask
 from posjax.typing import Array, Float, Int
 
 _NEVER = -1e30  # a finite stand-in for minus infinity: a row with no allowed key stays free of NaN, in its gradient too

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from posjax.core.bias import BiasTerm, Mask, Tile
+from posjax.core.bias import BiasTerm, Tile
+from posjax.core.masks import Mask
 from posjax.typing import Array, Float, Int
 
 # Large enough for matrix products to run at full speed on a CPU, small enough for rows to settle early and to fit its cache.

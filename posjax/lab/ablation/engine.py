@@ -20,7 +20,8 @@ from posjax.lab.ablation.sweeps import Group
 from posjax.lab.evaluation import EvalSet, score
 from posjax.lab.run import abstract_model, build_model, make_loss, optimizer_of
 from posjax.lab.source import Source, batch_key, on_device
-from posjax.training.step import TrainState, init_state, make_train_step
+from posjax.training.state import TrainState, init_state
+from posjax.training.step import make_train_step
 from posjax.typing import Array, Params
 
 _SHARE_OF_MEMORY = 0.9  # of a device, that the runs which it makes at once may take

@@ -19,8 +19,8 @@ from posjax.attention.backends.gpu import triton
 from posjax.attention.backends.gpu.blocks import LEAST, LOWERINGS, GpuBlocks, blocks_for, capability, mosaic_refusal
 from posjax.attention.backends.gpu.plan import Operands, Plan, visits
 from posjax.attention.backends.shards import Cut, exact, find_cut, per_shard
-from posjax.core.bias import BiasTerm, Interpolation, Lookup, Mask, Penalty
-from posjax.core.masks import Rules, with_padding
+from posjax.core.bias import BiasTerm, Interpolation, Lookup, Penalty
+from posjax.core.masks import Mask, Rules, with_padding
 from posjax.typing import Array, Float, Int
 
 _log = logging.getLogger(__package__)

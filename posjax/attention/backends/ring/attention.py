@@ -42,14 +42,14 @@ from jax.sharding import AxisType
 
 from posjax.attention.backends import xla_chunked
 from posjax.attention.backends.gpu import attention as gpu
-from posjax.attention.backends.parts import on_parts
 from posjax.attention.backends.ring import gpu as ring_gpu
 from posjax.attention.backends.ring import tpu as ring_tpu
 from posjax.attention.backends.ring import xla_chunked as ring_tiled
-from posjax.attention.backends.shards import Cut, find_cut
+from posjax.attention.backends.shards import Cut, find_cut, on_parts
 from posjax.attention.backends.tpu import attention as tpu
 from posjax.attention.backends.xla_chunked import NOTHING, SAVED
-from posjax.core.bias import BiasTerm, Mask, Rotation, apply_rotation, rotated
+from posjax.core.bias import BiasTerm, Rotation, apply_rotation, rotated
+from posjax.core.masks import Mask
 from posjax.typing import Array, Float, Int
 
 CONTEXT_AXES = ("context", "sequence", "seq", "cp", "sp")  # names of a mesh's axis that cuts sequences, where it is automatic

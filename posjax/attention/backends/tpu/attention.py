@@ -20,8 +20,8 @@ from posjax.attention.backends.tpu.forward import forward
 from posjax.attention.backends.tpu.step import Operands, Plan
 from posjax.attention.backends.tpu.tiles import LANES, SUBLANES, Counting
 from posjax.attention.backends.tpu.vmem import SMEM, needed, scalars, smaller
-from posjax.core.bias import BiasTerm, Interpolation, Lookup, Mask, Penalty, Rotation, apply_rotation
-from posjax.core.masks import Rules, with_padding
+from posjax.core.bias import BiasTerm, Interpolation, Lookup, Penalty, Rotation, apply_rotation
+from posjax.core.masks import Mask, Rules, with_padding
 from posjax.typing import Array, Float, Int
 
 BLOCKS = Blocks  # what ``block_sizes`` of this kernel are

@@ -46,7 +46,7 @@ class Chip:
     """A TPU generation.
 
     Attributes:
-      name: as in ``posjax.compile.aot.GENERATIONS``.
+      name: as in ``posjax.hardware.GENERATIONS``.
       vmem: bytes of VMEM that a kernel may take.
       gathers: registers are looked up along sublanes in one operation.
       sizes: for bfloat16 and heads of 128 channels.

@@ -1,90 +1,21 @@
-"""posjax plan: plans of a configuration as tables, what to change where one does not fit, and a search among meshes."""
+"""posjax plan: plans of a configuration as tables, and what to change where one does not fit."""
 
 import dataclasses
-import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 
 from posjax.bench.results import print_table
+from posjax.cli.common import parse
 from posjax.compile import aot, aot_gpu
-from posjax.compile.plan import Plan, make_plans
-from posjax.lab.config import Config
+from posjax.compile.plan import Plan, advice, candidates, make_plans, mesh_flag
+from posjax.lab.config import Config, load_config
 
-REMATS = ("none", "attention", "full")
 _GIB = 2**30
-
-
-# What to change ----------------------------------------------------------------------------------------------------------
-
-
-def advice(plan: Plan, config: Config) -> list[str]:
-    """What makes a plan smaller that does not fit, what helps most first; flags as ``posjax`` takes them."""
-    mesh, memory = plan.mesh, plan.memory
-    gradients = min(memory.get("parameters", 0), memory.get("activations", 0))  # stand among the activations
-    state = sum(memory.get(name, 0) for name in ("parameters", "optimizer", "average")) + gradients
-    activations = memory.get("activations", 0) - gradients
-    rows = config.batch_size // (mesh["data"] * mesh["fsdp"]) // config.accumulate_steps
-    of_activations, of_state = [], []
-    if plan.remat != "full":
-        of_activations.append("--remat full keeps the input of each layer alone and computes the rest again")
-    if rows > 1:
-        room = max(plan.capacity - state, 1)
-        parts = next((n for n in range(2, rows + 1) if rows % n == 0 and activations / n <= room), rows)
-        fewer = f"has {rows // parts} of a device's {rows} sequences in memory at a time"
-        of_activations.append(f"--accumulate_steps {parts * config.accumulate_steps} {fewer}")
-    elif config.seq_length % (4 * mesh["context"]) == 0:
-        wider = mesh | {"context": 2 * mesh["context"]}
-        narrower = next((axis for axis in ("data", "fsdp") if wider[axis] % 2 == 0), None)
-        if narrower:
-            wider[narrower] //= 2
-            of_activations.append(f"--mesh {_flag(wider)} cuts each sequence over {wider['context']} devices")
-    if mesh["data"] > 1:
-        whole = mesh | {"data": 1, "fsdp": mesh["fsdp"] * mesh["data"]}
-        of_state.append(f"--mesh {_flag(whole)} cuts the state over all devices, not over {mesh['fsdp'] * mesh['context']}")
-    kv_heads = config.num_kv_heads or config.num_heads
-    if mesh["tensor"] < 8 and kv_heads % (2 * mesh["tensor"]) == 0 and mesh["fsdp"] % 2 == 0:
-        cut = mesh | {"tensor": 2 * mesh["tensor"], "fsdp": mesh["fsdp"] // 2}
-        of_activations.append(f"--mesh {_flag(cut)} cuts heads, MLP and logits over {cut['tensor']} devices")
-    first, second = (of_state, of_activations) if state > 0.5 * plan.used else (of_activations, of_state)
-    return [*first, *second, "a topology with more devices"]
-
-
-def _flag(mesh: Mapping[str, int]) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "data=1"
-
-
-def candidates(config: Config, devices: int, limit: int = 6) -> Iterator[dict[str, Any]]:
-    """Meshes and remat policies worth compiling, the likeliest first.
-
-    Rows are whole, heads are whole, a sequence is cut no finer than 256 tokens. Where there are rows for all devices neither
-    sequences nor heads are cut at first; each mesh comes with less recomputation before more.
-    """
-    kv_heads = config.num_kv_heads or config.num_heads
-    found = []
-    powers = [2**n for n in range(devices.bit_length()) if devices % 2**n == 0]
-    for tensor, context, data in itertools.product(powers, powers, powers):
-        if devices % (tensor * context * data):
-            continue
-        fsdp = devices // (tensor * context * data)
-        if kv_heads % tensor or tensor > 8 or config.batch_size % (data * fsdp * config.accumulate_steps):
-            continue
-        if context > 1 and (config.seq_length % (2 * context) or config.seq_length // context < 256):
-            continue
-        found.append(dict(data=data, fsdp=fsdp, context=context, tensor=tensor))
-    # Fewest devices to a sequence first, and then the widest cut of the state that still has parts of 16 rows, a tile of bfloat16.
-    narrow = config.embed_dim / 16
-    found.sort(key=lambda m: (m["context"] * m["tensor"], m["context"], m["fsdp"] > narrow, -m["fsdp"]))
-    for mesh in found[: math.ceil(limit / len(REMATS))]:
-        for remat in REMATS:
-            yield dict(mesh=_flag(mesh), remat=remat)
-
-
-# The command -------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +39,14 @@ class Planning:
             aot.generation_of(self.topology)
         if self.candidates < 1:
             raise ValueError(f"candidates must be at least 1, got {self.candidates}")
+
+
+def plan(args: Sequence[str]) -> None:
+    """posjax plan: memory, collectives and the roofline of a step, compiled for chips that are not attached."""
+    planning, config = parse(args, Planning)
+    own = load_config(args[0])
+    changed = {f.name: v for f in dataclasses.fields(own) if (v := getattr(config, f.name)) != getattr(own, f.name)}
+    run(args[0], config, changed, planning)
 
 
 def run(path: str, config: Config, fields: Mapping[str, Any], planning: Planning) -> list[Plan]:
@@ -158,10 +97,10 @@ def _print_ranking(plans: Sequence[Plan]) -> None:
     for plan in plans:
         used = f"{plan.used / _GIB:.2f}"
         if plan.failed is not None:
-            lines.append([_flag(plan.mesh), plan.remat, used, "no", "", ""])
+            lines.append([mesh_flag(plan.mesh), plan.remat, used, "no", "", ""])
         else:
             verdict = "yes" if plan.fits else "no"
-            lines.append([_flag(plan.mesh), plan.remat, used, verdict, f"{plan.step:.3f}", f"{plan.mfu(plan.step):.0%}"])
+            lines.append([mesh_flag(plan.mesh), plan.remat, used, verdict, f"{plan.step:.3f}", f"{plan.mfu(plan.step):.0%}"])
     heads = ["mesh", "remat", "GiB of a device", "fits", "s a step", "MFU"]
     print_table(f"{plans[0].topology}: of {plans[0].capacity / _GIB:.0f} GiB, those that fit by their time", heads, lines, [])
 
