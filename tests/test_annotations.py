@@ -17,7 +17,8 @@ install_import_hook("posjax", "beartype.beartype")
 import jax, jax.numpy as jnp, numpy as np
 import pytest
 import posjax as pj
-from posjax.models.transformer import Transformer, TransformerConfig, cross_entropy, functional
+from posjax.models.transformer import Transformer, TransformerConfig, functional
+from posjax.models.losses import cross_entropy
 from flax import nnx
 
 with pytest.raises(Exception, match="encoding"):

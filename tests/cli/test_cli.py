@@ -29,7 +29,7 @@ from posjax.lab import config, prompting, source
 from posjax.lab import run as runs
 from posjax.training.checkpoints import Checkpoints
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30
 CONFIG = f"""
 from posjax.lab.config import Config

@@ -48,7 +48,7 @@ def finished(tmp_path_factory):
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "True")  # which cost more than they save
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, " ".join(refused), str(out)],
-            cwd=Path(__file__).resolve().parents[1],
+            cwd=Path(__file__).resolve().parents[2],
             capture_output=True,
             text=True,
             timeout=300,

@@ -24,7 +24,7 @@ from posjax.models.transformer import Transformer, TransformerConfig, functional
 from posjax.training.checkpoints import Checkpoints
 from posjax.training.state import init_state
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Sampling ------------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """What every kernel must do besides equal dense attention on random calls (test_kernels_properties.py does that).
 
 Lengths, terms that users write, which tiles are visited, types, transformations, memory, compilation. A kernel joins in suite.py.
-By hand: ``python tests/test_kernels.py 16384`` prints the errors against float64 at that length.
+By hand: ``PYTHONPATH=tests python tests/attention/backends/test_kernels.py 16384`` prints the errors against float64 there.
 """
 
 import functools

@@ -241,7 +241,7 @@ TOY = """
 
 
 def test_killed_at_any_moment_and_restarted(tmp_path, straight):
-    code = textwrap.dedent(TOY).format(root=str(Path(__file__).parents[1]), tests=str(Path(__file__).parent))
+    code = textwrap.dedent(TOY).format(root=str(Path(__file__).parents[2]), tests=str(Path(__file__).parent))
     rng, checkpoints, ends = np.random.default_rng(), Checkpoints(tmp_path / "checkpoints"), []
     for _ in range(2):
         at, delay = (checkpoints.newest_good() or 0) + int(rng.integers(1, 11)), float(rng.uniform(0, 0.06))

@@ -1,7 +1,7 @@
 """The TPU kernel, interpreted on the CPU, equals dense attention; what it refuses; which programs contain it.
 
 An interpreted kernel takes seconds to compile, one that counts 15 of them. So the tests that always run ask much of few programs;
-those marked ``thorough`` ask one thing each: ``pytest -m thorough --dist load tests/test_tpu.py``.
+those marked ``thorough`` ask one thing each: ``pytest -m thorough --dist load tests/attention/backends/test_tpu.py``.
 """
 
 import dataclasses

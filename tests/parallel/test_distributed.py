@@ -22,7 +22,7 @@ from posjax.parallel import distributed
 from posjax.parallel.mesh import AXES, make_mesh, row_share
 from posjax.training.checkpoints import CheckpointError, Checkpoints
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 20
 CONFIG = """
     from posjax.lab.config import Config
@@ -229,7 +229,8 @@ PAIR = """
     import jax, numpy as np
     from jax.sharding import Mesh
     from posjax.parallel import distributed as hosts
-    from posjax.parallel.mesh import AXES, jit_for_all, make_mesh, row_share, shard_batch
+    from posjax.parallel.mesh import AXES, make_mesh, row_share, shard_batch
+    from posjax.parallel.steps import jit_for_all
 
     hosts.join()
     index = jax.process_index()

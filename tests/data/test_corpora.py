@@ -16,7 +16,7 @@ from posjax.data import batches, load_corpus, unigram_bits_per_byte
 from posjax.data.files import validation_paths
 from posjax.data.stdlib_source import source_files, source_name, stdlib_root
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("tokens", "targets", "weights", "segment_ids", "positions")
 
 

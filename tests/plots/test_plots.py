@@ -328,4 +328,4 @@ def test_nothing_is_held_open_and_import_loads_no_matplotlib():
         "plots.save(plots.loss_by_index({'rope': ([0, 1], [2.0, 1.0])}, 1), sys.argv[1])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code, "/dev/null"], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code, "/dev/null"], check=True, cwd=Path(__file__).parents[2])

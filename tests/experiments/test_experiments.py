@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 from suite import quick_compilation  # noqa: F401, a fixture
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 import common  # noqa: E402

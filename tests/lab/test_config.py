@@ -13,7 +13,7 @@ from posjax.encodings.spec import CONSTRUCTORS, one_line, parse_encoding, slug
 from posjax.lab import report
 from posjax.lab.config import RUN_ONLY, Config, claim_workdir, identity_of, load_config
 
-CONFIGS = sorted(Path(__file__).parents[1].glob("configs/*.py"))
+CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.py"))
 WRONG_FIELDS = [
     ({"task": "lmm"}, "task must be one of lm, mlm, .*, got 'lmm'"),
     ({"tokenizer": "words"}, "tokenizer must be one of bytes, bpe, got 'words'"),

@@ -10,7 +10,7 @@ import pytest
 
 from posjax.attention.backends.tpu.blocks import CHIPS, Blocks
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 # Bundles of a plain tile, with a mask or without; the backward pass takes a hundred more.
 PLAIN = {(512, 512): 1000, (1024, 512): 1800, (2048, 512): 4000}
 
