@@ -239,7 +239,7 @@ def output_and_gradients(kernel, encoding, operands, hidden, weight, **options) 
     """A kernel's output under "out", and the gradient of sum(weight * out) in every operand under its name.
 
     Args:
-      kernel: ``dense.attention`` or one with its signature.
+      kernel: ``reference.attention`` or one with its signature.
       operands: a dict of query, key, value, params, and scale where it is an array.
       hidden: [B, S, D], for the encodings that act on hidden states; what they add to it goes into keys and values.
       weight: like the output.

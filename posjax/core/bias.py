@@ -1,4 +1,4 @@
-"""What an attention kernel sees of a positional encoding: masks and bias terms, evaluated a tile at a time.
+"""What an attention kernel sees of a positional encoding: bias terms, evaluated a tile at a time.
 
 The score of a query and a key is ``scale * q.k + sum of the terms' biases``. No term is ever a [T, S] array. It holds what it
 needs by query (``rows``), by key (``columns``) and once (``tables``), and a pure function that turns one tile of those into one

@@ -1,5 +1,4 @@
-"""Operations of a training step, and what a device could do at most: their quotient is the MFU of a run."""
-
+"""Operations of a training step. Over what a device could do at most, ``hardware.peak_flops``, they are the MFU of a run."""
 
 from posjax.lab.config import Config
 

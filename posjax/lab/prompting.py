@@ -1,4 +1,4 @@
-"""Text in, text out: the prompts of ``posjax generate`` as tokens, and tokens as text while they come."""
+"""Text in, text out: the prompts of ``posjax generate``, and what a trained run makes of them."""
 
 import contextlib
 import dataclasses

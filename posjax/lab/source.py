@@ -150,7 +150,7 @@ def train_batches(
     """The batches of a run: the same for every encoding.
 
     Args:
-      share: (index, count), as ``sharding.row_share`` gives it: the rows of a process. States of the iterator fit any share.
+      share: (index, count), as ``mesh.row_share`` gives it: the rows of a process. States of the iterator fit any share.
 
     Raises:
       ValueError: a batch that the shares do not divide, or a text shorter than a sequence.

@@ -389,7 +389,7 @@ HAND = {distributed.ADDRESS: "10.0.0.1:1234", distributed.COUNT: "2", distribute
 
 @pytest.fixture
 def joined(monkeypatch):
-    """Calls ``hosts.join`` in an environment; what JAX was asked for."""
+    """Calls ``distributed.join`` in an environment; what JAX was asked for."""
     for name in (distributed.ADDRESS, distributed.COUNT, distributed.INDEX, distributed.HEARTBEAT, "JOB_COMPLETION_INDEX", *SLURM):
         monkeypatch.delenv(name, raising=False)
     asked = []

@@ -34,7 +34,7 @@ def mesh_of(data: int, context: int, tensor: int = 1) -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """``ring.attention`` on a mesh, in the form of ``dense.attention``."""
+    """``ring.attention`` on a mesh, in the form of ``reference.attention``."""
 
     data: int
     context: int

@@ -79,7 +79,7 @@ def attention(
     """Attention in the kernels, on each device's own rows and heads.
 
     Args:
-      query, ..., logits_soft_cap: as in ``dense.attention``; what ``refusal`` gives a reason for is not looked at again.
+      query, ..., logits_soft_cap: as in ``reference.attention``; what ``refusal`` gives a reason for is not looked at again.
       tile: block sizes; None: those of the device.
       cut: how a mesh cuts batch and heads; None: as the query's type shows.
       interpret: None interprets the kernels where the program is lowered for a CPU; or what ``pallas_call`` takes.
@@ -231,7 +231,7 @@ def _forward(plan: Plan, cut: Cut, x: Operands) -> tuple[Array, Any]:
 
 
 def _attended(plan: Plan, x: Operands) -> tuple[Array, ...]:
-    """As ``gpu_triton.forward``."""
+    """As ``triton.forward``."""
     seen = visits(plan, x)
     if plan.interpret is False:
         _say(plan.blocks.lowering, _why(plan, x))

@@ -436,7 +436,7 @@ def backward(
     plan: Plan, x: Operands, seen: Visits, log_sum: Array, limit: Array | None, d_out: Array, slack: Array
 ) -> dict[str, Array]:
     """Gradients d_query (before the scale), d_key, d_value and, where there are any, d_table [B, N, T, W or more] and d_last
-    [B, N, T], of z at the last position; float32, all but for what was counted. Arguments as in ``gpu_triton.backward``."""
+    [B, N, T], of z at the last position; float32, all but for what was counted. Arguments as in ``triton.backward``."""
     batch, length, heads, _ = x.query.shape
     given = {"d_out": d_out, "log_sum": log_sum, "slack": slack} | ({} if limit is None else {"limit": limit})
     like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)

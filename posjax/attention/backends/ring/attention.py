@@ -113,7 +113,7 @@ def attention(
     kernel: str | None = None,
     block_sizes: Any = None,
 ) -> Float[Array, "B T N V"]:
-    """What ``tiled.attention`` computes, T and S cut over an axis of a mesh.
+    """What ``xla_chunked.attention`` computes, T and S cut over an axis of a mesh.
 
     Args:
       rotation, raw: as in ``tpu.attention``.

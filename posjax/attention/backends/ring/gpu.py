@@ -1,4 +1,4 @@
-"""The kernels for GPUs, by Triton, over some keys of many, as ``ring`` asks for it; see ``ring_tiled`` for what that is."""
+"""The kernels for GPUs, by Triton, over some keys of many, as ``ring`` asks for it; see ``xla_chunked`` for what that is."""
 
 import dataclasses
 from typing import Any

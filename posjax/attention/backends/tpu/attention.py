@@ -1,6 +1,6 @@
 """Attention on TPU: the entry of the Pallas kernels, with what they ask for and what they refuse.
 
-``tpu_forward.py`` and ``tpu_backward.py`` hold one kernel each.
+``forward.py`` and ``backward.py`` hold one kernel each.
 """
 
 import dataclasses
@@ -137,7 +137,7 @@ def attention(
     """Attention in the kernel, on each device's own rows and heads.
 
     Args:
-      query, ..., logits_soft_cap: as in ``dense.attention``; what ``refusal`` gives a reason for is not looked at again.
+      query, ..., logits_soft_cap: as in ``reference.attention``; what ``refusal`` gives a reason for is not looked at again.
       rotation: to be done on query and key inside of the kernel.
       raw: the query is the one that CoPE multiplies its embedding with (before any rotation); False: that is in its term's rows.
       tile: block sizes; None: those of the chip, or smaller ones that fit its VMEM.

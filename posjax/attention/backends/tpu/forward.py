@@ -15,7 +15,7 @@ most six cells in half a strip; the forward pass tells it between which steps of
 What is kept for the backward pass is the logarithm of the softmax's sum, the counts at the left end and where counting ended, all
 [T]; the backward pass walks through the band from the left to the right and takes the counts off again.
 
-The tile's mathematics is in ``tpu_tiles.py``, what both passes share in ``tpu_step.py`` and, of the band, in ``tpu_band.py``.
+The tile's mathematics is in ``tiles.py``, what both passes share in ``step.py`` and, of the band, in ``band.py``.
 """
 
 import functools
