@@ -134,6 +134,24 @@ def test_builder_round_trip(tmp_path):
     assert "tensorflow" not in sys.modules
 
 
+def test_a_data_set_that_version_0_1_prepared_is_read(tmp_path):
+    """It names the module of its builder, which had another place then."""
+    from posjax.data.stdlib_source.stdlib_source_dataset_builder import Builder, source_config
+
+    config = source_config(write(tmp_path / "lib", random_texts(10, suffix=".py")))
+    builder = Builder(config=config, data_dir=str(tmp_path / "data"), file_format="array_record")
+    builder.download_and_prepare()
+    want = list(builder.as_data_source(split="train"))
+    info = next((tmp_path / "data").rglob("dataset_info.json"))
+    assert info.read_text().count("posjax.data.stdlib_source") == 1
+    info.write_text(info.read_text().replace("posjax.data.stdlib_source", "posjax.datasets.stdlib_source"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}
+    again = Builder(config=config, data_dir=str(tmp_path / "data"), file_format="array_record")
+    again.download_and_prepare()
+    assert list(again.as_data_source(split="train")) == want
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")} == before  # nothing was prepared anew
+
+
 SMALL_STDLIB = """
 import os, sys
 from pathlib import Path
