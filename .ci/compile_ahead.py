@@ -20,9 +20,10 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 import posjax as pj  # noqa: E402
-from posjax import aot  # noqa: E402
-from posjax.sharding import make_mesh  # noqa: E402
-from posjax.specs import parse_encoding  # noqa: E402
+from posjax.compile import aot  # noqa: E402
+from posjax.encodings.spec import parse_encoding  # noqa: E402
+from posjax.hardware import GENERATIONS  # noqa: E402
+from posjax.parallel.mesh import make_mesh  # noqa: E402
 
 CALLS = {
     "tpu": [
@@ -45,14 +46,14 @@ WIDE = dict(spec="identity", length=8192, heads=(2, 2), width=256)
 MORE["v4"] = [WIDE | dict(dtype="float32")]  # too much for its own tiles
 MORE["h200"] += [WIDE | dict(dtype="bfloat16")]
 TOPOLOGIES = {
-    "tpu": {name: generation.topology for name, generation in aot.GENERATIONS.items()},
+    "tpu": {name: generation.topology for name, generation in GENERATIONS.items()},
     "gpu": {name: f"{name}:1x1x2" for name in ("a100", "h200", "b200")},
 }
 KERNELS = {"tpu": ("forward", "backward"), "gpu": ("forward", "query_plain", "key_plain")}
 
 
 def call(spec, length, heads, width, dtype, devices, segmented=False, soft_cap=None, window=None, blocks=None, context=1):
-    """What posjax.aot compiles: gradients of attention, and its arguments."""
+    """What posjax.compile.aot compiles: gradients of attention, and its arguments."""
     encoding = parse_encoding(spec)
     dims = pj.Dims(heads[0], width, max_length=length, num_kv_heads=heads[1])
 

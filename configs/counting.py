@@ -8,7 +8,7 @@ The second is the setting of Golovneva et al., arXiv:2405.18719 (4 layers, dimen
 programs a hundred times over), and wants an accelerator. seq_length is the longest program, in operations and in tokens.
 """
 
-from posjax.config import Config
+from posjax.lab.config import Config
 
 
 def get_config() -> Config:

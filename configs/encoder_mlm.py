@@ -9,7 +9,7 @@ Post-norm with LayerNorm, as in BERT. The loss of the masked tokens starts near 
 one seed, it was 1.93 with TUPE-R, 2.03 with TUPE-A, 2.61 with learned positions and 2.56 with T5's bias.
 """
 
-from posjax.config import Config
+from posjax.lab.config import Config
 
 
 def get_config() -> Config:

@@ -9,7 +9,7 @@ accelerator. Errors are of the bits after a read, in percent: on the training di
 tokens to ignore.
 """
 
-from posjax.config import Config
+from posjax.lab.config import Config
 
 
 def get_config() -> Config:

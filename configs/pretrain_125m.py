@@ -10,7 +10,7 @@ It has not been run. What its compiler says of 32 chips (posjax plan configs/pre
     a step             0.117 s where all overlaps (MFU 86 %), 0.121 s as compiled (MFU 83 %): bounds from data sheets
 """
 
-from posjax.config import Config
+from posjax.lab.config import Config
 
 
 def get_config() -> Config:

@@ -18,7 +18,7 @@ and of sequences of 131,072 tokens (--seq_length 131072 --batch_size 16 --mesh f
     a step             3.59 s where all overlaps (MFU 49 %), 3.69 s as compiled (MFU 47 %)
 """
 
-from posjax.config import Config
+from posjax.lab.config import Config
 
 
 def get_config() -> Config:

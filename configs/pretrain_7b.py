@@ -17,7 +17,7 @@ and of sequences of 131,072 tokens (--seq_length 131072 --batch_size 32 --mesh f
     a step             5.00 s where all overlaps (MFU 52 %), 5.14 s as compiled (MFU 51 %)
 """
 
-from posjax.config import Config
+from posjax.lab.config import Config
 
 
 def get_config() -> Config:

@@ -5,7 +5,7 @@
 A decoder of four layers reads bytes, 64 at a time, and is evaluated at up to 512.
 """
 
-from posjax.config import Config
+from posjax.lab.config import Config
 
 
 def get_config() -> Config:

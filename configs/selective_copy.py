@@ -7,7 +7,7 @@ The second is the setting of Golovneva et al., arXiv:2405.18719 (256 tokens and 
 wants an accelerator. seq_length is tokens plus blanks; the test sets have half (dense) and twice (sparse) as many blanks.
 """
 
-from posjax.config import Config
+from posjax.lab.config import Config
 
 
 def get_config() -> Config:

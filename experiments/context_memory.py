@@ -23,12 +23,12 @@ from common import write  # beside this one
 from jax.sharding import NamedSharding, PartitionSpec
 
 import posjax as pj
-from posjax import aot
-from posjax.attention import prepare
+from posjax.attention.api import prepare
+from posjax.attention.backends.ring import attention as ring
+from posjax.attention.backends.shards import Cut
 from posjax.bench.results import print_table
-from posjax.kernels import ring
-from posjax.kernels.shards import Cut
-from posjax.sharding import make_mesh
+from posjax.compile import aot
+from posjax.parallel.mesh import make_mesh
 
 LENGTH, HEADS, WIDTH = 131_072, 8, 128
 ENCODINGS = {

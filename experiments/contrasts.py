@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from common import markdown
 
-from posjax.statistics import benjamini_hochberg, binomial_bounds, crossed_contrast, sign_flips, summary, within
+from posjax.lab.statistics import benjamini_hochberg, binomial_bounds, crossed_contrast, sign_flips, summary, within
 
 Rows = list[dict[str, Any]]
 Scores = Callable[[str, int, str], tuple[np.ndarray, np.ndarray]]

@@ -17,9 +17,9 @@ from contrasts import Claim, cell
 from scoring import strings
 from trained import Found, Part, lasting, main, tuned
 
-from posjax.config import Config
-from posjax.evaluation import EvalSet
-from posjax.source import Source
+from posjax.lab.config import Config
+from posjax.lab.evaluation import EvalSet
+from posjax.lab.source import Source
 
 # The relative encoding of the paper learns vectors that are added to keys; the nearest here is RoPE.
 PUBLISHED = {

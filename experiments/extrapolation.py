@@ -22,9 +22,9 @@ from contrasts import Claim, cell
 from scoring import ITEMS, ends_of_excerpts
 from trained import Found, Part, lasting, main, tuned
 
-from posjax.config import Config
-from posjax.evaluation import EvalSet
-from posjax.source import Source
+from posjax.lab.config import Config
+from posjax.lab.evaluation import EvalSet
+from posjax.lab.source import Source
 
 MAIN = ("rope", "alibi", "cope(64)", "rope + cope(64)")
 OTHERS = ("identity", "sinusoidal", "t5")

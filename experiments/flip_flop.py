@@ -18,11 +18,11 @@ from contrasts import Claim, cell
 from scoring import strings
 from trained import Found, Part, lasting, main, tuned
 
-from posjax.config import Config
-from posjax.evaluation import EvalSet
-from posjax.source import Source
-from posjax.sweeps import Point, grid
-from posjax.tasks import flip_flop
+from posjax.data.synthetic import flip_flop
+from posjax.lab.ablation.sweeps import Point, grid
+from posjax.lab.config import Config
+from posjax.lab.evaluation import EvalSet
+from posjax.lab.source import Source
 
 PUBLISHED = ((0.1, 18.0), (0.02, 19.0), (0.0, 3.0))  # in and out of the distribution: Abs, RoPE, CoPE
 SHAPE = (256, 4, 2)  # dimension, layers, heads

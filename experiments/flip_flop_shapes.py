@@ -17,9 +17,9 @@ from flip_flop import SETS, encodings, name_of, recipe, size, sized
 from scoring import strings
 from trained import Found, Part, main
 
-from posjax.config import Config
-from posjax.evaluation import EvalSet
-from posjax.source import Source
+from posjax.lab.config import Config
+from posjax.lab.evaluation import EvalSet
+from posjax.lab.source import Source
 
 # (dimension, layers, heads): in and out of the distribution; Abs, RoPE, CoPE. In the order of the paper.
 PUBLISHED = {

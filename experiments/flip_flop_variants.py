@@ -17,7 +17,7 @@ from contrasts import Claim, cell
 from flip_flop import LONGER, MARGIN, SETS, recipe, tests
 from trained import Found, Part, main, tuned
 
-from posjax.config import Config
+from posjax.lab.config import Config
 
 PUBLISHED = {  # dimension 256, 4 layers, 4 heads: in and out of the distribution
     "cope_mlp": (0.03, 5.9),

@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 import tyro
 
-from posjax import aot
+from posjax.attention.backends.gpu.blocks import LOWERINGS, GpuBlocks, blocks_for
 from posjax.bench import results
 from posjax.bench.attention import show_progress, versions
-from posjax.kernels.gpu_blocks import LOWERINGS, GpuBlocks, blocks_for
-from posjax.specs import parse_encoding
+from posjax.compile import aot
+from posjax.encodings.spec import parse_encoding
+from posjax.hardware import GPUS
 
 RESULTS = Path(__file__).parent / "results" / "gpu_compiles.json"
 LENGTH, HEADS = 8192, 8
@@ -53,7 +54,7 @@ class Sweep:
 
 def calls_for(chip: str, config: Sweep) -> list[Call]:
     """With the blocks that each lowering has for them; where it has none, or cannot do a call, that is left out."""
-    major, minor = aot.aot_gpu.GPUS[chip].capability
+    major, minor = GPUS[chip].capability
     calls = []
     for spec, dtype, head_dim in itertools.product(config.encodings, config.dtypes, config.head_dims):
         channels = 2 * head_dim + 2 if "tupe" in spec else head_dim

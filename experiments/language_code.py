@@ -16,9 +16,9 @@ from contrasts import Claim, cell
 from scoring import ITEMS, excerpts_in_rows
 from trained import Found, Part, lasting, main, tuned
 
-from posjax.config import Config
-from posjax.evaluation import EvalSet
-from posjax.source import Source
+from posjax.lab.config import Config
+from posjax.lab.evaluation import EvalSet
+from posjax.lab.source import Source
 
 PUBLISHED = {"learned": "4.7", "rope": "4.1", "cope(64)": "3.9", "rope + cope(64)": "4.0"}
 GATES = {  # WikiText-103, perplexity on its validation split; CoPE is 22.55

@@ -17,9 +17,9 @@ from contrasts import Claim, cell
 from scoring import ITEMS, excerpts_in_rows
 from trained import Found, Part, lasting, main, tuned
 
-from posjax.config import Config
-from posjax.evaluation import EvalSet
-from posjax.source import Source
+from posjax.lab.config import Config
+from posjax.lab.evaluation import EvalSet
+from posjax.lab.source import Source
 
 PUBLISHED = {  # perplexity, validation and test
     "learned": "23.96 / 24.87",

@@ -21,8 +21,8 @@ from contrasts import cell
 from scoring import excerpts_in_rows
 from trained import TUNING_SEEDS, Found, Part, main
 
-from posjax.config import Config
-from posjax.sweeps import grid
+from posjax.lab.ablation.sweeps import grid
+from posjax.lab.config import Config
 
 TEXT_RATES, RATES, HIGHER = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (1e-3, 3e-3, 1e-2), (3e-2,)
 TEXT = ("rope", "cope(64)", "rope + cope(64)", "alibi", "learned")

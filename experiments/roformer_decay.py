@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import posjax as pj
-from posjax.encoding import AttentionInputs
-from posjax.figures import BLACK, BLUE, GREY, RED, new_figure, save
-from posjax.rotary import decay_bound
+from posjax.core.encoding import AttentionInputs
+from posjax.encodings.rotary import decay_bound
+from posjax.plots.style import BLACK, BLUE, GREY, RED, new_figure, save
 
 THETA, HEAD_DIMS, FARTHEST, DRAWS = 10_000.0, (64, 128), 4096, 500
 SHOWN = (50, 250, 1000, 4096)
@@ -144,7 +144,7 @@ def main() -> None:
     lines += [[name, *(f"{100 * row[key]:.3g} %" for row in rows)] for name, key in percents.items()]
     lines += [
         ["equal q, k: first negative at", *(row["equal_first_negative_at"] for row in rows)],
-        ["posjax.rotary.decay_bound, greatest relative error", *(f"{row['decay_bound_error']:.0e}" for row in rows)],
+        ["posjax.encodings.rotary.decay_bound, greatest relative error", *(f"{row['decay_bound_error']:.0e}" for row in rows)],
     ]
     table = common.markdown(heads, lines)
     common.write("roformer_decay", rows, theta=THETA, distances=[0, FARTHEST], random_pairs=DRAWS, table=table)

@@ -16,11 +16,12 @@ from contrasts import Claim, cell
 from scoring import ITEMS, ends_of_excerpts
 from trained import Found, Part, lasting, main
 
-from posjax import plots, report
-from posjax.config import Config
-from posjax.evaluation import EvalSet
-from posjax.source import Source
-from posjax.sweeps import grid
+from posjax import plots
+from posjax.lab import report
+from posjax.lab.ablation.sweeps import grid
+from posjax.lab.config import Config
+from posjax.lab.evaluation import EvalSet
+from posjax.lab.source import Source
 
 TIMES, MARGIN = (1, 2, 4), 0.02  # bits per byte
 

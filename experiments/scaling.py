@@ -24,8 +24,8 @@ import tyro
 
 from posjax.bench.attention import versions
 from posjax.bench.results import print_table
-from posjax.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, new_figure, save
-from posjax.plan import make_plans
+from posjax.compile.plan import make_plans
+from posjax.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, new_figure, save
 
 CONFIG = "configs/pretrain_7b.py"
 RESULTS = Path(__file__).parent / "results" / "scaling.json"

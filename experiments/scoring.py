@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from posjax.config import Config
-from posjax.datasets.corpus import Corpus
-from posjax.evaluation import EvalSet
-from posjax.source import Source, test_rows
-from posjax.tasks import Task
+from posjax.data.corpus import Corpus
+from posjax.data.synthetic import Task
+from posjax.lab.config import Config
+from posjax.lab.evaluation import EvalSet
+from posjax.lab.source import Source, test_rows
 
 ITEMS = 256  # excerpts of a text, or blocks of a task's strings
 _BATCH_TOKENS = 4096

@@ -18,9 +18,9 @@ from contrasts import Claim, cell
 from scoring import strings
 from trained import Found, Part, lasting, main, tuned
 
-from posjax.config import Config
-from posjax.evaluation import EvalSet
-from posjax.source import Source
+from posjax.lab.config import Config
+from posjax.lab.evaluation import EvalSet
+from posjax.lab.source import Source
 
 PUBLISHED = {
     "learned": ("16.9 (3.7)", "25.6 (3.8)", "85.2 (8.4)"),

@@ -36,10 +36,10 @@ from flax import nnx
 from jax.tree_util import Partial
 
 import posjax as pj
-from posjax.figures import BLACK, RED, new_figure, save, styles
-from posjax.phases import geometric_frequencies
-from posjax.specs import parse_encoding
-from posjax.transformer import Transformer, TransformerConfig, functional
+from posjax.encodings.phases import geometric_frequencies
+from posjax.encodings.spec import parse_encoding
+from posjax.models.transformer import Transformer, TransformerConfig, functional
+from posjax.plots.style import BLACK, RED, new_figure, save, styles
 
 ENCODINGS = ("identity", "sinusoidal", "learned", "rope", "alibi", "t5", "tupe", "tupe(relative=True)", "cope(16)", "rope+cope(16)")
 LENGTH, VOCABULARY, WIDTH, HEADS = 24, 32, 64, 4

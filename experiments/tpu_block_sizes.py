@@ -8,7 +8,7 @@ as compile: with no position, and with rope + cope(64), which takes a smaller ti
 counts is bundles (cycles) of a head of SEQUENCE tokens, as ``tpu_cost_of_counting.py`` finds them: without position, and with
 rope + cope(64) where gates are around one half and where they are small, a third each. Waiting for memory is not in it.
 
-The best go to posjax/kernels/blocks.json, which the package reads; all numbers, with what the compiler refused, to
+The best go to posjax/attention/backends/tpu/blocks.json, which the package reads; all numbers, with what the compiler refused, to
 experiments/results/tpu_block_sizes.json.
 """
 
@@ -22,10 +22,10 @@ from typing import Any, Literal
 import tpu_cost_of_counting as costs
 import tyro
 
+from posjax.attention.backends.tpu import blocks as shipped
+from posjax.attention.backends.tpu.vmem import smaller
 from posjax.bench import results
 from posjax.bench.attention import show_progress, versions
-from posjax.kernels import blocks as shipped
-from posjax.kernels.vmem import smaller
 
 SHIPPED = Path(shipped.__file__).with_name("blocks.json")
 RESULTS = Path(__file__).parent / "results" / "tpu_block_sizes.json"

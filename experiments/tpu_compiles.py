@@ -31,13 +31,16 @@ from rich.live import Live
 from rich.table import Table
 
 import posjax as pj
-from posjax import aot
+from posjax.attention.backends import deferred, shards
+from posjax.attention.backends.tpu import blocks
 from posjax.bench.attention import versions
-from posjax.kernels import blocks
-from posjax.specs import parse_encoding
+from posjax.compile import aot
+from posjax.core import masks
+from posjax.encodings.spec import parse_encoding
+from posjax.hardware import GENERATIONS
 
-SOURCES = Path(blocks.__file__).parent
-SHARED = ("blocks.json", "blocks.py", "deferred.py", "shards.py", "visibility.py", "vmem.py")  # and tpu*.py: all that a call runs
+SOURCES = Path(blocks.__file__).parent  # of the kernels
+SHARED = (Path(deferred.__file__), Path(shards.__file__), Path(masks.__file__))  # and what else a call runs
 RESULTS = Path(__file__).parent / "results" / "tpu_compiles.json"
 DTYPES = ("bfloat16", "float32")
 HEAD_DIMS = (64, 128, 256)
@@ -63,7 +66,7 @@ class Sweep:
 
 
 def attention_job(length: int, encoding: str, dtype: str, head_dim: int, plain: bool) -> tuple[Callable, tuple]:
-    """What posjax.aot compiles, in its own process: attention and its gradients, and their arguments."""
+    """What posjax.compile.aot compiles, in its own process: attention and its gradients, and their arguments."""
     chosen = parse_encoding(encoding)
     heads, kv_heads = (4, 4) if plain else (4, 2)
     dims = pj.Dims(heads, head_dim, max_length=length, num_kv_heads=kv_heads)
@@ -86,7 +89,7 @@ def attention_job(length: int, encoding: str, dtype: str, head_dim: int, plain: 
 def measure(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of calls for one chip."""
     jobs = [("tpu_compiles:attention_job", {name: value for name, value in call.items() if name != "chip"}) for call in batch]
-    reports = aot.compile_all(jobs, aot.GENERATIONS[batch[0]["chip"]].topology, schedules=False)
+    reports = aot.compile_all(jobs, GENERATIONS[batch[0]["chip"]].topology, schedules=False)
     rows = []
     for call, report in zip(batch, reports, strict=True):
         kernels = [{"name": k.name, "vmem_bytes": k.vmem} for k in report.kernels]
@@ -103,7 +106,7 @@ def calls(config: Sweep) -> list[tuple]:
 
 def basis() -> dict[str, Any]:
     """What results depend on. They hold for no other versions, nor other sources."""
-    sources = sorted([*SOURCES.glob("tpu*.py"), *(SOURCES / name for name in SHARED)])
+    sources = sorted([*SOURCES.glob("*.py"), *SOURCES.glob("*.json"), *SHARED])
     digest = hashlib.sha256(b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in sources))
     named = ("python", "posjax", "jax", "jaxlib", "libtpu")
     return {"versions": {name: n for name, n in versions().items() if name in named}, "kernels_sha256": digest.hexdigest()}
@@ -124,7 +127,7 @@ def sweep(config: Sweep) -> int:
         try:
             for made in as_completed([pool.submit(measure, batch) for batch in batches]):
                 if basis() != started:  # which of the sources it was compiled from, nobody knows
-                    raise RuntimeError("posjax/kernels changed meanwhile; start again, from a copy if it goes on changing")
+                    raise RuntimeError("the sources changed meanwhile; start again, from a copy if it goes on changing")
                 rows |= {tuple(row[name] for name in CALL): row for row in made.result()}
                 write(started, rows)
                 for row in made.result():

@@ -36,17 +36,18 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from posjax import aot
+from posjax.attention.backends.tpu.blocks import CHIPS, Blocks
+from posjax.attention.backends.tpu.tiles import CALM, FEW, HASTY, LANES, OFFSET, QUARTER, SUBLANES, WIDE
 from posjax.bench import results
 from posjax.bench.attention import versions
-from posjax.kernels.blocks import CHIPS, Blocks
-from posjax.kernels.tpu_tiles import CALM, FEW, HASTY, LANES, OFFSET, QUARTER, SUBLANES, WIDE
+from posjax.compile import aot
+from posjax.hardware import GENERATIONS
 
 SPEC, LAST = "rope + cope(64)", 63  # the last position
 CONTEXT = 8192
 DRAWN = {"half": (0.0, 1.0), "small": (-4.0, 0.5), "sparse": (-4.4, 1.0)}  # mean and standard deviation of logits
 NEED = ("few cells", "many cells")  # to be looked up in a quarter of a strip, in the order of the kernel's loops over groups
-SLOTS = max(generation.delay_slots for generation in aot.GENERATIONS.values())
+SLOTS = max(generation.delay_slots for generation in GENERATIONS.values())
 Gates = Callable[[slice, slice], np.ndarray]  # queries, keys -> [t, s] before the mask
 Parts = dict[str, int]  # own bundles of each part
 Turns = collections.Counter  # how often each part runs
@@ -378,9 +379,9 @@ def drawn(kind: str, length: int) -> list[Gates]:
 
 def trained(workdir: str) -> tuple[list[Gates], dict[str, Any]]:
     """(gates of every layer and head over one context, what the model is)."""
-    from posjax import runs
     from posjax.bench.inputs import workdir_config
-    from posjax.source import held_out, open_source
+    from posjax.lab import run as runs
+    from posjax.lab.source import held_out, open_source
 
     config, spec = workdir_config(workdir)
     about = {"encoding": spec, "layers": config.num_layers, "heads": config.num_heads, "context_of_training": config.seq_length}
@@ -426,7 +427,7 @@ def compiled(chip: str, blocks: Blocks, specs: Sequence[str] = ("identity", SPEC
     job = dict(with_gradients=True, seq_len=length, heads=4, kv_heads=4, head_dim=128, batch=1, dtype="bfloat16")
     jobs = [("posjax.bench.schedule:posjax_job", job | {"spec": spec, "block_sizes": list(blocks)}) for spec in specs]
     found = {}
-    for (_, kwargs), report in zip(jobs, aot.compile_all(jobs, aot.GENERATIONS[chip].topology), strict=True):
+    for (_, kwargs), report in zip(jobs, aot.compile_all(jobs, GENERATIONS[chip].topology), strict=True):
         if report.failed is not None:
             raise RuntimeError(f"{kwargs['spec']} did not compile: {report.failed}")
         for direction in PASSES:

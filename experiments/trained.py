@@ -26,16 +26,17 @@ from common import RESULTS, markdown, write
 from contrasts import Claim, Rows, adjusted, claims_table, measured_claims, steps_asked, values
 from scoring import majority, text_digest
 
-from posjax import plots, runs
-from posjax.ablation import Fleet, spread_over_cores
-from posjax.checkpoints import CheckpointError
-from posjax.config import Config
-from posjax.evaluation import MEASURES, TASK_MEASURE, EvalSet, percent_or_unit
-from posjax.grids import read_rows, run_grid
-from posjax.kernels.refused import KernelRefused
-from posjax.loop import Interrupted
-from posjax.source import Source, open_source
-from posjax.sweeps import Point, grid, groups
+from posjax import plots
+from posjax.attention.backends.refused import KernelRefused
+from posjax.lab import run as runs
+from posjax.lab.ablation.engine import Fleet, spread_over_cores
+from posjax.lab.ablation.grids import read_rows, run_grid
+from posjax.lab.ablation.sweeps import Point, grid, groups
+from posjax.lab.config import Config
+from posjax.lab.evaluation import MEASURES, TASK_MEASURE, EvalSet, percent_or_unit
+from posjax.lab.source import Source, open_source
+from posjax.training.checkpoints import CheckpointError
+from posjax.training.loop import Interrupted
 
 # Final seeds are none that anything was tried or tuned with.
 FIRST_SEED, TUNING_SEEDS = 40, (100, 101, 102)

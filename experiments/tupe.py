@@ -15,11 +15,12 @@ from common import RESULTS, markdown
 from contrasts import Claim, Rows, cell
 from trained import Found, Part, lasting, main, tuned
 
-from posjax import plots, report
-from posjax.config import Config
-from posjax.evaluation import EvalSet, test_sets
-from posjax.source import Source
-from posjax.statistics import summary
+from posjax import plots
+from posjax.lab import report
+from posjax.lab.config import Config
+from posjax.lab.evaluation import EvalSet, test_sets
+from posjax.lab.source import Source
+from posjax.lab.statistics import summary
 
 ABSOLUTE = "learned"
 PUBLISHED = {  # GLUE dev average

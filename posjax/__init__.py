@@ -1,17 +1,19 @@
 """posjax: positional encodings for Transformers in JAX, as values made of pure functions."""
 
-from posjax.absolute import learned, sinusoidal
-from posjax.attention import attention, attention_fn, attention_weights
-from posjax.bias import BiasTerm, Mask, Tile, position_bias
-from posjax.contextual import cope, cope_alibi, cope_mlp
-from posjax.decoding import Cache, attend, cached, init_cache
-from posjax.encoding import AttentionInputs, Dims, PositionalEncoding, chain, identity
-from posjax.kernels.blocks import Blocks
-from posjax.kernels.gpu_blocks import GpuBlocks
-from posjax.linear_attention import linear_attention
-from posjax.relative import alibi, t5
-from posjax.rotary import convert_pairing, rope
-from posjax.untied import tupe
+from posjax.attention.api import attention, attention_fn, attention_weights
+from posjax.attention.backends.gpu.blocks import GpuBlocks
+from posjax.attention.backends.tpu.blocks import Blocks
+from posjax.attention.kv_cache import Cache, attend, cached, init_cache
+from posjax.attention.linear import linear_attention
+from posjax.core.bias import BiasTerm, Tile, position_bias
+from posjax.core.chain import chain
+from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, identity
+from posjax.core.masks import Mask
+from posjax.encodings.absolute import learned, sinusoidal
+from posjax.encodings.cope import cope, cope_alibi, cope_mlp
+from posjax.encodings.relative import alibi, t5
+from posjax.encodings.rotary import convert_pairing, rope
+from posjax.encodings.tupe import tupe
 
 __version__ = "0.1.0"
 __all__ = [

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from suite import agree, differs, normal, output_and_gradients, relative_errors
 
 import posjax as pj
-from posjax.kernels import dense
+from posjax.attention.backends import reference
 
 D = 6  # model width
 GATED = pj.chain(pj.rope(theta=1e6), pj.cope(12))
@@ -53,12 +53,13 @@ def compiled(encoding, static, kernel=None):
     """(operands, hidden, weight, arrays) -> output and gradients, of dense attention for ``kernel=None``.
 
     Args:
-      kernel: in the form of ``dense.attention``, and hashable; ``kernel.rotates`` is true where it does rotations itself.
+      kernel: in the form of ``reference.attention``, and hashable; ``kernel.rotates`` is true where it does rotations itself.
     """
     rest = {"rotated": False} if getattr(kernel, "rotates", False) else {}
 
     def answers(operands, hidden, weight, arrays):
-        return output_and_gradients(kernel or dense.attention, encoding, operands, hidden, weight, **dict(static), **rest, **arrays)
+        options = dict(static) | rest | arrays
+        return output_and_gradients(kernel or reference.attention, encoding, operands, hidden, weight, **options)
 
     return jax.jit(answers)
 

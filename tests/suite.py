@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import posjax as pj
-from posjax.attention import prepare
-from posjax.kernels import tiled
+from posjax.attention.api import prepare
+from posjax.attention.backends import xla_chunked
 
 # D is not N * H, so that a table of the wrong width cannot pass. One length and its half nearly everywhere: operations are compiled
 # once a shape, which is most of the time that these tests take.
@@ -231,7 +231,7 @@ def walk(term: pj.BiasTerm, mask: pj.Mask, whole: pj.Tile, height: int, width: i
 # Kernels -------------------------------------------------------------------------------------------------------------
 
 
-KERNELS = {"xla_chunked": tiled.attention}  # a new kernel joins here
+KERNELS = {"xla_chunked": xla_chunked.attention}  # a new kernel joins here
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
 
 
@@ -239,7 +239,7 @@ def output_and_gradients(kernel, encoding, operands, hidden, weight, **options) 
     """A kernel's output under "out", and the gradient of sum(weight * out) in every operand under its name.
 
     Args:
-      kernel: ``dense.attention`` or one with its signature.
+      kernel: ``reference.attention`` or one with its signature.
       operands: a dict of query, key, value, params, and scale where it is an array.
       hidden: [B, S, D], for the encodings that act on hidden states; what they add to it goes into keys and values.
       weight: like the output.

@@ -17,7 +17,8 @@ install_import_hook("posjax", "beartype.beartype")
 import jax, jax.numpy as jnp, numpy as np
 import pytest
 import posjax as pj
-from posjax.transformer import Transformer, TransformerConfig, cross_entropy, functional
+from posjax.models.transformer import Transformer, TransformerConfig, functional
+from posjax.models.losses import cross_entropy
 from flax import nnx
 
 with pytest.raises(Exception, match="encoding"):
@@ -28,7 +29,7 @@ specs = ["identity", "sinusoidal", "learned", "rope", "rope(fraction=0.5, pairin
          "tupe(relative=True, released=True)", "cope(8)", "cope(8, gates='keys', per_head=True, shared=False)",
          "cope_alibi(learned=True)", "cope_mlp", "rope + cope(8, gates='values')", "cope(8) / identity",
          "alibi(0.5) + cope(8, gate_bias=-1.0, clamp=3)"]
-from posjax.specs import parse_encoding
+from posjax.encodings.spec import parse_encoding
 for spec in specs:
     config = TransformerConfig(vocab_size=11, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, max_length=12)
     with_params, params = functional(Transformer(config, parse_encoding(spec), rngs=nnx.Rngs(0)))

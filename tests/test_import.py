@@ -93,10 +93,10 @@ GRID = f"""{REFUSE}
 import tempfile
 from pathlib import Path
 
-from posjax.config import Config
-from posjax.grids import run_grid
-from posjax.source import open_source
-from posjax.sweeps import grid
+from posjax.lab.config import Config
+from posjax.lab.ablation.grids import run_grid
+from posjax.lab.source import open_source
+from posjax.lab.ablation.sweeps import grid
 
 sizes = dict(seq_length=8, batch_size=2, num_layers=1, embed_dim=8, num_heads=2, steps=2, warmup_steps=0, eval_tokens=8)
 config = Config(task="flip_flop", encodings=("cope(4)",), **sizes)

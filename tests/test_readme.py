@@ -18,9 +18,20 @@ def test_examples_run(number):
     exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {"__name__": "example"})
 
 
-def test_every_path_in_the_map_exists():
-    code_map = README.split("## A map of the code")[1].split("```")[0].split("Data goes one way")[0]
+def test_the_map_has_every_module_in_its_folder():
+    """A line that begins with a folder names what is in it, and so do the lines below it; what is indented deeper lies deeper."""
     root = Path(__file__).resolve().parents[1]
-    names = re.findall(r"[\w/]+\.py|\b\w+/", code_map)
-    missing = [name for name in names if not any((root / part / name).exists() for part in ("", "posjax", "tests"))]
-    assert len(names) > 25 and not missing
+    code_map = README.split("## A map of the code")[1].split("Data goes one way")[0]
+    folders: dict[int, Path] = {-1: root}  # by how far they are indented
+    listed = set()
+    for line in filter(str.strip, code_map.splitlines()):
+        indent = len(line) - len(line.lstrip())
+        if own := re.match(r" *(\w+)/", line):
+            folders = {at: folder for at, folder in folders.items() if at < indent}
+            folders[indent] = folders[max(folders)] / own[1]
+            assert folders[indent].is_dir(), line
+        listed |= {folders[max(folders)] / name for name in re.findall(r"\w+\.py", line)}
+    assert [str(path) for path in listed if not path.exists()] == []
+    unlisted = ("bench", "cli", "stdlib_source")  # folders that the map does not go into
+    modules = {path for path in (root / "posjax").rglob("[!_]*.py") if path.parent.name not in unlisted}
+    assert sorted(map(str, modules - listed)) == []

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from posjax.attention.backends.refused import naming_refusals
 from posjax.bench import inputs, oracle
 from posjax.bench.contestants import Contestant, prepare
-from posjax.kernels.refused import naming_refusals
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -25,8 +25,8 @@ import numpy as np
 import posjax
 from posjax.bench.contestants import Contestant, Prepared, counts, list_contestants, prepare
 from posjax.bench.oracle import members
-from posjax.encoding import check_at_least
-from posjax.specs import parse_encoding
+from posjax.checks import check_at_least
+from posjax.encodings.spec import parse_encoding
 
 Row = dict[str, Any]
 # Past this length the error is that of the last queries alone: the oracle's time grows with the square of the length.

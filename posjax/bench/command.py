@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from posjax.kernels.refused import KernelRefused
+from posjax.attention.backends.refused import KernelRefused
 
 
 def parse(options: type, prog: str, argv: Sequence[str]) -> Any:

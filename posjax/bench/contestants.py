@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.attention import attention
-from posjax.attention import prepare as prepare_call
+from posjax.attention.api import attention
+from posjax.attention.api import prepare as prepare_call
+from posjax.attention.backends.gpu.attention import default_blocks
 from posjax.bench.inputs import flatten, unflatten
 from posjax.bench.oracle import PLAIN, Options, members
-from posjax.kernels.gpu import default_blocks
-from posjax.specs import parse_encoding
+from posjax.encodings.spec import parse_encoding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ from posjax.bench import results
 from posjax.bench.attention import Row, check_workdir, make_folder, show_progress, versions
 from posjax.bench.gpu_machine import Clock, check_gpu, hardware
 from posjax.bench.gpu_sections import ENCODINGS, Oracles, accuracy, decoder, speed
-from posjax.encoding import check_at_least
-from posjax.specs import parse_encoding
+from posjax.checks import check_at_least
+from posjax.encodings.spec import parse_encoding
 
 FILES = ("gpu.json", "gpu.md", "gpu.png")
 _SHARES = {"speed": 3, "accuracy": 3, "decoder": 4}  # of the time

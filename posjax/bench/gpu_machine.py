@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
+from posjax.attention.backends.gpu.blocks import LEAST, capability
 from posjax.bench.contestants import Prepared
-from posjax.kernels.gpu_blocks import LEAST, capability
 
 LATE = "not measured: the time was over"
 INTERRUPTED = "not measured: interrupted"

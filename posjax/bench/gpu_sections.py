@@ -18,15 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from posjax.attention.backends.gpu.blocks import LOWERINGS, capability, mosaic_refusal
 from posjax.bench import inputs
 from posjax.bench.attention import ORACLE_ENVIRONMENT, Jobs, Row, errors
 from posjax.bench.contestants import Contestant, Prepared, counts, gpu_peers, prepare
 from posjax.bench.gpu_machine import INTERRUPTED, Clock, Times, cores, milliseconds, reason, side_by_side
 from posjax.bench.oracle import PLAIN, Options
-from posjax.kernels.gpu_blocks import LOWERINGS, capability, mosaic_refusal
-from posjax.specs import parse_encoding, slug
-from posjax.training import TrainState, init_state, make_optimizer, make_train_step
-from posjax.transformer import Transformer, TransformerConfig, cross_entropy, functional
+from posjax.encodings.spec import parse_encoding, slug
+from posjax.models.losses import cross_entropy
+from posjax.models.transformer import Transformer, TransformerConfig, functional
+from posjax.training.optimizer import make_optimizer
+from posjax.training.state import TrainState, init_state
+from posjax.training.step import make_train_step
 
 ENCODINGS = ("identity", "rope", "cope(64)", "rope + cope(64)")  # of speed and decoder
 Tell = Callable[[str], None]  # what is being done

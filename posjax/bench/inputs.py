@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from posjax.encoding import Dims
-from posjax.specs import parse_encoding, slug
+from posjax.core.encoding import Dims
+from posjax.encodings.spec import parse_encoding, slug
 from posjax.typing import Params
 
 # What q.k / sqrt(H) is on average. Its standard deviation is one, so that mean gates are a half, 0.02 and 0.98.
@@ -85,8 +85,8 @@ def recorded_inputs(workdir: str, layer: int, tokens: int) -> dict[str, Any]:
       ValueError: no such folder, or no such layer.
       CheckpointError: no checkpoint that is whole.
     """
-    from posjax import runs
-    from posjax.source import held_out, open_source
+    from posjax.lab import run as runs
+    from posjax.lab.source import held_out, open_source
 
     config, spec = workdir_config(workdir)
     source = open_source(config)
@@ -118,7 +118,7 @@ def workdir_config(workdir: str) -> tuple[Any, str]:
     """
     import dataclasses
 
-    from posjax.config import Config
+    from posjax.lab.config import Config
 
     folder = Path(workdir)
     above = next((place for place in (folder, folder.parent.parent) if (place / "config.json").exists()), None)

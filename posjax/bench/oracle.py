@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from posjax.specs import CONSTRUCTORS
+from posjax.encodings.spec import CONSTRUCTORS
 
 _CELLS = 2**21  # scores that are held at once; gradients hold some twenty arrays of that size
 

@@ -1,6 +1,6 @@
 """``posjax bench schedule``: what the TPU compiler made of attention, counted in bundles, with no TPU attached.
 
-    contestants x generations -> posjax.aot, a process for each generation -> kernels: loops, bundles of a tile, VMEM, HBM
+    contestants x generations -> posjax.compile.aot, a process for each generation -> kernels: loops, bundles of a tile, VMEM, HBM
         -> distance to the roofline of the chip: schedule.json, schedule.md
 
 A bundle is a cycle. A count does not know of waiting, for memory or for a matrix unit that is still busy, so it is a lower bound of
@@ -18,14 +18,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from posjax import aot
-from posjax.attention import attention
+from posjax.attention.api import attention
+from posjax.attention.backends.gpu.blocks import GpuBlocks
+from posjax.attention.backends.tpu.blocks import Blocks
 from posjax.bench import results
 from posjax.bench.attention import Row, make_folder, show_progress, versions
-from posjax.encoding import Dims, check_at_least
-from posjax.kernels.blocks import Blocks
-from posjax.kernels.gpu_blocks import GpuBlocks
-from posjax.specs import parse_encoding
+from posjax.checks import check_at_least
+from posjax.compile import aot
+from posjax.core.encoding import Dims
+from posjax.encodings.spec import parse_encoding
+from posjax.hardware import GENERATIONS
 
 FILES = ("schedule.json", "schedule.md")
 _DEFAULT_TILE = 128  # of splash's BlockSizes.get_default()
@@ -102,7 +104,7 @@ def run(config: ScheduleBench, quiet: bool = False) -> list[Row]:
       ValueError: a folder that cannot be written.
     """
     out = make_folder(config.out)
-    chips = {name: dataclasses.asdict(aot.GENERATIONS[name]) for name in config.generations}
+    chips = {name: dataclasses.asdict(GENERATIONS[name]) for name in config.generations}
     wanted = _contestants(config)
     together: dict[tuple[str, str], list[int]] = {}  # both passes of an encoding in one process; all of splash
     for n, (about, _) in enumerate(wanted):
@@ -115,7 +117,7 @@ def run(config: ScheduleBench, quiet: bool = False) -> list[Row]:
                 kind, encoding = wanted[numbers[0]][0]["kind"], wanted[numbers[0]][0]["encoding"]
                 label = f"{name}: {encoding if kind == 'posjax' else kind}"
                 progress(label, number * len(together) + part, len(config.generations) * len(together))
-                reports = aot.compile_all([wanted[n][1] for n in numbers], aot.GENERATIONS[name].topology)
+                reports = aot.compile_all([wanted[n][1] for n in numbers], GENERATIONS[name].topology)
                 found |= {n: _row(config, name, wanted[n][0], report) for n, report in zip(numbers, reports, strict=True)}
                 rows = before + [found[n] for n in sorted(found)]
                 _write(rows, config, chips, out)
@@ -168,7 +170,7 @@ def posjax_job(
     dtype: str,
     block_sizes: Sequence[int] | dict[str, Any] | None = None,
 ) -> tuple[Callable, tuple]:
-    """posjax.attention for posjax.aot; ``block_sizes`` of the GPU kernels by name."""
+    """posjax.attention for posjax.compile.aot; ``block_sizes`` of the GPU kernels by name."""
     if block_sizes is not None:
         block_sizes = GpuBlocks(**block_sizes) if isinstance(block_sizes, dict) else Blocks(*block_sizes)
     encoding = parse_encoding(spec)
@@ -197,7 +199,7 @@ def splash_job(
     batch: int,
     dtype: str,
 ) -> tuple[Callable, tuple]:
-    """jax.experimental's splash attention for posjax.aot."""
+    """jax.experimental's splash attention for posjax.compile.aot."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
@@ -235,9 +237,9 @@ def _row(config: ScheduleBench, generation: str, about: Row, report: aot.Report)
 
 def _own_tile(config: ScheduleBench, generation: str) -> list[int] | None:
     """Queries and keys of a tile of posjax's kernel; None while there is none."""
-    if importlib.util.find_spec("posjax.kernels.blocks") is None:
+    if importlib.util.find_spec("posjax.attention.backends.tpu.blocks") is None:
         return None
-    from posjax.kernels.blocks import CHIPS
+    from posjax.attention.backends.tpu.blocks import CHIPS
 
     blocks = CHIPS[generation].blocks(config.dtype, config.head_dim)
     return [blocks.queries, blocks.keys]
@@ -286,7 +288,7 @@ def _roofline(
     if products is None:
         return None
     products = 5 if fused and "dkv" in name else products
-    chip = aot.GENERATIONS[generation]
+    chip = GENERATIONS[generation]
     queries, keys = tile
     rows = range(0, config.seq_len, queries)
     tiles = config.batch * config.heads * sum(math.ceil(min(row + queries, config.seq_len) / keys) for row in rows)

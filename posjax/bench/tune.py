@@ -2,12 +2,10 @@
 
     python -m posjax.bench.tune --out runs/tune        # with nothing installed beyond jax, flax and optax
 
-A kind of call is a line of posjax/kernels/gpu_blocks.json: bytes of a number, most channels, and whether it counts; each
-lowering may have one. The search for its blocks goes from those of the table to the fastest of their neighbours, which differ in
-one size, until none is faster; what counts is the time of forward and backward. What the compiler refuses, or answers wrongly, is
-left out with the reason. The faster lowering becomes the preferred one.
-
-gpu_blocks.json has the package's lines with those of this GPU replaced, tune.json all that was measured.
+A kind of call is a line of posjax/attention/backends/gpu/gpu_blocks.json: bytes of a number, most channels, and whether it
+counts; each lowering may have one. The search for its blocks goes from those of the table to the fastest of their neighbours,
+which differ in one size, until none is faster; what counts is the time of forward and backward. What the compiler refuses, or
+answers wrongly, is left out with the reason. The faster lowering becomes the preferred one.
 """
 
 import contextlib
@@ -25,16 +23,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from posjax.attention import attention
-from posjax.attention import prepare as prepare_call
+from posjax.attention.api import attention
+from posjax.attention.api import prepare as prepare_call
+from posjax.attention.backends.gpu import attention as gpu
+from posjax.attention.backends.gpu import blocks as gpu_blocks
+from posjax.attention.backends.gpu.blocks import LOWERINGS, GpuBlocks, blocks_for, capability, check_gpu_blocks
 from posjax.bench import inputs, results
 from posjax.bench.attention import Row, make_folder, show_progress, versions
 from posjax.bench.contestants import Prepared, counts
 from posjax.bench.gpu_machine import LATE, Clock, check_gpu, hardware, milliseconds, reason, side_by_side
-from posjax.encoding import check_at_least
-from posjax.kernels import gpu, gpu_blocks
-from posjax.kernels.gpu_blocks import LOWERINGS, GpuBlocks, blocks_for, capability, check_gpu_blocks
-from posjax.specs import parse_encoding
+from posjax.checks import check_at_least
+from posjax.encodings.spec import parse_encoding
 
 FILES = ("gpu_blocks.json", "tune.json")
 SHIPPED = Path(gpu_blocks.__file__).with_name("gpu_blocks.json")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import posjax as pj
-from posjax.bias import Tile
-from posjax.encoding import AttentionInputs
+from posjax.core.bias import Tile
+from posjax.core.encoding import AttentionInputs
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TOLERANCE = 1e-5

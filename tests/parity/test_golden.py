@@ -28,8 +28,8 @@ from ours import (
 from suite import quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
-from posjax.bias import Tile
-from posjax.relative import alibi_slopes
+from posjax.core.bias import Tile
+from posjax.encodings.relative import alibi_slopes
 
 FORMS = {"listing": False, "released": True}
 

@@ -25,7 +25,7 @@ import make_golden
 from ours import attention, close, dense_bias, normal, rotate, visible
 
 import posjax as pj
-from posjax.relative import alibi_slopes
+from posjax.encodings.relative import alibi_slopes
 
 SEED = int(os.environ.get("PARITY_SEED", "0"))
 ROUNDS = [pytest.param(100 * SEED + r, id=f"seed{100 * SEED + r}") for r in range(2)]

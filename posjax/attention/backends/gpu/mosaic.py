@@ -1,0 +1,475 @@
+"""Attention on Hopper GPUs through Mosaic GPU, forward and backward, for all keys that are not counted.
+
+    forward        a block a query tile, from where the counted keys left softmax
+    query, plain   the gradient of a query tile
+    key, plain     the gradients of a key tile, for all query heads that share it
+
+In each block one warpgroup brings tiles to shared memory, ``stages`` of them ahead, and two others compute, each with 64 rows of
+its own, on tensor cores that read shared memory (wgmma). Counting is not here: the rows of a tile are at different counts, and
+nothing in Mosaic reads registers or shared memory at a place of each row's own.
+"""
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from posjax.attention.backends.gpu.plan import LOG2E, LOWEST, NEVER, Operands, Plan, Visits, below
+from posjax.attention.backends.gpu.scores import Keys, Rows, biased, ends_of, gradient_of, walk, weights_of
+from posjax.typing import Array
+
+GROUP = 64  # rows of a warpgroup, as wgmma has them
+GROUPS = 2  # warpgroups that compute; one more loads
+_REGISTERS = {"compute": 232, "load": 40}  # of a thread; 128 threads a warpgroup and 65,536 registers in all
+
+
+class Face(NamedTuple):
+    """How scores stand: [queries, keys], or, ``turned``, [keys, queries]."""
+
+    turned: bool
+    shape: tuple[int, int]
+
+    def queries(self, x: Array) -> Array:
+        return lax.broadcast_in_dim(x, self.shape, [int(self.turned)])
+
+    def keys(self, x: Array) -> Array:
+        return lax.broadcast_in_dim(x, self.shape, [int(not self.turned)])
+
+
+# Inside of a warpgroup: arrays lie in registers as wgmma leaves them, or, a number a row or a column, as its sums would ------
+
+
+def _row(ref: Any, *at: Any) -> Array:
+    return plgpu.load(ref.at[at], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def _column(ref: Any, *at: Any) -> Array:
+    return plgpu.load(ref.at[at], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+
+
+def _write(ref: Any, x: Array) -> None:
+    """To memory of the GPU, also where threads do not write whole sectors of 32 bytes, which newer versions of jax ask about."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
+
+
+def _filled(shape: tuple[int, ...], value: float) -> Array:
+    """A matrix, or a number for each row."""
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def _inner(a: Any, b: Any) -> Array:
+    """a b^T of two tiles in shared memory."""
+
+    def multiply(total: Any) -> Array:
+        plgpu.wgmma(total, a, b.transpose((1, 0)))
+        return total[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+
+
+def _added(plan: Plan, total: Array, weights: Array, x: Any) -> Array:
+    """total + weights x, in which weights take the type of the tile x in shared memory."""
+    weights = weights.astype(x.dtype)
+    if plan.interpret:  # which knows neither operands in registers nor sums that go on
+        x = x[...]
+        plgpu.commit_smem()  # wgmma would have read x the way in which copies write it
+        return total + jnp.dot(weights, x, preferred_element_type=jnp.float32)
+    return pl.run_state(lambda sums: plgpu.wgmma(sums, weights, x))(plgpu.ACC.init(total))
+
+
+def _rows_of(plan: Plan, r: Any, load: Callable[..., Array], b: Array, head: Array, at: Any) -> Rows:
+    slope = r.slopes[head] if plan.penalised else None
+    segments = load(r.query_segments, _own(r.query_segments, b), at) if plan.rules.segmented else None
+    entries = 0 if plan.index is None else r.table.shape[-1]
+    return Rows(load(r.query_positions, _own(r.query_positions, b), at), segments, slope, lambda n: r.table[head, n], entries)
+
+
+def _keys_of(plan: Plan, r: Any, load: Callable[..., Array], b: Array, at: Any, in_sight: bool) -> Keys | None:
+    """None where nothing is asked of keys that are all in sight."""
+    if in_sight and not plan.penalised:
+        return None
+    segments = load(r.key_segments, _own(r.key_segments, b), at) if plan.rules.segmented else None
+    return Keys(load(r.key_positions, _own(r.key_positions, b), at), segments)
+
+
+def _own(ref: Any, b: Array) -> Array | int:
+    """The row of a batch in what may have one row for all."""
+    return b if ref.shape[0] > 1 else 0
+
+
+def _common(plan: Plan, r: Any, b: Array, first: Any, last: Any) -> Array | None:
+    """The place in the table that all pairs of some queries and keys share, by their tiles."""
+    if plan.index is None:
+        return None
+    return plan.index(r.query_first[_own(r.query_first, b), first], r.key_last[_own(r.key_last, b), last])
+
+
+def _query_tile(plan: Plan, r: Any) -> tuple[Array, Array, Array, Array, tuple[Array, ...]]:
+    """Row of the batch, head, query tile and warpgroup of this thread; and first, plain, detailed, last of the key tiles that were
+    not counted."""
+    b, head, i, group = (lax.axis_index(name) for name in ("batch", "heads", "tiles", "group"))
+    i = r.query.shape[1] // plan.blocks.queries - 1 - i  # under a causal mask the last take longest: nobody is to wait for them
+    *others, last = (r.by_queries[_own(r.by_queries, b), i, n] for n in range(4))
+    return b, head, i, group, (*others, last if plan.last is None else jnp.minimum(r.limit[b, head, i], last))
+
+
+def _rows_at(plan: Plan, i: Array, group: Array) -> Any:
+    """A warpgroup's rows of query tile i."""
+    return pl.ds(i * plan.blocks.queries + group * GROUP, GROUP)
+
+
+# Kernels -----------------------------------------------------------------------------------------------------------------
+
+
+def _forward(plan: Plan, r: Any) -> None:
+    b, head, i, group, bounds = _query_tile(plan, r)
+    first = bounds[0]
+
+    @pl.when(group < GROUPS)
+    def _compute() -> None:
+        plgpu.set_max_registers(_REGISTERS["compute"], action="increase")
+        own = r.queries.at[group]
+        at = _rows_at(plan, i, group)
+        plgpu.copy_gmem_to_smem(r.query.at[b, at, head], own, r.arrived.at[group])
+        rows, factor = _rows_of(plan, r, _row, b, head, at), r.scale[0] * LOG2E
+        if plan.last is None:
+            kept = _filled((GROUP,), LOWEST), _filled((GROUP,), 0.0), _filled((GROUP, r.value.shape[-1]), 0.0)
+            constant = None
+        else:
+            sums = plgpu.load(r.sums.at[b, at, head], layout=plgpu.Layout.WGMMA, optimized=False)
+            kept = _row(r.highest, b, head, at), _row(r.total, b, head, at), sums
+            constant = _row(r.z_last, b, head, at) * LOG2E
+        plgpu.barrier_wait(r.arrived.at[group])
+
+        def tile(in_sight: bool, j: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
+            slot = lax.rem(j - first, plan.blocks.stages)
+            size = plan.blocks.keys if in_sight or plan.index is None else GROUP  # places in a table take registers, too
+            face, pieces = Face(False, (GROUP, size)), plan.blocks.keys // size
+
+            def piece(n: Array | int, kept: tuple[Array, ...]) -> tuple[Array, ...]:
+                highest, total, sums = kept
+                here = pl.ds(n * size, size)
+                keys = _keys_of(plan, r, _column, b, pl.ds(j * plan.blocks.keys + n * size, size), in_sight)
+                scores = _inner(own, r.keys.at[slot, here]) * factor
+                if pieces == 1:
+                    plgpu.barrier_arrive(r.key_done.at[slot])
+                scores = scores if constant is None else scores + face.queries(constant)
+                scores, _ = biased(plan, face, rows, keys, scores, _common(plan, r, b, i, j), in_sight)
+                new = jnp.maximum(highest, scores.max(1))
+                weights, shrink = jnp.exp2(scores - face.queries(new)), jnp.exp2(highest - new)
+                total = total * shrink + weights.sum(1)
+                sums = sums * lax.broadcast_in_dim(shrink, sums.shape, [0])
+                if pieces == 1:
+                    plgpu.barrier_wait(r.value_here.at[slot])
+                return new, total, _added(plan, sums, weights, r.values.at[slot, here])
+
+            plgpu.barrier_wait(r.key_here.at[slot])
+            if pieces == 1:
+                kept = piece(0, kept)
+            else:
+                plgpu.barrier_wait(r.value_here.at[slot])
+                kept = lax.fori_loop(0, pieces, piece, kept)
+                plgpu.barrier_arrive(r.key_done.at[slot])
+            plgpu.barrier_arrive(r.value_done.at[slot])
+            return kept
+
+        highest, total, sums = walk(tile, *bounds, kept)
+        nothing = total == 0.0
+        total = jnp.where(nothing, 1.0, total)
+        out = (sums / lax.broadcast_in_dim(total, sums.shape, [0])).astype(r.out.dtype)
+        _write(r.out.at[b, at, head], out)
+        _write(r.log_sum.at[b, head, at], jnp.where(nothing, -NEVER, highest + jnp.log2(total)))
+
+    @pl.when(group == GROUPS)
+    def _load() -> None:
+        plgpu.set_max_registers(_REGISTERS["load"], action="decrease")
+        _bring_keys(plan, r, b, head, first, bounds[-1])
+
+
+def _bring_keys(plan: Plan, r: Any, b: Array, head: Array, first: Array, last: Array) -> None:
+    """Key and value tiles, in turn."""
+    kv_head = lax.div(head, r.query.shape[2] // r.key.shape[2])
+
+    def bring(j: Array, _: None) -> None:
+        slot, again = lax.rem(j - first, plan.blocks.stages), j - first >= plan.blocks.stages
+        from_ = b, pl.ds(j * plan.blocks.keys, plan.blocks.keys), kv_head
+        pl.when(again)(lambda: plgpu.barrier_wait(r.key_done.at[slot]))
+        plgpu.copy_gmem_to_smem(r.key.at[from_], r.keys.at[slot], r.key_here.at[slot])
+        pl.when(again)(lambda: plgpu.barrier_wait(r.value_done.at[slot]))
+        plgpu.copy_gmem_to_smem(r.value.at[from_], r.values.at[slot], r.value_here.at[slot])
+
+    lax.fori_loop(first, last, bring, None)
+
+
+def _query_plain(plan: Plan, r: Any) -> None:
+    b, head, i, group, bounds = _query_tile(plan, r)
+    first = bounds[0]
+
+    @pl.when(group < GROUPS)
+    def _compute() -> None:
+        plgpu.set_max_registers(_REGISTERS["compute"], action="increase")
+        own, d_own = r.queries.at[group], r.d_outs.at[group]
+        at = _rows_at(plan, i, group)
+        plgpu.copy_gmem_to_smem(r.query.at[b, at, head], own, r.arrived.at[group])
+        plgpu.copy_gmem_to_smem(r.d_out.at[b, at, head], d_own, r.arrived.at[group])
+        rows, factor = _rows_of(plan, r, _row, b, head, at), r.scale[0] * LOG2E
+        log_sum, slack = _row(r.log_sum, b, head, at), _row(r.slack, b, head, at)
+        face = Face(False, (GROUP, GROUP))  # a tile of keys goes in pieces, to have registers left
+        constant = None if plan.last is None else face.queries(_row(r.z_last, b, head, at) * LOG2E)
+        kept = {"d_query": _filled((GROUP, r.query.shape[-1]), 0.0)}
+        if plan.last is not None:
+            kept["d_last"] = _filled((GROUP,), 0.0)
+        if plan.index is not None:
+            kept["d_table"] = _filled((GROUP, r.d_table.shape[-1]), 0.0)
+        plgpu.barrier_wait(r.arrived.at[group])
+
+        def tile(in_sight: bool, j: Array, kept: dict[str, Array]) -> dict[str, Array]:
+            slot, common = lax.rem(j - first, plan.blocks.stages), _common(plan, r, b, i, j)
+            plgpu.barrier_wait(r.key_here.at[slot])
+            plgpu.barrier_wait(r.value_here.at[slot])
+
+            def piece(n: Array, kept: dict[str, Array]) -> dict[str, Array]:
+                here = pl.ds(n * GROUP, GROUP)
+                key = r.keys.at[slot, here]
+                keys = _keys_of(plan, r, _column, b, pl.ds(j * plan.blocks.keys + n * GROUP, GROUP), in_sight)
+                scores, d_weights = _inner(own, key) * factor, _inner(d_own, r.values.at[slot, here])
+                scores = scores if constant is None else scores + constant
+                scores, index = biased(plan, face, rows, keys, scores, common, in_sight)
+                gradient = gradient_of(plan, face, scores, weights_of(face, scores, log_sum), d_weights, slack)
+                found = {"d_query": _added(plan, kept["d_query"], gradient, key)}
+                if constant is not None:
+                    found["d_last"] = kept["d_last"] + gradient.sum(1)
+                if common is not None:
+                    found["d_table"] = _into_table(rows, kept["d_table"], index, common, gradient)
+                return found
+
+            kept = lax.fori_loop(0, plan.blocks.keys // GROUP, piece, kept)
+            plgpu.barrier_arrive(r.key_done.at[slot])
+            plgpu.barrier_arrive(r.value_done.at[slot])
+            return kept
+
+        found = walk(tile, *bounds, kept)
+        _write(r.d_query.at[b, at, head], found["d_query"])
+        if plan.last is not None:
+            _write(r.d_last.at[b, head, at], found["d_last"])
+        if plan.index is not None:
+            _write(r.d_table.at[b, head, at], found["d_table"])
+
+    @pl.when(group == GROUPS)
+    def _load() -> None:
+        plgpu.set_max_registers(_REGISTERS["load"], action="decrease")
+        _bring_keys(plan, r, b, head, first, bounds[-1])
+
+
+def _into_table(rows: Rows, found: Array, index: Array | None, common: Array, gradient: Array) -> Array:
+    """Adds the sums of each row's gradients over equal places to ``found`` [rows, places]; index None: all are at ``common``."""
+    place = plgpu.broadcasted_iota(jnp.int32, found.shape, 1, layout=plgpu.Layout.WGMMA)
+
+    def add(n: Array, own: Array, found: Array) -> Array:
+        return found + jnp.where(place == n, lax.broadcast_in_dim(own.sum(1), found.shape, [0]), 0.0)
+
+    if index is None:
+        return add(common, gradient, found)
+    return lax.fori_loop(*ends_of(rows, index), lambda n, found: add(n, jnp.where(index == n, gradient, 0.0), found), found)
+
+
+def _key_plain(plan: Plan, r: Any) -> None:
+    b, kv_head, j, group = (lax.axis_index(name) for name in ("batch", "heads", "tiles", "group"))
+    first, plain, detailed, last = (r.by_keys[_own(r.by_keys, b), j, n] for n in range(4))
+    heads = r.query.shape[2] // r.key.shape[2]
+    of_tile = plan.blocks.queries // GROUP
+
+    def begin(head: Array) -> Array:
+        """The first piece of queries of which some are not counted here."""
+        return first if plan.last is None else jnp.clip(r.begun[b, head, j] * of_tile, first, last)
+
+    @pl.when(group < GROUPS)
+    def _compute() -> None:
+        plgpu.set_max_registers(_REGISTERS["compute"], action="increase")
+        own, own_value = r.keys.at[group], r.values.at[group]
+        at = pl.ds(j * plan.blocks.keys + group * GROUP, GROUP)
+        plgpu.copy_gmem_to_smem(r.key.at[b, at, kv_head], own, r.arrived.at[group])
+        plgpu.copy_gmem_to_smem(r.value.at[b, at, kv_head], own_value, r.arrived.at[group])
+        factor, face = r.scale[0] * LOG2E, Face(True, (GROUP, GROUP))
+        of_keys = {in_sight: _keys_of(plan, r, _row, b, at, in_sight) for in_sight in (False, True)}
+        plgpu.barrier_wait(r.arrived.at[group])
+
+        def one_head(g: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
+            head = kv_head * heads + g
+            start, base = begin(head), kept[0]
+
+            def tile(in_sight: bool, i: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+                d_key, d_value = kept
+                slot = lax.rem(base + i - start, plan.blocks.stages)
+                at = pl.ds(i * GROUP, GROUP)
+                rows = _rows_of(plan, r, _column, b, head, at)
+                common = _common(plan, r, b, i, j)
+                plgpu.barrier_wait(r.query_here.at[slot])
+                scores = _inner(own, r.queries.at[slot]) * factor
+                if plan.last is not None:
+                    scores += face.queries(_column(r.z_last, b, head, at) * LOG2E)
+                scores, _ = biased(plan, face, rows, of_keys[in_sight], scores, common, in_sight)
+                if plan.last is not None:
+                    counted = r.limit[b, head, lax.div(i, of_tile)] <= j
+                    scores = jnp.minimum(scores, jnp.where(counted, NEVER, -NEVER))
+                plgpu.barrier_wait(r.d_out_here.at[slot])
+                weights = weights_of(face, scores, _column(r.log_sums, slot))
+                d_value = _added(plan, d_value, weights, r.d_outs.at[slot])
+                d_weights = _inner(own_value, r.d_outs.at[slot])
+                gradient = gradient_of(plan, face, scores, weights, d_weights, _column(r.slacks, slot))
+                d_key = _added(plan, d_key, gradient, r.queries.at[slot])
+                plgpu.commit_smem()  # numbers of the rows are read in another way than the next copy writes
+                plgpu.barrier_arrive(r.query_done.at[slot])
+                return d_key, d_value
+
+            bounds = start, jnp.maximum(plain, start), jnp.maximum(detailed, start), last
+            return base + last - start, *walk(tile, *bounds, kept[1:])
+
+        kept = jnp.int32(0), _filled((GROUP, r.key.shape[-1]), 0.0), _filled((GROUP, r.value.shape[-1]), 0.0)
+        _, d_key, d_value = lax.fori_loop(0, heads, one_head, kept)
+        _write(r.d_key.at[b, at, kv_head], d_key)
+        _write(r.d_value.at[b, at, kv_head], d_value)
+
+    @pl.when(group == GROUPS)
+    def _load() -> None:
+        plgpu.set_max_registers(_REGISTERS["load"], action="decrease")
+
+        def one_head(g: Array, base: Array) -> Array:
+            head = kv_head * heads + g
+            start = begin(head)
+
+            def bring(i: Array, _: None) -> None:
+                number, at = base + i - start, pl.ds(i * GROUP, GROUP)
+                slot = lax.rem(number, plan.blocks.stages)
+                pl.when(number >= plan.blocks.stages)(lambda: plgpu.barrier_wait(r.query_done.at[slot]))
+                plgpu.copy_gmem_to_smem(r.query.at[b, at, head], r.queries.at[slot], r.query_here.at[slot])
+                plgpu.copy_gmem_to_smem(r.d_out.at[b, at, head], r.d_outs.at[slot], r.d_out_here.at[slot])
+                plgpu.copy_gmem_to_smem(r.log_sum.at[b, head, at], r.log_sums.at[slot], r.d_out_here.at[slot])
+                plgpu.copy_gmem_to_smem(r.slack.at[b, head, at], r.slacks.at[slot], r.d_out_here.at[slot])
+
+            lax.fori_loop(start, last, bring, None)
+            return base + last - start
+
+        lax.fori_loop(0, heads, one_head, jnp.int32(0))
+
+
+# Calls -------------------------------------------------------------------------------------------------------------------
+
+
+def _tiles(x: Array, *shape: int) -> Any:
+    """Shared memory for tiles of x as wgmma reads them, and its channels last."""
+    width = next(n for n in (64, 32, 16) if x.shape[-1] % n == 0)
+    transforms = plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)
+    return plgpu.SMEM((*shape, x.shape[-1]), x.dtype, transforms=transforms)
+
+
+def _call(
+    body: Any, plan: Plan, grid: tuple[int, int, int], inputs: dict[str, Any], outputs: dict[str, Any], scratch: dict[str, Any]
+) -> dict[str, Array]:
+    """Runs a kernel on a grid of heads, tiles and batch."""
+    inputs = {name: array for name, array in inputs.items() if array is not None}
+
+    def run(*refs: Any) -> None:
+        body(plan, types.SimpleNamespace(**dict(zip((*inputs, *outputs, *scratch), refs, strict=True))))
+
+    run.__name__ = f"posjax_attention_mosaic{body.__name__}"
+    found = plgpu.kernel(
+        run,
+        out_type=list(outputs.values()),
+        scratch_types=list(scratch.values()),
+        grid=grid,
+        grid_names=("heads", "tiles", "batch"),
+        num_threads=GROUPS + 1,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams() if plan.interpret is True else plan.interpret or None,
+    )(*inputs.values())
+    return dict(zip(outputs, found, strict=True))
+
+
+def _inputs(plan: Plan, x: Operands, seen: Visits) -> dict[str, Any]:
+    """What every kernel reads."""
+    inputs = {field.name: getattr(x, field.name) for field in dataclasses.fields(x) if field.name not in ("z", "high", "low")}
+    if plan.last is not None:
+        inputs["z_last"] = x.z[..., plan.last]
+    return inputs | ({"key_last": seen.key_last} if plan.index is not None else {})
+
+
+def _key_memory(plan: Plan, x: Operands) -> dict[str, Any]:
+    """Shared memory through which keys and values stream past queries."""
+    stages, keys = plan.blocks.stages, plan.blocks.keys
+    here, done = plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages)
+    tiles = {"keys": _tiles(x.key, stages, keys), "values": _tiles(x.value, stages, keys)}
+    return tiles | {"key_here": here, "value_here": here, "key_done": done, "value_done": done}
+
+
+def forward(plan: Plan, x: Operands, seen: Visits, counted: dict[str, Array]) -> tuple[Array, Array]:
+    """out [B, T, N, V] and, [B, N, T], log2 of the softmax's sum.
+
+    Args:
+      counted: highest, total [B, N, T] and sums [B, T, N, V] of softmax over keys that were counted, and ``limit`` [B, N, I], the
+        key tile from which on each query tile counted. Empty where nothing counts.
+    """
+    batch, length, heads, _ = x.query.shape
+    out = jax.ShapeDtypeStruct((batch, length, heads, x.value.shape[-1]), x.value.dtype)
+    outputs = {"out": out, "log_sum": jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)}
+    inputs = _inputs(plan, x, seen) | {"by_queries": seen.by_queries} | counted
+    if plan.index is not None:
+        inputs["query_first"] = seen.query_first
+    scratch = {"queries": _tiles(x.query, GROUPS, GROUP), "arrived": plgpu.Barrier(num_barriers=GROUPS)} | _key_memory(plan, x)
+    grid = heads, length // plan.blocks.queries, batch
+    return tuple(_call(_forward, plan, grid, inputs, outputs, scratch).values())
+
+
+def backward(
+    plan: Plan, x: Operands, seen: Visits, log_sum: Array, limit: Array | None, d_out: Array, slack: Array
+) -> dict[str, Array]:
+    """Gradients d_query (before the scale), d_key, d_value and, where there are any, d_table [B, N, T, W or more] and d_last
+    [B, N, T], of z at the last position; float32, all but for what was counted. Arguments as in ``triton.backward``."""
+    batch, length, heads, _ = x.query.shape
+    given = {"d_out": d_out, "log_sum": log_sum, "slack": slack} | ({} if limit is None else {"limit": limit})
+    like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    inputs = _inputs(plan, x, seen) | given
+
+    outputs: dict[str, Any] = {"d_query": like(x.query.shape)}
+    if plan.last is not None:
+        outputs["d_last"] = like(log_sum.shape)
+    if plan.index is not None:
+        outputs["d_table"] = like((batch, heads, length, -(-x.table.shape[1] // 8) * 8))
+    own = _tiles(x.query, GROUPS, GROUP), _tiles(d_out, GROUPS, GROUP), plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS)
+    scratch = dict(zip(("queries", "d_outs", "arrived"), own, strict=True)) | _key_memory(plan, x)
+    of_queries = {"by_queries": seen.by_queries} | ({} if plan.index is None else {"query_first": seen.query_first})
+    grid = heads, length // plan.blocks.queries, batch
+    found = _call(_query_plain, plan, grid, inputs | of_queries, outputs, scratch)
+
+    of_keys = {"by_keys": seen.by_keys} | ({} if plan.index is None else {"query_first": seen.row_first})
+    if plan.last is not None:
+        of_keys["begun"] = below(limit, x.key.shape[1] // plan.blocks.keys, first=True)
+    stages = plan.blocks.stages
+    numbers = plgpu.SMEM((stages, GROUP), jnp.float32)
+    scratch = {
+        "keys": _tiles(x.key, GROUPS, GROUP),
+        "values": _tiles(x.value, GROUPS, GROUP),
+        "arrived": plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
+        "queries": _tiles(x.query, stages, GROUP),
+        "d_outs": _tiles(d_out, stages, GROUP),
+        "log_sums": numbers,
+        "slacks": numbers,
+        "query_here": plgpu.Barrier(num_barriers=stages),
+        "d_out_here": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+        "query_done": plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
+    }
+    grid = x.key.shape[2], x.key.shape[1] // plan.blocks.keys, batch
+    outputs = {"d_key": like(x.key.shape), "d_value": like(x.value.shape)}
+    return found | _call(_key_plain, plan, grid, inputs | of_keys, outputs, scratch)

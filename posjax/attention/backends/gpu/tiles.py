@@ -1,0 +1,171 @@
+"""What the Triton kernels compute inside of a tile: products, counts, and their gradients.
+
+Between two positions the bias is a straight line, so a count needs two numbers of its cell. Triton has no look-ups in registers:
+they are chosen in a loop over the cells that the counts of a row pass in a strip, as long as the widest of them. The transpose is
+a loop over the nodes between cells: the gradient of z_n is the sum of g max(0, 1 - |count - n|).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from posjax.attention.backends.gpu.plan import Plan
+from posjax.attention.backends.gpu.scores import Keys, Rows
+from posjax.typing import Array
+
+NN, NT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
+
+
+def product(plan: Plan, a: Array, b: Array, form: Any = NN) -> Array:
+    """A matrix product accumulated in float32; of float32 numbers, with three products of 11 bits each, on tensor cores."""
+    exact = jax.lax.Precision.HIGHEST if plan.interpret else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    precision = exact if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, form, precision=precision, preferred_element_type=jnp.float32)
+
+
+Channels = tuple[Array, ...]  # [t, C] in pieces of a power of two of channels, the only sizes that Triton has
+
+
+def pieces_of(channels: int) -> list[Any]:
+    """A multiple of 16 in powers of two up to 128, the greatest first."""
+    sizes = [128] * (channels // 128) + [1 << n for n in (6, 5, 4) if channels >> n & 1]
+    return [pl.ds(sum(sizes[:n]), size) for n, size in enumerate(sizes)]
+
+
+def taken(ref: Any, *at: Any) -> Channels:
+    return tuple(ref[(*at, piece)] for piece in pieces_of(ref.shape[-1]))
+
+
+def put(ref: Any, x: Channels) -> None:
+    for piece, part in zip(pieces_of(ref.shape[-1]), x, strict=True):
+        ref[:, piece] = part
+
+
+def zeros_like(x: Channels) -> Channels:
+    return tuple(jnp.zeros(part.shape, jnp.float32) for part in x)
+
+
+def inner(plan: Plan, a: Channels, b: Channels) -> Array:
+    """a b^T."""
+    return functools.reduce(jnp.add, [product(plan, p, q, NT) for p, q in zip(a, b, strict=True)])
+
+
+def added(plan: Plan, total: Channels, weights: Array, x: Channels) -> Channels:
+    """total + weights x, in which weights take the type of x."""
+    weights = weights.astype(x[0].dtype)
+    return tuple(sums + product(plan, weights, part) for sums, part in zip(total, x, strict=True))
+
+
+def add_exactly(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
+    """(high + low) + x in two floats: what x loses to high is kept in low."""
+    total = high + x
+    part = total - high
+    return total, low + ((high - (total - part)) + (x - part))
+
+
+class Face(NamedTuple):
+    """How scores stand: [queries, keys], or, ``turned``, [keys, queries]."""
+
+    turned: bool
+
+    @property
+    def keys_axis(self) -> int:
+        return 0 if self.turned else 1
+
+    def queries(self, x: Array) -> Array:
+        """A number for each query, to broadcast over keys."""
+        return x[None, :] if self.turned else x[:, None]
+
+    def keys(self, x: Array) -> Array:
+        return x[:, None] if self.turned else x[None, :]
+
+    def sums(self, plan: Plan, x: Array, later: bool, parts: int) -> Array:
+        """For each key the sum over itself and later keys, or itself and earlier ones: a product with a triangle of ones.
+
+        x is cut into bfloat16 parts, 8 bits each, that a triangle multiplies without rounding.
+        """
+        size = x.shape[self.keys_axis]
+        one, other = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+        own, from_ = (one, other) if self.turned else (other, one)
+        ones = jnp.where((from_ >= own) if later else (from_ <= own), 1.0, 0.0).astype(jnp.bfloat16)
+        total = None
+        for n in range(parts):
+            part = x.astype(jnp.bfloat16)
+            x = x - part.astype(jnp.float32) if n < parts - 1 else x
+            found = product(plan, ones, part) if self.turned else product(plan, part, ones)
+            total = found if total is None else total + found
+        return total
+
+
+def rows_of(plan: Plan, r: Any, start: Any, size: int, head: Any = None) -> Rows:
+    """``size`` rows from ``start`` on of the arrays that a program sees, of a head of several or the only one."""
+    at = pl.ds(start, size)
+    segments = r.query_segments[at] if plan.rules.segmented else None
+    slope = r.slope[0 if head is None else head] if plan.penalised else None
+    entries = 0 if plan.index is None else r.table.shape[-1]
+
+    def look(n: Array) -> Array:
+        return r.table[n if head is None else (head, n)]
+
+    return Rows(r.query_positions[at], segments, slope, look, entries, number=start + jnp.arange(size))
+
+
+def keys_of(plan: Plan, r: Any, start: Any, size: int, in_sight: bool = False) -> Keys | None:
+    """None where nothing is asked of keys that are all in sight."""
+    if in_sight and not plan.penalised:
+        return None
+    at = pl.ds(start, size)
+    return Keys(r.key_positions[at], r.key_segments[at] if plan.rules.segmented else None)
+
+
+# Counting ----------------------------------------------------------------------------------------------------------------
+
+
+class Counts(NamedTuple):
+    """Where the counts of a query tile and a strip are.
+
+    Attributes:
+      base: [t] int32, the least cell of each query.
+      inside: the counts beyond it, clamped at the last position.
+      cells: int32, those rounded down.
+      most: the greatest of the cells.
+    """
+
+    base: Array
+    inside: Array
+    cells: Array
+    most: Array
+
+
+def gates_of(scores: Array, allowed: Array) -> Array:
+    """The sigmoid of scores in units of log2 e."""
+    return jnp.where(allowed, 1.0 / (1.0 + jnp.exp2(-scores)), 0.0)
+
+
+def counted(plan: Plan, face: Face, high: Array, low: Array, later: Array) -> Counts:
+    """high + low [t]: the counts right of the strip; ``later``: what its gates add."""
+    before = jnp.clip(high + low, 0.0, plan.last)
+    base = before.astype(jnp.int32)
+    offset = (high - base.astype(jnp.float32)) + low
+    inside = jnp.minimum(face.queries(offset) + later, face.queries((plan.last - base).astype(jnp.float32)))
+    inside = jnp.maximum(inside, 0.0)
+    cells = inside.astype(jnp.int32)
+    return Counts(base, inside, cells, cells.max(1).max(0))
+
+
+def interpolated(plan: Plan, face: Face, height: Callable[[Array], Array], counts: Counts) -> tuple[Array, Array]:
+    """The bias of counts and its slope, from ``height(n)``: z [t] at positions [t]."""
+
+    def choose(n: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        start, slope, here = found
+        beyond = height(jnp.minimum(counts.base + n + 1, plan.last))
+        own = counts.cells == n
+        return jnp.where(own, face.queries(here), start), jnp.where(own, face.queries(beyond - here), slope), beyond
+
+    zeros = jnp.zeros_like(counts.inside)
+    start, slope, _ = jax.lax.fori_loop(0, counts.most + 1, choose, (zeros, zeros, height(counts.base)))
+    return start + slope * (counts.inside - counts.cells.astype(jnp.float32)), slope

@@ -1,0 +1,1 @@
+"""Attention around a ring of devices."""

@@ -1,0 +1,199 @@
+"""Attention on each device's own part of its arrays: kernels that the compiler cannot cut, Pallas calls say, and plain XLA.
+
+A mesh axis cuts either the batch or the heads. Which one is read from the query's type where axes are explicit; the compiler's own
+(automatic) axes say no more than their names while tracing, so those named in ``HEAD_AXES`` cut heads, the others the batch. A
+guess that differs from where the arrays really lie costs a move of theirs, never a different result.
+
+``per_shard`` runs a kernel so, ``on_parts`` attention in plain XLA. Left to the compiler, a walk over tiles would ask all devices,
+tile by tile, whether any row has something to see there, and lookups in tables of their own for every query would gather the tables
+of all. On its own rows and heads a device asks nobody.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from posjax.core.bias import BiasTerm
+from posjax.typing import Array
+
+HEAD_AXES = ("tensor", "model", "heads", "tp", "mp")
+WHOLE_AXES = ("sequence", "seq", "context", "stage", "pipeline", "sp", "cp", "pp")  # cut neither: each part computes the same
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """What is cut over which axes of the mesh that a call runs on. Hashable, so that it can be static in a custom_vjp.
+
+    Attributes:
+      mesh: None where there is nothing to cut: one device, or inside a shard_map over all axes.
+      batch: names of the axes that cut B.
+      heads: names of the axes that cut K, and with it N.
+    """
+
+    mesh: Any = None
+    batch: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+
+    @property
+    def head_parts(self) -> int:
+        return math.prod(self.mesh.shape[name] for name in self.heads) if self.heads else 1
+
+    @property
+    def batch_parts(self) -> int:
+        return math.prod(self.mesh.shape[name] for name in self.batch) if self.batch else 1
+
+
+def find_cut(query: Array) -> Cut:
+    """The cut of a call with that query [B, T, N, H], to be found before ``auto_axes`` hides an explicit sharding."""
+    sharding = jax.typeof(query).sharding
+    mesh = sharding.mesh if not sharding.mesh.empty else jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    free = [name for name in mesh.axis_names if types[name] != AxisType.Manual]
+    if all(mesh.shape[name] == 1 for name in free):
+        return Cut()
+    given = [() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in sharding.spec]
+    given += [()] * (4 - len(given))
+    batch, heads = ([name for name in names if types[name] == AxisType.Explicit] for names in (given[0], given[2]))
+    for name in free:
+        if types[name] != AxisType.Auto or mesh.shape[name] == 1:
+            continue
+        names, size = (heads, query.shape[2]) if name in HEAD_AXES else (batch, query.shape[0])
+        if name not in WHOLE_AXES and size % math.prod(mesh.shape[n] for n in [*names, name]) == 0:
+            names.append(name)
+    return Cut(mesh, tuple(batch), tuple(heads))
+
+
+def per_shard(function: Callable[..., Any], cut: Cut, inputs: Any, results: Any) -> Callable[..., Any]:
+    """``function`` on each device's part of its arguments.
+
+    Args:
+      function: arrays in, arrays out. It sees parts: B and K (N) are those of one device.
+      cut: from ``find_cut``.
+      inputs: for each argument a string with a letter an axis, "b..." say: b is the batch, n heads (of either kind), all other
+        letters are whole everywhere. One string may stand for a whole pytree; None for one without arrays. An axis of length 1
+        is not cut.
+      results: the same for what comes back, but that an axis of length 1 must not be called b or n (see ``exact``). A result
+        without b, or without n, is summed over the devices that cut b, or n.
+
+    Returns:
+      A function of whole arrays.
+    """
+    if cut.mesh is None:
+        return function
+
+    def names(letter: str) -> tuple[str, ...]:
+        return {"b": cut.batch, "n": cut.heads}.get(letter, ())
+
+    def spec(letters: str, leaf: Any) -> PartitionSpec:
+        return PartitionSpec(*(names(x) if size > 1 and names(x) else None for x, size in zip(letters, leaf.shape, strict=True)))
+
+    def specs(letters: Any, tree: Any) -> Any:
+        if letters is None or isinstance(letters, str):
+            return jax.tree.map(lambda leaf: spec(letters, leaf), tree)
+        return tuple(specs(part, leaf) for part, leaf in zip(letters, tree, strict=True))
+
+    def total(letters: Any, tree: Any) -> Any:
+        if isinstance(letters, tuple):
+            return tuple(total(part, leaf) for part, leaf in zip(letters, tree, strict=True))
+        over = tuple(name for x in "bn" if x not in letters for name in names(x))
+        return jax.lax.psum(tree, over) if over else tree
+
+    def result_specs(letters: Any) -> Any:
+        if isinstance(letters, tuple):
+            return tuple(result_specs(part) for part in letters)
+        return PartitionSpec(*(names(x) or None for x in letters))
+
+    def whole(*args: Any) -> Any:
+        context = jax.sharding.get_abstract_mesh()  # that of set_mesh, auto_axes or an outer shard_map, which shard_map insists on
+        mesh = cut.mesh if context.empty else context
+        free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+        return jax.shard_map(
+            lambda *args: total(results, function(*args)),
+            mesh=mesh,
+            in_specs=specs(inputs, args),
+            out_specs=result_specs(results),
+            axis_names=free,
+            check_vma=False,  # a kernel's results do not say over which axes they vary
+        )(*args)
+
+    return whole
+
+
+def exact(letters: str, x: Array) -> str:
+    """The letters of an array, "." for its axes of length 1: those of its gradient."""
+    return "".join(letter if size > 1 else "." for letter, size in zip(letters, x.shape, strict=True))
+
+
+Function = Callable[..., Array]
+
+
+def on_parts(function: Function, cut: Cut, along: str | None = None) -> Function:
+    """``function`` of a call's query, key, value, terms, mask, positions, rotation and scale, on each device's part of them.
+
+    Heads are cut where the devices divide key heads too, and where all terms tell which axes of their tables are those of heads.
+
+    Args:
+      function: it sees parts, and returns [B, T, N, V] of its queries.
+      cut: of batch and heads.
+      along: the mesh axis that cuts T and S; None: they are whole.
+    """
+    if cut.mesh is None or not (cut.batch or cut.heads or along):
+        return function
+
+    def whole(query: Array, key: Array, terms: tuple[BiasTerm, ...], scale: Any, **rest: Any) -> Array:
+        call = dict(query=query, key=key, terms=terms, scale=jnp.asarray(scale, jnp.float32)) | rest
+        static = {name: x for name, x in rest.items() if x is None or isinstance(x, float | int)}
+        call = {name: x for name, x in call.items() if name not in static}
+        heads = cut.heads if key.shape[2] % cut.head_parts == 0 and all(_tells(term) for term in terms) else ()
+        of = {"b": cut.batch or None, "n": heads or None, "t": along}
+
+        def spec(letters: str, x: Array) -> PartitionSpec:
+            """Of an array whose first axes have those letters; one of length 1 is not cut."""
+            return PartitionSpec(*(of.get(letter) if size > 1 else None for letter, size in zip(letters, x.shape, strict=False)))
+
+        def specs(letters: str, tree: Any) -> Any:
+            return jax.tree.map(functools.partial(spec, letters), tree)
+
+        def of_term(term: BiasTerm) -> BiasTerm:
+            tables, structure = jax.tree.flatten(term.tables)
+            axes = term.heads if heads else [None] * len(tables)
+            cuts = [PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, heads) for axis in axes]
+            along = {name: specs("bnt", getattr(term, name)) for name in ("rows", "columns", "carry")}
+            return dataclasses.replace(term, tables=jax.tree.unflatten(structure, cuts), **along)
+
+        of_call = {name: specs("btn", x) for name, x in call.items() if name not in ("terms", "scale", "mask")}
+        mask = call["mask"]
+        of_call["mask"] = dataclasses.replace(
+            mask,
+            boolean=specs("bn", mask.boolean),
+            query_segments=specs("bt", mask.query_segments),
+            key_segments=specs("bt", mask.key_segments),
+        )
+        if "rotation" in call:
+            of_call["rotation"] = specs("bt", call["rotation"])
+        of_call |= dict(terms=tuple(map(of_term, terms)), scale=PartitionSpec())
+        around = jax.sharding.get_abstract_mesh()  # of set_mesh, auto_axes or an outer shard_map, which shard_map insists on
+        mesh = cut.mesh if around.empty else around
+        names = {*cut.batch, *heads}
+        if along:  # there may be a kernel within, which no axis can be left to the compiler with
+            names = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+        return jax.shard_map(
+            lambda call: function(**call, **static),
+            mesh=mesh,
+            in_specs=(of_call,),
+            out_specs=spec("btn", query),
+            axis_names=names,
+            check_vma=False,  # the loops of a walk do not say over which axes their sums vary
+        )(call)
+
+    return whole
+
+
+def _tells(term: BiasTerm) -> bool:
+    return term.heads is not None or not jax.tree.leaves(term.tables)

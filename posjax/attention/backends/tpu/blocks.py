@@ -1,0 +1,98 @@
+"""Block sizes of the TPU kernels, and what they must know of the chip."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Blocks(NamedTuple):
+    """Sizes of the blocks of the TPU kernel; a call that is shorter takes smaller ones.
+
+    Attributes:
+      queries: rows of a tile, a multiple of 128, at most 2,048.
+      keys: columns of a tile, a multiple of ``strip``.
+      strip: keys that are counted at a time, a multiple of 128.
+      resident: keys held in VMEM at once, a multiple of ``keys``.
+    """
+
+    queries: int
+    keys: int
+    strip: int
+    resident: int
+
+
+def check_blocks(blocks: Any) -> None:
+    """Raises TypeError for what is no Blocks, ValueError for sizes that no kernel has, before anything is compiled."""
+    if not isinstance(blocks, Blocks):
+        given = "posjax.Blocks(queries, keys, strip, resident) or posjax.GpuBlocks(...)"
+        raise TypeError(f"block_sizes must be None or {given}, got {blocks!r}")
+    sizes = blocks._asdict()
+    for name, of in {"queries": "", "strip": "", "keys": "strip", "resident": "keys"}.items():
+        size, unit = sizes[name], sizes.get(of, 128)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % unit:
+            near = max(1, -(-size // unit)) * unit if isinstance(size, int) else unit
+            what = f"{of}, {unit}" if of else unit
+            raise ValueError(f"block_sizes must have as {name} a positive multiple of {what}, such as {near}, got {blocks}")
+    if blocks.queries > 2048:  # the kernel notes down a bit for each 128 of them
+        raise ValueError(f"block_sizes must have at most 2048 queries, got {blocks}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU generation.
+
+    Attributes:
+      name: as in ``posjax.hardware.GENERATIONS``.
+      vmem: bytes of VMEM that a kernel may take.
+      gathers: registers are looked up along sublanes in one operation.
+      sizes: for bfloat16 and heads of 128 channels.
+    """
+
+    name: str
+    vmem: int
+    gathers: bool
+    sizes: Blocks
+
+    def blocks(self, dtype: Any, width: int) -> Blocks:
+        """The block sizes for a type and a head dimension, before VMEM is looked at."""
+        wide = max(1, width // 128) * jnp.dtype(dtype).itemsize // 2
+        return self.sizes._replace(resident=max(self.sizes.keys, self.sizes.resident // wide))
+
+
+_MIB = 2**20
+# The file is what experiments/tpu_block_sizes.py writes, from compiled schedules.
+_SIZES = {name: Blocks(**sizes) for name, sizes in json.loads(Path(__file__).with_name("blocks.json").read_text()).items()}
+CHIPS = {
+    "v4": Chip("v4", 15 * _MIB, False, _SIZES["v4"]),
+    "v5e": Chip("v5e", 100 * _MIB, True, _SIZES["v5e"]),
+    "v5p": Chip("v5p", 80 * _MIB, True, _SIZES["v5p"]),
+    "v6e": Chip("v6e", 100 * _MIB, True, _SIZES["v6e"]),
+    "tpu7x": Chip("tpu7x", 56 * _MIB, True, _SIZES["tpu7x"]),
+}
+# For programs that are lowered where no chip is known: what v5e and later can run.
+ANY = Chip("any", 30 * _MIB, True, Blocks(512, 512, 256, 1024))
+
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "TPU v7x": "tpu7x",
+}
+
+
+def chip_at_hand(x: Any = None) -> Chip:
+    """The generation of the mesh that an array lies on, or of the mesh in context, or of this process's devices; ``ANY`` where none
+    of them is a known TPU."""
+    meshes = [jax.sharding.get_abstract_mesh()] if x is None else [jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()]
+    devices = [device for mesh in meshes if (device := getattr(mesh, "abstract_device", None)) is not None]
+    kind = devices[0].device_kind if devices else jax.devices()[0].device_kind
+    return CHIPS.get(_KINDS.get(kind, ""), ANY)

@@ -1,0 +1,460 @@
+"""What the forward and the backward kernel on TPU have in common: plan, operands, scalars, and a query tile's view of them."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from posjax.attention.backends.tpu.blocks import Blocks
+from posjax.attention.backends.tpu.tiles import (
+    LANES,
+    LOG2E,
+    LOWEST,
+    NEVER,
+    NN,
+    NT,
+    QUARTER,
+    SUBLANES,
+    Counting,
+    column,
+    fine_product,
+    gathered,
+    joined,
+    product,
+)
+from posjax.core.masks import Extent, Rules, extents
+from posjax.typing import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known before compilation; no sizes of batch and heads, which a shard of a mesh has its own of."""
+
+    blocks: Blocks
+    rules: Rules
+    soft_cap: float | None
+    counting: Counting | None
+    index: Any  # of a lookup: positions -> place in the table
+    uniform: Any  # of a lookup: first and last positions -> whether all pairs have one place
+    penalised: bool
+    turn_keys: bool  # keys are rotated when they arrive in VMEM
+    vmem: int
+    interpret: Any
+
+    @property
+    def groups(self) -> int:
+        return self.blocks.queries // LANES
+
+    @property
+    def abreast(self) -> int:
+        """Groups that count side by side: two fill the matrix unit."""
+        return 2 if self.groups % 2 == 0 else 1
+
+    @property
+    def per_tile(self) -> int:
+        """Strips of a key tile."""
+        return self.blocks.keys // self.blocks.strip
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """A call in the kernel's layout, padded to whole blocks. Letters: I query tiles of t rows, R blocks of resident keys."""
+
+    query: Array  # [B, K, G, T, C]
+    key: Array  # [B, K, S, C]
+    value: Array  # [B, K, S, V]
+    scale: Array  # [1]
+    query_positions: Array  # [B or 1, I, t / 128, 128]
+    key_positions: Array  # [B or 1, 1, S]
+    query_segments: Array | None
+    key_segments: Array | None
+    counted_query: Array | None  # [B, K, G, T, H], what meets the embedding, where that is not ``query``
+    embedding: Array | None  # [K or 1, G or 1, 2, P, H]: of the positions, and the step to the next
+    table: Array | None  # [K, G, 1, 128]
+    slopes: Array | None  # [K, G, 1, 128]
+    query_turn: Array | None  # [B or 1, 2, T, C], cosines and sines
+    key_turn: Array | None  # [B or 1, 2, S, C]
+    partner: Array | None  # [C, C], which channel turns into which
+    high: Array | None = None  # [B, K, G, I, t / 128, 128]: counts of keys to the right that other calls have, high + low
+    low: Array | None = None
+
+
+def queries_of(x: Operands) -> list[str]:
+    """The operands that each query tile has its own part of, and that have gradients."""
+    return ["query"] + ([] if x.counted_query is None else ["counted_query"])
+
+
+# Extents, for the scalar unit --------------------------------------------------------------------------------------------
+
+
+def make_scalars(plan: Plan, x: Operands) -> tuple[Array, ...]:
+    """What the scalar unit reads: which key tiles a query tile visits, which strips a passage of queries sees, and the extents of
+    tiles, groups and strips."""
+    blocks = plan.blocks
+
+    def of_queries(size: int) -> Array:
+        return extents(x.query_positions, x.query_segments, size)
+
+    def of_keys(size: int) -> Array:
+        return extents(x.key_positions, x.key_segments, size)
+
+    q_tiles, k_tiles, strips = of_queries(blocks.queries), of_keys(blocks.keys), of_keys(blocks.strip)
+    bands = plan.rules.seen(of_queries(plan.abreast * LANES), strips)
+    found = (plan.rules.seen(q_tiles, k_tiles), bands, q_tiles, k_tiles, of_queries(LANES), strips)
+    return tuple(a.astype(jnp.int32).reshape(-1) for a in found)
+
+
+class Scalars(NamedTuple):
+    """The same as the kernel sees it."""
+
+    visits: Any
+    bands: Any
+    query_tiles: Any
+    key_tiles: Any
+    query_groups: Any
+    key_strips: Any
+
+
+# Inside of a tile ----------------------------------------------------------------------------------------------------------
+
+
+class Groups(NamedTuple):
+    """Some of a tile's groups of 128 queries: ``count`` from ``first`` on."""
+
+    first: Array | int
+    count: int
+
+    @property
+    def lanes(self) -> Any:
+        return pl.ds(self.first * LANES, self.count * LANES)
+
+    def apart(self) -> list[tuple[Array | int, slice]]:
+        """The number of each group and its lanes among theirs."""
+        return [(self.first + n, slice(n * LANES, (n + 1) * LANES)) for n in range(self.count)]
+
+
+def as_row(ref: Any, groups: Groups | None = None) -> Array:
+    """[t / 128, 128], or some groups of it, as one lane vector [1, t]."""
+    first, count = groups or (0, ref.shape[0])
+    return jnp.concatenate([ref[pl.ds(first + n, 1), :] for n in range(count)], axis=1)
+
+
+def turned(x: Array, turn: Any, partner: Array, back: bool = False) -> Array:
+    """x [s, C] rotated by the cosines and sines of ``turn`` [2, s, C], or rotated back; float32."""
+    cos, sin = turn[0], turn[1]
+    exact = partner.dtype == jnp.float32
+    if back:
+        return x * cos + fine_product(x * sin, partner, NT, exact)
+    return x.astype(jnp.float32) * cos + product(x, partner, NN, exact) * sin
+
+
+def soft(plan: Plan, x: Array) -> Array:
+    """The soft cap of scores; what may not meet stays NEVER."""
+    if plan.soft_cap is None:
+        return x
+    cap = plan.soft_cap * LOG2E
+    return jnp.where(x > LOWEST, cap * jnp.tanh(x / cap), NEVER)
+
+
+def soft_slack(plan: Plan, x: Array) -> Array:
+    """The derivative of the soft cap where the capped score is x; zero where x is NEVER."""
+    return 1.0 - jnp.square(jnp.maximum(x / (plan.soft_cap * LOG2E), -1.0))
+
+
+def masked_or_not(do: Any, whole: Array, here: Array | bool = True) -> None:
+    """``do(masked)``, if ``here``, on pairs that all may meet (``whole``) or not."""
+    pl.when(whole & here)(lambda: do(False))
+    pl.when(~whole & here)(lambda: do(True))
+
+
+@dataclasses.dataclass
+class Step:
+    """One query tile of one head as the kernel body sees it: what forward and backward have in common."""
+
+    plan: Plan
+    scalars: Scalars
+    refs: dict[str, Any]
+    row: Array  # of the batch, 0 where rows do not differ
+    rows: int
+    tile: Array  # the query tile
+    key_block: Array  # which resident block of keys
+
+    def __getattr__(self, name: str) -> Any:
+        return self.refs[name]
+
+    def entry(self, which: str, index: Array) -> list[Array]:
+        """What the scalars tell of one piece: two numbers of what it sees, the four of an extent."""
+        ref, size = getattr(self.scalars, which), 2 if which in ("visits", "bands") else 4
+        start = (self.row * (ref.shape[0] // self.rows // size) + index) * size
+        return [ref[start + n] for n in range(size)]
+
+    def query_extent(self) -> Extent:
+        return Extent(*self.entry("query_tiles", self.tile))
+
+    def key_extent(self, j: Array) -> Extent:
+        return Extent(*self.entry("key_tiles", self.key_block * (self.strips // self.plan.per_tile) + j))
+
+    def group_extent(self, g: Array) -> Extent:
+        return Extent(*self.entry("query_groups", self.tile * self.plan.groups + g))
+
+    def strip_extent(self, at: Array) -> Extent:
+        return Extent(*self.entry("key_strips", self.key_block * self.strips + at))
+
+    @property
+    def strips(self) -> int:
+        """Of the resident block."""
+        return self.key.shape[0] // self.plan.blocks.strip
+
+    def for_tiles(self, visit: Any) -> None:
+        """Calls ``visit(j, whole)`` for each key tile of this block with pairs that were not counted, and whether all pairs of it
+        are such and may meet."""
+        per_tile, held = self.plan.per_tile, self.strips // self.plan.per_tile
+        first, last = (jnp.clip(n - self.key_block * held, 0, held) for n in self.entry("visits", self.tile))
+        limits = [] if self.plan.counting is None else [self.limit_here(a) for a in range(self.limit.shape[0])]
+        if limits:
+            most = functools.reduce(jnp.maximum, limits)
+            last = jnp.minimum(last, jax.lax.div(most + (per_tile - 1), np.int32(per_tile)))
+
+        def one(n: Array, _: None) -> None:
+            j = last - 1 - n
+            whole = self.plan.rules.all(self.query_extent(), self.key_extent(j))
+            for limit in limits:
+                whole &= limit >= (j + 1) * per_tile
+            visit(j, whole)
+
+        jax.lax.fori_loop(0, last - first, one, None)
+
+    def limit_here(self, a: Array | int) -> Array:
+        """The strip of this block from which on the queries of a passage have counted, none where it is past the last."""
+        return jnp.clip(self.limit[a] - self.key_block * self.strips, 0, self.strips)
+
+    def all_groups(self, ref: Any) -> Array:
+        """[t / 128, s, 128] as [s, t]."""
+        return jnp.concatenate([ref[g] for g in range(self.plan.groups)], axis=1)
+
+    def by_group(self, ref: Any, x: Array) -> None:
+        """[s, t] into [t / 128, s, 128]."""
+        for g in range(self.plan.groups):
+            ref[g] = x[:, g * LANES : (g + 1) * LANES]
+
+    def last_bias(self) -> Array:
+        """What counts past the last position add, [1, t]."""
+        return jnp.concatenate([self.z[g, pl.ds(self.plan.counting.last, 1), :] for g in range(self.plan.groups)], axis=1)
+
+    def choose(self, j: Array, whole: Array, plain: Any, detailed: Any) -> None:
+        """Calls ``detailed(j, whole)`` on a tile that looks up, ``plain(j, masked)`` on any other."""
+        fine: Array | bool = False
+        if self.plan.index is not None:
+            fine = ~self.is_uniform(self.query_extent(), self.key_extent(j))
+            pl.when(fine)(lambda: detailed(j, whole))
+        masked_or_not(functools.partial(plain, j), whole, True if self.plan.index is None else ~fine)
+
+    def lookups(self, strip_of: Any) -> Array:
+        """What the table adds to the queries of each group g in their strip ``strip_of(g)``, [s, t]."""
+
+        def one_group(g: Array, _: None) -> None:
+            strip = strip_of(g)
+            queries, keys = self.group_extent(g), self.strip_extent(strip)
+            uniform = self.is_uniform(queries, keys)
+
+            @pl.when(uniform)
+            def _() -> None:
+                found = self.looked_up(jnp.full((SUBLANES, LANES), self.common_index(queries, keys), jnp.int32))
+                self.found[g] = jnp.broadcast_to(found[:1], self.found.shape[1:])
+
+            @pl.when(~uniform)
+            def _() -> None:
+                self.found[g] = self.looked_up(self.index_of(strip, g))
+
+        jax.lax.fori_loop(0, self.plan.groups, one_group, None)
+        return self.all_groups(self.found)
+
+    def start_of(self, strip: Array) -> Array:
+        return pl.multiple_of(strip * self.plan.blocks.strip, self.plan.blocks.strip)
+
+    def keys(self, start: Array, size: int) -> Array:
+        ref = self.turned_key if self.plan.turn_keys else self.key
+        return ref[pl.ds(start, size), :]
+
+    def pairs(self, start: Array, size: int, groups: Groups | None = None, here: Array | None = None) -> Array:
+        """Which pairs of ``size`` keys and the queries, or some groups of them, may meet, [size, t]; none if not ``here``."""
+        rules = self.plan.rules
+
+        def both(queries: Any, keys: Any) -> list[Array]:
+            row = as_row(queries, groups)
+            return [row, column(keys[:, pl.ds(start, size)], row.shape[1])]
+
+        positions = both(self.query_positions, self.key_positions)
+        if here is not None and rules.is_causal:  # a query before all keys sees none
+            positions[0] = jnp.where(here, positions[0], jnp.iinfo(jnp.int32).min)
+        segments = both(self.query_segments, self.key_segments) if rules.segmented else (None, None)
+        allowed = rules.pairs(*positions, *segments)
+        return allowed if here is None or rules.is_causal else allowed & here
+
+    def left(self, scores: Array, start: Array) -> Array:
+        """Scores [s, t] of keys from ``start`` on and all queries, NEVER for pairs that may not meet or were counted."""
+        size = scores.shape[0]
+        allowed = self.pairs(start, size)
+        if self.plan.counting is None:
+            return jnp.where(allowed, scores, NEVER)
+        limits = [self.limit_here(a) * self.plan.blocks.strip - start for a in range(self.limit.shape[0])]
+        row = joined([jnp.full((1, self.plan.abreast * LANES), limit, jnp.int32) for limit in limits], 1)
+        allowed &= jax.lax.broadcasted_iota(jnp.int32, allowed.shape, 0) < row
+        return jnp.where(allowed, scores, NEVER)
+
+    def penalty(self, start: Array, size: int, groups: Groups | None = None) -> Array:
+        row = as_row(self.query_positions, groups)
+        distance = row - column(self.key_positions[:, pl.ds(start, size)], row.shape[1])
+        slope = jnp.tile(self.slopes[...] * -LOG2E, (1, row.shape[1] // LANES))
+        return slope * jnp.abs(distance).astype(jnp.float32)
+
+    def looked_up(self, index: Array) -> Array:
+        """The table's entries at [s, 128]."""
+        table = jnp.broadcast_to(self.table[...] * LOG2E, (SUBLANES, LANES))
+        rows = [gathered(table, index[at : at + SUBLANES], 1) for at in range(0, index.shape[0], SUBLANES)]
+        return jnp.concatenate(rows, axis=0)
+
+    def index_of(self, strip: Array, group: Array) -> Array:
+        """The places in the table of a strip and a group, [s, 128]."""
+        keys = column(self.key_positions[:, pl.ds(self.start_of(strip), self.plan.blocks.strip)], LANES)
+        return self.plan.index(jnp.broadcast_to(self.query_positions[pl.ds(group, 1), :], keys.shape), keys)
+
+    def is_uniform(self, queries: Extent, keys: Extent) -> Array:
+        return self.plan.uniform(queries.first, queries.last, keys.first, keys.last)
+
+    def common_index(self, queries: Extent, keys: Extent) -> Array:
+        return self.plan.index(queries.first, keys.last)
+
+    def constant(self, queries: Extent, keys: Extent) -> Array | None:
+        """The bias that is one number a row, [1, t]: a count past the last position, a distance past all others."""
+        total = None
+        if self.plan.counting is not None:
+            total = self.last_bias()
+        if self.plan.index is not None:
+            found = self.looked_up(jnp.full((SUBLANES, LANES), self.common_index(queries, keys), jnp.int32))[:1]
+            found = jnp.tile(found, (1, self.plan.groups))
+            total = found if total is None else total + found
+        return total
+
+    def prepare_queries(self) -> None:
+        """Rotates the query tile and multiplies it with the embedding, once for all its key tiles."""
+        raw = self.query[...]
+        if self.query_turn is not None:
+            self.turned_query[...] = turned(raw, self.query_turn, self.partner[...]).astype(raw.dtype)
+        if self.plan.counting is not None:
+            counted = raw if self.counted_query is None else self.counted_query[...]
+            for n, ref in enumerate((self.z, self.slope)):
+                self.by_group(ref, fine_product(self.embedding[n], counted, NT, self.plan.counting.exact) * LOG2E)
+
+    def queries(self, groups: Groups | None = None) -> Array:
+        ref = self.query if self.query_turn is None else self.turned_query
+        return ref[...] if groups is None else ref[groups.lanes, :]
+
+    def prepare_keys(self) -> None:
+        """Rotates the keys in VMEM, once for all query tiles."""
+        size = self.plan.blocks.keys
+
+        def one(n: Array, _: None) -> None:
+            at = pl.ds(pl.multiple_of(n * size, size), size)
+            raw = self.key[at, :]
+            turn = self.key_turn[0, at, :], self.key_turn[1, at, :]
+            self.turned_key[at, :] = turned(raw, turn, self.partner[...]).astype(raw.dtype)
+
+        jax.lax.fori_loop(0, self.key.shape[0] // size, one, None)
+
+
+OPTIONAL = tuple(field.name for field in dataclasses.fields(Operands) if "None" in str(field.type))
+
+
+def blocks_of(first: Array, last: Array, held: int) -> tuple[Array, Array]:
+    """The first and the last resident block that key tiles first .. last - 1 lie in."""
+    return jax.lax.div(first, np.int32(held)), jax.lax.div(jnp.maximum(last - 1, first), np.int32(held))  # // asks for the chip
+
+
+def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[Array], list[pl.BlockSpec]]:
+    """Names, arrays and blocks of the operands; ``key_block(b, i, r, *scalars)`` gives the block of resident keys."""
+    blocks = plan.blocks
+    held = min(blocks.resident, x.key.shape[2])
+    made: list[tuple[str, Array, tuple, Any]] = []
+
+    def varies(array: Array, b: Any) -> Any:
+        return b if array.shape[0] > 1 else 0
+
+    def add(name: str, array: Array | None, shape: tuple, index: Any) -> None:
+        if array is not None:
+            made.append((name, array, shape, index))
+
+    def by_query(b, k, g, i, r, *scalars):
+        return b, k, g, i, 0
+
+    def by_key(b, k, g, i, r, *scalars):
+        return b, k, key_block(b, i, r, *scalars), 0
+
+    def flat(array: Array) -> Any:
+        return lambda b, k, g, i, r, *scalars: (varies(array, b), 0, key_block(b, i, r, *scalars))
+
+    def tiles(array: Array) -> Any:
+        return lambda b, k, g, i, r, *scalars: (varies(array, b), i, 0, 0)
+
+    none = (None,) * 3
+    add("query", x.query, (*none, blocks.queries, x.query.shape[-1]), by_query)
+    add("key", x.key, (None, None, held, x.key.shape[-1]), by_key)
+    add("value", x.value, (None, None, held, x.value.shape[-1]), by_key)
+    for name in ("query_positions", "query_segments"):
+        array = getattr(x, name)
+        add(name, array, (None, None, plan.groups, LANES), array is not None and tiles(array))
+    for name in ("key_positions", "key_segments"):
+        array = getattr(x, name)
+        add(name, array, (None, 1, held), array is not None and flat(array))
+    if x.counted_query is not None:
+        add("counted_query", x.counted_query, (*none, blocks.queries, x.counted_query.shape[-1]), by_query)
+    if x.embedding is not None:
+        own = x.embedding.shape[0] > 1 or x.embedding.shape[1] > 1
+        head = (lambda b, k, g, *_: (k, g, 0, 0, 0)) if own else (lambda *_: (0,) * 5)
+        add("embedding", x.embedding, (None, None, *x.embedding.shape[2:]), head)
+    for name in ("table", "slopes"):
+        add(name, getattr(x, name), (None, None, 1, LANES), lambda b, k, g, *_: (k, g, 0, 0))
+    if x.query_turn is not None:
+        turn = x.query_turn
+        add("query_turn", turn, (None, 2, blocks.queries, turn.shape[-1]), lambda b, k, g, i, *_: (varies(turn, b), 0, i, 0))
+        if plan.turn_keys:
+            add(
+                "key_turn",
+                x.key_turn,
+                (None, 2, held, turn.shape[-1]),
+                lambda b, k, g, i, r, *scalars: (varies(x.key_turn, b), 0, key_block(b, i, r, *scalars), 0),
+            )
+        add("partner", x.partner, x.partner.shape, lambda *_: (0, 0))
+    for name in ("high", "low"):
+        by_tile = (None,) * 4 + (plan.groups, LANES)
+        add(f"in_{name}", getattr(x, name), by_tile, lambda b, k, g, i, *_: (b, k, g, i, 0, 0))
+    specs = [pl.BlockSpec(shape, index) for _, _, shape, index in made]
+    return [name for name, *_ in made], [array for _, array, *_ in made], specs
+
+
+def scratch_of(plan: Plan, x: Operands) -> dict[str, Any]:
+    """What both passes keep in VMEM besides their operands."""
+    blocks, width = plan.blocks, x.query.shape[-1]
+    made = {}
+    if x.query_turn is not None:
+        made["turned_query"] = pltpu.VMEM((blocks.queries, width), x.query.dtype)
+    if plan.turn_keys:
+        made["turned_key"] = pltpu.VMEM((min(blocks.resident, x.key.shape[2]), width), x.key.dtype)
+    if plan.counting is not None:
+        for name in ("z", "slope"):
+            made[name] = pltpu.VMEM((plan.groups, plan.counting.rows, LANES), jnp.float32)
+        for name in ("high", "low"):
+            made[name] = pltpu.VMEM((plan.groups, LANES), jnp.float32)
+        for name in ("scores", "positions"):
+            made[name] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
+        made["limit"] = pltpu.SMEM((plan.groups // plan.abreast,), jnp.int32)
+        made["need"] = pltpu.SMEM((2 * blocks.strip // QUARTER,), jnp.int32)
+    if plan.index is not None:
+        made["found"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
+    return made

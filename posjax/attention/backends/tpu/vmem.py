@@ -1,0 +1,109 @@
+"""How much VMEM the TPU kernel takes, estimated before anything is compiled, and the block sizes to try where it is too much;
+and how much SMEM.
+
+The backward pass takes more than the forward pass in everything, so its need is the call's:
+
+    windows   blocks of operands and results, twice each: one is computed with while the next arrives or the last leaves
+    scratch   what both passes keep, and what the backward pass keeps besides: gradients of the same, sums for queries and keys
+    spilled   values of a tile that the registers do not hold; only the compiler knows, this is an upper bound of what it reported
+
+A compiler may do better, with operands that lie in VMEM altogether or blocks that never change.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from posjax.attention.backends.tpu.blocks import Blocks
+from posjax.attention.backends.tpu.step import Operands, Plan, inputs_of, make_scalars, queries_of, scratch_of
+from posjax.attention.backends.tpu.tiles import LANES, SUBLANES
+
+SMEM = 2**20 - 2**14  # bytes; all generations have 1 MiB
+# Bytes by the size of a number: for each pair of a tile, each channel of its queries and keys, and for each of its queries and each
+# position of CoPE or key of a strip. Fitted to what ``posjax.compile.aot`` reports as ``Kernel.vmem``, on the safe side of it.
+_SPILLED = {2: (11, 5, 8), 4: (16, 16, 24)}
+_SPILLED_BY_ROTATION = 12  # for each channel of the queries
+_SPILLED_BY_COMPARING = 40  # for each query and position, on chips that do not look up
+
+
+def size(shape: tuple[int | None, ...], dtype: Any) -> int:
+    """Bytes of an array in VMEM, whose last two axes are padded to whole registers; None is an axis left out."""
+    item = jnp.dtype(dtype).itemsize
+    *outer, rows, columns = (1, 1, *(n for n in shape if n is not None))
+    return math.prod(outer) * _up(rows, SUBLANES * 4 // item) * _up(columns, LANES) * item
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def needed(plan: Plan, x: Operands) -> int:
+    """Bytes of VMEM that a call takes at most, from its plan and the shapes of its operands."""
+    return buffers(plan, x) + _spilled(plan, x)
+
+
+def buffers(plan: Plan, x: Operands) -> int:
+    """Bytes of windows and scratch of the backward pass."""
+    blocks, width, value_width = plan.blocks, x.query.shape[-1], x.value.shape[-1]
+    held = min(blocks.resident, x.key.shape[2])
+    names, arrays, specs = inputs_of(plan, x, lambda *_: 0)
+    windows = {name: size(spec.block_shape, array.dtype) for name, array, spec in zip(names, arrays, specs, strict=True)}
+    windows |= {f"d_{name}": windows[name] for name in ("key", "value", "embedding") if name in windows}
+    windows["d_out"] = size((blocks.queries, value_width), x.value.dtype)
+    for name in queries_of(x):
+        dtype = x.query.dtype if held == x.key.shape[2] else jnp.float32  # of all keys at once, or added to what was found before
+        windows[f"d_{name}"] = size((blocks.queries, getattr(x, name).shape[-1]), dtype)
+    windows["rows"] = 14 * size((plan.groups, LANES), jnp.float32)  # statistics and the state of counts
+    scratch = {name: size(a.shape, a.dtype) for name, a in scratch_of(plan, x).items() if "vmem" in str(a.memory_space)}
+    scratch |= {f"d_{name}": n for name, n in scratch.items() if not name.startswith("turned")}
+    for name, shape in {"key": (held, width), "value": (held, value_width), "query": (width, blocks.queries)}.items():
+        scratch[f"{name}_sums"] = size(shape, jnp.float32)
+    if plan.index is not None:
+        windows["d_table"], scratch["table_sums"] = (size((*n, LANES, LANES), jnp.float32) for n in ((), (SUBLANES,)))
+    return 2 * sum(windows.values()) + sum(scratch.values())
+
+
+def _spilled(plan: Plan, x: Operands) -> int:
+    blocks, width = plan.blocks, x.query.shape[-1]
+    by_pair, by_channel, by_count = _SPILLED[jnp.dtype(x.query.dtype).itemsize]
+    spilled = by_pair * blocks.queries * blocks.keys + by_channel * (blocks.queries + blocks.keys) * width
+    if x.query_turn is not None:
+        spilled += _SPILLED_BY_ROTATION * blocks.queries * width
+    if plan.counting is not None:
+        by_position = by_count if plan.counting.gathers else _SPILLED_BY_COMPARING
+        spilled += blocks.queries * (by_count * blocks.strip + by_position * plan.counting.rows)
+    return spilled
+
+
+def scalars(plan: Plan, x: Operands, parts: int) -> int:
+    """Bytes of SMEM that the extents of tiles take where ``parts`` devices share the batch."""
+    shapes = jax.eval_shape(lambda x: make_scalars(plan, x), x)
+    given = [x.query_positions, x.key_positions, x.query_segments, x.key_segments]
+    rows = max(array.shape[0] for array in given if array is not None)
+    return sum(4 * array.size for array in shapes) // min(rows, parts)
+
+
+def smaller(blocks: Blocks) -> Iterator[Blocks]:
+    """The blocks and what to try where they do not fit: fewer keys held at once, down to a tile's, then a smaller tile."""
+    while True:
+        yield from (blocks._replace(resident=blocks.keys * n) for n in _halved(blocks.resident // blocks.keys))
+        if max(blocks.queries, blocks.keys) <= LANES:
+            return
+        if blocks.queries >= blocks.keys:
+            blocks = blocks._replace(queries=_half(blocks.queries))
+        else:
+            keys, strip = _half(blocks.keys), min(blocks.strip, _half(blocks.keys))
+            strip = strip if keys % strip == 0 else LANES
+            blocks = Blocks(blocks.queries, keys, strip, max(1, blocks.resident // keys) * keys)
+
+
+def _halved(n: int) -> list[int]:
+    return [n] if n < 2 else [n, *_halved(n // 2)]
+
+
+def _half(n: int) -> int:
+    """Half of a multiple of 128, and such a one too."""
+    return max(1, n // LANES // 2) * LANES

@@ -1,0 +1,342 @@
+"""Decoding: a key-value cache that fits any encoding, and attention through it.
+
+A new token is prepared like any other, ``prepare(query, key, value, encoding, ...)``, and what came out for its key is kept:
+
+    cache    key as encoding.rotate gave it | value | columns of each bias term | position | segment
+             [ k0 k1 k2 ... kn  .  .  . ]     full: slots are written once; empty ones belong to segment 0, which nothing sees
+             [ k5 k6 k7 k8 ] <- k9            window: the last ones in their order, in constant memory
+
+So an encoding says by its own functions what a decoder must keep: RoPE rotated keys, TUPE widened ones, CoPE with gates="content"
+raw keys besides. Keys stand in the order of their positions, on which encodings that count along the keys rely.
+``cached`` lists what an encoding keeps.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posjax.attention.api import Implementation, check_encoding, check_operands, prepare, run
+from posjax.attention.linear import LinearCache
+from posjax.checks import check_at_least, is_traced
+from posjax.core.encoding import Dims, PositionalEncoding
+from posjax.typing import Array, Float, Int, Params
+
+_EMPTY = 2**30  # position of a slot not yet written: past every query, so that slots are in the order of positions
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What one attention layer keeps of the tokens it has seen, S slots of them. A value: ``attend`` returns the next one.
+
+    Attributes:
+      key: [B, S, K, W], rotated or widened by the encoding.
+      value: [B, S, K, V].
+      columns: for each bias term its columns, arrays [B, K, S, ...].
+      positions: int32 [B, S].
+      segments: int32 [B, S]; 0 for empty slots and padding.
+      next_position: int32 [B], one past the last token of each row.
+      used: int32 [], slots written; a window cache does not count them.
+      window: how many earlier positions a token sees, S of them; None: the cache is full length and a token sees all.
+    """
+
+    key: Array
+    value: Array
+    columns: tuple[Any, ...]
+    positions: Array
+    segments: Array
+    next_position: Array
+    used: Array
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+LayerCache = Cache | LinearCache  # what a layer of a model keeps
+
+
+def init_cache(
+    encoding: PositionalEncoding | None,
+    dims: Dims,
+    batch_size: int,
+    *,
+    max_length: int | None = None,
+    window: int | None = None,
+    dtype: Any = jnp.float32,
+) -> Cache:
+    """An empty cache for one attention layer.
+
+    Args:
+      encoding: None is ``identity()``.
+      dims: sizes of the layer; the value has the head dimension of the key.
+      batch_size: B.
+      max_length: slots of a full cache, padding of prompts included.
+      window: slots of a sliding window, as in ``local_window_size``: a token sees so many before it. Give one of the two.
+      dtype: of query, key and value.
+
+    Raises:
+      ValueError: neither or both of max_length and window, or a size below 1.
+    """
+    encoding = check_encoding(encoding)
+    if (max_length is None) == (window is None):
+        raise ValueError(f"one of max_length and window must be given, got max_length={max_length} and window={window}")
+    slots, name = (max_length, "max_length") if window is None else (window, "window")
+    check_at_least(name, slots, 1)
+    check_at_least("batch_size", batch_size, 1)
+
+    def one_token(key: Array) -> tuple[Array, Array, tuple[Any, ...]]:
+        return _kept(encoding, encoding.init(key, dims), dims, jnp.zeros((batch_size, 1, dims.embed_dim), dtype), key)[1]
+
+    def widen(axis: int) -> Callable[[Any], Array]:
+        return lambda x: jnp.zeros((*x.shape[:axis], slots, *x.shape[axis + 1 :]), x.dtype)
+
+    key, value, columns = jax.eval_shape(one_token, jax.random.key(0))
+    return Cache(
+        key=widen(1)(key),
+        value=widen(1)(value),
+        columns=jax.tree.map(widen(2), columns),
+        positions=jnp.full((batch_size, slots), _EMPTY if window is None else 0, jnp.int32),
+        segments=jnp.zeros((batch_size, slots), jnp.int32),
+        next_position=jnp.zeros(batch_size, jnp.int32),
+        used=jnp.zeros((), jnp.int32),
+        window=window,
+    )
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K V"],
+    encoding: PositionalEncoding | None,
+    params: Params | None,
+    cache: Cache,
+    *,
+    positions: Int[Array, "_ T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    scale: Array | float | None = None,
+    logits_soft_cap: float | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T N V"], Cache]:
+    """Causal attention of T new tokens to themselves and to all that the cache holds, and the cache with them in it.
+
+    Any split of a sequence into calls gives what ``attention(..., is_causal=True)`` gives for the whole, with
+    ``local_window_size=cache.window``.
+
+    Args:
+      query, key, value: of the new tokens, as for ``attention``, in the dtype of the cache.
+      encoding, params: as for ``attention``; the encoding that the cache was made for.
+      cache: what earlier calls returned.
+      positions: [T], [1, T] or [B, T], not falling along a row; None goes on from ``cache.next_position``.
+      segment_ids: 0 marks padding, which is never seen; other tokens see those of their own segment. None: all are of segment 1.
+      scale, logits_soft_cap, implementation: as for ``attention``.
+
+    Returns:
+      [B, T, N, V] and the next cache. Where a traced call runs past a full cache, the output is NaN.
+
+    Raises:
+      ValueError: arguments that cannot work, or more tokens than the cache has slots left.
+    """
+    check_operands(query, key, value)
+    if key.dtype != cache.key.dtype or key.shape[0] != cache.key.shape[0]:
+        raise ValueError(
+            f"query, key and value must have the batch size and dtype of the cache, {cache.key.shape[0]} and {cache.key.dtype}, "
+            f"got {key.shape[0]} and {key.dtype}"
+        )
+    check_room(cache, query.shape[1])
+    positions, segments = place_next(cache, key.shape[1], positions, segment_ids)
+    call = prepare(
+        query,
+        key,
+        value,
+        encoding,
+        params,
+        is_causal=True,
+        segment_ids=segments,
+        local_window_size=cache.window,
+        query_positions=positions,
+        key_positions=positions,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+    )
+    new = dataclasses.replace(
+        cache,
+        key=call["key"],
+        value=value,
+        columns=tuple(term.columns for term in call["terms"]),
+        positions=positions,
+        segments=segments,
+        next_position=after(positions, segments, cache.next_position),
+    )
+    seen = _join(cache, new)
+    call |= dict(
+        key=seen.key,
+        terms=tuple(dataclasses.replace(term, columns=c) for term, c in zip(call["terms"], seen.columns, strict=True)),
+        mask=dataclasses.replace(call["mask"], key_segments=seen.segments),
+        key_positions=seen.positions,
+    )
+    out = run(call, seen.value, implementation)
+    if cache.window is None:
+        out = jnp.where(seen.used <= seen.key.shape[1], out, jnp.nan)  # slots past the end are written over others
+        return out, seen
+    return out, _last(seen, cache.window, has_padding=segment_ids is not None)
+
+
+def check_room(cache: LayerCache, tokens: int) -> None:
+    """Raises ValueError where a full cache has no room for so many more tokens, if what it holds is known here."""
+    if isinstance(cache, LinearCache) or cache.window is not None or is_traced(cache.used):
+        return
+    slots, used = cache.positions.shape[-1], int(np.max(cache.used))
+    if used + tokens > slots:
+        raise ValueError(f"max_length of the cache must be at least {used + tokens} to hold {tokens} more tokens, got {slots}")
+
+
+def place_next(cache: LayerCache, tokens: int, positions: Array | None, segment_ids: Array | None) -> tuple[Array, Array]:
+    """Positions and segments [B, T] of the next tokens, from what a caller gave of them.
+
+    Raises:
+      ValueError: segment_ids that are not integers [B, T].
+    """
+    batch = cache.next_position.shape[0]
+    segments = jnp.ones((batch, tokens), jnp.int32) if segment_ids is None else segment_ids
+    if getattr(segments, "shape", None) != (batch, tokens) or not jnp.issubdtype(segments.dtype, jnp.integer):
+        got = f"{segments.dtype}{list(segments.shape)}" if hasattr(segments, "shape") else repr(segments)
+        raise ValueError(f"segment_ids must be integers [{batch}, {tokens}], got {got}")
+    segments = jnp.asarray(segments, jnp.int32)
+    if positions is None:
+        # Padding takes the position of the token before it: within every table, and in order.
+        positions = cache.next_position[:, None] + jnp.cumsum(segments != 0, axis=1, dtype=jnp.int32) - 1
+        positions = jnp.maximum(positions, 0)
+    return jnp.broadcast_to(jnp.asarray(positions, jnp.int32), (batch, tokens)), segments
+
+
+def after(positions: Array, segments: Array, before: Array) -> Array:
+    """One past the position of each row's last token that is not padding."""
+    real = segments != 0
+    last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    return jnp.where(real.any(1), jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0] + 1, before)
+
+
+def _slots(function: Callable[..., Array], *caches: Cache) -> dict[str, Any]:
+    """function(axis, array of each cache) over all arrays that have an axis of slots."""
+    by_axis = {1: ("key", "value", "positions", "segments"), 2: ("columns",)}
+    return {
+        name: jax.tree.map(functools.partial(function, axis), *(getattr(c, name) for c in caches))
+        for axis, names in by_axis.items()
+        for name in names
+    }
+
+
+def _join(cache: Cache, new: Cache) -> Cache:
+    """Old and new keys together: written in place, or side by side for a window."""
+
+    def join(axis: int, old: Array, new: Array) -> Array:
+        if cache.window is None:
+            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.used, axis)
+        return jnp.concatenate([old, new.astype(old.dtype)], axis)
+
+    return dataclasses.replace(new, **_slots(join, cache, new), used=cache.used + new.key.shape[1])
+
+
+def _last(seen: Cache, count: int, has_padding: bool) -> Cache:
+    """The last ``count`` keys of each row in their order, padding left out."""
+    total = seen.key.shape[1]
+    # A stable sort puts padding and empty slots first.
+    order = jnp.argsort(seen.segments != 0, axis=1, stable=True)[:, total - count :] if has_padding else None
+
+    def take(axis: int, x: Array) -> Array:
+        if order is None:
+            return jax.lax.slice_in_dim(x, total - count, total, axis=axis)
+        index = order.reshape(order.shape[0], *(1,) * (axis - 1), count, *(1,) * (x.ndim - axis - 1))
+        return jnp.take_along_axis(x, index, axis=axis)
+
+    return dataclasses.replace(seen, **_slots(take, seen), used=jnp.zeros_like(seen.used))
+
+
+def store(stacked: Any, layer: Array, one: LayerCache, tokens: int) -> Any:
+    """Caches of several layers [L, ...] with what one layer's has become; a full cache is written at its new tokens alone."""
+    whole = jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, layer, 0), stacked, one)
+    if isinstance(one, LinearCache) or one.window is not None:
+        return whole
+    begin = one.used - tokens
+
+    def put(axis: int, all: Array, x: Array) -> Array:
+        new = jax.lax.dynamic_slice_in_dim(x, begin, tokens, axis)[None]
+        return jax.lax.dynamic_update_slice(all, new, [layer if a == 0 else begin if a == axis + 1 else 0 for a in range(all.ndim)])
+
+    return dataclasses.replace(whole, **_slots(put, stacked, one))
+
+
+# What an encoding caches ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """One array that a cache keeps for every token and layer.
+
+    Attributes:
+      name: "key", "value", or the bias term's number and its own name for the column.
+      holds: "raw keys", "rotated keys", "widened keys", "values", or "made by the encoding".
+      shape: of one token, key heads first.
+      dtype: its type.
+      bytes: of one token.
+    """
+
+    name: str
+    holds: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.holds}, {self.dtype}{list(self.shape)}, {self.bytes:,} bytes a token"
+
+
+def cached(encoding: PositionalEncoding | None, dims: Dims, dtype: Any = jnp.float32) -> tuple[Cached, ...]:
+    """What a decoder keeps of each token under an encoding, in one layer: found by asking the encoding for one token.
+
+        for line in cached(chain(rope(), cope(64, gates="content")), dims): print(line)
+
+    Args:
+      encoding, dims, dtype: as in ``init_cache``.
+    """
+    encoding = check_encoding(encoding)
+    params_key, hidden_key, key = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(hidden_key, (1, 1, dims.embed_dim), dtype)
+    (raw, _), (rotated, value, columns) = _kept(encoding, encoding.init(params_key, dims), dims, hidden, key)
+
+    def holds(x: Array) -> str:
+        known = {"raw keys": raw, "values": value, "rotated keys": rotated}
+        same = [what for what, y in known.items() if x.shape == y.shape and bool((x == y).all())]
+        return same[0] if same else "made by the encoding"
+
+    found = {"key": (rotated, "widened keys" if rotated.shape[-1] > raw.shape[-1] else holds(rotated)), "value": (value, "values")}
+    for number, column in enumerate(columns):
+        for path, x in jax.tree_util.tree_leaves_with_path(column):
+            x = jnp.moveaxis(x, 2, 1)
+            found[f"bias term {number} {jax.tree_util.keystr(path, simple=True, separator='.')}".strip()] = (x, holds(x))
+    return tuple(Cached(name, what, x.shape[2:], x.dtype.name, x[0, 0].nbytes) for name, (x, what) in found.items())
+
+
+def _kept(
+    encoding: PositionalEncoding, params: Params, dims: Dims, hidden: Array, key: Array
+) -> tuple[tuple[Array, Array], tuple[Array, Array, tuple[Any, ...]]]:
+    """Raw key and value of one token [B, 1, K, H], and what is cached of it: key, value, columns."""
+    keys = jax.random.split(key, 3)
+    batch, heads = hidden.shape[0], (dims.num_heads, dims.num_kv_heads, dims.num_kv_heads)
+    query, raw, value = (jax.random.normal(k, (batch, 1, n, dims.head_dim), hidden.dtype) for k, n in zip(keys, heads, strict=True))
+    limit = encoding.max_length(dims)
+    position = jnp.full((1, 1), 1 if limit is None else min(1, limit - 1), jnp.int32)  # at 0 nothing is rotated
+    call = prepare(
+        query,
+        raw,
+        value,
+        encoding,
+        encoding.condition(params, hidden),
+        is_causal=True,
+        query_positions=position,
+        key_positions=position,
+    )
+    return (raw, value), (call["key"], value, tuple(term.columns for term in call["terms"]))

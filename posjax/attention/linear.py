@@ -1,0 +1,187 @@
+"""RoFormer's linear attention: rotation in a sum that never forms [T, S].
+
+    out_t = sum_s (R_t phi(q_t))^T (R_s phi(k_s)) v_s  /  sum_s phi(q_t)^T phi(k_s)
+
+The rotation stands in the numerator alone, so weights may be negative and need not sum to one.
+Su et al., arXiv:2104.09864, equation 19.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from posjax.attention.api import check_encoding, check_operands, place
+from posjax.core.encoding import AttentionInputs, PositionalEncoding
+from posjax.typing import Array, Bool, Float, Params
+
+FeatureMap = Literal["elu", "exp"]
+_CHUNK = 128
+
+
+def linear_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    encoding: PositionalEncoding | None = None,
+    params: Params | None = None,
+    *,
+    feature_map: FeatureMap = "elu",
+    is_causal: bool = False,
+    segment_ids: Array | None = None,
+    query_positions: Array | None = None,
+    key_positions: Array | None = None,
+) -> Float[Array, "B T N V"]:
+    """Linear attention with features rotated by the encoding, in O(T) time and memory.
+
+    Args:
+      query, key, value: as in ``attention``.
+      encoding: one that rotates (``rope``), or None; an encoding with biases has no place in a product of features.
+      params: its parameters.
+      feature_map: phi, "elu" (elu(x) + 1) or "exp".
+      is_causal: key s counts for queries t >= s, by index.
+      segment_ids: [B, T] integers, T = S, each segment one contiguous run; only equal segments meet.
+      query_positions, key_positions: as in ``attention``.
+
+    Returns:
+      [B, T, N, V] in the dtype of value; sums are float32.
+
+    Raises:
+      ValueError: an argument that cannot work, an encoding with biases, or T different from S where causal or segmented.
+    """
+    check_operands(query, key, value)
+    encoding = check_encoding(encoding)
+    if feature_map not in ("elu", "exp"):
+        raise ValueError(f"feature_map must be 'elu' or 'exp', got {feature_map!r}")
+    batch, length, heads, _ = query.shape
+    keys, group = key.shape[1], heads // key.shape[2]
+    if (is_causal or segment_ids is not None) and length != keys:
+        raise ValueError(f"query and key must have one length for causal or segmented linear attention, got {length} and {keys}")
+    if segment_ids is not None and (segment_ids.shape != (batch, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
+        raise ValueError(f"segment_ids must be integers [{batch}, {length}], got {segment_ids.dtype}{list(segment_ids.shape)}")
+    query_positions = place("query_positions", query_positions, batch, length)
+    key_positions = place("key_positions", key_positions, batch, keys)
+    inputs = AttentionInputs(query, key, value, query_positions, key_positions, 1.0)
+    query_features, key_features, rotated_query, rotated_key = _features(inputs, encoding, params, feature_map)
+    values = jnp.repeat(value.astype(jnp.float32), group, axis=2)
+    ones = jnp.ones_like(values[..., :1])
+    if not is_causal and segment_ids is None:
+        numerator = jnp.einsum("btnh,bnhv->btnv", rotated_query, jnp.einsum("bsnh,bsnv->bnhv", rotated_key, values))
+        denominator = jnp.einsum("btnh,bnh->btn", query_features, key_features.sum(1))[..., None]
+    else:
+        segments = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
+        numerator = _chunked_sum(rotated_query, rotated_key, values, segments, is_causal)
+        denominator = _chunked_sum(query_features, key_features, ones, segments, is_causal)
+    return (numerator / denominator).astype(value.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearCache:
+    """All that causal linear attention needs of the tokens it has seen, however many they are; float32.
+
+    Attributes:
+      memory: [B, N, H, V], sum of rotated key features times values.
+      total: [B, N, H], sum of key features.
+      next_position: int32 [B], one past the last token of each row.
+    """
+
+    memory: Array
+    total: Array
+    next_position: Array
+
+
+def linear_attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K V"],
+    encoding: PositionalEncoding | None,
+    params: Params | None,
+    cache: LinearCache,
+    *,
+    positions: Array,
+    real: Bool[Array, "B T"],
+    feature_map: FeatureMap = "elu",
+) -> tuple[Float[Array, "B T N V"], LinearCache]:
+    """Causal linear attention of T new tokens to themselves and to all before them, and the next cache.
+
+    Args:
+      query, key, value, encoding, params, feature_map: as in ``linear_attention``.
+      cache: what the last call returned; all zero at first.
+      positions: [B, T] integers.
+      real: False for padding, which leaves no trace. ``next_position`` is the caller's to move.
+
+    Raises:
+      ValueError: as ``linear_attention``.
+    """
+    check_operands(query, key, value)
+    batch, length, heads, _ = query.shape
+    inputs = AttentionInputs(query, key, value, positions, positions, 1.0)
+    query_features, key_features, rotated_query, rotated_key = _features(inputs, check_encoding(encoding), params, feature_map)
+    # Chosen, not multiplied away: padding may hold anything, NaN too.
+    keep = real[..., None, None]
+    key_features, rotated_key = (jnp.where(keep, x, 0.0) for x in (key_features, rotated_key))
+    values = jnp.where(keep, jnp.repeat(value.astype(jnp.float32), heads // value.shape[2], axis=2), 0.0)
+    together = jnp.zeros((batch, length), jnp.int32)
+    numerator = _chunked_sum(rotated_query, rotated_key, values, together, True)
+    numerator += jnp.einsum("btnh,bnhv->btnv", rotated_query, cache.memory)
+    denominator = _chunked_sum(query_features, key_features, jnp.ones_like(values[..., :1]), together, True)
+    denominator += jnp.einsum("btnh,bnh->btn", query_features, cache.total)[..., None]
+    memory = cache.memory + jnp.einsum("bsnh,bsnv->bnhv", rotated_key, values)
+    cache = dataclasses.replace(cache, memory=memory, total=cache.total + key_features.sum(1))
+    return (numerator / jnp.where(denominator == 0.0, 1.0, denominator)).astype(value.dtype), cache
+
+
+def _features(
+    inputs: AttentionInputs, encoding: PositionalEncoding, params: Params | None, feature_map: FeatureMap
+) -> tuple[Array, Array, Array, Array]:
+    """phi of query and key, and both rotated; float32, one key for each query head."""
+    params = {} if params is None else params
+    phi = jnp.exp if feature_map == "exp" else lambda x: jax.nn.elu(x) + 1.0
+    query, key = (phi(x.astype(jnp.float32)) for x in (inputs.query, inputs.key))
+    rotated_query, rotated_key = encoding.rotate(params, query, key, inputs)
+    if encoding.bias(params, inputs) or rotated_query.shape != query.shape:
+        raise ValueError(f"encoding must act by rotation alone in linear_attention, got {encoding.name}; rope() does")
+    group = query.shape[2] // key.shape[2]
+    return query, jnp.repeat(key, group, axis=2), rotated_query, jnp.repeat(rotated_key, group, axis=2)
+
+
+def _chunked_sum(query: Array, key: Array, value: Array, segments: Array, is_causal: bool) -> Array:
+    """sum over allowed s of (q_t.k_s) v_s, [B, T, N, V] float32, by chunks with the state sum k v^T carried along.
+
+    The state holds the keys of one segment, the one that the last chunk ended in. Without causality the same walk runs in both
+    directions, and what both counted, the chunk itself, is taken from the first alone.
+    """
+    batch, length, heads, _ = query.shape
+    pad = -length % _CHUNK
+
+    def chunks(x: Array, fill: int = 0) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
+        return jnp.moveaxis(x.reshape(batch, -1, _CHUNK, *x.shape[2:]), 1, 0)
+
+    parts = chunks(query), chunks(key), chunks(value), chunks(segments, -1)
+
+    def walk(
+        state: tuple[Array, Array], part: tuple[Array, Array, Array, Array], reverse: bool
+    ) -> tuple[tuple[Array, Array], Array]:
+        memory, owner = state
+        q, k, v, ids = part
+        from_state = jnp.einsum("btnh,bnhv->btnv", q, memory) * (ids == owner[:, None])[..., None, None]
+        edge = ids[:, 0] if reverse else ids[:, -1]
+        kept = memory * (owner == edge)[:, None, None, None]
+        added = jnp.einsum("bsnh,bsnv->bnhv", k * (ids == edge[:, None])[..., None, None], v)
+        if reverse:
+            return (kept + added, edge), from_state
+        allowed = ids[:, :, None] == ids[:, None, :]
+        if is_causal:
+            allowed &= jnp.tril(jnp.ones((_CHUNK, _CHUNK), bool))
+        inside = jnp.einsum("btnh,bsnh->bnts", q, k) * allowed[:, None]
+        return (kept + added, edge), from_state + jnp.einsum("bnts,bsnv->btnv", inside, v)
+
+    start = jnp.zeros((batch, heads, key.shape[-1], value.shape[-1])), jnp.full((batch,), -2, segments.dtype)
+    _, out = jax.lax.scan(lambda s, p: walk(s, p, False), start, parts)
+    if not is_causal:
+        _, later = jax.lax.scan(lambda s, p: walk(s, p, True), start, parts, reverse=True)
+        out = out + later
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, value.shape[-1])[:, :length]

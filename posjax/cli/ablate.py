@@ -1,0 +1,71 @@
+"""posjax ablate: every combination of encodings and sweeps with every seed."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from posjax.cli.common import heading_of, parse, print_table, printer
+
+
+def _ablation_flags() -> type:
+    """A dataclass; made here because its annotations need tyro, which only the command line does."""
+    from typing import Annotated
+
+    import tyro
+
+    @dataclasses.dataclass(frozen=True)
+    class Ablation:
+        """What posjax ablate takes beyond a configuration. There, --seeds 8, a single number, is how many: 0 to 7.
+
+        Attributes:
+          sweep: field=a,b,c, once for every field: one of the configuration (learning_rate=1e-3,3e-4) or an argument of an encoding
+            (rope.theta=1e4,1e5); all combinations are run. encoding=rope,alibi stands in place of encodings.
+          runs_at_once: runs that a device makes at once; None is as many as its memory allows, and one on a CPU.
+        """
+
+        sweep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+        runs_at_once: int | None = None
+
+        def __post_init__(self) -> None:
+            if self.runs_at_once is not None and self.runs_at_once < 1:
+                raise ValueError(f"runs_at_once must be at least 1, or None for as many as fit, got {self.runs_at_once}")
+
+    return Ablation
+
+
+def ablate(args: Sequence[str], command: str) -> None:
+    """posjax ablate: every combination of encodings and sweeps with every seed, those of the same shapes as one program."""
+    from posjax.lab import run as runs
+    from posjax.lab.ablation.engine import spread_over_cores
+    from posjax.lab.ablation.grids import run_grid
+    from posjax.lab.ablation.sweeps import grid, parse_sweep
+    from posjax.lab.config import claim_workdir
+    from posjax.lab.source import open_source
+
+    ablation, config = parse(args, _ablation_flags())
+    points = grid(config, [parse_sweep(text) for text in ablation.sweep])
+    seeds = tuple(range(config.seeds[0])) if len(config.seeds) == 1 and config.seeds[0] > 0 else config.seeds
+    spread_over_cores(len(points) * len(seeds))
+    source = open_source(config)
+    for point in points:
+        runs.check(point.config, (point.config.encoding,), source, devices=1)
+    workdir = claim_workdir(config)
+    say = printer()
+    rows = run_grid(points, seeds, workdir, source, at_once=ablation.runs_at_once, command=command, say=say)
+    report_ablation(rows, config, source, workdir, say)
+
+
+def report_ablation(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
+    from posjax.lab import report
+    from posjax.lab.evaluation import MEASURES, TASK_MEASURE
+
+    measure, label = MEASURES.get(config.task, TASK_MEASURE)
+    seeds = len({row["seed"] for row in rows})
+    heading = heading_of(config, source, label) + f".\nMean of {seeds} seed{'s' if seeds > 1 else ''}"
+    heading += ", ± standard deviation, [95 % interval of the mean]." if seeds > 1 else "."
+    heads, cells = report.write_ablation(rows, measure, label, workdir, heading)
+    say("")
+    say(heading)
+    print_table(heads, cells)
+    files = ("results.json", "results.md", "dots.png", "curves.png")
+    say("\n".join(str(workdir / name) for name in files if (workdir / name).exists()))

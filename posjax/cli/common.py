@@ -1,0 +1,105 @@
+"""What the verbs share: their flags, the workdir and the data, tables and figures."""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def fail(message: str, code: int = 1, leave: Callable[[int], None] = sys.exit) -> None:
+    """Ends the command with a message and an exit code."""
+    print(f"posjax: {message}", file=sys.stderr)
+    leave(code)
+
+
+def parse(args: Sequence[str], options: type | None = None):
+    """The Config of ``configs/NAME.py`` with the flags that follow it. tyro answers --help and misspelt flags.
+
+    With ``options``, a dataclass whose fields are flags too: (options, Config).
+    """
+    import tyro
+
+    from posjax.lab.config import Config, load_config
+
+    if not args or args[0].startswith("-"):
+        if "--help" not in args and "-h" not in args:
+            raise ValueError(
+                "a config must come first, such as configs/quickstart.py, got " + (repr(args[0]) if args else "nothing")
+            )
+        default, flags = Config(), list(args)
+    else:
+        default, flags = load_config(args[0]), list(args[1:])
+    cli = functools.partial(tyro.cli, args=flags, prog="posjax VERB configs/NAME.py")
+    if options is None:
+        return cli(Config, default=default, config=(tyro.conf.FlagConversionOff,))
+    both = dataclasses.make_dataclass("Both", [("verb", options), ("run", Config)])  # the names head two lists in --help
+    found = cli(both, default=both(options(), default), config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
+    return found.verb, found.run
+
+
+def open_run(config, specs: Sequence[str]):
+    """Workdir and data; what cannot work is told here, before the workdir is made and anything is trained."""
+    from posjax.encodings.spec import parse_encoding
+    from posjax.lab import run as runs
+    from posjax.lab.config import claim_workdir
+    from posjax.lab.source import open_source
+    from posjax.parallel import distributed
+
+    for spec in specs:
+        parse_encoding(spec)  # the cheapest first
+    with distributed.first_process_first():
+        source = open_source(config)
+    runs.check(config, specs, source)
+    return claim_workdir(config), source
+
+
+def printer() -> Callable[[str], None]:
+    """``print`` in the first process, nothing in the others."""
+    import jax
+
+    return print if jax.process_index() == 0 else lambda text: None
+
+
+def report_rows(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
+    import jax
+
+    if jax.process_index() > 0:
+        return
+    from posjax.lab import report
+    from posjax.lab.evaluation import MEASURES, TASK_MEASURE
+
+    measure, label = MEASURES.get(config.task, TASK_MEASURE)
+    heading = heading_of(config, source, label) + ("." if source.task is None else "")
+    report.write_results(rows, measure, workdir, heading)
+    figures = report.write_figures(rows, measure, label, config.seq_length, workdir)
+    say("")
+    say(heading)
+    print_table(*report.table_cells(rows, measure))
+    say("\n".join(str(path) for path in (workdir / "results.json", workdir / "results.md", *figures)))
+
+
+def heading_of(config, source, label: str) -> str:
+    """What a table shows, over it."""
+    from posjax.data.corpus import unigram_bits_per_byte
+
+    length = config.seq_length if source.task is None else source.task.length
+    heading = f"{label}, trained on {length} tokens, {config.steps:,} steps of {config.batch_size} sequences"
+    if config.task == "lm":
+        entropy = unigram_bits_per_byte(source.validation)
+        heading += f"; unigram entropy of the validation text: {entropy:.3f} bits per byte"
+    if source.task is None:
+        heading += ".\nColumns are evaluation lengths in tokens; 'max n' is where an encoding's table of positions ends"
+    return heading
+
+
+def print_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left", overflow="fold")
+    for line in cells:
+        table.add_row(*line)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)  # a file has no width of its own

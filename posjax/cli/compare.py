@@ -1,0 +1,13 @@
+"""posjax compare: every encoding and seed."""
+
+from posjax.cli.common import open_run, printer, report_rows
+
+
+def compare(config, command: str) -> None:
+    """posjax compare: every encoding and seed."""
+    from posjax.lab import run as runs
+
+    workdir, source = open_run(config, config.encodings)
+    say = printer()
+    rows = runs.compare(config, workdir, source, command=command, say=say)
+    report_rows(rows, config, source, workdir, say)

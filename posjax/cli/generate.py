@@ -1,0 +1,27 @@
+"""posjax generate: prompts and what a trained model makes of them."""
+
+import sys
+from collections.abc import Sequence
+
+from posjax.cli.common import parse
+
+
+def generate(args: Sequence[str]) -> None:
+    """posjax generate: prompts and what a trained model makes of them, on the terminal as it comes."""
+    from posjax.attention.backends.refused import naming_refusals
+    from posjax.lab.prompting import Prompting, continue_prompts
+
+    prompting, config = parse(args, Prompting)
+    # A model's bytes may spell commands to a terminal.
+    controls = {n: "\N{REPLACEMENT CHARACTER}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
+
+    def write(text: str) -> None:
+        sys.stdout.write(text.translate(controls) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+
+    try:
+        with naming_refusals(config.implementation):
+            continue_prompts(config, prompting, write)
+    except KeyboardInterrupt:
+        write("\n")
+        sys.exit(130)

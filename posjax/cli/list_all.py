@@ -1,0 +1,16 @@
+"""posjax list: encodings and configs."""
+
+from pathlib import Path
+
+
+def list_all() -> None:
+    """posjax list: encodings and configs."""
+    from posjax.encodings.spec import CONSTRUCTORS, one_line
+
+    print("encodings (join with +, alternate layers with /):")
+    for name in CONSTRUCTORS:
+        print(f"  {name:<12} {one_line(name)}")
+    print("configs:")
+    for path in sorted(Path("configs").glob("*.py")):
+        first = path.read_text().lstrip('"').split("\n")[0]
+        print(f"  {path!s:<28} {first}")

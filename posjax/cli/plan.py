@@ -1,0 +1,153 @@
+"""posjax plan: plans of a configuration as tables, and what to change where one does not fit."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from posjax.bench.results import print_table
+from posjax.cli.common import parse
+from posjax.compile import aot, aot_gpu
+from posjax.compile.plan import Plan, advice, candidates, make_plans, mesh_flag
+from posjax.lab.config import Config, load_config
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Planning:
+    """What posjax plan takes beyond a configuration.
+
+    Attributes:
+      topology: a TPU and its shape, such as v5p:8x8x8 (v4, v5e, v5p, v6e, tpu7x), or a GPU and slices x hosts x GPUs, h200:1x1x8.
+      search: try meshes and remat policies, and rank those that fit.
+      candidates: how many a search compiles, one to two minutes each.
+      out: a file for the plans, as JSON. Empty: none.
+    """
+
+    topology: str = "v5e:16x16"
+    search: tyro.conf.UseCounterAction[int] = 0
+    candidates: int = 6
+    out: str = ""
+
+    def __post_init__(self) -> None:
+        if aot_gpu.gpu_of(self.topology) is None:
+            aot.generation_of(self.topology)
+        if self.candidates < 1:
+            raise ValueError(f"candidates must be at least 1, got {self.candidates}")
+
+
+def plan(args: Sequence[str]) -> None:
+    """posjax plan: memory, collectives and the roofline of a step, compiled for chips that are not attached."""
+    planning, config = parse(args, Planning)
+    own = load_config(args[0])
+    changed = {f.name: v for f in dataclasses.fields(own) if (v := getattr(config, f.name)) != getattr(own, f.name)}
+    run(args[0], config, changed, planning)
+
+
+def run(path: str, config: Config, fields: Mapping[str, Any], planning: Planning) -> list[Plan]:
+    """Makes the plans of a command and prints them.
+
+    Args:
+      path: of the file of a configuration.
+      config: the configuration, with ``fields`` that differ from the file's.
+    """
+    from posjax.bench.attention import show_progress
+
+    variants = [dict(fields)]
+    if planning.search:
+        variants = [dict(fields) | found for found in candidates(config, _count(planning.topology), planning.candidates)]
+        if not variants:
+            found = f"{config.batch_size} sequences of {config.seq_length}"
+            raise ValueError(f"batch_size and seq_length must divide over some mesh of {planning.topology}, got {found}")
+    with show_progress(quiet=False) as progress:
+        progress("compiling", 0, len(variants))
+        made: list[Plan] = []
+
+        def done(plan: Plan) -> None:
+            made.append(plan)
+            progress("compiling", len(made), len(variants))
+
+        plans = make_plans(path, planning.topology, variants, done=done)
+    if planning.search:
+        plans.sort(key=lambda plan: (not plan.fits, plan.step if plan.fits else plan.used))
+        _print_ranking(plans)
+    _print_plan(plans[0], config)
+    if planning.out:
+        Path(planning.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(planning.out).write_text(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=1) + "\n")
+    return plans
+
+
+_TWO_DEVICES = ("v4", "tpu7x")  # whose chips jax takes for two devices, one for each core
+
+
+def _count(topology: str) -> int:
+    """Devices of a topology."""
+    name, _, shape = topology.partition(":")
+    return math.prod(int(n) for n in shape.split("x")) * (2 if name in _TWO_DEVICES else 1)
+
+
+def _print_ranking(plans: Sequence[Plan]) -> None:
+    lines = []
+    for plan in plans:
+        used = f"{plan.used / _GIB:.2f}"
+        if plan.failed is not None:
+            lines.append([mesh_flag(plan.mesh), plan.remat, used, "no", "", ""])
+        else:
+            verdict = "yes" if plan.fits else "no"
+            lines.append([mesh_flag(plan.mesh), plan.remat, used, verdict, f"{plan.step:.3f}", f"{plan.mfu(plan.step):.0%}"])
+    heads = ["mesh", "remat", "GiB of a device", "fits", "s a step", "MFU"]
+    print_table(f"{plans[0].topology}: of {plans[0].capacity / _GIB:.0f} GiB, those that fit by their time", heads, lines, [])
+
+
+def _print_plan(plan: Plan, config: Config) -> None:
+    devices = math.prod(plan.mesh.values())
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    tokens = plan.batch_size * plan.seq_length
+    print(
+        f"\n{plan.config} on {plan.topology}, {devices} devices: {mesh}; remat {plan.remat}, accumulate_steps "
+        f"{plan.accumulate_steps}\n{plan.parameters / 1e9:.3f} billion parameters, {plan.batch_size} sequences of "
+        f"{plan.seq_length:,} tokens a step, {tokens:,} in all"
+    )
+    lines = [[name, f"{size / _GIB:.3f}"] for name, size in plan.memory.items()]
+    lines += [["in all", f"{plan.used / _GIB:.3f}"], ["of", f"{plan.capacity / _GIB:.1f}"]]
+    print_table("Memory of a device", ["what", "GiB"], lines, [])
+    if not plan.fits:
+        why = plan.failed or "it does not fit"
+        hints = "".join(f"\n  {hint}" for hint in advice(plan, dataclasses.replace(config, remat=plan.remat)))
+        print(f"Does not fit: {plan.used / _GIB:.2f} GiB of {plan.capacity / _GIB:.1f} ({why}). What would make it smaller:{hints}")
+        return
+    cut = plan.mesh["fsdp"] * plan.mesh["context"] * plan.mesh["tensor"]
+    rows = plan.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
+    whole = 2 * plan.parameters if config.compute_dtype == "bfloat16" else 4 * plan.parameters
+    length = plan.seq_length // plan.mesh["context"]
+    print(
+        f"Fits. A device keeps 1/{cut} of the large weights and of their moments. Whole it has what one collective\n"
+        f"moves, {plan.largest / 2**20:.0f} MiB at most of weights or gradients, {plan.largest / whole:.1%} of the "
+        f"{whole / 2**20:,.0f} of all weights.\n"
+        f"Of {plan.batch_size} sequences it has {rows}, {length:,} tokens of each, 1/{plan.mesh['context']}."
+    )
+    lines = []
+    for one in plan.collectives:
+        share = f"{one.beside / max(one.bytes, 1):.0%}"
+        lines.append([one.kind, "+".join(one.axes) or "?", str(one.count), f"{one.bytes / 2**20:,.1f}", share])
+    heads = ["collective", "axes", "count", "MiB", "beside computation"]
+    print_table("Between devices, in a step of one device", heads, lines, [])
+    shares = plan.shares()
+    lines = [[name, f"{1e3 * time:,.1f}", f"{shares[name]:.1%}" if name in shares else ""] for name, time in plan.seconds.items()]
+    notes = []
+    if plan.uncounted:
+        notes = [f"memory: without {plan.uncounted} loop(s), as walks over tiles are, of which the program does not tell the turns"]
+    print_table("Roofline", ["what", "ms", "share"], lines, notes)
+    flops = ", ".join(f"{name} {value / 1e12:,.1f}" for name, value in plan.flops.items())
+    print(
+        f"Tera-operations of a device: {flops}.\n"
+        f"A step takes {plan.best:.3f} s where all overlaps (MFU {plan.mfu(plan.best):.0%}), {plan.step:.3f} s as compiled "
+        f"(MFU {plan.mfu(plan.step):.0%}, {tokens / plan.step:,.0f} tokens/s): bounds from data sheets. "
+        f"Compiled in {plan.compile_seconds:.0f} s."
+    )

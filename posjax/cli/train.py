@@ -1,0 +1,13 @@
+"""posjax train: one encoding, one seed; then its evaluation."""
+
+from posjax.cli.common import open_run, printer, report_rows
+
+
+def train(config, command: str) -> None:
+    """posjax train: one encoding, one seed; then its evaluation."""
+    from posjax.lab import run as runs
+
+    workdir, source = open_run(config, (config.encoding,))
+    say = printer()
+    row = runs.train_and_evaluate(config, config.encoding, config.seed, workdir, source, command=command, say=say)
+    report_rows([{"encoding": config.encoding, "seed": config.seed} | row], config, source, workdir, say)

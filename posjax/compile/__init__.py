@@ -1,0 +1,1 @@
+"""Programs compiled for chips that are not attached, and what a training step takes there."""

@@ -1,0 +1,455 @@
+"""Programs compiled for TPUs and GPUs that are not attached, and what the compiler made of them.
+
+    compile_all([("package.module:function", {...}), ...], "v6e:2x2")
+        -> a child process with libtpu: function(**kwargs) -> jit -> lower -> compile, one job after the other
+        -> a Report of each: memory, operations, collectives, and for every Pallas kernel its loops in bundles
+
+A topology of GPUs is such as "h200:1x1x8"; kernels are then reported with their registers (``aot_gpu.py``).
+
+The compiler of TPU programs is in libtpu, which needs no TPU (``pip install 'posjax[tpu-aot]'``). It reads its settings from the
+environment before jax starts, and may end its process over a program that it does not like: hence the child.
+
+A TPU core issues one bundle (one very long instruction) a cycle, in order, so the count of a loop's bundles is the time of one
+turn unless it waits for memory or for a matrix unit. It is the same on every run.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posjax.compile import aot_gpu
+from posjax.compile.hlo import Collective, Cost, computations, read_cost
+from posjax.hardware import GENERATIONS, Generation
+
+Job = tuple[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A run of bundles: the body of a loop, or what a branch may skip.
+
+    Attributes:
+      kind: loop or branch.
+      first: number of its first bundle in the kernel.
+      bundles: how many, with everything that is nested in it.
+      depth: loops around its first bundle; a loop counts itself.
+      products: instructions among them that feed a matrix unit.
+    """
+
+    kind: str
+    first: int
+    bundles: int
+    depth: int
+    products: int
+
+    def holds(self, other: "Section") -> bool:
+        """Whether the other lies within. A branch over just a loop holds the loop."""
+        if (self.first, self.bundles) == (other.first, other.bundles):
+            return self.kind == "branch" and other.kind == "loop"
+        return self.first <= other.first and other.first + other.bundles <= self.first + self.bundles
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A Pallas kernel in a program.
+
+    Attributes:
+      name: of its instruction.
+      op_name: where in the program it was called.
+      bundles: of the whole; None where the compiler wrote no schedule of it.
+      sections: loops and branches in the order of their first bundles; the outermost loop is the grid's.
+      vmem: bytes that it has in VMEM at a time: scratch, and the blocks in flight.
+      registers: of a thread, on a GPU; None where they are not known.
+      spilled: bytes of a thread that its registers do not hold.
+    """
+
+    name: str
+    op_name: str
+    bundles: int | None
+    sections: tuple[Section, ...]
+    vmem: int | None
+    registers: int | None = None
+    spilled: int | None = None
+
+    @property
+    def loops(self) -> tuple[Section, ...]:
+        return tuple(section for section in self.sections if section.kind == "loop")
+
+    @property
+    def tiles(self) -> tuple[tuple[Section, int], ...]:
+        """(the work on a tile, bundles of a turn of the loop around it) of each form that the work on a tile takes.
+
+        The work is the outermost section that multiplies matrices itself, and lies in the loops within the grid's loop if there are
+        any. Its forms are such as with and without a mask. A turn leaves out what other branches and loops in the innermost loop
+        around the work do, such as the beginning and the end of a row of tiles. Loops within the work count one turn.
+        """
+        return tuple((work, self._turn(around, work)) for work, around in self._forms(None, None) if around)
+
+    def _forms(self, at: Section | None, around: Section | None) -> list[tuple[Section, Section | None]]:
+        inside = [s for s in self.sections if s.products and (at is None or at.holds(s))]
+        found = [s for s in inside if not any(other.holds(s) for other in inside)]
+        inner = [s for s in found if any(s == loop or s.holds(loop) for loop in inside if loop.kind == "loop")]
+        if around is not None and around.depth == 1 and inner:
+            found = inner
+        elif at is not None and (not found or at.products > sum(s.products for s in found)):
+            return [(at, around)]
+        return [form for s in found for form in self._forms(s, s if s.kind == "loop" else around)]
+
+    def _turn(self, loop: Section, work: Section) -> int:
+        beside = [s for s in self.sections if loop.holds(s) and not (s == work or s.holds(work) or work.holds(s))]
+        outermost = [s for s in beside if not any(other.holds(s) for other in beside)]
+        return loop.bundles - sum(s.bundles for s in outermost)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of a job. Of a failed one only target, topology and failed are known.
+
+    Attributes:
+      target: "package.module:function".
+      topology: such as "v6e:2x2".
+      failed: why; None where the program compiled.
+      device_kind: as jax calls the TPU.
+      seconds: to trace, lower and compile.
+      memory: bytes of HBM on each device: argument, output, temp, alias, peak.
+      flops: of the whole program on a device, as XLA counts; it knows nothing of what a Pallas kernel does unless that tells.
+      bytes_accessed: likewise; it counts what moves within VMEM too.
+      cost: what a device does in a run as the program's text tells it, loops turn by turn; it knows nothing of Pallas kernels.
+      kernels: Pallas kernels.
+      custom_calls: how many of each other target.
+    """
+
+    target: str
+    topology: str
+    failed: str | None = None
+    device_kind: str = ""
+    seconds: float = 0.0
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    flops: float | None = None
+    bytes_accessed: float | None = None
+    cost: Cost | None = None
+    kernels: tuple[Kernel, ...] = ()
+    custom_calls: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Report":
+        """The inverse of dataclasses.asdict."""
+        kernels = tuple(Kernel(**k | {"sections": tuple(Section(**s) for s in k["sections"])}) for k in found.get("kernels", ()))
+        cost = found.get("cost") and Cost.from_json(found["cost"])
+        return cls(**{**found, "kernels": kernels, "cost": cost})
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """By kind and axes of the mesh."""
+        return self.cost.collectives if self.cost else ()
+
+
+def generation_of(topology: str) -> Generation:
+    """The generation of a topology such as "v5p:8x8x8"."""
+    name = topology.partition(":")[0]
+    if name not in GENERATIONS or not re.fullmatch(r"[^:]+:\d+(x\d+)+", topology):
+        examples = ", ".join(generation.topology for generation in GENERATIONS.values())
+        raise ValueError(f"topology must be a generation and a shape, such as {examples}, got {topology!r}")
+    return GENERATIONS[name]
+
+
+def compile_ahead(
+    target: str, kwargs: Mapping[str, Any], topology: str, *, flags: Sequence[str] = (), schedules: bool = True
+) -> Report:
+    """Compiles one function; see compile_all.
+
+    Raises:
+      RuntimeError: it did not compile. The message names the topology and says why.
+    """
+    (report,) = compile_all([(target, kwargs)], topology, flags=flags, schedules=schedules)
+    if report.failed is not None:
+        raise RuntimeError(f"{target} did not compile for {topology}: {report.failed}")
+    return report
+
+
+def compile_all(jobs: Sequence[Job], topology: str, *, flags: Sequence[str] = (), schedules: bool = True) -> list[Report]:
+    """Compiles functions for a TPU or a GPU that is not attached, one after the other in one process of their own.
+
+    Args:
+      jobs: (target, kwargs) each. The target is "package.module:function", whose function is called with the kwargs, which must be
+        JSON, and with ``devices``, those of the topology, if it asks for them. It returns (what to compile, its arguments): a
+        function or a jax.jit object, and a tuple of trees of jax.ShapeDtypeStruct. An argument without a sharding is put on the
+        first device, or on every device of the mesh where another argument is on a mesh.
+      topology: such as "v6e:2x2" or "v5p:8x8x8", GENERATIONS has the smallest ones; or "h200:1x1x8", slices, hosts and GPUs.
+      flags: of libtpu, such as "--xla_tpu_scoped_vmem_limit_kib=65536", or of XLA for GPUs.
+      schedules: kernels are reported with their bundles and sections, or their registers. Without them the compiler is done sooner,
+        that of TPUs several times.
+
+    Returns:
+      A report for each job. One that raised, or took its process along, has ``failed``; the others are compiled regardless.
+
+    Raises:
+      ImportError: libtpu, or the CUDA plugin, is not installed.
+      RuntimeError: no job could be begun, as with a topology or a flag that the compiler does not know.
+      ValueError: the topology is not a generation or a GPU and a shape.
+    """
+    if aot_gpu.gpu_of(topology) is not None:
+        aot_gpu.check_installed()
+    elif generation_of(topology) and importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
+        raise ImportError("compiling for a TPU that is not attached needs libtpu; add it with: pip install 'posjax[tpu-aot]'")
+    reports: dict[int, Report] = {}
+    while len(reports) < len(jobs):
+        left = [n for n in range(len(jobs)) if n not in reports]
+        with tempfile.TemporaryDirectory() as folder:
+            found, begun, message = _run_child([jobs[n] for n in left], topology, flags, schedules, Path(folder))
+        reports |= {left[n]: report for n, report in found.items()}
+        if len(found) == len(left):
+            break
+        if begun is None:
+            raise RuntimeError(f"compiling for {topology} failed: {message}")
+        if begun not in found:
+            reports[left[begun]] = Report(jobs[left[begun]][0], topology, failed=message)
+    return [reports[n] for n in range(len(jobs))]
+
+
+def _run_child(
+    jobs: Sequence[Job], topology: str, flags: Sequence[str], schedules: bool, folder: Path
+) -> tuple[dict[int, Report], int | None, str]:
+    """(reports of the jobs that came to an end, the last job that was begun, why the child ended)."""
+    answers, dump, errors = folder / "answers", folder / "dump", folder / "errors"
+    dump.mkdir()
+    answers.touch()
+    order = {"jobs": [[target, dict(kwargs)] for target, kwargs in jobs], "topology": topology}
+    order |= {"answers": str(answers), "dump": str(dump)}
+    with errors.open("wb") as file:
+        child = subprocess.run(
+            [sys.executable, "-m", "posjax.compile.aot"],
+            input=json.dumps(order).encode(),
+            env=_environment(topology, dump if schedules else None, flags),
+            stdout=file,
+            stderr=file,
+        )
+    lines = [json.loads(line) for line in answers.read_text().splitlines() if line.endswith("}")]
+    begun, said = max(((line["begin"], line["said"]) for line in lines if "begin" in line), default=(None, 0))
+    found = {line["end"]: Report.from_json(line["report"]) for line in lines if "end" in line}
+    return found, begun, _last_words(errors.read_bytes()[said:].decode(errors="replace"), child.returncode)
+
+
+def _dumping(dump: Path) -> list[str]:
+    """Flags for schedules."""
+    return [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"]
+
+
+def _environment(topology: str, dump: Path | None, flags: Sequence[str]) -> dict[str, str]:
+    """What the compiler and jax must find when they start; schedules go to ``dump`` if there is one."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TPU_") or name == "TPU_LIBRARY_PATH"}
+    for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # libtpu ends over a flag that another XLA knows
+        environment.pop(name, None)
+    path = [entry or os.getcwd() for entry in sys.path]  # targets are found as here
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what comes out of a cache has no schedule
+    if aot_gpu.gpu_of(topology) is not None:
+        return environment | aot_gpu.environment(dump, flags)
+    flags = [*(_dumping(dump) if dump else ()), *flags]
+    return environment | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": generation_of(topology).accelerator_type,
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it computes nothing, so several may compile side by side
+        "LIBTPU_INIT_ARGS": " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags]).strip(),
+    }
+
+
+def _last_words(text: str, code: int) -> str:
+    """Why a process ended, from what it wrote: its last lines that say something, those of a failed check before others."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    noise = re.compile(r"@|\*\*\*|PC:|=+$|[IW]\d{4} |E\d{4} .*RAW:|https://symbolize|File \"")
+    telling = [line for line in lines if not noise.match(line)]
+    marked = [line for line in telling if re.match(r"F\d{4} ", line) or re.search("check fail|error|fatal", line, re.I)]
+    ended = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+    return "; ".join([f"the compiler's process ended ({ended})", *(line[:400] for line in (marked or telling)[-3:])])
+
+
+# What the compiler wrote -------------------------------------------------------------------------------------------------
+
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2}\s*)*:\s*(>*)\s*\{")
+_REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
+_BRANCH = re.compile(r"= sbr\.\w+ .*?target = \$region(\d+)")
+
+
+def read_schedule(text: str, delay_slots: int) -> tuple[int, tuple[Section, ...]]:
+    """(bundles, sections) of a ``*final_bundles.txt``.
+
+    A line is a bundle, and ">" before it the loops that it is in:
+
+        0x18 LB: > { %s1 = ... }                                 /* Start region 9 */
+        0x19   : > { %5 = sbr.rel (%p1) target = $region4 }                               from here, past the delay slots,
+        0x1a   : > { ... }
+        0x1b PF: > { ... }                                       /* Start/End empty region 4 */     to here: a branch
+        0x1c   : > { %9 = sbr.rel (!%p2) target = $region9 }                              and back: a loop
+    """
+    bundles, depths = [], []
+    for line in text.splitlines():
+        if match := _BUNDLE.match(line):
+            bundles.append(line)
+            depths.append(len(match[1]))
+        elif bundles:  # a comment goes on
+            bundles[-1] += line
+    starts = {region: n for n, line in enumerate(bundles) for region in _REGION.findall(line)}
+    products = [0, *itertools.accumulate(line.count("= vmatmul") for line in bundles)]
+    spans = set()  # kind, first, past the last
+    loops: dict[int, int] = {}
+    for n, line in enumerate(bundles):
+        for region in _BRANCH.findall(line):
+            to, after = starts.get(region), n + 1 + delay_slots
+            if to is not None and to <= n:
+                loops[to] = max(loops.get(to, 0), min(after, len(bundles)))
+            elif to is not None and to > after:
+                spans.add(("branch", after, to))
+    spans |= {("loop", first, stop) for first, stop in loops.items()}
+    return len(bundles), tuple(
+        Section(kind, first, stop - first, depths[first], products[stop] - products[first])
+        for kind, first, stop in sorted(spans, key=lambda span: (span[1], -span[2], span[0] == "branch"))
+    )
+
+
+_CALLED = re.compile(r'custom_call_target="([^"]+)"')
+def read_program(text: str) -> tuple[list[Kernel], dict[str, int]]:
+    """(kernels without their schedules, number of calls of each other custom target) of optimised HLO."""
+    kernels, others = [], {}
+    for i in itertools.chain.from_iterable(computations(text)[0].values()):
+        if i.opcode != "custom-call" or not (match := _CALLED.search(i.attributes)):
+            continue
+        op_name = found[1] if (found := re.search(r'op_name="([^"]*)"', i.attributes)) else ""
+        if match[1] == aot_gpu.TRITON:
+            called = re.search(r'\bname = "([^"]+)"', i.attributes)
+            kernels.append(Kernel(called[1] if called else i.name, op_name, None, (), None))
+        elif match[1].startswith(aot_gpu.MOSAIC):
+            kernels.append(Kernel(op_name.rpartition("/")[0].rpartition("/")[2] or i.name, op_name, None, (), None))
+        elif match[1] != "tpu_custom_call":
+            others[match[1]] = others.get(match[1], 0) + 1
+        else:
+            used = re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', i.attributes)
+            sizes = re.findall(r'"memory_space":"1","offset":"(\d+)","size":"(\d+)"', used[1] if used else "")
+            kernels.append(Kernel(i.name, op_name, None, (), max((int(at) + int(size) for at, size in sizes), default=None)))
+    return kernels, others
+
+
+def _with_schedule(kernel: Kernel, dump: Path, delay_slots: int) -> Kernel:
+    """The kernel with its bundles. Equal kernels are compiled once, under the name of one of them."""
+    files = {re.sub(r"^\d+-|-\d+-final_bundles\.txt$", "", path.name): path for path in sorted(dump.glob("*-final_bundles.txt"))}
+    stem = re.sub(r"\.\d+$", "", kernel.name)
+    near = [path for name, path in files.items() if re.sub(r"\.\d+$", "", name) == stem]
+    path = files.get(kernel.name) or (near[0] if len(near) == 1 else None)
+    if path is None:
+        return kernel
+    bundles, sections = read_schedule(path.read_text(errors="replace"), delay_slots)
+    return dataclasses.replace(kernel, bundles=bundles, sections=sections)
+
+
+# In the child ------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    order = json.loads(sys.stdin.read())
+    from jax.experimental import topologies
+
+    if aot_gpu.gpu_of(order["topology"]) is not None:
+        devices = aot_gpu.devices(order["topology"])
+    else:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=order["topology"]).devices
+    with open(order["answers"], "a") as answers:
+        for n, (target, kwargs) in enumerate(order["jobs"]):
+            print(json.dumps({"begin": n, "said": os.fstat(2).st_size}), file=answers, flush=True)
+            for path in Path(order["dump"]).iterdir():
+                path.unlink()
+            try:
+                report = _compile(target, kwargs, order["topology"], devices, Path(order["dump"]))
+            except Exception as error:  # the parent tells it; a job may raise anything
+                report = Report(target, order["topology"], failed=f"{type(error).__name__}: {error}".strip()[:2000])
+            print(json.dumps({"end": n, "report": dataclasses.asdict(report)}), file=answers, flush=True)
+
+
+def _compile(target: str, kwargs: dict[str, Any], topology: str, devices: Sequence[Any], dump: Path) -> Report:
+    import jax
+
+    module, _, name = target.partition(":")
+    make = getattr(importlib.import_module(module), name)
+    if "devices" in inspect.signature(make).parameters:
+        kwargs = kwargs | {"devices": devices}
+    first = devices[0]
+    gpu = aot_gpu.gpu_of(topology)
+    cores = getattr(first, "num_cores", 1) if gpu is None else gpu.processors
+    kind = jax.sharding.AbstractDevice(first.device_kind, cores, first.platform)
+    asked = jax.sharding.AbstractMesh((), (), abstract_device=kind)  # for who asks on what it will run
+    with jax.sharding.use_abstract_mesh(asked):
+        function, args = make(**kwargs)
+        jitted = function if hasattr(function, "lower") else jax.jit(function)
+        start = time.perf_counter()
+        compiled = jitted.lower(*_placed(args, first)).compile()
+    seconds = time.perf_counter() - start
+    text = compiled.as_text()
+    kernels, others = read_program(text)
+    if gpu is None:
+        delay_slots = generation_of(topology).delay_slots
+        kernels = [_with_schedule(kernel, dump, delay_slots) for kernel in kernels]
+    else:
+        resources = aot_gpu.resources(dump, gpu)
+        kernels = [dataclasses.replace(kernel, **resources.get(kernel.name, {})) for kernel in kernels]
+    cost = compiled.cost_analysis() or {}
+    stats = compiled.memory_analysis()
+    sizes = {name: getattr(stats, f"{name}_size_in_bytes", None) for name in ("argument", "output", "temp", "alias")}
+    sizes["peak"] = getattr(stats, "peak_memory_in_bytes", None)
+    return Report(
+        target=target,
+        topology=topology,
+        device_kind=first.device_kind,
+        seconds=seconds,
+        memory={name: size for name, size in sizes.items() if size is not None},
+        flops=cost.get("flops"),
+        bytes_accessed=cost.get("bytes accessed"),
+        cost=read_cost(text, meshes[0].shape if (meshes := _meshes(args)) else None),
+        kernels=tuple(kernels),
+        custom_calls=others,
+    )
+
+
+def _meshes(args: Any) -> list[Any]:
+    """Those that arguments lie on."""
+    import jax
+
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
+    return [sharding.mesh for sharding in shardings if isinstance(sharding, jax.sharding.NamedSharding)]
+
+
+def _placed(args: Any, device: Any) -> Any:
+    """The arguments with shardings for all of them."""
+    import jax
+
+    leaves = [leaf for leaf in jax.tree.leaves(args) if hasattr(leaf, "shape")]
+    if not leaves:
+        raise ValueError(f"what a target returns must be (function, arguments) with at least one array among them, got {args!r}")
+    meshes = _meshes(args)
+    default = jax.sharding.SingleDeviceSharding(device)
+    if meshes:
+        default = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec())
+
+    def place(leaf: Any) -> Any:
+        if not hasattr(leaf, "shape"):  # a static argument
+            return leaf
+        given = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None else default
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=given)
+
+    return jax.tree.map(place, args)
+
+
+if __name__ == "__main__":
+    main()

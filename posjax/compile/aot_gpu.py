@@ -1,0 +1,106 @@
+"""How ``posjax.compile.aot`` compiles a program for an NVIDIA GPU that is not attached, and what became of it.
+
+XLA takes a GPU's description in place of the GPU, and has the compiler of PTX within. What that made of a kernel, registers and
+what did not fit them, ``ptxas`` tells of the PTX, from the package nvidia-cuda-nvcc.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from posjax.hardware import GPUS, Gpu
+
+TRITON = "__gpu$xla.gpu.triton"  # the custom call that a Pallas-Triton kernel is
+MOSAIC = "mosaic_gpu"  # and what the name of a Mosaic kernel's begins with
+
+
+
+_DESCRIPTION = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared[0]} shared_memory_per_block_optin: {shared[1]}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: {processors} fpus_per_core: 128 clock_rate_ghz: {clock}
+  device_memory_size: {memory} memory_bandwidth: {bandwidth:.0f} l2_cache_size: {l2}
+  cuda_compute_capability {{ major: {capability[0]} minor: {capability[1]} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{device_kind}"
+"""
+
+
+def gpu_of(topology: str) -> Gpu | None:
+    """The GPU of a topology such as "h200:1x1x8" (slices, hosts, GPUs of a host); None for one of TPUs."""
+    name = topology.partition(":")[0]
+    if name in GPUS and not re.fullmatch(r"[^:]+:\d+x\d+x\d+", topology):
+        raise ValueError(f"topology must be a GPU and a number of slices, hosts and GPUs, such as {name}:1x1x8, got {topology!r}")
+    return GPUS.get(name)
+
+
+def check_installed() -> None:
+    """Raises ImportError where jax's plugin for CUDA is missing."""
+    if all(importlib.util.find_spec(f"jax_cuda{version}_plugin") is None for version in (12, 13)):
+        missing = "compiling for a GPU that is not attached needs jax's CUDA plugin"
+        raise ImportError(f"{missing}; add it with: pip install 'posjax[gpu-aot]'")
+
+
+def environment(dump: Path | None, flags: Sequence[str]) -> dict[str, str]:
+    """What jax must find when it starts, to put PTX into a folder or not."""
+    own = [] if _toolkit() is None else [f"--xla_gpu_cuda_data_dir={_toolkit()}"]
+    own += [] if dump is None else [f"--xla_dump_to={dump}", "--xla_dump_emitter_re=ptx"]
+    of_mosaic = {} if _toolkit() is None else {"MOSAIC_GPU_CUDA_ROOT": str(_toolkit())}
+    of_mosaic |= {} if dump is None else {"MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    return of_mosaic | {"XLA_FLAGS": " ".join([*own, *flags]), "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "cpu"}
+
+
+def _toolkit() -> Path | None:
+    """The folder of nvidia-cuda-nvcc, with bin/ptxas and nvvm/libdevice."""
+    spec = importlib.util.find_spec("nvidia")
+    places = [] if spec is None else list(spec.submodule_search_locations or ())
+    folders = [Path(place) / name for place in places for name in ("cu13", "cuda_nvcc")]
+    return next((folder for folder in folders if (folder / "bin" / "ptxas").exists()), None)
+
+
+def devices(topology: str) -> Sequence[Any]:
+    from jax.experimental import topologies
+
+    shape = topology.partition(":")[2]
+    description = _DESCRIPTION.format(**dataclasses.asdict(gpu_of(topology)))
+    return topologies.get_topology_desc(platform="cuda", topology_name=shape, topology=shape, target_config=description).devices
+
+
+def resources(dump: Path, gpu: Gpu) -> dict[str, dict[str, int]]:
+    """Of each kernel in a dump, by name: registers of a thread, and bytes that it spills. Triton's only where there is ptxas."""
+    toolkit = _toolkit()
+    ptxas = shutil.which("ptxas") if toolkit is None else str(toolkit / "bin" / "ptxas")
+    found: dict[str, dict[str, int]] = {}
+    for path in sorted(dump.glob("*.ptxas")):  # Mosaic calls ptxas itself, and writes down what that said
+        found |= {name.removesuffix("_mosaic_gpu_kernel"): of for name, of in read_ptxas(path.read_text()).items()}
+    for path in sorted(dump.glob("*.ptx")) if ptxas else ():
+        if path.with_suffix(".ptxas").exists():
+            continue
+        command = [ptxas, "-v", f"-arch={gpu.arch}", str(path), "-o", os.devnull]
+        found |= read_ptxas(subprocess.run(command, capture_output=True, text=True).stderr)
+    return found
+
+
+_ENTRY = re.compile(
+    r"Compiling entry function '([^']+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.S
+)
+
+
+def read_ptxas(text: str) -> dict[str, dict[str, int]]:
+    """The same from what ``ptxas -v`` says."""
+    return {
+        name: {"registers": int(registers), "spilled": max(int(stores), int(loads))}
+        for name, stores, loads, registers in _ENTRY.findall(text)
+    }

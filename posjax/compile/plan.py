@@ -1,0 +1,287 @@
+"""What a training step takes on chips that are not attached: memory by kind, operations, what moves between chips, and how long.
+
+    configuration, mesh, topology -> the whole step, compiled by the chips' own compiler (``posjax.compile.aot``)
+        -> memory of a chip as the compiler has laid it out
+        -> what a chip does, read from the program with its loops turned (``posjax.compile.hlo``)
+        -> seconds, from data sheets (``posjax.compile.roofline``)
+
+Times are bounds from data sheets, not measurements: matrix units at their peak, links at theirs, no waiting. What a kernel of
+attention does is counted by its products of matrices alone; what CoPE's counting costs on top, ``posjax bench schedule`` tells.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posjax.compile import aot
+from posjax.compile.hlo import Collective
+from posjax.compile.roofline import chip_of, seconds_of
+from posjax.lab.config import Config, load_config
+from posjax.lab.flops import attention_flops, model_flops
+
+
+def _kernel_flops(config: Config, mesh: Mapping[str, int], counts: bool) -> float:
+    """What attention does of it that the text of the program does not show, on a chip: five products back for two forward.
+
+    On a ring a chip waits for the one with most to do: where chunks have an order, 3 C - 1 pairs of them in the time of 2 C.
+    """
+    parts = mesh["context"]
+    wait = (3 * parts - 1) / (2 * parts) if counts and parts > 1 else 1.0
+    passes = 1.0 + 2.5 + (config.remat == "full")
+    return passes * wait * attention_flops(config) / math.prod(mesh.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A step on a topology. Bytes, operations and seconds are of one chip and one step.
+
+    Attributes:
+      config: file of the configuration.
+      topology, mesh, remat, accumulate_steps, batch_size, seq_length: what was compiled.
+      parameters: of the model, all chips together.
+      compile_seconds: that the compiler took.
+      memory: bytes by kind: parameters, optimizer, average, batch, activations (with gradients and all else that comes and goes).
+      capacity: bytes of a chip.
+      largest: the most bytes of weights, or of their gradients, that one collective has whole on a device.
+      flops: operations: model (without recomputation), products (of matrices, as compiled), attention (within kernels).
+      bytes_moved: to and from memory, but for what loops do of which the program does not tell how often they turn.
+      uncounted: how many such loops there are, as walks over tiles in plain XLA are.
+      collectives: by kind and axes.
+      seconds: by what is waited for: compute, memory, and the axes of the mesh joined by "+".
+      beside: of the axes' seconds those that the compiler has put beside computation.
+      failed: why there is no program; None where there is one. What needs one is then zero or empty.
+    """
+
+    config: str
+    topology: str
+    mesh: dict[str, int]
+    remat: str
+    accumulate_steps: int
+    batch_size: int
+    seq_length: int
+    parameters: int = 0
+    compile_seconds: float = 0.0
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    capacity: float = 0.0
+    largest: int = 0
+    flops: dict[str, float] = dataclasses.field(default_factory=dict)
+    peak_flops: float = 0.0
+    bytes_moved: float = 0.0
+    uncounted: int = 0
+    collectives: tuple[Collective, ...] = ()
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    beside: float = 0.0
+    failed: str | None = None
+
+    @property
+    def used(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.failed is None and self.used <= self.capacity
+
+    @property
+    def computing(self) -> float:
+        """Seconds with computation and memory at their peaks, whichever takes longer."""
+        return max(self.seconds["compute"], self.seconds["memory"])
+
+    @property
+    def moving(self) -> float:
+        return sum(time for name, time in self.seconds.items() if name not in ("compute", "memory"))
+
+    @property
+    def best(self) -> float:
+        """Seconds of a step where all that can go on at once does."""
+        return max(self.seconds.values())
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step where what moves is waited for, but for what the compiler has put beside computation."""
+        hidden = min(self.beside, self.computing)
+        return self.computing + self.moving - hidden
+
+    def shares(self) -> dict[str, float]:
+        """Of the seconds of a step in which nothing overlaps but computation and memory, of which the longer one counts."""
+        longer = "compute" if self.seconds["compute"] >= self.seconds["memory"] else "memory"
+        counted = {name: time for name, time in self.seconds.items() if name == longer or name not in ("compute", "memory")}
+        return {name: time / sum(counted.values()) for name, time in counted.items()}
+
+    def mfu(self, seconds: float) -> float:
+        """Model operations of a step over what the chip could have done in that time."""
+        return self.flops["model"] / (self.peak_flops * seconds)
+
+
+def step_job(devices: Sequence[Any], config: str, folder: str, **fields: Any) -> Any:
+    """What ``posjax.compile.aot`` compiles, in its own process: the step, after a note of what its arguments take."""
+    import jax
+
+    from posjax.lab.run import abstract_step
+
+    jitted, (state, batch) = abstract_step(config, devices, **fields)
+
+    def bytes_of(tree: Any) -> int:
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    kinds = dict(parameters=state.params, optimizer=state.opt_state, average=getattr(state, "ema", None), batch=batch)
+    note = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params))}
+    mesh = batch["tokens"].sharding.mesh
+    note |= {"memory": {name: bytes_of(tree) for name, tree in kinds.items() if tree is not None}, "mesh": dict(mesh.shape)}
+    first = mesh.devices.flat[0]
+    on_torus = hasattr(first, "coords")
+    note["places"] = [list(d.coords) if on_torus else [d.process_index] for d in mesh.devices.flat]
+    note["cores"] = getattr(first, "num_cores", 1) if on_torus else 1
+    Path(folder, "note.json").write_text(json.dumps(note))
+    return jitted, (state, batch)
+
+
+def make_plans(
+    config: str, topology: str, variants: Sequence[Mapping[str, Any]], *, done: Callable[[Plan], None] = lambda plan: None
+) -> list[Plan]:
+    """Compiles a configuration's step for a topology, with other fields of the configuration in each variant.
+
+    Args:
+      config: file of a configuration.
+      topology: such as "v5p:8x8x8", or "h200:1x1x8".
+      variants: fields of the configuration, each.
+      done: called with each plan when it is made.
+
+    Raises:
+      ValueError: a topology or a field that there is not.
+      ImportError: the compiler is not installed.
+    """
+    plans, given = [], load_config(config)
+    for fields in variants:
+        with tempfile.TemporaryDirectory() as folder:
+            changed = dataclasses.replace(given, **fields)  # tells what is wrong before a process starts
+            job = "posjax.compile.plan:step_job", dict(config=os.path.abspath(config), folder=folder) | dict(fields)
+            (report,) = aot.compile_all([job], topology, schedules=False)
+            note_file = Path(folder, "note.json")
+            if not note_file.exists():
+                raise ValueError(re.sub(r"^\w+Error: ", "", report.failed or "nothing was compiled"))
+            plans.append(_plan(config, changed, topology, report, json.loads(note_file.read_text())))
+        done(plans[-1])
+    return plans
+
+
+def _plan(path: str, config: Config, topology: str, report: aot.Report, note: dict[str, Any]) -> Plan:
+    chip, mesh = chip_of(topology, note["cores"]), note["mesh"]
+    common = dict(config=path, topology=topology, mesh=mesh, remat=config.remat, accumulate_steps=config.accumulate_steps)
+    common |= dict(batch_size=config.batch_size, seq_length=config.seq_length, parameters=note["parameters"], capacity=chip.memory)
+    common |= dict(peak_flops=chip.flops)
+    if report.failed is not None:
+        if (rest := _bytes_asked_for(report.failed, sum(note["memory"].values()))) is None:
+            return Plan(**common, memory=note["memory"], failed=report.failed)
+        return Plan(**common, memory=note["memory"] | {"activations": rest}, failed="the compiler gave up")
+    peak = max(report.memory.get("peak", 0), report.memory["argument"] + report.memory["temp"])
+    cost = report.cost
+    counts = "cope" in config.encoding
+    flops = dict(model=model_flops(config, note["parameters"]) / math.prod(mesh.values()), products=cost.flops)
+    flops |= dict(attention=_kernel_flops(config, mesh, counts))
+    seconds = {"compute": (flops["products"] + flops["attention"]) / chip.flops, "memory": cost.bytes / chip.bandwidth}
+    beside = 0.0
+    for one in cost.collectives:
+        if one.axes:
+            time = seconds_of(one, mesh, note["places"], chip, topology)
+            name = "+".join(one.axes)
+            seconds[name] = seconds.get(name, 0.0) + time
+            beside += time * one.beside / max(one.bytes, 1)
+    of_weights = [c for c in cost.collectives if "fsdp" in c.axes or (c.kind != "collective-permute" and "context" in c.axes)]
+    return Plan(
+        **common,
+        compile_seconds=report.seconds,
+        memory=note["memory"] | {"activations": max(0, peak - sum(note["memory"].values()))},
+        largest=max((c.largest for c in of_weights), default=0),
+        flops=flops,
+        bytes_moved=cost.bytes,
+        uncounted=cost.uncounted,
+        collectives=cost.collectives,
+        seconds=seconds,
+        beside=beside,
+    )
+
+
+def _bytes_asked_for(failure: str, arguments: int) -> int | None:
+    """What a program that did not fit would have taken beside its arguments, as the compiler's message has it."""
+    alone = re.search(r"temporaries \(([\d.]+)([KMGT])\) exceeds", failure)
+    whole = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ", failure)
+    if (match := alone or whole) is None:
+        return None
+    size = int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]])
+    return size if alone else max(0, size - arguments)
+
+
+# What to change ----------------------------------------------------------------------------------------------------------
+
+
+REMATS = ("none", "attention", "full")
+
+
+def advice(plan: Plan, config: Config) -> list[str]:
+    """What makes a plan smaller that does not fit, what helps most first; flags as ``posjax`` takes them."""
+    mesh, memory = plan.mesh, plan.memory
+    gradients = min(memory.get("parameters", 0), memory.get("activations", 0))  # stand among the activations
+    state = sum(memory.get(name, 0) for name in ("parameters", "optimizer", "average")) + gradients
+    activations = memory.get("activations", 0) - gradients
+    rows = config.batch_size // (mesh["data"] * mesh["fsdp"]) // config.accumulate_steps
+    of_activations, of_state = [], []
+    if plan.remat != "full":
+        of_activations.append("--remat full keeps the input of each layer alone and computes the rest again")
+    if rows > 1:
+        room = max(plan.capacity - state, 1)
+        parts = next((n for n in range(2, rows + 1) if rows % n == 0 and activations / n <= room), rows)
+        fewer = f"has {rows // parts} of a device's {rows} sequences in memory at a time"
+        of_activations.append(f"--accumulate_steps {parts * config.accumulate_steps} {fewer}")
+    elif config.seq_length % (4 * mesh["context"]) == 0:
+        wider = mesh | {"context": 2 * mesh["context"]}
+        narrower = next((axis for axis in ("data", "fsdp") if wider[axis] % 2 == 0), None)
+        if narrower:
+            wider[narrower] //= 2
+            of_activations.append(f"--mesh {mesh_flag(wider)} cuts each sequence over {wider['context']} devices")
+    if mesh["data"] > 1:
+        whole = mesh | {"data": 1, "fsdp": mesh["fsdp"] * mesh["data"]}
+        of_state.append(f"--mesh {mesh_flag(whole)} cuts the state over all devices, not over {mesh['fsdp'] * mesh['context']}")
+    kv_heads = config.num_kv_heads or config.num_heads
+    if mesh["tensor"] < 8 and kv_heads % (2 * mesh["tensor"]) == 0 and mesh["fsdp"] % 2 == 0:
+        cut = mesh | {"tensor": 2 * mesh["tensor"], "fsdp": mesh["fsdp"] // 2}
+        of_activations.append(f"--mesh {mesh_flag(cut)} cuts heads, MLP and logits over {cut['tensor']} devices")
+    first, second = (of_state, of_activations) if state > 0.5 * plan.used else (of_activations, of_state)
+    return [*first, *second, "a topology with more devices"]
+
+
+def mesh_flag(mesh: Mapping[str, int]) -> str:
+    """A mesh as --mesh takes it."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "data=1"
+
+
+def candidates(config: Config, devices: int, limit: int = 6) -> Iterator[dict[str, Any]]:
+    """Meshes and remat policies worth compiling, the likeliest first.
+
+    Rows are whole, heads are whole, a sequence is cut no finer than 256 tokens. Where there are rows for all devices neither
+    sequences nor heads are cut at first; each mesh comes with less recomputation before more.
+    """
+    kv_heads = config.num_kv_heads or config.num_heads
+    found = []
+    powers = [2**n for n in range(devices.bit_length()) if devices % 2**n == 0]
+    for tensor, context, data in itertools.product(powers, powers, powers):
+        if devices % (tensor * context * data):
+            continue
+        fsdp = devices // (tensor * context * data)
+        if kv_heads % tensor or tensor > 8 or config.batch_size % (data * fsdp * config.accumulate_steps):
+            continue
+        if context > 1 and (config.seq_length % (2 * context) or config.seq_length // context < 256):
+            continue
+        found.append(dict(data=data, fsdp=fsdp, context=context, tensor=tensor))
+    # Fewest devices to a sequence first, and then the widest cut of the state that still has parts of 16 rows, a tile of bfloat16.
+    narrow = config.embed_dim / 16
+    found.sort(key=lambda m: (m["context"] * m["tensor"], m["context"], m["fsdp"] > narrow, -m["fsdp"]))
+    for mesh in found[: math.ceil(limit / len(REMATS))]:
+        for remat in REMATS:
+            yield dict(mesh=mesh_flag(mesh), remat=remat)

@@ -1,0 +1,159 @@
+"""Which pairs of query and key may meet.
+
+``Mask`` is what attention was called with. ``Rules`` says of a piece of queries and a piece of keys whether all pairs may meet,
+none or some, from the ends of their positions and segments: kernels leave out the pieces in which none may.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from posjax.typing import Array, Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Which pairs of query and key may meet.
+
+    Attributes:
+      boolean: [B or 1, N or 1, T or 1, S or 1], True where allowed; None allows all.
+      query_segments, key_segments: [B, T] and [B, S] integers; only equal segments meet.
+      is_causal: a key's position must not be past the query's.
+      window: (left, right); a key's position lies in [query - left, query + right]. None on a side is no limit.
+    """
+
+    boolean: Array | None = None
+    query_segments: Array | None = None
+    key_segments: Array | None = None
+    is_causal: bool = dataclasses.field(default=False, metadata={"static": True})
+    window: tuple[int | None, int | None] = dataclasses.field(default=(None, None), metadata={"static": True})
+
+    def cut(self, row_start: Any, row_size: int, column_start: Any, column_size: int) -> "Mask":
+        """The same mask, seen from one tile."""
+
+        def along(x: Array | None, axis: int, start: Any, size: int) -> Array | None:
+            if x is None or x.shape[axis] == 1:
+                return x
+            return jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
+
+        return dataclasses.replace(
+            self,
+            boolean=along(along(self.boolean, 2, row_start, row_size), 3, column_start, column_size),
+            query_segments=along(self.query_segments, 1, row_start, row_size),
+            key_segments=along(self.key_segments, 1, column_start, column_size),
+        )
+
+    def allowed(self, query_positions: Int[Array, "_ t"], key_positions: Int[Array, "_ s"]) -> Bool[Array, "_ _ t s"]:
+        """The tile of booleans at those positions, [B or 1, N or 1, t, s]. The mask must have been cut to the tile."""
+        distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
+        allowed = jnp.ones(distance.shape, bool)
+        left, right = self.window
+        if self.is_causal:
+            allowed &= distance >= 0
+        if left is not None:
+            allowed &= distance <= left
+        if right is not None:
+            allowed &= distance >= -right
+        if self.query_segments is not None and self.key_segments is not None:
+            allowed &= self.query_segments[:, None, :, None] == self.key_segments[:, None, None, :]
+        if self.boolean is not None:
+            allowed = allowed & self.boolean
+        return allowed
+
+
+_FAR = 2**30  # the position of a key that is padding: no causal query sees it
+
+
+class Extent(NamedTuple):
+    """Least and greatest position and segment in a piece of queries or of keys."""
+
+    first: Array
+    last: Array
+    first_segment: Array
+    last_segment: Array
+
+
+class Rules(NamedTuple):
+    """Which pairs may meet."""
+
+    is_causal: bool
+    left: int | None
+    right: int | None
+    segmented: bool
+
+    def none(self, queries: Extent, keys: Extent) -> Array:
+        """No pair may meet."""
+        no = jnp.zeros((), bool) if isinstance(queries.first, jax.Array) else False
+        if self.is_causal:
+            no |= keys.first > queries.last
+        if self.left is not None:
+            no |= queries.first - keys.last > self.left
+        if self.right is not None:
+            no |= keys.first - queries.last > self.right
+        if self.segmented:
+            no |= (queries.first_segment > keys.last_segment) | (keys.first_segment > queries.last_segment)
+        return no
+
+    def all(self, queries: Extent, keys: Extent) -> Array:
+        """Every pair may meet."""
+        yes = jnp.ones((), bool)
+        if self.is_causal:
+            yes &= keys.last <= queries.first
+        if self.left is not None:
+            yes &= queries.last - keys.first <= self.left
+        if self.right is not None:
+            yes &= keys.last - queries.first <= self.right
+        if self.segmented:
+            one = (queries.first_segment == queries.last_segment) & (keys.first_segment == keys.last_segment)
+            yes &= one & (queries.first_segment == keys.first_segment)
+        return yes
+
+    def pairs(self, query_positions: Array, key_positions: Array, query_segments: Any, key_segments: Any) -> Array:
+        """bool for each pair, from positions and segments of queries and of keys that broadcast with each other."""
+        allowed = jnp.ones(key_positions.shape, bool) if not self.is_causal else query_positions >= key_positions
+        distance = query_positions - key_positions if (self.left, self.right) != (None, None) else None
+        if self.left is not None:
+            allowed &= distance <= self.left
+        if self.right is not None:
+            allowed &= distance >= -self.right
+        if self.segmented:
+            allowed &= query_segments == key_segments
+        return allowed
+
+    def seen(self, queries: Array, keys: Array) -> Array:
+        """[B, Q, 2] from ``extents``: the first piece of keys that each piece of queries may see, and one past the last."""
+        by_queries, by_keys = (Extent(*jnp.moveaxis(e, -1, 0)) for e in (queries, keys))
+        live = ~self.none(Extent(*(e[:, :, None] for e in by_queries)), Extent(*(e[:, None] for e in by_keys)))
+        live = jnp.broadcast_to(live, (max(len(queries), len(keys)), queries.shape[1], keys.shape[1]))
+        first, last = live.argmax(-1), live.shape[-1] - live[..., ::-1].argmax(-1)
+        return jnp.stack([first, jnp.where(live.any(-1), last, first)], -1)
+
+
+def extents(positions: Array, segments: Array | None, size: int) -> Array:
+    """Flat [B, pieces, 4]: first and last position and segment of every ``size`` tokens."""
+
+    def ends(x: Array) -> list[Array]:
+        x = x.reshape(x.shape[0], -1, size)
+        return [x.min(-1), x.max(-1)]
+
+    parts = ends(positions.reshape(positions.shape[0], -1))
+    parts += ends(segments.reshape(segments.shape[0], -1)) if segments is not None else [jnp.zeros_like(parts[0])] * 2
+    batch = max(part.shape[0] for part in parts)
+    return jnp.stack([jnp.broadcast_to(part, (batch, part.shape[1])) for part in parts], -1)
+
+
+def with_padding(mask: Mask, queries: int, key_positions: Array, padding: int) -> tuple[Array, Array | None, Array | None]:
+    """Key positions, and segments of queries and of keys, with ``padding`` more keys at the end that no query sees."""
+    segments = mask.query_segments, mask.key_segments
+    length = key_positions.shape[1]
+    key_positions = jnp.pad(key_positions, [(0, 0), (0, padding)], constant_values=_FAR if mask.is_causal else 0)
+    if padding and not mask.is_causal and segments[0] is None:
+        segments = jnp.zeros((1, queries), jnp.int32), jnp.zeros((1, length), jnp.int32)
+    if segments[0] is None or segments[1] is None:
+        return key_positions, None, None
+    none = jnp.minimum(segments[0].min(), segments[1].min()) - 1  # below every segment: padding is of none
+    of_padding = jnp.broadcast_to(none, (segments[1].shape[0], padding))
+    return key_positions, segments[0], jnp.concatenate([segments[1], of_padding], 1)

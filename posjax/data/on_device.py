@@ -1,0 +1,85 @@
+"""A corpus held on the device: batches are cut out of it by a pure function, so that a whole run can be one program.
+
+    corpus -> {"text": [n], "starts": [documents]} on the device;  (that, key) -> batch
+
+Rows are those of ``posjax.data.pipeline``, drawn with replacement where Grain shuffles.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posjax.data.corpus import Corpus
+from posjax.data.pipeline import HIDDEN_SHARE, MASKED_SHARE, REPLACED_SHARE, count_rows
+from posjax.typing import Array
+
+Data = dict[str, np.ndarray]
+Draw = Callable[[dict[str, Array], Array], dict[str, Array]]
+
+
+def on_device(corpus: Corpus, *, length: int, batch_size: int, masked: bool = False) -> tuple[Data, Draw]:
+    """What to put on the device, and (what is there, key) -> a batch as ``pipeline.batches`` describes it.
+
+    The arrays are an argument and not constants of the program, which would grow by the size of the corpus.
+
+    Args:
+      corpus: the text, below 2^31 tokens.
+      length: T, tokens in a row.
+      batch_size: rows in a batch, each drawn uniformly from all rows of the corpus.
+      masked: batches for an encoder.
+
+    Raises:
+      ValueError: a corpus that is shorter than a row, or too long for 32-bit places.
+    """
+    if len(corpus.tokens) + corpus.num_documents >= 2**31:
+        raise ValueError(f"a corpus on the device must have fewer than 2^31 tokens, {corpus.source!r} has {len(corpus.tokens):,}")
+    rows = count_rows(corpus, length, masked=masked)
+    starts = corpus.offsets[:-1] + np.arange(corpus.num_documents)  # of each document's BOS in the stream
+    data = {"text": np.asarray(corpus.tokens), "starts": starts.astype(np.int32)}
+
+    def draw(data: dict[str, Array], key: Array) -> dict[str, Array]:
+        row_key, mask_key = jax.random.split(key)
+        index = jax.random.randint(row_key, (batch_size,), 0, rows)
+        if masked:
+            return mask(_masked_rows(data, index, length, corpus.cls), mask_key, corpus.mask, corpus.bos)
+        return language_rows(data, index, length, corpus.bos)
+
+    return data, draw
+
+
+def language_rows(data: dict[str, Array], index: Array, length: int, bos: int) -> dict[str, Array]:
+    """Rows of a language model by their numbers [B]: the stream of BOS and document, cut at every ``length`` tokens."""
+    begin = index[:, None] * length
+    place = begin + jnp.arange(length + 1, dtype=jnp.int32)
+    starts = data["starts"]
+    document = jnp.searchsorted(starts, place, side="right").astype(jnp.int32) - 1
+    text = data["text"][jnp.maximum(place - document - 1, 0)].astype(jnp.int32)  # each document so far had one BOS
+    stream = jnp.where(place == starts[document], bos, text)
+    return {
+        "tokens": stream[:, :-1],
+        "targets": stream[:, 1:],
+        "weights": (document[:, 1:] == document[:, :-1]).astype(jnp.float32),
+        "segment_ids": document[:, :-1] - document[:, :1] + 1,
+        "positions": place[:, :-1] - jnp.maximum(starts[document[:, :-1]], begin),
+    }
+
+
+def _masked_rows(data: dict[str, Array], index: Array, length: int, cls: int) -> dict[str, Array]:
+    place = index[:, None] * (length - 1) + jnp.arange(length - 1, dtype=jnp.int32)
+    text = data["text"][place].astype(jnp.int32)
+    tokens = jnp.concatenate([jnp.full((len(index), 1), cls, jnp.int32), text], axis=1)
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+    return {"tokens": tokens, "targets": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}
+
+
+def mask(rows: dict[str, Array], key: Array, mask_token: int, num_tokens: int) -> dict[str, Array]:
+    """Chooses the tokens that are asked for, and hides, replaces or keeps them, in the shares of the pipeline."""
+    tokens = rows["tokens"]
+    chosen_key, fate_key, other_key = jax.random.split(key, 3)
+    chosen = (jax.random.uniform(chosen_key, tokens.shape) < MASKED_SHARE) & (rows["positions"] > 0)  # not [CLS]
+    fate = jax.random.uniform(fate_key, tokens.shape)
+    other = jax.random.randint(other_key, tokens.shape, 0, num_tokens)
+    shown = jnp.where(fate < HIDDEN_SHARE, mask_token, jnp.where(fate < HIDDEN_SHARE + REPLACED_SHARE, other, tokens))
+    return rows | {"tokens": jnp.where(chosen, shown, tokens), "weights": chosen.astype(jnp.float32)}

@@ -1,0 +1,183 @@
+"""Batches from a corpus, as a Grain pipeline whose place can be saved and restored exactly.
+
+    corpus -> windows of T tokens -> shuffle -> repeat -> (mask) -> batch -> this process's share
+
+A corpus is read as one stream, each document with a BOS before it, and cut at every T tokens. A row is one such window
+with the token that follows it, so that each token of the stream but the first is predicted once an epoch. Everything
+about row number i follows from the seed and i, which is what makes resuming exact and the split over processes free.
+"""
+
+import functools
+
+import numpy as np
+
+from posjax.data.corpus import Corpus
+
+MASKED_SHARE = 0.15  # BERT's: 15 % of the tokens are asked for; of these 80 % are hidden, 10 % replaced, 10 % kept
+HIDDEN_SHARE = 0.8
+REPLACED_SHARE = 0.1
+
+
+def batches(
+    corpus: Corpus,
+    *,
+    length: int,
+    batch_size: int,
+    seed: int,
+    shuffle: bool = True,
+    repeat: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+    masked: bool = False,
+):
+    """An iterator of batches with `get_state()` and `set_state(state)`.
+
+    A batch holds, all of shape [batch_size / process_count, length]: tokens, targets, segment_ids and positions (int32)
+    and weights (float32; 0 where a target does not count).
+
+    For a language model the targets are the tokens that follow. Segments are the documents of a row, counted from 1,
+    and positions start from 0 in each. A target in the next document does not count. With `masked`, a row is [CLS]
+    (position 0) and length - 1 tokens of the text, where one document may follow another without a mark: one segment
+    with positions 0 to length - 1. Each of these tokens is chosen with chance 15 %; of those chosen 80 % are shown as
+    [MASK], 10 % as any token of the vocabulary, 10 % as they are. Targets are the text; only chosen ones count.
+
+    Args:
+      corpus: the text.
+      length: T, tokens in a row.
+      batch_size: rows in a batch of all processes together; a multiple of process_count.
+      seed: of the order and the masks, from 0 to 2^32 - 1.
+      shuffle: draw the rows in random order, another in each epoch; else in the order of the text.
+      repeat: go on for ever, leaving out the last rows that do not fill a window. If False, one epoch that leaves
+        nothing out: the last window and the last batch are filled up with tokens of segment 0 and weight 0.
+      process_index, process_count: this process gets rows [index * b, (index + 1) * b) of each batch, b = batch_size /
+        process_count: the processes' batches, one below another, are the batch that a single process would get.
+      masked: batches for an encoder.
+
+    Returns:
+      A Grain iterator. The state is a dict that JSON can hold; a new iterator, made with the same arguments, that is
+      set to it goes on with exactly the batches that would have followed.
+
+    Raises:
+      ValueError: for an argument out of range, or a length beyond that of the corpus.
+      ImportError: if grain is not installed.
+    """
+    for name, value in (("length", length), ("batch_size", batch_size), ("process_count", process_count)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if masked and length < 2:
+        raise ValueError(f"length must be at least 2 when masked ([CLS] and a token), got {length}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index must be from 0 to process_count - 1 = {process_count - 1}, got {process_index}"
+        )
+    if batch_size % process_count:
+        raise ValueError(f"batch_size must be a multiple of process_count ({process_count}), got {batch_size}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be from 0 to 2^32 - 1, got {seed}")
+    try:
+        import grain
+    except ImportError as error:
+        raise ImportError(f"batches need the package grain ({error}): pip install tensorflow-datasets grain") from error
+
+    rows = (_MaskedRows if masked else _Rows)(corpus, length, None if repeat else batch_size)
+    dataset = grain.MapDataset.source(rows).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle()
+    if repeat:
+        dataset = dataset.repeat()
+    if masked:
+        dataset = dataset.random_map(functools.partial(_mask, corpus=corpus))
+    share = batch_size // process_count
+    dataset = dataset.batch(share, drop_remainder=True).slice(slice(process_index, None, process_count))
+    # Rows are cheap: two threads keep a few batches ready. Grain's default would hold 500.
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+class _Rows:
+    """Random access to the rows of a language model: the stream of BOS and document, cut at every `length` tokens."""
+
+    def __init__(self, corpus: Corpus, length: int, fill_to: int | None):
+        self.corpus, self.length = corpus, length
+        self.text = np.asarray(corpus.tokens)  # the same memory; plain arrays are indexed faster than memmaps
+        self.starts = corpus.offsets[:-1] + np.arange(corpus.num_documents)  # of each document's BOS in the stream
+        self.targets_total = len(corpus.tokens) + corpus.num_documents - 1
+        self.count = _row_count(self.targets_total, length, length, fill_to)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        begin = int(index) * self.length
+        place = np.arange(begin, min(begin + self.length, self.targets_total) + 1)
+        if len(place) < 2:
+            return _fill_up({}, self.length)
+        document = np.searchsorted(self.starts, place, side="right") - 1
+        text = self.text[np.maximum(place - document - 1, 0)]
+        stream = np.where(place == self.starts[document], self.corpus.bos, text.astype(np.int32))
+        row = {
+            "tokens": stream[:-1],
+            "targets": stream[1:],
+            "weights": document[1:] == document[:-1],
+            "segment_ids": document[:-1] - document[0] + 1,
+            "positions": place[:-1] - np.maximum(self.starts[document[:-1]], begin),
+        }
+        return _fill_up(row, self.length)
+
+
+class _MaskedRows:
+    """Random access to the rows of a masked model before they are masked: [CLS] and length - 1 tokens of text."""
+
+    def __init__(self, corpus: Corpus, length: int, fill_to: int | None):
+        self.corpus, self.length = corpus, length
+        self.count = _row_count(len(corpus.tokens), length - 1, length, fill_to)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        begin = int(index) * (self.length - 1)
+        text = self.corpus.tokens[begin : begin + self.length - 1].astype(np.int32)
+        if not len(text):
+            return _fill_up({}, self.length)
+        tokens = np.concatenate([[self.corpus.cls], text])
+        row = {"tokens": tokens, "targets": tokens, "weights": np.zeros(len(tokens))}
+        row |= {"segment_ids": np.ones(len(tokens)), "positions": np.arange(len(tokens))}
+        return _fill_up(row, self.length)
+
+
+def count_rows(corpus: Corpus, length: int, *, masked: bool = False) -> int:
+    """How many whole rows of ``length`` tokens a corpus has.
+
+    Raises:
+      ValueError: a corpus shorter than a row.
+    """
+    return len((_MaskedRows if masked else _Rows)(corpus, length, None))
+
+
+def _row_count(total: int, stride: int, length: int, fill_to: int | None) -> int:
+    """Rows in a stream of `total` tokens, `stride` a row: the full ones, or all of them up to a multiple of fill_to."""
+    if total < stride:
+        raise ValueError(f"length must be at most {length - stride + total} for a corpus this small, got {length}")
+    if fill_to is None:
+        return total // stride
+    rows = -(-total // stride)
+    return -(-rows // fill_to) * fill_to
+
+
+def _fill_up(row: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """The row in its final types, with 0 after its end: segment 0 and weight 0 say that nothing is there."""
+    full = {}
+    for name in ("tokens", "targets", "weights", "segment_ids", "positions"):
+        full[name] = np.zeros(length, np.float32 if name == "weights" else np.int32)
+        full[name][: len(row.get(name, ()))] = row.get(name, ())
+    return full
+
+
+def _mask(row: dict[str, np.ndarray], rng: np.random.Generator, *, corpus: Corpus) -> dict[str, np.ndarray]:
+    """Chooses the tokens that are asked for, and hides, replaces or keeps them."""
+    tokens = row["tokens"]
+    chosen = (rng.random(tokens.shape) < MASKED_SHARE) & (row["positions"] > 0)  # neither [CLS] nor what fills up
+    fate = rng.random(tokens.shape)
+    other = rng.integers(0, corpus.bos, tokens.shape)
+    shown = np.where(fate < HIDDEN_SHARE, corpus.mask, np.where(fate < HIDDEN_SHARE + REPLACED_SHARE, other, tokens))
+    return row | {"tokens": np.where(chosen, shown, tokens).astype(np.int32), "weights": chosen.astype(np.float32)}

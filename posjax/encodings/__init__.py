@@ -1,0 +1,1 @@
+"""The positional encodings, and encodings as text."""

@@ -1,0 +1,90 @@
+"""Absolute positions, added to the embeddings: sinusoidal and learned."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posjax.checks import check_at_least, check_positive, is_traced
+from posjax.core.encoding import Dims, PositionalEncoding, leaf
+from posjax.encodings.phases import angles, geometric_frequencies
+from posjax.typing import Array, Params
+
+
+def sinusoidal(theta: Array | float = 10_000.0) -> PositionalEncoding:
+    """Sinusoids of geometric wavelengths, added to the embeddings.
+
+    PE[p, 2m] = sin(p / theta^(2m/D)), PE[p, 2m+1] = cos(p / theta^(2m/D)).
+
+    Args:
+      theta: the base; wavelengths run from 2 pi to 2 pi theta positions. It may be a traced scalar: a setting of a sweep, with
+        gradient zero. Phases are then products in float32, off by up to 2e-7 of themselves.
+
+    Raises:
+      ValueError: theta is not one positive number (a traced one gives NaN), or (in ``embed``) D is odd.
+
+    Vaswani et al., arXiv:1706.03762, section 3.5.
+    """
+    check_theta(theta)
+
+    def embed(params: Params, x: Array, positions: Array) -> Array:
+        width = x.shape[-1]
+        if width % 2:
+            raise ValueError(f"embed_dim must be even for sinusoidal, got {width}")
+        phase = angles(positions, geometric_frequencies(theta, width))
+        table = jnp.stack([jnp.sin(phase), jnp.cos(phase)], axis=-1).reshape(*phase.shape[:-1], width)
+        return x + table.astype(x.dtype)
+
+    return PositionalEncoding(name="sinusoidal", embed=embed)
+
+
+def learned(init_scale: float = 0.02) -> PositionalEncoding:
+    """One learned vector a position, added to the embeddings: params["embedding"] is [max_length, D].
+
+    Args:
+      init_scale: standard deviation of the initial vectors (GPT-2 and BERT: 0.02).
+
+    Raises:
+      ValueError: ``Dims.max_length`` is not given, or (in ``embed``) a position lies past the table.
+
+    Gehring et al., arXiv:1705.03122; Devlin et al., arXiv:1810.04805.
+    """
+
+    def init(key: Array, dims: Dims) -> Params:
+        length = require_max_length("learned", dims)
+        return {"embedding": init_scale * jax.random.normal(key, (length, dims.embed_dim), jnp.float32)}
+
+    def embed(params: Params, x: Array, positions: Array) -> Array:
+        table = leaf(params, "embedding", "learned", (None, x.shape[-1]))
+        check_within("learned", positions, table.shape[0])
+        return x + jnp.take(table, positions, axis=0).astype(x.dtype)
+
+    return PositionalEncoding(name="learned", init=init, embed=embed, max_length=lambda dims: dims.max_length)
+
+
+def check_theta(theta: Array | float) -> None:
+    """Raises ValueError for a base that gives no frequencies. A traced theta (one of a sweep) passes."""
+    check_positive("theta", theta, "10_000.0 is usual")
+
+
+def require_max_length(name: str, dims: Dims) -> int:
+    """The length of a table of positions."""
+    if dims.max_length is None:
+        raise ValueError(f"max_length must be given for {name}: Dims(..., max_length=1024), got None")
+    check_at_least("max_length", dims.max_length, 1)
+    return dims.max_length
+
+
+def check_within(name: str, positions: Array, length: int) -> None:
+    """Raises ValueError where positions fall outside a table of that length, as far as shapes and known values can tell."""
+    reach = positions.shape[-1]
+    if not is_traced(positions) and positions.size:
+        # NumPy, because even on a known array a jax operation inside jit gives a value that is not.
+        known = np.asarray(positions)
+        if known.min() < 0:
+            raise ValueError(f"positions must not be negative, got {known.min()}; mask padding out by mask or segment_ids")
+        reach = int(known.max()) + 1
+    if reach > length:
+        raise ValueError(
+            f"{name} has positions for a max_length of {length}, got a sequence that needs {reach}; "
+            f"train with Dims(max_length={reach}) or take an encoding without a table, such as rope() or alibi()"
+        )

@@ -1,0 +1,380 @@
+"""Contextual Position Encoding (CoPE): positions counted by gates that depend on content.
+
+    g_ij = sigmoid(q_i.k_j / sqrt(H))          gate: does key j count, as query i sees it? (+ gate_bias inside)
+    p_ij = sum of g_ik for k = j .. i          position: how many counted between key and query, both included
+    bias_ij = q_i.e(p_ij)                      e interpolated between integer positions, clamped at the last
+
+Each bias term is a walk over tiles from the right to the left: a row carries its count so far, so nothing is [T, T].
+(Not Clipped RoPE, nor Complex Positional Encoding, which go by the same letters.)
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from posjax.checks import check_at_least, check_finite, is_traced
+from posjax.core.bias import BiasTerm, Interpolation, Tile
+from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, leaf, setting
+from posjax.encodings.relative import check_slope, slopes_of_heads
+from posjax.typing import Array, Float, Params
+
+Gates = Literal["logits", "content", "keys", "values"]
+
+
+def cope(
+    max_position: int,
+    gates: Gates = "logits",
+    scaled: bool = False,
+    per_head: bool = False,
+    shared: bool = True,
+    gate_bias: Array | float = 0.0,
+    clamp: Array | int | None = None,
+) -> PositionalEncoding:
+    """Contextual position encoding: a bias q_i.e(p_ij), where p_ij counts the gates from the key to the query.
+
+    p_ij = min(sum_{k=j..i} g_ik, P - 1); bias_ij = (1-w) z_i[floor p] + w z_i[floor p + 1], w = p - floor p, z_i = q_i.e.
+    A query counts itself: with all gates one, p_ij = i - j + 1. Keys must stand in the order of their positions; masked keys
+    count zero. Gates, counts and bias are float32 whatever the inputs are.
+
+    params["embedding"] is [P, H], or [N, P, H] with per_head, initially zero; with gates="keys" also ["gate_kernel"] [D, K, H].
+
+    Args:
+      max_position: P, the number of position embeddings; positions clamp to P - 1.
+      gates: where they come from. "logits": the scores scale * q.k, after rotation if there is one. "content": the same
+        before rotation. "keys": keys of their own, k = W_g h, which ``condition`` makes from the layer's input. "values": q.v.
+      scaled: False adds z as it is (Listing 1 of the paper); True scales it like q.k (the released code). They train differently.
+      per_head: embeddings for each head; False: one for all heads, as in the paper.
+      shared: one set of parameters for all layers, as in the paper; False: one for each.
+      gate_bias: added to the logits of the gates, in nats: g = sigmoid(logit + gate_bias), so that a negative one begins with gates
+        that are rarely open. It may be a traced scalar: a setting of a sweep, with gradient zero. The "pallas" kernels take none
+        but the number 0.
+      clamp: positions clamp here instead, an integer from 1 to P - 1: ``cope(64, clamp=15)`` is ``cope(16)`` with the first 16
+        embeddings, at the cost of 64. It may be a traced scalar: a setting of a sweep; one of floats is rounded.
+
+    Raises:
+      ValueError: max_position below 2, unknown gates, a gate_bias that is not finite, a clamp that is not in range (a traced one
+        gives NaN), gates="keys" without ``condition``, or (in attention) neither is_causal nor a mask.
+
+    Golovneva et al., arXiv:2405.18719, equations 3 to 6 and Listing 1.
+    """
+    check_at_least("max_position", max_position, 2)
+    _check_gates(gates, gate_bias)
+    _check_clamp(clamp, max_position)
+
+    def init(key: Array, dims: Dims) -> Params:
+        heads = (dims.num_heads,) if per_head else ()
+        return _gate_params(gates, key, dims) | {"embedding": jnp.zeros((*heads, max_position, dims.head_dim), jnp.float32)}
+
+    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+        heads, head_dim = inputs.query.shape[2:]
+        shape = (heads, max_position, head_dim) if per_head else (max_position, head_dim)
+        embedding = leaf(params, "embedding", "cope", shape)
+        embedding = embedding * inputs.scale if scaled else embedding
+        embedding = embedding if clamp is None else _clamped(embedding, clamp)
+        return (_counting_term("cope", gates, gate_bias, params, inputs, embedding, (0 if per_head else None,)),)
+
+    return _contextual("cope", gates, shared, init, bias)
+
+
+def cope_alibi(
+    slope: Array | float | None = None,
+    learned: bool = False,
+    gates: Gates = "logits",
+    shared: bool = True,
+    gate_bias: Array | float = 0.0,
+) -> PositionalEncoding:
+    """ALiBi over contextual positions: bias_ij = -m p_ij, with p_ij counted as in ``cope`` and no last position.
+
+    Args:
+      slope: m of every head, in nats per position; None takes ALiBi's slope of each head. It may be a traced scalar: a setting of a
+        sweep, with gradient zero.
+      learned: m is learned, params["slope"] [N], and begins at ``slope``.
+      gates, shared, gate_bias: as in ``cope``.
+
+    Raises:
+      ValueError: a slope that is not one positive number (a traced one gives NaN), unknown gates, a gate_bias that is not finite.
+
+    Golovneva et al., arXiv:2405.18719, the CoPE_ALiBi rows.
+    """
+    check_slope(slope)
+    _check_gates(gates, gate_bias)
+
+    def init(key: Array, dims: Dims) -> Params:
+        return _gate_params(gates, key, dims) | ({"slope": slopes_of_heads(slope, dims.num_heads)} if learned else {})
+
+    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+        heads = inputs.query.shape[2]
+        slopes = leaf(params, "slope", "cope_alibi", (heads,)) if learned else slopes_of_heads(slope, heads)
+        return (_counting_term("cope_alibi", gates, gate_bias, params, inputs, slopes, (0,)),)
+
+    return _contextual("cope_alibi", gates, shared, init, bias)
+
+
+def cope_mlp(
+    hidden_dim: int = 64, gates: Gates = "logits", scaled: bool = False, shared: bool = True, gate_bias: Array | float = 0.0
+) -> PositionalEncoding:
+    """CoPE with position embeddings made by a small network: bias_ij = q_i.e(p_ij), e(p) = W_2 relu(w_1 p + b_1).
+
+    There is no last position, and no b_2: it would add the same to every key of a row, which softmax does not see.
+    As a function of one number the network is straight lines between kinks: they are made once a row, and a pair of query and key
+    looks its line up.
+    params: ["weight_in"] [F], ["bias_in"] [F], ["weight_out"] [F, H], initially zero; F = hidden_dim.
+
+    Args:
+      hidden_dim: F, the width of the network.
+      gates, scaled, shared, gate_bias: as in ``cope``.
+
+    Raises:
+      ValueError: hidden_dim below 1, unknown gates, a gate_bias that is not finite.
+
+    Golovneva et al., arXiv:2405.18719, the CoPE_MLP row; the paper does not give the network's shape, this one is ours.
+    """
+    check_at_least("hidden_dim", hidden_dim, 1)
+    _check_gates(gates, gate_bias)
+
+    def init(key: Array, dims: Dims) -> Params:
+        gate_key, key = jax.random.split(key)
+        # The kinks -b/w spread over positions 0 .. 64, where gates of a half put most of the first hundred tokens.
+        kinks = jnp.linspace(0.0, 64.0, hidden_dim, endpoint=False)
+        weight = jnp.abs(jax.random.normal(key, (hidden_dim,))) * 0.1 + 0.01
+        return _gate_params(gates, gate_key, dims) | {
+            "weight_in": weight,
+            "bias_in": -weight * kinks,
+            "weight_out": jnp.zeros((hidden_dim, dims.head_dim)),
+        }
+
+    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+        weight_out = leaf(params, "weight_out", "cope_mlp", (hidden_dim, inputs.query.shape[3]))
+        weight_out = weight_out * inputs.scale if scaled else weight_out
+        first = tuple(leaf(params, name, "cope_mlp", (hidden_dim,)) for name in ("weight_in", "bias_in"))
+        return (_counting_term("cope_mlp", gates, gate_bias, params, inputs, (*first, weight_out), (None, None, None)),)
+
+    return _contextual("cope_mlp", gates, shared, init, bias)
+
+
+# Bias as a function of the count -------------------------------------------------------------------------------------
+
+
+def _products(query: Array, table: Array) -> Array:
+    """q.e of every query with every row of a table [P, H] or [N, P, H], [B, N, t, P] float32."""
+    return jnp.einsum("bnth,nph->bntp" if table.ndim == 3 else "bnth,ph->bntp", query.astype(jnp.float32), table)
+
+
+def _load_interpolated(rows: dict[str, Array], tables: tuple) -> dict[str, Array]:
+    z = _products(rows["query"], tables[1])
+    steps = jnp.diff(z, axis=-1, append=z[..., -1:])  # past the last position the slope is zero
+    return rows | {"z": jnp.stack([z, steps], axis=-1)}
+
+
+def _interpolated(counts: Array, rows: dict[str, Array], embedding: Array) -> Array:
+    """z at a fractional position, [B, N, t, s], clamped to the last."""
+    position = jnp.minimum(counts, rows["z"].shape[-2] - 1)
+    floor = jnp.floor(position)
+    found = _looked_up(rows["z"], floor.astype(jnp.int32))
+    return found[..., 0] + (position - floor) * found[..., 1]
+
+
+def _settle_interpolated(rows: dict[str, Array], tables: tuple, carry: Array) -> tuple[Array, Array]:
+    """Past the last position the bias is z there, whatever is counted further left."""
+    last = rows["z"].shape[-2] - 1
+    return carry >= last, rows["z"][..., last, 0]
+
+
+def _penalised(counts: Array, rows: dict[str, Array], slopes: Array) -> Array:
+    return -slopes[None, :, None, None] * counts
+
+
+def _load_network(rows: dict[str, Array], tables: tuple) -> dict[str, Array]:
+    """The network as straight lines: [B, N, t, F + 1, 2], slope and height of each piece between two kinks, and the kinks.
+
+    A unit of positive weight acts to the right of its kink -b/w, one of negative weight to the left.
+    """
+    weight, offset, weight_out = tables[1]
+    kinks = _kinks(weight, offset)
+    order = jnp.argsort(kinks)
+    z = _products(rows["query"], weight_out)[..., order]
+    lines = z[..., None] * jnp.stack([weight, offset], -1)[order]  # of one unit where it acts
+    falls = (weight < 0)[order, None]
+    passed = jnp.cumsum(jnp.where(falls, -lines, lines), axis=-2)
+    start = jnp.where(falls, lines, 0.0).sum(-2, keepdims=True)
+    return rows | {"z": start + jnp.concatenate([jnp.zeros_like(start), passed], axis=-2)}
+
+
+def _kinks(weight: Array, offset: Array) -> Array:
+    """Where each unit begins or ceases to act, [F]; a unit without weight acts everywhere or nowhere."""
+    flat = weight == 0.0
+    return jnp.where(flat, jnp.where(offset > 0, -jnp.inf, jnp.inf), -offset / jnp.where(flat, 1.0, weight))
+
+
+def _network(counts: Array, rows: dict[str, Array], tables: tuple[Array, Array, Array]) -> Array:
+    """The piece that a count falls on, looked up: a unit costs a comparison."""
+    kinks = jax.lax.stop_gradient(jnp.sort(_kinks(*tables[:2])))
+    at = jax.lax.stop_gradient(counts)
+    none = jnp.zeros(counts.shape, jnp.int32)
+    piece, _ = jax.lax.scan(lambda n, kink: (n + (at >= kink), None), none, kinks, unroll=min(kinks.size, 64))
+    found = _looked_up(rows["z"], piece)
+    return found[..., 0] * counts + found[..., 1]
+
+
+def _looked_up(table: Array, index: Array) -> Array:
+    """Row ``index`` [B, N, t, s] of a table [B, N, t, P, 2] of its own for every query.
+
+    Both numbers in one gather from a flat array: on a CPU its transpose is three times as fast as that of two gathers.
+    """
+    row = jnp.arange(math.prod(table.shape[:3]), dtype=jnp.int32).reshape(*table.shape[:3], 1)
+    return table.reshape(-1, 2).at[row * table.shape[3] + index].get(mode="promise_in_bounds")
+
+
+# Counting ------------------------------------------------------------------------------------------------------------
+
+
+def gates_and_positions(term: BiasTerm, tile: Tile) -> tuple[Array, Array] | None:
+    """g_ij and p_ij as a term counts them on the tile that it was cut to, [B, N, t, s] float32 each.
+
+    Gates are zero where masked; positions are not clamped. None for a term that does not count.
+    """
+    if not isinstance(term.function, _CountingTile):
+        return None
+    gates = _gates(tile, term.rows, term.columns, term.tables)
+    return gates, _positions(gates, term.carry)
+
+
+def _gates(tile: Tile, rows: dict[str, Array], columns: dict[str, Array], tables: tuple) -> Array:
+    scale, _, *gate_bias = tables
+    logits = tile.logits
+    if columns:
+        query, key = rows["query"], columns["gate_key"]
+        batch, heads, length, width = query.shape
+        grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], length, width)
+        logits = jnp.einsum("bkgth,bksh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
+        logits = logits.reshape(batch, heads, length, key.shape[2])
+    for more in gate_bias:  # one, or none
+        logits = logits + more
+    return jnp.where(tile.allowed, jax.nn.sigmoid(logits), 0.0)
+
+
+def _positions(gates: Array, carry: Array) -> Array:
+    return carry[..., None] + _sum_to_the_right(gates)
+
+
+def _sum_to_the_right(gates: Array) -> Array:
+    """sum of gates[..., k] for k >= j: a product with a triangle of ones within blocks, and a short sum over the blocks.
+
+    Faster than a scan on every device, and its rounding error grows with the number of blocks only.
+    """
+    block, columns = 32, gates.shape[-1]
+    padded = jnp.pad(gates, [(0, 0)] * (gates.ndim - 1) + [(0, -columns % block)])
+    blocks = padded.reshape(*gates.shape[:-1], -1, block)
+    ones = jnp.tril(jnp.ones((block, block), gates.dtype))
+    within = jnp.einsum("...k,kj->...j", blocks, ones, precision=jax.lax.Precision.HIGHEST)
+    totals = within[..., 0]
+    right = jax.lax.cumsum(totals, axis=totals.ndim - 1, reverse=True) - totals
+    return (within + right[..., None]).reshape(padded.shape)[..., :columns]
+
+
+@dataclasses.dataclass(frozen=True)
+class _CountingTile:
+    """The function of a term: equal where the bias is the same function of a count, so that such terms are one program to jit."""
+
+    name: str = dataclasses.field(compare=False)  # for messages
+    bias_of_count: Callable[[Array, dict[str, Array], Any], Array]
+
+    def __call__(self, tile: Tile, rows: dict, columns: dict, tables: tuple, carry: Array) -> tuple[Array, Array]:
+        counts = _positions(_gates(tile, rows, columns, tables), carry)
+        return self.bias_of_count(counts, rows, tables[1]), counts[..., 0]
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+# What a term makes of counts, its load and its settle.
+_COUNTING = {
+    "cope": (_interpolated, _load_interpolated, _settle_interpolated),
+    "cope_alibi": (_penalised, None, None),
+    "cope_mlp": (_network, _load_network, None),
+}
+
+
+def _counting_term(
+    encoding: str,
+    gates: Gates,
+    gate_bias: Array | float,
+    params: Params,
+    inputs: AttentionInputs,
+    tables: Any,
+    heads: tuple[int | None, ...],
+) -> BiasTerm:
+    """A term with tables (scale, those of the encoding), whose axes of heads are told, and the gates' bias if not the number 0."""
+    bias_of_count, load, settle = _COUNTING[encoding]
+    biased = is_traced(gate_bias) or float(gate_bias) != 0.0
+    name = f"{encoding} with gates={gates!r}{' and a gate_bias' if biased else ''}"
+    rows = {} if load is None and gates == "logits" else {"query": jnp.swapaxes(inputs.query, 1, 2)}
+    columns = {} if gates == "logits" else {"gate_key": jnp.swapaxes(_gate_key(gates, params, inputs), 1, 2)}
+    batch, length, num_heads, _ = inputs.query.shape
+    return BiasTerm(
+        function=_CountingTile(name, bias_of_count),
+        rows=rows,
+        columns=columns,
+        tables=(jnp.asarray(inputs.scale, jnp.float32), tables, *((setting(gate_bias),) if biased else ())),
+        carry=jnp.zeros((batch, num_heads, length), jnp.float32),
+        load=load,
+        settle=settle,
+        fused=Interpolation() if encoding == "cope" and gates == "logits" and not biased else None,
+        heads=(None, *heads, *((None,) if biased else ())),
+    )
+
+
+def _clamped(embedding: Array, clamp: Array | int) -> Array:
+    """[..., P, H] with the clamp's row in place of all behind it: interpolation is constant there. NaN for a clamp out of range."""
+    clamp, last = setting(clamp), embedding.shape[-2] - 1
+    row = jnp.minimum(jnp.arange(last + 1), jnp.round(clamp).astype(jnp.int32))
+    row = jnp.where((clamp >= 1) & (clamp <= last), row, last + 1)
+    return embedding.at[..., row, :].get(mode="fill", fill_value=jnp.nan)
+
+
+def _gate_key(gates: Gates, params: Params, inputs: AttentionInputs) -> Array:
+    if gates == "content":
+        return inputs.key
+    if gates == "keys":
+        return leaf(params, "gate_key", "cope after condition(params, hidden)", inputs.key.shape)
+    if inputs.value is None:
+        raise ValueError("value must be given to attention_weights for gates='values', got None")
+    width = inputs.query.shape[-1]
+    if inputs.value.shape[-1] != width:
+        raise ValueError(f"value must have the head dimension of query, {width}, for gates='values', got {inputs.value.shape[-1]}")
+    return inputs.value
+
+
+def _contextual(name: str, gates: Gates, shared: bool, init, bias) -> PositionalEncoding:
+    def condition(params: Params, hidden: Float[Array, "B T D"]) -> Params:
+        if gates != "keys":
+            return params
+        kernel = leaf(params, "gate_kernel", name)
+        return params | {"gate_key": jnp.einsum("btd,dkh->btkh", hidden, kernel.astype(hidden.dtype))}
+
+    return PositionalEncoding(name=name, init=init, condition=condition, bias=bias, per_layer=not shared, is_contextual=True)
+
+
+def _gate_params(gates: Gates, key: Array, dims: Dims) -> Params:
+    if gates != "keys":
+        return {}
+    shape = (dims.embed_dim, dims.num_kv_heads, dims.head_dim)
+    return {"gate_kernel": jax.random.normal(key, shape, jnp.float32) * dims.embed_dim**-0.5}
+
+
+def _check_gates(gates: str, gate_bias: Array | float) -> None:
+    if gates not in ("logits", "content", "keys", "values"):
+        raise ValueError(f"gates must be 'logits', 'content', 'keys' or 'values', got {gates!r}")
+    check_finite("gate_bias", gate_bias)
+
+
+def _check_clamp(clamp: Array | int | None, max_position: int) -> None:
+    if clamp is None:
+        return
+    check_finite("clamp", clamp)
+    if not is_traced(clamp) and not (float(clamp).is_integer() and 1 <= float(clamp) < max_position):
+        raise ValueError(f"clamp must be an integer from 1 to max_position - 1 = {max_position - 1}, got {clamp!r}; None is that")

@@ -1,0 +1,228 @@
+"""Encodings written as text, for configurations and command lines.
+
+rope                                   an encoding with its defaults
+cope(max_position=64, gates="keys")    with arguments, as in Python
+rope + cope(64)                        chain
+cope(64) / identity / identity         layer by layer, repeated down the stack
+"""
+
+import ast
+import copy
+import difflib
+import functools
+import inspect
+import numbers
+import re
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from posjax.core.chain import chain
+from posjax.core.encoding import PositionalEncoding, identity
+from posjax.encodings.absolute import learned, sinusoidal
+from posjax.encodings.cope import cope, cope_alibi, cope_mlp
+from posjax.encodings.relative import alibi, t5
+from posjax.encodings.rotary import rope
+from posjax.encodings.tupe import tupe
+
+CONSTRUCTORS: types.MappingProxyType[str, Callable[..., PositionalEncoding]] = types.MappingProxyType(
+    {f.__name__: f for f in (identity, sinusoidal, learned, rope, alibi, t5, tupe, cope, cope_alibi, cope_mlp)}
+)
+
+# Arguments that may be traced numbers: encodings that differ in these alone are one program.
+TRACED: types.MappingProxyType[str, tuple[str, ...]] = types.MappingProxyType(
+    {
+        "sinusoidal": ("theta",),
+        "rope": ("theta",),
+        "alibi": ("slope",),
+        "cope": ("gate_bias", "clamp"),
+        "cope_alibi": ("slope", "gate_bias"),
+        "cope_mlp": ("gate_bias",),
+    }
+)
+
+
+def parse_encoding(spec: str, settings: Sequence[Any] = ()) -> PositionalEncoding | tuple[PositionalEncoding, ...]:
+    """The encoding that a text names, or a tuple of them where it names one for each of several layers.
+
+    Args:
+      spec: names of posjax's encodings with literal arguments, joined by ``+`` (chain) and ``/`` (next layer).
+      settings: what ``_0``, ``_1``, ... in the text stand for, as ``blanked`` writes them; may be traced.
+
+    Returns:
+      One encoding, or, with ``/``, a tuple in which equal parts are the same object.
+
+    Raises:
+      ValueError: text that is not of this form, an unknown name (with the nearest known one), or arguments the encoding refuses.
+    """
+    parts = _parts(spec)
+    made = {part: _parse(part, spec, settings) for part in parts}
+    return made[parts[0]] if len(parts) == 1 else tuple(made[part] for part in parts)
+
+
+def _parts(spec: str) -> list[str]:
+    return [part.strip() for part in spec.split("/")]
+
+
+def _parse(part: str, spec: str, settings: Sequence[Any]) -> PositionalEncoding:
+    encodings = [_construct(call, spec, settings) for call in _calls(part, spec)]
+    return encodings[0] if len(encodings) == 1 else chain(*encodings)
+
+
+def _calls(part: str, spec: str) -> list[ast.Call]:
+    """The members of a chain, each as a call of a known name."""
+    try:
+        tree = ast.parse(part, mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"encoding must look like 'rope' or 'rope + cope(64)', got {spec!r}: {error.msg}") from None
+    members: list[ast.expr] = []
+    while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
+        members.insert(0, tree.right)
+        tree = tree.left
+    return [_call(member, spec) for member in (tree, *members)]
+
+
+def _call(node: ast.expr, spec: str) -> ast.Call:
+    call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
+    if not isinstance(call.func, ast.Name) or any(keyword.arg is None for keyword in call.keywords):
+        raise ValueError(f"encoding must look like 'rope' or 'rope + cope(64)', got {spec!r}")
+    name = call.func.id
+    if name not in CONSTRUCTORS:
+        near = difflib.get_close_matches(name, CONSTRUCTORS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"encoding must be made of {', '.join(CONSTRUCTORS)}, got {name!r} in {spec!r}; {hint}posjax list shows all"
+        )
+    return call
+
+
+def _construct(call: ast.Call, spec: str, settings: Sequence[Any]) -> PositionalEncoding:
+    name = call.func.id
+
+    def value(node: ast.expr) -> Any:
+        blank = _BLANK.fullmatch(node.id) if isinstance(node, ast.Name) else None
+        return settings[int(blank[1])] if blank and int(blank[1]) < len(settings) else ast.literal_eval(node)
+
+    try:
+        args = [value(arg) for arg in call.args]
+        keywords = {keyword.arg: value(keyword.value) for keyword in call.keywords}
+    except ValueError:
+        raise ValueError(f"arguments of {name} must be plain values such as 64 or 'keys', got {spec!r}") from None
+    try:
+        inspect.signature(CONSTRUCTORS[name]).bind(*args, **keywords)
+    except TypeError as error:
+        raise ValueError(f"{name} takes {name}{inspect.signature(CONSTRUCTORS[name])}, got {spec!r}: {error}") from None
+    try:
+        return CONSTRUCTORS[name](*args, **keywords)
+    except TypeError as error:  # such as 8 < "a"
+        usage = f"{name}{inspect.signature(CONSTRUCTORS[name])}"
+        raise ValueError(f"{name} takes {usage}, got {spec!r}: {error}") from None
+
+
+# Encodings that differ in numbers alone ------------------------------------------------------------------------------
+
+_BLANK = re.compile(r"_(\d+)")
+
+
+def blanked(spec: str) -> tuple[str, tuple[float, ...]]:
+    """A spec with ``_0``, ``_1``, ... in place of the numbers that may be traced (defaults are written out), and those numbers.
+
+    >>> blanked("rope + cope(64)")
+    ('rope(theta=_0) + cope(64, gate_bias=_1)', (10000.0, 0.0))
+    """
+    settings: list[float] = []
+
+    def blank(call: ast.Call) -> ast.Call:
+        signature = inspect.signature(CONSTRUCTORS[call.func.id])
+        for argument in TRACED.get(call.func.id, ()):
+            given = _argument(call, argument)
+            value = signature.parameters[argument].default if given is None else ast.literal_eval(given)
+            if isinstance(value, numbers.Real) and not isinstance(value, bool):
+                call = _with(call, argument, ast.Name(f"_{len(settings)}"))
+                settings.append(float(value))
+        return call
+
+    return _rewritten(spec, blank), tuple(settings)
+
+
+def filled(spec: str, settings: dict[int, float]) -> str:
+    """A spec with numbers in place of some blanks; the others are counted anew from ``_0`` on.
+
+    >>> filled("rope(theta=_0) + cope(64, gate_bias=_1)", {0: 500.0})
+    'rope(theta=500.0) + cope(64, gate_bias=_0)'
+    """
+    left: list[int] = []
+
+    def fill(match: re.Match) -> str:
+        index = int(match[1])
+        if index in settings:
+            return repr(settings[index])
+        if index not in left:
+            left.append(index)
+        return f"_{left.index(index)}"
+
+    return re.sub(rf"\b{_BLANK.pattern}\b", fill, spec)
+
+
+def with_argument(spec: str, name: str, argument: str, value: Any) -> str:
+    """A spec in which every member of that name has that argument.
+
+    >>> with_argument("rope + cope(64)", "cope", "gate_bias", -2.0)
+    'rope + cope(64, gate_bias=-2.0)'
+
+    Raises:
+      ValueError: an encoding or argument that is not known, with the nearest known one.
+    """
+    if name not in CONSTRUCTORS:
+        near = difflib.get_close_matches(name, CONSTRUCTORS, n=1)
+        raise ValueError(f"{name!r} is no encoding" + (f"; did you mean {near[0]!r}?" if near else ""))
+    known = list(inspect.signature(CONSTRUCTORS[name]).parameters)
+    if argument not in known:
+        takes = f"takes {', '.join(known)}" if known else "takes no arguments"
+        raise ValueError(f"{name} has no argument {argument!r}; it {takes}")
+
+    def change(call: ast.Call) -> ast.expr:
+        return _with(call, argument, ast.Constant(value)) if call.func.id == name else call
+
+    return _rewritten(spec, change)
+
+
+def _rewritten(spec: str, change: Callable[[ast.Call], ast.Call]) -> str:
+    """Equal layers are changed once: they stay equal."""
+
+    def text(call: ast.Call) -> str:
+        return ast.unparse(call if call.args or call.keywords else call.func)
+
+    parts = _parts(spec)
+    made = {part: " + ".join(text(change(copy.deepcopy(call))) for call in _calls(part, spec)) for part in dict.fromkeys(parts)}
+    return " / ".join(made[part] for part in parts)
+
+
+def _place(call: ast.Call, argument: str) -> int:
+    return list(inspect.signature(CONSTRUCTORS[call.func.id]).parameters).index(argument)
+
+
+def _argument(call: ast.Call, argument: str) -> ast.expr | None:
+    place = _place(call, argument)
+    if place < len(call.args):
+        return call.args[place]
+    return next((keyword.value for keyword in call.keywords if keyword.arg == argument), None)
+
+
+def _with(call: ast.Call, argument: str, value: ast.expr) -> ast.Call:
+    place = _place(call, argument)
+    if place < len(call.args):
+        return ast.Call(call.func, [*call.args[:place], value, *call.args[place + 1 :]], call.keywords)
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords} | {argument: value}
+    return ast.Call(call.func, call.args, [ast.keyword(name, given) for name, given in keywords.items()])
+
+
+def slug(spec: str) -> str:
+    """A file's or folder's name for an encoding: "cope(64) / identity" is cope-64-then-identity."""
+    return re.sub(r"[^a-z0-9_]+", "-", spec.lower().replace("/", " then ")).strip("-")
+
+
+@functools.cache
+def one_line(name: str) -> str:
+    """The first sentence of an encoding's docstring."""
+    return (inspect.getdoc(CONSTRUCTORS[name]) or "").split("\n")[0]

@@ -1,0 +1,173 @@
+"""TUPE: positions and words correlated apart, and [CLS] untied from all positions.
+
+The score of Ke et al. (equation 10) is
+
+    (x_i W^Q)(x_j W^K)^T / sqrt(2H) + reset( (p_i U^Q)(p_j U^K)^T / sqrt(2H) [ + b_{j-i} in TUPE-R ] )
+
+where reset gives the row of [CLS] theta_1 and its column theta_2. No [T, S] array is needed for any of it: query and key are
+widened to [q, p U^Q, row, column] and [k, p U^K, 1, is [CLS]], so that one product of width 2H + 2 is the whole score.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from posjax.core.bias import BiasTerm, Lookup, position_bias
+from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, leaf
+from posjax.encodings.absolute import check_within, require_max_length
+from posjax.encodings.relative import check_buckets, one_bucket, t5_bucket
+from posjax.typing import Array, Params
+
+
+def tupe(
+    relative: bool = False,
+    untie_cls: bool = True,
+    released: bool = False,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+) -> PositionalEncoding:
+    """Transformer with Untied Positional Encoding: TUPE-A, or TUPE-R with ``relative``.
+
+    The token at position 0 is [CLS]. Nothing is added to the input; the parameters serve all layers:
+    params["position"] [max_length, D], ["query_kernel"] [D, N, H], ["key_kernel"] [D, K, H], ["reset"] [2, N] (theta_1, theta_2)
+    where untie_cls, ["bias"] [buckets, N] where relative.
+
+    Args:
+      relative: adds a T5 bias inside the reset, unscaled (TUPE-R).
+      untie_cls: reset the row and column of [CLS]; False is the paper's ablation with tied [CLS].
+      released: the authors' code in place of the paper: a LayerNorm on p, projections with biases, and one more row of p, whose
+        products through U are theta_1 = p_0.p_0 and theta_2 = p_1.p_1 (p_1 is also [CLS]'s own); in TUPE-R, the column of [CLS]
+        takes one more bucket, and its row bucket num_buckets / 2, which no distance falls in.
+      num_buckets, max_distance: of the relative bias, as in ``t5``, in both directions.
+
+    Raises:
+      ValueError: Dims.max_length is not given, a position lies past it, or buckets that ``t5`` refuses.
+
+    Ke et al., arXiv:2006.15595, section 3.
+    """
+    check_buckets(num_buckets, max_distance, bidirectional=True)
+    extra_row = int(released and untie_cls)  # the released table begins with p_0, which no token has
+
+    def init(key: Array, dims: Dims) -> Params:
+        length = require_max_length("tupe", dims)
+        keys = jax.random.split(key, 4)
+        width = dims.embed_dim
+        params = {
+            "position": jax.random.normal(keys[0], (length + extra_row, width), jnp.float32) * (0.02 if released else 1.0),
+            "query_kernel": jax.random.normal(keys[1], (width, dims.num_heads, dims.head_dim)) * width**-0.5,
+            "key_kernel": jax.random.normal(keys[2], (width, dims.num_kv_heads, dims.head_dim)) * width**-0.5,
+        }
+        if released:
+            params |= {
+                "norm_scale": jnp.ones(width),
+                "norm_bias": jnp.zeros(width),
+                "query_bias": jnp.zeros((dims.num_heads, dims.head_dim)),
+                "key_bias": jnp.zeros((dims.num_kv_heads, dims.head_dim)),
+            }
+        elif untie_cls:
+            params["reset"] = jnp.zeros((2, dims.num_heads))
+        if relative:
+            extra = extra_row  # the bucket of a key that is [CLS]
+            params["bias"] = jnp.zeros((num_buckets + extra, dims.num_heads))
+        return params
+
+    def project(params: Params, positions: Array) -> tuple[Array, Array]:
+        """p U^Q and p U^K at those rows of p, [..., N, H] and [..., K, H] float32."""
+        table = leaf(params, "position", "tupe", (None, None))
+        if released:
+            centred = table - table.mean(-1, keepdims=True)
+            table = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+            width = table.shape[1:]
+            table = table * leaf(params, "norm_scale", "tupe", width) + leaf(params, "norm_bias", "tupe", width)
+        rows = jnp.take(table, positions, axis=0)
+        width = table.shape[1]
+        query = jnp.einsum("...d,dnh->...nh", rows, leaf(params, "query_kernel", "tupe", (width, None, None)))
+        key = jnp.einsum("...d,dkh->...kh", rows, leaf(params, "key_kernel", "tupe", (width, None, None)))
+        if not released:
+            return query, key
+        return query + leaf(params, "query_bias", "tupe", query.shape[-2:]), key + leaf(params, "key_bias", "tupe", key.shape[-2:])
+
+    def thetas(params: Params, scale: Array | float) -> tuple[Array, Array]:
+        """theta_1 and theta_2, [N] each, as they stand in the score."""
+        if not extra_row:
+            return tuple(leaf(params, "reset", "tupe", (2, None)))
+        query, key = project(params, jnp.arange(2))
+        key = jnp.repeat(key, query.shape[1] // key.shape[1], axis=1)
+        return tuple((query * key).sum(-1) * scale / math.sqrt(2))
+
+    def rotate(params: Params, query: Array, key: Array, inputs: AttentionInputs) -> tuple[Array, Array]:
+        length = leaf(params, "position", "tupe").shape[0] - extra_row
+        check_within("tupe", inputs.query_positions, length)
+        check_within("tupe", inputs.key_positions, length)
+        heads, kv_heads, head_dim = query.shape[2], key.shape[2], inputs.query.shape[3]
+        (
+            leaf(params, "query_kernel", "tupe", (None, heads, head_dim)),
+            leaf(params, "key_kernel", "tupe", (None, kv_heads, head_dim)),
+        )
+        # The scale is 1/sqrt(H) of the plain head: the query brings the 1/sqrt(2) of sqrt(2H) along.
+        position_query = project(params, inputs.query_positions + extra_row)[0]
+        position_key = project(params, inputs.key_positions + extra_row)[1]
+        query_parts, key_parts = [query.astype(jnp.float32) / math.sqrt(2)], [key]
+        if untie_cls:
+            query_is_cls = (inputs.query_positions == 0)[..., None, None]
+            key_is_cls = (inputs.key_positions == 0)[..., None, None]
+            position_query = jnp.where(query_is_cls, 0.0, position_query)
+            position_key = jnp.where(key_is_cls, 0.0, position_key)
+            row, column = (theta[None, None, :, None] / inputs.scale for theta in thetas(params, inputs.scale))
+            query_parts += [
+                position_query / math.sqrt(2),
+                jnp.where(query_is_cls, row, 0.0),
+                jnp.where(query_is_cls, 0.0, column),
+            ]
+            key_parts += [
+                position_key,
+                jnp.ones_like(position_key[..., :1]),
+                jnp.where(key_is_cls, 1.0, 0.0) + 0 * position_key[..., :1],
+            ]
+        else:
+            query_parts.append(position_query / math.sqrt(2))
+            key_parts.append(position_key)
+        return _join(query_parts, query), _join(key_parts, key)
+
+    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+        if not relative:
+            return ()
+        function, lookup = _relative_function(num_buckets, max_distance, untie_cls, released)
+        buckets = num_buckets + extra_row
+        return (position_bias(function, leaf(params, "bias", "tupe", (buckets, inputs.query.shape[2])), lookup, heads=(1,)),)
+
+    name = "tupe-r" if relative else "tupe"
+    return PositionalEncoding(name=name, init=init, rotate=rotate, bias=bias, max_length=lambda dims: dims.max_length)
+
+
+def _join(parts: list[Array], like: Array) -> Array:
+    """The parts side by side along the last axis, in the batch, heads and type of ``like``."""
+    return jnp.concatenate([jnp.broadcast_to(p, (*like.shape[:-1], p.shape[-1])).astype(like.dtype) for p in parts], axis=-1)
+
+
+@functools.cache
+def _relative_function(num_buckets: int, max_distance: int, untie_cls: bool, released: bool):
+    """b_{j-i} inside the reset, as a function and by name: no bias at [CLS] cells in the paper, buckets of their own in the
+    released code."""
+    in_one_bucket = one_bucket(num_buckets, max_distance, True)
+
+    def index(query_positions: Array, key_positions: Array) -> Array:
+        bucket = t5_bucket(key_positions - query_positions, num_buckets, max_distance, True)
+        if not untie_cls:
+            return bucket
+        of_row, of_column = (num_buckets // 2, num_buckets) if released else (num_buckets, num_buckets)
+        return jnp.where(query_positions == 0, of_row, jnp.where(key_positions == 0, of_column, bucket))
+
+    def uniform(first_query: Array, last_query: Array, first_key: Array, last_key: Array) -> Array:
+        one = in_one_bucket(first_query, last_query, first_key, last_key)
+        return one & (first_query > 0) & (first_key > 0) if untie_cls else one
+
+    def function(query_positions: Array, key_positions: Array, table: Array) -> Array:
+        if untie_cls and not released:
+            table = jnp.concatenate([table, jnp.zeros_like(table[:1])])
+        found = jnp.take(table.astype(jnp.float32), index(query_positions, key_positions)[:, 0], axis=0)
+        return jnp.moveaxis(found, -1, 1)
+
+    return function, Lookup(index, uniform)

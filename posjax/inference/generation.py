@@ -1,0 +1,135 @@
+"""Generating: prompts into a model's cache in chunks, then one token after another, all compiled once.
+
+prompts -> [ chunk, chunk, ... ] -> logits -> token -> logits -> token -> ...    rows of a batch in step, each at its own place
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posjax.checks import check_at_least
+from posjax.inference.sampling import PLAIN, Sampling, sample
+from posjax.models.transformer import Transformer
+from posjax.typing import Array, Params
+
+_GRAIN = 16  # chunks and caches are multiples of it, so that prompts of nearly one length share a compiled program
+
+
+def generate(
+    with_params: Callable[[Params], Transformer], params: Params, prompts: Sequence[Sequence[int]], **options: Any
+) -> list[np.ndarray]:
+    """The tokens that follow each prompt, int32 arrays of at most ``max_new_tokens``; see ``stream``."""
+    steps = [*stream(with_params, params, prompts, **options)]
+    rows = np.stack(steps, axis=1) if steps else np.zeros((len(prompts), 0), np.int32)
+    return [row[row >= 0] for row in rows]
+
+
+def stream(
+    with_params: Callable[[Params], Transformer],
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = PLAIN,
+    seed: int = 0,
+    stop_tokens: Sequence[int] = (),
+    chunk: int = 256,
+    window: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Yields the next token of every row, int32 [B], until all rows have stopped or ``max_new_tokens`` are there.
+
+    Prompts may differ in length: each row goes on from its own last token and never sees padding. A greedy row is what it would be
+    alone. Chunks and steps are compiled once for a model, sampling, batch size and cache size; the cache is written in place.
+
+    Args:
+      with_params, params: a decoder as ``functional`` returns it.
+      prompts: B sequences of token ids, none empty.
+      max_new_tokens: for each row.
+      sampling: how tokens are drawn.
+      seed: of the draws; row b draws the same whatever the other rows are.
+      stop_tokens: ids that end a row. They are not yielded: a row that has stopped yields -1.
+      chunk: how many tokens of the prompts are read at once.
+      window: how many earlier tokens are kept and seen, in constant memory; None: all, or the model's own local window.
+
+    Raises (at the call, before anything is compiled):
+      ValueError: no prompts, an empty one, ids outside the vocabulary, sizes below 1, more tokens than the encoding has positions
+        for, or a model that cannot decode.
+    """
+    for name, size in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
+        check_at_least(name, size, 1)
+    model = with_params(params)
+    rows = [np.asarray(prompt) for prompt in prompts]
+    if not rows:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    for number, row in enumerate(rows):
+        if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
+            raise ValueError(f"prompts must be sequences of at least one token id, got {prompts[number]!r}")
+        if row.min() < 0 or row.max() >= model.config.vocab_size:
+            raise ValueError(f"prompts must hold ids from 0 to {model.config.vocab_size - 1}, got {row.min()} to {row.max()}")
+    longest = max(map(len, rows))
+    for encoding in model.encodings:
+        limit = encoding.max_length(model.config.dims)
+        if limit is not None and longest + max_new_tokens > limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} must fit the max_length of {encoding.name}, "
+                f"{limit}; ask for at most {max(0, limit - longest)}, or take an encoding without a table, such as rope()"
+            )
+    width = min(chunk, _rounded(longest))
+    chunks = -(-longest // width)
+    cache = model.init_cache(len(rows), _rounded(chunks * width + max_new_tokens), window=window)
+    tokens = np.zeros((len(rows), chunks * width), np.int32)
+    segments = np.zeros_like(tokens)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = row
+        segments[number, : len(row)] = 1
+    pieces = [(part[0], part[1]) for part in zip(*(np.split(x, chunks, axis=1) for x in (tokens, segments)), strict=True)]
+    key = jax.random.key(seed)
+    return _tokens(with_params, params, cache, pieces, key, max_new_tokens, sampling, frozenset(stop_tokens))
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _GRAIN) * _GRAIN
+
+
+def _tokens(
+    with_params: Callable,
+    params: Params,
+    cache: Any,
+    pieces: Sequence[tuple[np.ndarray, np.ndarray]],
+    key: Array,
+    count: int,
+    sampling: Sampling,
+    stops: frozenset[int],
+) -> Iterator[np.ndarray]:
+    logits = jnp.zeros((len(pieces[0][0]), with_params(params).config.vocab_size))
+    for tokens, segments in pieces:
+        logits, cache = _read(with_params, params, tokens, segments, logits, cache)
+    going = np.ones(len(logits), bool)
+    for number in range(count):
+        token, logits, cache = _step(with_params, sampling, params, key, number, logits, cache)
+        drawn = np.asarray(token)
+        going &= ~np.isin(drawn, list(stops))
+        if not going.any():
+            return
+        yield np.where(going, drawn, -1)
+
+
+@functools.partial(jax.jit, static_argnames="with_params", donate_argnames=("logits", "cache"))
+def _read(with_params, params: Params, tokens: Array, segments: Array, logits: Array, cache: Any) -> tuple[Array, Any]:
+    """One chunk of the prompts into the cache; the logits after each row's last token so far."""
+    new, cache = with_params(params).decode(tokens, cache, segment_ids=segments)
+    count = (segments != 0).sum(1)
+    last = jnp.take_along_axis(new, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where((count > 0)[:, None], last, logits), cache
+
+
+@functools.partial(jax.jit, static_argnames=("with_params", "sampling"), donate_argnames=("logits", "cache"))
+def _step(with_params, sampling: Sampling, params: Params, key: Array, number: Array, logits: Array, cache: Any) -> tuple:
+    """Draws a token a row, and reads it."""
+    token = sample(jax.random.fold_in(key, number), logits, sampling)
+    new, cache = with_params(params).decode(token[:, None], cache)
+    return token, new[:, 0], cache

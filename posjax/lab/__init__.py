@@ -1,0 +1,1 @@
+"""The laboratory: configurations, whole runs and comparisons, their numbers and tables."""

@@ -1,0 +1,1 @@
+"""Grids of runs: what is swept, runs of the same shapes as one program, and rows of results."""

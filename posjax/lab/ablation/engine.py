@@ -1,0 +1,253 @@
+"""A whole run as one program, and all runs of the same shapes as one more.
+
+    run:    scan over steps of [ draw a batch on the device -> train step ]
+    group:  that for every run at once: vmap, or one after the other where that is as fast; over all devices
+
+A scan is cut into pieces, all of them one program, so that metrics come out and states can be saved between two pieces.
+``posjax.lab.ablation.grids`` makes the groups of a grid and runs one after the other.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posjax.lab.ablation.sweeps import Group
+from posjax.lab.evaluation import EvalSet, score
+from posjax.lab.run import abstract_model, build_model, make_loss, optimizer_of
+from posjax.lab.source import Source, batch_key, on_device
+from posjax.training.state import TrainState, init_state
+from posjax.training.step import make_train_step
+from posjax.typing import Array, Params
+
+_SHARE_OF_MEMORY = 0.9  # of a device, that the runs which it makes at once may take
+
+
+# The engine: pure functions, of any model ------------------------------------------------------------------------------
+
+
+def scan_steps(
+    step: Callable[[Any, Any], tuple[Any, Any]], draw: Callable[[Array], Any], state: Any, first: Array, count: int, last: Array
+) -> tuple[Any, Any]:
+    """The steps ``first`` to ``first + count - 1`` of a run, as one scan.
+
+    Steps from ``last`` on are not taken, so that a run of any length is made of pieces of one length.
+
+    Args:
+      step: (state, batch) -> (state, metrics), as ``make_train_step`` makes it.
+      draw: number of a step -> batch, on the device.
+      state: before step ``first``.
+      first: int32 [].
+      count: how many; static.
+      last: int32 []: the run's number of steps.
+
+    Returns:
+      The state after these steps, and their metrics with a leading axis [count]; zeros for steps that were not taken.
+    """
+
+    def take(state: Any, number: Array) -> tuple[Any, Any]:
+        return step(state, draw(number))
+
+    zeros = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), jax.eval_shape(take, state, first)[1])
+
+    def body(state: Any, number: Array) -> tuple[Any, Any]:
+        return jax.lax.cond(number < last, take, lambda state, number: (state, zeros), state, number)
+
+    return jax.lax.scan(body, state, first + jnp.arange(count, dtype=jnp.int32))
+
+
+def over_runs(function: Callable[[Any, Any], Any], devices: Sequence[Any], at_once: int) -> Callable[[Any, Any], Any]:
+    """(run, shared) -> out becomes (runs, shared) -> outs, with a leading axis [R] on every array of runs and outs.
+
+    Args:
+      function: pure.
+      devices: the runs are cut over them; R must be a multiple of their number.
+      at_once: runs that a device makes at once (vmap); the others wait (map).
+    """
+
+    def local(runs: Any, shared: Any) -> Any:
+        own = jax.tree.leaves(runs)[0].shape[0]
+        if at_once >= own > 1:
+            return jax.vmap(lambda run: function(run, shared))(runs)
+        return jax.lax.map(lambda run: function(run, shared), runs, batch_size=at_once if at_once > 1 else None)
+
+    if len(devices) == 1:
+        return local
+    mesh = jax.sharding.Mesh(np.asarray(devices), ("runs",))
+    runs, everywhere = jax.sharding.PartitionSpec("runs"), jax.sharding.PartitionSpec()
+    return jax.shard_map(local, mesh=mesh, in_specs=(runs, everywhere), out_specs=runs, check_vma=False)
+
+
+def spread_over_cores(runs: int) -> None:
+    """Makes a device of every CPU core, as many as there are runs, for ``over_runs`` to cut the runs over.
+
+    Small trainings use one core each far better than all cores use one. It must be called before JAX is used; later, or where
+    the flags of XLA say how many devices there shall be, it changes nothing.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", max(1, min(cores, runs)))
+    except RuntimeError:  # JAX is in use already
+        return
+
+
+# A group of a configuration's runs --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What the runs of a group do, each a pure function of one run; traced numbers are float32 scalars by name.
+
+    Attributes:
+      init: (seed, traced) -> state.
+      step: (traced) -> the train step.
+      draw: (data, seed, number) -> batch.
+      data: what ``draw`` reads, for the device.
+      score: (params, traced, batch, local_window_size) -> (what is wrong, how much counts), [B] each; a window of None is the
+        configuration's own.
+    """
+
+    init: Callable[[Array, Mapping[str, Array]], TrainState]
+    step: Callable[[Mapping[str, Array]], Callable[[TrainState, Any], tuple[TrainState, Any]]]
+    draw: Callable[[Any, Array, Array], Any]
+    data: Any
+    score: Callable[[Params, Mapping[str, Array], Any, int | None], tuple[Array, Array]]
+
+
+def programs_of(group: Group, source: Source) -> Programs:
+    """The programs of a group: those of ``posjax train`` with the numbers that differ between runs traced."""
+    config = group.config
+
+    def parts(traced: Mapping[str, Array]) -> tuple[list[Array], dict[str, Array]]:
+        blanks = sorted((name for name in traced if name.startswith("_")), key=lambda name: int(name[1:]))
+        return [traced[name] for name in blanks], {name: x for name, x in traced.items() if name not in blanks}
+
+    def init(seed: Array, traced: Mapping[str, Array]) -> TrainState:
+        settings, fields = parts(traced)
+        params = build_model(config, group.spec, source, seed, settings)[1]
+        return init_state(params, optimizer_of(config, fields), seed, ema=config.ema_decay is not None)
+
+    def step(traced: Mapping[str, Array]) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
+        settings, fields = parts(traced)
+        loss = make_loss(abstract_model(config, group.spec, source, settings)[0], config.dropout_rate > 0, config.z_loss)
+        optimizer = optimizer_of(config, fields)
+        return make_train_step(loss, optimizer, accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay)
+
+    def scored(params: Params, traced: Mapping[str, Array], batch: Any, window: int | None) -> tuple[Array, Array]:
+        seen = config if window is None else dataclasses.replace(config, local_window_size=window)
+        return score(seen, abstract_model(seen, group.spec, source, parts(traced)[0])[0])(params, batch)
+
+    data, draw = on_device(config, source)
+    return Programs(init, step, lambda data, seed, number: draw(data, batch_key(seed, number)), data, scored)
+
+
+class Fleet:
+    """The runs of one group on the devices, and the compiled programs that move them on and score them."""
+
+    def __init__(self, group: Group, source: Source, devices: Sequence[Any], at_once: int | None):
+        self.group, self.devices, self.size = group, devices, len(group.runs)
+        self.programs = programs_of(group, source)
+        self.mesh = jax.sharding.Mesh(np.asarray(devices), ("runs",))
+        runs = [*group.runs, *[group.runs[0]] * (-self.size % len(devices))]  # the last ones fill up; nobody looks at them
+        seeds = jnp.asarray([run.seed for run in runs], jnp.int32)
+        traced = {name: jnp.asarray([run.traced[name] for run in runs], jnp.float32) for name in runs[0].traced}
+        self.fixed = self._place((seeds, traced), "runs")
+        self.data = self._place(self.programs.data)
+        # On a CPU, runs side by side in one loop are no faster than one after the other, and take more memory.
+        own, is_cpu = len(runs) // len(devices), devices[0].platform == "cpu"
+        self.at_once = min(own, at_once or (1 if is_cpu else own))
+        self.may_shrink = at_once is None
+        self.compilations = {"train": 0, "evaluate": 0}
+        self.advance: Callable[..., Any] | None = None
+        self.scorers: dict[int | None, Callable[..., Any]] = {}  # by window
+        self.scored: set[Any] = set()
+
+    def start(self) -> TrainState:
+        """The state of all runs before the first step."""
+        return jax.jit(over_runs(lambda run, _: self.programs.init(*run), self.devices, 1))(self.fixed, ())
+
+    def trimmed(self, state: TrainState) -> TrainState:
+        """Without the runs that fill up, on one device: what is saved does not depend on the number of devices."""
+        return jax.tree.map(lambda x: jax.device_put(x, self.devices[0])[: self.size], state)
+
+    def restored(self, state: TrainState) -> TrainState:
+        """The opposite of ``trimmed``."""
+        places = np.minimum(np.arange(len(self.fixed[0])), self.size - 1)
+        return self._place(jax.tree.map(lambda x: x[places], state), "runs")
+
+    def move_on(self, state: TrainState, first: int) -> tuple[TrainState, dict[str, np.ndarray]]:
+        """The next ``log_every`` steps of all runs, and their metrics, [R, log_every]."""
+        config = self.group.config
+        count = min(config.log_every, config.steps)
+
+        def run_piece(run: Any, shared: Any) -> Any:
+            (state, (seed, traced)), (data, first, last) = run, shared
+            step, draw = self.programs.step(traced), self.programs.draw
+            return scan_steps(step, lambda number: draw(data, seed, number), state, first, count, last)
+
+        shared = (self.data, *self._place((np.int32(first), np.int32(config.steps))))
+        if self.advance is None:
+            self.advance = self._compiled(run_piece, (state, self.fixed), shared)
+        state, metrics = self.advance(state, self.fixed, shared)
+        taken = min(count, config.steps - first)
+        return state, {name: np.asarray(x)[: self.size, :taken] for name, x in metrics.items()}
+
+    def scores(self, state: TrainState, tests: EvalSet) -> np.ndarray:
+        """What is wrong and how much counts in every item of a test set, [2, R, I]."""
+        window = tests.local_window_size
+
+        def score_run(run: Any, batches: Any) -> tuple[Array, Array]:
+            params, (_, traced) = run
+            return jax.lax.map(lambda batch: self.programs.score(params, traced, batch, window), batches)
+
+        if window not in self.scorers:
+            self.scorers[window] = jax.jit(over_runs(score_run, self.devices, self.at_once))
+        stacked = jax.tree.map(lambda *parts: np.stack(parts), *tests.batches)
+        self.scored.add((window, stacked["tokens"].shape))
+        self.compilations["evaluate"] = len(self.scored)
+        found = self.scorers[window]((state.eval_params, self.fixed), self._place(stacked))
+        by_row = np.stack([np.asarray(x, np.float64)[: self.size].reshape(self.size, -1) for x in found])
+        if tests.by_row:
+            by_row = np.stack([by_row[0] > 0, np.ones_like(by_row[1])]).astype(np.float64)
+        if tests.items is None:
+            return by_row
+        sums = np.zeros((*by_row.shape[:2], int(tests.items.max()) + 1))
+        np.add.at(sums, (slice(None), slice(None), tests.items), by_row)
+        return sums
+
+    def _place(self, tree: Any, *axes: str) -> Any:
+        return jax.device_put(tree, jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*axes)))
+
+    def _compiled(self, function: Callable[[Any, Any], Any], runs: tuple[Any, Any], shared: Any) -> Callable[..., Any]:
+        """Compiled for as many runs at once as the device has memory for."""
+        while True:
+            mapped = over_runs(function, self.devices, self.at_once)
+
+            def train_piece(state: Any, fixed: Any, shared: Any, mapped: Callable[[Any, Any], Any] = mapped) -> Any:
+                return mapped((state, fixed), shared)
+
+            program = jax.jit(train_piece, donate_argnums=0)
+            self.compilations["train"] += 1
+            last_try = self.at_once == 1 or not self.may_shrink
+            try:
+                compiled = program.lower(*runs, shared).compile()
+                if last_try or _fits(compiled, self.devices[0]):
+                    return compiled
+            except jax.errors.JaxRuntimeError as error:
+                if last_try or "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+            self.at_once = -(-self.at_once // 2)
+
+
+def _fits(compiled: Any, device: Any) -> bool:
+    limit, analysis = (device.memory_stats() or {}).get("bytes_limit"), compiled.memory_analysis()
+    if limit is None or analysis is None:
+        return True
+    need = analysis.temp_size_in_bytes + analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    return need - analysis.alias_size_in_bytes <= _SHARE_OF_MEMORY * limit

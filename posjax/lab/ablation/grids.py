@@ -1,0 +1,294 @@
+"""A grid of trainings, from its points to rows of results: groups in turn, each compiled once.
+
+    points -> groups -> [ log_every steps -> metrics.jsonl, progress; every checkpoint_every steps: save ] -> scores -> rows
+
+A grid that was interrupted or killed goes on from what was saved last.
+"""
+
+import hashlib
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from posjax.attention.backends.refused import naming_refusals
+from posjax.encodings.spec import parse_encoding, slug
+from posjax.lab.ablation.engine import Fleet
+from posjax.lab.ablation.sweeps import Group, Point, groups
+from posjax.lab.config import Config, identity_of
+from posjax.lab.evaluation import MEASURES, TASK_MEASURE, EvalSet, longest, percent_or_unit, test_sets
+from posjax.lab.source import Source
+from posjax.training.checkpoints import Checkpoints
+from posjax.training.loop import MAX_SKIPPED_IN_A_ROW, Interrupted, forget_after, json_number, noted_signals
+
+_SECONDS_BETWEEN_LINES = 15
+
+
+def run_grid(
+    points: Sequence[Point],
+    seeds: Sequence[int],
+    workdir: Path,
+    source: Source,
+    *,
+    at_once: int | None = None,
+    tests: Callable[[Config, int | None], Mapping[str, EvalSet | None]] | None = None,
+    command: str | None = None,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Trains and evaluates every point with every seed; what is finished is kept and not done again.
+
+    Args:
+      points: from ``posjax.lab.ablation.sweeps.grid``; all of one task and text.
+      seeds: of parameters, data and dropout, as in ``posjax train``.
+      workdir: gets a folder a group: ``checkpoints/``, ``metrics.jsonl`` and, when it is done, ``rows.json``.
+      source: of the points' configuration.
+      at_once: runs that a device makes at once; None: all of a group where its memory allows, one on a CPU.
+      tests: (configuration, longest sequence that its encodings can place or None) -> what is scored, by column; None in place of
+        a test set: it is too long for the encodings. By default what ``evaluate`` reads.
+      command: what to print after an interruption.
+      say: where lines for the reader go.
+
+    Returns:
+      A row for every point and seed, in their order: encoding, seed, label, settings, metrics as ``evaluate`` gives them,
+      diverged (the step of the tenth update in a row that was not finite, or the last where the loss ended above its start; else
+      None), curve ({"step", "loss"}: the mean training loss since the step before, in nats), evaluations ({step: {column: value}},
+      the last step's among them) and items ({step: {column: [2, I]}}: what is wrong and how much counts in every item).
+
+    Raises:
+      ValueError: several processes.
+      Interrupted: SIGINT or SIGTERM, after the piece was finished and saved.
+      KernelRefused: the compiler of the chip does not take the attention kernel.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(f"a grid must run in one process, over all of its devices, got {jax.process_count()} processes")
+    made = groups(points, seeds)
+    total = sum(len(group.runs) * group.config.steps for group in made)
+    try:
+        with noted_signals() as caught, _Progress(total, say) as progress:
+            rows = _rows(made, points, workdir, source, at_once, tests or _usual_tests(source), caught, progress)
+    except Interrupted as stopped:
+        say(f"{stopped} To go on, run:\n  {command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
+        raise
+    return [rows[index, seed] for index in range(len(points)) for seed in seeds]
+
+
+def _rows(
+    made: Sequence[Group],
+    points: Sequence[Point],
+    workdir: Path,
+    source: Source,
+    at_once: int | None,
+    tests: Callable[[Config, int | None], Mapping[str, EvalSet | None]],
+    caught: list[int],
+    progress: "_Progress",
+) -> dict[tuple[int, int], dict[str, Any]]:
+    """{(point, seed): row}, from the files of groups that are done and from training the others."""
+    rows = {}
+    for number, group in enumerate(made, 1):
+        folder = workdir / _folder(group)
+        progress.begin(f"{number} of {len(made)}: {group.spec}, {len(group.runs)} runs")
+        done = folder / "rows.json"
+        if done.exists():
+            progress.skipped(group.config.steps * len(group.runs))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            with naming_refusals(group.config.implementation):
+                found = _train_group(group, source, folder, at_once, tests, caught, progress)
+            part = done.with_suffix(".part")
+            part.write_text(json.dumps(found))
+            part.replace(done)
+        items = _read_items(folder)
+        for index, (run, row) in enumerate(zip(group.runs, json.loads(done.read_text())["rows"], strict=True)):
+            point = points[run.point]
+            about = {"encoding": point.config.encoding, "seed": run.seed, "label": point.label, "settings": point.settings}
+            own = {step: {column: sums[:, index] for column, sums in scored.items()} for step, scored in items.items()}
+            evaluations = {int(step): scores for step, scores in row["evaluations"].items()}
+            rows[run.point, run.seed] = {**about, **row, "evaluations": evaluations, "items": own}
+    return rows
+
+
+def _folder(group: Group) -> str:
+    """A name that says what is in it, and that another group does not have."""
+    runs = [(run.seed, dict(run.traced)) for run in group.runs]
+    digest = hashlib.sha256(json.dumps([identity_of(group.config), group.spec, runs]).encode()).hexdigest()
+    return f"{slug(group.spec)[:60]}-{digest[:8]}"
+
+
+def _usual_tests(source: Source) -> Callable[[Config, int | None], Mapping[str, EvalSet | None]]:
+    """What ``evaluate`` reads, a row an item, after every ``evaluate_every`` steps."""
+
+    def made(config: Config, limit: int | None) -> dict[str, EvalSet | None]:
+        every = config.evaluate_every
+        steps = frozenset(range(every, config.steps, every) if every else ())
+        return {c: None if b is None else EvalSet(list(b), steps=steps) for c, b in test_sets(config, source, limit).items()}
+
+    return made
+
+
+def _write_items(folder: Path, step: int, sums: Mapping[str, np.ndarray | None]) -> None:
+    """items/STEP.npz: [2, R, I] of every column, what is wrong and how much counts, whole or not at all."""
+    path, part = folder / "items" / f"{step}.npz", folder / "items" / f"{step}.part"
+    path.parent.mkdir(exist_ok=True)
+    with part.open("wb") as file:
+        np.savez_compressed(file, **{column: found.astype(np.float32) for column, found in sums.items() if found is not None})
+    part.replace(path)
+
+
+def _read_items(folder: Path) -> dict[int, dict[str, np.ndarray]]:
+    """{step: {column: [2, R, I]}} as ``_write_items`` left them."""
+    steps = sorted(int(path.stem) for path in (folder / "items").glob("*.npz"))
+    return {step: dict(np.load(folder / "items" / f"{step}.npz")) for step in steps}
+
+
+def _train_group(
+    group: Group,
+    source: Source,
+    folder: Path,
+    at_once: int | None,
+    tests: Callable[[Config, int | None], Mapping[str, EvalSet | None]],
+    caught: list[int],
+    progress: "_Progress",
+) -> dict[str, Any]:
+    """What ``rows.json`` of a group holds: its rows in the order of its runs, and how they were made."""
+    config, log = group.config, folder / "metrics.jsonl"
+    # Before anything is compiled: importing Orbax makes JAX forget its programs.
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    began = time.perf_counter()
+    fleet = Fleet(group, source, jax.local_devices()[: len(group.runs)], at_once)
+    state, step = fleet.start(), 0
+    found = checkpoints.restore_latest(fleet.trimmed(state))
+    if found is not None:
+        state, step = fleet.restored(found.state), found.step
+        began -= found.data_state["seconds"]
+    saved = step
+    forget_after(log, step)
+    progress.skipped(step * len(group.runs))
+    encodings = parse_encoding(group.spec, [1.0] * len(group.runs[0].traced))
+    limit = longest(config, encodings if isinstance(encodings, tuple) else (encodings,), source)
+    sets = tests(config, limit)
+
+    def due(before: int) -> dict[str, EvalSet | None]:
+        last = step == config.steps
+        return {c: t for c, t in sets.items() if last or (t is not None and any(before < s <= step for s in t.steps))}
+
+    def evaluate(asked: Mapping[str, EvalSet | None]) -> dict[str, list[float] | None]:
+        scale = percent_or_unit(config, source)
+        sums = {column: None if one is None else fleet.scores(state, one) for column, one in asked.items()}
+        _write_items(folder, step, sums)
+        return {c: None if s is None else (scale * s[0].sum(1) / s[1].sum(1)).tolist() for c, s in sums.items()}
+
+    scores: dict[str, list[float] | None] = {}
+    paces = []  # seconds a step of every piece but the first, which is compiled
+    while step < config.steps:
+        piece_began = time.perf_counter()
+        state, metrics = fleet.move_on(state, step)
+        before, step = step, step + metrics["loss"].shape[1]
+        paces.append((time.perf_counter() - piece_began) / (step - before))
+        line = {"step": step} | _line(metrics)
+        if asked := due(before):
+            scores = evaluate(asked)
+            line |= {f"evaluation/{column}": values for column, values in scores.items()}
+        with log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        progress.moved((step - before) * len(group.runs), f"loss {np.mean(metrics['loss'][:, -1]):.4f}")
+        if caught or step == config.steps or step - saved >= config.checkpoint_every:
+            checkpoints.save(step, fleet.trimmed(state), {"seconds": time.perf_counter() - began})
+            saved = step
+        if caught and step < config.steps:
+            name = signal.Signals(caught[0]).name
+            raise Interrupted(f"interrupted by {name} at step {step} of {config.steps}; saved in {folder}.", caught[0])
+    scores = scores or evaluate(sets)
+    lines = [json.loads(text) for text in log.read_text().splitlines()]
+    parameters = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(state.params))
+    about = {"limit": limit, "parameters": parameters}
+    measure = MEASURES.get(config.task, TASK_MEASURE)[0]
+    rows = []
+    for index in range(len(group.runs)):
+        own = {column: None if values is None else json_number(values[index]) for column, values in scores.items()}
+        curve = {"step": [line["step"] for line in lines], "loss": [line["mean_loss"][index] for line in lines]}
+        history = {line["step"]: _evaluated(line, index) for line in lines if _evaluated(line, index)}
+        found = {"metrics": {measure: own} | about, "diverged": _diverged(lines, index), "curve": curve}
+        rows.append(found | {"evaluations": history | {config.steps: own}})
+    how = {"compilations": fleet.compilations, "at_once": fleet.at_once, "devices": len(fleet.devices)}
+    pace = float(np.median(paces[1:])) * len(fleet.devices) / len(fleet.fixed[0]) if len(paces) > 1 else None
+    how |= {"seconds_a_step": pace}  # of one run on one device
+    return {"spec": group.spec, "rows": rows, "seconds": time.perf_counter() - began} | how
+
+
+def _evaluated(line: Mapping[str, Any], run: int) -> dict[str, float | None]:
+    """What a line of metrics.jsonl says of a run's evaluation, by column."""
+    prefix = "evaluation/"
+    return {name[len(prefix) :]: values and json_number(values[run]) for name, values in line.items() if name.startswith(prefix)}
+
+
+def _line(metrics: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
+    """A line of metrics.jsonl from those of a piece, a number for every run; null for what is not finite."""
+    line = {name: metrics[name][:, -1] for name in ("loss", "learning_rate", "grad_norm", "skipped") if name in metrics}
+    line |= {"first_loss": metrics["loss"][:, 0], "mean_loss": metrics["loss"].mean(1)}
+    line |= {"streak": metrics["skipped_in_a_row"].max(1)}
+    return {name: [json_number(x) for x in values.tolist()] for name, values in line.items()}
+
+
+def _diverged(lines: Sequence[Mapping[str, Any]], run: int) -> int | None:
+    """The step at which a training was lost, or None: ten updates in a row not finite, or a loss that ends above its start."""
+    bad = (line["step"] for line in lines if line["streak"][run] >= MAX_SKIPPED_IN_A_ROW)
+    first, end = lines[0]["first_loss"][run], lines[-1]["mean_loss"][run]
+    lost = first is None or end is None or end > first
+    return next(bad, lines[-1]["step"] if lost else None)
+
+
+class _Progress:
+    """Steps of all runs of a grid: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, total: int, say: Callable[[str], None]):
+        self.total, self.say = total, say
+        self.done = self.trained = 0  # trained here; what was found trained is done, but tells nothing of the speed
+        self.started = self.shown = time.perf_counter()
+        self.bar: Any = None
+
+    def __enter__(self) -> "_Progress":
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
+            self.bar = Progress(*columns)
+            self.task = self.bar.add_task("", total=self.total)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def begin(self, title: str) -> None:
+        (self.bar.console.print if self.bar else self.say)(title)
+
+    def skipped(self, steps: int) -> None:
+        self.done += steps
+
+    def moved(self, steps: int, text: str) -> None:
+        self.done += steps
+        self.trained += steps
+        now = time.perf_counter()
+        speed = self.trained / (now - self.started)
+        text = f"{text}  {speed:,.0f} steps/s"
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, description=text)
+        elif now - self.shown > _SECONDS_BETWEEN_LINES:
+            self.shown = now
+            minutes, seconds = divmod(round((self.total - self.done) / speed), 60)
+            self.say(f"{100 * self.done / self.total:.0f} %  {text}  {minutes // 60}:{minutes % 60:02}:{seconds:02} left")
+
+
+def read_rows(workdir: Path) -> Iterator[dict[str, Any]]:
+    """What every finished group of a workdir says of itself: rows, seconds (compiling and resuming included), compilations ..."""
+    for path in sorted(workdir.glob("*/rows.json")):
+        yield json.loads(path.read_text())

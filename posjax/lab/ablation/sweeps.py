@@ -1,0 +1,201 @@
+"""Grids of settings: what a sweep says in words, the points of a grid, and which of its runs are one program.
+
+    "learning_rate=1e-3,3e-4" "rope.theta=1e4,1e5" -> points -> groups: same shapes, so compiled once; traced numbers differ
+"""
+
+import ast
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from posjax.encodings.spec import blanked, filled, parse_encoding, with_argument
+from posjax.lab.config import RUN_ONLY, Config
+from posjax.lab.run import TRACED_FIELDS
+
+# A run's own, or the same for all of a grid.
+_NOT_SWEPT = {*RUN_ONLY, "seeds", "eval_lengths", "eval_tokens", "task", "data", "tokenizer"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One setting of a grid.
+
+    Attributes:
+      config: the configuration; its ``encoding`` is the point's.
+      settings: what the sweeps set, by name.
+    """
+
+    config: Config
+    settings: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """For tables: the encoding, and what else was set."""
+        own = [f"{name}={value}" for name, value in self.settings.items() if name in _fields()]
+        return ", ".join([self.config.encoding, *own])
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a group: which point of the grid, which seed, and its traced numbers by name."""
+
+    point: int
+    seed: int
+    traced: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs of one program.
+
+    Attributes:
+      config: theirs, but for the traced fields.
+      spec: their encoding, with blanks ``_0``, ``_1``, ... for traced numbers.
+      runs: at least one; all have the same names in ``traced``: fields of the configuration, and blanks.
+    """
+
+    config: Config
+    spec: str
+    runs: tuple[Run, ...]
+
+
+def parse_sweep(text: str) -> tuple[str, tuple[Any, ...]]:
+    """("field", values) of "field=a,b,c". A field is one of the configuration, or an argument of an encoding: "rope.theta".
+
+    Commas inside brackets and quotes belong to a value: "encoding=rope,cope(64, gates='keys')".
+
+    Raises:
+      ValueError: text of another form, or a field that is not known or cannot be swept, with the nearest that can.
+    """
+    name, equals, values = text.partition("=")
+    name = name.strip()
+    if not equals or not values.strip():
+        raise ValueError(f"sweep must look like learning_rate=1e-3,3e-4 or rope.theta=1e4,1e5, got {text!r}")
+    member, dot, argument = name.partition(".")
+    if dot:
+        try:
+            with_argument(member, member, argument, 0)
+        except ValueError as error:
+            raise ValueError(f"sweep {text!r} cannot be made: {error}") from None
+    else:
+        sweepable = [field for field in _fields() if field not in _NOT_SWEPT]
+        if name not in sweepable:
+            near = difflib.get_close_matches(name, sweepable, n=1)
+            why = f"{name} cannot be swept" if name in _fields() else f"{name!r} is no field"
+            raise ValueError(f"sweep {text!r} cannot be made: {why}" + (f"; did you mean {near[0]}?" if near else ""))
+    words = _split(values)
+    if "" in words:
+        raise ValueError(f"sweep {text!r} has an empty value")
+    made = tuple(_value(word) for word in words) if name != "encoding" else tuple(words)
+    if twice := [word for word, value in zip(words, made, strict=True) if made.count(value) > 1]:
+        raise ValueError(f"sweep {text!r} has {twice[0]} twice")
+    return name, made
+
+
+def grid(config: Config, sweeps: Iterable[tuple[str, Sequence[Any]]]) -> list[Point]:
+    """Every combination: the encodings of the configuration, or those that are swept, and the values of every sweep.
+
+    A combination that changes nothing for an encoding (rope.theta for alibi) is one point, not several.
+
+    Raises:
+      ValueError: a field swept twice, or a value that the field or the encoding does not take.
+    """
+    sweeps = dict_of(sweeps)
+    encodings = sweeps.pop("encoding", config.encodings)
+    points: dict[Any, Point] = {}
+    for spec, *values in itertools.product(encodings, *sweeps.values()):
+        fields, settings, encoding = {}, {}, spec
+        for name, value in zip(sweeps, values, strict=True):
+            if "." not in name:
+                fields[name] = settings[name] = value
+                continue
+            changed = with_argument(encoding, *name.split("."), value)
+            if changed != encoding:
+                encoding, settings[name] = changed, value
+        parse_encoding(encoding)
+        try:
+            changed = dataclasses.replace(config, **fields, encoding=encoding)
+        except TypeError as error:  # such as a word for a number
+            raise ValueError(f"{', '.join(f'{name}={value!r}' for name, value in fields.items())} cannot be: {error}") from None
+        point = Point(changed, settings)
+        points.setdefault(point.config, point)
+    return list(points.values())
+
+
+def dict_of(sweeps: Iterable[tuple[str, Sequence[Any]]]) -> dict[str, Sequence[Any]]:
+    """The sweeps by name.
+
+    Raises:
+      ValueError: a name twice.
+    """
+    made: dict[str, Sequence[Any]] = {}
+    for name, values in sweeps:
+        if name in made:
+            raise ValueError(f"{name} is swept twice: give all its values in one sweep")
+        made[name] = values
+    return made
+
+
+def groups(points: Sequence[Point], seeds: Sequence[int]) -> list[Group]:
+    """The runs of a grid, those together that differ in nothing but seeds and numbers that may be traced."""
+    together: dict[Any, list[tuple[int, str, tuple[float, ...]]]] = {}
+    for index, point in enumerate(points):
+        spec, numbers = blanked(point.config.encoding)
+        neutral = {name: 0 for name in TRACED_FIELDS if name != "clip_norm"} | {"learning_rate": 1.0}
+        if point.config.clip_norm is not None:
+            neutral["clip_norm"] = 1.0
+        key = dataclasses.replace(point.config, **neutral, encoding=spec, encodings=("identity",))
+        together.setdefault(key, []).append((index, spec, numbers))
+    return [_group(points, members, seeds) for members in together.values()]
+
+
+def _group(points: Sequence[Point], members: Sequence[tuple[int, str, tuple[float, ...]]], seeds: Sequence[int]) -> Group:
+    """What all share is written into the program: then a grid over seeds alone compiles to what a single run does."""
+    configs = [points[index].config for index, _, _ in members]
+    fields = [name for name in TRACED_FIELDS if len({getattr(config, name) for config in configs}) > 1]
+    columns = list(zip(*(numbers for _, _, numbers in members), strict=True))
+    shared = {place: column[0] for place, column in enumerate(columns) if len(set(column)) == 1}
+    free = [column for place, column in enumerate(columns) if place not in shared]
+    runs = [
+        Run(
+            index,
+            seed,
+            {name: float(getattr(config, name)) for name in fields} | {f"_{i}": column[row] for i, column in enumerate(free)},
+        )
+        for row, (config, (index, _, _)) in enumerate(zip(configs, members, strict=True))
+        for seed in seeds
+    ]
+    # Where nothing is traced the encoding stands as it was written, without the defaults that blanks wrote out.
+    spec = filled(members[0][1], shared) if free else configs[0].encoding
+    return Group(configs[0], spec, tuple(runs))
+
+
+def _fields() -> list[str]:
+    return [field.name for field in dataclasses.fields(Config)]
+
+
+def _split(text: str) -> list[str]:
+    """At the commas outside brackets and quotes."""
+    words, depth, quote, start = [], 0, "", 0
+    for place, letter in enumerate(text):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter in "([":
+            depth += 1
+        elif letter in ")]":
+            depth -= 1
+        elif letter == "," and not depth:
+            words.append(text[start:place].strip())
+            start = place + 1
+    return [*words, text[start:].strip()]
+
+
+def _value(word: str) -> Any:
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word

@@ -1,0 +1,262 @@
+"""The configuration of a run: one frozen dataclass, every field of which is a flag on the command line."""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from posjax.checks import check_at_least
+from posjax.models.transformer import TransformerConfig
+from posjax.parallel.mesh import parse_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to train, on what, and how.
+
+    Attributes:
+      workdir: where everything of the run goes. Empty: runs/ and the name of the config.
+      task: lm (next token), mlm (masked tokens, an encoder with [CLS]), or a synthetic task: flip_flop, selective_copy, counting.
+      data: stdlib (source code of Python's standard library), tfds:NAME, or a file or folder of text.
+      data_dir: where prepared data are kept. Empty: $POSJAX_DATA_DIR or ~/.cache/posjax.
+      tokenizer: bytes, or bpe (trained on the train split).
+      vocab_size: of bpe.
+      seq_length: tokens in a training sequence. Synthetic tasks bring their own.
+      num_variables: of counting, 1 to 26.
+      num_examples: of a synthetic task, drawn once and trained on again and again; None draws new ones for every step.
+      batch_size: sequences in a step, over all devices.
+      encoding: for train and evaluate, e.g. rope, "rope + cope(64)", or "cope(64) / identity" for layers in turn.
+      encodings: for compare.
+      seeds: for compare; train takes the first.
+      num_layers: layers of the Transformer.
+      embed_dim: its width.
+      num_heads: query heads.
+      num_kv_heads: key heads; None is num_heads.
+      head_dim: channels of a head; None is embed_dim / num_heads.
+      mlp_dim: hidden width of the MLP; None is 4 embed_dim (8/3 of it with swiglu).
+      norm: rmsnorm or layernorm.
+      norm_position: pre or post.
+      activation: gelu or swiglu.
+      tie_embeddings: logits from the token embeddings.
+      dropout_rate: after the embedding and each branch.
+      remat: what the backward pass recomputes, for less memory: none, attention (all but attention) or full (whole layers).
+      scan_layers: compiles one layer for all; False compiles each by itself: faster steps of small models, slower compilation.
+      compute_dtype: float32 or bfloat16; parameters stay float32.
+      attention: softmax, or linear (with an encoding that only rotates).
+      local_window_size: how far back a token sees; None is all.
+      logits_soft_cap: of attention scores; None is none.
+      implementation: of attention: xla is dense, xla_chunked walks over tiles; None is the fastest.
+      steps: optimiser steps.
+      optimizer: adamw, or muon for the matrices of the layers and AdamW for all else, at one learning rate.
+      learning_rate: its peak.
+      warmup_steps: steps to the peak.
+      decay: cosine, linear or constant, after the peak.
+      end_fraction: of the peak, at the last step.
+      weight_decay: of the optimiser, on matrices.
+      beta1: of AdamW.
+      beta2: of AdamW.
+      clip_norm: largest global norm of the gradient; None does not clip.
+      z_loss: how much the mean of logsumexp(logits)^2 weighs in training, as 1e-4; the loss that is logged stays without it.
+      ema_decay: of a moving average of the parameters, as 0.999, which evaluation and generation use; None keeps none.
+      accumulate_steps: micro-batches of a step.
+      parallel: jit (with named sharding) or pmap.
+      mesh: devices an axis, such as data=2,fsdp=4; the axes are data, fsdp, context, tensor. Empty: rows over all devices.
+      log_every: steps between lines of metrics.
+      checkpoint_every: steps between checkpoints.
+      keep_checkpoints: how many are kept.
+      evaluate_every: steps between evaluations while training; None is at the end only.
+      eval_lengths: multiples of seq_length to evaluate at, in the end.
+      eval_tokens: tokens of the validation split that each length is evaluated on.
+    """
+
+    workdir: str = ""
+    task: Literal["lm", "mlm", "flip_flop", "selective_copy", "counting"] = "lm"
+    data: str = "stdlib"
+    data_dir: str = ""
+    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    vocab_size: int = 4096
+    seq_length: int = 256
+    num_variables: int = 1
+    num_examples: int | None = None
+    batch_size: int = 16
+    encoding: str = "rope"
+    encodings: tuple[str, ...] = (
+        "identity",
+        "sinusoidal",
+        "learned",
+        "rope",
+        "alibi",
+        "tupe",
+        "cope(64)",
+        "rope + cope(64)",
+    )
+    seeds: tuple[int, ...] = (0,)
+    num_layers: int = 4
+    embed_dim: int = 128
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_dim: int | None = None
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_position: Literal["pre", "post"] = "pre"
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    tie_embeddings: bool = True
+    dropout_rate: float = 0.0
+    remat: Literal["none", "attention", "full"] = "none"
+    scan_layers: bool = True
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["softmax", "linear"] = "softmax"
+    local_window_size: int | None = None
+    logits_soft_cap: float | None = None
+    implementation: Literal["xla", "xla_chunked", "pallas"] | None = None
+    steps: int = 1000
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    end_fraction: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    clip_norm: float | None = 1.0
+    z_loss: float = 0.0
+    ema_decay: float | None = None
+    accumulate_steps: int = 1
+    parallel: Literal["jit", "pmap"] = "jit"
+    mesh: str = ""
+    log_every: int = 20
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+    evaluate_every: int | None = None
+    eval_lengths: tuple[int, ...] = (1, 2, 4, 8)
+    eval_tokens: int = 32_768
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            choices = getattr(field.type, "__args__", ()) if getattr(field.type, "__origin__", None) is Literal else ()
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
+        counts = ("batch_size", "steps", "accumulate_steps", "log_every", "checkpoint_every", "keep_checkpoints")
+        for name in (*counts, "eval_tokens"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("seq_length", self.seq_length, 2)  # one token to see and one to predict, or [CLS] and a token
+        if self.num_examples is not None:
+            check_at_least("num_examples", self.num_examples, 1)
+        if self.evaluate_every is not None:
+            check_at_least("evaluate_every", self.evaluate_every, 1)
+        if self.tokenizer == "bpe":
+            check_at_least("vocab_size", self.vocab_size, 259)  # bytes, two special tokens, one merge
+        for name in ("encodings", "seeds", "eval_lengths"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty, got ()")
+        if any(multiple < 1 for multiple in self.eval_lengths):
+            raise ValueError(f"eval_lengths must be multiples of seq_length of at least 1, got {self.eval_lengths}")
+        if self.warmup_steps < 0 or self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps must lie in [0, steps={self.steps}], got {self.warmup_steps}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, or None not to clip, got {self.clip_norm}")
+        for name in ("weight_decay", "z_loss"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), or be None for no average, got {self.ema_decay}")
+        if not 0 <= self.end_fraction <= 1:
+            raise ValueError(f"end_fraction must lie in [0, 1], got {self.end_fraction}")
+        if parse_mesh(self.mesh) and self.parallel == "pmap":
+            raise ValueError(f"mesh must be '' with parallel='pmap', which cuts rows over all devices, got {self.mesh!r}")
+        if any(not 0 <= seed < 2**31 for seed in self.seeds):  # 2^31 is the evaluation's own
+            raise ValueError(f"seeds must be from 0 to 2^31 - 1, got {self.seeds}")
+        self.transformer(vocab_size=2)
+
+    def transformer(self, vocab_size: int) -> TransformerConfig:
+        """The shape of the model; tables of positions are as long as the training sequences."""
+        own = {f.name for f in dataclasses.fields(self)}
+        same = {f.name: getattr(self, f.name) for f in dataclasses.fields(TransformerConfig) if f.name in own}
+        return TransformerConfig(**same | {"vocab_size": vocab_size}, max_length=self.seq_length, is_causal=self.task != "mlm")
+
+    @property
+    def seed(self) -> int:
+        return self.seeds[0]
+
+
+# What may differ between a run and its resumption; all else would make it another run.
+_SAVING = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints"}
+RUN_ONLY = _SAVING | {"parallel", "mesh", "implementation", "remat", "scan_layers", "encodings"}
+_LATER = ("optimizer", "z_loss", "ema_decay")  # runs that were begun before these fields were there go on with their defaults
+
+
+def identity_of(config: Config) -> dict[str, Any]:
+    """The fields that make a run that run and no other; those of `_LATER` only where they are not the default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in _LATER}
+    own = {name: value for name, value in dataclasses.asdict(config).items() if name not in RUN_ONLY}
+    return {name: value for name, value in own.items() if name not in defaults or value != defaults[name]}
+
+
+def load_config(path: str) -> Config:
+    """The Config that ``get_config()`` of a Python file returns, with a workdir if it has none.
+
+    Raises:
+      ValueError: no such file, one that does not run, or one without ``get_config() -> Config``.
+    """
+    file = Path(path)
+    if not file.is_file() or file.suffix != ".py":
+        known = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        near = difflib.get_close_matches(path, known, n=1)
+        raise ValueError(
+            f"config must be a Python file such as configs/quickstart.py, got {path!r}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:
+        raise ValueError(f"config {path} does not run: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise ValueError(f"get_config() of {path} must return a posjax.lab.config.Config, got {type(config).__name__}")
+    return config if config.workdir else dataclasses.replace(config, workdir=f"runs/{file.stem}")
+
+
+def claim_workdir(config: Config) -> Path:
+    """Makes the workdir and stores the config there, or checks that it is the config stored there. Of several processes, the first
+    stores it.
+
+    Raises:
+      ValueError: the workdir belongs to another configuration (the fields that differ are named), or cannot be made.
+    """
+    workdir = Path(config.workdir)
+    stored = workdir / "config.json"
+    now, defaults = (json.loads(json.dumps(dataclasses.asdict(made))) for made in (config, Config()))
+    if stored.exists():
+        try:
+            before = defaults | dict(json.loads(stored.read_text()))  # a field that there was not yet has its default
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"workdir {workdir} has an unreadable config.json ({error}); remove that file or use another --workdir"
+            ) from None
+        differ = [name for name in now if name not in RUN_ONLY and before.get(name) != now[name]]
+        if differ:
+            what = ", ".join(f"{name}={before.get(name)!r} there and {now[name]!r} here" for name in differ)
+            raise ValueError(f"workdir {workdir} belongs to a run with {what}; use another --workdir, or remove it to start over")
+        return workdir
+    if jax.process_index() > 0:
+        return workdir
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        part = stored.with_suffix(".part")
+        part.write_text(json.dumps(now, indent=1) + "\n")
+        part.replace(stored)
+    except OSError as error:
+        raise ValueError(f"workdir must be a folder that can be written, got {config.workdir!r}: {error}") from None
+    return workdir

@@ -1,0 +1,242 @@
+"""The numbers of a trained model, and what its pictures are made of, as JSON."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posjax.attention.api import attention_weights
+from posjax.core.encoding import PositionalEncoding
+from posjax.lab import probes
+from posjax.lab.config import Config
+from posjax.lab.source import Source, held_out, test_rows
+from posjax.models.losses import cross_entropy
+from posjax.models.transformer import Transformer
+from posjax.parallel.steps import jit_for_all
+from posjax.typing import Array, Params
+
+# What a task is measured by: its name in results, and the words for tables and axes.
+MEASURES = {"lm": ("bits_per_byte", "loss (bits per byte)"), "mlm": ("masked_loss", "masked-token loss (nats)")}
+TASK_MEASURE = ("error", "error (%)")
+
+
+def evaluate(config: Config, with_params: Callable[[Params], Transformer], params: Params, source: Source) -> dict[str, Any]:
+    """Evaluates a model at every length, or on every test set, of the configuration.
+
+    Returns:
+      metrics: {measure: {column: value or None}, "limit": longest sequence or None, "parameters": count}; columns are lengths
+      in tokens for text and test sets for synthetic tasks; None where the encoding cannot go that long.
+      loss_by_index, attention_distance, decay, line: what the pictures are made of (text only).
+    """
+    limit = longest(config, with_params(params).encodings, source)
+    metrics: dict[str, Any] = {"limit": limit, "parameters": sum(x.size for x in jax.tree.leaves(params))}
+    if source.task is not None:
+        return {"metrics": {"error": _task_errors(config, with_params, params, source)} | metrics}
+
+    measure = MEASURES[config.task][0]
+    losses = jit_for_all(token_losses(with_params))
+    scale = percent_or_unit(config, source)
+    by_length: dict[str, float | None] = {}
+    curve = None
+    for column, tests in test_sets(config, source, limit).items():
+        if tests is None:
+            by_length[column] = None
+            continue
+        mean, curve = mean_loss(losses, params, tests)
+        by_length[column] = mean * scale
+    result = {"metrics": {measure: by_length} | metrics}
+    if curve is not None:
+        index, loss = curve
+        result["loss_by_index"] = {"index": index.tolist(), "loss": (loss * scale).tolist()}
+    return result | _probe(config, with_params, params, source)
+
+
+def longest(config: Config, encodings: Iterable[PositionalEncoding], source: Source) -> int | None:
+    """The longest sequence that all these encodings can place; None: no limit."""
+    dims = dataclasses.replace(config.transformer(source.vocab_size).dims, max_length=source.max_length)
+    return min((n for e in encodings if (n := e.max_length(dims)) is not None), default=None)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EvalSet:
+    """Rows that every model is scored on.
+
+    Attributes:
+      batches: as models take them, all of one shape.
+      items: [rows of all batches] integers, the item of each row; None: every row is an item. An item is what an interval
+        resamples as a whole, such as an excerpt of a text; its score is the quotient of two sums over its rows.
+      by_row: a row counts once, and is wrong where any of its answers is.
+      local_window_size: how far back a token sees while it is scored; None: as the configuration says.
+      steps: numbers of training steps after which a grid scores it, besides the last.
+    """
+
+    batches: Sequence[Mapping[str, np.ndarray]]
+    items: np.ndarray | None = None
+    by_row: bool = False
+    local_window_size: int | None = None
+    steps: frozenset[int] = frozenset()
+
+
+def test_sets(config: Config, source: Source, limit: int | None) -> dict[str, Iterator[dict[str, np.ndarray]] | None]:
+    """What is evaluated on, by its column: lengths of a text, or a task and its variants; ``eval_tokens`` of each.
+
+    None stands for lengths past ``limit``. Every model of a configuration gets the same batches.
+    """
+    if source.task is not None:
+        variants = {"in distribution": source.task, **source.task.variants}
+        drawn = {name: test_rows(config, source, task) for name, task in variants.items()}
+    else:
+        lengths = (config.seq_length * multiple for multiple in config.eval_lengths)
+        drawn = {str(n): None if limit is not None and n > limit else held_out(config, source, n) for n in lengths}
+    return {column: None if found is None else first_tokens(found, config.eval_tokens) for column, found in drawn.items()}
+
+
+def first_tokens(batch_iterator: Iterator[dict[str, np.ndarray]], tokens: int) -> Iterator[dict[str, np.ndarray]]:
+    """So many batches that they hold as many tokens."""
+    for batch in batch_iterator:
+        yield batch
+        tokens -= batch["tokens"].size
+        if tokens <= 0:
+            return
+
+
+def percent_or_unit(config: Config, source: Source) -> float:
+    """What a mean is multiplied with for tables: wrong answers into percent, nats a token into bits a byte."""
+    if source.task is not None:
+        return 100.0
+    tokens_a_byte = len(source.validation.tokens) / source.validation.num_bytes
+    return tokens_a_byte / math.log(2) if config.task == "lm" else 1.0
+
+
+def score(
+    config: Config, with_params: Callable[[Params], Transformer]
+) -> Callable[[Params, dict[str, Array]], tuple[Array, Array]]:
+    """(params, batch) -> (wrong answers, or nats of loss; answers, or tokens, that count), both [B]: a sum for every row.
+
+    The mean over some rows is the quotient of their two sums.
+    """
+
+    def wrong(params: Params, batch: dict[str, Array]) -> tuple[Array, Array]:
+        logits = with_params(params)(batch["tokens"], batch["positions"], batch["segment_ids"])
+        return ((logits.argmax(-1) != batch["targets"]) * batch["weights"]).sum(1), batch["weights"].sum(1)
+
+    def nats(params: Params, batch: dict[str, Array]) -> tuple[Array, Array]:
+        return token_losses(with_params)(params, batch).sum(1), batch["weights"].sum(1)
+
+    return nats if config.task in MEASURES else wrong
+
+
+def token_losses(with_params: Callable[[Params], Transformer]) -> Callable[[Params, dict[str, Array]], Array]:
+    def losses(params: Params, batch: dict[str, Array]) -> Array:
+        logits = with_params(params)(batch["tokens"], batch["positions"], batch["segment_ids"])
+        return cross_entropy(logits, batch["targets"], batch["weights"])[0]
+
+    return losses
+
+
+def mean_loss(
+    losses: Callable[[Params, Any], Array], params: Params, batches: Iterable[Any]
+) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
+    """Mean nats a counted token, and by token index, (index, mean loss) of up to 32 bins."""
+    total, weight = 0.0, 0.0
+    for batch in batches:
+        total = total + np.asarray(losses(params, batch), np.float64).sum(0)
+        weight = weight + np.asarray(batch["weights"], np.float64).sum(0)
+    length = len(total)
+    mean = np.divide(total, weight, out=np.zeros(length), where=weight > 0)
+    curve = probes.loss_by_index(jnp.asarray(mean)[None], jnp.asarray(weight)[None], min(32, length))
+    return float(total.sum() / weight.sum()), tuple(np.asarray(x) for x in curve)
+
+
+def _task_errors(config: Config, with_params: Callable, params: Params, source: Source) -> dict[str, float]:
+    """Share of wrong answers in percent, on the task itself and on its variants."""
+    wrong = jit_for_all(score(config, with_params))
+    errors = {}
+    for column, tests in test_sets(config, source, None).items():
+        sums = np.sum([np.sum(jax.device_get(wrong(params, batch)), axis=1) for batch in tests], axis=0, dtype=np.float64)
+        errors[column] = float(percent_or_unit(config, source) * sums[0] / sums[1])
+    return errors
+
+
+# What the pictures are made of ---------------------------------------------------------------------------------------
+
+
+def _probe(config: Config, with_params: Callable[[Params], Transformer], params: Params, source: Source) -> dict[str, Any]:
+    is_causal = config.task != "mlm"
+    probed: dict[str, Any] = {"decay": _decay(config, with_params, params, source)}
+    if config.attention == "linear":
+        return probed
+    batch = next(held_out(config, source, config.seq_length))
+    tokens, segments, positions = (jnp.asarray(batch[name][:8]) for name in ("tokens", "segment_ids", "positions"))
+
+    @jit_for_all
+    def distances(params: Params) -> list[Array]:
+        return [
+            probes.attention_distance(
+                attention_weights(
+                    record.query,
+                    record.key,
+                    record.encoding,
+                    record.params,
+                    value=record.value,
+                    is_causal=is_causal,
+                    segment_ids=segments,
+                    query_positions=positions,
+                    key_positions=positions,
+                    local_window_size=config.local_window_size,
+                    logits_soft_cap=config.logits_soft_cap,
+                ),
+                positions,
+                positions,
+            )
+            for record in with_params(params).records(tokens, positions, segments)
+        ]
+
+    probed["attention_distance"] = [layer.tolist() for layer in jax.device_get(distances(params))]
+    line = _cope_line(config, with_params, params, source) if is_causal else None
+    return probed | ({"line": line} if line else {})
+
+
+def _cope_line(
+    config: Config, with_params: Callable[[Params], Transformer], params: Params, source: Source
+) -> dict[str, Any] | None:
+    """Gates and contextual positions over a real line of the validation text, as its last character sees them.
+
+    The heads are those of the last layer that counts; the line is read with the text before it. None where no layer counts,
+    where tokens are not characters, or where no line is of a length to draw.
+    """
+    model = with_params(params)
+    counting = [layer for layer, index in enumerate(model.layout) if model.encodings[index].is_contextual]
+    text = bytes(source.validation.tokens[:200_000]) if config.tokenizer == "bytes" else b""
+    longest = min(70, config.seq_length)  # in bytes, with the end of the line
+    shortest = min(40, longest // 2)
+    line_form = rb"\n((?=.{%d,%d}\n) *\w[ -~]*\n)" % (shortest - 1, longest - 1)
+    found = re.search(line_form, text[config.seq_length :])
+    if found is None or not counting:
+        return None
+    end = config.seq_length + found.end(1)
+    tokens = np.frombuffer(text[end - config.seq_length : end], np.uint8)[None].astype(np.int32)
+
+    @jit_for_all
+    def counted(params: Params) -> tuple[Array, Array]:
+        record = with_params(params).records(tokens)[counting[-1]]
+        return probes.cope_positions(record.query, record.key, record.value, record.encoding, record.params)
+
+    gates, positions = (x[0, :, -1, -len(found[1]) :].tolist() for x in jax.device_get(counted(params)))
+    return {"layer": counting[-1], "text": found[1].decode(), "gates": gates, "positions": positions}
+
+
+def _decay(config: Config, with_params: Callable[[Params], Transformer], params: Params, source: Source) -> dict[str, Any]:
+    """The score by distance that the first layer's encoding alone gives."""
+    dims = dataclasses.replace(config.transformer(source.vocab_size).dims, max_length=source.max_length)
+    model = with_params(params)
+    encoding, limit = model.encodings[0], model.encodings[0].max_length(dims)
+    reach = 4 * config.seq_length
+    distances = np.arange(0, reach if limit is None else min(reach, limit - 1))
+    values = jit_for_all(lambda p: probes.decay_curve(encoding, p, distances, dims))(model.encoding_params(0))
+    return {"distance": distances.tolist(), "score": np.asarray(values).tolist()}

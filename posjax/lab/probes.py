@@ -1,0 +1,245 @@
+"""What a trained model does with positions, as numbers: pure functions of arrays, for ``posjax.plots`` to draw.
+
+Attention arrives as the probabilities that ``posjax.attention_weights`` returns. Nothing here knows of models or training.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posjax.attention.backends.reference import whole_tile
+from posjax.checks import check_at_least
+from posjax.core.bias import Tile
+from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding
+from posjax.core.masks import Mask
+from posjax.encodings.cope import gates_and_positions
+from posjax.encodings.rotary import decay_bound
+from posjax.typing import Array, Float, Int, Params
+
+
+def loss_by_index(
+    losses: Float[Array, "B T"], weights: Float[Array, "B T"], num_bins: int
+) -> tuple[Float[Array, " num_bins"], Float[Array, " num_bins"]]:
+    """The mean loss by where in its row a token stands: does more context help, and how far?
+
+    Index t falls into bin floor(t * num_bins / T). Rows of many batches may be given at once, one below the other.
+
+    Args:
+      losses: [B, T], in any unit.
+      weights: [B, T], 0 for tokens that do not count.
+      num_bins: how many bins, at most T.
+
+    Returns:
+      (index, loss): [num_bins] float32 each, the mean index of a bin and its weighted mean loss, NaN where nothing counts.
+
+    Raises:
+      ValueError: shapes that differ, or num_bins outside [1, T].
+    """
+    if losses.ndim != 2 or losses.shape != weights.shape:
+        raise ValueError(f"losses and weights must both have shape [B, T], got {losses.shape} and {weights.shape}")
+    check_at_least("num_bins", num_bins, 1)
+    length = losses.shape[1]
+    if num_bins > length:
+        raise ValueError(f"num_bins must be at most the number of tokens in a row, {length}, got {num_bins}")
+    bins = np.arange(length) * num_bins // length
+    centres = np.bincount(bins, np.arange(length)) / np.bincount(bins)
+    weights = weights.astype(jnp.float32)
+    # A token without weight may hold anything, NaN included.
+    by_index = jnp.where(weights == 0.0, 0.0, losses.astype(jnp.float32) * weights).sum(0)
+    total = jax.ops.segment_sum(by_index, bins, num_bins)
+    return jnp.asarray(centres, jnp.float32), total / jax.ops.segment_sum(weights.sum(0), bins, num_bins)
+
+
+def attention_distance(
+    weights: Float[Array, "B N T S"],
+    query_positions: Int[Array, "_ T"],
+    key_positions: Int[Array, "_ S"],
+    query_weights: Float[Array, "B T"] | None = None,
+) -> Float[Array, " N"]:
+    """How far each head looks, in tokens: the mean over queries of sum_s a_ts |i - j|.
+
+    Args:
+      weights: [B, N, T, S] attention probabilities a.
+      query_positions: i, integers [T] or [B, T].
+      key_positions: j, integers [S] or [B, S].
+      query_weights: [B, T], how much each query counts, 0 for padding; None counts all alike.
+
+    Returns:
+      [N] float32; NaN where no query counts.
+    """
+    i = jnp.atleast_2d(query_positions)[:, None, :, None]
+    j = jnp.atleast_2d(key_positions)[:, None, None, :]
+    distance = jnp.abs(i - j).astype(jnp.float32)
+    # A product and a sum, not an einsum: accelerators would round the operands of that to fewer bits.
+    return _mean_over_queries((weights.astype(jnp.float32) * distance).sum(-1), query_weights)
+
+
+def attention_entropy(weights: Float[Array, "B N T S"], query_weights: Float[Array, "B T"] | None = None) -> Float[Array, " N"]:
+    """How widely each head spreads, in nats: the mean over queries of -sum_s a_ts log a_ts. Its exponential is a number of keys.
+
+    Args:
+      weights: [B, N, T, S] attention probabilities a.
+      query_weights: [B, T], how much each query counts, 0 for padding; None counts all alike.
+
+    Returns:
+      [N] float32; NaN where no query counts.
+    """
+    return _mean_over_queries(jax.scipy.special.entr(weights.astype(jnp.float32)).sum(-1), query_weights)
+
+
+def _mean_over_queries(values: Float[Array, "B N T"], query_weights: Array | None) -> Float[Array, " N"]:
+    if query_weights is None:
+        return values.mean((0, 2))
+    counts = query_weights.astype(jnp.float32)[:, None]
+    return jnp.where(counts == 0.0, 0.0, values * counts).sum((0, 2)) / counts.sum((0, 2))
+
+
+def cope_positions(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    encoding: PositionalEncoding,
+    params: Params,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    query_positions: Int[Array, "_ T"] | None = None,
+    key_positions: Int[Array, "_ S"] | None = None,
+    scale: Array | float | None = None,
+) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T S"]]:
+    """The gates and contextual positions that causal ``posjax.attention`` with these arguments counts by.
+
+    Args:
+      query, key, value, encoding, params, segment_ids, query_positions, key_positions, scale: as in ``posjax.attention``;
+        params after ``condition`` where the gates have keys of their own.
+
+    Returns:
+      (gates, positions): [B, N, T, S] float32 each. Gates are zero for keys that the mask forbids; a position is the sum of
+      the gates from the key to the query, before it is clamped to the last embedding.
+
+    Raises:
+      ValueError: the encoding does not count by gates, or does so more than once.
+    """
+    inputs = _inputs(query, key, value, query_positions, key_positions, scale)
+    mask = Mask(query_segments=segment_ids, key_segments=segment_ids, is_causal=True)
+    tile = _tile(encoding, params, inputs, mask)
+    found = [counted for term in encoding.bias(params, inputs) if (counted := gates_and_positions(term, tile)) is not None]
+    if len(found) != 1:
+        raise ValueError(
+            f"encoding must count by gates once, as cope(64) or chain(rope(), cope(64)) do; {encoding.name} has {len(found)}"
+        )
+    return found[0]
+
+
+def decay_curve(
+    encoding: PositionalEncoding,
+    params: Params,
+    distances: Int[Array, " S"],
+    dims: Dims,
+    *,
+    query: Float[Array, "N H"] | None = None,
+    key: Float[Array, "K H"] | None = None,
+) -> Float[Array, "N S"]:
+    """What the encoding alone does to a score at each distance i - j, relative to distance 0, in nats.
+
+    Its exponential is the factor by which the encoding changes an unnormalised attention weight. Every position holds the same
+    query q and key k, so that nothing but position tells keys apart:
+
+        score_ij = q_i.k_j / sqrt(H) after rotation + bias_ij + (H / D) PE_i.PE_j / sqrt(H)
+        curve[d] = mean over i of score_{i,i-d} - score_{i,i}
+
+    PE is what the encoding adds to an embedding of zero; H / D of its product is what a head with random, equal W_q and W_k sees on
+    average. Products of content and PE average to nothing and are left out. Position 0, TUPE's [CLS], is left out too.
+    In closed form: rope sqrt(H) (mean of cos(d theta_m) - 1), alibi -m_n d, sinusoidal sqrt(H) (mean of cos - 1) / 2.
+
+    CoPE's bias is linear in the query and its gates come from q.k: give a query of the trained model, and a key that sets the gate
+    (zero makes each a half; with the default nearly all count, and the curve is that of a relative bias at d + 1).
+    With a table of positions, the mean is over fewer of them the greater the distance.
+
+    Args:
+      encoding, params: params as ``init`` returned them, or trained.
+      distances: i - j in tokens, integers; negative for keys after the query, where the encoding can place them.
+      dims: sizes. Scores are dense, [N, L, L] with L the greatest distance + 2 or the encoding's own max_length.
+      query: [N, H] or [H], the same at every position; None: ones, the size that normalised channels have.
+      key: [K, H] or [H]; None: ones.
+
+    Returns:
+      [N, S] float32.
+
+    Raises:
+      ValueError: a distance that the encoding's max_length cannot hold, or a negative one for an encoding that counts.
+    """
+    distances = np.asarray(distances)
+    if distances.ndim != 1 or not np.issubdtype(distances.dtype, np.integer) or not distances.size:
+        raise ValueError(f"distances must be integers [S], at least one, got {distances.dtype}{list(distances.shape)}")
+    reach, limit = int(np.abs(distances).max()), encoding.max_length(dims)
+    length = reach + 2 if limit is None else limit
+    if reach + 2 > length:
+        raise ValueError(f"distances must be at most {length - 2} for {encoding.name} with max_length={limit}, got {reach}")
+    if encoding.is_contextual and distances.min() < 0:
+        raise ValueError(
+            f"distances must not be negative for {encoding.name}, which counts over earlier keys, got {distances.min()}"
+        )
+    positions = jnp.arange(1, length)[None]
+    inputs = _inputs(
+        _everywhere(query, length - 1, dims.num_heads, dims.head_dim),
+        *(_everywhere(key, length - 1, dims.num_kv_heads, dims.head_dim),) * 2,
+        positions,
+        positions,
+        None,
+    )
+    nothing = jnp.zeros((1, length - 1, dims.embed_dim))
+    params = encoding.condition(params, nothing)
+    with jax.default_matmul_precision("highest"):  # accelerators round products to fewer bits than a curve near zero can lose
+        tile = _tile(encoding, params, inputs, Mask(is_causal=encoding.is_contextual))
+        scores = tile.logits[0] + sum(term.dense(tile)[0] for term in encoding.bias(params, inputs))
+        added = encoding.embed(params, nothing, positions)[0]
+        scores += inputs.scale * dims.head_dim / dims.embed_dim * (added @ added.T)
+    scores -= jnp.diagonal(scores, axis1=1, axis2=2)[..., None]
+    column = np.arange(length - 1)[:, None] - distances
+    inside = (column >= 0) & (column < length - 1)
+    along = scores[:, np.arange(length - 1)[:, None], np.clip(column, 0, length - 2)]
+    return jnp.where(inside, along, 0.0).sum(1) / inside.sum(0)
+
+
+def rope_bound(distances: Int[Array, " S"], head_dim: int, theta: float = 10_000.0) -> Float[Array, " S"]:
+    """The shape of RoFormer's bound, to hold against ``decay_curve`` of rope: sqrt(H) (b_d / b_0 - 1), b of ``rotary.decay_bound``.
+
+    Scaled to begin where the curve does, it is no bound on it any more: the bound itself lies far above equal queries and keys.
+
+    Args:
+      distances: i - j in tokens, integers.
+      head_dim, theta: H and the base of rope.
+
+    Returns:
+      [S] float32.
+    """
+    bound = decay_bound(jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.asarray(distances)]), head_dim, theta)
+    return math.sqrt(head_dim) * (bound[1:] / bound[0] - 1.0)
+
+
+def _inputs(query, key, value, query_positions, key_positions, scale) -> AttentionInputs:
+    """What ``posjax.attention`` shows an encoding in this call."""
+
+    def rows(positions: Array | None, length: int) -> Array:
+        return jnp.arange(length, dtype=jnp.int32)[None] if positions is None else jnp.asarray(positions).reshape(-1, length)
+
+    return AttentionInputs(
+        query=query,
+        key=key,
+        value=value,
+        query_positions=rows(query_positions, query.shape[1]),
+        key_positions=rows(key_positions, key.shape[1]),
+        scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
+    )
+
+
+def _tile(encoding: PositionalEncoding, params: Params, inputs: AttentionInputs, mask: Mask) -> Tile:
+    query, key = encoding.rotate(params, inputs.query, inputs.key, inputs)
+    return whole_tile(query, key, mask, inputs.query_positions, inputs.key_positions, inputs.scale)
+
+
+def _everywhere(x: Array | None, length: int, heads: int, width: int) -> Float[Array, "1 L N H"]:
+    x = jnp.ones((), jnp.float32) if x is None else jnp.asarray(x, jnp.float32)
+    return jnp.broadcast_to(x, (1, length, heads, width))

@@ -1,0 +1,181 @@
+"""Text in, text out: the prompts of ``posjax generate``, and what a trained run makes of them."""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from posjax.checks import check_at_least
+from posjax.encodings.spec import parse_encoding, slug
+from posjax.inference.generation import stream
+from posjax.inference.sampling import Sampling
+from posjax.inference.text import TextRow
+from posjax.lab import run as runs
+from posjax.lab.config import Config, claim_workdir
+from posjax.lab.source import Source, open_source
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompting:
+    """What to go on from, and how.
+
+    Attributes:
+      prompt: one text or several, which are generated as one batch. None given: from the beginning of a document. For a synthetic
+        task, its words.
+      prompt_file: a file of UTF-8 text, one more prompt. Empty: none.
+      max_new_tokens: how many tokens at most.
+      temperature: of the draws; 0 takes the likeliest token.
+      top_k: draw from the k likeliest tokens only; None is all.
+      top_p: draw from the fewest likeliest tokens with this much probability; None is all.
+      seed: of the draws (seeds is of the training).
+      stop: texts that end the output where they would come.
+    """
+
+    prompt: tuple[str, ...] = ()
+    prompt_file: str = ""
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_at_least("seed", self.seed, 0)
+        if "" in self.stop:
+            raise ValueError("stop must not be empty, got ''")
+        _ = self.sampling
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All of them, the file's last.
+
+        Raises:
+          ValueError: a file that cannot be read as UTF-8 text.
+        """
+        if not self.prompt_file:
+            return self.prompt or ("",)
+        try:
+            return (*self.prompt, Path(self.prompt_file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"prompt_file must be a file of UTF-8 text, got {self.prompt_file!r}: {error}") from None
+
+
+def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str], None]) -> None:
+    """Writes each prompt and what the newest good checkpoint makes of it, piece by piece as it comes.
+
+    All prompts are generated at once. The first is written as it comes, the next as soon as the one before has ended.
+
+    Args:
+      config: that of the run; its workdir is one of ``posjax train``, or of ``posjax compare``.
+      prompting: what to go on from.
+      write: takes each piece of text.
+
+    Raises:
+      ValueError: no checkpoint, a workdir of another run, a prompt that the model cannot read, or more tokens than it can place.
+      CheckpointError: no checkpoint is whole.
+    """
+    if config.task == "mlm":
+        raise ValueError("task must not be mlm to generate: an encoder reads all tokens at once; use a decoder, as of --task lm")
+    parse_encoding(config.encoding)
+    prompts = prompting.prompts
+    folder = _trained(config)
+    source = open_source(config)
+    rows = [_encode(source, text) for text in prompts]
+    params = runs.restore_params(config, config.encoding, config.seed, folder, source)
+    with_params, _ = runs.abstract_model(config, config.encoding, source)
+    end = source.train.bos if source.task is None else source.task.pad_token  # None: nothing but their number ends the tokens
+    tokens = stream(
+        with_params,
+        params,
+        rows,
+        max_new_tokens=prompting.max_new_tokens,
+        sampling=prompting.sampling,
+        seed=prompting.seed,
+        stop_tokens=() if end is None else (end,),
+    )
+    bytes_of = token_bytes(source)
+    texts = [TextRow(bytes_of, prompting.stop) for _ in rows]
+    waiting = ["" if len(prompts) == 1 else f"--- {n} of {len(prompts)}\n" for n in range(1, len(prompts) + 1)]
+    waiting = [heading + text for heading, text in zip(waiting, prompts, strict=True)]
+    current = 0
+    for drawn in tokens:
+        for row, (text, token) in enumerate(zip(texts, drawn, strict=True)):
+            waiting[row] += text.end() if token < 0 else text.add(int(token))
+        while current < len(rows):
+            write(waiting[current])
+            waiting[current] = ""
+            if not texts[current].ended:
+                break
+            write("\n")
+            current += 1
+        if current == len(rows):
+            return
+    for row in range(current, len(rows)):
+        write(waiting[row] + texts[row].end() + "\n")
+
+
+def _trained(config: Config) -> Path:
+    """The folder of the run that has the checkpoints; nothing is made."""
+    workdir = Path(config.workdir)
+    folder = workdir
+    if not (folder / "checkpoints").is_dir():  # a comparison has one for each encoding and seed
+        folder = workdir / slug(config.encoding) / f"seed-{config.seed}"
+    if not (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"workdir must hold checkpoints, which posjax train and posjax compare write, got {config.workdir!r}: neither "
+            f"{workdir / 'checkpoints'} nor {folder / 'checkpoints'} is there"
+        )
+    stored = workdir / "config.json"
+    if stored.exists():
+        if folder != workdir:  # which encoding and seed, its own folder has said
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # claim_workdir says what is wrong with the file
+                before = json.loads(stored.read_text())
+                config = dataclasses.replace(config, encoding=before["encoding"], seeds=tuple(before["seeds"]))
+        claim_workdir(config)
+    return folder
+
+
+def _encode(source: Source, text: str) -> np.ndarray:
+    """A prompt as the model was trained to read it: text begins a document, a task is a row of its words."""
+    if source.task is None:
+        return np.concatenate([[source.train.bos], source.train.encode(text)]).astype(np.int32)
+    words = text.split()
+    if not words:
+        known = ", ".join(source.task.words[:20])
+        raise ValueError(f"prompt must hold at least one word of {source.task.name}, such as {known}; got {text!r}")
+    for word in words:
+        if word not in source.task.words:
+            near = difflib.get_close_matches(word, source.task.words, n=1)
+            raise ValueError(
+                f"prompt must be words of {source.task.name}, {', '.join(source.task.words[:20])}, got {word!r}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+    return np.asarray([source.task.words.index(word) for word in words], np.int32)
+
+
+def token_bytes(source: Source) -> Callable[[int], bytes]:
+    """What each token id adds to a text, as bytes; a character may be spread over several tokens."""
+    if source.task is not None:
+        return lambda token: f" {source.task.words[token]}".encode()
+    corpus = source.train
+    special = {corpus.bos: b"<bos>", corpus.mask: b"<mask>"}
+    if corpus.tokenizer_path is None:
+        return lambda token: special[token] if token in special else bytes([token])
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_path))
+    # A byte-level BPE spells bytes as characters: printable ones as themselves, the others as those from 256 on (GPT-2's table).
+    printable = [b for first, last in ("!~", "¡¬", "®ÿ") for b in range(ord(first), ord(last) + 1)]
+    byte_of = {chr(b): b for b in printable}
+    byte_of |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
+    return lambda token: special[token] if token in special else bytes(byte_of[c] for c in tokenizer.id_to_token(token))

@@ -1,0 +1,323 @@
+"""Whole runs: a configuration in; a trained, evaluated model and its numbers out. Everything below the command line meets here."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from posjax.attention.backends.refused import naming_refusals
+from posjax.data.corpus import NUM_BYTES, NUM_SPECIAL
+from posjax.encodings.spec import parse_encoding, slug
+from posjax.lab.config import Config, load_config
+from posjax.lab.evaluation import evaluate, first_tokens, mean_loss, token_losses
+from posjax.lab.flops import model_flops
+from posjax.lab.source import Source, held_out, open_source, train_batches
+from posjax.models.losses import cross_entropy, z_loss
+from posjax.models.transformer import Transformer, functional
+from posjax.parallel.mesh import ROWS, make_mesh, parse_mesh, row_share
+from posjax.parallel.partition_rules import PARTITION_RULES, SHARDED_RULES, Rules, shard_state, state_shardings
+from posjax.parallel.steps import abstract_train_step, jit_for_all, jit_train_step, pmap_train_step
+from posjax.training.checkpoints import CheckpointError, Checkpoints
+from posjax.training.loop import fit
+from posjax.training.optimizer import make_optimizer
+from posjax.training.schedule import learning_rate_schedule
+from posjax.training.state import TrainState, init_state
+from posjax.training.step import make_train_step
+from posjax.typing import Array, Params
+
+
+def check(config: Config, specs: Sequence[str], source: Source, devices: int | None = None) -> None:
+    """Tells what could not be trained or evaluated, without compiling anything.
+
+    Args:
+      config, source: of the run.
+      specs: encodings to be compared.
+      devices: how many a batch is cut over; None: as the configuration's mesh has it.
+
+    Raises:
+      ValueError: a mesh that does not fit the devices, a batch that does not divide over them, a text shorter than a sequence,
+        encodings that cannot be told apart, or one that the model cannot take.
+    """
+    mesh = _mesh(config) if devices is None else None
+    share = (0, 1) if mesh is None else row_share(mesh)
+    if config.parallel == "pmap" and jax.process_count() > 1:
+        raise ValueError(f"parallel must be 'jit' with several processes, got 'pmap' and {jax.process_count()} processes")
+    devices = _rows(mesh) if devices is None else devices
+    parts = devices * config.accumulate_steps if config.parallel == "pmap" else math.lcm(devices, config.accumulate_steps)
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size must be a multiple of {parts} on {devices} devices with accumulate_steps={config.accumulate_steps}, "
+            f"got {config.batch_size}"
+        )
+    if mesh is not None and source.max_length % (2 * mesh.shape["context"]) and mesh.shape["context"] > 1:
+        raise ValueError(
+            f"seq_length must be a multiple of {2 * mesh.shape['context']}, two chunks for each of the {mesh.shape['context']} "
+            f"devices of context in mesh {config.mesh!r}, got {source.max_length}"
+        )
+    names = [slug(spec) for spec in specs]
+    if twice := [spec for spec, name in zip(specs, names, strict=True) if names.count(name) > 1]:
+        raise ValueError(f"encodings must all differ, got {', '.join(map(repr, twice))}")
+    try:
+        batch = next(train_batches(config, source, config.seed, share))
+    except ValueError as error:
+        raise ValueError(f"seq_length={config.seq_length} does not fit the train split of {config.data!r}: {error}") from error
+    lengths = [] if source.task is not None else [config.seq_length * multiple for multiple in config.eval_lengths]
+    for length in lengths:
+        try:
+            held_out(config, source, length)
+        except ValueError as error:
+            what = f"eval_lengths={config.eval_lengths} times seq_length={config.seq_length}"
+            raise ValueError(f"{what} must fit the validation split of {config.data!r}: {error}") from error
+    for spec in specs:
+        try:
+            with_params, params = abstract_model(config, spec, source)
+            jax.eval_shape(make_loss(with_params, dropout=False), params, batch, jax.eval_shape(jax.random.key, 0))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ValueError(f"encoding {spec!r} does not fit this model: {error}") from error
+
+
+def _mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that a configuration asks for.
+
+    Raises:
+      ValueError: it does not take all devices.
+    """
+    try:
+        return make_mesh(**parse_mesh(config.mesh), devices=devices)
+    except ValueError as error:
+        raise ValueError(f"mesh {config.mesh!r} does not fit: {error}") from error
+
+
+def _rows(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def _rules(mesh: Mesh) -> Rules:
+    """Whole states where nothing but rows is cut, parts elsewhere."""
+    return PARTITION_RULES if mesh.size == mesh.shape["data"] else SHARDED_RULES
+
+
+def _maker(config: Config, spec: str, source: Source, seed: int | Array, settings: Sequence[Any]) -> Callable[[], Transformer]:
+    shape = dataclasses.replace(config.transformer(source.vocab_size), max_length=source.max_length)
+    return lambda: Transformer(shape, parse_encoding(spec, settings), rngs=nnx.Rngs(jax.random.key(seed)))
+
+
+def abstract_model(
+    config: Config, spec: str, source: Source, settings: Sequence[Any] = ()
+) -> tuple[Callable[[Params], Transformer], Params]:
+    """``build_model`` with shapes in place of parameters: nothing is drawn and nothing compiled."""
+    return functional(nnx.eval_shape(_maker(config, spec, source, 0, settings)))
+
+
+def build_model(
+    config: Config, spec: str, source: Source, seed: int | Array, settings: Sequence[Any] = ()
+) -> tuple[Callable[[Params], Transformer], Params]:
+    """``functional`` of the model that a configuration and an encoding describe; seed and settings (of blanks) may be traced."""
+    return functional(_maker(config, spec, source, seed, settings)())
+
+
+def make_loss(
+    with_params: Callable[[Params], Transformer], dropout: bool, z_weight: float = 0.0
+) -> Callable[[Params, Any, Array], tuple[Array, Array]]:
+    """(params, batch, key) -> (sum of weighted nats, sum of weights).
+
+    The gradient is that of the nats and ``z_weight`` times ``z_loss``; the value is the nats alone, so that losses of runs with and
+    without it compare.
+    """
+
+    def loss(params: Params, batch: dict[str, Array], key: Array) -> tuple[Array, Array]:
+        model = with_params(params)
+        logits = model(batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key=key if dropout else None)
+        _, nats, weight = cross_entropy(logits, batch["targets"], batch["weights"])
+        if z_weight:
+            penalty = z_weight * z_loss(logits, batch["weights"])
+            nats = nats + (penalty - jax.lax.stop_gradient(penalty))
+        return nats, weight
+
+    return loss
+
+
+def abstract_step(
+    config: Config | str, devices: Sequence[Any], *, vocab_size: int | None = None, **fields: Any
+) -> tuple[Any, tuple[TrainState, Any]]:
+    """A configuration's train step for devices that need not be attached, on its mesh: nothing is drawn, no data is read.
+
+        job = {"config": "configs/pretrain_1b.py", "mesh": "fsdp=64,tensor=4"}
+        posjax.compile.aot.compile_ahead("posjax.lab.run:abstract_step", job, "v5e:16x16")
+
+    Args:
+      config: or the file of one.
+      devices: all of them are used.
+      vocab_size: of a text's tokenizer, special tokens included; None: as many as the configuration asks for.
+      **fields: of the configuration, in place of its own.
+
+    Returns:
+      The jax.jit object, and (state, batch), jax.ShapeDtypeStructs with shardings.
+
+    Raises:
+      ValueError: the devices or the batch do not divide, or the configuration is wrong.
+    """
+    config = dataclasses.replace(load_config(config) if isinstance(config, str) else config, **fields)
+    mesh = _mesh(config, devices)
+    if config.batch_size % (_rows(mesh) * config.accumulate_steps):
+        raise ValueError(
+            f"batch_size must be a multiple of {_rows(mesh) * config.accumulate_steps} on {len(devices)} devices with "
+            f"mesh={config.mesh!r} and accumulate_steps={config.accumulate_steps}, got {config.batch_size}"
+        )
+    if config.task in ("lm", "mlm"):
+        own = config.vocab_size if config.tokenizer == "bpe" else NUM_BYTES + NUM_SPECIAL
+        source = Source(own if vocab_size is None else vocab_size, config.seq_length)
+    else:
+        source = open_source(config)
+    with_params, params = abstract_model(config, config.encoding, source)
+    loss = make_loss(with_params, config.dropout_rate > 0, config.z_loss)
+    step = make_train_step(loss, optimizer_of(config), accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay)
+    state = jax.eval_shape(lambda params: _first_state(config, params, config.seed), params)
+    shape = (config.batch_size, source.max_length)
+    dtypes = dict(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32, segment_ids=jnp.int32, positions=jnp.int32)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+    return abstract_train_step(step, mesh, state, batch, _rules(mesh))
+
+
+def train(
+    config: Config, spec: str, seed: int, workdir: Path, source: Source, *, command: str | None = None, quiet: bool = False
+) -> Params:
+    """Trains one model, or goes on where its workdir stopped, and returns its parameters, or their average where one is kept.
+
+    Raises:
+      KernelRefused: the compiler of the chip does not take the attention kernel.
+    """
+    with_params, state, mesh = _start(config, spec, seed, source)
+    step = make_train_step(
+        make_loss(with_params, config.dropout_rate > 0, config.z_loss),
+        optimizer_of(config),
+        accumulate_steps=config.accumulate_steps,
+        axis_name="data" if config.parallel == "pmap" else None,
+        ema_decay=config.ema_decay,
+    )
+    losses = jit_for_all(token_losses(with_params))
+
+    def evaluate_now(state: TrainState) -> dict[str, float]:
+        test_batches = first_tokens(held_out(config, source, config.seq_length), config.eval_tokens)
+        return {"loss": mean_loss(losses, state.eval_params, test_batches)[0]}
+
+    share = row_share(mesh)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    sized = config if source.task is None else dataclasses.replace(config, seq_length=source.task.length)
+    with naming_refusals(config.implementation):
+        state = fit(
+            pmap_train_step(step) if config.parallel == "pmap" else jit_train_step(step, mesh, _rules(mesh)),
+            state,
+            train_batches(config, source, seed, share),
+            steps=config.steps,
+            workdir=workdir,
+            config=dataclasses.asdict(config) | {"encoding": spec, "seeds": [seed]},
+            log_every=config.log_every,
+            checkpoint_every=config.checkpoint_every,
+            keep=config.keep_checkpoints,
+            evaluate=evaluate_now if config.evaluate_every else None,
+            evaluate_every=config.evaluate_every,
+            resume_command=command,
+            quiet=quiet,
+            shares=share[1],
+            flops_per_token=model_flops(sized, parameters) / (sized.batch_size * sized.seq_length),
+        )
+    return state.eval_params
+
+
+def _start(config: Config, spec: str, seed: int, source: Source) -> tuple[Callable[[Params], Transformer], TrainState, Mesh]:
+    """The model, its state before the first step, and the mesh. A state that is cut is made where it lies, in no place whole."""
+    mesh = _mesh(config)
+    if _rules(mesh) is PARTITION_RULES:
+        with_params, params = build_model(config, spec, source, seed)
+        state = _first_state(config, params, seed)
+        return with_params, state if config.parallel == "pmap" else shard_state(state, mesh), mesh
+
+    def make() -> TrainState:
+        return _first_state(config, build_model(config, spec, source, seed)[1], seed)
+
+    shardings = state_shardings(jax.eval_shape(make), mesh, _rules(mesh))
+    return abstract_model(config, spec, source)[0], jax.jit(make, out_shardings=shardings)(), mesh
+
+
+def _first_state(config: Config, params: Params, seed: int) -> TrainState:
+    return init_state(params, optimizer_of(config), seed, ema=config.ema_decay is not None)
+
+
+# Fields of a configuration that may be traced numbers: runs that differ in these alone are one program.
+TRACED_FIELDS = ("learning_rate", "warmup_steps", "end_fraction", "weight_decay", "beta1", "beta2", "clip_norm")
+
+
+def optimizer_of(config: Config, settings: Mapping[str, Any] | None = None) -> Any:
+    """The optimizer that a configuration describes, with ``settings`` in place of fields of the same name; they may be traced."""
+    chosen = {name: getattr(config, name) for name in TRACED_FIELDS} | dict(settings or {})
+    peak, warmup, end = (chosen.pop(name) for name in TRACED_FIELDS[:3])
+    schedule = learning_rate_schedule(peak, config.steps, warmup, decay=config.decay, end_fraction=end)
+    return make_optimizer(schedule, optimizer=config.optimizer, **chosen)
+
+
+def evaluate_params(config: Config, spec: str, params: Params, source: Source) -> dict[str, Any]:
+    """``evaluate`` of the model that a configuration and an encoding describe, with those parameters."""
+    with naming_refusals(config.implementation):
+        return evaluate(config, abstract_model(config, spec, source)[0], params, source)
+
+
+def restore_params(config: Config, spec: str, seed: int, workdir: Path, source: Source) -> Params:
+    """The parameters of a workdir's newest good checkpoint, or their average where one is kept.
+
+    Raises:
+      CheckpointError: there is none, or none that is whole.
+    """
+    restored = Checkpoints(workdir / "checkpoints").restore_latest(_start(config, spec, seed, source)[1])
+    if restored is None:
+        raise CheckpointError(f"workdir {workdir} has no checkpoint to evaluate; posjax train makes one")
+    return restored.state.eval_params
+
+
+# Comparison ----------------------------------------------------------------------------------------------------------
+
+
+def compare(
+    config: Config, workdir: Path, source: Source, *, command: str | None, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Trains and evaluates every encoding with every seed; each finished pair is kept and not done again."""
+    rows = []
+    pairs = [(spec, seed) for spec in config.encodings for seed in config.seeds]
+    for number, (spec, seed) in enumerate(pairs, 1):
+        folder = workdir / slug(spec) / f"seed-{seed}"
+        say(f"{number} of {len(pairs)}: {spec}, seed {seed}")
+        row = train_and_evaluate(config, spec, seed, folder, source, command=command, say=say)
+        rows.append({"encoding": spec, "seed": seed} | row)
+    return rows
+
+
+def train_and_evaluate(
+    config: Config,
+    spec: str,
+    seed: int,
+    folder: Path,
+    source: Source,
+    *,
+    command: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """One row of results, read from ``evaluation.json`` where it was written before."""
+    done = folder / "evaluation.json"
+    if done.exists():
+        say(f"{folder} is trained and evaluated already: done")
+        return json.loads(done.read_text())
+    params = train(config, spec, seed, folder, source, command=command)
+    result = evaluate_params(config, spec, params, source)
+    if jax.process_index() == 0:
+        part = done.with_suffix(".part")
+        part.write_text(json.dumps(result))
+        part.replace(done)
+    return result

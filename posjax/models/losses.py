@@ -1,0 +1,21 @@
+"""Losses of logits, as weighted sums over tokens."""
+
+import jax
+import jax.numpy as jnp
+
+from posjax.typing import Array, Float, Int
+
+
+def cross_entropy(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], weights: Float[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Float[Array, ""], Float[Array, ""]]:
+    """Loss of every token in nats [B, T] (zero where its weight is), its weighted sum, and the sum of the weights."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    losses = (jax.nn.logsumexp(logits, axis=-1) - chosen) * weights
+    return losses, losses.sum(), weights.sum()
+
+
+def z_loss(logits: Float[Array, "B T V"], weights: Float[Array, "B T"]) -> Float[Array, ""]:
+    """Weighted sum of logsumexp(logits)^2, which keeps softmax near exp(logits) (PaLM, arXiv:2204.02311, section 5)."""
+    return (jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) ** 2 * weights).sum()

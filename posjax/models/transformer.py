@@ -1,0 +1,527 @@
+"""A Flax Transformer that takes any positional encoding: a decoder language model, or an encoder with [CLS].
+
+    tokens -> embedding -> encoding.embed -> [ condition; q, k, v -> attention under the encoding; MLP ] x L -> logits
+
+The layers are one stacked set of parameters and one ``lax.scan``, so compile time does not grow with depth. Different layers may
+have different encodings: each run of equal neighbours is one scan.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from posjax.attention import kv_cache
+from posjax.attention.api import attention
+from posjax.attention.backends.xla_chunked import SAVED
+from posjax.attention.linear import LinearCache, linear_attend, linear_attention
+from posjax.checks import check_at_least
+from posjax.core.encoding import Dims, PositionalEncoding
+from posjax.parallel.gather import in_rows, put_together
+from posjax.parallel.mesh import mesh_of
+from posjax.typing import Array, Float, Int, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of a Transformer.
+
+    Attributes:
+      vocab_size: V.
+      num_layers: L.
+      embed_dim: D.
+      num_heads: N, query heads.
+      num_kv_heads: K, key heads; None: N.
+      head_dim: H; None: D / N.
+      mlp_dim: hidden width of the MLP; None: 4 D, or 8 D / 3 with swiglu (the same number of parameters).
+      max_length: longest sequence that encodings with tables of positions can place.
+      is_causal: True is a decoder; False an encoder whose first token is [CLS].
+      norm: "rmsnorm" or "layernorm".
+      norm_position: "pre" (inside the residual branch, and once more at the end) or "post" (after the sum, and once after the
+        embedding, as in BERT).
+      activation: "gelu" or "swiglu".
+      tie_embeddings: logits are products with the token embeddings; False: with a matrix of their own.
+      dropout_rate: after the embedding and after each branch.
+      remat: what the backward pass recomputes: "none"; "full": each layer from its input, all that is then kept of it; "attention":
+        all but query, key, value and what attention made of them, so that attention is walked through once.
+      scan_layers: one compiled layer for all, so that compile time does not grow with depth; False: each layer is compiled by
+        itself, which takes a quarter off a step of three small layers on a CPU.
+      compute_dtype: "float32" or "bfloat16"; parameters and softmax statistics stay float32.
+      attention: "softmax", or "linear" (RoFormer's, with an encoding that only rotates).
+      local_window_size: how many earlier (and, in an encoder, later) positions a token sees; None: all.
+      logits_soft_cap: of the attention scores; None: none.
+      implementation: of softmax attention, as in ``posjax.attention``; None: the fastest.
+      num_classes: classes of a head on [CLS]; None: no such head.
+
+    Raises:
+      ValueError: a size that is not positive or does not divide, or an unknown choice, by name.
+    """
+
+    vocab_size: int
+    num_layers: int = 4
+    embed_dim: int = 128
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_dim: int | None = None
+    max_length: int = 1024
+    is_causal: bool = True
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_position: Literal["pre", "post"] = "pre"
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    tie_embeddings: bool = True
+    dropout_rate: float = 0.0
+    remat: Literal["none", "attention", "full"] = "none"
+    scan_layers: bool = True
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["softmax", "linear"] = "softmax"
+    local_window_size: int | None = None
+    logits_soft_cap: float | None = None
+    implementation: Literal["xla", "xla_chunked", "pallas"] | None = None
+    num_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "max_length"):
+            check_at_least(name, getattr(self, name), 1)
+        for name in ("num_kv_heads", "head_dim", "mlp_dim", "local_window_size", "num_classes"):
+            if getattr(self, name) is not None:
+                check_at_least(name, getattr(self, name), 1)
+        if self.head_dim is None and self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads must divide embed_dim={self.embed_dim} where head_dim is not given, got {self.num_heads}; "
+                "change one of them or give head_dim"
+            )
+        for name, choices in {
+            "norm": ("rmsnorm", "layernorm"),
+            "norm_position": ("pre", "post"),
+            "activation": ("gelu", "swiglu"),
+            "compute_dtype": ("float32", "bfloat16"),
+            "attention": ("softmax", "linear"),
+            "remat": ("none", "attention", "full"),
+            "implementation": (None, "xla", "xla_chunked", "pallas"),
+        }.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate must lie in [0, 1), got {self.dropout_rate!r}")
+        if self.attention == "linear" and (self.local_window_size is not None or self.logits_soft_cap is not None):
+            raise ValueError(
+                "local_window_size and logits_soft_cap must be None where attention='linear': it has no scores to limit"
+            )
+        if self.attention == "linear" and self.implementation is not None:
+            raise ValueError(f"implementation must be None where attention='linear', got {self.implementation!r}")
+        _ = self.dims  # num_kv_heads must divide num_heads
+
+    @property
+    def dims(self) -> Dims:
+        """What the encodings' parameters depend on."""
+        head_dim = self.head_dim or self.embed_dim // self.num_heads
+        return Dims(self.num_heads, head_dim, self.embed_dim, self.max_length, self.num_kv_heads)
+
+
+class LayerRecord(NamedTuple):
+    """What one layer's attention was called with, for probes: query, key, value [B, T, N or K, H], the encoding, its params."""
+
+    query: Array
+    key: Array
+    value: Array
+    encoding: PositionalEncoding
+    params: Params
+
+
+class _Layer(nnx.Module):
+    """One attention branch and one MLP branch. It is built L times at once, with a leading axis on every parameter."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        dims, dtype = config.dims, jnp.dtype(config.compute_dtype)
+        width = config.embed_dim
+
+        def linear(source: int | tuple[int, ...], target: int | tuple[int, ...], gain: float = 1.0) -> nnx.LinearGeneral:
+            axis = tuple(range(-len(source), 0)) if isinstance(source, tuple) else -1
+            init = nnx.initializers.variance_scaling(gain, "fan_in", "normal")
+            return nnx.LinearGeneral(source, target, axis=axis, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
+
+        # Branches are summed 2L times: this keeps the residual stream's variance near one at the start (GPT-2).
+        last = 1.0 / (2 * config.num_layers)
+        heads = (dims.num_heads, dims.head_dim)
+        kv_heads = (dims.num_kv_heads, dims.head_dim)
+        self.query = linear(width, heads)
+        self.key = linear(width, kv_heads)
+        self.value = linear(width, kv_heads)
+        self.out = linear(heads, width, last)
+        hidden = config.mlp_dim or (4 * width if config.activation == "gelu" else 8 * width // 3)
+        self.up = linear(width, hidden)
+        if config.activation == "swiglu":
+            self.gate = linear(width, hidden)
+        self.down = linear(hidden, width, last)
+        self.attention_norm = _norm(config, rngs)
+        self.mlp_norm = _norm(config, rngs)
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        encoding: PositionalEncoding,
+        params: Params,
+        positions: Int[Array, "_ T"],
+        segment_ids: Int[Array, "B T"] | None,
+        dropout_key: Array | None,
+        cache: kv_cache.LayerCache | None = None,
+    ) -> tuple[Array, tuple[Array, Array, Array, Params], kv_cache.LayerCache | None]:
+        config = self.config
+        pre = config.norm_position == "pre"
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+
+        hidden = self.attention_norm(x) if pre else x
+        params = encoding.condition(params, hidden)
+        query, key, value = checkpoint_name((self.query(hidden), self.key(hidden), self.value(hidden)), SAVED)
+        shared = dict(is_causal=config.is_causal, segment_ids=segment_ids, query_positions=positions, key_positions=positions)
+        how = dict(logits_soft_cap=config.logits_soft_cap, implementation=config.implementation)
+        if config.attention == "linear" and cache is not None:
+            positions, segments = kv_cache.place_next(cache, x.shape[1], positions, segment_ids)
+            mixed, cache = linear_attend(query, key, value, encoding, params, cache, positions=positions, real=segments != 0)
+            after = kv_cache.after(positions, segments, cache.next_position)
+            cache = dataclasses.replace(cache, next_position=after)
+        elif config.attention == "linear":
+            mixed = linear_attention(query, key, value, encoding, params, **shared)
+        elif cache is not None:
+            own = dict(positions=positions, segment_ids=segment_ids)
+            mixed, cache = kv_cache.attend(query, key, value, encoding, params, cache, **own, **how)
+        else:
+            mixed = attention(query, key, value, encoding, params, **shared, local_window_size=config.local_window_size, **how)
+        x = x + _dropout(self.out(mixed), config.dropout_rate, keys[0])
+        x = x if pre else self.attention_norm(x)
+
+        hidden = self.mlp_norm(x) if pre else x
+        up = self.up(hidden)
+        active = jax.nn.gelu(up) if config.activation == "gelu" else jax.nn.silu(self.gate(hidden)) * up
+        x = x + _dropout(self.down(active), config.dropout_rate, keys[1])
+        x = x if pre else self.mlp_norm(x)
+        return x, (query, key, value, params), cache
+
+
+class Transformer(nnx.Module):
+    """A Transformer under a positional encoding.
+
+    Args:
+      config: its shape.
+      encoding: one for all layers, or a sequence that is repeated until there is one for every layer: ``[cope(64), identity()]``
+        alternates. Its length must divide the number of layers.
+      rngs: ``nnx.Rngs(seed)``; what the layers start from does not depend on the encoding.
+
+    Raises:
+      ValueError: the number of encodings does not divide the number of layers.
+    """
+
+    def __init__(self, config: TransformerConfig, encoding: PositionalEncoding | Sequence[PositionalEncoding], *, rngs: nnx.Rngs):
+        pattern = (encoding,) if isinstance(encoding, PositionalEncoding) else tuple(encoding)
+        if not pattern or config.num_layers % len(pattern):
+            raise ValueError(f"encoding must be one, or a number that divides num_layers={config.num_layers}, got {len(pattern)}")
+        self.config = config
+        layout = pattern * (config.num_layers // len(pattern))
+        self.encodings = tuple(dict.fromkeys(layout))
+        self.layout = tuple(self.encodings.index(e) for e in layout)
+
+        width = config.embed_dim
+        dtype = jnp.dtype(config.compute_dtype)
+        embedding_init = nnx.initializers.normal(width**-0.5)
+        self.token_embedding = nnx.Embed(config.vocab_size, width, dtype=dtype, embedding_init=embedding_init, rngs=rngs)
+        self.layers = nnx.vmap(lambda r: _Layer(config, r), in_axes=0, out_axes=0)(rngs.split(config.num_layers))
+        self.outer_norm = _norm(config, rngs)
+        if not config.tie_embeddings:
+            self.head = nnx.Linear(width, config.vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
+        if config.num_classes is not None:
+            self.classifier = nnx.Linear(width, config.num_classes, dtype=dtype, rngs=rngs)
+        # Last, so that two models that differ in their encoding start from the same weights elsewhere.
+        keys = jax.random.split(rngs.params(), len(self.encodings))
+        made = [
+            _init_layers(e, key, config.dims, self.layout.count(i))
+            for i, (e, key) in enumerate(zip(self.encodings, keys, strict=True))
+        ]
+        self.encoding = nnx.data({str(i): jax.tree.map(nnx.Param, params) for i, params in enumerate(made)})
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "_ T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits over the vocabulary at every position, float32.
+
+        Args:
+          tokens: [B, T] integers below V.
+          positions: [B, T] or [1, T]; None: 0, 1, 2, ...
+          segment_ids: tokens of different segments do not see each other; None: one segment.
+          dropout_key: None for no dropout.
+        """
+        return self._logits(self._hidden(tokens, positions, segment_ids, dropout_key)[0])
+
+    def classify(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "_ T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B C"]:
+        """Logits over ``num_classes`` from the first token, [CLS], float32.
+
+        Raises:
+          ValueError: the model has no classification head.
+        """
+        if self.config.num_classes is None:
+            raise ValueError("num_classes must be given to classify, got None: TransformerConfig(..., num_classes=2)")
+        return self.classifier(self._hidden(tokens, positions, segment_ids, dropout_key)[0][:, 0]).astype(jnp.float32)
+
+    def records(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "_ T"] | None = None, segment_ids: Int[Array, "B T"] | None = None
+    ) -> list[LayerRecord]:
+        """What the attention of every layer is called with, first layer first."""
+        return self._hidden(tokens, positions, segment_ids, None, keep=True)[1]
+
+    def init_cache(
+        self, batch_size: int, max_length: int | None = None, *, window: int | None = None
+    ) -> tuple[kv_cache.LayerCache, ...]:
+        """An empty key-value cache: for each run of neighbouring layers under one encoding, their caches stacked.
+
+        Args:
+          batch_size: B.
+          max_length: how many tokens it holds, padding included; None: ``config.max_length``. A model with a local window
+            keeps that window alone, and linear attention its sums, however long the text: they need no max_length.
+          window: how many earlier tokens are kept and seen, where ``config.local_window_size`` is None or larger.
+
+        Raises:
+          ValueError: an encoder, linear attention with a window, or a size below 1.
+        """
+        config = self.config
+        if not config.is_causal:
+            raise ValueError("is_causal must be True to decode, got False: an encoder reads all tokens at once")
+        if config.attention == "linear" and window is not None:
+            raise ValueError(f"window must be None where attention='linear', got {window}: a sum forgets nothing")
+        window = min((w for w in (window, config.local_window_size) if w is not None), default=None)
+        length = None if window is not None else config.max_length if max_length is None else max_length
+
+        def empty(index: int, layers: int) -> kv_cache.LayerCache:
+            if config.attention == "linear":
+                shape = (layers, batch_size, config.num_heads, config.dims.head_dim)
+                sums = jnp.zeros((*shape, shape[-1])), jnp.zeros(shape)
+                return LinearCache(*sums, next_position=jnp.zeros(shape[:2], jnp.int32))
+            options = dict(max_length=length, window=window, dtype=jnp.dtype(config.compute_dtype))
+            one = kv_cache.init_cache(self.encodings[index], config.dims, batch_size, **options)
+            return jax.tree.map(lambda x: jnp.repeat(x[None], layers, axis=0), one)
+
+        return tuple(empty(index, len(list(run))) for index, run in itertools.groupby(self.layout))
+
+    def decode(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: tuple[kv_cache.LayerCache, ...],
+        positions: Array | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T V"], tuple[kv_cache.LayerCache, ...]]:
+        """Logits of the next tokens, one or many, after those that the cache has seen, and the cache with them in it.
+
+        Args:
+          tokens: [B, T] integers below V.
+          cache: from ``init_cache`` or the last call.
+          positions: [B, T] or [1, T]; None goes on from each row's last token.
+          segment_ids: 0 marks padding, which nothing sees; None: all tokens are of segment 1.
+
+        Returns:
+          float32 logits, as the whole text at once would have (NaN where a traced call runs past a full cache), and the next cache.
+
+        Raises:
+          ValueError: more tokens than the cache has room for.
+        """
+        if len(cache) != len(list(itertools.groupby(self.layout))):
+            raise ValueError(f"cache must be what init_cache of this model returned, got {len(cache)} runs of layers")
+        kv_cache.check_room(cache[0], tokens.shape[1])
+        first = jax.tree.map(lambda x: x[0], cache[0])
+        positions, segments = kv_cache.place_next(first, tokens.shape[1], positions, segment_ids)
+        segments = None if segment_ids is None else segments
+        hidden, _, cache = self._hidden(tokens, positions, segments, None, cache=cache)
+        return self._logits(hidden), cache
+
+    def encoding_params(self, layer: int) -> Params:
+        """The parameters of the encoding of one layer, as ``encoding.init`` shapes them."""
+        index = self.layout[layer]
+        return _layer_params(self.encodings[index], self._encoding_params(index), self.layout[:layer].count(index))
+
+    def _encoding_params(self, index: int) -> Params:
+        return jax.tree.map(lambda p: p[...], self.encoding[str(index)], is_leaf=lambda p: isinstance(p, nnx.Param))
+
+    def _hidden(
+        self,
+        tokens: Array,
+        positions: Array | None,
+        segment_ids: Array | None,
+        dropout_key: Array | None,
+        keep: bool = False,
+        cache: tuple[kv_cache.LayerCache, ...] = (),
+    ) -> tuple[Array, list[LayerRecord], tuple[kv_cache.LayerCache | None, ...]]:
+        config = self.config
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype}{list(tokens.shape)}")
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        params = [self._encoding_params(i) for i in range(len(self.encodings))]
+        embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        layer_keys = None if dropout_key is None else jax.random.split(layers_key, config.num_layers)
+
+        x = self._part("token_embedding")(tokens) * jnp.asarray(math.sqrt(config.embed_dim), jnp.dtype(config.compute_dtype))
+        for encoding, p in zip(self.encodings, params, strict=True):
+            x = encoding.embed(_layer_params(encoding, p, 0), x, positions)
+        x = in_rows(_dropout(x, config.dropout_rate, embed_key))
+        x = x if config.norm_position == "pre" else self.outer_norm(x)
+
+        records: list[LayerRecord] = []
+        caches: list[kv_cache.LayerCache | None] = []
+        runs = itertools.groupby(range(config.num_layers), key=self.layout.__getitem__)
+        for (index, run), seen in itertools.zip_longest(runs, cache):
+            run = list(run)
+            first = self.layout[: run[0]].count(index)  # of the layers under this encoding, which one the run begins with
+            own = slice(first, first + len(run))
+            rows = slice(run[0], run[-1] + 1)
+            x, kept, seen = self._run(x, rows, index, params[index], own, positions, segment_ids, layer_keys, keep, seen)
+            records += kept
+            caches.append(seen)
+        return (self.outer_norm(x) if config.norm_position == "pre" else x), records, tuple(caches)
+
+    def _run(
+        self,
+        x: Array,
+        layers: slice,
+        index: int,
+        params: Params,
+        own_rows: slice,
+        positions: Array,
+        segment_ids: Array | None,
+        layer_keys: Array | None,
+        keep: bool,
+        cache: kv_cache.LayerCache | None,
+    ) -> tuple[Array, list[LayerRecord], kv_cache.LayerCache | None]:
+        """Neighbouring layers under one encoding, as one scan."""
+        encoding = self.encodings[index]
+        shared, own = _split_params(encoding, params)
+        graph, stacked, structure = self._weights("layers")
+
+        def layer(carry: tuple[Array, Any], xs: tuple[Any, Params, Array | None, Array]) -> tuple[Any, Any]:
+            x, cache = carry  # carried, not scanned over, so that each layer writes its part of one buffer
+            weights, own, key, i = xs
+            mine = jax.tree.map(lambda all: jax.lax.dynamic_index_in_dim(all, i, keepdims=False), cache)
+            params = _join_params(shared, own)
+            weights = put_together(weights, "layers")
+            call = nnx.merge(graph, jax.tree.unflatten(structure, jax.tree.leaves(weights)))
+            x, record, mine = call(x, encoding, params, positions, segment_ids, key, mine)
+            cache = None if cache is None else kv_cache.store(cache, i, mine, x.shape[1])
+            return (in_rows(x), cache), record if keep else None
+
+        xs = (
+            jax.tree.map(lambda w: w[layers], stacked),
+            jax.tree.map(lambda p: p[own_rows], own),
+            None if layer_keys is None else layer_keys[layers],
+            jnp.arange(layers.stop - layers.start),
+        )
+        if cache is None and (self.config.remat != "none" or mesh_of(x) is not None):
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=_POLICIES[self.config.remat])
+        (x, cache), kept = jax.lax.scan(layer, (x, cache), xs, unroll=not self.config.scan_layers)
+        if not keep:
+            return x, [], cache
+        each = [jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i in range(layers.stop - layers.start)]
+        return x, [LayerRecord(query, key, value, encoding, params) for query, key, value, params in each], cache
+
+    def _weights(self, name: str) -> tuple[Any, Params, Any]:
+        """A part of the model: its graph, its parameters, and the pytree that they are to be in for ``nnx.merge``.
+
+        Matrices are in the type that they are multiplied in before they move between devices.
+        """
+        graph, state = nnx.split(getattr(self, name))
+        dtype = jnp.dtype(self.config.compute_dtype)
+
+        def cast(path: Any, leaf: Array) -> Array:
+            return leaf.astype(dtype) if path[-1].key in ("kernel", "embedding") else leaf
+
+        return graph, jax.tree_util.tree_map_with_path(cast, nnx.to_pure_dict(state)), jax.tree.structure(state)
+
+    def _part(self, name: str) -> nnx.Module:
+        """A part of the model with its weights put together."""
+        graph, weights, structure = self._weights(name)
+        return nnx.merge(graph, jax.tree.unflatten(structure, jax.tree.leaves(put_together(weights, name))))
+
+    def _logits(self, hidden: Array) -> Array:
+        logits = self._part("token_embedding").attend(hidden) if self.config.tie_embeddings else self._part("head")(hidden)
+        return logits.astype(jnp.float32)
+
+
+# What the backward pass keeps of a layer. Weights that were put together are in no case among it.
+_POLICIES = {
+    "none": lambda operation, *_, **__: operation.name != "sharding_constraint",
+    "attention": lambda operation, *_, **how: operation.name == "posjax_kernel" or how.get("name") == SAVED,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def functional(model: nnx.Module) -> tuple[Callable[[Params], nnx.Module], Params]:
+    """Splits a model, once, into its parameters, a nested dict of arrays, and the function that puts them in place again.
+
+    ``with_params(params)(tokens)`` is the model's pure form, which jit, grad, vmap, scan and pmap take.
+    """
+    graph, state = nnx.split(model)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+
+    def with_params(params: Params) -> nnx.Module:
+        filled = jax.tree.map(lambda x: x, abstract)
+        nnx.replace_by_pure_dict(filled, params)
+        return nnx.merge(graph, filled)
+
+    return with_params, nnx.to_pure_dict(state)
+
+
+def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:
+    kind = nnx.RMSNorm if config.norm == "rmsnorm" else nnx.LayerNorm
+    return kind(config.embed_dim, dtype=jnp.dtype(config.compute_dtype), rngs=rngs)
+
+
+def _dropout(x: Array, rate: float, key: Array | None) -> Array:
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+# Parameters of an encoding over layers: leaves of one set for all layers, and leaves with a leading axis of layers -------
+
+
+def _flags(per_layer: Any, params: Params) -> Params:
+    """per_layer, spread out to one bool a leaf."""
+    if isinstance(per_layer, bool):
+        return jax.tree.map(lambda _: per_layer, params)
+    return {name: _flags(per_layer[name], part) for name, part in params.items()}
+
+
+def _init_layers(encoding: PositionalEncoding, key: Array, dims: Dims, count: int) -> Params:
+    params = jax.vmap(lambda k: encoding.init(k, dims))(jax.random.split(key, count))
+    return jax.tree.map(lambda flag, p: p if flag else p[0], _flags(encoding.per_layer, params), params)
+
+
+def _split_params(encoding: PositionalEncoding, params: Params) -> tuple[Params, Params]:
+    flags = _flags(encoding.per_layer, params)
+    shared = jax.tree.map(lambda flag, p: None if flag else p, flags, params)
+    own = jax.tree.map(lambda flag, p: p if flag else None, flags, params)
+    return shared, own
+
+
+def _join_params(shared: Params, own: Params) -> Params:
+    return jax.tree.map(lambda a, b: b if a is None else a, shared, own, is_leaf=lambda leaf: leaf is None)
+
+
+def _layer_params(encoding: PositionalEncoding, params: Params, layer: int) -> Params:
+    shared, own = _split_params(encoding, params)
+    return _join_params(shared, jax.tree.map(lambda p: p[layer], own))

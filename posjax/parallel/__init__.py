@@ -1,0 +1,1 @@
+"""Meshes of devices, where arrays live on them, and several processes of one run."""

@@ -1,0 +1,90 @@
+"""Figures of the loss: against the length of the text, and against the index in it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from posjax.plots.style import BLACK, new_figure, styles
+from posjax.typing import Array
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def loss_by_length(
+    rows: Mapping[str, Mapping[int, Sequence[float]]], train_length: int, label: str = "loss (bits per byte)"
+) -> "Figure":
+    """Loss against evaluation length: each seed thin, their mean thick. A curve that ends before the others ends in a cross.
+
+    Args:
+      rows: {encoding: {length in tokens: loss of each seed}}; those that it cannot take are absent or empty.
+      train_length: tokens.
+      label: what the loss is, in words, with its unit.
+    """
+    lengths = sorted({length for row in rows.values() for length in row})
+    figure, axes = new_figure(8.0, 4.6)
+    stopped = None
+    for name, style in styles(rows).items():
+        row = {length: np.asarray(rows[name][length], float) for length in sorted(rows[name]) if len(rows[name][length])}
+        if not row:
+            axes.plot([], [], color=style.color, linestyle=style.line, marker=style.marker, label=f"{name} (no result)")
+            continue
+        x, means = list(row), [values.mean() for values in row.values()]
+        for seed in range(max(map(len, row.values()))):
+            points = [(length, values[seed]) for length, values in row.items() if seed < len(values)]
+            axes.plot(*zip(*points, strict=True), color=style.color, linewidth=0.7, alpha=0.35, marker=".", markersize=4)
+        axes.plot(x, means, color=style.color, linestyle=style.line, marker=style.marker, linewidth=1.8, markersize=5, label=name)
+        if x[-1] < lengths[-1]:
+            (stopped,) = axes.plot(x[-1], means[-1], "x", color=style.color, markersize=11, markeredgewidth=2.2, zorder=4)
+    if stopped is not None:
+        axes.plot([], [], "x", color=BLACK, markersize=9, markeredgewidth=2.2, label="cannot go longer")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.set_xlabel("evaluation length (tokens)")
+    axes.set_ylabel(label)
+    _mark_training(axes, train_length)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def loss_by_index(curves: Mapping[str, tuple[Array, Array]], train_length: int, label: str = "loss (bits per byte)") -> "Figure":
+    """Loss against where in the text a token stands.
+
+    Args:
+      curves: {encoding: (index in tokens [S], loss [S])}, as ``posjax.lab.probes.loss_by_index`` gives them.
+      train_length: tokens; marked where the curves go past it.
+      label: what the loss is, in words, with its unit.
+    """
+    figure, axes = new_figure(8.0, 4.6)
+    for name, style in styles(curves).items():
+        index, bits = map(np.asarray, curves[name])
+        every = max(1, math.ceil(len(index) / 8))
+        axes.plot(
+            index, bits, color=style.color, linestyle=style.line, marker=style.marker, markevery=every, markersize=5, label=name
+        )
+    axes.set_xlim(left=0)
+    axes.set_xlabel("index of the token in its text (tokens)")
+    axes.set_ylabel(label)
+    _mark_training(axes, train_length)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def _mark_training(axes: "Axes", length: int) -> None:
+    axes.axvline(length, color="0.4", linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
+    # Above the frame, where no curve can run through it.
+    axes.annotate(
+        f"trained on {length:,} tokens",
+        (length, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        color="0.3",
+        fontsize=9,
+    )

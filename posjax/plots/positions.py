@@ -1,0 +1,129 @@
+"""Figures of what a model does with positions: what it counts, how far it looks, how its scores decay."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from posjax.plots.style import BLACK, BLUE, RED, SKY, new_figure, styles
+from posjax.typing import Array
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def cope_over_line(text: str, gates: Array, positions: Array, titles: Sequence[str]) -> "Figure":
+    """What CoPE counts over a line: each character's gate (bars) and contextual position (line), as the last character sees them.
+
+    Args:
+      text: S characters, up to about 80; the last is the query.
+      gates: [M, S] of M heads.
+      positions: [M, S], sums of the gates from a character to the query.
+      titles: M, such as "layer 3, head 1".
+
+    Raises:
+      ValueError: shapes that do not agree.
+    """
+    gates, positions = np.asarray(gates), np.asarray(positions)
+    expected = (len(titles), len(text))
+    if gates.shape != expected or positions.shape != expected:
+        raise ValueError(
+            f"gates and positions must have shape {expected} (titles, characters of text), got {gates.shape} and {positions.shape}"
+        )
+    figure, panels = new_figure(max(6.0, 1.8 + 0.135 * len(text)), 0.9 + 1.45 * len(titles), len(titles), 1, sharex=True)
+    panels = np.atleast_1d(panels)
+    x = np.arange(len(text))
+    for axes, title, gate, position in zip(panels, titles, gates, positions, strict=True):
+        bars = axes.bar(x, gate, width=0.8, color=SKY, label="gate")
+        axes.set_ylim(0, 1.05)
+        axes.set_yticks([0, 0.5, 1])
+        axes.set_title(title, fontsize=9, loc="left", pad=3)
+        axes.grid(False)
+        axes.tick_params(axis="x", length=0, pad=3)
+        counted = axes.twinx()
+        (line,) = counted.plot(x, position, color=RED, linewidth=1.4, label="contextual position")
+        counted.set_ylim(0, max(1.0, 1.08 * position.max()))
+        counted.locator_params(axis="y", nbins=4)
+        axes.set_ylabel("gate\n(0 to 1)", fontsize=8, color=BLUE)
+        counted.set_ylabel("position\n(tokens)", fontsize=8, color=RED)
+        for side, own, color in (("left", axes, BLUE), ("right", counted, RED)):
+            own.tick_params(axis="y", labelsize=8, labelcolor=color)
+            own.spines[["top", "left" if side == "right" else "right"]].set_visible(False)
+        counted.spines["left"].set_visible(False)
+    labels = [{" ": "·", "\n": "⏎", "\r": "⏎", "\t": "→"}.get(c, c if c.isprintable() else "�") for c in text]
+    axes.set_xticks(x, labels, family="monospace", fontsize=9, parse_math=False)
+    axes.set_xlim(-0.8, len(text) - 0.2)
+    axes.get_xticklabels()[-1].set(color=RED, fontweight="bold")
+    axes.set_xlabel("the text, a character a token; the query is the last")
+    figure.legend(handles=[bars, line], loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def attention_distance(data: Mapping[str, Array]) -> "Figure":
+    """How far heads look, by layer: a panel for each encoding, a dot for each head, a line through each layer's mean.
+
+    Args:
+      data: {encoding: [L, N] mean distance in tokens}, as ``posjax.lab.probes.attention_distance`` gives a layer's.
+    """
+    columns, rows = _grid(len(data))
+    figure, panels = new_figure(1.0 + 2.0 * columns, 0.8 + 1.9 * rows, rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, (name, style) in zip(panels.flat, styles(data).items(), strict=False):
+        distances = np.asarray(data[name], float)
+        layers, heads = distances.shape
+        layer = np.arange(1, layers + 1)
+        aside = np.linspace(-0.25, 0.25, heads) if heads > 1 else np.zeros(1)
+        axes.plot(layer[:, None] + aside, distances, "o", markersize=4, color=style.color, alpha=0.6, mew=0, clip_on=False)
+        axes.plot(layer, distances.mean(1), color=style.color, linewidth=1.5)
+        axes.set_title(name, fontsize=10)
+        axes.set_yscale("symlog", linthresh=1.0, linscale=0.4)  # a head that looks at its own token only has distance zero
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xticks(layer[:: math.ceil(layers / 8)])
+    axes.set_ylim(0, 1.3 * max([1.0, *(np.max(distances) for distances in data.values())]))
+    _hide_rest(panels, len(data))
+    figure.supxlabel("layer (a dot is a head, the line their mean)", fontsize=10)
+    figure.supylabel("mean attention distance (tokens)", fontsize=10)
+    return figure
+
+
+def decay_curves(curves: Mapping[str, tuple[Array, Array]], bounds: Mapping[str, tuple[Array, Array]] | None = None) -> "Figure":
+    """What each encoding does to a score by distance: a panel for each, a line for each head, the first dark and the last light.
+
+    Args:
+      curves: {encoding: (distances in tokens [S], values [N, S] in nats)}, as ``posjax.lab.probes.decay_curve`` gives them.
+      bounds: {encoding: (distances, values [S])} to draw dashed, such as ``posjax.lab.probes.rope_bound``.
+    """
+    columns, rows = _grid(len(curves))
+    bound = None
+    figure, panels = new_figure(1.0 + 2.3 * columns, 0.8 + 1.9 * rows, rows, columns, sharex=True, squeeze=False)
+    for axes, (name, style) in zip(panels.flat, styles(curves).items(), strict=False):
+        distances, values = map(np.asarray, curves[name])
+        for head, line in enumerate(values):
+            axes.plot(distances, line, color=style.color, alpha=1.0 - 0.75 * head / len(values), linewidth=1.2)
+        if bounds and name in bounds:
+            (bound,) = axes.plot(*bounds[name], color=BLACK, linestyle="--", linewidth=1.0)
+        if np.ptp(values) == 0:
+            axes.set_ylim(-1, 1)
+        axes.axhline(0, color="0.6", linewidth=0.6, zorder=0)
+        axes.set_title(name, fontsize=10)
+        axes.locator_params(nbins=4)
+    _hide_rest(panels, len(curves))
+    if bound is not None:
+        figure.legend([bound], ["shape of the bound"], loc="outside upper right", frameon=False, fontsize=9)
+    figure.supxlabel("distance from key to query, i - j (tokens)", fontsize=10)
+    figure.supylabel("score relative to distance 0 (nats)", fontsize=10)
+    return figure
+
+
+def _grid(panels: int) -> tuple[int, int]:
+    """(columns, rows) for so many panels, four a row at most."""
+    columns = min(4, max(1, panels))
+    return columns, max(1, math.ceil(panels / columns))
+
+
+def _hide_rest(panels: np.ndarray, used: int) -> None:
+    """Takes away the empty panels of the last row; those above them then show the ticks of their column."""
+    for axes in panels.flat[used:]:
+        axes.set_visible(False)
+    for axes in panels.flat[max(0, used - panels.shape[1]) : used]:
+        axes.tick_params(axis="x", labelbottom=True)

@@ -1,0 +1,1 @@
+"""The train state and the train step, checkpoints, and the loop of a run."""

@@ -1,0 +1,61 @@
+"""The learning rate over the steps of a run."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from posjax.checks import is_traced
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+DECAYS = ("cosine", "linear", "constant")
+
+
+def learning_rate_schedule(
+    peak: float, steps: int, warmup_steps: int = 0, decay: str = "cosine", end_fraction: float = 0.0
+) -> Schedule:
+    """Linear warmup to `peak`, then decay to `end_fraction * peak` at step `steps`.
+
+    With w = warmup_steps and f = end_fraction, for the step with index t (from 0):
+      t < w:  peak * (t + 1) / w            (never 0: the first step already learns)
+      else:   p = (t - w) / (steps - w), clipped to [0, 1];
+              cosine:   peak * (f + (1 - f) * (1 + cos(pi p)) / 2)
+              linear:   peak * (1 - (1 - f) * p)
+              constant: peak
+
+    Args:
+      peak: highest learning rate.
+      steps: length of the run in steps.
+      warmup_steps: steps of linear warmup, from 0 to `steps`.
+      decay: "cosine", "linear" or "constant".
+      end_fraction: what remains of the peak at the end, from 0 to 1; "constant" ignores it.
+      (peak, warmup_steps and end_fraction may be traced: settings of a sweep.)
+
+    Returns:
+      A function from the step index (int, any shape) to the learning rate (float32).
+
+    Raises:
+      ValueError: an argument is out of its range; the message says which.
+    """
+    if decay not in DECAYS:
+        raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {decay!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not is_traced(warmup_steps) and not 0 <= warmup_steps <= steps:
+        raise ValueError(f"warmup_steps must be between 0 and steps ({steps}), got {warmup_steps}")
+    if not is_traced(end_fraction) and not 0.0 <= end_fraction <= 1.0:
+        raise ValueError(f"end_fraction must be between 0 and 1, got {end_fraction}")
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - warmup_steps) / jnp.maximum(steps - warmup_steps, 1), 0.0, 1.0)
+        remaining = {
+            "cosine": end_fraction + (1.0 - end_fraction) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+            "linear": 1.0 - (1.0 - end_fraction) * progress,
+            "constant": jnp.ones_like(progress),
+        }[decay]
+        warmup = (step + 1.0) / jnp.maximum(warmup_steps, 1)
+        return peak * jnp.where(step < warmup_steps, warmup, remaining)
+
+    return schedule

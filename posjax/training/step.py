@@ -1,0 +1,147 @@
+"""The train step, as a pure function that jit, pmap, scan and vmap all take.
+
+    batch -> micro-batches -> sum of losses, sum of weights, gradient of the sum
+          -> (sum over devices) -> divide once by the total weight -> clip -> AdamW or Muon -> new state
+
+Sums are divided once, at the very end, so how a batch was cut up (accumulation, devices, uneven weights) changes nothing
+but rounding.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from posjax.checks import is_traced
+from posjax.training.state import TrainState
+from posjax.typing import Params
+
+Batch = Any
+LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate_steps: int = 1,
+    axis_name: str | None = None,
+    ema_decay: float | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Makes `step(state, batch) -> (state, metrics)`, a pure function.
+
+    The loss is sum(loss_sum) / sum(weight_sum) over all micro-batches and devices. A step whose loss or gradient norm is not
+    finite leaves `params`, `opt_state` and `ema` as they were, is counted, and still advances `step` (and with it the key). A
+    batch of total weight 0 has loss 0 and gradient 0.
+
+    Args:
+      loss_fn: (params, batch, key) -> (loss_sum, weight_sum), float32 scalars: the sum of weighted losses (nats) and the sum
+        of weights.
+      optimizer: an optax transformation.
+      accumulate_steps: micro-batches that a batch is cut into along its leading axis; they run one after the other, in the
+        memory of one.
+      axis_name: mapped axis to sum over, for `jax.pmap` (`jit` over sharded arrays needs none). Each device then draws its
+        own noise.
+      ema_decay: ema <- ema_decay * ema + (1 - ema_decay) * params after every step, in [0, 1); None for a state that has none.
+
+    Returns:
+      The step. Its metrics are scalars: loss (nats per unit of weight), grad_norm (before clipping), weight (total weight of
+      the batch, the tokens counted), skipped, skipped_in_a_row, and learning_rate where the optimizer's state holds one.
+
+    Raises:
+      ValueError: accumulate_steps is below 1, or (when tracing) does not divide the batch; ema_decay is not in [0, 1), or (when
+        tracing) is given where the state has no average, or not where it has one.
+    """
+    if accumulate_steps < 1:
+        raise ValueError(f"accumulate_steps must be at least 1, got {accumulate_steps}")
+    if ema_decay is not None and not is_traced(ema_decay) and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in [0, 1), or be None for no average, got {ema_decay}")
+    value_and_gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def summed(params, batch, key):
+        (loss_sum, weight), gradient = value_and_gradient(params, batch, key)
+        return jnp.asarray(loss_sum, jnp.float32), jnp.asarray(weight, jnp.float32), gradient
+
+    def accumulated(params, batch, key):
+        def add(carry, inputs):
+            index, micro_batch = inputs
+            part = summed(params, micro_batch, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, carry, part), None
+
+        zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate_steps), _micro_batches(batch, accumulate_steps)))
+        return total
+
+    def step(state, batch):
+        if (ema_decay is None) != (state.ema is None):
+            kept = "no" if state.ema is None else "an"
+            raise ValueError(f"ema_decay must go with init_state(ema=True), got {ema_decay} for a state with {kept} average")
+        key = jax.random.fold_in(state.key, state.step)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        total = (summed if accumulate_steps == 1 else accumulated)(state.params, batch, key)
+        if axis_name is not None:
+            total = jax.lax.psum(total, axis_name)
+        loss_sum, weight, gradient = total
+
+        divisor = jnp.where(weight > 0, weight, 1.0)
+        loss = loss_sum / divisor
+        gradient = jax.tree.map(lambda leaf: leaf / divisor.astype(leaf.dtype), gradient)
+        grad_norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def unless_skipped(new, old):
+            return jnp.where(finite, new, old).astype(old.dtype)
+
+        params = jax.tree.map(unless_skipped, params, state.params)
+        ema = state.ema
+        if ema is not None:
+            moved = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, params)
+            ema = jax.tree.map(unless_skipped, moved, ema)
+
+        bad = 1 - finite.astype(jnp.int32)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=jax.tree.map(unless_skipped, opt_state, state.opt_state),
+            key=state.key,
+            skipped=state.skipped + bad,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+            ema=ema,
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "weight": weight,
+            "skipped": new_state.skipped,
+            "skipped_in_a_row": new_state.skipped_in_a_row,
+        }
+        # The schedule's own counter bears the same name; only the number is an array.
+        rate = optax.tree.get(opt_state, "learning_rate", filtering=lambda _, leaf: isinstance(leaf, jax.Array))
+        if rate is not None:
+            metrics["learning_rate"] = rate
+        return new_state, metrics
+
+    return step
+
+
+def _micro_batches(batch: Batch, accumulate_steps: int) -> Batch:
+    """[B, ...] -> [accumulate_steps, B / accumulate_steps, ...]; micro-batch i has rows i, i + accumulate_steps, ...
+
+    Strided, not contiguous: when B is sharded over devices, every micro-batch then lies on all of them and no row moves.
+    """
+
+    def split(leaf):
+        rows = leaf.shape[0]
+        if rows % accumulate_steps:
+            raise ValueError(
+                f"accumulate_steps must divide the batch size (on each device): {accumulate_steps} does not divide {rows}"
+            )
+        return jnp.swapaxes(leaf.reshape(rows // accumulate_steps, accumulate_steps, *leaf.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, batch)

@@ -1,0 +1,460 @@
+"""The command line as a user meets it: kills, signals, repeats, damage and wrong words.
+
+What needs a process of its own (signals, exit codes) has one; all else calls ``posjax.cli.main`` here.
+Both share compiled programs.
+"""
+
+import inspect
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from posjax import cli
+from posjax.attention.backends.refused import naming_refusals
+from posjax.encodings.spec import CONSTRUCTORS
+from posjax.lab import config, prompting, source
+from posjax.lab import run as runs
+from posjax.training.checkpoints import Checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 30
+CONFIG = f"""
+from posjax.lab.config import Config
+
+def get_config():
+    return Config(
+        data="text", encoding="rope + cope(8)", encodings=("learned", "rope"), seeds=(0, 1), num_layers=1,
+        embed_dim=16, num_heads=2, seq_length=16, batch_size=8, steps={STEPS}, warmup_steps=3, log_every=1,
+        checkpoint_every=7, eval_lengths=(1, 2),
+        eval_tokens=512, dropout_rate=0.1,
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a config and a text, where commands are run."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "tiny.py").write_text(CONFIG)
+    (home / "text").mkdir()
+    rng = np.random.default_rng(0)
+    words = [*"abcdefgh=()", "return", "range", "print"]
+    for number in range(6):
+        lines = rng.choice(words, size=(100, 12))
+        (home / "text" / f"{number}.txt").write_text("\n".join(" ".join(line) for line in lines) + "\n")
+    settings = {
+        "jax_disable_most_optimizations": True,  # they cost more here than they save
+        "jax_compilation_cache_dir": str(home / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("POSJAX_DATA_DIR", str(home / "data"))
+        patch.setenv("PYTHONPATH", str(ROOT))
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()
+        yield home
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def run(home, run):
+    """The command line, in that folder."""
+    return run
+
+
+def start(*argv):
+    """The same command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "posjax", *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+    )
+
+
+def when(process, happened, limit=120):
+    """Waits until something is seen to have happened."""
+    end = time.monotonic() + limit
+    while not happened():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise AssertionError("\n".join(process.communicate()))
+        time.sleep(0.002)
+
+
+def steps(workdir):
+    path = Path(workdir) / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def final(workdir):
+    """The arrays of a workdir's checkpoint of the last step, read by Orbax alone."""
+    from orbax.checkpoint import v1 as ocp
+
+    state = ocp.load_checkpointables(Path(workdir).absolute() / "checkpoints" / str(STEPS))["state"]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state["params"])}
+
+
+def results(workdir):
+    return json.loads((Path(workdir) / "results.json").read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def straight(home):
+    """A run that nothing happened to."""
+    cli.main(["train", "tiny.py", "--workdir", "straight"])
+    return home / "straight"
+
+
+def assert_same_run(workdir, straight):
+    ours, theirs = final(workdir), final(straight)
+    assert ours.keys() == theirs.keys() and len(ours) > 8
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)  # bit for bit
+    assert steps(workdir) == list(range(1, STEPS + 1))
+    assert results(workdir) == results(straight)
+
+
+# Kills, signals, repeats ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.thorough)])
+def test_killed_at_any_step_and_started_again(run, straight, seed):
+    at = random.Random(seed).randrange(2, 21)
+    command = ("train", "tiny.py", "--workdir", f"killed-{at}")
+    process = start(*command)
+    when(process, lambda: len(steps(command[-1])) >= at)
+    process.kill()
+    process.communicate()
+    assert at <= steps(command[-1])[-1] < STEPS, "the kill came too late to show anything"
+    code, out, err = run(*command)
+    assert code == 0, err
+    assert "resuming" in out or at < 7
+    assert_same_run(command[-1], straight)
+
+
+def test_interrupted(run, straight):
+    process = start("train", "tiny.py", "--workdir", "it stops")
+    when(process, lambda: len(steps("it stops")) >= 4)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    step = int(re.search(r"interrupted by SIGINT at step (\d+); it stops is saved at step \1. To go on, run:\n", out)[1])
+    assert Checkpoints("it stops/checkpoints").steps()[-1] == step < STEPS
+    name, *argv = shlex.split(out.splitlines()[-1])
+    assert (name, argv) == ("posjax", ["train", "tiny.py", "--workdir", "it stops"])
+    code, out, err = run(*argv)
+    assert code == 0 and f"from step {step} of {STEPS}" in out
+    assert_same_run("it stops", straight)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_interrupted_outside_of_training(run, straight, monkeypatch, number, expected):
+    def interrupt(*args, **options):
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+
+    monkeypatch.setattr(source, "open_source", interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
+    code, _, err = run("train", "tiny.py", "--workdir", "straight")
+    signal.signal(signal.SIGINT, before)
+    assert code == expected and err.splitlines()[-1].strip() == "posjax train tiny.py --workdir straight"
+
+
+def test_what_a_run_leaves_and_a_run_that_is_done(run, straight):
+    left = {path.name for path in straight.iterdir()} - {path.name for path in straight.glob("events.out.tfevents*")}
+    figures = {"loss_by_length.png", "loss_by_index.png", "attention_distance.png", "decay_curves.png", "cope_rope-cope-8.png"}
+    assert left - figures == {"config.json", "metrics.jsonl", "checkpoints", "evaluation.json", "results.json", "results.md"}
+    assert left >= figures - {"cope_rope-cope-8.png"}  # which needs a line that is long enough
+    (row,) = results(straight)
+    assert row["encoding"] == "rope + cope(8)" and row["seed"] == 0
+    assert set(row["metrics"]["bits_per_byte"]) == {"16", "32"} and row["metrics"]["limit"] is None
+    before = files(straight / "checkpoints") | {path: path.read_bytes() for path in straight.glob("*.json*")}
+    code, out, _ = run("train", "tiny.py", "--workdir", "straight")
+    assert code == 0 and "done" in out
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_evaluate_gives_the_numbers_of_train(run, straight):
+    trained = results(straight)
+    (straight / "results.json").unlink()
+    code, out, _ = run("evaluate", "tiny.py", "--workdir", "straight")
+    assert code == 0 and results(straight) == trained
+    assert f"{trained[0]['metrics']['bits_per_byte']['16']:.3f}" in out
+    code, _, err = run("evaluate", "tiny.py", "--workdir", "never")
+    assert code == 1 and "workdir must hold checkpoints, which posjax train writes, got 'never'" in err
+    assert not Path("never").exists()
+
+
+def test_another_config_is_refused(run, straight):
+    before = files(straight)
+    code, _, err = run("train", "tiny.py", "--workdir", "straight", "--num_heads", "4", "--learning_rate", "0.5")
+    assert code == 1 and "Traceback" not in err
+    assert "num_heads=2 there and 4 here, learning_rate=0.001 there and 0.5 here; use another --workdir" in err
+    assert files(straight) == before
+
+
+def truncate(workdir, step):
+    largest = max((Path(workdir) / "checkpoints" / str(step)).rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def test_damaged_checkpoints(run, straight):
+    """The newest truncated: the one before it serves, and the end is the same. All truncated: refused, and nothing is touched."""
+    shutil.copytree(straight, "damaged")
+    for name in ("evaluation.json", "results.json"):
+        Path("damaged", name).unlink()
+    kept = Checkpoints("damaged/checkpoints").steps()
+    assert kept == [21, 28, STEPS]
+    truncate("damaged", STEPS)
+    with pytest.warns(
+        UserWarning, match=rf"checkpoint {STEPS} in .*damaged.* is damaged: .* bytes instead of .*; trying an older one"
+    ):
+        code, out, err = run("train", "tiny.py", "--workdir", "damaged")
+    assert code == 0 and f"from step 28 of {STEPS}" in out
+    assert_same_run("damaged", straight)
+
+    Path("damaged", "evaluation.json").unlink()
+    kept = Checkpoints("damaged/checkpoints").steps()
+    for step in kept:
+        truncate("damaged", step)
+    before = files("damaged")
+    with pytest.warns(UserWarning, match="is damaged"):
+        code, _, err = run("train", "tiny.py", "--workdir", "damaged")
+    assert code == 1 and f"none of the {len(kept)} checkpoints" in err and "Move them away to start over" in err
+    assert all(f"checkpoint {step} in" in err for step in kept)
+    assert files("damaged") == before
+
+
+NO_ROOM = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 16.37M of 16.00M vmem.\n\n  Program ..."
+
+
+@pytest.mark.parametrize("verb", ["train", "compare", "evaluate", "generate"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_kernel_that_the_compiler_refuses(run, straight, home, monkeypatch, verb, wrapped):
+    """jax raises what the compiler said, or an error of Mosaic's from it."""
+
+    def refuse(*args, **options):
+        try:
+            raise jax.errors.JaxRuntimeError(NO_ROOM)
+        except jax.errors.JaxRuntimeError as error:
+            if wrapped:
+                raise RuntimeError("Internal TPU kernel compiler error") from error
+            raise
+
+    module, name = (prompting, "stream") if verb == "generate" else (runs, "evaluate" if verb == "evaluate" else "fit")
+    monkeypatch.setattr(module, name, refuse)
+    workdir = "straight" if verb in ("evaluate", "generate") else "refused"
+    code, _, err = run(verb, "tiny.py", "--workdir", workdir)
+    assert code == 1
+    why = r"the compiler of the chip refuses the attention kernel: RESOURCE_EXHAUSTED: .* 16.00M vmem."
+    assert re.fullmatch(rf"posjax: implementation must be 'xla_chunked', got None, with which {why}\n", err)
+    shutil.rmtree(home / "refused", ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "implementation"),
+    [("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.", "pallas"), (NO_ROOM, "xla_chunked")],
+)
+def test_errors_that_are_not_about_the_kernel_stay_what_they_are(said, implementation):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), naming_refusals(implementation):
+        raise jax.errors.JaxRuntimeError(said)
+
+
+@pytest.mark.thorough
+def test_compare_goes_on_with_what_is_missing(run, home):
+    command = ("compare", "tiny.py", "--workdir", "table")
+    process = start(*command)
+    when(process, lambda: len(steps("table/learned/seed-1")) >= 3)
+    process.kill()
+    process.communicate()
+    done = Path("table/learned/seed-0/evaluation.json")
+    before = done.stat().st_mtime_ns, done.read_bytes()
+    assert not Path("table/results.json").exists() and not Path("table/learned/seed-1/evaluation.json").exists()
+    code, out, err = run(*command)
+    assert code == 0, err
+    assert (done.stat().st_mtime_ns, done.read_bytes()) == before
+    first, others = out.split("2 of 4: learned, seed 1")
+    assert "table/learned/seed-0 is trained and evaluated already: done" in first and "tokens/s" not in first
+    assert "4 of 4: rope, seed 1" in others and "already" not in others
+
+    rows = results("table")
+    assert [(row["encoding"], row["seed"]) for row in rows] == [("learned", 0), ("learned", 1), ("rope", 0), ("rope", 1)]
+    assert all(set(row) == {"encoding", "seed", "metrics"} for row in rows)
+    for row in rows:
+        assert (row["metrics"]["bits_per_byte"]["32"] is None) == (row["encoding"] == "learned")
+        assert steps(f"table/{row['encoding']}/seed-{row['seed']}") == list(range(1, STEPS + 1))
+        assert Path(f"table/{row['encoding']}/seed-{row['seed']}/checkpoints/{STEPS}").is_dir()
+    assert rows[2]["metrics"]["bits_per_byte"] != rows[3]["metrics"]["bits_per_byte"]
+    assert "max 16" in Path("table/results.md").read_text() and "max 16" in out
+    assert {path.name for path in Path("table").glob("*.png")} >= {
+        "loss_by_length.png",
+        "loss_by_index.png",
+        "attention_distance.png",
+        "decay_curves.png",
+    }
+    again = files("table")
+    code, out, _ = run(*command)
+    assert code == 0 and out.count("trained and evaluated already: done") == 4
+    assert {path: data for path, data in files("table").items() if path.suffix != ".png"} == {
+        path: data for path, data in again.items() if path.suffix != ".png"
+    }
+
+
+def test_flip_flop(run, home):
+    """From five words to a coin, whose loss is ln 2 = 0.69."""
+    flags = {"task": "flip_flop", "encoding": "cope(8)", "learning_rate": "0.02", "batch_size": 32}
+    code, out, err = run("train", "tiny.py", "--workdir", "flip", *(f"--{name}={value}" for name, value in flags.items()))
+    assert code == 0, err
+    losses = [json.loads(line)["loss"] for line in Path("flip/metrics.jsonl").read_text().splitlines()]
+    assert np.mean(losses[-5:]) < 0.8 and losses[0] > 1.2
+    (row,) = results("flip")
+    errors = row["metrics"]["error"]
+    assert set(errors) == {"in distribution", "dense", "sparse"} and "error (%)" in out
+    assert all(0 <= error < 70 for error in errors.values())
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+
+def test_list_and_help(run, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, out, _ = run("list")
+    assert code == 0
+    assert all(re.search(rf"^  {name} +\S.{{10}}", out, re.MULTILINE) for name in CONSTRUCTORS)
+    assert "configs/quickstart.py" in out
+    code, out, _ = run("--help")
+    assert code == 0 and all(f"  {verb} " in out for verb in cli.VERBS)
+    assert run()[0] == 2
+    code, out, _ = run("train", "configs/quickstart.py", "--help")
+    assert code == 0
+    plain = " ".join(re.sub(r"[│╭╮╰╯─]|\x1b\[[0-9;]*m", " ", out).split())
+    words = dict(re.findall(r"^  (\w+): (.+)$", inspect.getdoc(config.Config), re.MULTILINE))
+    assert len(words) > 40
+    for name, text in words.items():
+        assert re.search(rf"--{name.replace('_', '[-_]')} .{{0,90}}{re.escape(text)}", plain), name
+
+
+def wrong_files(home):
+    (home / "empty").mkdir(exist_ok=True)
+    (home / "binary.txt").write_bytes(b"text\0\xff\xfe" * 50)
+    (home / "short.txt").write_text("a short text\n" * 3)
+    (home / "dangling").mkdir(exist_ok=True)
+    if not (home / "dangling" / "gone.txt").is_symlink():
+        (home / "dangling" / "gone.txt").symlink_to("nowhere")
+        (home / "dangling" / "there.txt").write_text("text " * 100)
+    (home / "raises.py").write_text("def get_config():\n    raise KeyError('workdirr')")
+    (home / "none.py").write_text("def get_config():\n    pass")
+    (home / "file").write_text("mine")
+    (home / "broken").mkdir(exist_ok=True)
+    (home / "broken" / "config.json").write_text('{"steps": 3')
+
+
+TINY = ("train", "tiny.py")
+# arguments, exit code, what the message holds: the argument, its value, what would work
+WRONG = [
+    (("trian", "tiny.py"), 2, r"verb must be train, compare, .*, got 'trian'; did you mean train\?"),
+    (("train",), 1, "a config must come first, such as configs/quickstart.py, got nothing"),
+    (("train", "--steps", "3"), 1, "a config must come first, .*, got '--steps'"),
+    (("train", "tinny.py"), 1, r"config must be a Python file .*, got 'tinny.py'; did you mean tiny.py\?"),
+    (("train", "text"), 1, "config must be a Python file .*, got 'text'"),
+    (("train", "raises.py"), 1, "config raises.py does not run: KeyError: 'workdirr'"),
+    (("train", "none.py"), 1, "none.py must return a posjax.lab.config.Config, got NoneType"),
+    ((*TINY, "--stepz", "3"), 2, "Unrecognized options: --stepz.*Perhaps you meant.*--steps INT"),
+    ((*TINY, "--steps", "many"), 2, "--steps.*'many'.*optimiser steps"),
+    ((*TINY, "--tie_embeddings", "perhaps"), 2, "'perhaps' for argument '--tie-embeddings'.*'True', 'False'"),
+    ((*TINY, "--task", "lmm"), 2, "'lmm' for argument '--task'.*'lm', 'mlm', 'flip_flop'"),
+    ((*TINY, "--steps", "0"), 2, "steps must be an integer of at least 1, got 0"),
+    ((*TINY, "--seeds"), 2, r"seeds must not be empty, got \(\)"),
+    ((*TINY, "--warmup_steps", "99"), 2, r"warmup_steps must lie in \[0, steps=30\], got 99"),
+    ((*TINY, "--learning_rate", "-1"), 2, "learning_rate must be positive, got -1.0"),
+    ((*TINY, "--dropout_rate", "1.5"), 2, r"dropout_rate must lie in \[0, 1\), got 1.5"),
+    ((*TINY, "--num_heads", "3"), 2, "num_heads must divide embed_dim=16 .*, got 3"),
+    ((*TINY, "--num_kv_heads", "4"), 2, "num_kv_heads must divide num_heads=2, got 4"),
+    ((*TINY, "--eval_lengths", "0"), 2, r"eval_lengths must be multiples of seq_length of at least 1, got \(0,\)"),
+    ((*TINY, "--tokenizer", "bpe", "--vocab_size", "9"), 2, "vocab_size must be an integer of at least 259, got 9"),
+    ((*TINY, "--encoding", "roppe"), 1, "encoding must be made of .*, got 'roppe' in 'roppe'; did you mean 'rope'"),
+    ((*TINY, "--encoding", "rope +"), 1, r"encoding must look like 'rope' or .*, got 'rope \+'"),
+    ((*TINY, "--encoding", "cope(1)"), 1, "max_position must be .*at least 2, got 1"),
+    ((*TINY, "--encoding", "rope / alibi"), 1, "encoding 'rope / alibi' does not fit .* num_layers=1, got 2"),
+    ((*TINY, "--encoding", "rope(fraction=0.1)"), 1, r"fraction=0.1"),
+    (
+        (*TINY, "--encoding", "alibi", "--attention", "linear"),
+        1,
+        "encoding 'alibi' does not fit .* must act by rotation alone.*alibi",
+    ),
+    ((*TINY, "--encoding", "cope(8)", "--task", "mlm"), 1, r"encoding 'cope\(8\)' does not fit .*is_causal.*"),
+    ((*TINY, "--batch_size", "12"), 1, "batch_size must be a multiple of 8 on 8 devices with accumulate_steps=1, got 12"),
+    ((*TINY, "--accumulate_steps", "3"), 1, "batch_size must be a multiple of 24 on 8 devices with accumulate_steps=3, got 8"),
+    ((*TINY, "--accumulate_steps", "2", "--parallel", "pmap"), 1, "batch_size must be a multiple of 16 on 8 devices .*, got 8"),
+    ((*TINY, "--data", "texxt"), 1, "data 'texxt' cannot be used: .*a file or folder that exists.*; did you mean 'text'"),
+    ((*TINY, "--data", "empty"), 1, "data 'empty' cannot be used: source must hold text"),
+    (
+        (*TINY, "--data", "binary.txt"),
+        1,
+        "data 'binary.txt' cannot be used: source must hold UTF-8 text only.*convert it or move it",
+    ),
+    ((*TINY, "--data", "dangling"), 1, "cannot read .*gone.txt .No such file.*correct it or take it out"),
+    (
+        (*TINY, "--data", "short.txt", "--seq_length", "64"),
+        1,
+        "seq_length=64 does not fit .*'short.txt': length must be at most .*, got 64",
+    ),
+    ((*TINY, "--eval_lengths", "1", "900"), 1, r"eval_lengths=\(1, 900\) .* must fit the validation split.*at most \d+.*got 14400"),
+    ((*TINY, "--data", "tfds:imdb_review"), 1, "data 'tfds:imdb_review' cannot be used: .*; did you mean 'imdb_reviews'"),
+    ((*TINY, "--data_dir", "file/below"), 1, "file/below"),
+    ((*TINY, "--task", "flip_flop", "--seq_length", "5"), 1, "length must be .*even.*got 5"),
+    ((*TINY, "--workdir", "file"), 1, "workdir must be a folder that can be written, got 'file'"),
+    (
+        (*TINY, "--workdir", "broken"),
+        1,
+        "workdir broken has an unreadable config.json .*; remove that file or use another --workdir",
+    ),
+    (("compare", "tiny.py", "--encodings", "rope", "ropee"), 1, "got 'ropee' in 'ropee'; did you mean 'rope'"),
+    (
+        ("compare", "tiny.py", "--encodings", "rope", "rope / alibi"),
+        1,
+        "encoding 'rope / alibi' does not fit .*num_layers=1, got 2",
+    ),
+    (("compare", "tiny.py", "--encodings", "rope", "rope"), 1, "encodings must all differ, got 'rope', 'rope'"),
+    (("evaluate", "tiny.py", "--workdir", "text"), 1, "workdir must hold checkpoints, which posjax train writes, got 'text'"),
+]
+
+
+@pytest.mark.parametrize(("argv", "code", "message"), WRONG, ids=[shlex.join(argv) for argv, _, _ in WRONG])
+def test_wrong_words(run, home, monkeypatch, argv, code, message):
+    wrong_files(home)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(runs, "train", None)  # nothing is trained
+    got, out, err = run(*argv)
+    assert got == code
+    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", err).split())
+    assert re.search(message, words), words
+    assert "Traceback" not in err and not out.strip()
+    assert not (home / "runs").exists()  # and no workdir is left behind

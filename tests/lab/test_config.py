@@ -1,0 +1,235 @@
+"""Configurations, encodings as text, and results as files: every wrong word is answered with what would work."""
+
+import dataclasses
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from posjax.core.encoding import PositionalEncoding
+from posjax.encodings.spec import CONSTRUCTORS, one_line, parse_encoding, slug
+from posjax.lab import report
+from posjax.lab.config import RUN_ONLY, Config, claim_workdir, identity_of, load_config
+
+CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.py"))
+WRONG_FIELDS = [
+    ({"task": "lmm"}, "task must be one of lm, mlm, .*, got 'lmm'"),
+    ({"tokenizer": "words"}, "tokenizer must be one of bytes, bpe, got 'words'"),
+    ({"decay": "step"}, "decay must be one of cosine, linear, constant, got 'step'"),
+    ({"parallel": "xmap"}, "parallel must be one of jit, pmap, got 'xmap'"),
+    ({"norm": "batchnorm"}, "norm must be .*rmsnorm.*, got 'batchnorm'"),
+    ({"attention": "sparse"}, "attention must be .*softmax.*linear.*, got 'sparse'"),
+    ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+    ({"steps": 1.5}, "steps must be an integer of at least 1, got 1.5"),
+    ({"seq_length": 1}, "seq_length must be an integer of at least 2, got 1"),
+    ({"batch_size": -8}, "batch_size must be an integer of at least 1, got -8"),
+    ({"accumulate_steps": 0}, "accumulate_steps must be an integer of at least 1, got 0"),
+    ({"log_every": 0}, "log_every must be an integer of at least 1, got 0"),
+    ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1, got 0"),
+    ({"keep_checkpoints": 0}, "keep_checkpoints must be an integer of at least 1, got 0"),
+    ({"evaluate_every": 0}, "evaluate_every must be an integer of at least 1, got 0"),
+    ({"eval_tokens": 0}, "eval_tokens must be an integer of at least 1, got 0"),
+    ({"eval_lengths": (1, 0)}, r"eval_lengths must be multiples of seq_length of at least 1, got \(1, 0\)"),
+    ({"eval_lengths": ()}, r"eval_lengths must not be empty, got \(\)"),
+    ({"encodings": ()}, r"encodings must not be empty, got \(\)"),
+    ({"seeds": ()}, r"seeds must not be empty, got \(\)"),
+    ({"seeds": (-1,)}, r"seeds must be from 0 to 2\^31 - 1, got \(-1,\)"),
+    ({"warmup_steps": 11, "steps": 10}, r"warmup_steps must lie in \[0, steps=10\], got 11"),
+    ({"learning_rate": -1e-3}, "learning_rate must be positive, got -0.001"),
+    ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
+    ({"clip_norm": 0.0}, "clip_norm must be positive, or None not to clip, got 0.0"),
+    ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+    ({"z_loss": -1e-4}, "z_loss must be at least 0, got -0.0001"),
+    ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), or be None for no average, got 1.0"),
+    ({"ema_decay": -0.1}, r"ema_decay must lie in \[0, 1\), or be None for no average, got -0.1"),
+    ({"beta2": 1.0}, r"beta2 must lie in \[0, 1\), got 1.0"),
+    ({"end_fraction": 2.0}, r"end_fraction must lie in \[0, 1\], got 2.0"),
+    ({"dropout_rate": 1.5}, r"dropout_rate must lie in \[0, 1\), got 1.5"),
+    ({"embed_dim": 30, "num_heads": 4}, "num_heads must divide embed_dim=30 where head_dim is not given, got 4"),
+    ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads must divide num_heads=4, got 3"),
+    ({"num_layers": 0}, "num_layers must be an integer of at least 1, got 0"),
+    ({"tokenizer": "bpe", "vocab_size": 100}, "vocab_size must be an integer of at least 259, got 100"),
+    ({"attention": "linear", "local_window_size": 4}, "local_window_size and .* must be None where attention='linear'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG_FIELDS, ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
+def test_wrong_field(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**fields)
+
+
+def test_every_field_is_explained():
+    words = dict(re.findall(r"^  (\w+): (.+)$", inspect.getdoc(Config), re.MULTILINE))
+    assert list(words) == [field.name for field in dataclasses.fields(Config)]
+    assert all(len(text) > 5 for text in words.values())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_of_the_project(path):
+    config = load_config(str(path))
+    assert config.workdir == f"runs/{path.stem}"
+    assert all(parse_encoding(spec) for spec in (config.encoding, *config.encodings))
+    assert f"posjax compare configs/{path.name}" in path.read_text() or f"posjax train configs/{path.name}" in path.read_text()
+
+
+WRONG_FILES = {
+    "raises.py": ("1 / 0", "raises.py does not run: ZeroDivisionError: division by zero"),
+    "syntax.py": ("def get_config(:", "syntax.py does not run: SyntaxError"),
+    "nothing.py": ("x = 1", "nothing.py does not run: AttributeError: .*get_config"),
+    "dict.py": ("def get_config():\n    return {}", "dict.py must return a posjax.lab.config.Config, got dict"),
+    "field.py": (
+        "from posjax.lab.config import Config\ndef get_config():\n    return Config(stepz=1)",
+        "field.py does not run: TypeError: .*'stepz'",
+    ),
+    "value.py": (
+        "from posjax.lab.config import Config\ndef get_config():\n    return Config(steps=0)",
+        "value.py does not run: ValueError: steps must be an integer of at least 1, got 0",
+    ),
+    "config.txt": ("x", "config must be a Python file such as configs/quickstart.py, got '.*config.txt'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_wrong_config_file(tmp_path, name):
+    code, message = WRONG_FILES[name]
+    (tmp_path / name).write_text(code)
+    with pytest.raises(ValueError, match=message):
+        load_config(str(tmp_path / name))
+
+
+def test_missing_config_file(tmp_path):
+    (tmp_path / "quickstart.py").write_text("")
+    with pytest.raises(ValueError, match=r"config must be a Python file .*, got '.*quikstart.py'; did you mean .*/quickstart.py\?"):
+        load_config(str(tmp_path / "quikstart.py"))
+    with pytest.raises(ValueError, match=r"config must be a Python file .*, got '/no/such/place.py'$"):
+        load_config("/no/such/place.py")
+
+
+def test_workdir_belongs_to_one_config(tmp_path):
+    config = Config(workdir=str(tmp_path / "a" / "b"), steps=200)
+    assert claim_workdir(config) == tmp_path / "a" / "b"
+    stored = tmp_path / "a" / "b" / "config.json"
+    assert json.loads(stored.read_text())["steps"] == 200
+    before = stored.read_bytes()
+    claim_workdir(dataclasses.replace(config, checkpoint_every=7, log_every=3, parallel="pmap"))  # how it runs, not what
+    wrong = r"steps=200 there and 300 here, beta1=0.9 there and 0.8 here; use another --workdir, or remove it"
+    with pytest.raises(ValueError, match=wrong):
+        claim_workdir(dataclasses.replace(config, steps=300, beta1=0.8))
+    assert stored.read_bytes() == before
+
+
+def test_a_workdir_that_is_older_than_a_field_has_its_default(tmp_path):
+    config = Config(workdir=str(tmp_path), steps=200)
+    claim_workdir(config)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    old = {name: value for name, value in fields.items() if name not in ("optimizer", "z_loss", "ema_decay")}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert claim_workdir(config) == tmp_path
+    wrong = "optimizer='adamw' there and 'muon' here, z_loss=0.0 there and 0.1 here, ema_decay=None there and 0.5 here"
+    with pytest.raises(ValueError, match=wrong):
+        claim_workdir(dataclasses.replace(config, optimizer="muon", z_loss=0.1, ema_decay=0.5))
+    assert set(identity_of(config)) == set(old) - RUN_ONLY  # of which a grid makes the names of its folders
+    assert identity_of(dataclasses.replace(config, z_loss=0.1)) == identity_of(config) | {"z_loss": 0.1}
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", "null", "\udcff"])
+def test_damaged_stored_config(tmp_path, damage):
+    stored = tmp_path / "config.json"
+    stored.write_bytes(damage.encode("utf-8", "surrogateescape"))
+    with pytest.raises(
+        ValueError, match=f"workdir {tmp_path} has an unreadable config.json .*; remove that file or use another --workdir"
+    ):
+        claim_workdir(Config(workdir=str(tmp_path)))
+    assert stored.read_bytes() == damage.encode("utf-8", "surrogateescape")
+
+
+def test_workdir_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"workdir must be a folder that can be written, got '.*/file'"):
+        claim_workdir(Config(workdir=str(tmp_path / "file")))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# Encodings as text ---------------------------------------------------------------------------------------------------
+
+
+def test_encodings_as_text():
+    assert parse_encoding("rope").name == "rope"
+    assert parse_encoding(" rope + cope( 64 ) + alibi ").name == "rope+cope+alibi"
+    assert parse_encoding("cope(max_position=8, gates='keys', scaled=True)").name == "cope"
+    layers = parse_encoding("cope(8) / identity / cope(8)")
+    assert [layer.name for layer in layers] == ["cope", "identity", "cope"] and layers[0] is layers[2]
+    for name in CONSTRUCTORS:
+        text = f"{name}(8)" if name.startswith("cope") else name
+        assert isinstance(parse_encoding(text), PositionalEncoding)
+        assert one_line(name).endswith(".") or one_line(name).endswith(":") or len(one_line(name)) > 20
+
+
+WRONG_SPECS = [
+    ("ropee", "encoding must be made of identity, .*, got 'ropee' in 'ropee'; did you mean 'rope'?"),
+    ("rope + copee(64)", "got 'copee' in 'rope .*; did you mean 'cope'?"),
+    ("zzz", "got 'zzz' in 'zzz'; posjax list shows all"),
+    ("rope(", r"encoding must look like 'rope' or 'rope \+ cope\(64\)', got 'rope\('"),
+    ("", "encoding must look like .*, got ''"),
+    ("rope +", r"encoding must look like .*, got 'rope \+'"),
+    ("rope - alibi", "encoding must look like .*, got 'rope - alibi'"),
+    ("rope / / alibi", "encoding must look like .*, got 'rope / / alibi'"),
+    ("rope.x", "encoding must look like .*, got 'rope.x'"),
+    ("64", "encoding must look like .*, got '64'"),
+    ("rope(**{})", "encoding must look like .*, got 'rope"),
+    ("cope(max_positions=8)", r"cope takes cope\(max_position.*got 'cope\(max_positions=8\)': missing .*'max_position'"),
+    ("cope(len('a'))", r"arguments of cope must be plain values such as 64 or 'keys', got"),
+    ("cope(1)", "max_position must be .*at least 2, got 1"),
+    ("cope(8, gates='sums')", "gates must be .*'keys'.*, got 'sums'"),
+    ("cope('a')", "max_position must be .*, got 'a'"),
+    ("rope(theta='a')", "theta.*'a'"),
+    ("rope(theta=-1)", "theta must be .*, got -1"),
+    ("rope(fraction=2)", "fraction must .*, got 2"),
+    ("rope(pairing='third')", "pairing must be .*, got 'third'"),
+    ("t5(num_buckets=1)", "num_buckets must .*, got 1"),
+]
+
+
+@pytest.mark.parametrize(("spec", "message"), WRONG_SPECS, ids=[spec for spec, _ in WRONG_SPECS])
+def test_wrong_encoding(spec, message):
+    with pytest.raises(ValueError, match=message):
+        parse_encoding(spec)
+
+
+def test_names_for_folders():
+    assert slug("cope(64)") == "cope-64"
+    assert slug("rope + cope(64)") == "rope-cope-64"
+    assert slug("rope / cope(64)") == "rope-then-cope-64"
+
+
+# Results as files ----------------------------------------------------------------------------------------------------
+
+
+def row(encoding, seed, values, limit=None, parameters=1234):
+    metrics = {"bits_per_byte": dict(zip(("16", "32"), values, strict=True)), "limit": limit, "parameters": parameters}
+    return {"encoding": encoding, "seed": seed, "metrics": metrics, "decay": {"distance": [0, 1, 2], "score": [[0, -1, -2]]}}
+
+
+def test_results(tmp_path):
+    rows = [row("rope", 0, (2.0, 3.0)), row("rope", 1, (4.0, 3.5)), row("learned", 0, (1.5, None), limit=16)]
+    report.write_results(rows, "bits_per_byte", tmp_path, "bits per byte")
+    stored = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert stored == [{name: r[name] for name in ("encoding", "seed", "metrics")} for r in rows]
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in (tmp_path / "results.md").read_text().splitlines()[2:]
+    ]
+    assert table[0] == ["encoding", "16", "32", "parameters"]
+    assert table[2] == ["rope", "3.000 ± 1.414", "3.250 ± 0.354", "1,234"]  # sqrt(2) and sqrt(2) / 4: n - 1 in the divisor
+    assert table[3] == ["learned", "1.500", "max 16", "1,234"]
+
+
+def test_figures_of_any_encoding(tmp_path):
+    line = {"layer": 1, "text": "x = 1", "gates": [[0.5] * 5] * 2, "positions": [[2.5, 2, 1.5, 1, 0.5]] * 2}
+    rows = [row("cope(8) / identity", 0, (2.0, 3.0)) | {"line": line}]
+    names = {path.name for path in report.write_figures(rows, "bits_per_byte", "bits per byte", 16, tmp_path)}
+    assert names == {"loss_by_length.png", "decay_curves.png", "cope_cope-8-then-identity.png"}
+    for name in names:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and (tmp_path / name).stat().st_size > 5000
