@@ -1,6 +1,7 @@
-"""Chips by the figures of their data sheets: TPU generations and GPUs, and the peak of a device at hand."""
+"""The one table of chips: TPU generations and GPUs with the figures of their data sheets, and the names that jax gives them."""
 
 import dataclasses
+import re
 from typing import Any
 
 _MIB, _GIB = 2**20, 2**30
@@ -60,10 +61,11 @@ class Gpu:
 
     Attributes:
       device_kind: as jax calls it.
+      pattern: a regular expression that finds it, and its siblings with the same peak, in the names that jax gives devices.
       capability: compute capability.
       arch: as ptxas calls it.
+      shared: bytes of shared memory of a streaming multiprocessor, and of a block at most.
       processors: streaming multiprocessors.
-      shared: bytes of shared memory of one of them, and of a block at most.
       memory: bytes.
       bandwidth: bytes a second.
       l2: bytes of level 2 cache.
@@ -73,10 +75,11 @@ class Gpu:
     """
 
     device_kind: str
+    pattern: str
     capability: tuple[int, int]
     arch: str
-    processors: int
     shared: tuple[int, int]
+    processors: int
     memory: int
     bandwidth: float
     l2: int
@@ -86,26 +89,50 @@ class Gpu:
 
 
 NETWORK = 50e9  # bytes a second from a GPU to other hosts, through a port of 400 Gb/s of its own
-# From NVIDIA's data sheets and the CUDA programming guide's table of capabilities.
+# Compute capability, the name that ptxas has for it, and shared memory of a multiprocessor and of a block.
+_SM_80, _SM_89 = ((8, 0), "sm_80", (167936, 166912)), ((8, 9), "sm_89", (102400, 101376))
+_SM_90, _SM_100 = ((9, 0), "sm_90a", (233472, 232448)), ((10, 0), "sm_100a", (233472, 232448))
+# From NVIDIA's data sheets and the CUDA programming guide's table of capabilities. The first whose pattern is found counts.
 GPUS = {
-    "a100": Gpu(
-        "NVIDIA A100-SXM4-80GB", (8, 0), "sm_80", 108, (167936, 166912), 80 * _GIB, 2039e9, 40 * 2**20, 1.41, 312e12, 300e9
-    ),
-    "rtx4090": Gpu(
-        "NVIDIA GeForce RTX 4090", (8, 9), "sm_89", 128, (102400, 101376), 24 * _GIB, 1008e9, 72 * 2**20, 2.52, 165e12, 32e9
-    ),
-    "h100": Gpu(
-        "NVIDIA H100 80GB HBM3", (9, 0), "sm_90a", 132, (233472, 232448), 80 * _GIB, 3350e9, 50 * 2**20, 1.98, 989e12, 450e9
-    ),
-    "h200": Gpu("NVIDIA H200", (9, 0), "sm_90a", 132, (233472, 232448), 141 * _GIB, 4800e9, 50 * 2**20, 1.98, 989e12, 450e9),
-    "b200": Gpu("NVIDIA B200", (10, 0), "sm_100a", 148, (233472, 232448), 180 * _GIB, 8000e9, 126 * 2**20, 1.97, 2250e12, 900e9),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", "A100.*80GB", *_SM_80, 108, 80 * _GIB, 2039e9, 40 * _MIB, 1.41, 312e12, 300e9),
+    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", "A100", *_SM_80, 108, 40 * _GIB, 1555e9, 40 * _MIB, 1.41, 312e12, 300e9),
+    "a30": Gpu("NVIDIA A30", r"A30\b", *_SM_80, 56, 24 * _GIB, 933e9, 24 * _MIB, 1.44, 165e12, 32e9),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", "RTX 4090", *_SM_89, 128, 24 * _GIB, 1008e9, 72 * _MIB, 2.52, 165e12, 32e9),
+    "l4": Gpu("NVIDIA L4", r"L4\b", *_SM_89, 58, 24 * _GIB, 300e9, 48 * _MIB, 2.04, 121e12, 32e9),
+    "l40": Gpu("NVIDIA L40", r"L40\b", *_SM_89, 142, 48 * _GIB, 864e9, 96 * _MIB, 2.49, 181e12, 32e9),
+    "l40s": Gpu("NVIDIA L40S", "L40S", *_SM_89, 142, 48 * _GIB, 864e9, 96 * _MIB, 2.52, 362e12, 32e9),
+    "h100-pcie": Gpu("NVIDIA H100 PCIe", "H100 PCIe", *_SM_90, 114, 80 * _GIB, 2039e9, 50 * _MIB, 1.755, 756e12, 64e9),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", "H100|GH200", *_SM_90, 132, 80 * _GIB, 3350e9, 50 * _MIB, 1.98, 989e12, 450e9),
+    "h200": Gpu("NVIDIA H200", "H200", *_SM_90, 132, 141 * _GIB, 4800e9, 50 * _MIB, 1.98, 989e12, 450e9),
+    "b200": Gpu("NVIDIA B200", "B200", *_SM_100, 148, 180 * _GIB, 8000e9, 126 * _MIB, 1.97, 2250e12, 900e9),
 }
-# As jax calls TPUs, of which a device is one chip, or a core of one where a chip is two devices.
-_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+# As jax calls TPUs, or has called them; a device is one chip, or a core of one where a chip is two devices.
+_TPU_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "TPU v7x": "tpu7x",
+}
+
+
+def tpu_generation(device_kind: str) -> str | None:
+    """The name in ``GENERATIONS`` of a TPU as jax calls it; None where it is not known, as of a GPU."""
+    return _TPU_KINDS.get(device_kind)
+
+
+def gpu_by_kind(device_kind: str) -> Gpu | None:
+    """The line of ``GPUS`` of a GPU as jax calls it; None where it is not known."""
+    return next((gpu for gpu in GPUS.values() if re.search(gpu.pattern, device_kind)), None)
 
 
 def peak_flops(device: Any) -> float | None:
     """Peak bfloat16 operations a second of a device of jax, from its data sheet; None where that is not known, as of a CPU."""
-    if device.device_kind in _KINDS:
-        return GENERATIONS[_KINDS[device.device_kind]].flops * getattr(device, "num_cores", 1)
-    return next((gpu.flops for gpu in GPUS.values() if gpu.device_kind == device.device_kind), None)
+    generation, gpu = tpu_generation(device.device_kind), gpu_by_kind(device.device_kind)
+    if generation is not None:
+        return GENERATIONS[generation].flops * getattr(device, "num_cores", 1)
+    return None if gpu is None else gpu.flops

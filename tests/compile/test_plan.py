@@ -17,7 +17,7 @@ from posjax.compile import aot, plan, roofline
 from posjax.compile.hlo import Collective, read_cost
 from posjax.compile.plan import Plan, advice, candidates, make_plans
 from posjax.compile.roofline import Chip, seconds_of
-from posjax.hardware import peak_flops
+from posjax.hardware import GPUS, gpu_by_kind, peak_flops
 from posjax.lab.config import Config
 from posjax.lab.flops import attention_flops, model_flops
 from posjax.lab.run import abstract_step
@@ -91,12 +91,43 @@ def test_model_operations_are_those_of_the_compiled_step():
     assert model_flops(config, matrices) == 6 * matrices * 8 * 64 + dense * (65 / 128)
 
 
-def test_peaks_of_devices():
-    """A chip's, from its data sheet, where it is one device of two cores."""
-    device = SimpleNamespace(device_kind="TPU v5", num_cores=2)
-    assert peak_flops(device) == 459e12
-    assert peak_flops(SimpleNamespace(device_kind="NVIDIA H200")) == 989e12
-    assert peak_flops(jax.devices()[0]) is None
+@pytest.mark.parametrize(
+    ("kind", "cores", "teraflops"),
+    [
+        ("TPU v4", 1, 137.5),
+        ("TPU v5", 2, 459),  # a chip that is one device of two cores
+        ("TPU v5p", 2, 459),
+        ("TPU v5 lite", 1, 197),
+        ("TPU v5e", 1, 197),
+        ("TPU v6 lite", 1, 918),
+        ("TPU v6e", 1, 918),
+        ("TPU7x", 1, 1153.5),
+        ("TPU v7x", 1, 1153.5),
+        ("NVIDIA A100-SXM4-80GB", 1, 312),
+        ("NVIDIA A100 80GB PCIe", 1, 312),
+        ("NVIDIA A100-SXM4-40GB", 1, 312),
+        ("NVIDIA A100-PCIE-40GB", 1, 312),
+        ("NVIDIA H100 80GB HBM3", 1, 989),
+        ("NVIDIA H100 PCIe", 1, 756),
+        ("NVIDIA GH200 480GB", 1, 989),
+        ("NVIDIA H200", 1, 989),
+        ("NVIDIA L4", 1, 121),
+        ("NVIDIA L40", 1, 181),
+        ("NVIDIA L40S", 1, 362),
+        ("NVIDIA B200", 1, 2250),
+        ("NVIDIA GB200", 1, 2250),
+        ("cpu", 1, None),
+        ("AMD Instinct MI300X", 1, None),
+    ],
+)
+def test_peaks_of_devices(kind, cores, teraflops):
+    """Peaks are dense bfloat16, from the data sheets, under every name that jax gives a device."""
+    found = peak_flops(SimpleNamespace(device_kind=kind, num_cores=cores))
+    assert found == (teraflops and pytest.approx(teraflops * 1e12))
+
+
+def test_names_of_gpus_are_found_by_their_own_patterns():
+    assert {name: gpu_by_kind(gpu.device_kind) for name, gpu in GPUS.items()} == GPUS
 
 
 # Links -------------------------------------------------------------------------------------------------------------------

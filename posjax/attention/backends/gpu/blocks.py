@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from posjax.hardware import gpu_by_kind
+
 LOWERINGS = ("triton", "mosaic")
 _MOSAIC_JAX = 0, 11, 2  # the first whose Mosaic GPU has what the kernels ask for
 _WIDEST = 144  # channels: 64 and what untied positions add, or 128
@@ -79,7 +81,6 @@ def mosaic_refusal(capability: int, dtype: Any, channels: int, entries: int, blo
 # A line for each kind of call: the least compute capability, bytes of a number, the most channels, whether it counts, and sizes.
 # Which lowering stands first is the one that is preferred.
 _TABLE = json.loads(Path(__file__).with_name("gpu_blocks.json").read_text())
-_KINDS = {"A100|A30": 80, "RTX 4090|L4|L40": 89, "H100|H200|GH200": 90, "B200|GB200": 100}
 LEAST = 80  # Triton's
 
 
@@ -88,7 +89,8 @@ def capability() -> int:
     for one that is not NVIDIA's."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
-        return next((n for kind, n in _KINDS.items() if re.search(rf"\b({kind})\b", device.device_kind)), LEAST)
+        gpu = gpu_by_kind(device.device_kind)
+        return LEAST if gpu is None else 10 * gpu.capability[0] + gpu.capability[1]
     here = jax.devices()[0]
     if here.platform != "gpu":
         return LEAST

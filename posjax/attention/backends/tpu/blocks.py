@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from posjax.hardware import tpu_generation
+
 
 class Blocks(NamedTuple):
     """Sizes of the blocks of the TPU kernel; a call that is shorter takes smaller ones.
@@ -76,18 +78,6 @@ CHIPS = {
 # For programs that are lowered where no chip is known: what v5e and later can run.
 ANY = Chip("any", 30 * _MIB, True, Blocks(512, 512, 256, 1024))
 
-_KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "tpu7x",
-    "TPU v7x": "tpu7x",
-}
-
 
 def chip_at_hand(x: Any = None) -> Chip:
     """The generation of the mesh that an array lies on, or of the mesh in context, or of this process's devices; ``ANY`` where none
@@ -95,4 +85,4 @@ def chip_at_hand(x: Any = None) -> Chip:
     meshes = [jax.sharding.get_abstract_mesh()] if x is None else [jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()]
     devices = [device for mesh in meshes if (device := getattr(mesh, "abstract_device", None)) is not None]
     kind = devices[0].device_kind if devices else jax.devices()[0].device_kind
-    return CHIPS.get(_KINDS.get(kind, ""), ANY)
+    return CHIPS.get(tpu_generation(kind) or "", ANY)
