@@ -94,7 +94,7 @@ def parts(options: argparse.Namespace) -> dict[str, Part]:
     claims = [
         *(Claim(spec, "rope", at(1), MARGIN) for spec in MAIN if spec != "rope"),
         *(Claim(spec, "rope", flat, MARGIN) for spec in MAIN if spec != "rope"),
-        *(Claim(spec, "alibi", flat, MARGIN) for spec in MAIN if spec.startswith("rope")),
+        Claim(both, "alibi", flat, MARGIN),
         *(
             Claim(spec, "alibi", flat, MARGIN, other_column=far, name=f"{spec}, window, less alibi at {far} without")
             for spec in ("rope", both)

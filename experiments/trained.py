@@ -121,7 +121,6 @@ def main(
     result = f"{name}_{options.scale}"
     if options.time:
         return _time(f"{result}_steps", grids)
-    began = time.perf_counter()
     try:
         found = stored(result) | {part: _run(result, part, own) for part, own in grids.items()}
     except Interrupted as stopped:  # which has said how to go on
@@ -131,11 +130,10 @@ def main(
     found = {part: found[part] for part in parts(options) if part in found}
     text = table(found)
     about = {part: one.about for part, one in found.items()}
-    whole = {"seconds": round(time.perf_counter() - began)} if not options.only else {}
     claims = [{"part": part} | claim for part, one in found.items() for claim in one.claims]
     rows = [{"part": part} | _slim(row) for part, one in found.items() for row in one.rows]
     _write_items(result, found)
-    write(result, rows, scale=options.scale, parts=about, **whole, claims=claims, table=text)
+    write(result, rows, scale=options.scale, parts=about, claims=claims, table=text)
     print(text, claims_table(adjusted({name: claims})[name], 3), sep="\n\n")
 
 

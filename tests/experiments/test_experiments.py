@@ -239,7 +239,10 @@ def test_words_follow_from_both_contrasts(steps, time, expected):
     def one(found):
         return found and dict(zip(("mean", "q_value", "tie_p_value"), found, strict=True))
 
-    assert contrasts.word({"equal_steps": one(steps), "equal_time": one(time), "margin": 2.0}) == expected
+    claim = {"equal_steps": one(steps), "equal_time": one(time), "margin": 2.0}
+    assert contrasts.word(claim | {"labels": ["a", "b"]}) == expected
+    if time is None:
+        assert contrasts.word(claim | {"labels": ["a", "a"]}) == "**shown: lower**"
 
 
 def recomputed(result, claim, kind):
@@ -280,7 +283,7 @@ def test_intervals_follow_from_the_stored_items():
                     wanted = recomputed(result, claim, kind)
                     assert (claim[kind]["mean"], *claim[kind]["interval"]) == pytest.approx(wanted, rel=1e-9, abs=1e-12)
                     checked += 1
-    assert checked or not list((EXPERIMENTS / "results").glob("*_items.npz"))
+    assert checked >= 1
 
 
 # What is scored
