@@ -37,7 +37,7 @@ import numpy as np
 import tyro
 
 from posjax.attention.backends.tpu.blocks import CHIPS, Blocks
-from posjax.attention.backends.tpu.tiles import CALM, FEW, HASTY, LANES, OFFSET, QUARTER, SUBLANES, WIDE
+from posjax.attention.backends.tpu.tiles import FEW, LANES, MEDIUM, NARROW, OFFSET, QUARTER, SUBLANES, WIDE
 from posjax.bench import results
 from posjax.bench.attention import versions
 from posjax.compile import aot
@@ -218,14 +218,14 @@ class Step(NamedTuple):
     Attributes:
       number: the distance from the diagonal, in strips.
       mask: of the forms' names.
-      hasty: queries passed too many cells for the backward pass to go straight.
+      wide_steps: queries passed too many cells for the backward pass to go straight.
       need, cells: [groups, quarters], see ``needs``.
       passed: the same with counts past the last position.
     """
 
     number: int
     mask: str
-    hasty: bool
+    wide_steps: bool
     need: np.ndarray
     cells: np.ndarray
     passed: np.ndarray
@@ -239,14 +239,14 @@ class Tile(NamedTuple):
       steps: in the order of the forward pass.
       limit: of each passage, the strip from which on it counted.
       counts: of each query.
-      haste: for the next tile.
+      cell_span: for the next tile.
     """
 
     forward: Turns
     steps: list[Step]
     limit: np.ndarray
     counts: np.ndarray
-    haste: int
+    cell_span: int
 
 
 def size_of_passage(blocks: Blocks) -> int:
@@ -254,7 +254,7 @@ def size_of_passage(blocks: Blocks) -> int:
     return 2 * LANES if blocks.queries % (2 * LANES) == 0 else LANES
 
 
-def count_tile(gates: Gates | None, tile: int, length: int, blocks: Blocks, haste: int) -> Tile:
+def count_tile(gates: Gates | None, tile: int, length: int, blocks: Blocks, cell_span: int) -> Tile:
     """The band of a query tile, as the forward kernel walks through it."""
     strip, held = blocks.strip, min(blocks.resident, length) // blocks.strip
     size = size_of_passage(blocks)
@@ -277,18 +277,18 @@ def count_tile(gates: Gates | None, tile: int, length: int, blocks: Blocks, hast
             last_of_group = queries.reshape(-1, LANES)[:, -1]
             unseen = np.repeat(~here, size // LANES) | (np.repeat(strips, size // LANES) * strip > last_of_group)
             need, cells, widest = needs(*ends, unseen)
-            if haste < WIDE:
+            if cell_span < WIDE:
                 forward[f"straight{mask}"] += 1
-                haste = haste_of(*ends, counts)
-            if haste == WIDE:
+                cell_span = cell_span_of(*ends, counts)
+            if cell_span == WIDE:
                 forward["bending"] += 1
                 add_quarters(forward, "", need)
-                haste = HASTY if widest < SUBLANES else WIDE
+                cell_span = MEDIUM if widest < SUBLANES else WIDE
             forward["step"] += 1
             passed = (np.floor(ends[0]) - np.floor(ends[1])).reshape(-1, LANES, len(quarters)).max(1)
-            steps.append(Step(number, mask, haste > CALM, need, cells, passed))
+            steps.append(Step(number, mask, cell_span > NARROW, need, cells, passed))
             limit, counts, number = np.where(here, strips, limit), later[:, 0], number + 1
-    return Tile(forward, steps, limit, counts, haste)
+    return Tile(forward, steps, limit, counts, cell_span)
 
 
 def walk_over(gates: Gates | None, length: int, blocks: Blocks) -> tuple[Turns, Turns]:
@@ -302,12 +302,12 @@ def walk_over(gates: Gates | None, length: int, blocks: Blocks) -> tuple[Turns, 
         turns["first of a head"] = turns["last of a head"] = length // held
         turns["first of a head: keys"] = length // blocks.keys if length == held else 0
         turns["last of a head: keys"] = length // blocks.keys
-    haste, per_tile = CALM, blocks.keys // blocks.strip
+    cell_span, per_tile = NARROW, blocks.keys // blocks.strip
     for i in range(tiles):
-        tile = count_tile(gates, i, length, blocks, haste)
-        haste = tile.haste
+        tile = count_tile(gates, i, length, blocks, cell_span)
+        cell_span = tile.cell_span
         forward.update(tile.forward)
-        numbers = [step.number for step in tile.steps if step.hasty] or [-1]
+        numbers = [step.number for step in tile.steps if step.wide_steps] or [-1]
         for step in tile.steps:
             backward["step"] += 1
             if not min(numbers) <= step.number <= max(numbers):
@@ -328,8 +328,8 @@ def walk_over(gates: Gates | None, length: int, blocks: Blocks) -> tuple[Turns, 
     return forward, backward
 
 
-def haste_of(first: np.ndarray, last: np.ndarray, before: np.ndarray) -> int:
-    """``Piece.haste`` from the counts [t, quarters] at the first and last key of each quarter, and right of the strip."""
+def cell_span_of(first: np.ndarray, last: np.ndarray, before: np.ndarray) -> int:
+    """``Piece.cell_span`` from the counts [t, quarters] at the first and last key of each quarter, and right of the strip."""
     base, margin = np.floor(before)[:, None], 2.0**-10
 
     def cell(counts: np.ndarray) -> np.ndarray:
@@ -337,8 +337,8 @@ def haste_of(first: np.ndarray, last: np.ndarray, before: np.ndarray) -> int:
 
     wide = (cell(first[:, :1] + margin) >= SUBLANES) & (base < LAST)
     per_half = LANES // QUARTER
-    hasty = cell(first[:, ::per_half] + margin) - cell(last[:, per_half - 1 :: per_half] - margin) >= SUBLANES - 1
-    return WIDE if wide.any() else HASTY if hasty.any() else CALM
+    wide_steps = cell(first[:, ::per_half] + margin) - cell(last[:, per_half - 1 :: per_half] - margin) >= SUBLANES - 1
+    return WIDE if wide.any() else MEDIUM if wide_steps.any() else NARROW
 
 
 def needs(first: np.ndarray, last: np.ndarray, unseen: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:

@@ -29,11 +29,11 @@ from scoring import majority, text_digest
 from posjax import plots
 from posjax.attention.backends.refused import KernelRefused
 from posjax.lab import run as runs
-from posjax.lab.ablation.engine import Fleet, spread_over_cores
+from posjax.lab.ablation.engine import BatchedRuns, spread_over_cores
 from posjax.lab.ablation.grids import read_rows, run_grid
 from posjax.lab.ablation.sweeps import Point, grid, groups
 from posjax.lab.config import Config
-from posjax.lab.evaluation import MEASURES, TASK_MEASURE, EvalSet, percent_or_unit
+from posjax.lab.evaluation import MEASURES, TASK_MEASURE, EvalSet, metric_scale
 from posjax.lab.source import Source, open_source
 from posjax.training.checkpoints import CheckpointError
 from posjax.training.loop import Interrupted
@@ -195,7 +195,7 @@ def _time(name: str, grids: Mapping[str, Part]) -> None:
             devices = jax.local_devices()
             runs_ = (group.runs * len(devices))[: len(devices)]
             one = dataclasses.replace(group, config=dataclasses.replace(group.config, log_every=count), runs=runs_)
-            fleet = Fleet(one, source, devices, at_once=1)
+            fleet = BatchedRuns(one, source, devices, at_once=1)
             state, _ = fleet.move_on(fleet.start(), 0)
             labels = [own.points[run.point].label for run in group.runs]
             measured.append((part, (labels, group, fleet, [state]), []))
@@ -249,7 +249,7 @@ def _run(result: str, part: str, own: Part) -> Found:
     seconds = sum(group["seconds"] for group in finished)
     total = sum(steps.values()) * own.seeds
     measure, label = MEASURES.get(config.task, TASK_MEASURE)
-    scale = percent_or_unit(config, source)
+    scale = metric_scale(config, source)
     dots = {
         column: {name: values([r for r in rows if r["label"] == name], most, column, scale) for name, most in steps.items()}
         for column in made

@@ -12,7 +12,7 @@ from posjax.attention.backends import reference, xla_chunked
 from posjax.attention.backends.gpu import attention as gpu
 from posjax.attention.backends.gpu.blocks import GpuBlocks, check_gpu_blocks
 from posjax.attention.backends.ring import attention as ring
-from posjax.attention.backends.shards import Cut, find_cut, on_parts
+from posjax.attention.backends.shards import ShardSpec, infer_shard_spec, on_parts
 from posjax.attention.backends.tpu import attention as tpu
 from posjax.attention.backends.tpu.blocks import Blocks, check_blocks
 from posjax.checks import is_traced
@@ -83,7 +83,7 @@ def attention(
 
     options = dict(is_causal=is_causal, local_window_size=local_window_size, logits_soft_cap=logits_soft_cap)
 
-    cut, context = find_cut(query), ring.find_context(query)
+    cut, context = infer_shard_spec(query), ring.find_context(query)
 
     def compute(query: Array, key: Array, value: Array, params: Params, arrays: dict[str, Any]) -> Array:
         call = prepare(query, key, value, encoding, params, **options, **arrays, rotated=False)
@@ -118,7 +118,7 @@ def run(
     call: dict[str, Any],
     value: Float[Array, "B S K V"],
     implementation: Implementation | None = None,
-    cut: Cut | None = None,
+    cut: ShardSpec | None = None,
     block_sizes: Blocks | GpuBlocks | None = None,
     context: ring.Context | None = None,
 ) -> Array:
@@ -136,7 +136,7 @@ def run(
       ValueError: an unknown implementation, or block sizes that it does not have.
       NotImplementedError: one that cannot do the call, with one that can.
     """
-    cut = find_cut(call["query"]) if cut is None else cut
+    cut = infer_shard_spec(call["query"]) if cut is None else cut
     if implementation not in (None, "xla", "xla_chunked", "pallas"):
         raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
     if block_sizes is not None:
@@ -174,12 +174,12 @@ def platform_at_hand() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def _refusal(kernel: Any, call: dict[str, Any], value: Array, cut: Cut, block_sizes: Any) -> str | None:
+def _refusal(kernel: Any, call: dict[str, Any], value: Array, cut: ShardSpec, block_sizes: Any) -> str | None:
     """Why the kernel of a platform, tpu or gpu, cannot do a call; None: it can."""
     return kernel.refusal(value=value, block_sizes=_own(kernel, block_sizes), cut=cut, **call)
 
 
-def _of_the_platform(call: dict[str, Any], value: Array, cut: Cut, block_sizes: Any, otherwise: Any = None) -> Array:
+def _of_the_platform(call: dict[str, Any], value: Array, cut: ShardSpec, block_sizes: Any, otherwise: Any = None) -> Array:
     """The kernel of the platform that the program is lowered for, whatever devices this process has.
 
     Args:
@@ -205,7 +205,7 @@ def _of_the_platform(call: dict[str, Any], value: Array, cut: Cut, block_sizes: 
 
 def _own(kernel: Any, block_sizes: Any) -> Any:
     """The block sizes of a call if they are of that kernel."""
-    return block_sizes if isinstance(block_sizes, kernel.BLOCKS) else None
+    return block_sizes if isinstance(block_sizes, kernel.BLOCK_SIZES_CLS) else None
 
 
 def attention_weights(

@@ -39,7 +39,7 @@ def ablate(args: Sequence[str], command: str) -> None:
     from posjax.lab.ablation.engine import spread_over_cores
     from posjax.lab.ablation.grids import run_grid
     from posjax.lab.ablation.sweeps import grid, parse_sweep
-    from posjax.lab.config import claim_workdir
+    from posjax.lab.config import init_or_check_workdir
     from posjax.lab.source import open_source
 
     ablation, config = parse(args, _ablation_flags())
@@ -49,7 +49,7 @@ def ablate(args: Sequence[str], command: str) -> None:
     source = open_source(config)
     for point in points:
         runs.check(point.config, (point.config.encoding,), source, devices=1)
-    workdir = claim_workdir(config)
+    workdir = init_or_check_workdir(config)
     say = printer()
     rows = run_grid(points, seeds, workdir, source, at_once=ablation.runs_at_once, command=command, say=say)
     report_ablation(rows, config, source, workdir, say)

@@ -42,7 +42,7 @@ def open_run(config, specs: Sequence[str]):
     """Workdir and data; what cannot work is told here, before the workdir is made and anything is trained."""
     from posjax.encodings.spec import parse_encoding
     from posjax.lab import run as runs
-    from posjax.lab.config import claim_workdir
+    from posjax.lab.config import init_or_check_workdir
     from posjax.lab.source import open_source
     from posjax.parallel import distributed
 
@@ -51,7 +51,7 @@ def open_run(config, specs: Sequence[str]):
     with distributed.first_process_first():
         source = open_source(config)
     runs.check(config, specs, source)
-    return claim_workdir(config), source
+    return init_or_check_workdir(config), source
 
 
 def printer() -> Callable[[str], None]:

@@ -9,7 +9,7 @@ are visited from the right to the left, each receives the carry of the tile to i
     row 3  [ c <- c <- c <- start ]        carry moves from the diagonal to the left
 
 Once the carry says that nothing to the left can change a row's bias any more (a count has reached the last position), the term has
-settled: from there on it is one number a row, and a kernel may leave the term's function out.
+saturated: from there on it is one number a row, and a kernel may leave the term's function out.
 
 ``BiasTerm.dense`` is the same function on one tile that covers everything: the oracle for every tiled kernel.
 """
@@ -68,7 +68,7 @@ class Interpolation:
 
 TileFunction = Callable[[Tile, Any, Any, Any, Any], tuple[Array, Any]]
 LoadFunction = Callable[[Any, Any], Any]
-SettleFunction = Callable[[Any, Any, Any], tuple[Array, Array]]
+SaturateFunction = Callable[[Any, Any, Any], tuple[Array, Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -85,8 +85,8 @@ class BiasTerm:
       carry: the carry that the rightmost tile receives, arrays [B, N, T, ...], cut along T; None where nothing is carried.
       load: (rows, tables) -> rows as ``function`` sees them, once for each query tile: what is wide is made here (CoPE's q.e, as
         wide as there are positions) and never exists for all queries at once. None: the rows as they are.
-      settle: (rows, tables, carry) -> (settled bool [B, N, t], bias float32 [B, N, t]): where settled, every pair further left has
-        that bias, whatever its key. None: a term that carries never settles.
+      saturate: (rows, tables, carry) -> (saturated bool [B, N, t], bias float32 [B, N, t]): where saturated, every pair further
+        left has that bias, whatever its key. None: a term that carries never saturates.
       fused: what the term is, for kernels of their own machine code that know some terms by name; None: no more than its function.
       heads: which axis of each leaf of ``tables``, in the order of ``jax.tree.leaves``, is that of heads; None for one that has no
         such axis. With them told, devices that share the heads have each only its own. None: not told.
@@ -98,7 +98,7 @@ class BiasTerm:
     tables: Any = None
     carry: Any = None
     load: LoadFunction | None = dataclasses.field(default=None, metadata={"static": True})
-    settle: SettleFunction | None = dataclasses.field(default=None, metadata={"static": True})
+    saturate: SaturateFunction | None = dataclasses.field(default=None, metadata={"static": True})
     fused: Penalty | Lookup | Interpolation | None = dataclasses.field(default=None, metadata={"static": True})
     heads: tuple[int | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 

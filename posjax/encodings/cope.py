@@ -178,7 +178,7 @@ def _interpolated(counts: Array, rows: dict[str, Array], embedding: Array) -> Ar
     return found[..., 0] + (position - floor) * found[..., 1]
 
 
-def _settle_interpolated(rows: dict[str, Array], tables: tuple, carry: Array) -> tuple[Array, Array]:
+def _saturate_interpolated(rows: dict[str, Array], tables: tuple, carry: Array) -> tuple[Array, Array]:
     """Past the last position the bias is z there, whatever is counted further left."""
     last = rows["z"].shape[-2] - 1
     return carry >= last, rows["z"][..., last, 0]
@@ -291,9 +291,9 @@ class _CountingTile:
         return self.name
 
 
-# What a term makes of counts, its load and its settle.
+# What a term makes of counts, its load and its saturate.
 _COUNTING = {
-    "cope": (_interpolated, _load_interpolated, _settle_interpolated),
+    "cope": (_interpolated, _load_interpolated, _saturate_interpolated),
     "cope_alibi": (_penalised, None, None),
     "cope_mlp": (_network, _load_network, None),
 }
@@ -309,7 +309,7 @@ def _counting_term(
     heads: tuple[int | None, ...],
 ) -> BiasTerm:
     """A term with tables (scale, those of the encoding), whose axes of heads are told, and the gates' bias if not the number 0."""
-    bias_of_count, load, settle = _COUNTING[encoding]
+    bias_of_count, load, saturate = _COUNTING[encoding]
     biased = is_traced(gate_bias) or float(gate_bias) != 0.0
     name = f"{encoding} with gates={gates!r}{' and a gate_bias' if biased else ''}"
     rows = {} if load is None and gates == "logits" else {"query": jnp.swapaxes(inputs.query, 1, 2)}
@@ -322,7 +322,7 @@ def _counting_term(
         tables=(jnp.asarray(inputs.scale, jnp.float32), tables, *((setting(gate_bias),) if biased else ())),
         carry=jnp.zeros((batch, num_heads, length), jnp.float32),
         load=load,
-        settle=settle,
+        saturate=saturate,
         fused=Interpolation() if encoding == "cope" and gates == "logits" and not biased else None,
         heads=(None, *heads, *((None,) if biased else ())),
     )

@@ -195,7 +195,7 @@ RUN_ONLY = _SAVING | {"parallel", "mesh", "implementation", "remat", "scan_layer
 _LATER = ("optimizer", "z_loss", "ema_decay")  # runs that were begun before these fields were there go on with their defaults
 
 
-def identity_of(config: Config) -> dict[str, Any]:
+def run_fingerprint(config: Config) -> dict[str, Any]:
     """The fields that make a run that run and no other; those of `_LATER` only where they are not the default."""
     defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in _LATER}
     own = {name: value for name, value in dataclasses.asdict(config).items() if name not in RUN_ONLY}
@@ -228,7 +228,7 @@ def load_config(path: str) -> Config:
     return config if config.workdir else dataclasses.replace(config, workdir=f"runs/{file.stem}")
 
 
-def claim_workdir(config: Config) -> Path:
+def init_or_check_workdir(config: Config) -> Path:
     """Makes the workdir and stores the config there, or checks that it is the config stored there. Of several processes, the first
     stores it.
 

@@ -40,7 +40,7 @@ def evaluate(config: Config, with_params: Callable[[Params], Transformer], param
 
     measure = MEASURES[config.task][0]
     losses = jit_for_all(token_losses(with_params))
-    scale = percent_or_unit(config, source)
+    scale = metric_scale(config, source)
     by_length: dict[str, float | None] = {}
     curve = None
     for column, tests in test_sets(config, source, limit).items():
@@ -93,10 +93,10 @@ def test_sets(config: Config, source: Source, limit: int | None) -> dict[str, It
     else:
         lengths = (config.seq_length * multiple for multiple in config.eval_lengths)
         drawn = {str(n): None if limit is not None and n > limit else held_out(config, source, n) for n in lengths}
-    return {column: None if found is None else first_tokens(found, config.eval_tokens) for column, found in drawn.items()}
+    return {column: None if found is None else take_tokens(found, config.eval_tokens) for column, found in drawn.items()}
 
 
-def first_tokens(batch_iterator: Iterator[dict[str, np.ndarray]], tokens: int) -> Iterator[dict[str, np.ndarray]]:
+def take_tokens(batch_iterator: Iterator[dict[str, np.ndarray]], tokens: int) -> Iterator[dict[str, np.ndarray]]:
     """So many batches that they hold as many tokens."""
     for batch in batch_iterator:
         yield batch
@@ -105,7 +105,7 @@ def first_tokens(batch_iterator: Iterator[dict[str, np.ndarray]], tokens: int) -
             return
 
 
-def percent_or_unit(config: Config, source: Source) -> float:
+def metric_scale(config: Config, source: Source) -> float:
     """What a mean is multiplied with for tables: wrong answers into percent, nats a token into bits a byte."""
     if source.task is not None:
         return 100.0
@@ -159,7 +159,7 @@ def _task_errors(config: Config, with_params: Callable, params: Params, source: 
     errors = {}
     for column, tests in test_sets(config, source, None).items():
         sums = np.sum([np.sum(jax.device_get(wrong(params, batch)), axis=1) for batch in tests], axis=0, dtype=np.float64)
-        errors[column] = float(percent_or_unit(config, source) * sums[0] / sums[1])
+        errors[column] = float(metric_scale(config, source) * sums[0] / sums[1])
     return errors
 
 

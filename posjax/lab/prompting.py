@@ -15,7 +15,7 @@ from posjax.inference.generation import stream
 from posjax.inference.sampling import Sampling
 from posjax.inference.text import TextRow
 from posjax.lab import run as runs
-from posjax.lab.config import Config, claim_workdir
+from posjax.lab.config import Config, init_or_check_workdir
 from posjax.lab.source import Source, open_source
 
 
@@ -138,10 +138,10 @@ def _trained(config: Config) -> Path:
     stored = workdir / "config.json"
     if stored.exists():
         if folder != workdir:  # which encoding and seed, its own folder has said
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # claim_workdir says what is wrong with the file
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # init_or_check_workdir says what is wrong with the file
                 before = json.loads(stored.read_text())
                 config = dataclasses.replace(config, encoding=before["encoding"], seeds=tuple(before["seeds"]))
-        claim_workdir(config)
+        init_or_check_workdir(config)
     return folder
 
 

@@ -16,7 +16,7 @@ from posjax.attention.backends.refused import naming_refusals
 from posjax.data.corpus import NUM_BYTES, NUM_SPECIAL
 from posjax.encodings.spec import parse_encoding, slug
 from posjax.lab.config import Config, load_config
-from posjax.lab.evaluation import evaluate, first_tokens, mean_loss, token_losses
+from posjax.lab.evaluation import evaluate, mean_loss, take_tokens, token_losses
 from posjax.lab.flops import model_flops
 from posjax.lab.source import Source, held_out, open_source, train_batches
 from posjax.models.losses import cross_entropy, z_loss
@@ -206,7 +206,7 @@ def train(
     losses = jit_for_all(token_losses(with_params))
 
     def evaluate_now(state: TrainState) -> dict[str, float]:
-        test_batches = first_tokens(held_out(config, source, config.seq_length), config.eval_tokens)
+        test_batches = take_tokens(held_out(config, source, config.seq_length), config.eval_tokens)
         return {"loss": mean_loss(losses, state.eval_params, test_batches)[0]}
 
     share = row_share(mesh)

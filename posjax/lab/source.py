@@ -14,7 +14,7 @@ from posjax.data.pipeline import batches
 from posjax.lab.config import Config
 from posjax.typing import Array
 
-TESTS, _EXAMPLES = 2**31, 2**31 + 1  # seeds of what models are tested on, and of examples that are drawn once
+EVAL_SEED, _EXAMPLES = 2**31, 2**31 + 1  # seeds of what models are tested on, and of examples that are drawn once
 _EVAL_BATCH_TOKENS = 4096  # at least, in a batch of an evaluation: small batches cost more to start than to compute
 
 
@@ -127,7 +127,7 @@ def test_rows(config: Config, source: Source, task: synthetic.Task) -> Iterator[
     With ``num_examples``, rows that are among the examples of the run are left out and others take their place: a short program of
     the counting task is drawn again and again.
     """
-    drawn = TaskBatches((), lambda data, key: task.batch(key, config.batch_size), TESTS)
+    drawn = TaskBatches((), lambda data, key: task.batch(key, config.batch_size), EVAL_SEED)
     if config.num_examples is None:
         return drawn
     trained = {row.tobytes() for row in jax.device_get(_examples(config, source.task))["tokens"]}

@@ -23,7 +23,7 @@ from posjax.attention.backends.xla_chunked import SAVED
 from posjax.attention.linear import LinearCache, linear_attend, linear_attention
 from posjax.checks import check_at_least
 from posjax.core.encoding import Dims, PositionalEncoding
-from posjax.parallel.gather import in_rows, put_together
+from posjax.parallel.gather import gather_params, in_rows
 from posjax.parallel.mesh import mesh_of
 from posjax.typing import Array, Float, Int, Params
 
@@ -418,7 +418,7 @@ class Transformer(nnx.Module):
             weights, own, key, i = xs
             mine = jax.tree.map(lambda all: jax.lax.dynamic_index_in_dim(all, i, keepdims=False), cache)
             params = _join_params(shared, own)
-            weights = put_together(weights, "layers")
+            weights = gather_params(weights, "layers")
             call = nnx.merge(graph, jax.tree.unflatten(structure, jax.tree.leaves(weights)))
             x, record, mine = call(x, encoding, params, positions, segment_ids, key, mine)
             cache = None if cache is None else kv_cache.store(cache, i, mine, x.shape[1])
@@ -454,7 +454,7 @@ class Transformer(nnx.Module):
     def _part(self, name: str) -> nnx.Module:
         """A part of the model with its weights put together."""
         graph, weights, structure = self._weights(name)
-        return nnx.merge(graph, jax.tree.unflatten(structure, jax.tree.leaves(put_together(weights, name))))
+        return nnx.merge(graph, jax.tree.unflatten(structure, jax.tree.leaves(gather_params(weights, name))))
 
     def _logits(self, hidden: Array) -> Array:
         logits = self._part("token_embedding").attend(hidden) if self.config.tie_embeddings else self._part("head")(hidden)

@@ -208,7 +208,7 @@ _leaving: int | None = None
 
 
 @contextlib.contextmanager
-def loss_told(telling: Callable[[], str]) -> Iterator[None]:
+def peer_loss_reported(telling: Callable[[], str]) -> Iterator[None]:
     """Within, the loss of another process ends this one with `telling()`, which says where the run stands and how to go on.
 
     Where a collective breaks, that is a ProcessLost. Where the coordinator is gone, or tells of a process that it has not heard of,

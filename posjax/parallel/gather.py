@@ -11,7 +11,7 @@ from posjax.parallel.mesh import ROWS, mesh_of
 from posjax.parallel.partition_rules import SHARDED_RULES, WEIGHTS, Rules, axis_names, fitting_spec
 
 
-def put_together(weights: Any, path: str, rules: Rules = SHARDED_RULES) -> Any:
+def gather_params(weights: Any, path: str, rules: Rules = SHARDED_RULES) -> Any:
     """Weights as they are used, whole along WEIGHTS; their gradients come back summed into parts.
 
     Of weights that are cut like the batch the compiler would take over the cut: it moves every activation so that D is cut and B is

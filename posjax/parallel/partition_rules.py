@@ -19,7 +19,7 @@ WEIGHTS = ("fsdp", "context")
 PARTITION_RULES: Rules = ((r"", PartitionSpec()),)
 
 # For `Transformer` on many devices. Over "tensor" a pair of products costs one sum of activations (Megatron-LM, arXiv:1909.08053);
-# over WEIGHTS lie parts that are put together where they are used, see `gather.put_together` (ZeRO, arXiv:1910.02054). The first
+# over WEIGHTS lie parts that are put together where they are used, see `gather.gather_params` (ZeRO, arXiv:1910.02054). The first
 # axis of a layer's weight is the layer, which the scan walks along.
 SHARDED_RULES: Rules = (
     (r"layers/(query|key|value)/kernel$", PartitionSpec(None, WEIGHTS, "tensor", None)),  # [L, D, N or K, H]

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from posjax.hardware import peak_flops
-from posjax.parallel.distributed import RESTART, Agreement, loss_told
+from posjax.parallel.distributed import RESTART, Agreement, peer_loss_reported
 from posjax.training.checkpoints import Checkpoints
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -127,7 +127,7 @@ def fit(
         return f"{workdir} is {_saved_at(done[-1] if done else 0)}. To go on, run:\n  {_command(resume_command)}"
 
     log = _Log(workdir, step, steps, quiet, flops_per_token)
-    with noted_signals() as caught, log, Agreement(step) as agreement, loss_told(telling):
+    with noted_signals() as caught, log, Agreement(step) as agreement, peer_loss_reported(telling):
         clock, streaks, save_due = _Clock(jax.process_count() if shares is None else shares), [], False
         while step < steps:
             try:

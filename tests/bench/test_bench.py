@@ -346,7 +346,7 @@ def test_torch_and_x_transformers_compute_the_same(encoding):
 
 def test_gates_of_a_trained_model(tmp_path, monkeypatch):
     from posjax.lab import run as runs
-    from posjax.lab.config import Config, claim_workdir
+    from posjax.lab.config import Config, init_or_check_workdir
     from posjax.lab.source import held_out, open_source
 
     config = Config(
@@ -357,7 +357,7 @@ def test_gates_of_a_trained_model(tmp_path, monkeypatch):
         AttentionBench(workdir=config.workdir)
     source = open_source(config)
     with_params, params = runs.build_model(config, config.encoding, source, 0)
-    (claim_workdir(config) / "checkpoints").mkdir()
+    (init_or_check_workdir(config) / "checkpoints").mkdir()
     monkeypatch.setattr(runs, "restore_params", lambda *args: params)
     recorded = inputs.recorded_inputs(config.workdir, 0, 100)
     assert recorded["query"].shape == recorded["key"].shape == (16, 8, 2, 4)

@@ -35,12 +35,12 @@ import selective_copy  # noqa: E402
 import symmetry  # noqa: E402
 import tupe  # noqa: E402
 
-from posjax.lab.ablation.engine import Fleet  # noqa: E402
+from posjax.lab.ablation.engine import BatchedRuns  # noqa: E402
 from posjax.lab.ablation.sweeps import grid, groups  # noqa: E402
 from posjax.lab.config import Config  # noqa: E402
 from posjax.lab.evaluation import EvalSet  # noqa: E402
 from posjax.lab.run import check  # noqa: E402
-from posjax.lab.source import TESTS, TaskBatches, on_device, open_source  # noqa: E402
+from posjax.lab.source import EVAL_SEED, TaskBatches, on_device, open_source  # noqa: E402
 
 # What is written down
 
@@ -326,7 +326,7 @@ def test_the_same_tokens_are_scored_at_every_length_and_a_window_leaves_out_what
 
     whole = dataclasses.replace(scoring.ends_of_excerpts(config, source, 128), local_window_size=16)
     (group,) = groups(grid(dataclasses.replace(config, encodings=("sinusoidal + cope(8)",)), []), [0])
-    fleet = Fleet(group, source, jax.local_devices()[:1], None)
+    fleet = BatchedRuns(group, source, jax.local_devices()[:1], None)
     state = fleet.start()
     np.testing.assert_allclose(fleet.scores(state, tests), fleet.scores(state, whole), rtol=1e-5)
 
@@ -336,7 +336,7 @@ def test_programs_that_were_trained_on_are_no_tests():
     source = open_source(config)
     data, _ = on_device(config, source)
     trained_on = {row.tobytes() for row in np.asarray(data["tokens"])}
-    again = TaskBatches((), lambda data, key: source.task.batch(key, 16), TESTS)
+    again = TaskBatches((), lambda data, key: source.task.batch(key, 16), EVAL_SEED)
     drawn = [row.tobytes() for _ in range(40) for row in next(again)["tokens"]]
     assert 0.02 < np.mean([row in trained_on for row in drawn]) < 0.6  # without the rejection, tests would hold these
     tests = scoring.strings(config, source, source.task, 512)

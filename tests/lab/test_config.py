@@ -11,7 +11,7 @@ import pytest
 from posjax.core.encoding import PositionalEncoding
 from posjax.encodings.spec import CONSTRUCTORS, one_line, parse_encoding, slug
 from posjax.lab import report
-from posjax.lab.config import RUN_ONLY, Config, claim_workdir, identity_of, load_config
+from posjax.lab.config import RUN_ONLY, Config, init_or_check_workdir, load_config, run_fingerprint
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.py"))
 WRONG_FIELDS = [
@@ -110,29 +110,29 @@ def test_missing_config_file(tmp_path):
 
 def test_workdir_belongs_to_one_config(tmp_path):
     config = Config(workdir=str(tmp_path / "a" / "b"), steps=200)
-    assert claim_workdir(config) == tmp_path / "a" / "b"
+    assert init_or_check_workdir(config) == tmp_path / "a" / "b"
     stored = tmp_path / "a" / "b" / "config.json"
     assert json.loads(stored.read_text())["steps"] == 200
     before = stored.read_bytes()
-    claim_workdir(dataclasses.replace(config, checkpoint_every=7, log_every=3, parallel="pmap"))  # how it runs, not what
+    init_or_check_workdir(dataclasses.replace(config, checkpoint_every=7, log_every=3, parallel="pmap"))  # how it runs, not what
     wrong = r"steps=200 there and 300 here, beta1=0.9 there and 0.8 here; use another --workdir, or remove it"
     with pytest.raises(ValueError, match=wrong):
-        claim_workdir(dataclasses.replace(config, steps=300, beta1=0.8))
+        init_or_check_workdir(dataclasses.replace(config, steps=300, beta1=0.8))
     assert stored.read_bytes() == before
 
 
 def test_a_workdir_that_is_older_than_a_field_has_its_default(tmp_path):
     config = Config(workdir=str(tmp_path), steps=200)
-    claim_workdir(config)
+    init_or_check_workdir(config)
     fields = json.loads((tmp_path / "config.json").read_text())
     old = {name: value for name, value in fields.items() if name not in ("optimizer", "z_loss", "ema_decay")}
     (tmp_path / "config.json").write_text(json.dumps(old))
-    assert claim_workdir(config) == tmp_path
+    assert init_or_check_workdir(config) == tmp_path
     wrong = "optimizer='adamw' there and 'muon' here, z_loss=0.0 there and 0.1 here, ema_decay=None there and 0.5 here"
     with pytest.raises(ValueError, match=wrong):
-        claim_workdir(dataclasses.replace(config, optimizer="muon", z_loss=0.1, ema_decay=0.5))
-    assert set(identity_of(config)) == set(old) - RUN_ONLY  # of which a grid makes the names of its folders
-    assert identity_of(dataclasses.replace(config, z_loss=0.1)) == identity_of(config) | {"z_loss": 0.1}
+        init_or_check_workdir(dataclasses.replace(config, optimizer="muon", z_loss=0.1, ema_decay=0.5))
+    assert set(run_fingerprint(config)) == set(old) - RUN_ONLY  # of which a grid makes the names of its folders
+    assert run_fingerprint(dataclasses.replace(config, z_loss=0.1)) == run_fingerprint(config) | {"z_loss": 0.1}
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[1]", "null", "\udcff"])
@@ -142,14 +142,14 @@ def test_damaged_stored_config(tmp_path, damage):
     with pytest.raises(
         ValueError, match=f"workdir {tmp_path} has an unreadable config.json .*; remove that file or use another --workdir"
     ):
-        claim_workdir(Config(workdir=str(tmp_path)))
+        init_or_check_workdir(Config(workdir=str(tmp_path)))
     assert stored.read_bytes() == damage.encode("utf-8", "surrogateescape")
 
 
 def test_workdir_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match=r"workdir must be a folder that can be written, got '.*/file'"):
-        claim_workdir(Config(workdir=str(tmp_path / "file")))
+        init_or_check_workdir(Config(workdir=str(tmp_path / "file")))
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -10,7 +10,7 @@ from posjax.core.bias import BiasTerm, Tile
 from posjax.core.masks import Mask
 from posjax.typing import Array, Float, Int
 
-_NEVER = -1e30  # a finite stand-in for minus infinity: a row with no allowed key stays free of NaN, in its gradient too
+_MASK_VALUE = -1e30  # a finite stand-in for minus infinity: a row with no allowed key stays free of NaN, in its gradient too
 
 
 def attention(
@@ -47,7 +47,7 @@ def weights(
     scores = tile.logits + sum(term.dense(tile) for term in terms)
     if logits_soft_cap is not None:
         scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
-    scores = jnp.where(tile.allowed, scores, _NEVER)
+    scores = jnp.where(tile.allowed, scores, _MASK_VALUE)
     highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     unnormalised = jnp.where(tile.allowed, jnp.exp(scores - highest), 0.0)
     total = unnormalised.sum(-1, keepdims=True)

@@ -27,7 +27,7 @@ WHOLE_AXES = ("sequence", "seq", "context", "stage", "pipeline", "sp", "cp", "pp
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class ShardSpec:
     """What is cut over which axes of the mesh that a call runs on. Hashable, so that it can be static in a custom_vjp.
 
     Attributes:
@@ -41,7 +41,7 @@ class Cut:
     heads: tuple[str, ...] = ()
 
     @property
-    def head_parts(self) -> int:
+    def num_head_shards(self) -> int:
         return math.prod(self.mesh.shape[name] for name in self.heads) if self.heads else 1
 
     @property
@@ -49,14 +49,14 @@ class Cut:
         return math.prod(self.mesh.shape[name] for name in self.batch) if self.batch else 1
 
 
-def find_cut(query: Array) -> Cut:
+def infer_shard_spec(query: Array) -> ShardSpec:
     """The cut of a call with that query [B, T, N, H], to be found before ``auto_axes`` hides an explicit sharding."""
     sharding = jax.typeof(query).sharding
     mesh = sharding.mesh if not sharding.mesh.empty else jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     free = [name for name in mesh.axis_names if types[name] != AxisType.Manual]
     if all(mesh.shape[name] == 1 for name in free):
-        return Cut()
+        return ShardSpec()
     given = [() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in sharding.spec]
     given += [()] * (4 - len(given))
     batch, heads = ([name for name in names if types[name] == AxisType.Explicit] for names in (given[0], given[2]))
@@ -66,15 +66,15 @@ def find_cut(query: Array) -> Cut:
         names, size = (heads, query.shape[2]) if name in HEAD_AXES else (batch, query.shape[0])
         if name not in WHOLE_AXES and size % math.prod(mesh.shape[n] for n in [*names, name]) == 0:
             names.append(name)
-    return Cut(mesh, tuple(batch), tuple(heads))
+    return ShardSpec(mesh, tuple(batch), tuple(heads))
 
 
-def per_shard(function: Callable[..., Any], cut: Cut, inputs: Any, results: Any) -> Callable[..., Any]:
+def per_shard(function: Callable[..., Any], cut: ShardSpec, inputs: Any, results: Any) -> Callable[..., Any]:
     """``function`` on each device's part of its arguments.
 
     Args:
       function: arrays in, arrays out. It sees parts: B and K (N) are those of one device.
-      cut: from ``find_cut``.
+      cut: from ``infer_shard_spec``.
       inputs: for each argument a string with a letter an axis, "b..." say: b is the batch, n heads (of either kind), all other
         letters are whole everywhere. One string may stand for a whole pytree; None for one without arrays. An axis of length 1
         is not cut.
@@ -133,7 +133,7 @@ def exact(letters: str, x: Array) -> str:
 Function = Callable[..., Array]
 
 
-def on_parts(function: Function, cut: Cut, along: str | None = None) -> Function:
+def on_parts(function: Function, cut: ShardSpec, along: str | None = None) -> Function:
     """``function`` of a call's query, key, value, terms, mask, positions, rotation and scale, on each device's part of them.
 
     Heads are cut where the devices divide key heads too, and where all terms tell which axes of their tables are those of heads.
@@ -150,7 +150,7 @@ def on_parts(function: Function, cut: Cut, along: str | None = None) -> Function
         call = dict(query=query, key=key, terms=terms, scale=jnp.asarray(scale, jnp.float32)) | rest
         static = {name: x for name, x in rest.items() if x is None or isinstance(x, float | int)}
         call = {name: x for name, x in call.items() if name not in static}
-        heads = cut.heads if key.shape[2] % cut.head_parts == 0 and all(_tells(term) for term in terms) else ()
+        heads = cut.heads if key.shape[2] % cut.num_head_shards == 0 and all(_tells(term) for term in terms) else ()
         of = {"b": cut.batch or None, "n": heads or None, "t": along}
 
         def spec(letters: str, x: Array) -> PartitionSpec:

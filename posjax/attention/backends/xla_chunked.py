@@ -2,10 +2,10 @@
 
 A query tile visits its key tiles from the right to the left and keeps an online softmax (Milakov & Gimelshein, arXiv:1805.02867;
 Dao et al., arXiv:2205.14135). Tiles in which the mask allows nothing are not visited. Bias terms are evaluated in each tile; what a
-term carries goes along, a number a row. Once every row has settled, what is left of the walk is plain: a constant a row.
+term carries goes along, a number a row. Once every row has saturated, what is left of the walk is plain: a constant a row.
 
     keys ->      0       1       2       3
-    queries 2  [plain] [plain] [count] .......      counting from the diagonal to the left until all rows have settled
+    queries 2  [plain] [plain] [count] .......      counting from the diagonal to the left until all rows have saturated
     queries 3  [plain] [plain] [count] [count]
 
 The backward pass recomputes the scores of each tile from the log-sum-exp of its rows, and takes the derivative of a term by
@@ -27,12 +27,12 @@ from posjax.core.bias import BiasTerm, Tile
 from posjax.core.masks import Mask
 from posjax.typing import Array, Float, Int
 
-# Large enough for matrix products to run at full speed on a CPU, small enough for rows to settle early and to fit its cache.
+# Large enough for matrix products to run at full speed on a CPU, small enough for rows to saturate early and to fit its cache.
 _ROWS = _COLUMNS = 128
-_NEVER = -1e30  # a score that no softmax weight survives
-NOTHING = 1e30  # the log-sum-exp of a row that sees nothing: no weight survives that either
+_MASK_VALUE = -1e30  # a score that no softmax weight survives
+EMPTY_LSE = 1e30  # the log-sum-exp of a row that sees nothing: no weight survives that either
 SAVED = "posjax_attention"  # what the backward pass takes from the forward one, for policies of jax.checkpoint
-_LOWEST = -1e29  # the first maximum of a row, above _NEVER: in a row that sees nothing all weights are then zero
+_INIT_MAX = -1e29  # the first maximum of a row, above _MASK_VALUE: in a row that sees nothing all weights are then zero
 
 
 def attention(
@@ -151,7 +151,7 @@ def _blocks(x: Array, size: int) -> Array:
 
 
 def _pad(x: Any, *, to: int, axis: int) -> Any:
-    """x up to a multiple of ``to`` along an axis, by repeating its end: a repeated query settles when the last one does."""
+    """x up to a multiple of ``to`` along an axis, by repeating its end: a repeated query saturates when the last one does."""
     if x is None or x.shape[axis] == 1 or x.shape[axis] % to == 0:
         return x
     widths = [(0, 0)] * x.ndim
@@ -270,14 +270,14 @@ def _may_meet(plan: Plan, x: Operands, index: Array, query_positions: Array) -> 
     return may
 
 
-def _scores(row: _Row, seen: _KeyTile, logits, rows, columns, tables, carries, settled) -> tuple[Array, list[Any]]:
+def _scores(row: _Row, seen: _KeyTile, logits, rows, columns, tables, carries, saturated) -> tuple[Array, list[Any]]:
     """Scores of one tile before the mask, and the carries for the tile to its left.
 
-    Rows, columns, tables and carries are lists over the terms; so is ``settled``: a bias a row where a term has settled.
+    Rows, columns, tables and carries are lists over the terms; so is ``saturated``: a bias a row where a term has saturated.
     """
     tile = Tile(logits, seen.allowed, row.query_positions, seen.positions)
     scores, handed_on = logits, []
-    for term, own, by_key, table, carry, constant in zip(row.terms, rows, columns, tables, carries, settled, strict=True):
+    for term, own, by_key, table, carry, constant in zip(row.terms, rows, columns, tables, carries, saturated, strict=True):
         if constant is not None:
             scores = scores + constant[..., None]
         else:
@@ -288,18 +288,18 @@ def _scores(row: _Row, seen: _KeyTile, logits, rows, columns, tables, carries, s
     return scores if cap is None else cap * jnp.tanh(scores / cap), handed_on
 
 
-def _can_settle(terms: tuple[BiasTerm, ...]) -> bool:
-    """Whether a walk has a plain part: no term carries, or all that do can settle."""
-    return all(term.carry is None or term.settle is not None for term in terms)
+def _can_saturate(terms: tuple[BiasTerm, ...]) -> bool:
+    """Whether a walk has a plain part: no term carries, or all that do can saturate."""
+    return all(term.carry is None or term.saturate is not None for term in terms)
 
 
 def _constants(terms: tuple[BiasTerm, ...], rows, tables, carries) -> tuple[list[Array | None], list[Array | None]]:
-    """Which rows of which terms have settled and on what bias; None for terms that do not carry."""
+    """Which rows of which terms have saturated and on what bias; None for terms that do not carry."""
     pairs = [
-        (None, None) if term.carry is None else term.settle(own, table, carry)
+        (None, None) if term.carry is None else term.saturate(own, table, carry)
         for term, own, table, carry in zip(terms, rows, tables, carries, strict=True)
     ]
-    return [settled for settled, _ in pairs], [bias for _, bias in pairs]
+    return [saturated for saturated, _ in pairs], [bias for _, bias in pairs]
 
 
 # Forward ---------------------------------------------------------------------------------------------------------------
@@ -330,9 +330,9 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Any]:
     """The walk of every query tile.
 
     Returns:
-      [I, B, N, t, V], and what ``gradients`` needs of the walk: the log-sum-exp of every row [I, B, N, t] (``NOTHING`` where a row
-      saw no key), of the visited tiles of every query tile how many were plain [I], and the carry that every term hands on beyond
-      the last key, [I, B, N, t, ...].
+      [I, B, N, t, V], and what ``gradients`` needs of the walk: the log-sum-exp of every row [I, B, N, t] (``EMPTY_LSE`` where a
+      row saw no key), of the visited tiles of every query tile how many were plain [I], and the carry that every term hands on
+      beyond the last key, [I, B, N, t, ...].
     """
 
     def one(index: Array) -> tuple[Array, Array, Array, Any]:
@@ -340,10 +340,10 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Any]:
         loaded = [term.loaded() for term in row.terms]
         rows, tables = [term.rows for term in loaded], [term.tables for term in loaded]
 
-        def visit(at: Array, softmax: tuple[Array, Array, Array], carries: list[Any], settled: list[Array | None]) -> Any:
+        def visit(at: Array, softmax: tuple[Array, Array, Array], carries: list[Any], saturated: list[Array | None]) -> Any:
             seen = row.key_tile(at)
-            scores, carries = _scores(row, seen, row.logits(seen.key), rows, seen.columns, tables, carries, settled)
-            scores = jnp.where(seen.allowed, scores, _NEVER)
+            scores, carries = _scores(row, seen, row.logits(seen.key), rows, seen.columns, tables, carries, saturated)
+            scores = jnp.where(seen.allowed, scores, _MASK_VALUE)
             highest, total, out = softmax
             new = jnp.maximum(highest, scores.max(-1))
             weights, shrink = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
@@ -351,23 +351,23 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Any]:
             return at - 1, (new, total * shrink + weights.sum(-1), out * shrink[..., None] + product), carries
 
         batch, heads, height, _ = row.query.shape
-        statistics = jnp.full((batch, heads, height), _LOWEST), jnp.zeros((batch, heads, height))
+        statistics = jnp.full((batch, heads, height), _INIT_MAX), jnp.zeros((batch, heads, height))
         softmax = (*statistics, jnp.zeros((batch, heads, height, x.value.shape[-1])))
         state = row.count - 1, softmax, [term.carry for term in loaded]
-        unsettled = [None] * len(loaded)
+        unsaturated = [None] * len(loaded)
         if any(term.carry is not None for term in loaded):
 
             def counts(state: Any) -> Array:
                 at, _, carries = state
-                if not _can_settle(row.terms):
+                if not _can_saturate(row.terms):
                     return at >= 0
                 through = (row.visits[at] < row.leftmost)[:, None]  # nothing is left to see for these
-                settled = [s for s in _constants(row.terms, rows, tables, carries)[0] if s is not None]
-                return (at >= 0) & ~functools.reduce(jnp.logical_and, [(s | through).all() for s in settled])
+                saturated = [s for s in _constants(row.terms, rows, tables, carries)[0] if s is not None]
+                return (at >= 0) & ~functools.reduce(jnp.logical_and, [(s | through).all() for s in saturated])
 
-            state = jax.lax.while_loop(counts, lambda state: visit(*state, unsettled), state)
+            state = jax.lax.while_loop(counts, lambda state: visit(*state, unsaturated), state)
         first = state[0] + 1  # of the visited tiles, how many are plain
-        if _can_settle(row.terms):
+        if _can_saturate(row.terms):
             at, softmax, carries = state
             constants = _constants(row.terms, rows, tables, carries)[1]
             at, softmax = jax.lax.while_loop(
@@ -377,8 +377,8 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Any]:
         highest, total, out = state[1]
         nothing = total == 0.0
         out = out / jnp.where(nothing, 1.0, total)[..., None]
-        log_sum = jnp.where(nothing, NOTHING, highest + jnp.log(jnp.where(nothing, 1.0, total)))
-        return out if plan.is_part else out.astype(x.value.dtype), log_sum, first, state[2]
+        lse = jnp.where(nothing, EMPTY_LSE, highest + jnp.log(jnp.where(nothing, 1.0, total)))
+        return out if plan.is_part else out.astype(x.value.dtype), lse, first, state[2]
 
     out, *saved = jax.lax.map(one, jnp.arange(x.query.shape[0]))
     return out, saved
@@ -413,41 +413,41 @@ def _sum(a: list[Array], b: list[Array]) -> list[Array]:
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
-def late_zero(slack: Array) -> Array:
+def runtime_zero(delta: Array) -> Array:
     """0.0 that is not known before the gradient of the result is: what sums start from must not be laid out before.
 
     Constants have no place in the order of a program, and XLA puts these, of the size of keys and values, at its very beginning.
     """
-    magnitude = jax.lax.bitcast_convert_type(slack.ravel()[0], jnp.int32) & 0x7FFFFFFF  # never negative, of NaN neither
+    magnitude = jax.lax.bitcast_convert_type(delta.ravel()[0], jnp.int32) & 0x7FFFFFFF  # never negative, of NaN neither
     return jnp.minimum(magnitude, 0).astype(jnp.float32)
 
 
-def slack_of(out: Array, d_out: Array) -> Array:
+def delta_of(out: Array, d_out: Array) -> Array:
     """What the derivative of the softmax takes off the gradient of every weight of a row: sum(d_out * out), float32."""
     # tile by tile, or the products of all rows are laid out in float32
     return jax.lax.map(lambda both: (both[0].astype(jnp.float32) * both[1].astype(jnp.float32)).sum(-1), (out, d_out))
 
 
 @_one_by_one
-def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, slack: Array, d_final: list[Array]) -> dict[str, Any]:
+def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, delta: Array, d_final: list[Array]) -> dict[str, Any]:
     """The gradients of the operands' floating-point leaves.
 
     Args:
       saved: of ``outputs``; of a part, the log-sum-exp is that of the whole rows.
-      d_out, slack: of the whole rows, see ``slack_of``.
+      d_out, delta: of the whole rows, see ``delta_of``.
       d_final: of the carries that are handed on, those of floats, [I, B, N, t, ...].
 
     Returns:
       By name. Tiles of queries lead query, rows and carries, tiles of keys lead key and value; what belongs to terms is a list of
       their leaves of floats.
     """
-    log_sum, first, final = saved
+    lse, first, final = saved
     all_columns, _ = floats([term.columns for term in x.terms])
     all_tables, _ = floats([term.tables for term in x.terms])
     kv_heads = x.key.shape[2]
 
     def one(totals: Any, step: Any) -> tuple[Any, Any]:
-        index, log_sum, first, final, d_out, slack, d_final = step
+        index, lse, first, final, d_out, delta, d_final = step
         row = _row(plan, x, index)
         raw_rows, with_raw_rows = floats([term.rows for term in row.terms])
         tables, with_tables = floats([term.tables for term in row.terms])
@@ -462,13 +462,13 @@ def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, slack: Array, d
         carries, with_carries = floats([term.carry for term in row.terms])
         carrying = bool(carries)
         d_out = d_out.astype(jnp.float32)
-        unsettled = [None] * len(row.terms)
+        unsaturated = [None] * len(row.terms)
 
-        def scores(seen: _KeyTile, logits, rows, columns, tables, carries, settled) -> tuple[Array, list[Array]]:
+        def scores(seen: _KeyTile, logits, rows, columns, tables, carries, saturated) -> tuple[Array, list[Array]]:
             """``_scores`` as a function of floats alone."""
             _, with_columns = floats(seen.columns)
             others = with_rows(rows), with_columns(columns), with_tables(tables), with_carries(carries)
-            total, handed_on = _scores(row, seen, logits, *others, settled)
+            total, handed_on = _scores(row, seen, logits, *others, saturated)
             return total, floats(handed_on)[0]
 
         def again(at: Array, state: Any) -> Any:
@@ -476,30 +476,30 @@ def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, slack: Array, d
             carries, received = state
             at = row.count - 1 - at
             seen = row.key_tile(at)
-            carries = scores(seen, row.logits(seen.key), rows, floats(seen.columns)[0], tables, carries, unsettled)[1]
+            carries = scores(seen, row.logits(seen.key), rows, floats(seen.columns)[0], tables, carries, unsaturated)[1]
             return carries, [r.at[at - 1].set(c) for r, c in zip(received, carries, strict=True)]
 
-        def visit(at: Array, state: Any, carries: list[Array], settled: list[Array | None]) -> Any:
-            (d_query, d_rows, d_tables), (d_key, d_value, d_columns), d_carries, d_settled = state
+        def visit(at: Array, state: Any, carries: list[Array], saturated: list[Array | None]) -> Any:
+            (d_query, d_rows, d_tables), (d_key, d_value, d_columns), d_carries, d_saturated = state
             seen, j = row.key_tile(at), row.visits[at]
             key, value, columns = seen.key, seen.value, floats(seen.columns)[0]
-            inputs = row.logits(key), rows, columns, tables, carries, settled
+            inputs = row.logits(key), rows, columns, tables, carries, saturated
             (total, _), vjp = jax.vjp(functools.partial(scores, seen), *inputs)
-            weights = jnp.where(seen.allowed, jnp.exp(total - log_sum[..., None]), 0.0)
+            weights = jnp.where(seen.allowed, jnp.exp(total - lse[..., None]), 0.0)
             d_weights = _of_groups("bkgtv,bksv->bkgts", d_out.astype(value.dtype), value)
-            d_total = weights * (d_weights - slack[..., None])
-            d_logits, more_rows, more_columns, more_tables, d_carries, more_settled = vjp((d_total, d_carries))
+            d_total = weights * (d_weights - delta[..., None])
+            d_logits, more_rows, more_columns, more_tables, d_carries, more_saturated = vjp((d_total, d_carries))
             d_logits = d_logits.astype(key.dtype)
             d_key = d_key.at[j].add(_into_groups(d_logits, row.query, kv_heads))
             d_value = d_value.at[j].add(_into_groups(weights.astype(value.dtype), d_out.astype(value.dtype), kv_heads))
             d_columns = [_add_at(d, more, j * plan.columns) for d, more in zip(d_columns, more_columns, strict=True)]
             d_query = d_query + _of_groups("bkgts,bksh->bkgth", d_logits, key)
-            d_settled = jax.tree.map(jnp.add, d_settled, more_settled)
+            d_saturated = jax.tree.map(jnp.add, d_saturated, more_saturated)
             return (
                 (d_query, _sum(d_rows, more_rows), _sum(d_tables, more_tables)),
                 (d_key, d_value, d_columns),
                 d_carries,
-                d_settled,
+                d_saturated,
             )
 
         d_tables, by_key = totals
@@ -508,26 +508,26 @@ def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, slack: Array, d
         if carrying:
             received = [jnp.broadcast_to(c, (x.key.shape[0], *c.shape)) for c in carries]
             received = jax.lax.fori_loop(0, row.count - first - 1, again, (carries, received))[1]
-        if _can_settle(row.terms):
+        if _can_saturate(row.terms):
 
-            def settle(rows: list[Array], tables: list[Array], carries: list[Array]) -> list[Array | None]:
+            def saturate(rows: list[Array], tables: list[Array], carries: list[Array]) -> list[Array | None]:
                 return _constants(row.terms, with_rows(rows), with_tables(tables), with_carries(carries))[1]
 
-            settled, settle_vjp = jax.vjp(settle, rows, tables, final)
-            own, by_key, d_carries, d_settled = jax.lax.fori_loop(
+            saturated, saturate_vjp = jax.vjp(saturate, rows, tables, final)
+            own, by_key, d_carries, d_saturated = jax.lax.fori_loop(
                 0,
                 first,
-                lambda at, state: visit(at, state, final, settled),
-                (own, by_key, d_carries, jax.tree.map(jnp.zeros_like, settled)),
+                lambda at, state: visit(at, state, final, saturated),
+                (own, by_key, d_carries, jax.tree.map(jnp.zeros_like, saturated)),
             )
-            more_rows, more_tables, more_carries = settle_vjp(d_settled)
+            more_rows, more_tables, more_carries = saturate_vjp(d_saturated)
             own, d_carries = (own[0], _sum(own[1], more_rows), _sum(own[2], more_tables)), _sum(d_carries, more_carries)
         if carrying:
             own, by_key, d_carries, _ = jax.lax.fori_loop(
                 first,
                 row.count,
-                lambda at, state: visit(at, state, [r[at] for r in received], unsettled),
-                (own, by_key, d_carries, unsettled),
+                lambda at, state: visit(at, state, [r[at] for r in received], unsaturated),
+                (own, by_key, d_carries, unsaturated),
             )
         d_query, d_rows, d_tables = own
         d_scale = (d_query * row.query.astype(jnp.float32)).sum()
@@ -537,9 +537,9 @@ def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, slack: Array, d
         return (_sum(d_tables, more_tables), by_key), made
 
     start = _zeros(all_tables), (*_zeros([x.key, x.value]), _zeros(all_columns))
-    start = jax.tree.map(lambda zeros: jnp.full_like(zeros, late_zero(slack)), start)
+    start = jax.tree.map(lambda zeros: jnp.full_like(zeros, runtime_zero(delta)), start)
     (d_tables, (d_key, d_value, d_columns)), (d_query, d_rows, d_carries, d_scale) = jax.lax.scan(
-        one, start, (jnp.arange(x.query.shape[0]), log_sum, first, final, d_out, slack, d_final)
+        one, start, (jnp.arange(x.query.shape[0]), lse, first, final, d_out, delta, d_final)
     )
     return dict(
         query=d_query,
@@ -556,7 +556,7 @@ def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, slack: Array, d
 def _backward(plan: Plan, saved: tuple[Operands, Array, Any], d_out: Array) -> tuple[Operands]:
     x, out, walk = saved
     final = floats(walk[2])[0]
-    found = gradients(plan, x, walk, d_out, slack_of(out, d_out), _zeros(final))
+    found = gradients(plan, x, walk, d_out, delta_of(out, d_out), _zeros(final))
     return (gradient_of(x, found | dict(carries=[whole_rows(tiles) for tiles in found["carries"]])),)
 
 

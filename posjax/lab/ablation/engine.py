@@ -147,7 +147,7 @@ def programs_of(group: Group, source: Source) -> Programs:
     return Programs(init, step, lambda data, seed, number: draw(data, batch_key(seed, number)), data, scored)
 
 
-class Fleet:
+class BatchedRuns:
     """The runs of one group on the devices, and the compiled programs that move them on and score them."""
 
     def __init__(self, group: Group, source: Source, devices: Sequence[Any], at_once: int | None):
@@ -172,7 +172,7 @@ class Fleet:
         """The state of all runs before the first step."""
         return jax.jit(over_runs(lambda run, _: self.programs.init(*run), self.devices, 1))(self.fixed, ())
 
-    def trimmed(self, state: TrainState) -> TrainState:
+    def unpad(self, state: TrainState) -> TrainState:
         """Without the runs that fill up, on one device: what is saved does not depend on the number of devices."""
         return jax.tree.map(lambda x: jax.device_put(x, self.devices[0])[: self.size], state)
 

@@ -21,10 +21,10 @@ import numpy as np
 
 from posjax.attention.backends.refused import naming_refusals
 from posjax.encodings.spec import parse_encoding, slug
-from posjax.lab.ablation.engine import Fleet
+from posjax.lab.ablation.engine import BatchedRuns
 from posjax.lab.ablation.sweeps import Group, Point, groups
-from posjax.lab.config import Config, identity_of
-from posjax.lab.evaluation import MEASURES, TASK_MEASURE, EvalSet, longest, percent_or_unit, test_sets
+from posjax.lab.config import Config, run_fingerprint
+from posjax.lab.evaluation import MEASURES, TASK_MEASURE, EvalSet, longest, metric_scale, test_sets
 from posjax.lab.source import Source
 from posjax.training.checkpoints import Checkpoints
 from posjax.training.loop import MAX_SKIPPED_IN_A_ROW, Interrupted, forget_after, json_number, noted_signals
@@ -118,7 +118,7 @@ def _rows(
 def _folder(group: Group) -> str:
     """A name that says what is in it, and that another group does not have."""
     runs = [(run.seed, dict(run.traced)) for run in group.runs]
-    digest = hashlib.sha256(json.dumps([identity_of(group.config), group.spec, runs]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([run_fingerprint(group.config), group.spec, runs]).encode()).hexdigest()
     return f"{slug(group.spec)[:60]}-{digest[:8]}"
 
 
@@ -162,9 +162,9 @@ def _train_group(
     # Before anything is compiled: importing Orbax makes JAX forget its programs.
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
     began = time.perf_counter()
-    fleet = Fleet(group, source, jax.local_devices()[: len(group.runs)], at_once)
+    fleet = BatchedRuns(group, source, jax.local_devices()[: len(group.runs)], at_once)
     state, step = fleet.start(), 0
-    found = checkpoints.restore_latest(fleet.trimmed(state))
+    found = checkpoints.restore_latest(fleet.unpad(state))
     if found is not None:
         state, step = fleet.restored(found.state), found.step
         began -= found.data_state["seconds"]
@@ -180,7 +180,7 @@ def _train_group(
         return {c: t for c, t in sets.items() if last or (t is not None and any(before < s <= step for s in t.steps))}
 
     def evaluate(asked: Mapping[str, EvalSet | None]) -> dict[str, list[float] | None]:
-        scale = percent_or_unit(config, source)
+        scale = metric_scale(config, source)
         sums = {column: None if one is None else fleet.scores(state, one) for column, one in asked.items()}
         _write_items(folder, step, sums)
         return {c: None if s is None else (scale * s[0].sum(1) / s[1].sum(1)).tolist() for c, s in sums.items()}
@@ -200,7 +200,7 @@ def _train_group(
             file.write(json.dumps(line) + "\n")
         progress.moved((step - before) * len(group.runs), f"loss {np.mean(metrics['loss'][:, -1]):.4f}")
         if caught or step == config.steps or step - saved >= config.checkpoint_every:
-            checkpoints.save(step, fleet.trimmed(state), {"seconds": time.perf_counter() - began})
+            checkpoints.save(step, fleet.unpad(state), {"seconds": time.perf_counter() - began})
             saved = step
         if caught and step < config.steps:
             name = signal.Signals(caught[0]).name

@@ -140,7 +140,7 @@ def forget(tile, rows, columns, tables, carry):
 
 
 def forgetting_terms(params, inputs):
-    """A forgetting gate (Lin et al., arXiv:2503.02130) with a strength by query and a slope by head. It never settles."""
+    """A forgetting gate (Lin et al., arXiv:2503.02130) with a strength by query and a slope by head. It never saturates."""
     term = pj.BiasTerm(
         function=forget,
         rows={"strength": jax.nn.softplus(jnp.einsum("btnh,h->bnt", inputs.query, params["query"]))},
@@ -253,7 +253,7 @@ ENCODING = pj.chain(pj.rope(), pj.cope(4))
 @functools.cache
 def plain(kernel):
     operands = random_operands(ENCODING)
-    operands["query"] = 4 * operands["query"]  # gates near zero and one: some rows settle in the first tile, some do not
+    operands["query"] = 4 * operands["query"]  # gates near zero and one: some rows saturate in the first tile, some do not
     return operands, answers(with_tile(kernel), ENCODING, operands, is_causal=True)
 
 
@@ -273,9 +273,9 @@ def test_the_plain_call_of_the_transformations_equals_dense_attention_eagerly():
 
 
 @every_kernel
-def test_vmap_with_rows_that_settle_in_different_tiles(kernel):
+def test_vmap_with_rows_that_saturate_in_different_tiles(kernel):
     operands, want = plain(kernel)
-    silent = operands | {"query": jnp.abs(operands["query"]), "key": -jnp.abs(operands["key"])}  # gates at zero: never settles
+    silent = operands | {"query": jnp.abs(operands["query"]), "key": -jnp.abs(operands["key"])}  # gates at zero: never saturates
     stack = jax.tree.map(lambda a, b: jnp.stack([a, b]), operands, silent)
     gradients = jax.jit(jax.vmap(jax.grad(functools.partial(one_loss, kernel))))(stack)
     same(jax.tree.map(lambda x: x[0], gradients), {name: want[name] for name in operands})

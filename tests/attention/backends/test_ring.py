@@ -19,11 +19,11 @@ import posjax as pj
 from posjax.attention.api import prepare
 from posjax.attention.backends import xla_chunked
 from posjax.attention.backends.ring import attention as ring
-from posjax.attention.backends.shards import Cut
+from posjax.attention.backends.shards import ShardSpec
 
 HEADS = (4, 2, 16, 16)
 GATED = pj.chain(pj.rope(theta=1e6), pj.cope(12))
-LONG = pj.cope(400)  # never settles
+LONG = pj.cope(400)  # never saturates
 
 
 @functools.cache
@@ -50,7 +50,7 @@ class Ring:
         mesh = mesh_of(self.data, self.context, self.tensor)
         if self.bare:
             mesh = Mesh(mesh.devices.ravel(), ("context",), axis_types=(AxisType.Auto,))
-        cut = Cut(mesh, ("data",) if self.data > 1 else (), ("tensor",) if self.tensor > 1 else ())
+        cut = ShardSpec(mesh, ("data",) if self.data > 1 else (), ("tensor",) if self.tensor > 1 else ())
         context = ring.Context(cut, "context")
         return ring.attention(**call, context=context, kernel=self.kernel)
 
@@ -315,8 +315,8 @@ def test_memory_of_a_device_falls_as_one_over_the_number_of_devices(encoding):
     assert two / eight == pytest.approx(4, rel=0.15)
 
 
-def test_chunks_past_which_every_row_has_settled_are_plain(monkeypatch):
-    """Gates near one: after twelve keys a row has settled, and only the chunk on the left of its own may have tiles to count in."""
+def test_chunks_past_which_every_row_is_saturated_are_plain(monkeypatch):
+    """Gates near one: after twelve keys a row is saturated, and only the chunk left of its own may have tiles to count in."""
     operands = make_operands(GATED, 1, 1024, 1024, (2, 1, 16, 16), gates="near 1")
     query, key, value, params = (operands[name] for name in ("query", "key", "value", "params"))
     call = prepare(query, key, value, GATED, params, is_causal=True)

@@ -243,7 +243,7 @@ def test_cope_where_gates_saturate(last, per_head, gates):
 @thorough
 @pytest.mark.parametrize("gates", [None, "near 1", "mixed", "by group"])
 def test_groups_strips_and_blocks_of_several_tiles(gates):
-    """In one tile of 256 queries one group settles and the other does not."""
+    """In one tile of 256 queries one group saturates and the other does not."""
     check(EVERYTHING, tile=LARGE, length=520, heads=(1, 1, 16, 16), gates=gates, is_causal=True)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import posjax as pj
 from posjax.attention.api import prepare
-from posjax.attention.backends.shards import Cut
+from posjax.attention.backends.shards import ShardSpec
 from posjax.attention.backends.tpu import attention as tpu
 from posjax.attention.backends.tpu import vmem
 from posjax.attention.backends.tpu.backward import backward
@@ -237,4 +237,4 @@ def test_more_extents_than_scalar_memory_holds_are_refused():
     assert refusal(16, segment_ids=True) is None
     assert refusal(64) is None  # rows that are all alike take no more than one
     mesh = jax.sharding.AbstractMesh((4, 2), ("data", "tensor"))
-    assert refusal(64, Cut(mesh, ("data",), ("tensor",)), segment_ids=True) is None
+    assert refusal(64, ShardSpec(mesh, ("data",), ("tensor",)), segment_ids=True) is None

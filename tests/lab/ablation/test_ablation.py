@@ -15,7 +15,7 @@ from posjax.data.on_device import language_rows, on_device
 from posjax.data.pipeline import batches
 from posjax.lab import report
 from posjax.lab import run as runs
-from posjax.lab.ablation.engine import Fleet, over_runs, scan_steps
+from posjax.lab.ablation.engine import BatchedRuns, over_runs, scan_steps
 from posjax.lab.ablation.grids import run_grid
 from posjax.lab.ablation.sweeps import grid, groups, parse_sweep
 from posjax.lab.config import Config
@@ -170,7 +170,7 @@ def test_runs_that_do_not_fit_the_memory_wait(monkeypatch):
     source, metrics = open_source(CONFIG), []
     for fits, at_once in ((True, 4), (False, 1)):
         monkeypatch.setattr("posjax.lab.ablation.engine._fits", lambda compiled, device, fits=fits: fits)
-        fleet = Fleet(group, source, jax.local_devices()[:1], None)
+        fleet = BatchedRuns(group, source, jax.local_devices()[:1], None)
         fleet.at_once = 4  # as it begins on an accelerator
         metrics.append(fleet.move_on(fleet.start(), 0)[1]["loss"])
         assert fleet.at_once == at_once and fleet.compilations["train"] == (1 if fits else 3)

@@ -18,13 +18,13 @@ from posjax.attention.backends.deferred import deferred
 from posjax.attention.backends.gpu import triton
 from posjax.attention.backends.gpu.blocks import LEAST, LOWERINGS, GpuBlocks, blocks_for, capability, mosaic_refusal
 from posjax.attention.backends.gpu.plan import Operands, Plan, visits
-from posjax.attention.backends.shards import Cut, exact, find_cut, per_shard
+from posjax.attention.backends.shards import ShardSpec, exact, infer_shard_spec, per_shard
 from posjax.core.bias import BiasTerm, Interpolation, Lookup, Penalty
 from posjax.core.masks import Mask, Rules, with_padding
 from posjax.typing import Array, Float, Int
 
 _log = logging.getLogger(__package__)
-BLOCKS = GpuBlocks  # what ``block_sizes`` of these kernels are
+BLOCK_SIZES_CLS = GpuBlocks  # what ``block_sizes`` of these kernels are
 _WIDEST = 288  # channels of a head: 256 and what untied positions add to 128
 
 
@@ -73,7 +73,7 @@ def attention(
     logits_soft_cap: float | None = None,
     *,
     tile: GpuBlocks | None = None,
-    cut: Cut | None = None,
+    cut: ShardSpec | None = None,
     interpret: Any = None,
 ) -> Float[Array, "B T N V"]:
     """Attention in the kernels, on each device's own rows and heads.
@@ -87,7 +87,7 @@ def attention(
     Returns:
       [B, T, N, V] in the dtype of value; rows without an allowed key are zero.
     """
-    cut = find_cut(query) if cut is None else cut
+    cut = infer_shard_spec(query) if cut is None else cut
     call = dict(query=query, key=key, value=value, terms=terms, mask=mask, scale=scale, logits_soft_cap=logits_soft_cap)
     call |= dict(query_positions=query_positions, key_positions=key_positions)
     out = _attend(*laid_out(default_blocks(query, value, terms) if tile is None else tile, cut, interpret, **call))
@@ -101,7 +101,7 @@ def joined(out: Array, length: int, width: int) -> Array:
 
 def laid_out(
     blocks: GpuBlocks,
-    cut: Cut,
+    cut: ShardSpec,
     interpret: Any,
     *,
     query: Array,
@@ -113,11 +113,11 @@ def laid_out(
     key_positions: Array,
     scale: Array | float,
     logits_soft_cap: float | None = None,
-) -> tuple[Plan, Cut, Operands]:
+) -> tuple[Plan, ShardSpec, Operands]:
     """A call as the kernels take it; arguments as in ``attention``."""
     kinds = {type(term.fused): term for term in terms}
     counts, looks, penalty = (kinds.get(kind) for kind in (Interpolation, Lookup, Penalty))
-    repeats = np.lcm(key.shape[2], cut.head_parts) // key.shape[2]  # more parts than key heads: each part gets one of its own
+    repeats = np.lcm(key.shape[2], cut.num_head_shards) // key.shape[2]  # more parts than key heads: each part gets one of its own
     if repeats > 1:
         key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
     padding = -key.shape[1] % blocks.keys
@@ -206,7 +206,7 @@ def _run(function: Any, plan: Plan, present: tuple[str, ...], interpret: Any, *a
 
 
 def sharded(
-    function: Any, plan: Plan, cut: Cut, x: Operands, more: tuple[Array, ...], letters: tuple[str, ...], results: Any
+    function: Any, plan: Plan, cut: ShardSpec, x: Operands, more: tuple[Array, ...], letters: tuple[str, ...], results: Any
 ) -> Any:
     """function(plan, operands, *more) on each device's part, in the kernels or, where lowered for a CPU, interpreted."""
     present = tuple(field.name for field in dataclasses.fields(x) if getattr(x, field.name) is not None)
@@ -219,12 +219,12 @@ def sharded(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(plan: Plan, cut: Cut, x: Operands) -> Array:
+def _attend(plan: Plan, cut: ShardSpec, x: Operands) -> Array:
     """[B, T, N, V] in the dtype of value."""
     return _forward(plan, cut, x)[0]
 
 
-def _forward(plan: Plan, cut: Cut, x: Operands) -> tuple[Array, Any]:
+def _forward(plan: Plan, cut: ShardSpec, x: Operands) -> tuple[Array, Any]:
     rows = 1 if plan.last is None else 4
     out, *saved = sharded(_attended, plan, cut, x, (), (), ("b.n.", *["bn."] * rows))
     return out, (x, out, tuple(saved))
@@ -258,16 +258,16 @@ def _say(lowering: str, why: str) -> None:
     _log.info("attention on a GPU of compute capability %s takes lowering=%r: %s", capability() / 10, lowering, why)
 
 
-def _gradients(plan: Plan, x: Operands, d_out: Array, slack: Array, *saved: Array) -> tuple[Array, ...]:
+def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, *saved: Array) -> tuple[Array, ...]:
     if plan.blocks.lowering == "triton":
         kernels: Any = triton
     else:
         from posjax.attention.backends.gpu import mosaic as kernels
-    seen, (log_sum, *counts) = visits(plan, x), saved
-    found = kernels.backward(plan, x, seen, log_sum, counts[-1] if counts else None, d_out, slack)
+    seen, (lse, *counts) = visits(plan, x), saved
+    found = kernels.backward(plan, x, seen, lse, counts[-1] if counts else None, d_out, delta)
     tables = [found["d_table"]] if plan.index is not None else []
     if counts:
-        found = triton.backward_band(plan, x, seen, saved, d_out, slack, found)
+        found = triton.backward_band(plan, x, seen, saved, d_out, delta, found)
         tables += [found["d_table"]] if tables else []
     found = summed_up(x, found, tables)
     return tuple(found[name] for name in LEARNED if name in found)
@@ -283,12 +283,12 @@ def summed_up(x: Operands, found: dict[str, Array], tables: list[Array]) -> dict
     return {name.removeprefix("d_"): x for name, x in found.items()}
 
 
-def _backward(plan: Plan, cut: Cut, kept: Any, d_out: Array) -> tuple[Operands]:
+def _backward(plan: Plan, cut: ShardSpec, kept: Any, d_out: Array) -> tuple[Operands]:
     x, out, saved = kept
-    slack = jnp.swapaxes((d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), 1, 2)
+    delta = jnp.swapaxes((d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), 1, 2)
     names = [name for name in LEARNED if getattr(x, name) is not None]
     results = tuple(exact(_LETTERS[name], getattr(x, name)) for name in names)
-    found = sharded(_gradients, plan, cut, x, (d_out, slack, *saved), ("b.n.", *["bn."] * (1 + len(saved))), results)
+    found = sharded(_gradients, plan, cut, x, (d_out, delta, *saved), ("b.n.", *["bn."] * (1 + len(saved))), results)
     return (gradient_of(x, dict(zip(names, found, strict=True))),)
 
 

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from posjax.attention.backends.gpu.plan import LOG2E, LOWEST, NEVER, Operands, Plan, Visits, below
+from posjax.attention.backends.gpu.plan import INIT_MAX, LOG2E, MASK_VALUE, Operands, Plan, Visits, below
 from posjax.attention.backends.gpu.scores import Keys, Rows, biased, ends_of, gradient_of, walk, weights_of
 from posjax.typing import Array
 
@@ -30,7 +30,7 @@ GROUPS = 2  # warpgroups that compute; one more loads
 _REGISTERS = {"compute": 232, "load": 40}  # of a thread; 128 threads a warpgroup and 65,536 registers in all
 
 
-class Face(NamedTuple):
+class ScoreLayout(NamedTuple):
     """How scores stand: [queries, keys], or, ``turned``, [keys, queries]."""
 
     turned: bool
@@ -95,9 +95,9 @@ def _rows_of(plan: Plan, r: Any, load: Callable[..., Array], b: Array, head: Arr
     return Rows(load(r.query_positions, _own(r.query_positions, b), at), segments, slope, lambda n: r.table[head, n], entries)
 
 
-def _keys_of(plan: Plan, r: Any, load: Callable[..., Array], b: Array, at: Any, in_sight: bool) -> Keys | None:
+def _keys_of(plan: Plan, r: Any, load: Callable[..., Array], b: Array, at: Any, is_full_block: bool) -> Keys | None:
     """None where nothing is asked of keys that are all in sight."""
-    if in_sight and not plan.penalised:
+    if is_full_block and not plan.penalised:
         return None
     segments = load(r.key_segments, _own(r.key_segments, b), at) if plan.rules.segmented else None
     return Keys(load(r.key_positions, _own(r.key_positions, b), at), segments)
@@ -144,7 +144,7 @@ def _forward(plan: Plan, r: Any) -> None:
         plgpu.copy_gmem_to_smem(r.query.at[b, at, head], own, r.arrived.at[group])
         rows, factor = _rows_of(plan, r, _row, b, head, at), r.scale[0] * LOG2E
         if plan.last is None:
-            kept = _filled((GROUP,), LOWEST), _filled((GROUP,), 0.0), _filled((GROUP, r.value.shape[-1]), 0.0)
+            kept = _filled((GROUP,), INIT_MAX), _filled((GROUP,), 0.0), _filled((GROUP, r.value.shape[-1]), 0.0)
             constant = None
         else:
             sums = plgpu.load(r.sums.at[b, at, head], layout=plgpu.Layout.WGMMA, optimized=False)
@@ -152,22 +152,22 @@ def _forward(plan: Plan, r: Any) -> None:
             constant = _row(r.z_last, b, head, at) * LOG2E
         plgpu.barrier_wait(r.arrived.at[group])
 
-        def tile(in_sight: bool, j: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
+        def tile(is_full_block: bool, j: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
             slot = lax.rem(j - first, plan.blocks.stages)
-            size = plan.blocks.keys if in_sight or plan.index is None else GROUP  # places in a table take registers, too
-            face, pieces = Face(False, (GROUP, size)), plan.blocks.keys // size
+            size = plan.blocks.keys if is_full_block or plan.index is None else GROUP  # places in a table take registers, too
+            score_layout, pieces = ScoreLayout(False, (GROUP, size)), plan.blocks.keys // size
 
             def piece(n: Array | int, kept: tuple[Array, ...]) -> tuple[Array, ...]:
                 highest, total, sums = kept
                 here = pl.ds(n * size, size)
-                keys = _keys_of(plan, r, _column, b, pl.ds(j * plan.blocks.keys + n * size, size), in_sight)
+                keys = _keys_of(plan, r, _column, b, pl.ds(j * plan.blocks.keys + n * size, size), is_full_block)
                 scores = _inner(own, r.keys.at[slot, here]) * factor
                 if pieces == 1:
                     plgpu.barrier_arrive(r.key_done.at[slot])
-                scores = scores if constant is None else scores + face.queries(constant)
-                scores, _ = biased(plan, face, rows, keys, scores, _common(plan, r, b, i, j), in_sight)
+                scores = scores if constant is None else scores + score_layout.queries(constant)
+                scores, _ = biased(plan, score_layout, rows, keys, scores, _common(plan, r, b, i, j), is_full_block)
                 new = jnp.maximum(highest, scores.max(1))
-                weights, shrink = jnp.exp2(scores - face.queries(new)), jnp.exp2(highest - new)
+                weights, shrink = jnp.exp2(scores - score_layout.queries(new)), jnp.exp2(highest - new)
                 total = total * shrink + weights.sum(1)
                 sums = sums * lax.broadcast_in_dim(shrink, sums.shape, [0])
                 if pieces == 1:
@@ -189,7 +189,7 @@ def _forward(plan: Plan, r: Any) -> None:
         total = jnp.where(nothing, 1.0, total)
         out = (sums / lax.broadcast_in_dim(total, sums.shape, [0])).astype(r.out.dtype)
         _write(r.out.at[b, at, head], out)
-        _write(r.log_sum.at[b, head, at], jnp.where(nothing, -NEVER, highest + jnp.log2(total)))
+        _write(r.lse.at[b, head, at], jnp.where(nothing, -MASK_VALUE, highest + jnp.log2(total)))
 
     @pl.when(group == GROUPS)
     def _load() -> None:
@@ -224,9 +224,9 @@ def _query_plain(plan: Plan, r: Any) -> None:
         plgpu.copy_gmem_to_smem(r.query.at[b, at, head], own, r.arrived.at[group])
         plgpu.copy_gmem_to_smem(r.d_out.at[b, at, head], d_own, r.arrived.at[group])
         rows, factor = _rows_of(plan, r, _row, b, head, at), r.scale[0] * LOG2E
-        log_sum, slack = _row(r.log_sum, b, head, at), _row(r.slack, b, head, at)
-        face = Face(False, (GROUP, GROUP))  # a tile of keys goes in pieces, to have registers left
-        constant = None if plan.last is None else face.queries(_row(r.z_last, b, head, at) * LOG2E)
+        lse, delta = _row(r.lse, b, head, at), _row(r.delta, b, head, at)
+        score_layout = ScoreLayout(False, (GROUP, GROUP))  # a tile of keys goes in pieces, to have registers left
+        constant = None if plan.last is None else score_layout.queries(_row(r.z_last, b, head, at) * LOG2E)
         kept = {"d_query": _filled((GROUP, r.query.shape[-1]), 0.0)}
         if plan.last is not None:
             kept["d_last"] = _filled((GROUP,), 0.0)
@@ -234,7 +234,7 @@ def _query_plain(plan: Plan, r: Any) -> None:
             kept["d_table"] = _filled((GROUP, r.d_table.shape[-1]), 0.0)
         plgpu.barrier_wait(r.arrived.at[group])
 
-        def tile(in_sight: bool, j: Array, kept: dict[str, Array]) -> dict[str, Array]:
+        def tile(is_full_block: bool, j: Array, kept: dict[str, Array]) -> dict[str, Array]:
             slot, common = lax.rem(j - first, plan.blocks.stages), _common(plan, r, b, i, j)
             plgpu.barrier_wait(r.key_here.at[slot])
             plgpu.barrier_wait(r.value_here.at[slot])
@@ -242,11 +242,11 @@ def _query_plain(plan: Plan, r: Any) -> None:
             def piece(n: Array, kept: dict[str, Array]) -> dict[str, Array]:
                 here = pl.ds(n * GROUP, GROUP)
                 key = r.keys.at[slot, here]
-                keys = _keys_of(plan, r, _column, b, pl.ds(j * plan.blocks.keys + n * GROUP, GROUP), in_sight)
+                keys = _keys_of(plan, r, _column, b, pl.ds(j * plan.blocks.keys + n * GROUP, GROUP), is_full_block)
                 scores, d_weights = _inner(own, key) * factor, _inner(d_own, r.values.at[slot, here])
                 scores = scores if constant is None else scores + constant
-                scores, index = biased(plan, face, rows, keys, scores, common, in_sight)
-                gradient = gradient_of(plan, face, scores, weights_of(face, scores, log_sum), d_weights, slack)
+                scores, index = biased(plan, score_layout, rows, keys, scores, common, is_full_block)
+                gradient = gradient_of(plan, score_layout, scores, weights_of(score_layout, scores, lse), d_weights, delta)
                 found = {"d_query": _added(plan, kept["d_query"], gradient, key)}
                 if constant is not None:
                     found["d_last"] = kept["d_last"] + gradient.sum(1)
@@ -301,15 +301,15 @@ def _key_plain(plan: Plan, r: Any) -> None:
         at = pl.ds(j * plan.blocks.keys + group * GROUP, GROUP)
         plgpu.copy_gmem_to_smem(r.key.at[b, at, kv_head], own, r.arrived.at[group])
         plgpu.copy_gmem_to_smem(r.value.at[b, at, kv_head], own_value, r.arrived.at[group])
-        factor, face = r.scale[0] * LOG2E, Face(True, (GROUP, GROUP))
-        of_keys = {in_sight: _keys_of(plan, r, _row, b, at, in_sight) for in_sight in (False, True)}
+        factor, score_layout = r.scale[0] * LOG2E, ScoreLayout(True, (GROUP, GROUP))
+        of_keys = {is_full_block: _keys_of(plan, r, _row, b, at, is_full_block) for is_full_block in (False, True)}
         plgpu.barrier_wait(r.arrived.at[group])
 
         def one_head(g: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
             head = kv_head * heads + g
             start, base = begin(head), kept[0]
 
-            def tile(in_sight: bool, i: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+            def tile(is_full_block: bool, i: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
                 d_key, d_value = kept
                 slot = lax.rem(base + i - start, plan.blocks.stages)
                 at = pl.ds(i * GROUP, GROUP)
@@ -318,16 +318,16 @@ def _key_plain(plan: Plan, r: Any) -> None:
                 plgpu.barrier_wait(r.query_here.at[slot])
                 scores = _inner(own, r.queries.at[slot]) * factor
                 if plan.last is not None:
-                    scores += face.queries(_column(r.z_last, b, head, at) * LOG2E)
-                scores, _ = biased(plan, face, rows, of_keys[in_sight], scores, common, in_sight)
+                    scores += score_layout.queries(_column(r.z_last, b, head, at) * LOG2E)
+                scores, _ = biased(plan, score_layout, rows, of_keys[is_full_block], scores, common, is_full_block)
                 if plan.last is not None:
                     counted = r.limit[b, head, lax.div(i, of_tile)] <= j
-                    scores = jnp.minimum(scores, jnp.where(counted, NEVER, -NEVER))
+                    scores = jnp.minimum(scores, jnp.where(counted, MASK_VALUE, -MASK_VALUE))
                 plgpu.barrier_wait(r.d_out_here.at[slot])
-                weights = weights_of(face, scores, _column(r.log_sums, slot))
+                weights = weights_of(score_layout, scores, _column(r.lses, slot))
                 d_value = _added(plan, d_value, weights, r.d_outs.at[slot])
                 d_weights = _inner(own_value, r.d_outs.at[slot])
-                gradient = gradient_of(plan, face, scores, weights, d_weights, _column(r.slacks, slot))
+                gradient = gradient_of(plan, score_layout, scores, weights, d_weights, _column(r.deltas, slot))
                 d_key = _added(plan, d_key, gradient, r.queries.at[slot])
                 plgpu.commit_smem()  # numbers of the rows are read in another way than the next copy writes
                 plgpu.barrier_arrive(r.query_done.at[slot])
@@ -355,8 +355,8 @@ def _key_plain(plan: Plan, r: Any) -> None:
                 pl.when(number >= plan.blocks.stages)(lambda: plgpu.barrier_wait(r.query_done.at[slot]))
                 plgpu.copy_gmem_to_smem(r.query.at[b, at, head], r.queries.at[slot], r.query_here.at[slot])
                 plgpu.copy_gmem_to_smem(r.d_out.at[b, at, head], r.d_outs.at[slot], r.d_out_here.at[slot])
-                plgpu.copy_gmem_to_smem(r.log_sum.at[b, head, at], r.log_sums.at[slot], r.d_out_here.at[slot])
-                plgpu.copy_gmem_to_smem(r.slack.at[b, head, at], r.slacks.at[slot], r.d_out_here.at[slot])
+                plgpu.copy_gmem_to_smem(r.lse.at[b, head, at], r.lses.at[slot], r.d_out_here.at[slot])
+                plgpu.copy_gmem_to_smem(r.delta.at[b, head, at], r.deltas.at[slot], r.d_out_here.at[slot])
 
             lax.fori_loop(start, last, bring, None)
             return base + last - start
@@ -423,7 +423,7 @@ def forward(plan: Plan, x: Operands, seen: Visits, counted: dict[str, Array]) ->
     """
     batch, length, heads, _ = x.query.shape
     out = jax.ShapeDtypeStruct((batch, length, heads, x.value.shape[-1]), x.value.dtype)
-    outputs = {"out": out, "log_sum": jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)}
+    outputs = {"out": out, "lse": jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)}
     inputs = _inputs(plan, x, seen) | {"by_queries": seen.by_queries} | counted
     if plan.index is not None:
         inputs["query_first"] = seen.query_first
@@ -433,18 +433,18 @@ def forward(plan: Plan, x: Operands, seen: Visits, counted: dict[str, Array]) ->
 
 
 def backward(
-    plan: Plan, x: Operands, seen: Visits, log_sum: Array, limit: Array | None, d_out: Array, slack: Array
+    plan: Plan, x: Operands, seen: Visits, lse: Array, limit: Array | None, d_out: Array, delta: Array
 ) -> dict[str, Array]:
     """Gradients d_query (before the scale), d_key, d_value and, where there are any, d_table [B, N, T, W or more] and d_last
     [B, N, T], of z at the last position; float32, all but for what was counted. Arguments as in ``triton.backward``."""
     batch, length, heads, _ = x.query.shape
-    given = {"d_out": d_out, "log_sum": log_sum, "slack": slack} | ({} if limit is None else {"limit": limit})
+    given = {"d_out": d_out, "lse": lse, "delta": delta} | ({} if limit is None else {"limit": limit})
     like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     inputs = _inputs(plan, x, seen) | given
 
     outputs: dict[str, Any] = {"d_query": like(x.query.shape)}
     if plan.last is not None:
-        outputs["d_last"] = like(log_sum.shape)
+        outputs["d_last"] = like(lse.shape)
     if plan.index is not None:
         outputs["d_table"] = like((batch, heads, length, -(-x.table.shape[1] // 8) * 8))
     own = _tiles(x.query, GROUPS, GROUP), _tiles(d_out, GROUPS, GROUP), plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS)
@@ -464,8 +464,8 @@ def backward(
         "arrived": plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
         "queries": _tiles(x.query, stages, GROUP),
         "d_outs": _tiles(d_out, stages, GROUP),
-        "log_sums": numbers,
-        "slacks": numbers,
+        "lses": numbers,
+        "deltas": numbers,
         "query_here": plgpu.Barrier(num_barriers=stages),
         "d_out_here": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         "query_done": plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),

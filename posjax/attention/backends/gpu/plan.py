@@ -17,8 +17,8 @@ from posjax.core.masks import Extent, Rules, extents
 from posjax.typing import Array
 
 LOG2E = 1.4426950408889634
-NEVER = -2e38  # a score that is not allowed
-LOWEST = -1e30  # the running maximum before anything was seen: above NEVER, so that what is forbidden weighs nothing
+MASK_VALUE = -2e38  # a score that is not allowed
+INIT_MAX = -1e30  # the running maximum before anything was seen: above MASK_VALUE, so that what is forbidden weighs nothing
 
 
 @dataclasses.dataclass(frozen=True)

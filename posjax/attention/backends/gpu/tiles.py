@@ -60,14 +60,14 @@ def added(plan: Plan, total: Channels, weights: Array, x: Channels) -> Channels:
     return tuple(sums + product(plan, weights, part) for sums, part in zip(total, x, strict=True))
 
 
-def add_exactly(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
+def two_sum(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
     """(high + low) + x in two floats: what x loses to high is kept in low."""
     total = high + x
     part = total - high
     return total, low + ((high - (total - part)) + (x - part))
 
 
-class Face(NamedTuple):
+class ScoreLayout(NamedTuple):
     """How scores stand: [queries, keys], or, ``turned``, [keys, queries]."""
 
     turned: bool
@@ -114,9 +114,9 @@ def rows_of(plan: Plan, r: Any, start: Any, size: int, head: Any = None) -> Rows
     return Rows(r.query_positions[at], segments, slope, look, entries, number=start + jnp.arange(size))
 
 
-def keys_of(plan: Plan, r: Any, start: Any, size: int, in_sight: bool = False) -> Keys | None:
+def keys_of(plan: Plan, r: Any, start: Any, size: int, is_full_block: bool = False) -> Keys | None:
     """None where nothing is asked of keys that are all in sight."""
-    if in_sight and not plan.penalised:
+    if is_full_block and not plan.penalised:
         return None
     at = pl.ds(start, size)
     return Keys(r.key_positions[at], r.key_segments[at] if plan.rules.segmented else None)
@@ -146,25 +146,25 @@ def gates_of(scores: Array, allowed: Array) -> Array:
     return jnp.where(allowed, 1.0 / (1.0 + jnp.exp2(-scores)), 0.0)
 
 
-def counted(plan: Plan, face: Face, high: Array, low: Array, later: Array) -> Counts:
+def counted(plan: Plan, score_layout: ScoreLayout, high: Array, low: Array, later: Array) -> Counts:
     """high + low [t]: the counts right of the strip; ``later``: what its gates add."""
     before = jnp.clip(high + low, 0.0, plan.last)
     base = before.astype(jnp.int32)
     offset = (high - base.astype(jnp.float32)) + low
-    inside = jnp.minimum(face.queries(offset) + later, face.queries((plan.last - base).astype(jnp.float32)))
+    inside = jnp.minimum(score_layout.queries(offset) + later, score_layout.queries((plan.last - base).astype(jnp.float32)))
     inside = jnp.maximum(inside, 0.0)
     cells = inside.astype(jnp.int32)
     return Counts(base, inside, cells, cells.max(1).max(0))
 
 
-def interpolated(plan: Plan, face: Face, height: Callable[[Array], Array], counts: Counts) -> tuple[Array, Array]:
+def interpolated(plan: Plan, score_layout: ScoreLayout, height: Callable[[Array], Array], counts: Counts) -> tuple[Array, Array]:
     """The bias of counts and its slope, from ``height(n)``: z [t] at positions [t]."""
 
     def choose(n: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
         start, slope, here = found
         beyond = height(jnp.minimum(counts.base + n + 1, plan.last))
         own = counts.cells == n
-        return jnp.where(own, face.queries(here), start), jnp.where(own, face.queries(beyond - here), slope), beyond
+        return jnp.where(own, score_layout.queries(here), start), jnp.where(own, score_layout.queries(beyond - here), slope), beyond
 
     zeros = jnp.zeros_like(counts.inside)
     start, slope, _ = jax.lax.fori_loop(0, counts.most + 1, choose, (zeros, zeros, height(counts.base)))

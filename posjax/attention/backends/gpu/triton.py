@@ -23,13 +23,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from posjax.attention.backends.gpu.plan import LOG2E, LOWEST, NEVER, Operands, Plan, Visits, below
-from posjax.attention.backends.gpu.scores import Rows, biased, capped, ends_of, gradient_of, hidden, in_detail, walk, weights_of
+from posjax.attention.backends.gpu.plan import INIT_MAX, LOG2E, MASK_VALUE, Operands, Plan, Visits, below
+from posjax.attention.backends.gpu.scores import Rows, biased, capped, ends_of, gradient_of, hidden, masked_scores, walk, weights_of
 from posjax.attention.backends.gpu.tiles import (
     Channels,
     Counts,
-    Face,
-    add_exactly,
+    ScoreLayout,
     added,
     counted,
     gates_of,
@@ -40,6 +39,7 @@ from posjax.attention.backends.gpu.tiles import (
     put,
     rows_of,
     taken,
+    two_sum,
     zeros_like,
 )
 from posjax.typing import Array
@@ -53,7 +53,7 @@ ROUND = 32  # strips of keys that a query tile notes down at a time
 def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     if plan.interpret is None:  # only the shapes of what comes out are asked for
         return
-    r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=False)
+    r, blocks, score_layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(turned=False)
     first, plain, detailed, last = (r.by_queries[n] for n in range(4))
     rows = rows_of(plan, r, 0, blocks.queries)
     query, factor = taken(r.query, slice(None)), r.scale[0] * LOG2E
@@ -74,12 +74,13 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         """Counts in a strip."""
         *kept, high, low = kept
         raw = logits(start, blocks.strip)
-        sight = in_detail(plan, face, rows, keys_of(plan, r, start, blocks.strip), raw)
-        gates = gates_of(raw, sight.allowed)
-        counts = counted(plan, face, high, low, face.sums(plan, gates, later=True, parts=3 if r.query.dtype == jnp.float32 else 2))
-        bias, _ = interpolated(plan, face, height, counts)
-        kept = softmax(tuple(kept), hidden(sight, capped(plan, sight.scores + bias * LOG2E)), start)
-        return *kept, *add_exactly(high, low, gates.sum(1))
+        masked = masked_scores(plan, score_layout, rows, keys_of(plan, r, start, blocks.strip), raw)
+        gates = gates_of(raw, masked.allowed)
+        parts = 3 if r.query.dtype == jnp.float32 else 2
+        counts = counted(plan, score_layout, high, low, score_layout.sums(plan, gates, later=True, parts=parts))
+        bias, _ = interpolated(plan, score_layout, height, counts)
+        kept = softmax(tuple(kept), hidden(masked, capped(plan, masked.scores + bias * LOG2E)), start)
+        return *kept, *two_sum(high, low, gates.sum(1))
 
     def band(state: tuple[Array, ...]) -> tuple[Array, ...]:
         tile, *kept = state
@@ -87,18 +88,18 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
             kept = strip(tuple(kept), (tile - 1) * blocks.keys + n * blocks.strip)
         return tile - 1, *kept
 
-    def unsettled(state: tuple[Array, ...]) -> Array:
+    def unsaturated(state: tuple[Array, ...]) -> Array:
         tile, *_, high, low = state
         return (tile > first) & ((high + low).min(0) < plan.last)
 
     size = blocks.queries
     sums = tuple(jnp.zeros((size, piece.size), jnp.float32) for piece in pieces_of(r.value.shape[-1]))
-    kept = jnp.full((size,), LOWEST, jnp.float32), jnp.zeros((size,), jnp.float32), sums
+    kept = jnp.full((size,), INIT_MAX, jnp.float32), jnp.zeros((size,), jnp.float32), sums
     constant, limit = None, last
     if plan.last is not None:
         received = [r.old_high[...], r.old_low[...]] if "old_high" in names else [jnp.zeros((size,), jnp.float32)] * 2
         state = (last, *kept, *received)
-        limit, *kept, r.high[...], r.low[...] = jax.lax.while_loop(unsettled, band, state)
+        limit, *kept, r.high[...], r.low[...] = jax.lax.while_loop(unsaturated, band, state)
         r.limit[0], kept = limit, tuple(kept)
         if "sums" in names:  # the rest is done elsewhere
             r.highest[...], r.total[...] = kept[:2]
@@ -106,16 +107,16 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
             return
         constant = height(jnp.full((size,), plan.last)) * LOG2E
 
-    def part(in_sight: bool, start: Array, size: int, kept: tuple[Array, ...]) -> tuple[Array, ...]:
+    def part(is_full_block: bool, start: Array, size: int, kept: tuple[Array, ...]) -> tuple[Array, ...]:
         scores = logits(start, size)
         scores = scores if constant is None else scores + constant[:, None]
-        keys, common = keys_of(plan, r, start, size, in_sight), _common(plan, r, start // blocks.keys)
-        return softmax(kept, biased(plan, face, rows, keys, scores, common, in_sight)[0], start)
+        keys, common = keys_of(plan, r, start, size, is_full_block), _common(plan, r, start // blocks.keys)
+        return softmax(kept, biased(plan, score_layout, rows, keys, scores, common, is_full_block)[0], start)
 
-    def tile(in_sight: bool, j: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
+    def tile(is_full_block: bool, j: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
         start = j * blocks.keys
-        if in_sight or plan.index is None:
-            return part(in_sight, start, blocks.keys, kept)
+        if is_full_block or plan.index is None:
+            return part(is_full_block, start, blocks.keys, kept)
 
         def by_strips(n: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:  # places in a table take registers, too
             return part(False, start + n * blocks.strip, blocks.strip, kept)
@@ -126,7 +127,7 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     nothing = total == 0.0
     total = jnp.where(nothing, 1.0, total)
     put(r.out, tuple((part / total[:, None]).astype(r.out.dtype) for part in sums))
-    r.log_sum[...] = jnp.where(nothing, -NEVER, highest + jnp.log2(total))
+    r.lse[...] = jnp.where(nothing, -MASK_VALUE, highest + jnp.log2(total))
 
 
 def _common(plan: Plan, r: Any, j: Array) -> Array | None:
@@ -150,27 +151,28 @@ def into_table(rows: Rows, found: Array, index: Array, gradient: Array) -> Array
 def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     if plan.interpret is None:
         return
-    r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=False)
+    r, blocks, score_layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(turned=False)
     first, plain, detailed, last = (r.by_queries[n] for n in range(4))
     rows = rows_of(plan, r, 0, blocks.queries)
-    query, d_out, log_sum, slack = taken(r.query, slice(None)), taken(r.d_out, slice(None)), r.log_sum[...], r.slack[...]
+    query, d_out, lse, delta = taken(r.query, slice(None)), taken(r.d_out, slice(None)), r.lse[...], r.delta[...]
     factor, size = r.scale[0] * LOG2E, blocks.queries
     constant = None if plan.last is None else r.z[rows.number, jnp.full((size,), plan.last)] * LOG2E
     limit = last if plan.last is None else jnp.minimum(r.limit[0], last)
 
-    def tile(in_sight: bool, j: Array, kept: dict[str, Array]) -> dict[str, Array]:
+    def tile(is_full_block: bool, j: Array, kept: dict[str, Array]) -> dict[str, Array]:
         start = j * blocks.keys
         at = pl.ds(start, blocks.keys)
         key = taken(r.key, at)
         scores, d_weights = inner(plan, query, key) * factor, inner(plan, d_out, taken(r.value, at))
         scores = scores if constant is None else scores + constant[:, None]
         common = _common(plan, r, j)
-        scores, index = biased(plan, face, rows, keys_of(plan, r, start, blocks.keys, in_sight), scores, common, in_sight)
-        gradient = gradient_of(plan, face, scores, weights_of(face, scores, log_sum), d_weights, slack)
+        keys = keys_of(plan, r, start, blocks.keys, is_full_block)
+        scores, index = biased(plan, score_layout, rows, keys, scores, common, is_full_block)
+        gradient = gradient_of(plan, score_layout, scores, weights_of(score_layout, scores, lse), d_weights, delta)
         found = {"d_query": added(plan, kept["d_query"], gradient, key)}
         if constant is not None:
             found["d_last"] = kept["d_last"] + gradient.sum(1)
-        if common is not None and in_sight:
+        if common is not None and is_full_block:
             place = jnp.arange(kept["d_table"].shape[0])
             found["d_table"] = kept["d_table"] + jnp.where(place == common, gradient.sum(1).sum(0), 0.0)
         elif common is not None:
@@ -191,22 +193,23 @@ def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
 def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     if plan.interpret is None:
         return
-    r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=True)
+    r, blocks, score_layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(turned=True)
     first, plain, detailed, last = (r.by_keys[n] for n in range(4))
     j = pl.program_id(0)
     key, value, factor = taken(r.key, slice(None)), taken(r.value, slice(None)), r.scale[0] * LOG2E
 
     def head(g: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
-        def tile(in_sight: bool, i: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
+        def tile(is_full_block: bool, i: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
             rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, g), pl.ds(i * blocks.rows, blocks.rows)
             query, d_out = taken(r.query, at, g), taken(r.d_out, at, g)
             scores, d_weights = inner(plan, key, query) * factor, inner(plan, value, d_out)
             if plan.last is not None:
-                scores += face.queries(r.z[g, rows.number, jnp.full(rows.number.shape, plan.last)]) * LOG2E
+                scores += score_layout.queries(r.z[g, rows.number, jnp.full(rows.number.shape, plan.last)]) * LOG2E
             common = None if plan.index is None else plan.index(r.row_first[i], r.key_last[0])
-            scores, _ = biased(plan, face, rows, keys_of(plan, r, 0, blocks.keys, in_sight), scores, common, in_sight)
-            weights = weights_of(face, scores, r.log_sum[g, at])
-            gradient = gradient_of(plan, face, scores, weights, d_weights, r.slack[g, at])
+            keys = keys_of(plan, r, 0, blocks.keys, is_full_block)
+            scores, _ = biased(plan, score_layout, rows, keys, scores, common, is_full_block)
+            weights = weights_of(score_layout, scores, r.lse[g, at])
+            gradient = gradient_of(plan, score_layout, scores, weights, d_weights, r.delta[g, at])
             return added(plan, kept[0], gradient, query), added(plan, kept[1], weights, d_out)
 
         def unless_counted(i: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
@@ -214,9 +217,9 @@ def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
 
         if plan.last is None:
             return walk(tile, first, plain, detailed, last, kept)
-        settled = jnp.clip(r.settled[g] * plan.pieces, first, last)  # from this piece on no queries have counted here
-        kept = jax.lax.fori_loop(first, settled, unless_counted, kept)
-        return walk(tile, settled, jnp.maximum(plain, settled), jnp.maximum(detailed, settled), last, kept)
+        saturated = jnp.clip(r.saturated[g] * plan.pieces, first, last)  # from this piece on no queries have counted here
+        kept = jax.lax.fori_loop(first, saturated, unless_counted, kept)
+        return walk(tile, saturated, jnp.maximum(plain, saturated), jnp.maximum(detailed, saturated), last, kept)
 
     d_key, d_value = jax.lax.fori_loop(0, r.query.shape[1], head, (zeros_like(key), zeros_like(value)))
     put(r.d_key, d_key)
@@ -232,10 +235,10 @@ def _taken(plan: Plan, limit: Array, last: Array, turn: Array) -> tuple[Array, A
 def _query_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     if plan.interpret is None:
         return
-    r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=False)
+    r, blocks, score_layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(turned=False)
     begin, end = _taken(plan, r.limit[0], r.by_queries[3], r.turn[0])
     rows = rows_of(plan, r, 0, blocks.queries)
-    query, d_out, log_sum, slack = taken(r.query, slice(None)), taken(r.d_out, slice(None)), r.log_sum[...], r.slack[...]
+    query, d_out, lse, delta = taken(r.query, slice(None)), taken(r.d_out, slice(None)), r.lse[...], r.delta[...]
     factor, exact = r.scale[0] * LOG2E, r.query.dtype == jnp.float32
 
     def strip(t: Array, kept: dict[str, Array]) -> dict[str, Array]:
@@ -243,21 +246,21 @@ def _query_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         at, gathered = pl.ds(start, blocks.strip), kept["gathered"]
         key = taken(r.key, at)
         raw, d_weights = inner(plan, query, key) * factor, inner(plan, d_out, taken(r.value, at))
-        sight = in_detail(plan, face, rows, keys_of(plan, r, start, blocks.strip), raw)
-        gates = gates_of(raw, sight.allowed)
-        high, low = add_exactly(kept["high"], kept["low"], -gates.sum(1))
+        masked = masked_scores(plan, score_layout, rows, keys_of(plan, r, start, blocks.strip), raw)
+        gates = gates_of(raw, masked.allowed)
+        high, low = two_sum(kept["high"], kept["low"], -gates.sum(1))
         slot = end - 1 - t
         r.counts_there[slot, :], r.gathered_there[slot, :] = high + low, gathered
-        counts = counted(plan, face, high, low, face.sums(plan, gates, later=True, parts=3 if exact else 2))
-        bias, slope = interpolated(plan, face, lambda n: r.z[rows.number, n], counts)
-        scores = hidden(sight, capped(plan, sight.scores + bias * LOG2E))
-        gradient = gradient_of(plan, face, scores, weights_of(face, scores, log_sum), d_weights, slack)
+        counts = counted(plan, score_layout, high, low, score_layout.sums(plan, gates, later=True, parts=3 if exact else 2))
+        bias, slope = interpolated(plan, score_layout, lambda n: r.z[rows.number, n], counts)
+        scores = hidden(masked, capped(plan, masked.scores + bias * LOG2E))
+        gradient = gradient_of(plan, score_layout, scores, weights_of(score_layout, scores, lse), d_weights, delta)
         spread(plan, r, rows, counts, gradient)
         steps = gradient * slope
-        reach = gathered[:, None] + face.sums(plan, steps, later=False, parts=3 if exact else 1)
+        reach = gathered[:, None] + score_layout.sums(plan, steps, later=False, parts=3 if exact else 1)
         found = dict(high=high, low=low, gathered=gathered + steps.sum(1))
         if plan.index is not None:
-            found["d_table"] = into_table(rows, kept["d_table"], sight.index, gradient)
+            found["d_table"] = into_table(rows, kept["d_table"], masked.index, gradient)
         gradient += reach * gates * (1.0 - gates)
         return found | {"d_query": added(plan, kept["d_query"], gradient, key)}
 
@@ -286,7 +289,7 @@ def spread(plan: Plan, r: Any, rows: Rows, counts: Counts, gradient: Array) -> N
 def _key_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     if plan.interpret is None:
         return
-    r, blocks, face = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, Face(turned=True)
+    r, blocks, score_layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(turned=True)
     t, turn = pl.program_id(0), r.turn[0]
     key, value, factor = taken(r.key, slice(None)), taken(r.value, slice(None)), r.scale[0] * LOG2E
     exact = r.key.dtype == jnp.float32
@@ -296,16 +299,16 @@ def _key_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
             rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, g), pl.ds(i * blocks.rows, blocks.rows)
             query, d_out = taken(r.query, at, g), taken(r.d_out, at, g)
             raw, d_weights = inner(plan, key, query) * factor, inner(plan, value, d_out)
-            sight = in_detail(plan, face, rows, keys_of(plan, r, 0, blocks.strip), raw)
-            gates = gates_of(raw, sight.allowed)
+            masked = masked_scores(plan, score_layout, rows, keys_of(plan, r, 0, blocks.strip), raw)
+            gates = gates_of(raw, masked.allowed)
             before, gathered = r.counts_there[g, slot, at], r.gathered_there[g, slot, at]
-            later = face.sums(plan, gates, later=True, parts=3 if exact else 2)
-            counts = counted(plan, face, before, jnp.zeros_like(before), later)
-            bias, slope = interpolated(plan, face, lambda n: r.z[g, rows.number, n], counts)
-            scores = hidden(sight, capped(plan, sight.scores + bias * LOG2E))
-            weights = weights_of(face, scores, r.log_sum[g, at])
-            gradient = gradient_of(plan, face, scores, weights, d_weights, r.slack[g, at])
-            reach = face.queries(gathered) + face.sums(plan, gradient * slope, later=False, parts=3 if exact else 1)
+            later = score_layout.sums(plan, gates, later=True, parts=3 if exact else 2)
+            counts = counted(plan, score_layout, before, jnp.zeros_like(before), later)
+            bias, slope = interpolated(plan, score_layout, lambda n: r.z[g, rows.number, n], counts)
+            scores = hidden(masked, capped(plan, masked.scores + bias * LOG2E))
+            weights = weights_of(score_layout, scores, r.lse[g, at])
+            gradient = gradient_of(plan, score_layout, scores, weights, d_weights, r.delta[g, at])
+            reach = score_layout.queries(gathered) + score_layout.sums(plan, gradient * slope, later=False, parts=3 if exact else 1)
             gradient += reach * gates * (1.0 - gates)
             return added(plan, kept[0], gradient, query), added(plan, kept[1], weights, d_out)
 
@@ -350,7 +353,7 @@ def _of_queries(plan: Plan, x: Operands) -> tuple[tuple[int, ...], dict[str, tup
     }
     made |= dict(query_segments=made["query_positions"], key_segments=made["key_positions"], turn=made["scale"])
     made |= dict(d_query=made["query"], d_out=made["out"], sums=made["out"], counts_there=notes, gathered_there=notes)
-    made |= dict.fromkeys(("log_sum", "slack", "high", "low", "gathered", "d_last", "highest", "total"), rows)
+    made |= dict.fromkeys(("lse", "delta", "high", "low", "gathered", "d_last", "highest", "total"), rows)
     if x.z is not None:
         made["z"] = made["d_z"] = (None, None, size, x.z.shape[-1]), lambda i, n, b: (b, n, i, 0)
     if x.table is not None:
@@ -389,7 +392,7 @@ def _of_keys(plan: Plan, x: Operands, size: int) -> tuple[tuple[int, ...], dict[
     }
     made |= dict(query_segments=made["query_positions"], key_segments=made["key_positions"], turn=made["scale"])
     made |= dict(d_key=made["key"], d_value=made["value"], counts_there=notes, gathered_there=notes)
-    made |= dict.fromkeys(("log_sum", "slack"), rows) | dict.fromkeys(("settled", "tile_first", "tile_last"), one)
+    made |= dict.fromkeys(("lse", "delta"), rows) | dict.fromkeys(("saturated", "tile_first", "tile_last"), one)
     if x.z is not None:
         made["z"] = (None, group, length, x.z.shape[-1]), lambda j, k, b: (b, k, 0, 0)
     if x.table is not None:
@@ -454,7 +457,7 @@ def forward(plan: Plan, x: Operands, seen: Visits, dtype: Any = None) -> tuple[A
     from which on each query tile counted, [B, N, I]. ``dtype`` is that of out; None: that of value."""
     batch, length, heads, _ = x.query.shape
     out = jax.ShapeDtypeStruct((batch, length, heads, x.value.shape[-1]), dtype or x.value.dtype)
-    outputs = {"out": out, "log_sum": jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)}
+    outputs = {"out": out, "lse": jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)}
     outputs |= {} if plan.last is None else _counted(plan, x)
     inputs = _inputs(plan, x, _of_tiles(seen)) | dict(high=x.high, low=x.low)
     return tuple(_call(_forward, plan, _of_queries(plan, x), inputs, outputs).values())
@@ -476,17 +479,17 @@ def _counted(plan: Plan, x: Operands) -> dict[str, Any]:
 
 
 def backward(
-    plan: Plan, x: Operands, seen: Visits, log_sum: Array, limit: Array | None, d_out: Array, slack: Array
+    plan: Plan, x: Operands, seen: Visits, lse: Array, limit: Array | None, d_out: Array, delta: Array
 ) -> dict[str, Array]:
     """Gradients d_query (before the scale), d_key, d_value and, where there are any, d_table [B, N, I, W or more] and d_last
     [B, N, T], of z at the last position; float32, all but for what was counted.
 
     Args:
-      log_sum: [B, N, T], as ``forward`` returned it; and limit.
+      lse: [B, N, T], as ``forward`` returned it; and limit.
       d_out: [B, T, N, V].
-      slack: [B, N, T], the sums of d_out * out.
+      delta: [B, N, T], the sums of d_out * out.
     """
-    given = {"d_out": d_out, "log_sum": log_sum, "slack": slack}
+    given = {"d_out": d_out, "lse": lse, "delta": delta}
     of_queries, of_keys = _of_queries(plan, x), _of_keys(plan, x, plan.blocks.keys)
     batch, length, heads, _ = x.query.shape
     tiles = length // plan.blocks.queries
@@ -494,7 +497,7 @@ def backward(
     inputs, (query,) = _inputs(plan, x, _of_tiles(seen)) | given, _like(x.query, dtype=jnp.float32)
     outputs: dict[str, Any] = {"d_query": query}
     if plan.last is not None:
-        inputs["limit"], outputs["d_last"] = limit, jax.ShapeDtypeStruct(log_sum.shape, jnp.float32)
+        inputs["limit"], outputs["d_last"] = limit, jax.ShapeDtypeStruct(lse.shape, jnp.float32)
     if plan.index is not None:
         outputs["d_table"] = jax.ShapeDtypeStruct((batch, heads, tiles, _table_size(x)), jnp.float32)
     found = _call(_query_plain, plan, of_queries, inputs, outputs)
@@ -502,7 +505,7 @@ def backward(
     of_pieces = {"by_keys": seen.by_keys, "row_first": seen.row_first, "key_last": seen.key_last}
     inputs, key_and_value = _inputs(plan, x, of_pieces) | given, _like(x.key, x.value, dtype=jnp.float32)
     if plan.last is not None:
-        inputs |= {"limit": limit, "settled": below(limit, x.key.shape[1] // plan.blocks.keys)}
+        inputs |= {"limit": limit, "saturated": below(limit, x.key.shape[1] // plan.blocks.keys)}
     return found | _call(_key_plain, plan, of_keys, inputs, dict(zip(("d_key", "d_value"), key_and_value, strict=True)))
 
 
@@ -512,20 +515,20 @@ def backward_band(
     seen: Visits,
     saved: tuple[Array, ...],
     d_out: Array,
-    slack: Array,
+    delta: Array,
     found: dict[str, Array],
     gathered: Array | None = None,
 ) -> dict[str, Array]:
     """d_query, d_key and d_value of ``backward`` with what was counted; d_z, d_table of the band alone, and gathered.
 
     Args:
-      saved: log_sum, high, low and limit, as ``forward`` returned them.
+      saved: lse, high, low and limit, as ``forward`` returned them.
       found: what ``backward`` did.
       gathered: [B, N, T], the gradient of the counts that are handed on: what the keys to the left, of other calls, have made of
         them. That of the counts that were received comes back.
     """
-    log_sum, high, low, limit = saved
-    given = {"d_out": d_out, "log_sum": log_sum, "slack": slack}
+    lse, high, low, limit = saved
+    given = {"d_out": d_out, "lse": lse, "delta": delta}
     d_z = jnp.zeros_like(x.z).at[..., plan.last].set(found["d_last"])
     found = {name: found[name] for name in ("d_query", "d_key", "d_value")}
     gathered = jnp.zeros_like(high) if gathered is None else gathered

@@ -21,7 +21,7 @@ Keys are cut into some pieces once more: one piece is on its way while another i
 comes. So the room for what comes and goes is a fraction of a device's share, and sending still does not wait for the walk.
 
 What a term has carried stays with its queries. A step in which nothing is to be seen visits no tile, and where all rows of a term
-have settled a chunk is plain flash attention. From step C on the low chunks have no keys left: the belt takes the
+have saturated a chunk is plain flash attention. From step C on the low chunks have no keys left: the belt takes the
 time of 3 C - 1 full pairs of chunks, for 2 C where the order is free, and 4 C - 2 without the zig-zag.
 
 The backward pass goes the same way back: keys and values return with what has been collected of their gradients, and the gradient
@@ -45,9 +45,9 @@ from posjax.attention.backends.gpu import attention as gpu
 from posjax.attention.backends.ring import gpu as ring_gpu
 from posjax.attention.backends.ring import tpu as ring_tpu
 from posjax.attention.backends.ring import xla_chunked as ring_tiled
-from posjax.attention.backends.shards import Cut, find_cut, on_parts
+from posjax.attention.backends.shards import ShardSpec, infer_shard_spec, on_parts
 from posjax.attention.backends.tpu import attention as tpu
-from posjax.attention.backends.xla_chunked import NOTHING, SAVED
+from posjax.attention.backends.xla_chunked import EMPTY_LSE, SAVED
 from posjax.core.bias import BiasTerm, Rotation, apply_rotation, rotated
 from posjax.core.masks import Mask
 from posjax.typing import Array, Float, Int
@@ -57,7 +57,7 @@ _PIECES = 8  # of the keys of a chunk at most
 _PIECE = 2048  # keys of one at least: what a query tile prepares, CoPE above all, it prepares for every piece
 _KERNELS = {"tpu": tpu, "cuda": gpu}
 _PARTS = {"tpu": ring_tpu, "cuda": ring_gpu, "xla": ring_tiled}
-_NEVER = -NOTHING  # the log-sum-exp of no keys, while parts of a row are merged
+_NO_KEYS_LSE = -EMPTY_LSE  # the log-sum-exp of no keys, while parts of a row are merged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Context:
       axis: cuts T and S.
     """
 
-    cut: Cut
+    cut: ShardSpec
     axis: str
 
     @property
@@ -80,10 +80,10 @@ class Context:
 def find_context(query: Array) -> Context | None:
     """That of a call with this query [B, T, N, H]; None where no axis of the mesh cuts sequences.
 
-    As in ``shards.find_cut``, the query's type says which axis it is where axes are explicit, and its name where they are the
-    compiler's. A length without two chunks for every device, one token of a decoder say, is whole everywhere.
+    As in ``shards.infer_shard_spec``, the query's type says which axis it is where axes are explicit, and its name where they are
+    the compiler's. A length without two chunks for every device, one token of a decoder say, is whole everywhere.
     """
-    cut = find_cut(query)
+    cut = infer_shard_spec(query)
     if cut.mesh is None:
         return None
     types = dict(zip(cut.mesh.axis_names, cut.mesh.axis_types, strict=True))
@@ -153,7 +153,7 @@ def attention(
 
 def _own(name: str, block_sizes: Any) -> Any:
     """The block sizes of a call if they are of that kernel."""
-    return block_sizes if name in _KERNELS and isinstance(block_sizes, _KERNELS[name].BLOCKS) else None
+    return block_sizes if name in _KERNELS and isinstance(block_sizes, _KERNELS[name].BLOCK_SIZES_CLS) else None
 
 
 def _able(chunk: Any, call: dict[str, Any], context: Context, block_sizes: Any) -> list[str]:
@@ -161,7 +161,8 @@ def _able(chunk: Any, call: dict[str, Any], context: Context, block_sizes: Any) 
     able = []
 
     def ask(**part: Any) -> Array:
-        refusals = {name: k.refusal(**chunk(part), block_sizes=_own(name, block_sizes), cut=Cut()) for name, k in _KERNELS.items()}
+        whole = ShardSpec()
+        refusals = {name: k.refusal(**chunk(part), block_sizes=_own(name, block_sizes), cut=whole) for name, k in _KERNELS.items()}
         able.extend(name for name, reason in refusals.items() if reason is None)
         return part["query"]
 
@@ -324,10 +325,10 @@ def _attend(ring: _Ring, slots: tuple[Any, ...]) -> tuple[Array, ...]:
 
 def _forward(ring: _Ring, slots: tuple[Any, ...]) -> tuple[tuple[Array, ...], Any]:
     def merged(so_far: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[Array, Array]:
-        (before, out), (log_sum, more) = so_far, part
-        log_sum = jnp.where(log_sum < NOTHING, log_sum, _NEVER)
-        total = jnp.logaddexp(before, log_sum)
-        return total, out * jnp.exp(before - total)[..., None] + more * jnp.exp(log_sum - total)[..., None]
+        (before, out), (lse, more) = so_far, part
+        lse = jnp.where(lse < EMPTY_LSE, lse, _NO_KEYS_LSE)
+        total = jnp.logaddexp(before, lse)
+        return total, out * jnp.exp(before - total)[..., None] + more * jnp.exp(lse - total)[..., None]
 
     def step(state: Any, number: Array) -> tuple[Any, Any]:
         travelling, so_far, carries = state
@@ -336,27 +337,27 @@ def _forward(ring: _Ring, slots: tuple[Any, ...]) -> tuple[tuple[Array, ...], An
         travelling = _put(travelling, at, ring.moved(pieces))  # does not wait for the walk
         handed_on, kept, results = [], [], []
         for i, (x, own, carried) in enumerate(zip(slots, so_far, carries, strict=True)):
-            out, log_sum, *rest = ring.walk.outputs(ring.plan, ring.walk.with_keys(x, _taken(pieces, i), carried))
-            results.append(merged(own, (log_sum, out)))
+            out, lse, *rest = ring.walk.outputs(ring.plan, ring.walk.with_keys(x, _taken(pieces, i), carried))
+            results.append(merged(own, (lse, out)))
             kept.append(rest[0])
             handed_on.append(rest[1])
         return (travelling, tuple(results), tuple(handed_on)), (tuple(handed_on), tuple(kept))
 
     def nothing(x: Any) -> tuple[Array, Array]:
-        out, log_sum, *_ = jax.eval_shape(functools.partial(ring.walk.outputs, ring.plan), x)
-        return jnp.full(log_sum.shape, _NEVER, jnp.float32), jnp.zeros(out.shape, jnp.float32)
+        out, lse, *_ = jax.eval_shape(functools.partial(ring.walk.outputs, ring.plan), x)
+        return jnp.full(lse.shape, _NO_KEYS_LSE, jnp.float32), jnp.zeros(out.shape, jnp.float32)
 
     start = _stacked(ring, map(ring.walk.by_key, slots)), tuple(map(nothing, slots)), tuple(map(ring.walk.carried, slots))
     (_, results, _), (carries, kept) = jax.lax.scan(step, start, jnp.arange(ring.steps))
     out = tuple(own.astype(x.value.dtype) for (_, own), x in zip(results, slots, strict=True))
-    log_sums = tuple(jnp.where(total > 0.5 * _NEVER, total, NOTHING) for total, _ in results)
-    out, log_sums, carries, kept = checkpoint_name((out, log_sums, carries, kept), SAVED)
-    return out, (slots, out, log_sums, carries, kept)
+    lses = tuple(jnp.where(total > 0.5 * _NO_KEYS_LSE, total, EMPTY_LSE) for total, _ in results)
+    out, lses, carries, kept = checkpoint_name((out, lses, carries, kept), SAVED)
+    return out, (slots, out, lses, carries, kept)
 
 
 def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[Any, ...]]:
-    slots, out, log_sums, carries, kept = saved
-    walk, slacks = ring.walk, tuple(map(xla_chunked.slack_of, out, d_out))
+    slots, out, lses, carries, kept = saved
+    walk, deltas = ring.walk, tuple(map(xla_chunked.delta_of, out, d_out))
 
     def pair(i: int, number: Array, there: dict[str, Any], d_handed_on: list[Array], so_far: Any = None) -> Any:
         """The gradients of the pair of pieces that slot i saw at a step, those that do not travel added to ``so_far``."""
@@ -366,7 +367,7 @@ def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[
         )
         own = _taken(kept[i], number), _taken(carries[i], number)
         met = walk.with_keys(x, there, received)
-        return walk.gradients(ring.plan, met, log_sums[i], *own, d_out[i], slacks[i], d_handed_on, so_far)
+        return walk.gradients(ring.plan, met, lses[i], *own, d_out[i], deltas[i], d_handed_on, so_far)
 
     def step(state: Any, number: Array) -> tuple[Any, None]:
         travelling, d_travelling, d_stayed, d_carries = state
@@ -383,7 +384,7 @@ def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[
         ), None
 
     def zeros(shapes: Any) -> Any:
-        return jax.tree.map(lambda s: jnp.full(s.shape, xla_chunked.late_zero(slacks[0])), shapes)
+        return jax.tree.map(lambda s: jnp.full(s.shape, xla_chunked.runtime_zero(deltas[0])), shapes)
 
     d_carries = tuple(zeros(xla_chunked.floats(walk.carried(x))[0]) for x in slots)
     travelling = _stacked(ring, map(walk.by_key, slots))

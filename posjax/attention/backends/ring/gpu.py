@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from posjax.attention.backends.gpu import attention as gpu
 from posjax.attention.backends.gpu import triton
 from posjax.attention.backends.gpu.blocks import GpuBlocks
-from posjax.attention.backends.gpu.plan import LOG2E, NEVER, Operands, Plan, visits
+from posjax.attention.backends.gpu.plan import LOG2E, MASK_VALUE, Operands, Plan, visits
 from posjax.attention.backends.ring.xla_chunked import added
-from posjax.attention.backends.shards import Cut
-from posjax.attention.backends.xla_chunked import NOTHING
+from posjax.attention.backends.shards import ShardSpec
+from posjax.attention.backends.xla_chunked import EMPTY_LSE
 from posjax.typing import Array
 
 BY_KEY = dict(key=1, value=1, segments=1, positions=1)
@@ -22,7 +22,7 @@ def cut_up(call: dict[str, Any], blocks: GpuBlocks | None) -> tuple[Plan, Operan
         what = f"block_sizes has lowering={blocks.lowering!r}"
         raise NotImplementedError(f"{what}, which does not go around a ring of devices; lowering='triton' does")
     blocks = blocks or gpu.default_blocks(call["query"], call["value"], call["terms"], ("triton",))
-    plan, _, x = gpu.laid_out(blocks, Cut(), None, **call)
+    plan, _, x = gpu.laid_out(blocks, ShardSpec(), None, **call)
     if plan.last is not None:
         nothing = jnp.zeros(x.z.shape[:-1], jnp.float32)
         x = dataclasses.replace(x, high=nothing, low=nothing)
@@ -56,18 +56,18 @@ def _outputs(plan: Plan, x: Operands) -> tuple[Array, ...]:
 
 
 def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
-    out, log_sum, *state = gpu.sharded(_outputs, plan, Cut(), x, (), (), None)
-    log_sum = jnp.where(log_sum < -0.5 * NEVER, log_sum / LOG2E, NOTHING)
-    return jnp.swapaxes(out, 1, 2), log_sum, state[2:], state[:2]
+    out, lse, *state = gpu.sharded(_outputs, plan, ShardSpec(), x, (), (), None)
+    lse = jnp.where(lse < -0.5 * MASK_VALUE, lse / LOG2E, EMPTY_LSE)
+    return jnp.swapaxes(out, 1, 2), lse, state[2:], state[:2]
 
 
-def _gradients(plan: Plan, x: Operands, d_out: Array, slack: Array, log_sum: Array, *counts: Array) -> tuple[Array, ...]:
+def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, lse: Array, *counts: Array) -> tuple[Array, ...]:
     """``counts``: high, low, limit and gathered."""
     seen = visits(plan, x)
-    found = triton.backward(plan, x, seen, log_sum, counts[2] if counts else None, d_out, slack)
+    found = triton.backward(plan, x, seen, lse, counts[2] if counts else None, d_out, delta)
     tables = [found["d_table"]] if plan.index is not None else []
     if counts:
-        found = triton.backward_band(plan, x, seen, (log_sum, *counts[:3]), d_out, slack, found, counts[3])
+        found = triton.backward_band(plan, x, seen, (lse, *counts[:3]), d_out, delta, found, counts[3])
         tables += [found["d_table"]] if tables else []
     found = gpu.summed_up(x, found, tables)
     return tuple(found[name] for name in _found(x))
@@ -81,17 +81,17 @@ def _found(x: Operands) -> list[str]:
 def gradients(
     plan: Plan,
     x: Operands,
-    log_sum: Array,
+    lse: Array,
     kept: Any,
     handed_on: Any,
     d_out: Array,
-    slack: Array,
+    delta: Array,
     d_handed_on: list[Array],
     so_far: dict[str, Any] | None,
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
     counts = (*handed_on, *kept, d_handed_on[0]) if d_handed_on else ()
-    more = jnp.swapaxes(d_out, 1, 2), slack, log_sum * LOG2E, *counts
-    found = dict(zip(_found(x), gpu.sharded(_gradients, plan, Cut(), x, more, (), None), strict=True))
+    more = jnp.swapaxes(d_out, 1, 2), delta, lse * LOG2E, *counts
+    found = dict(zip(_found(x), gpu.sharded(_gradients, plan, ShardSpec(), x, more, (), None), strict=True))
     received = [found.pop("gathered"), d_handed_on[1]] if counts else []
     of_keys = dict(key=[found.pop("key")], value=[found.pop("value")], segments=[], positions=[])
     return of_keys, added(so_far, found), received

@@ -5,14 +5,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from posjax.attention.backends.shards import Cut
+from posjax.attention.backends.shards import ShardSpec
 from posjax.attention.backends.tpu import attention as tpu
 from posjax.attention.backends.tpu.backward import backward
 from posjax.attention.backends.tpu.blocks import Blocks, chip_at_hand
 from posjax.attention.backends.tpu.forward import forward
 from posjax.attention.backends.tpu.step import Operands, Plan, queries_of
-from posjax.attention.backends.tpu.tiles import LANES, LOG2E, NEVER
-from posjax.attention.backends.xla_chunked import NOTHING
+from posjax.attention.backends.tpu.tiles import LANES, LOG2E, MASK_VALUE
+from posjax.attention.backends.xla_chunked import EMPTY_LSE
 from posjax.typing import Array
 
 BY_KEY = dict(key=2, value=2, segments=2, positions=2)
@@ -20,7 +20,7 @@ BY_KEY = dict(key=2, value=2, segments=2, positions=2)
 
 def cut_up(call: dict[str, Any], blocks: Blocks | None) -> tuple[Plan, Operands]:
     chip = chip_at_hand(call["query"])
-    plan, x = tpu.laid_out(blocks or tpu.fitting(chip, call), chip, Cut(), None, **call)
+    plan, x = tpu.laid_out(blocks or tpu.fitting(chip, call), chip, ShardSpec(), None, **call)
     if plan.counting is not None:
         nothing = jnp.zeros((*x.query.shape[:3], *x.query_positions.shape[1:]), jnp.float32)
         x = dataclasses.replace(x, high=nothing, low=nothing)
@@ -56,35 +56,35 @@ def _outputs(plan: Plan, x: Operands) -> tuple[Array, ...]:
 
 
 def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
-    out, log_sum, *state = tpu.sharded(_outputs, plan, Cut(), x, (), (), None)
-    log_sum = jnp.where(log_sum < -0.5 * NEVER, log_sum / LOG2E, NOTHING).reshape(out.shape[:-1])
-    return out, log_sum, _numbers(*state[2:]) if state else (), state[:2]
+    out, lse, *state = tpu.sharded(_outputs, plan, ShardSpec(), x, (), (), None)
+    lse = jnp.where(lse < -0.5 * MASK_VALUE, lse / LOG2E, EMPTY_LSE).reshape(out.shape[:-1])
+    return out, lse, _numbers(*state[2:]) if state else (), state[:2]
 
 
-def _numbers(limit: Array, hasty: Array) -> Array:
+def _numbers(limit: Array, wide_steps: Array) -> Array:
     """[B, K, G, I (t / 128 + 2)]: what the forward pass says of the groups of a query tile, and of the tile, a number each.
 
     It says so to every row, and what is kept is kept for every step.
     """
-    each = jnp.concatenate([limit[..., 0], hasty[..., 0, :2]], -1)
+    each = jnp.concatenate([limit[..., 0], wide_steps[..., 0, :2]], -1)
     return each.reshape(*each.shape[:3], -1)
 
 
 def _to_rows(plan: Plan, numbers: Array) -> tuple[Array, Array]:
-    """limit and hasty again."""
+    """limit and wide_steps again."""
     each = numbers.reshape(*numbers.shape[:3], -1, plan.groups + 2)
     limit, first, last = jnp.split(each, (plan.groups, plan.groups + 1), axis=-1)
     shape = (*each.shape[:-1], plan.groups, LANES)
-    hasty = jnp.where(jnp.arange(LANES) == 0, first[..., None], last[..., None])
-    return jnp.broadcast_to(limit[..., None], shape), jnp.broadcast_to(hasty, shape)
+    wide_steps = jnp.where(jnp.arange(LANES) == 0, first[..., None], last[..., None])
+    return jnp.broadcast_to(limit[..., None], shape), jnp.broadcast_to(wide_steps, shape)
 
 
-def _gradients(plan: Plan, x: Operands, d_out: Array, slack: Array, log_sum: Array, *more: Array) -> tuple[Array, ...]:
-    """``more``: high, low, limit, hasty and gathered of counts, and what has been found for queries."""
+def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, lse: Array, *more: Array) -> tuple[Array, ...]:
+    """``more``: high, low, limit, wide_steps and gathered of counts, and what has been found for queries."""
     counts, own = (more[:5], more[5:]) if plan.counting is not None else ((), more)
-    saved, gathered = (log_sum, *counts[:4]), counts[4] if counts else None
+    saved, gathered = (lse, *counts[:4]), counts[4] if counts else None
     so_far = dict(zip(queries_of(x), own, strict=False))
-    found = tpu.summed_up(x, backward(plan, x, saved, d_out, slack, gathered, is_part=True, so_far=so_far))
+    found = tpu.summed_up(x, backward(plan, x, saved, d_out, delta, gathered, is_part=True, so_far=so_far))
     return tuple(found[name] for name in _found(x))
 
 
@@ -95,20 +95,20 @@ def _found(x: Operands) -> list[str]:
 def gradients(
     plan: Plan,
     x: Operands,
-    log_sum: Array,
+    lse: Array,
     kept: Any,
     handed_on: Any,
     d_out: Array,
-    slack: Array,
+    delta: Array,
     d_handed_on: list[Array],
     so_far: dict[str, Any] | None,
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
     counts = (*handed_on, *_to_rows(plan, kept), d_handed_on[0]) if d_handed_on else ()
-    more = d_out, *(tpu.by_tile(plan, row) for row in (slack, log_sum * LOG2E)), *counts
+    more = d_out, *(tpu.by_tile(plan, row) for row in (delta, lse * LOG2E)), *counts
     own = queries_of(x)  # the kernel adds to these itself
     if so_far is not None:
         more += tuple(so_far[name] for name in own)
-    found = dict(zip(_found(x), tpu.sharded(_gradients, plan, Cut(), x, more, (), None), strict=True))
+    found = dict(zip(_found(x), tpu.sharded(_gradients, plan, ShardSpec(), x, more, (), None), strict=True))
     received = [found.pop("gathered"), d_handed_on[1]] if counts else []
     of_keys = dict(key=[found.pop("key")], value=[found.pop("value")], segments=[], positions=[])
     if so_far is not None:

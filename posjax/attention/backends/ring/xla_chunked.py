@@ -54,32 +54,32 @@ def joined(out: Array, length: int, width: int) -> Array:
 
 
 def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
-    """(result, float32, log-sum-exp of its rows or NOTHING, what else the gradients need, what is handed on)."""
-    out, (log_sum, first, final) = xla_chunked.outputs(plan, x)
-    return out, log_sum, first, jax.tree.map(whole_rows, final)
+    """(result, float32, log-sum-exp of its rows or EMPTY_LSE, what else the gradients need, what is handed on)."""
+    out, (lse, first, final) = xla_chunked.outputs(plan, x)
+    return out, lse, first, jax.tree.map(whole_rows, final)
 
 
 def gradients(
     plan: Plan,
     x: Operands,
-    log_sum: Array,
+    lse: Array,
     kept: Any,
     handed_on: Any,
     d_out: Array,
-    slack: Array,
+    delta: Array,
     d_handed_on: list[Array],
     so_far: dict[str, Any] | None,
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
     """Gradients of the floats that belong to keys, of all others, and of what was received; float32.
 
     Args:
-      log_sum, d_out, slack: of the whole rows.
+      lse, d_out, delta: of the whole rows.
       kept, handed_on: of ``outputs``.
       so_far: what other parts have found for all others, to which this is added; None: nothing.
     """
     final = jax.tree.map(lambda rows: xla_chunked.tiles_of(rows, plan.rows), handed_on)
     d_final = [xla_chunked.tiles_of(rows, plan.rows) for rows in d_handed_on]
-    found = xla_chunked.gradients(plan, x, (log_sum, kept, final), d_out, slack, d_final)
+    found = xla_chunked.gradients(plan, x, (lse, kept, final), d_out, delta, d_final)
     of_keys = dict(key=[found["key"]], value=[found["value"]], columns=found["columns"], segments=[], positions=[])
     rest = {name: found[name] for name in ("query", "rows", "tables", "scale")}
     return of_keys, added(so_far, rest), [whole_rows(tiles) for tiles in found["carries"]]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.attention.backends.deferred import deferred
-from posjax.attention.backends.shards import Cut, exact, find_cut, per_shard
+from posjax.attention.backends.shards import ShardSpec, exact, infer_shard_spec, per_shard
 from posjax.attention.backends.tpu.backward import backward
 from posjax.attention.backends.tpu.blocks import Blocks, Chip, chip_at_hand
 from posjax.attention.backends.tpu.forward import forward
@@ -24,7 +24,7 @@ from posjax.core.bias import BiasTerm, Interpolation, Lookup, Penalty, Rotation,
 from posjax.core.masks import Mask, Rules, with_padding
 from posjax.typing import Array, Float, Int
 
-BLOCKS = Blocks  # what ``block_sizes`` of this kernel are
+BLOCK_SIZES_CLS = Blocks  # what ``block_sizes`` of this kernel are
 _MOST_POSITIONS = 512  # of CoPE: beyond, its tables fill VMEM
 _MOST_COMPARED = 128  # on a chip that finds its place in them by comparing
 
@@ -37,7 +37,7 @@ def refusal(
     mask: Mask,
     *,
     block_sizes: Blocks | None = None,
-    cut: Cut | None = None,
+    cut: ShardSpec | None = None,
     **rest: Any,
 ) -> str | None:
     """Why the kernel cannot do a call, by the argument; None: it can. ``block_sizes`` and ``cut`` as in ``attention``."""
@@ -52,7 +52,7 @@ def refusal(
     for term in terms:
         if term.fused is None:
             return f"encoding has a bias that the kernel does not know ({term.function})"
-        most = _MOST_POSITIONS if chip.gathers else _MOST_COMPARED
+        most = _MOST_POSITIONS if chip.has_sublane_gather else _MOST_COMPARED
         if isinstance(term.fused, Interpolation) and (count := term.tables[1].shape[-2]) > most:
             return f"max_position={count} of cope (at most {most} on this chip)"
         if isinstance(term.fused, Lookup) and (width := term.tables.shape[0]) >= LANES:
@@ -61,10 +61,10 @@ def refusal(
         if kinds.count(kind) > 1:
             return f"encoding chains {name} twice"
     call = dict(query=query, key=key, value=value, terms=terms, mask=mask) | rest
-    return _too_much(chip, block_sizes, call) or _too_many(chip, block_sizes, find_cut(query) if cut is None else cut, call)
+    return _too_much(chip, block_sizes, call) or _too_many(chip, block_sizes, infer_shard_spec(query) if cut is None else cut, call)
 
 
-def _too_many(chip: Chip, block_sizes: Blocks | None, cut: Cut, call: dict[str, Any]) -> str | None:
+def _too_many(chip: Chip, block_sizes: Blocks | None, cut: ShardSpec, call: dict[str, Any]) -> str | None:
     """Why the scalars of a call do not fit the chip's SMEM; None: they do."""
     taken = scalars(*_shapes(block_sizes or fitting(chip, call), chip, call), cut.batch_parts)
     if taken <= SMEM:
@@ -108,7 +108,7 @@ def _shapes(blocks: Blocks, chip: Chip, call: dict[str, Any]) -> tuple[Plan, Ope
     plans = []
 
     def operands() -> Operands:
-        plan, x = laid_out(blocks, chip, Cut(), None, **call)
+        plan, x = laid_out(blocks, chip, ShardSpec(), None, **call)
         plans.append(plan)
         return x
 
@@ -131,7 +131,7 @@ def attention(
     *,
     tile: Blocks | None = None,
     chip: Chip | None = None,
-    cut: Cut | None = None,
+    cut: ShardSpec | None = None,
     interpret: Any = None,
 ) -> Float[Array, "B T N V"]:
     """Attention in the kernel, on each device's own rows and heads.
@@ -148,7 +148,7 @@ def attention(
     Returns:
       [B, T, N, V] in the dtype of value; rows without an allowed key are zero.
     """
-    cut = find_cut(query) if cut is None else cut
+    cut = infer_shard_spec(query) if cut is None else cut
     chip = chip_at_hand(query) if chip is None else chip
     call = dict(query=query, key=key, value=value, terms=terms, mask=mask, scale=scale, logits_soft_cap=logits_soft_cap)
     call |= dict(query_positions=query_positions, key_positions=key_positions, rotation=rotation, raw=raw)
@@ -167,7 +167,7 @@ def joined(out: Array, length: int) -> Array:
 def laid_out(
     tile: Blocks,
     chip: Chip,
-    cut: Cut,
+    cut: ShardSpec,
     interpret: Any,
     *,
     query: Array,
@@ -189,7 +189,7 @@ def laid_out(
     length = query.shape[1]
 
     # Grouped heads: where there are more parts than key heads, each part gets a key head of its own.
-    repeats = math.lcm(key.shape[2], cut.head_parts) // key.shape[2]
+    repeats = math.lcm(key.shape[2], cut.num_head_shards) // key.shape[2]
     if repeats > 1:
         key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
     kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
@@ -231,7 +231,7 @@ def laid_out(
             last=positions - 1,
             rows=_up(positions, SUBLANES),
             exact=query.dtype == jnp.float32,
-            gathers=chip.gathers,
+            has_sublane_gather=chip.has_sublane_gather,
         )
     plan = Plan(
         blocks=blocks,
@@ -343,7 +343,7 @@ def _run(function: Any, plan: Plan, present: tuple[str, ...], interpret: Any, *a
 
 
 def sharded(
-    function: Any, plan: Plan, cut: Cut, x: Operands, more: tuple[Array, ...], letters: tuple[str, ...], results: Any
+    function: Any, plan: Plan, cut: ShardSpec, x: Operands, more: tuple[Array, ...], letters: tuple[str, ...], results: Any
 ) -> Any:
     """function(plan, operands, *more) on each device's part, in the kernel or, where lowered for a CPU, interpreted."""
     present = tuple(field.name for field in dataclasses.fields(x) if getattr(x, field.name) is not None)
@@ -356,7 +356,7 @@ def sharded(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(plan: Plan, cut: Cut, x: Operands) -> Array:
+def _attend(plan: Plan, cut: ShardSpec, x: Operands) -> Array:
     """[B, K, G, T, V] in the dtype of value."""
     return _forward(plan, cut, x)[0]
 
@@ -365,7 +365,7 @@ def _outputs(plan: Plan, x: Operands) -> tuple[Array, ...]:
     return tuple(forward(plan, x))
 
 
-def _forward(plan: Plan, cut: Cut, x: Operands) -> tuple[Array, Any]:
+def _forward(plan: Plan, cut: ShardSpec, x: Operands) -> tuple[Array, Any]:
     rows = 1 if plan.counting is None else 5
     out, *saved = sharded(_outputs, plan, cut, x, (), (), ("bn...", *[_ROWS] * rows))
     return out, (x, out, tuple(saved))
@@ -377,8 +377,8 @@ def learned(x: Operands) -> list[str]:
     return names + [name for name in ("counted_query", "embedding", "table") if getattr(x, name) is not None]
 
 
-def _gradients(plan: Plan, x: Operands, d_out: Array, slack: Array, *saved: Array) -> tuple[Array, ...]:
-    found = summed_up(x, backward(plan, x, saved, d_out, slack))
+def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, *saved: Array) -> tuple[Array, ...]:
+    found = summed_up(x, backward(plan, x, saved, d_out, delta))
     return tuple(found[name] for name in learned(x))
 
 
@@ -395,12 +395,12 @@ def summed_up(x: Operands, found: dict[str, Array]) -> dict[str, Array]:
     return found
 
 
-def _backward(plan: Plan, cut: Cut, kept: Any, d_out: Array) -> tuple[Operands]:
+def _backward(plan: Plan, cut: ShardSpec, kept: Any, d_out: Array) -> tuple[Operands]:
     x, out, saved = kept
-    slack = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     names = learned(x)
     results = tuple(exact(_LETTERS[name], getattr(x, name)) for name in names)
-    more = d_out, by_tile(plan, slack), *saved
+    more = d_out, by_tile(plan, delta), *saved
     found = sharded(_gradients, plan, cut, x, more, ("bn...", *[_ROWS] * (1 + len(saved))), results)
     return (gradient_of(x, dict(zip(names, found, strict=True))),)
 

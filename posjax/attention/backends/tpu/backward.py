@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from posjax.attention.backends.tpu.band import Band, Needs, Passage, Spot, for_each, strip_of
+from posjax.attention.backends.tpu.band import CountingRegion, GatherWorklist, QueryGroupState, StripCursor, for_each, strip_of
 from posjax.attention.backends.tpu.step import (
     OPTIONAL,
     Groups,
@@ -31,14 +31,14 @@ from posjax.attention.backends.tpu.step import (
     queries_of,
     scratch_of,
     soft,
-    soft_slack,
+    soft_cap_derivative,
     turned,
 )
 from posjax.attention.backends.tpu.tiles import (
     FEW,
     LANES,
     LOG2E,
-    NEVER,
+    MASK_VALUE,
     NN,
     NT,
     QUARTER,
@@ -46,10 +46,10 @@ from posjax.attention.backends.tpu.tiles import (
     TN,
     cells_passed,
     doubled_gates,
-    fine_product,
     gate_slope,
     interpolated,
     joined,
+    matmul_bf16x3,
     placed,
     product,
     spans,
@@ -75,7 +75,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
     row = batch if rows > 1 else 0
     blocks, counting = plan.blocks, plan.counting
     s = Step(plan, scalars, rest, row, rows, tile, block[0])
-    band = Band(s, lambda a: s.limit[a], back=True)
+    band = CountingRegion(s, lambda a: s.limit[a], back=True)
     factor, every = scale[0] * LOG2E, Groups(0, plan.groups)
 
     @pl.when((group == 0) & (tile == 0))
@@ -107,8 +107,8 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         s.d_z[...] = jnp.zeros(s.d_z.shape, jnp.float32)
         s.d_last[...] = jnp.zeros(s.d_last.shape, jnp.float32)
         for a in range(band.passages):
-            s.limit[a] = jnp.min(s.in_limit[pl.ds(a * plan.abreast, 1), :])
-        s.hasty[0], s.hasty[1] = jnp.min(s.in_hasty[...]), jnp.max(s.in_hasty[...])
+            s.limit[a] = jnp.min(s.in_limit[pl.ds(a * plan.groups_side_by_side, 1), :])
+        s.wide_steps[0], s.wide_steps[1] = jnp.min(s.in_wide_steps[...]), jnp.max(s.in_wide_steps[...])
 
     def products(start: Array, size: int, groups: Groups) -> tuple[Array, Array]:
         """Scores before any bias, and the gradient of the weights, [s, t]."""
@@ -139,9 +139,9 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         if plan.penalised:
             scores = scores + s.penalty(start, size, groups)
         scores = soft(plan, scores)
-        weights = jnp.exp2(scores - as_row(s.log_sum, groups))
-        gradient = weights * (d_weights - as_row(s.slack, groups))
-        return weights, gradient if plan.soft_cap is None else gradient * soft_slack(plan, scores)
+        weights = jnp.exp2(scores - as_row(s.lse, groups))
+        gradient = weights * (d_weights - as_row(s.delta, groups))
+        return weights, gradient if plan.soft_cap is None else gradient * soft_cap_derivative(plan, scores)
 
     def plain(j: Array, masked: bool) -> None:
         start = pl.multiple_of(j * blocks.keys, blocks.keys)
@@ -169,12 +169,12 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
     def straight(n: Array, masked: bool) -> None:
         """A step in which no query passes many cells, some passages at a time: few wait for each other, many take long to compile,
         which they are worth where they run most."""
-        most = math.gcd(band.passages, (4 if masked else 8) // plan.abreast)
+        most = math.gcd(band.passages, (4 if masked else 8) // plan.groups_side_by_side)
         part = functools.partial(straight_part, masked)
         turns = band.passages // most
         jax.lax.fori_loop(0, turns, lambda turn, _: part([band.spot(n, turn * most + a) for a in range(most)]), None)
 
-    def straight_part(masked: bool, spots: list[Spot]) -> None:
+    def straight_part(masked: bool, spots: list[StripCursor]) -> None:
         passages, quarters = [band.passage(spot) for spot in spots], range(0, LANES, QUARTER)
         pieces, live, begin, finish, hand_on = pieces_of(passages, masked)
         beyond: list[list[Array]] = [[] for _ in range(0, blocks.strip, QUARTER)]
@@ -208,7 +208,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         for_each(beyond, more)
         band.leave(passages)
 
-    def pieces_of(passages: list[Passage], masked: bool) -> tuple[list, dict, Any, Any, Any]:
+    def pieces_of(passages: list[QueryGroupState], masked: bool) -> tuple[list, dict, Any, Any, Any]:
         """Halves of the passages' strips, from the left, and what is at hand of each; and the stages that all begin and end with:
         up to (keys, logits, gradient of weights, gates), and from (gates, weights, gradients of scores, and of counts) on."""
         halves, live, spots = blocks.strip // LANES, {}, [passage.spot for passage in passages]
@@ -220,7 +220,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
             at = pl.multiple_of(s.start_of(spot.strip) + half * LANES, LANES)
             logits, d_weights = products(at, LANES, spot.groups)
             if masked:
-                logits = jnp.where(s.pairs(at, LANES, spot.groups, spot.here), logits, NEVER)
+                logits = jnp.where(s.pairs(at, LANES, spot.groups, spot.here), logits, MASK_VALUE)
             live[n] = at, logits, d_weights, doubled_gates(logits, counting.exact)
 
         def finish(n: int) -> None:
@@ -240,9 +240,9 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
 
         return pieces, live, begin, finish, hand_on
 
-    def bending(spots: list[Spot]) -> None:
+    def bending(spots: list[StripCursor]) -> None:
         """The same for any counts, group by group."""
-        passages, last, needs = [band.passage(spot) for spot in spots], s.last_bias(), Needs(band)
+        passages, last, needs = [band.passage(spot) for spot in spots], s.last_bias(), GatherWorklist(band)
         pieces, live, begin, finish, hand_on = pieces_of(passages, True)
 
         def counts(n: int) -> None:
@@ -292,10 +292,10 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         """Step n of the band."""
         spots = band.spots(n)
         if plan.index is None:
-            hasty = (n >= s.hasty[0]) & (n <= s.hasty[1])
+            wide_steps = (n >= s.wide_steps[0]) & (n <= s.wide_steps[1])
             whole = functools.reduce(jnp.logical_and, [spot.whole for spot in spots])
-            masked_or_not(functools.partial(straight, n), whole, ~hasty)
-            pl.when(hasty)(lambda: bending(spots))
+            masked_or_not(functools.partial(straight, n), whole, ~wide_steps)
+            pl.when(wide_steps)(lambda: bending(spots))
         else:
             bending(spots)
 
@@ -346,8 +346,8 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         s.d_z[:, pl.ds(counting.last, 1), :] += s.d_last[...][:, None, :]
         counted = (s.query if s.counted_query is None else s.counted_query)[...]
         gradient = s.all_groups(s.d_z)
-        s.d_embedding[...] += fine_product(gradient, counted, NN, counting.exact)
-        more = fine_product(gradient, s.embedding[0], TN, counting.exact)
+        s.d_embedding[...] += matmul_bf16x3(gradient, counted, NN, counting.exact)
+        more = matmul_bf16x3(gradient, s.embedding[0], TN, counting.exact)
         if s.counted_query is None:
             d_query += more
         else:
@@ -381,7 +381,7 @@ def backward(
     x: Operands,
     saved: tuple[Array, ...],
     d_out: Array,
-    slack: Array,
+    delta: Array,
     gathered: Array | None = None,
     is_part: bool = False,
     so_far: dict[str, Array] | None = None,
@@ -393,7 +393,7 @@ def backward(
       plan, x: of ``forward``.
       saved: what ``forward`` returned after out.
       d_out: [B, K, G, T, V].
-      slack: sum of d_out * out over V, in the layout of rows, [B, K, G, I, t / 128, 128].
+      delta: sum of d_out * out over V, in the layout of rows, [B, K, G, I, t / 128, 128].
       gathered: the gradient of the counts that are handed on, in the same layout: what the keys to the left, of other calls, have
         made of them. That of the counts that were received comes back.
       is_part: the gradients will be added up: they are float32.
@@ -402,7 +402,7 @@ def backward(
     turns = x.key.shape[2] // min(plan.blocks.resident, x.key.shape[2])
     state = (*saved[1:], jnp.zeros_like(saved[0]) if gathered is None else gathered) if plan.counting is not None else ()
     x = dataclasses.replace(x, high=None, low=None)  # it begins at the left, with what ``saved`` has
-    call = functools.partial(_backward_of_block, plan, x, saved[0], d_out, slack, is_part)
+    call = functools.partial(_backward_of_block, plan, x, saved[0], d_out, delta, is_part)
     if (turns > 1 or is_part) and not so_far:
         so_far = {name: jnp.zeros(getattr(x, name).shape, jnp.float32) for name in queries_of(x)}
     if turns == 1:
@@ -427,9 +427,9 @@ def backward(
 def _backward_of_block(
     plan: Plan,
     x: Operands,
-    log_sum: Array,
+    lse: Array,
     d_out: Array,
-    slack: Array,
+    delta: Array,
     is_part: bool,
     block: Array,
     state: tuple[Array, ...],
@@ -444,9 +444,9 @@ def _backward_of_block(
     names, arrays, specs = inputs_of(plan, x, lambda b, i, r, *scalars: scalars[7][0])
     by_tile = (batch, kv_heads, group, tiles, plan.groups, LANES)
     row_spec = pl.BlockSpec((None,) * 4 + by_tile[4:], lambda b, k, g, i, r, *_: (b, k, g, i, 0, 0))
-    row_arrays = {"log_sum": log_sum, "slack": slack}
+    row_arrays = {"lse": lse, "delta": delta}
     if counting is not None:
-        row_arrays |= dict(zip(("in_high", "in_low", "in_limit", "in_hasty", "in_gathered"), state, strict=True))
+        row_arrays |= dict(zip(("in_high", "in_low", "in_limit", "in_wide_steps", "in_gathered"), state, strict=True))
 
     def at_query(array: Array) -> pl.BlockSpec:
         return pl.BlockSpec((None,) * 3 + (blocks.queries, array.shape[-1]), lambda b, k, g, i, r, *_: (b, k, g, i, 0))
@@ -487,7 +487,7 @@ def _backward_of_block(
         scratch["slopes_there"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
         scratch["d_z"] = pltpu.VMEM((plan.groups, counting.rows, LANES), jnp.float32)
         scratch |= {name: pltpu.VMEM((plan.groups, LANES), jnp.float32) for name in ("gathered", "d_last")}
-        scratch["hasty"] = pltpu.SMEM((2,), jnp.int32)
+        scratch["wide_steps"] = pltpu.SMEM((2,), jnp.int32)
     if plan.index is not None or counting is not None:
         scratch["d_scores"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
     if plan.index is not None:
@@ -516,5 +516,5 @@ def _backward_of_block(
     found = dict(zip(outs, found, strict=True))
     state = tuple(found.pop(f"out_{name}") for name in ("high", "low", "gathered")) if counting is not None else ()
     if counting is not None:
-        state = (*state[:2], row_arrays["in_limit"], row_arrays["in_hasty"], state[2])
+        state = (*state[:2], row_arrays["in_limit"], row_arrays["in_wide_steps"], state[2])
     return {name.removeprefix("d_"): array for name, array in found.items()}, state

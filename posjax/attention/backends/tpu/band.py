@@ -17,25 +17,25 @@ from jax.experimental import pallas as pl
 
 from posjax.attention.backends.tpu.step import Groups, Step, as_row
 from posjax.attention.backends.tpu.tiles import (
-    CALM,
-    HASTY,
     LANES,
+    MEDIUM,
+    NARROW,
     OFFSET,
     QUARTER,
     SUBLANES,
     WIDE,
     Window,
-    add_exactly,
     cell,
     joined,
     positions,
     spans,
+    two_sum,
     window,
 )
 from posjax.typing import Array
 
 
-class Spot(NamedTuple):
+class StripCursor(NamedTuple):
     """Where a passage is in a step.
 
     Attributes:
@@ -64,17 +64,17 @@ class Piece(NamedTuple):
     inside: Array
     windows: list[Window]
 
-    def haste(self, last: int) -> Array:
-        """[1, 128] of CALM, where queries passed at most six cells in 128 keys, HASTY, or WIDE, where they passed more than seven
-        in all; with a margin for the backward pass, which rounds otherwise."""
+    def cell_span(self, last: int) -> Array:
+        """[1, 128] of NARROW, where queries passed at most six cells in 128 keys, MEDIUM, or WIDE, where they passed more than
+        seven in all; with a margin for the backward pass, which rounds otherwise."""
         margin = 2.0**-10
-        hasty = cell(self.inside[:1] + margin) - cell(self.inside[LANES - 1 :] - margin) >= SUBLANES - 1
+        medium = cell(self.inside[:1] + margin) - cell(self.inside[LANES - 1 :] - margin) >= SUBLANES - 1
         wide = (cell(self.inside[:1] + margin) >= SUBLANES) & (self.base < last)
-        found = jnp.where(wide, WIDE, jnp.where(hasty, HASTY, CALM))
+        found = jnp.where(wide, WIDE, jnp.where(medium, MEDIUM, NARROW))
         return functools.reduce(jnp.maximum, jnp.split(found, found.shape[1] // LANES, 1))
 
 
-def strip_of(spots: list[Spot]) -> Callable[[Array], Array]:
+def strip_of(spots: list[StripCursor]) -> Callable[[Array], Array]:
     """The strip of each group of queries."""
 
     def find(g: Array) -> Array:
@@ -114,7 +114,7 @@ def for_each(flags: list[list[Array]], do: Any) -> None:
 
 
 @dataclasses.dataclass
-class Passage:
+class QueryGroupState:
     """The counts of a passage on their way through a strip, in pieces of 128 keys.
 
     Attributes:
@@ -127,7 +127,7 @@ class Passage:
     """
 
     step: Step
-    spot: Spot
+    spot: StripCursor
     back: bool
     high: Array
     low: Array
@@ -139,7 +139,7 @@ class Passage:
     def past(self, later: Array) -> Array:
         """The counts [128, t] of a piece whose gates add up to ``later``, and past it."""
         before = self.high + self.low
-        self.high, self.low = add_exactly(self.high, self.low, -later[:1] if self.back else later[:1])
+        self.high, self.low = two_sum(self.high, self.low, -later[:1] if self.back else later[:1])
         self.sums.append(later[:1])
         return later + (self.high + self.low if self.back else before)
 
@@ -160,7 +160,7 @@ class Passage:
 
 
 @dataclasses.dataclass
-class Band:
+class CountingRegion:
     """The band of a query tile, as far as it lies in the resident block of keys.
 
     Attributes:
@@ -175,7 +175,7 @@ class Band:
 
     @property
     def passages(self) -> int:
-        return self.step.plan.groups // self.step.plan.abreast
+        return self.step.plan.groups // self.step.plan.groups_side_by_side
 
     def seen(self, a: Array | int) -> list[Array]:
         """The first strip that a passage sees, and one past the last."""
@@ -189,9 +189,9 @@ class Band:
         end = functools.reduce(jnp.maximum, [n - jnp.maximum(self.lowest(a), begins) for a, n in enumerate(last)])
         return jnp.maximum(first, 0), end
 
-    def spot(self, n: Array, a: Array | int) -> Spot:
+    def spot(self, n: Array, a: Array | int) -> StripCursor:
         """Of passage a in step n."""
-        s, size = self.step, self.step.plan.abreast
+        s, size = self.step, self.step.plan.groups_side_by_side
         strip = self.seen(a)[1] - 1 - n
         here = strip >= self.lowest(a)
         strip = strip - s.key_block * s.strips
@@ -200,16 +200,16 @@ class Band:
         whole = here
         for g in range(size):
             whole &= s.plan.rules.all(s.group_extent(a * size + g), s.strip_extent(strip))
-        return Spot(Groups(a * size, size), strip, here, whole)
+        return StripCursor(Groups(a * size, size), strip, here, whole)
 
-    def spots(self, n: Array) -> list[Spot]:
+    def spots(self, n: Array) -> list[StripCursor]:
         return [self.spot(n, a) for a in range(self.passages)]
 
-    def passage(self, spot: Spot) -> Passage:
+    def passage(self, spot: StripCursor) -> QueryGroupState:
         """Before its strip."""
-        return Passage(self.step, spot, self.back, *(as_row(ref, spot.groups) for ref in (self.step.high, self.step.low)))
+        return QueryGroupState(self.step, spot, self.back, *(as_row(ref, spot.groups) for ref in (self.step.high, self.step.low)))
 
-    def leave(self, passages: list[Passage], valid: Array | bool = True) -> None:
+    def leave(self, passages: list[QueryGroupState], valid: Array | bool = True) -> None:
         """Moves the counts past a strip, if ``valid``."""
         high, low = self.step.high, self.step.low
         for passage in passages:
@@ -217,25 +217,25 @@ class Band:
             sums = jnp.where(valid, -sums if passage.back else sums, 0.0)
             for g, part in passage.spot.groups.apart():
                 row = pl.ds(g, 1)
-                high[row, :], low[row, :] = add_exactly(high[row, :], low[row, :], sums[:, part])
+                high[row, :], low[row, :] = two_sum(high[row, :], low[row, :], sums[:, part])
 
     def goes_on(self, n: Array) -> Array:
         """Whether queries that have not counted up to the last position have a strip in step n or later."""
-        unsettled, begins, size = self.unsettled(), self.step.key_block * self.step.strips, self.step.plan.abreast
+        unsaturated, begins, size = self.unsaturated(), self.step.key_block * self.step.strips, self.step.plan.groups_side_by_side
         found = jnp.zeros((), bool)
         for a in range(self.passages):
             own = ((1 << size) - 1) << (a * size)
-            found |= (self.seen(a)[1] - 1 - n >= jnp.maximum(self.lowest(a), begins)) & (unsettled & own != 0)
+            found |= (self.seen(a)[1] - 1 - n >= jnp.maximum(self.lowest(a), begins)) & (unsaturated & own != 0)
         return found
 
-    def unsettled(self) -> Array:
+    def unsaturated(self) -> Array:
         """A bit for each group of queries of which one has not counted up to the last position."""
         s = self.step
         return bits([s.high[...] + s.low[...] < s.plan.counting.last])
 
     def by_need(self, add: Any) -> None:
-        """Calls ``add(g, at, few)`` for every quarter ``at`` of a strip and every group of queries g that ``Needs`` found to look
-        something up there; ``few``: no query passes as many as eight cells."""
+        """Calls ``add(g, at, few)`` for every quarter ``at`` of a strip and every group of queries g that is in ``GatherWorklist``
+        there; ``few``: no query passes as many as eight cells."""
 
         def one(quarter: Array, _: None) -> None:
             at = pl.ds(pl.multiple_of(quarter * QUARTER, QUARTER), QUARTER)
@@ -246,7 +246,7 @@ class Band:
 
 
 @dataclasses.dataclass
-class Needs:
+class GatherWorklist:
     """Who is to look up what in a step: groups of queries with counts before the last position, by quarters of their strips.
 
     Attributes:
@@ -255,11 +255,11 @@ class Needs:
       ends: for each passage the cells of its first and last key, [1, t].
     """
 
-    band: Band
+    band: CountingRegion
     groups: dict[tuple[int, int], Array] = dataclasses.field(default_factory=dict)
     ends: dict[int, list[Array]] = dataclasses.field(default_factory=dict)
 
-    def note(self, spot: Spot, half: int, counts: Array) -> None:
+    def note(self, spot: StripCursor, half: int, counts: Array) -> None:
         """Puts the positions of a piece, the ``half``th 128 keys of a strip, in their place."""
         s, last = self.band.step, self.band.step.plan.counting.last
         where = positions(counts, s.plan.counting)
@@ -272,7 +272,7 @@ class Needs:
                 many = 1 + (spans(quarter) >= SUBLANES).astype(jnp.int32)
                 self.groups[(half * LANES + at) // QUARTER, g] = jnp.where(quarter[-1:] >= last, 0, many)
 
-    def close(self, spots: list[Spot]) -> Array:
+    def close(self, spots: list[StripCursor]) -> Array:
         """Leaves them to ``by_need``. Returns the greatest number of cells that a query passes in the step, a scalar."""
         s, seen = self.band.step, jnp.zeros((), jnp.int32)
         for spot in spots:

@@ -50,13 +50,13 @@ class Chip:
     Attributes:
       name: as in ``posjax.hardware.GENERATIONS``.
       vmem: bytes of VMEM that a kernel may take.
-      gathers: registers are looked up along sublanes in one operation.
+      has_sublane_gather: registers are looked up along sublanes in one operation.
       sizes: for bfloat16 and heads of 128 channels.
     """
 
     name: str
     vmem: int
-    gathers: bool
+    has_sublane_gather: bool
     sizes: Blocks
 
     def blocks(self, dtype: Any, width: int) -> Blocks:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from posjax.attention.backends.tpu.band import Band, Needs, Passage, Spot, strip_of
+from posjax.attention.backends.tpu.band import CountingRegion, GatherWorklist, QueryGroupState, StripCursor, strip_of
 from posjax.attention.backends.tpu.step import (
     OPTIONAL,
     Groups,
@@ -42,12 +42,12 @@ from posjax.attention.backends.tpu.step import (
     soft,
 )
 from posjax.attention.backends.tpu.tiles import (
-    CALM,
-    HASTY,
+    INIT_MAX,
     LANES,
     LOG2E,
-    LOWEST,
-    NEVER,
+    MASK_VALUE,
+    MEDIUM,
+    NARROW,
     NT,
     SUBLANES,
     TN,
@@ -74,7 +74,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
     s = Step(plan, scalars, rest, row, rows, tile, 0)
     first_block, last_block = blocks_of(*s.entry("visits", tile), held)
     s.key_block = jnp.maximum(last_block - turn, first_block)
-    band = Band(s, lambda a: band.seen(a)[0])
+    band = CountingRegion(s, lambda a: band.seen(a)[0])
     factor, every = scale[0] * LOG2E, Groups(0, plan.groups)
 
     if plan.turn_keys:  # all keys are here, and stay
@@ -86,20 +86,20 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
     @pl.when(turn == 0)
     def _() -> None:
         s.prepare_queries()
-        s.highest[...] = jnp.full(s.highest.shape, LOWEST, jnp.float32)
+        s.highest[...] = jnp.full(s.highest.shape, INIT_MAX, jnp.float32)
         s.total[...] = jnp.zeros(s.total.shape, jnp.float32)
         s.sums[...] = jnp.zeros(s.sums.shape, jnp.float32)
         if counting is not None:
             for name in ("high", "low"):
                 own, given = getattr(s, name), rest.get(f"in_{name}")
                 own[...] = jnp.zeros(own.shape, jnp.float32) if given is None else given[...]
-            s.hasty[0] = s.hasty[1] = -1
+            s.wide_steps[0] = s.wide_steps[1] = -1
             for a in range(band.passages):
                 s.limit[a] = band.seen(a)[1]
 
             @pl.when(tile == 0)
             def _() -> None:
-                s.haste[0] = CALM
+                s.cell_span[0] = NARROW
 
     def logits(start: Array, size: int, groups: Groups | None = None) -> Array:
         key = s.keys(start, size)
@@ -124,7 +124,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         value = s.value[pl.ds(start, size), :]
         s.sums[:, groups.lanes] += product(value, joined(weights, 1), TN, value.dtype == jnp.float32)
 
-    def pieces_of(passages: list[Passage], masked: bool) -> tuple[list, dict, Any]:
+    def pieces_of(passages: list[QueryGroupState], masked: bool) -> tuple[list, dict, Any]:
         """Halves of the passages' strips, from the right, what is at hand of each, and what puts scores and gates there."""
         live: dict[int, Any] = {}
         pieces = [(passage, half) for passage in passages for half in reversed(range(blocks.strip // LANES))]
@@ -134,21 +134,21 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
             at = pl.multiple_of(s.start_of(spot.strip) + half * LANES, LANES)
             raw = logits(at, LANES, spot.groups)
             if masked:
-                raw = jnp.where(s.pairs(at, LANES, spot.groups, spot.here), raw, NEVER)
+                raw = jnp.where(s.pairs(at, LANES, spot.groups, spot.here), raw, MASK_VALUE)
             live[n] = raw, doubled_gates(raw, counting.exact)
 
         return pieces, live, products
 
-    def straight(spots: list[Spot], masked: bool) -> None:
-        """Scores of a step with their counts in, for queries that pass at most eight cells. ``s.haste`` tells afterwards what they
-        did pass; where it was more, nothing but the scores has changed."""
-        passages, haste = [band.passage(spot) for spot in spots], []
+    def straight(spots: list[StripCursor], masked: bool) -> None:
+        """Scores of a step with their counts in, for queries that pass at most eight cells. ``s.cell_span`` holds afterwards what
+        they did pass; where it was more, nothing but the scores has changed."""
+        passages, cell_span = [band.passage(spot) for spot in spots], []
         pieces, live, products = pieces_of(passages, masked)
 
         def counts(n: int) -> None:
             raw, gates = live[n]
             live[n] = raw, pieces[n][0].through(sums_to_the_right(gates, counting))
-            haste.append(live[n][1].haste(counting.last))
+            cell_span.append(live[n][1].cell_span(counting.last))
 
         def biases(n: int) -> None:
             (passage, half), (raw, piece) = pieces[n], live.pop(n)
@@ -157,13 +157,13 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
                 s.scores[g, pl.ds(half * LANES, LANES), :] = raw[:, part] + bias
 
         staggered(len(pieces), [products, counts, biases])
-        most = jnp.max(functools.reduce(jnp.maximum, haste))
-        s.haste[0] = most
+        most = jnp.max(functools.reduce(jnp.maximum, cell_span))
+        s.cell_span[0] = most
         band.leave(passages, most < WIDE)
 
-    def bending(spots: list[Spot]) -> None:
+    def bending(spots: list[StripCursor]) -> None:
         """The same for any counts, group by group."""
-        passages, last, needs = [band.passage(spot) for spot in spots], s.last_bias(), Needs(band)
+        passages, last, needs = [band.passage(spot) for spot in spots], s.last_bias(), GatherWorklist(band)
         pieces, live, products = pieces_of(passages, True)
 
         def counts(n: int) -> None:
@@ -177,7 +177,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
             s.scores[g, at, :] += bias - s.z[g, pl.ds(counting.last, 1), :]
 
         staggered(len(pieces), [products, counts])
-        s.haste[0] = jnp.where(needs.close(spots) < SUBLANES, HASTY, WIDE)
+        s.cell_span[0] = jnp.where(needs.close(spots) < SUBLANES, MEDIUM, WIDE)
         band.leave(passages)
         if plan.index is not None:
             s.by_group(s.scores, s.all_groups(s.scores) + s.lookups(strip_of(spots)))
@@ -188,13 +188,13 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         spots = band.spots(n)
         whole = functools.reduce(jnp.logical_and, [spot.whole for spot in spots])
         if plan.index is None:
-            masked_or_not(functools.partial(straight, spots), whole, s.haste[0] < WIDE)  # as in the step before
-            pl.when(s.haste[0] == WIDE)(lambda: bending(spots))
+            masked_or_not(functools.partial(straight, spots), whole, s.cell_span[0] < WIDE)  # as in the step before
+            pl.when(s.cell_span[0] == WIDE)(lambda: bending(spots))
 
-            @pl.when(s.haste[0] > CALM)
+            @pl.when(s.cell_span[0] > NARROW)
             def _() -> None:
-                s.hasty[0] = jnp.where(s.hasty[0] < 0, n, s.hasty[0])
-                s.hasty[1] = n
+                s.wide_steps[0] = jnp.where(s.wide_steps[0] < 0, n, s.wide_steps[0])
+                s.wide_steps[1] = n
         else:
             bending(spots)
 
@@ -239,13 +239,13 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         nothing = total == 0.0
         total = jnp.where(nothing, 1.0, total)
         s.out[...] = (s.sums[...] / total).T.astype(s.out.dtype)
-        log_sum = jnp.where(nothing, -NEVER, s.highest[...] + jnp.log2(total))
+        lse = jnp.where(nothing, -MASK_VALUE, s.highest[...] + jnp.log2(total))
         for g in range(plan.groups):
-            s.log_sum[pl.ds(g, 1), :] = log_sum[:, g * LANES : (g + 1) * LANES]
+            s.lse[pl.ds(g, 1), :] = lse[:, g * LANES : (g + 1) * LANES]
             if counting is not None:
-                s.out_limit[pl.ds(g, 1), :] = jnp.full((1, LANES), s.limit[g // plan.abreast], jnp.int32)
+                s.out_limit[pl.ds(g, 1), :] = jnp.full((1, LANES), s.limit[g // plan.groups_side_by_side], jnp.int32)
                 lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-                s.out_hasty[pl.ds(g, 1), :] = jnp.where(lane == 0, s.hasty[0], s.hasty[1])
+                s.out_wide_steps[pl.ds(g, 1), :] = jnp.where(lane == 0, s.wide_steps[0], s.wide_steps[1])
         if counting is not None:
             s.out_high[...], s.out_low[...] = s.high[...], s.low[...]
 
@@ -273,10 +273,10 @@ def forward(plan: Plan, x: Operands, dtype: Any = None) -> tuple[Array, ...]:
     row_spec = pl.BlockSpec((None,) * 4 + by_tile[4:], lambda b, k, g, i, r, *_: (b, k, g, i, 0, 0))
     width = x.value.shape[-1]
     out = jax.ShapeDtypeStruct((*x.query.shape[:4], width), dtype or x.value.dtype)
-    outs = {"out": out, "log_sum": jax.ShapeDtypeStruct(by_tile, jnp.float32)}
+    outs = {"out": out, "lse": jax.ShapeDtypeStruct(by_tile, jnp.float32)}
     if plan.counting is not None:
         outs |= {f"out_{name}": jax.ShapeDtypeStruct(by_tile, jnp.float32) for name in ("high", "low")}
-        outs |= {f"out_{name}": jax.ShapeDtypeStruct(by_tile, jnp.int32) for name in ("limit", "hasty")}
+        outs |= {f"out_{name}": jax.ShapeDtypeStruct(by_tile, jnp.int32) for name in ("limit", "wide_steps")}
     out_specs = [row_spec] * len(outs)
     out_specs[0] = pl.BlockSpec((None,) * 3 + (blocks.queries, width), lambda b, k, g, i, r, *_: (b, k, g, i, 0))
     scratch = scratch_of(plan, x) | {
@@ -285,7 +285,7 @@ def forward(plan: Plan, x: Operands, dtype: Any = None) -> tuple[Array, ...]:
         "sums": pltpu.VMEM((width, blocks.queries), jnp.float32),
     }
     if plan.counting is not None:
-        scratch |= {name: pltpu.SMEM((n,), jnp.int32) for name, n in (("haste", 1), ("hasty", 2))}
+        scratch |= {name: pltpu.SMEM((n,), jnp.int32) for name, n in (("cell_span", 1), ("wide_steps", 2))}
     return pl.pallas_call(
         functools.partial(_body, plan, (*names, *outs, *scratch), rows, held),
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -12,19 +12,19 @@ from jax.experimental.pallas import tpu as pltpu
 
 from posjax.attention.backends.tpu.blocks import Blocks
 from posjax.attention.backends.tpu.tiles import (
+    INIT_MAX,
     LANES,
     LOG2E,
-    LOWEST,
-    NEVER,
+    MASK_VALUE,
     NN,
     NT,
     QUARTER,
     SUBLANES,
     Counting,
     column,
-    fine_product,
     gathered,
     joined,
+    matmul_bf16x3,
     product,
 )
 from posjax.core.masks import Extent, Rules, extents
@@ -51,7 +51,7 @@ class Plan:
         return self.blocks.queries // LANES
 
     @property
-    def abreast(self) -> int:
+    def groups_side_by_side(self) -> int:
         """Groups that count side by side: two fill the matrix unit."""
         return 2 if self.groups % 2 == 0 else 1
 
@@ -105,7 +105,7 @@ def make_scalars(plan: Plan, x: Operands) -> tuple[Array, ...]:
         return extents(x.key_positions, x.key_segments, size)
 
     q_tiles, k_tiles, strips = of_queries(blocks.queries), of_keys(blocks.keys), of_keys(blocks.strip)
-    bands = plan.rules.seen(of_queries(plan.abreast * LANES), strips)
+    bands = plan.rules.seen(of_queries(plan.groups_side_by_side * LANES), strips)
     found = (plan.rules.seen(q_tiles, k_tiles), bands, q_tiles, k_tiles, of_queries(LANES), strips)
     return tuple(a.astype(jnp.int32).reshape(-1) for a in found)
 
@@ -150,20 +150,20 @@ def turned(x: Array, turn: Any, partner: Array, back: bool = False) -> Array:
     cos, sin = turn[0], turn[1]
     exact = partner.dtype == jnp.float32
     if back:
-        return x * cos + fine_product(x * sin, partner, NT, exact)
+        return x * cos + matmul_bf16x3(x * sin, partner, NT, exact)
     return x.astype(jnp.float32) * cos + product(x, partner, NN, exact) * sin
 
 
 def soft(plan: Plan, x: Array) -> Array:
-    """The soft cap of scores; what may not meet stays NEVER."""
+    """The soft cap of scores; what may not meet stays MASK_VALUE."""
     if plan.soft_cap is None:
         return x
     cap = plan.soft_cap * LOG2E
-    return jnp.where(x > LOWEST, cap * jnp.tanh(x / cap), NEVER)
+    return jnp.where(x > INIT_MAX, cap * jnp.tanh(x / cap), MASK_VALUE)
 
 
-def soft_slack(plan: Plan, x: Array) -> Array:
-    """The derivative of the soft cap where the capped score is x; zero where x is NEVER."""
+def soft_cap_derivative(plan: Plan, x: Array) -> Array:
+    """The derivative of the soft cap where the capped score is x; zero where x is MASK_VALUE."""
     return 1.0 - jnp.square(jnp.maximum(x / (plan.soft_cap * LOG2E), -1.0))
 
 
@@ -298,15 +298,15 @@ class Step:
         return allowed if here is None or rules.is_causal else allowed & here
 
     def left(self, scores: Array, start: Array) -> Array:
-        """Scores [s, t] of keys from ``start`` on and all queries, NEVER for pairs that may not meet or were counted."""
+        """Scores [s, t] of keys from ``start`` on and all queries, MASK_VALUE for pairs that may not meet or were counted."""
         size = scores.shape[0]
         allowed = self.pairs(start, size)
         if self.plan.counting is None:
-            return jnp.where(allowed, scores, NEVER)
+            return jnp.where(allowed, scores, MASK_VALUE)
         limits = [self.limit_here(a) * self.plan.blocks.strip - start for a in range(self.limit.shape[0])]
-        row = joined([jnp.full((1, self.plan.abreast * LANES), limit, jnp.int32) for limit in limits], 1)
+        row = joined([jnp.full((1, self.plan.groups_side_by_side * LANES), limit, jnp.int32) for limit in limits], 1)
         allowed &= jax.lax.broadcasted_iota(jnp.int32, allowed.shape, 0) < row
-        return jnp.where(allowed, scores, NEVER)
+        return jnp.where(allowed, scores, MASK_VALUE)
 
     def penalty(self, start: Array, size: int, groups: Groups | None = None) -> Array:
         row = as_row(self.query_positions, groups)
@@ -350,7 +350,7 @@ class Step:
         if self.plan.counting is not None:
             counted = raw if self.counted_query is None else self.counted_query[...]
             for n, ref in enumerate((self.z, self.slope)):
-                self.by_group(ref, fine_product(self.embedding[n], counted, NT, self.plan.counting.exact) * LOG2E)
+                self.by_group(ref, matmul_bf16x3(self.embedding[n], counted, NT, self.plan.counting.exact) * LOG2E)
 
     def queries(self, groups: Groups | None = None) -> Array:
         ref = self.query if self.query_turn is None else self.turned_query
@@ -453,7 +453,7 @@ def scratch_of(plan: Plan, x: Operands) -> dict[str, Any]:
             made[name] = pltpu.VMEM((plan.groups, LANES), jnp.float32)
         for name in ("scores", "positions"):
             made[name] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
-        made["limit"] = pltpu.SMEM((plan.groups // plan.abreast,), jnp.int32)
+        made["limit"] = pltpu.SMEM((plan.groups // plan.groups_side_by_side,), jnp.int32)
         made["need"] = pltpu.SMEM((2 * blocks.strip // QUARTER,), jnp.int32)
     if plan.index is not None:
         made["found"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from posjax.typing import Array
 
 SUBLANES, LANES = 8, 128
-CALM, HASTY, WIDE = range(3)  # how many cells the queries of a strip pass: see ``Piece.haste``
+NARROW, MEDIUM, WIDE = range(3)  # how many cells the queries of a strip pass: see ``Piece.cell_span``
 FEW = 2  # cells whose gradients are spread in a straight line for each quarter of a strip
 QUARTER = 64  # keys
 LOG2E = math.log2(math.e)
-NEVER = -2e38  # a score that is not allowed
-LOWEST = -1e30  # the running maximum before anything was seen: above NEVER, so that what is forbidden weighs nothing
+MASK_VALUE = -2e38  # a score that is not allowed
+INIT_MAX = -1e30  # the running maximum before anything was seen: above MASK_VALUE, so that what is forbidden weighs nothing
 
 NN = (((1,), (0,)), ((), ()))  # a b
 NT = (((1,), (1,)), ((), ()))  # a b^T
@@ -37,7 +37,7 @@ def product(a: Array, b: Array, form: Any = NN, exact: bool = False) -> Array:
     return jax.lax.dot_general(a, b, form, precision=precision, preferred_element_type=jnp.float32)
 
 
-def fine_product(a: Array, b: Array, form: Any, exact: bool) -> Array:
+def matmul_bf16x3(a: Array, b: Array, form: Any, exact: bool) -> Array:
     """A product of float32 numbers: in float32, or, not ``exact``, of 16 bits of each. bfloat16 numbers have but 8."""
     if exact:
         return product(a, b, form, exact)
@@ -73,13 +73,13 @@ class Counting(NamedTuple):
       last: P - 1, where counts stop to matter.
       rows: P up to whole sublanes.
       exact: sums of gates in full float32, for float32 calls; otherwise gates are cut into two bfloat16 halves, 16 bits in all.
-      gathers: the chip looks up along sublanes in one operation (all but the v4 do).
+      has_sublane_gather: the chip looks up along sublanes in one operation (all but the v4 do).
     """
 
     last: int
     rows: int
     exact: bool
-    gathers: bool
+    has_sublane_gather: bool
 
 
 def sums_to_the_right(gates: Array, counting: Counting) -> Array:
@@ -118,7 +118,7 @@ def _sums(x: Array, later: bool, parts: int, factor: float) -> Array:
 
 
 def doubled_gates(logits: Array, exact: bool) -> Array:
-    """Twice the sigmoid of scores in units of log2 e; zero where they are NEVER. Sums take the factor off again, for nothing."""
+    """Twice the sigmoid of scores in units of log2 e; zero where they are MASK_VALUE. Sums take the factor off again."""
     return 2.0 / (1.0 + jnp.exp2(-logits)) if exact else jnp.tanh(logits * (0.5 / LOG2E)) + 1.0
 
 
@@ -127,7 +127,7 @@ def gate_slope(doubled: Array) -> Array:
     return doubled * (0.5 / LOG2E - (0.25 / LOG2E) * doubled)
 
 
-def add_exactly(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
+def two_sum(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
     """(high + low) + x in two floats: what x loses to high is kept in low, so that subtracting x later undoes it."""
     total = high + x
     part = total - high
@@ -146,9 +146,9 @@ def gathered(table: Array, index: Array, axis: int) -> Array:
     return jax.lax.gather(table, index[..., None], numbers, (1, 1), mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
 
-def pick(table: Array, index: Array, gathers: bool) -> Array:
+def pick(table: Array, index: Array, has_sublane_gather: bool) -> Array:
     """table [8, t] at the sublane ``index`` [r, t] of the same lane."""
-    if not gathers:
+    if not has_sublane_gather:
         found = jnp.broadcast_to(table[:1], index.shape)
         for n in range(1, SUBLANES):
             found = jnp.where(index == n, table[n : n + 1], found)
@@ -194,7 +194,7 @@ def eight_from(table: Array, start: Array, counting: Counting) -> Array:
     start = jnp.minimum(start, counting.last)
     at = jnp.minimum(start + jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, table.shape[1]), 0), counting.last)
     here = jnp.maximum(start, 0) >> 3
-    first, second = (pick(rows, at & (SUBLANES - 1), counting.gathers) for rows in moved_down(eights(table), here, 2))
+    first, second = (pick(rows, at & (SUBLANES - 1), counting.has_sublane_gather) for rows in moved_down(eights(table), here, 2))
     return jnp.where(at >> 3 == here, first, second)
 
 
@@ -231,8 +231,8 @@ def window(z: Array, slope: Array, base: Array, counting: Counting) -> Window:
 def within(window: Window, inside: Array, counting: Counting) -> tuple[Array, Array]:
     """The bias and its slope at counts ``inside``, [s, t], all in the window's eight cells."""
     at = jax.lax.bitcast_convert_type(inside + _WHOLE, jnp.int32) & (SUBLANES - 1)
-    slope = pick(window.slope, at, counting.gathers)
-    return pick(window.start, at, counting.gathers) + inside * slope, slope
+    slope = pick(window.slope, at, counting.has_sublane_gather)
+    return pick(window.start, at, counting.has_sublane_gather) + inside * slope, slope
 
 
 def staggered(pieces: int, stages: list[Any]) -> None:
@@ -264,7 +264,7 @@ def interpolated(positions: Array, z: Array, slope: Array, counting: Counting, f
         base = positions[-1:].astype(jnp.int32)
         inside = positions - base.astype(jnp.float32)
         here = inside.astype(jnp.int32)
-        start, steep = (pick(eight_from(table, base, counting), here, counting.gathers) for table in (z, slope))
+        start, steep = (pick(eight_from(table, base, counting), here, counting.has_sublane_gather) for table in (z, slope))
         return start + (inside - here.astype(jnp.float32)) * steep, steep
     found = [_by_eights(positions[at : at + _ROWS], z, slope, counting) for at in range(0, positions.shape[0], _ROWS)]
     return joined([bias for bias, _ in found], 0), joined([steep for _, steep in found], 0)
@@ -279,9 +279,9 @@ def _by_eights(positions: Array, z: Array, slope: Array, counting: Counting) -> 
     first = cells[-1:] >> 3
     row, number = cells & (SUBLANES - 1), (cells >> 3) - first
     start, steep = (moved_down(eights(table), first, 1 + _ROWS // SUBLANES) for table in (z, slope))
-    found = [pick(start[0], row, counting.gathers), pick(steep[0], row, counting.gathers)]
+    found = [pick(start[0], row, counting.has_sublane_gather), pick(steep[0], row, counting.has_sublane_gather)]
     for n in range(1, len(start)):
-        new = [pick(table[n], row, counting.gathers) for table in (start, steep)]
+        new = [pick(table[n], row, counting.has_sublane_gather) for table in (start, steep)]
         found = [jnp.where(number == n, a, b) for a, b in zip(new, found, strict=True)]
     return found[0] + (positions - cells.astype(jnp.float32)) * found[1], found[1]
 
@@ -320,7 +320,7 @@ def placed(nodes: Array, base: Array, counting: Counting) -> Array:
     past = jnp.where(row + base >= counting.last, nodes, 0.0).sum(0, keepdims=True)
     every = jax.lax.broadcasted_iota(jnp.int32, (counting.rows, nodes.shape[1]), 0)
     place = every - base
-    found = pick(nodes, place & (SUBLANES - 1), counting.gathers)
+    found = pick(nodes, place & (SUBLANES - 1), counting.has_sublane_gather)
     found = jnp.where(((place & -SUBLANES) == 0) & (every < counting.last), found, 0.0)
     return found + jnp.where(every == counting.last, past, 0.0)
 
@@ -392,7 +392,7 @@ def _nodes(sums: Array, before: Array, base: Array, counting: Counting) -> list[
     left = jnp.concatenate([before, sums[:-1]], 0)
     right = jnp.concatenate([sums[1:], jnp.zeros_like(before)], 0)
     row, own = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0), base & (SUBLANES - 1)
-    turned = pick(left - 2.0 * sums + right, (row - own) & (SUBLANES - 1), counting.gathers)
+    turned = pick(left - 2.0 * sums + right, (row - own) & (SUBLANES - 1), counting.has_sublane_gather)
     here = row >= own
     return [jnp.where(here, turned, 0.0), jnp.where(row == own, beyond, jnp.where(here, 0.0, turned))]
 

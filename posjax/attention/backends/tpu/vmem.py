@@ -73,7 +73,7 @@ def _spilled(plan: Plan, x: Operands) -> int:
     if x.query_turn is not None:
         spilled += _SPILLED_BY_ROTATION * blocks.queries * width
     if plan.counting is not None:
-        by_position = by_count if plan.counting.gathers else _SPILLED_BY_COMPARING
+        by_position = by_count if plan.counting.has_sublane_gather else _SPILLED_BY_COMPARING
         spilled += blocks.queries * (by_count * blocks.strip + by_position * plan.counting.rows)
     return spilled
 
