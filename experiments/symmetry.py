@@ -21,7 +21,7 @@ the terms before the sixth; and of the sixth term's variance over pairs (m, n), 
 10 % (3 to 31) where it is that of a random model.
 
 The expansion is in float64. posjax's models take their softmax in float32, so that the model is written out here once more, with
-the weights of a posjax.Transformer, and compared with it. Writes results/symmetry.json and .png.
+the weights of a posjax.models.transformer.Transformer, and compared with it. Writes results/symmetry.json and .png.
 """
 
 from collections.abc import Callable
