@@ -1,4 +1,4 @@
-"""The one table of chips: TPU generations and GPUs with the figures of their data sheets, and the names that jax gives them."""
+"""Known chips: data-sheet figures of TPU generations and GPUs, and the device names that JAX uses for them."""
 
 import dataclasses
 import re
@@ -9,19 +9,20 @@ _MIB, _GIB = 2**20, 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A kind of TPU. Figures are of one TensorCore.
+    """A TPU generation. Figures are per TensorCore unless stated otherwise.
 
     Attributes:
-      topology: the smallest that libtpu makes programs for; any other goes too, such as "v5e:16x16".
-      accelerator_type: what libtpu wants in TPU_ACCELERATOR_TYPE.
-      cores: TensorCores of a chip.
-      flops: peak bfloat16 operations a second.
-      bandwidth: bytes a second to and from HBM.
+      topology: smallest topology that libtpu compiles for; others, such as "v5e:16x16", work too.
+      accelerator_type: value that libtpu expects in TPU_ACCELERATOR_TYPE.
+      cores: TensorCores per chip.
+      flops: peak bfloat16 operations per second.
+      bandwidth: HBM bandwidth in bytes per second.
       vmem: bytes of vector memory.
       memory: bytes of HBM.
-      torus: bytes a second, both ways together, that leave a whole chip along one dimension of the torus.
-      clock: bundles a second. Google publishes v4's; the others are flops / (what the matrix units do in a cycle), see below.
-      delay_slots: bundles after a branch that run whether it is taken or not, as they stand in the compiler's output.
+      torus: bytes per second that leave a whole chip along one dimension of the torus, in both directions together.
+      clock: bundles per second. Google publishes only v4's; the others are flops divided by the operations of the matrix units per
+        cycle, see below.
+      delay_slots: bundles after a branch that run whether or not it is taken, as they appear in the compiler's output.
     """
 
     topology: str
@@ -36,13 +37,13 @@ class Generation:
     delay_slots: int
 
 
-# A device of jax is one core of v4 and tpu7x, and both cores of v5p; topologies are counted in chips.
-# flops, bandwidth, memory: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, per chip there, so over the number of cores here.
-# torus: the same pages' bidirectional bandwidth between chips over the number of ports, of which a dimension has two.
-# cores and vmem: docs.jax.dev/en/latest/pallas/tpu/hardware.html. clock of v4: 1050 MHz, Jouppi et al. 2023, arXiv 2304.01433,
-# table 4. The others' is not published: v5e and v5p have 4 matrix units of 128 x 128 a core, so 4 * 128 * 128 * 2 operations a
-# cycle make 1.5 and 1.75 GHz (and of v4 1.05); of v6e and tpu7x the compiler expects more than 2 units of 256 x 256 could do at
-# one pass a cycle, so 2 * 256 * 256 * 2 * 2, which makes 1.75 and 2.2 GHz.
+# A JAX device is one core of v4 and tpu7x, and both cores of v5p; topologies are counted in chips.
+# flops, bandwidth, memory: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, per chip there, divided by the number of cores here.
+# torus: the inter-chip bidirectional bandwidth on those pages, divided by the number of ports; a dimension has two ports.
+# cores, vmem: docs.jax.dev/en/latest/pallas/tpu/hardware.html.
+# clock: v4 has 1050 MHz, Jouppi et al. 2023, arXiv 2304.01433, table 4. The others are not published. v5e and v5p have 4 matrix
+# units of 128 x 128 per core; 4 * 128 * 128 * 2 operations per cycle give 1.5 and 1.75 GHz (and 1.05 for v4). For v6e and tpu7x
+# the compiler expects more than 2 units of 256 x 256 can do at one pass per cycle; 2 * 256 * 256 * 2 * 2 gives 1.75 and 2.2 GHz.
 _PASS = 4 * 128**2 * 2
 GENERATIONS = {
     "v4": Generation("v4:2x2x1", "v4-8", 2, 275e12 / 2, 1228e9 / 2, 16 * _MIB, 32 * _GIB / 2, 600e9 / 6, 1.05e9, 1),
@@ -57,21 +58,21 @@ GENERATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU.
+    """A GPU model.
 
     Attributes:
-      device_kind: as jax calls it.
-      pattern: a regular expression that finds it, and its siblings with the same peak, in the names that jax gives devices.
+      device_kind: name that JAX gives it.
+      pattern: regular expression that matches the JAX device names of this GPU and of variants with the same peak.
       capability: compute capability.
-      arch: as ptxas calls it.
-      shared: bytes of shared memory of a streaming multiprocessor, and of a block at most.
-      processors: streaming multiprocessors.
-      memory: bytes.
-      bandwidth: bytes a second.
+      arch: name that ptxas gives it.
+      shared: bytes of shared memory per streaming multiprocessor, and at most per block.
+      processors: number of streaming multiprocessors.
+      memory: bytes of device memory.
+      bandwidth: memory bandwidth in bytes per second.
       l2: bytes of level 2 cache.
       clock: GHz.
-      flops: peak bfloat16 operations a second, dense.
-      link: bytes a second to the other GPUs of a host, one way.
+      flops: peak dense bfloat16 operations per second.
+      link: bytes per second to the other GPUs of a host, in one direction.
     """
 
     device_kind: str
@@ -88,11 +89,11 @@ class Gpu:
     link: float
 
 
-NETWORK = 50e9  # bytes a second from a GPU to other hosts, through a port of 400 Gb/s of its own
-# Compute capability, the name that ptxas has for it, and shared memory of a multiprocessor and of a block.
+NETWORK = 50e9  # bytes per second from a GPU to other hosts, through one 400 Gb/s port per GPU
+# Compute capability, its name in ptxas, and shared memory per multiprocessor and per block.
 _SM_80, _SM_89 = ((8, 0), "sm_80", (167936, 166912)), ((8, 9), "sm_89", (102400, 101376))
 _SM_90, _SM_100 = ((9, 0), "sm_90a", (233472, 232448)), ((10, 0), "sm_100a", (233472, 232448))
-# From NVIDIA's data sheets and the CUDA programming guide's table of capabilities. The first whose pattern is found counts.
+# From NVIDIA's data sheets and the CUDA programming guide's table of capabilities. The first entry whose pattern matches is used.
 GPUS = {
     "a100": Gpu("NVIDIA A100-SXM4-80GB", "A100.*80GB", *_SM_80, 108, 80 * _GIB, 2039e9, 40 * _MIB, 1.41, 312e12, 300e9),
     "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", "A100", *_SM_80, 108, 40 * _GIB, 1555e9, 40 * _MIB, 1.41, 312e12, 300e9),
@@ -106,7 +107,7 @@ GPUS = {
     "h200": Gpu("NVIDIA H200", "H200", *_SM_90, 132, 141 * _GIB, 4800e9, 50 * _MIB, 1.98, 989e12, 450e9),
     "b200": Gpu("NVIDIA B200", "B200", *_SM_100, 148, 180 * _GIB, 8000e9, 126 * _MIB, 1.97, 2250e12, 900e9),
 }
-# As jax calls TPUs, or has called them; a device is one chip, or a core of one where a chip is two devices.
+# Names that JAX gives TPUs, or has given them. A device is one chip, or one core where a chip is two devices.
 _TPU_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -121,17 +122,17 @@ _TPU_KINDS = {
 
 
 def tpu_generation(device_kind: str) -> str | None:
-    """The name in ``GENERATIONS`` of a TPU as jax calls it; None where it is not known, as of a GPU."""
+    """Returns the key in ``GENERATIONS`` of a JAX device kind; None if it is not a known TPU."""
     return _TPU_KINDS.get(device_kind)
 
 
 def gpu_by_kind(device_kind: str) -> Gpu | None:
-    """The line of ``GPUS`` of a GPU as jax calls it; None where it is not known."""
+    """Returns the entry of ``GPUS`` for a JAX device kind; None if it is not a known GPU."""
     return next((gpu for gpu in GPUS.values() if re.search(gpu.pattern, device_kind)), None)
 
 
 def peak_flops(device: Any) -> float | None:
-    """Peak bfloat16 operations a second of a device of jax, from its data sheet; None where that is not known, as of a CPU."""
+    """Returns the data-sheet peak of a JAX device in bfloat16 operations per second; None if unknown, as for a CPU."""
     generation, gpu = tpu_generation(device.device_kind), gpu_by_kind(device.device_kind)
     if generation is not None:
         return GENERATIONS[generation].flops * getattr(device, "num_cores", 1)

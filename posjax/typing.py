@@ -1,4 +1,4 @@
-"""Array annotations: jaxtyping's where it is installed, plain arrays where only jax and flax are.
+"""Array annotations: jaxtyping's if it is installed, plain arrays if only jax and flax are.
 
 Letters in shapes: B batch, T queries, S keys, N query heads, K key heads, H head dimension, D model dimension,
 P positions, V vocabulary, L layers.
@@ -10,7 +10,7 @@ from jax import Array
 
 try:
     from jaxtyping import Bool, Float, Int
-except ImportError:  # annotations then say only "an array"
+except ImportError:  # annotations then give no shapes
 
     class _Plain:
         def __class_getitem__(cls, item: Any) -> Any:

@@ -1,4 +1,4 @@
-"""``attention``: one entry for every encoding, mask and kernel."""
+"""``attention``: scaled dot-product attention under any encoding and mask, on any of the kernels."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from posjax.typing import Array, Float, Params
 
 Implementation = Literal["xla", "xla_chunked", "pallas"]
 _NONE = identity()
-_SMALL = 128 * 128  # pairs of query and key up to which a walk is one tile, and dense attention the same thing with less to compile
+_SMALL = 128 * 128  # query-key pairs; up to here tiled attention is a single tile, and dense attention compiles faster
 
 
 def attention(
@@ -44,40 +44,43 @@ def attention(
     implementation: Implementation | None = None,
     block_sizes: Blocks | GpuBlocks | None = None,
 ) -> Float[Array, "B T N V"]:
-    """Scaled dot-product attention under a positional encoding.
+    """Computes scaled dot-product attention under a positional encoding.
 
-    out = softmax(scale * q.k + bias) v over the allowed keys, where the encoding rotates or widens q and k and gives the bias.
-    The words and layout are those of ``jax.nn.dot_product_attention``, which it can replace.
+    out = softmax(scale * q.k + bias) v over the allowed keys; the encoding rotates or widens q and k and supplies the bias.
+    Argument names and layout are those of ``jax.nn.dot_product_attention``, which this function can replace.
 
     Args:
       query: [B, T, N, H] floating point.
-      key: [B, S, K, H], K dividing N (grouped-query attention: query head n reads key head n // (N / K)).
-      value: [B, S, K, V]; query, key and value have one dtype.
-      encoding: None is ``identity()``.
-      params: what ``encoding.init`` returned (after ``condition``, for encodings that read hidden states).
-      is_causal: a key's position must not be past the query's.
-      mask: bool, [B or 1, N or 1, T or 1, S or 1] (or fewer leading axes), True where a key may be attended to.
-      segment_ids: integers [B, T] where T = S, or a pair [B, T], [B, S]; only equal segments attend to each other.
-      local_window_size: keys from left to right of the query's position, as (left, right), None for no limit; w means (w, w).
-      query_positions, key_positions: non-negative integers [T] or [B, T], [S] or [B, S]. None: 0, 1, 2, ...
-      scale: what q.k is multiplied with; None: 1 / sqrt(H), of the head before an encoding widens it.
-      logits_soft_cap: c, scores become c * tanh(scores / c) after the bias and before the mask.
-      implementation: None takes the fastest that can do the call. "xla" is dense: the oracle, with [T, S] arrays, and the one that
-        has derivatives of every order and mode. "xla_chunked" walks over tiles on any device: memory grows with T + S, gradients
-        are of first order in reverse mode. "pallas" is the kernel of the platform that the program is lowered for: a TPU's, an
-        NVIDIA GPU's (Ampere or later), and on a CPU the TPU's, interpreted, for tests; it takes no mask arrays, and of the
-        encodings rope, alibi, t5, tupe, cope with gates="logits", and their chains. On a mesh with an axis "context" (or an
-        explicit one that cuts T) None, "xla_chunked" and "pallas" are a ring of devices, each with its share of the sequence.
-      block_sizes: of the "pallas" kernel, Blocks on a TPU, GpuBlocks on a GPU; None: those of the chip, smaller where the call
-        would not fit a TPU's VMEM. With ``implementation`` None they count where the kernel is what runs.
+      key: [B, S, K, H], with K dividing N (grouped-query attention: query head n uses key head n // (N / K)).
+      value: [B, S, K, V]; query, key and value have the same dtype.
+      encoding: positional encoding; None is ``identity()``.
+      params: parameters from ``encoding.init`` (passed through ``condition`` for encodings that use hidden states).
+      is_causal: True allows only keys whose position is not after the query's.
+      mask: bool, [B or 1, N or 1, T or 1, S or 1] (leading axes may be omitted), True where attention is allowed.
+      segment_ids: integers [B, T] if T = S, or a pair [B, T], [B, S]; only tokens of equal segments attend to each other.
+      local_window_size: number of positions to the (left, right) of the query's in which keys are allowed, None for no limit; an
+        integer w means (w, w).
+      query_positions, key_positions: non-negative integers, [T] or [B, T] and [S] or [B, S]. None is 0, 1, 2, ...
+      scale: factor of q.k; None is 1 / sqrt(H), with H the head dimension before an encoding widens it.
+      logits_soft_cap: c; scores become c * tanh(scores / c), after the bias and before the mask. None leaves them as they are.
+      implementation: None selects the fastest implementation that supports the call.
+        "xla" is dense: the reference, with [T, S] arrays, and the only one with derivatives of every order and mode.
+        "xla_chunked" processes one tile at a time on any device. Memory grows with T + S; gradients are first-order, reverse-mode.
+        "pallas" is the kernel of the platform that the program is lowered for: TPU, NVIDIA GPU (Ampere or later), or, for tests on
+        a CPU, the TPU kernel in interpret mode. It supports no mask arrays, and only the encodings rope, alibi, t5, tupe, cope with
+        gates="logits", and their chains.
+        On a mesh with an axis named "context" ("sequence", "seq", "cp" and "sp" work too), or with an explicit axis that shards T,
+        None, "xla_chunked" and "pallas" run ring attention, in which each device holds its share of the sequence.
+      block_sizes: tile sizes of the "pallas" kernel, ``Blocks`` on a TPU and ``GpuBlocks`` on a GPU. None takes the defaults of the
+        chip, reduced if the call would not fit a TPU's VMEM. If ``implementation`` is None, they apply where the kernel runs.
 
     Returns:
       [B, T, N, V] in the dtype of value. A query without any allowed key gets zeros.
 
     Raises:
-      ValueError: an argument whose shape, dtype or value cannot work, by name.
-      TypeError: ``encoding`` is not a PositionalEncoding, or ``block_sizes`` no Blocks or GpuBlocks.
-      NotImplementedError: a named implementation that cannot do the call, with one that can.
+      ValueError: an argument has an unsupported shape, dtype or value; the message names it.
+      TypeError: ``encoding`` is not a PositionalEncoding, or ``block_sizes`` is neither Blocks nor GpuBlocks.
+      NotImplementedError: the given implementation does not support the call; the message names one that does.
     """
     check_operands(query, key, value)
 
@@ -95,9 +98,10 @@ def attention(
 
 
 def auto_sharded(compute: Callable[..., Array], query: Array, *args: Any) -> Array:
-    """compute(query, *args), an array of query's axes but the last, on a mesh whose axes may be explicit (jax.make_mesh's are).
+    """Calls compute(query, *args) with explicit mesh axes, such as those of jax.make_mesh, turned into automatic ones.
 
-    A walk over tiles cannot state the sharding of each of its operations; inside, the compiler propagates it.
+    ``compute`` must return an array with query's axes except the last. Inside, the compiler propagates shardings, because a loop
+    over tiles cannot state the sharding of each of its operations.
     """
     sharding = jax.typeof(query).sharding
     if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
@@ -122,19 +126,20 @@ def run(
     block_sizes: Blocks | GpuBlocks | None = None,
     context: ring.Context | None = None,
 ) -> Array:
-    """Attention of a prepared call in one of the kernels.
+    """Runs attention on a prepared call with one of the kernels.
 
     Args:
-      call: from ``prepare``.
+      call: result of ``prepare``.
       value: [B, S, K, V].
       implementation: as in ``attention``.
-      cut: how a mesh cuts the call's batch and heads, for kernels that run on each device's part; None: as the query's type shows.
+      cut: how a mesh shards the call's batch and heads, for kernels that run on each device's shard; None infers it from the
+        query's type.
       block_sizes: as in ``attention``.
-      context: the axis of a mesh that cuts sequences; None: there is none.
+      context: mesh axis that shards sequences; None if there is none.
 
     Raises:
-      ValueError: an unknown implementation, or block sizes that it does not have.
-      NotImplementedError: one that cannot do the call, with one that can.
+      ValueError: the implementation is unknown, or has no block sizes although some are given.
+      NotImplementedError: the implementation does not support the call; the message names one that does.
     """
     cut = infer_shard_spec(call["query"]) if cut is None else cut
     if implementation not in (None, "xla", "xla_chunked", "pallas"):
@@ -168,22 +173,22 @@ def run(
 
 
 def platform_at_hand() -> str:
-    """That of the devices of the mesh in context, or of this process: cpu, tpu or gpu."""
+    """Returns the platform of the mesh in context, or else of this process: "cpu", "tpu" or "gpu"."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     name = jax.default_backend() if device is None else device.platform
     return "gpu" if name in ("cuda", "rocm") else name
 
 
 def _refusal(kernel: Any, call: dict[str, Any], value: Array, cut: ShardSpec, block_sizes: Any) -> str | None:
-    """Why the kernel of a platform, tpu or gpu, cannot do a call; None: it can."""
+    """Returns why the kernel of a platform, tpu or gpu, does not support a call; None if it does."""
     return kernel.refusal(value=value, block_sizes=_own(kernel, block_sizes), cut=cut, **call)
 
 
 def _of_the_platform(call: dict[str, Any], value: Array, cut: ShardSpec, block_sizes: Any, otherwise: Any = None) -> Array:
-    """The kernel of the platform that the program is lowered for, whatever devices this process has.
+    """Runs the kernel of the platform that the program is lowered for, whichever devices this process has.
 
     Args:
-      otherwise: the kernel, tpu or gpu, for other platforms, interpreted; None: the walk in XLA.
+      otherwise: kernel, tpu or gpu, that runs in interpret mode on other platforms; None runs "xla_chunked" there.
     """
     static = {name: x for name, x in call.items() if x is None or isinstance(x, bool | int | float)}
     arrays = {name: x for name, x in call.items() if name not in static}
@@ -204,7 +209,7 @@ def _of_the_platform(call: dict[str, Any], value: Array, cut: ShardSpec, block_s
 
 
 def _own(kernel: Any, block_sizes: Any) -> Any:
-    """The block sizes of a call if they are of that kernel."""
+    """Returns the block sizes of a call if they are of this kernel's type, else None."""
     return block_sizes if isinstance(block_sizes, kernel.BLOCK_SIZES_CLS) else None
 
 
@@ -217,12 +222,12 @@ def attention_weights(
     value: Array | None = None,
     **options: Any,
 ) -> Float[Array, "B N T S"]:
-    """The probabilities that ``attention`` would weigh the values with, dense, float32; for looking at.
+    """Returns the dense float32 probabilities by which ``attention`` weights the values, for inspection.
 
     Args:
       query, key, encoding, params: as in ``attention``.
-      value: needed only where the encoding reads values (``cope(gates="values")``).
-      **options: the keyword arguments of ``attention``, but for ``implementation`` and ``block_sizes``.
+      value: needed only if the encoding uses values (``cope(gates="values")``).
+      **options: keyword arguments of ``attention`` other than ``implementation`` and ``block_sizes``.
     """
     check_operands(query, key, key if value is None else value)
     return reference.weights(**prepare(query, key, value, encoding, params, **options))
@@ -231,17 +236,17 @@ def attention_weights(
 def attention_fn(
     encoding: PositionalEncoding | None = None, params: Params | None = None, *, is_causal: bool = False
 ) -> Callable[..., Array]:
-    """``attention`` in the form that Flax's attention modules call.
+    """Returns ``attention`` in the form that Flax's attention modules call.
 
         flax.nnx.MultiHeadAttention(..., attention_fn=pj.attention_fn(encoding, params))
         flax.linen.MultiHeadDotProductAttention(..., attention_fn=pj.attention_fn(encoding, params))
 
-    The function takes query, key, value [B, T, N, H] and ``mask``. Attention is causal where ``is_causal`` is true here or in the
-    call, or where the mask makes it so.
+    The function takes query, key and value [B, T, N, H] and ``mask``. Attention is causal if ``is_causal`` is true here or in the
+    call, or if the mask is causal.
 
     Raises (in the call):
-      ValueError: attention dropout, or a query and a key of different lengths (the module's own decoding): such calls bring no
-        positions, and those of a token in a cache cannot be guessed.
+      ValueError: attention dropout is requested, or query and key have different lengths (the module's own decoding): such calls
+        pass no positions, and those of cached tokens cannot be inferred.
     """
 
     def call(
@@ -276,7 +281,7 @@ def attention_fn(
             encoding,
             params,
             is_causal=is_causal or causal,
-            mask=None if mask is None else mask.astype(bool),  # Flax makes its masks of float ones and zeros
+            mask=None if mask is None else mask.astype(bool),  # Flax's masks hold float ones and zeros
             query_positions=input_positions,
             key_positions=input_positions,
         )
@@ -302,10 +307,10 @@ def prepare(
     logits_soft_cap: float | None = None,
     rotated: bool = True,
 ) -> dict[str, Any]:
-    """Checks a call's options and turns it into what a kernel takes: query, key, terms, mask, positions, scale, cap.
+    """Checks the options of a call and builds a kernel's operands: query, key, terms, mask, positions, scale, cap.
 
-    The keyword arguments are those of ``attention``; query and key come out rotated. ``run`` takes the result. With ``rotated``
-    false a plain rotation is left to the kernel: ``run`` alone takes that.
+    The keyword arguments are those of ``attention``. By default query and key are returned rotated. With ``rotated`` false, a
+    pairwise rotation is left to the kernel; only ``run`` accepts such a call.
     """
     encoding = check_encoding(encoding)
     window = _window(local_window_size)
@@ -347,7 +352,7 @@ def prepare(
 
 
 def check_encoding(encoding: Any) -> PositionalEncoding:
-    """``identity()`` for None; TypeError for what is not an encoding."""
+    """Returns ``encoding``, or ``identity()`` for None; raises TypeError if it is not a PositionalEncoding."""
     if encoding is None:
         return _NONE
     if not isinstance(encoding, PositionalEncoding):
@@ -356,7 +361,7 @@ def check_encoding(encoding: Any) -> PositionalEncoding:
 
 
 def check_operands(query: Array, key: Array, value: Array) -> None:
-    """Raises ValueError where query, key and value do not fit together, query and key first."""
+    """Raises ValueError if query, key and value do not fit together; query and key are checked first."""
     for name, x, letters in (("query", query, "[B, T, N, H]"), ("key", key, "[B, S, K, H]")):
         if getattr(x, "ndim", None) != 4:
             raise ValueError(f"{name} must have shape {letters}, got {getattr(x, 'shape', x)!r}")
@@ -382,7 +387,11 @@ def check_operands(query: Array, key: Array, value: Array) -> None:
 
 
 def place(name: str, positions: Array | None, batch: int, length: int) -> Array:
-    """[1 or B, length] int32: one row for the whole batch unless rows differ."""
+    """Converts positions to int32 [1 or B, length], with one row for the whole batch unless rows differ; None gives 0, 1, 2, ...
+
+    Raises:
+      ValueError: positions are not integers, have the wrong shape or are negative.
+    """
     if positions is None:
         return jnp.arange(length, dtype=jnp.int32)[None]
     positions = jnp.asarray(positions)
@@ -390,7 +399,7 @@ def place(name: str, positions: Array | None, batch: int, length: int) -> Array:
         raise ValueError(f"{name} must be integers, got {positions.dtype}")
     if positions.shape not in ((length,), (1, length), (batch, length)):
         raise ValueError(f"{name} must have shape ({length},) or ({batch}, {length}), got {positions.shape}")
-    # NumPy, because even on a known array a jax operation inside jit gives a value that is not.
+    # NumPy, because inside jit a jax operation returns a tracer even for a concrete array.
     if not is_traced(positions) and (least := np.asarray(positions).min()) < 0:
         raise ValueError(f"{name} must not be negative, got {least}; mask padding out by mask or segment_ids")
     return positions.astype(jnp.int32).reshape(-1, length)

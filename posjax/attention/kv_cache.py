@@ -1,14 +1,14 @@
-"""Decoding: a key-value cache that fits any encoding, and attention through it.
+"""Decoding: a key-value cache that works with any encoding, and attention through it.
 
-A new token is prepared like any other, ``prepare(query, key, value, encoding, ...)``, and what came out for its key is kept:
+A new token is prepared like any other, by ``prepare(query, key, value, encoding, ...)``, and the results for its key are cached:
 
-    cache    key as encoding.rotate gave it | value | columns of each bias term | position | segment
-             [ k0 k1 k2 ... kn  .  .  . ]     full: slots are written once; empty ones belong to segment 0, which nothing sees
-             [ k5 k6 k7 k8 ] <- k9            window: the last ones in their order, in constant memory
+    cache    key as encoding.rotate returned it | value | columns of each bias term | position | segment
+             [ k0 k1 k2 ... kn  .  .  . ]     full: each slot is written once; empty slots have segment 0, which is masked out
+             [ k5 k6 k7 k8 ] <- k9            window: the most recent keys in order, in constant memory
 
-So an encoding says by its own functions what a decoder must keep: RoPE rotated keys, TUPE widened ones, CoPE with gates="content"
-raw keys besides. Keys stand in the order of their positions, on which encodings that count along the keys rely.
-``cached`` lists what an encoding keeps.
+The functions of an encoding thus determine what a decoder caches: rotated keys for RoPE, widened keys for TUPE, and unrotated
+keys as well for CoPE with gates="content". Keys are in the order of their positions, which encodings that count along the keys
+require. ``cached`` lists what is cached under an encoding.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from posjax.checks import check_at_least, is_traced
 from posjax.core.encoding import Dims, PositionalEncoding
 from posjax.typing import Array, Float, Int, Params
 
-_EMPTY = 2**30  # position of a slot not yet written: past every query, so that slots are in the order of positions
+_EMPTY = 2**30  # position of an empty slot: after every query, so that slots are ordered by position
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What one attention layer keeps of the tokens it has seen, S slots of them. A value: ``attend`` returns the next one.
+    """The cache of one attention layer, with S slots. It is immutable: ``attend`` returns an updated one.
 
     Attributes:
       key: [B, S, K, W], rotated or widened by the encoding.
@@ -41,8 +41,8 @@ class Cache:
       positions: int32 [B, S].
       segments: int32 [B, S]; 0 for empty slots and padding.
       next_position: int32 [B], one past the last token of each row.
-      used: int32 [], slots written; a window cache does not count them.
-      window: how many earlier positions a token sees, S of them; None: the cache is full length and a token sees all.
+      used: int32 [], number of slots written; not counted in a window cache.
+      window: number of earlier positions that a token attends to, equal to S; None: a full-length cache, where it attends to all.
     """
 
     key: Array
@@ -55,7 +55,7 @@ class Cache:
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
-LayerCache = Cache | LinearCache  # what a layer of a model keeps
+LayerCache = Cache | LinearCache
 
 
 def init_cache(
@@ -67,18 +67,20 @@ def init_cache(
     window: int | None = None,
     dtype: Any = jnp.float32,
 ) -> Cache:
-    """An empty cache for one attention layer.
+    """Creates an empty cache for one attention layer.
+
+    Exactly one of max_length and window must be given.
 
     Args:
-      encoding: None is ``identity()``.
-      dims: sizes of the layer; the value has the head dimension of the key.
+      encoding: positional encoding; None is ``identity()``.
+      dims: sizes of the layer; values have the head dimension of the keys.
       batch_size: B.
-      max_length: slots of a full cache, padding of prompts included.
-      window: slots of a sliding window, as in ``local_window_size``: a token sees so many before it. Give one of the two.
-      dtype: of query, key and value.
+      max_length: number of slots of a full cache, in tokens, including padding of prompts.
+      window: number of slots of a sliding window: a token attends to that many positions before it, as with ``local_window_size``.
+      dtype: dtype of query, key and value.
 
     Raises:
-      ValueError: neither or both of max_length and window, or a size below 1.
+      ValueError: neither or both of max_length and window are given, or a size is below 1.
     """
     encoding = check_encoding(encoding)
     if (max_length is None) == (window is None):
@@ -120,24 +122,25 @@ def attend(
     logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T N V"], Cache]:
-    """Causal attention of T new tokens to themselves and to all that the cache holds, and the cache with them in it.
+    """Computes causal attention of T new tokens to themselves and to all cached tokens, and adds them to the cache.
 
-    Any split of a sequence into calls gives what ``attention(..., is_causal=True)`` gives for the whole, with
-    ``local_window_size=cache.window``.
+    Decoding in chunks of any size matches one call of ``attention(..., is_causal=True, local_window_size=cache.window)`` on the
+    full sequence.
 
     Args:
-      query, key, value: of the new tokens, as for ``attention``, in the dtype of the cache.
-      encoding, params: as for ``attention``; the encoding that the cache was made for.
-      cache: what earlier calls returned.
-      positions: [T], [1, T] or [B, T], not falling along a row; None goes on from ``cache.next_position``.
-      segment_ids: 0 marks padding, which is never seen; other tokens see those of their own segment. None: all are of segment 1.
-      scale, logits_soft_cap, implementation: as for ``attention``.
+      query, key, value: operands of the new tokens, as in ``attention``, in the dtype of the cache.
+      encoding, params: as in ``attention``; the cache must have been created for this encoding.
+      cache: result of ``init_cache`` or of the previous call.
+      positions: [T], [1, T] or [B, T] integers, non-decreasing along a row; None continues from ``cache.next_position``.
+      segment_ids: [B, T] integers. 0 marks padding, to which no token attends; other tokens attend within their segment. None puts
+        all tokens into segment 1.
+      scale, logits_soft_cap, implementation: as in ``attention``.
 
     Returns:
-      [B, T, N, V] and the next cache. Where a traced call runs past a full cache, the output is NaN.
+      The output [B, T, N, V] and the updated cache. If a traced call writes past the end of a full cache, the output is NaN.
 
     Raises:
-      ValueError: arguments that cannot work, or more tokens than the cache has slots left.
+      ValueError: an argument is invalid, or there are more tokens than the cache has free slots.
     """
     check_operands(query, key, value)
     if key.dtype != cache.key.dtype or key.shape[0] != cache.key.shape[0]:
@@ -179,13 +182,13 @@ def attend(
     )
     out = run(call, seen.value, implementation)
     if cache.window is None:
-        out = jnp.where(seen.used <= seen.key.shape[1], out, jnp.nan)  # slots past the end are written over others
+        out = jnp.where(seen.used <= seen.key.shape[1], out, jnp.nan)  # past the end, new tokens overwrite others
         return out, seen
     return out, _last(seen, cache.window, has_padding=segment_ids is not None)
 
 
 def check_room(cache: LayerCache, tokens: int) -> None:
-    """Raises ValueError where a full cache has no room for so many more tokens, if what it holds is known here."""
+    """Raises ValueError if a full cache has no room for ``tokens`` more tokens; unchecked if ``cache.used`` is traced."""
     if isinstance(cache, LinearCache) or cache.window is not None or is_traced(cache.used):
         return
     slots, used = cache.positions.shape[-1], int(np.max(cache.used))
@@ -194,10 +197,10 @@ def check_room(cache: LayerCache, tokens: int) -> None:
 
 
 def place_next(cache: LayerCache, tokens: int, positions: Array | None, segment_ids: Array | None) -> tuple[Array, Array]:
-    """Positions and segments [B, T] of the next tokens, from what a caller gave of them.
+    """Returns positions and segments [B, T] of the next tokens, with defaults for what the caller did not give.
 
     Raises:
-      ValueError: segment_ids that are not integers [B, T].
+      ValueError: segment_ids are not integers [B, T].
     """
     batch = cache.next_position.shape[0]
     segments = jnp.ones((batch, tokens), jnp.int32) if segment_ids is None else segment_ids
@@ -206,21 +209,21 @@ def place_next(cache: LayerCache, tokens: int, positions: Array | None, segment_
         raise ValueError(f"segment_ids must be integers [{batch}, {tokens}], got {got}")
     segments = jnp.asarray(segments, jnp.int32)
     if positions is None:
-        # Padding takes the position of the token before it: within every table, and in order.
+        # Padding repeats the position of the token before it, which stays within every table and in order.
         positions = cache.next_position[:, None] + jnp.cumsum(segments != 0, axis=1, dtype=jnp.int32) - 1
         positions = jnp.maximum(positions, 0)
     return jnp.broadcast_to(jnp.asarray(positions, jnp.int32), (batch, tokens)), segments
 
 
 def after(positions: Array, segments: Array, before: Array) -> Array:
-    """One past the position of each row's last token that is not padding."""
+    """Returns one past the position of each row's last token that is not padding, or ``before`` if all are padding."""
     real = segments != 0
     last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
     return jnp.where(real.any(1), jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0] + 1, before)
 
 
 def _slots(function: Callable[..., Array], *caches: Cache) -> dict[str, Any]:
-    """function(axis, array of each cache) over all arrays that have an axis of slots."""
+    """Applies function(axis, array of each cache) to all arrays with an axis of slots; returns them by field name."""
     by_axis = {1: ("key", "value", "positions", "segments"), 2: ("columns",)}
     return {
         name: jax.tree.map(functools.partial(function, axis), *(getattr(c, name) for c in caches))
@@ -230,7 +233,7 @@ def _slots(function: Callable[..., Array], *caches: Cache) -> dict[str, Any]:
 
 
 def _join(cache: Cache, new: Cache) -> Cache:
-    """Old and new keys together: written in place, or side by side for a window."""
+    """Adds the new keys to the cached ones: in place for a full cache, by concatenation for a window."""
 
     def join(axis: int, old: Array, new: Array) -> Array:
         if cache.window is None:
@@ -241,7 +244,7 @@ def _join(cache: Cache, new: Cache) -> Cache:
 
 
 def _last(seen: Cache, count: int, has_padding: bool) -> Cache:
-    """The last ``count`` keys of each row in their order, padding left out."""
+    """Returns a cache of the last ``count`` keys of each row, in order and without padding."""
     total = seen.key.shape[1]
     # A stable sort puts padding and empty slots first.
     order = jnp.argsort(seen.segments != 0, axis=1, stable=True)[:, total - count :] if has_padding else None
@@ -256,7 +259,10 @@ def _last(seen: Cache, count: int, has_padding: bool) -> Cache:
 
 
 def store(stacked: Any, layer: Array, one: LayerCache, tokens: int) -> Any:
-    """Caches of several layers [L, ...] with what one layer's has become; a full cache is written at its new tokens alone."""
+    """Writes the updated cache of one layer into the stacked caches of several layers [L, ...].
+
+    For a full cache, only the slots of the new tokens are written.
+    """
     whole = jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, layer, 0), stacked, one)
     if isinstance(one, LinearCache) or one.window is not None:
         return whole
@@ -269,19 +275,19 @@ def store(stacked: Any, layer: Array, one: LayerCache, tokens: int) -> Any:
     return dataclasses.replace(whole, **_slots(put, stacked, one))
 
 
-# What an encoding caches ---------------------------------------------------------------------------------------------
+# What is cached under an encoding -----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Cached:
-    """One array that a cache keeps for every token and layer.
+    """An array that a cache stores for every token and layer.
 
     Attributes:
-      name: "key", "value", or the bias term's number and its own name for the column.
+      name: "key", "value", or the number of a bias term and that term's name for the column.
       holds: "raw keys", "rotated keys", "widened keys", "values", or "made by the encoding".
-      shape: of one token, key heads first.
-      dtype: its type.
-      bytes: of one token.
+      shape: shape for one token, key heads first.
+      dtype: name of the dtype.
+      bytes: bytes per token.
     """
 
     name: str
@@ -295,9 +301,11 @@ class Cached:
 
 
 def cached(encoding: PositionalEncoding | None, dims: Dims, dtype: Any = jnp.float32) -> tuple[Cached, ...]:
-    """What a decoder keeps of each token under an encoding, in one layer: found by asking the encoding for one token.
+    """Lists what a decoder caches per token in one layer under an encoding.
 
         for line in cached(chain(rope(), cope(64, gates="content")), dims): print(line)
+
+    The list comes from running the encoding on one random token.
 
     Args:
       encoding, dims, dtype: as in ``init_cache``.
@@ -323,12 +331,12 @@ def cached(encoding: PositionalEncoding | None, dims: Dims, dtype: Any = jnp.flo
 def _kept(
     encoding: PositionalEncoding, params: Params, dims: Dims, hidden: Array, key: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, tuple[Any, ...]]]:
-    """Raw key and value of one token [B, 1, K, H], and what is cached of it: key, value, columns."""
+    """Returns the unrotated key and value of one random token [B, 1, K, H], and what is cached for it: key, value, columns."""
     keys = jax.random.split(key, 3)
     batch, heads = hidden.shape[0], (dims.num_heads, dims.num_kv_heads, dims.num_kv_heads)
     query, raw, value = (jax.random.normal(k, (batch, 1, n, dims.head_dim), hidden.dtype) for k, n in zip(keys, heads, strict=True))
     limit = encoding.max_length(dims)
-    position = jnp.full((1, 1), 1 if limit is None else min(1, limit - 1), jnp.int32)  # at 0 nothing is rotated
+    position = jnp.full((1, 1), 1 if limit is None else min(1, limit - 1), jnp.int32)  # at position 0 a rotation is the identity
     call = prepare(
         query,
         raw,

@@ -1,8 +1,8 @@
-"""RoFormer's linear attention: rotation in a sum that never forms [T, S].
+"""RoFormer's linear attention: rotated features in a sum that never forms a [T, S] array.
 
     out_t = sum_s (R_t phi(q_t))^T (R_s phi(k_s)) v_s  /  sum_s phi(q_t)^T phi(k_s)
 
-The rotation stands in the numerator alone, so weights may be negative and need not sum to one.
+Only the numerator is rotated, so weights may be negative and need not sum to one.
 Su et al., arXiv:2104.09864, equation 19.
 """
 
@@ -33,22 +33,26 @@ def linear_attention(
     query_positions: Array | None = None,
     key_positions: Array | None = None,
 ) -> Float[Array, "B T N V"]:
-    """Linear attention with features rotated by the encoding, in O(T) time and memory.
+    """Computes linear attention with features rotated by the encoding, in O(T) time and memory.
+
+        out_t = sum_s (R_t phi(q_t))^T (R_s phi(k_s)) v_s  /  sum_s phi(q_t)^T phi(k_s)
 
     Args:
       query, key, value: as in ``attention``.
-      encoding: one that rotates (``rope``), or None; an encoding with biases has no place in a product of features.
-      params: its parameters.
+      encoding: encoding that only rotates (``rope``), or None; a bias cannot be added to a product of features.
+      params: parameters of the encoding.
       feature_map: phi, "elu" (elu(x) + 1) or "exp".
-      is_causal: key s counts for queries t >= s, by index.
-      segment_ids: [B, T] integers, T = S, each segment one contiguous run; only equal segments meet.
+      is_causal: True sums over s <= t, by index rather than by position.
+      segment_ids: [B, T] integers, with T = S and each segment contiguous; only tokens of equal segments attend to each other.
       query_positions, key_positions: as in ``attention``.
 
     Returns:
       [B, T, N, V] in the dtype of value; sums are float32.
 
     Raises:
-      ValueError: an argument that cannot work, an encoding with biases, or T different from S where causal or segmented.
+      ValueError: an argument is invalid, the encoding has biases, or T differs from S with is_causal or segment_ids.
+
+    Su et al., arXiv:2104.09864, equation 19.
     """
     check_operands(query, key, value)
     encoding = check_encoding(encoding)
@@ -79,7 +83,7 @@ def linear_attention(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearCache:
-    """All that causal linear attention needs of the tokens it has seen, however many they are; float32.
+    """The state of causal linear attention, float32; its size does not depend on the number of tokens.
 
     Attributes:
       memory: [B, N, H, V], sum of rotated key features times values.
@@ -104,22 +108,22 @@ def linear_attend(
     real: Bool[Array, "B T"],
     feature_map: FeatureMap = "elu",
 ) -> tuple[Float[Array, "B T N V"], LinearCache]:
-    """Causal linear attention of T new tokens to themselves and to all before them, and the next cache.
+    """Computes causal linear attention of T new tokens to themselves and to all earlier ones, and updates the cache.
 
     Args:
       query, key, value, encoding, params, feature_map: as in ``linear_attention``.
-      cache: what the last call returned; all zero at first.
+      cache: result of the previous call; all zeros at the start.
       positions: [B, T] integers.
-      real: False for padding, which leaves no trace. ``next_position`` is the caller's to move.
+      real: False for padding, which does not change the cache. The caller updates ``next_position``.
 
     Raises:
-      ValueError: as ``linear_attention``.
+      ValueError: as in ``linear_attention``.
     """
     check_operands(query, key, value)
     batch, length, heads, _ = query.shape
     inputs = AttentionInputs(query, key, value, positions, positions, 1.0)
     query_features, key_features, rotated_query, rotated_key = _features(inputs, check_encoding(encoding), params, feature_map)
-    # Chosen, not multiplied away: padding may hold anything, NaN too.
+    # Selected rather than multiplied by zero, because padding may hold NaN.
     keep = real[..., None, None]
     key_features, rotated_key = (jnp.where(keep, x, 0.0) for x in (key_features, rotated_key))
     values = jnp.where(keep, jnp.repeat(value.astype(jnp.float32), heads // value.shape[2], axis=2), 0.0)
@@ -136,7 +140,7 @@ def linear_attend(
 def _features(
     inputs: AttentionInputs, encoding: PositionalEncoding, params: Params | None, feature_map: FeatureMap
 ) -> tuple[Array, Array, Array, Array]:
-    """phi of query and key, and both rotated; float32, one key for each query head."""
+    """Returns phi of query and key, then both rotated; float32, with one key per query head."""
     params = {} if params is None else params
     phi = jnp.exp if feature_map == "exp" else lambda x: jax.nn.elu(x) + 1.0
     query, key = (phi(x.astype(jnp.float32)) for x in (inputs.query, inputs.key))
@@ -148,10 +152,10 @@ def _features(
 
 
 def _chunked_sum(query: Array, key: Array, value: Array, segments: Array, is_causal: bool) -> Array:
-    """sum over allowed s of (q_t.k_s) v_s, [B, T, N, V] float32, by chunks with the state sum k v^T carried along.
+    """Computes the sum over allowed s of (q_t.k_s) v_s, [B, T, N, V] float32, in chunks with sum_s k_s v_s^T as the carried state.
 
-    The state holds the keys of one segment, the one that the last chunk ended in. Without causality the same walk runs in both
-    directions, and what both counted, the chunk itself, is taken from the first alone.
+    The state covers the keys of one segment, the one in which the last chunk ended. Without causality the scan runs in both
+    directions; pairs inside a chunk are counted in the forward scan only.
     """
     batch, length, heads, _ = query.shape
     pad = -length % _CHUNK

@@ -1,6 +1,6 @@
-"""python -m posjax.bench JOB.json: one job of ``posjax bench`` in a process of its own. Not for people.
+"""python -m posjax.bench JOB.json: runs one job of ``posjax bench`` in a separate process; not a user-facing command.
 
-A job is {"task": ..., "result": where the answer goes, as JSON, ...}. What goes wrong is an answer too: {"failed": why}.
+A job is {"task": ..., "result": path of the JSON file for the answer, ...}. A job that fails answers {"failed": reason}.
 """
 
 import json
@@ -26,20 +26,20 @@ def main() -> None:
     try:
         with naming_refusals(job.get("contestant", {}).get("implementation")):
             answer = task(job)
-    except Exception as error:  # the parent tells it; a contestant may raise anything
+    except Exception as error:  # the parent reports it; a contestant may raise anything
         lines = str(error).strip().split("\n")
         answer = {"failed": f"{type(error).__name__}: {lines[0]}"[:300]}
     Path(job["result"]).write_text(json.dumps(answer))
 
 
 def device(job: dict[str, Any]) -> dict[str, Any]:
-    """What jax computes on."""
+    """Returns the platform, the device kind and the number of devices of jax."""
     first = jax.devices()[0]
     return {"platform": first.platform, "device_kind": first.device_kind, "devices": jax.device_count()}
 
 
 def write_inputs(job: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of every (encoding, gates, length), each an .npz."""
+    """Writes the inputs of every (encoding, gates, length) as an .npz file."""
     config = SimpleNamespace(**job["config"])
     recorded = None
     if config.workdir:
@@ -50,10 +50,10 @@ def write_inputs(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_oracle(job: dict[str, Any]) -> dict[str, Any]:
-    """Output, and gradients where asked for, in float64."""
+    """Writes the float64 output, and the gradients if the job requests them, and returns the mean gate."""
     arrays = dict(np.load(job["inputs"]))
     asked = job.get("options", {})
-    options = oracle.Options(**asked | {"starts": tuple(asked.get("starts", ()))})  # of which JSON made a list
+    options = oracle.Options(**asked | {"starts": tuple(asked.get("starts", ()))})  # JSON has no tuples
     out, mean_gate = oracle.attend(job["encoding"], arrays, job["first"], options)
     found = {"out": out}
     if job["gradients"]:
@@ -63,10 +63,10 @@ def write_oracle(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """One call of one contestant: its time, peak memory and results."""
+    """Calls one contestant once: returns its time and peak memory, and writes its results."""
     contestant, first = Contestant(**job["contestant"]), job["first"]
     arrays = dict(np.load(job["inputs"]))
-    arrays["cotangent"][:, :first] = 0.0  # gradients of the rows that the oracle has
+    arrays["cotangent"][:, :first] = 0.0  # only gradients of the rows that the oracle covers
     prepared = prepare(contestant, job["gradients"], arrays, job["dtype"], {})
     uses_torch = "torch" in sys.modules and contestant.is_peer
     on_cpu = jax.default_backend() == "cpu"
@@ -90,7 +90,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _peak_bytes() -> int:
-    """The most resident memory so far. Linux's ru_maxrss begins at that of the parent, so the kernel's own figure is preferred."""
+    """Returns the process's peak resident memory in bytes.
+
+    On Linux, ru_maxrss starts at the peak of the parent process, so VmHWM of /proc is used where it is available.
+    """
     if _STATUS.exists():
         return next(int(line.split()[1]) * 1024 for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     import resource
@@ -100,14 +103,18 @@ def _peak_bytes() -> int:
 
 
 def _forget_peak() -> int:
-    """Lets the peak begin again at what is resident now, where the system can (compiling has a peak too), and returns it."""
+    """Resets the peak, which includes compilation, to the current resident memory where the system can, and returns the peak."""
     if _RESET.exists():
         _RESET.write_text("5")
     return _peak_bytes()
 
 
 def _limit_memory(temp_bytes: int | None) -> None:
-    """Refuses what would not fit, rather than have the system kill something."""
+    """Limits the process's memory to what is free, so that a call that does not fit raises instead of being killed by the system.
+
+    Raises:
+      MemoryError: the program's temporary arrays do not fit.
+    """
     if not _STATUS.exists():
         return
     import resource

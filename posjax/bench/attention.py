@@ -1,9 +1,9 @@
 """``posjax bench attention``: time, memory and error of causal attention, side by side in one run.
 
-    inputs -> float64 oracle -> each contestant once, alone in a process: memory, error -> all of them in turn, here: time
+    inputs -> float64 oracle -> each contestant once, in a process of its own: memory, error -> all in turn, in this process: time
 
-Processes come before anything here touches a device: an accelerator may let in one process at a time, and a contestant that
-does not fit in memory takes nobody along.
+The separate processes run before this one uses a device: an accelerator may admit only one process at a time, and a contestant
+that runs out of memory does not affect the others.
 """
 
 import contextlib
@@ -29,32 +29,32 @@ from posjax.checks import check_at_least
 from posjax.encodings.spec import parse_encoding
 
 Row = dict[str, Any]
-# Past this length the error is that of the last queries alone: the oracle's time grows with the square of the length.
+# Beyond this length only the last queries are checked: the oracle's time grows with the square of the length.
 _ORACLE_LENGTH, _ORACLE_ROWS = 2048, 256
-# XLA without its optimisations makes NaN of an oracle's gradients, as of jaxlib 0.12.0.1.
+# Without XLA's optimizations an oracle's gradients are NaN, as of jaxlib 0.12.0.1.
 ORACLE_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionBench:
-    """Times causal attention, and measures its memory and its error against a float64 oracle, for encodings and other packages.
+    """Measures time, memory and error against a float64 oracle of causal attention, for encodings and other packages.
 
     Attributes:
-      lengths: tokens.
-      encodings: such as rope, "cope(64)" or "rope + cope(64)"; identity is always there as the baseline.
-      implementations: of posjax.attention: xla (dense), xla_chunked (tiles), pallas.
+      lengths: sequence lengths in tokens.
+      encodings: encodings such as rope, "cope(64)" or "rope + cope(64)"; identity is always included as the baseline.
+      implementations: implementations of posjax.attention: xla (dense), xla_chunked (tiled), pallas.
       passes: forward, or both: forward and backward with gradients of query, key, value and all parameters.
-      gates: of encodings that count by content: half (random input), sparse (mean gate 0.02), saturating (0.98).
-      workdir: also takes the gates of a trained model: query, key and value of its validation text. A folder with checkpoints.
-      layer: of that model, from 0.
-      heads: N; with a workdir, those of its model.
-      head_dim: H, channels of a head; likewise.
-      batch: B.
-      dtype: of query, key and value; parameters are float32.
-      peers: other packages that are installed: jax.nn on cuDNN, tokamax on a GPU, torch, x-transformers.
-      peer_limit_seconds: a peer whose call takes longer is called once. Rounds of a peer stop at this time too.
+      gates: gates of contextual encodings: half (random input), sparse (mean gate 0.02), saturating (0.98).
+      workdir: folder with checkpoints; adds the gates of a trained model: query, key and value of its validation text.
+      layer: layer of that model, from 0.
+      heads: N, number of heads; with a workdir, those of its model.
+      head_dim: H, channels per head; with a workdir, those of its model.
+      batch: B, batch size.
+      dtype: dtype of query, key and value; parameters are float32.
+      peers: includes other installed packages: jax.nn on cuDNN, tokamax on a GPU, torch, x-transformers.
+      peer_limit_seconds: a peer whose call takes longer is called once; the rounds of a peer take at most this time.
       repeats: rounds in which every contestant is called once.
-      out: a folder for attention.json, attention.md and attention.png.
+      out: folder for attention.json, attention.md and attention.png.
     """
 
     lengths: tuple[int, ...] = (512, 2048)
@@ -95,7 +95,7 @@ class AttentionBench:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row: a contestant at a length, in a pass, with gates (None where they do not matter)."""
+    """One row of the benchmark: a contestant, a length, a pass, and the gates (None if the encoding has none)."""
 
     contestant: Contestant
     length: int
@@ -108,19 +108,19 @@ class Case:
 
 
 def run(config: AttentionBench, contestants: Sequence[Contestant] | None = None, quiet: bool = False) -> list[Row]:
-    """Measures everything and writes attention.json, attention.md and attention.png, also when it is interrupted.
+    """Runs the benchmark and writes attention.json, attention.md and attention.png, even if interrupted.
 
     Args:
       config: what to measure.
-      contestants: who; None: the encodings, implementations and peers of the config.
-      quiet: no progress on the terminal.
+      contestants: contestants to measure; None: the encodings, implementations and peers of the config.
+      quiet: hides the progress on the terminal.
 
     Returns:
-      Rows in the order of lengths, passes and contestants, as they stand in attention.json. What failed has its reason in notes.
+      Rows in the order of lengths, passes and contestants, as in attention.json. The notes of a failed row have the reason.
 
     Raises:
-      ValueError: a workdir whose model has other heads than the config, or a folder that cannot be written.
-      RuntimeError: no device.
+      ValueError: the inputs cannot be made, or the folder cannot be written.
+      RuntimeError: jax has no device.
     """
     out = make_folder(config.out)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share the device's memory
@@ -146,7 +146,11 @@ def run(config: AttentionBench, contestants: Sequence[Contestant] | None = None,
 
 
 def check_workdir(workdir: str, layer: int, heads: int, head_dim: int) -> None:
-    """Raises ValueError where a trained model has other heads than a benchmark, or no such layer."""
+    """Checks that a trained model has the heads of a benchmark, and the layer.
+
+    Raises:
+      ValueError: the workdir has no checkpoints, or its model has no such layer, or other heads or channels.
+    """
     from posjax.bench.inputs import workdir_config
 
     trained = workdir_config(workdir)[0]
@@ -161,10 +165,10 @@ def check_workdir(workdir: str, layer: int, heads: int, head_dim: int) -> None:
 
 
 def make_folder(out: str) -> Path:
-    """The folder ``out``, which may be there.
+    """Creates the folder ``out`` if it does not exist, and returns its path.
 
     Raises:
-      ValueError: it cannot be made.
+      ValueError: the folder cannot be created.
     """
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -174,7 +178,7 @@ def make_folder(out: str) -> Path:
 
 
 def list_cases(config: AttentionBench, contestants: Sequence[Contestant]) -> list[Case]:
-    """Encodings that do not count are measured once, those that do with every kind of gates."""
+    """Lists the cases to measure: contextual encodings with every kind of gates, others once."""
     gates = (*config.gates, *(("trained",) if config.workdir else ()))
     return [
         Case(contestant, length, direction, kind)
@@ -208,18 +212,18 @@ def _empty_row(case: Case) -> Row:
 
 
 class Jobs:
-    """Runs ``python -m posjax.bench`` with a job and returns its answer; files live in one folder."""
+    """Runs jobs of ``python -m posjax.bench`` in separate processes, with all files in one folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.files: dict[Any, Path] = {}
 
     def file(self, *what: Any) -> Path:
-        """A path for something, the same each time."""
+        """Returns the path of a file, the same for each call with equal arguments."""
         return self.files.setdefault(what, self.folder / f"{len(self.files)}.npz")
 
     def run(self, job: dict[str, Any], timeout: float | None = None, **environment: str) -> dict[str, Any]:
-        """The answer, or {"failed": why} where the process died or took longer than ``timeout`` seconds."""
+        """Runs a job and returns its answer, or {"failed": reason} if the process died or exceeded ``timeout`` seconds."""
         path, result = self.folder / "job.json", self.folder / "result.json"
         result.unlink(missing_ok=True)
         path.write_text(json.dumps(job | {"result": str(result)}))
@@ -268,7 +272,7 @@ def _measure(config: AttentionBench, cases: list[Case], rows: list[Row], jobs: J
         if "failed" in answer:
             row["notes"].append(answer["failed"])
             continue
-        row["ms_min"] = row["ms_median"] = 1000 * answer.pop("seconds")  # until rounds give better
+        row["ms_min"] = row["ms_median"] = 1000 * answer.pop("seconds")  # replaced by the times of the rounds
         row["rounds"] = 0
         row |= answer
         if "failed" in oracle:
@@ -290,17 +294,17 @@ def _first_row(length: int) -> int:
 
 
 def errors(found: Mapping[str, np.ndarray], oracle: Mapping[str, np.ndarray]) -> Row:
-    """Norm of the difference over norm: error_out, and of gradients, where there are, the worst array's, error_grads.
+    """Computes the relative errors of a result: the norm of the difference over the norm of the oracle's array.
 
     Args:
-      found: "out", and gradients as "grads/..."; ``Prepared.fetch`` gives it.
-      oracle: the same in float64.
+      found: "out", and gradients as "grads/...", as ``Prepared.fetch`` returns them.
+      oracle: the same arrays in float64.
 
     Returns:
-      error_out, and with gradients error_grads and worst_gradient, the name of that array.
+      A dict: error_out; with gradients also error_grads, the largest error of a gradient, and worst_gradient, its name.
 
     Raises:
-      FloatingPointError: something found is not finite.
+      FloatingPointError: a number in ``found`` is not finite.
     """
     if not all(np.isfinite(x).all() for x in found.values()):
         raise FloatingPointError("not finite")
@@ -310,7 +314,7 @@ def errors(found: Mapping[str, np.ndarray], oracle: Mapping[str, np.ndarray]) ->
     def error(name: str) -> float:
         size = float(np.linalg.norm(oracle[name]))
         if size <= 1e-9 * whole:
-            size = whole  # zero but for rounding, where softmax does not see a parameter: a part of all gradients
+            size = whole  # zero up to rounding, if softmax cancels a parameter: relative to all gradients
         return float(np.linalg.norm(found[name] - oracle[name])) / size
 
     row: Row = {"error_out": error("out")}
@@ -340,7 +344,7 @@ def _time(config: AttentionBench, cases: list[Case], rows: list[Row], jobs: Jobs
             try:
                 prepared = prepare(case.contestant, case.direction == "both", arrays, config.dtype, compiled)
                 prepared.call()
-            except Exception as error:  # alone it was well; here others hold memory too
+            except Exception as error:  # it succeeded alone, but here other contestants use memory too
                 row["notes"].append(f"not timed in rounds: {type(error).__name__}")
                 continue
             ready.append((row, rounds, prepared, []))
@@ -350,7 +354,7 @@ def _time(config: AttentionBench, cases: list[Case], rows: list[Row], jobs: Jobs
                     continue
                 done, total = turn * len(ready) + number, config.repeats * len(ready)
                 progress(f"{length:,} tokens: round {turn + 1} of {config.repeats}", done, total)
-                time.sleep(0.005)  # threads of the contestant before may still spin
+                time.sleep(0.005)  # threads of the previous contestant may still spin
                 start = time.perf_counter()
                 prepared.call()
                 times.append(1000 * (time.perf_counter() - start))
@@ -369,7 +373,7 @@ def _hardware(device: dict[str, Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what takes part."""
+    """Returns the versions of Python and of the packages in the benchmark."""
     found = {"python": platform.python_version(), "posjax": posjax.__version__}
     for package in ("jax", "jaxlib", "libtpu", "numpy", "tokamax", "torch", "x-transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -379,7 +383,7 @@ def versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def show_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """(what, done, of how many) on one line of the terminal."""
+    """Shows progress on one line of the terminal; yields a function of (description, done, total)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())

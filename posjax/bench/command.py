@@ -1,6 +1,6 @@
-"""``python -m posjax.bench.gpu`` and its like: flags from a dataclass, with nothing but the standard library.
+"""The command line of ``python -m posjax.bench.gpu`` and ``.tune``: flags from a dataclass, using only the standard library.
 
-``posjax bench`` takes the same flags through tyro, which a machine that is only borrowed may not have.
+``posjax bench`` parses the same flags with tyro, which may not be installed on a machine that is used only for measurements.
 """
 
 import argparse
@@ -18,9 +18,10 @@ from posjax.attention.backends.refused import KernelRefused
 
 
 def parse(options: type, prog: str, argv: Sequence[str]) -> Any:
-    """A dataclass from ``--field value ...``; exits with 2 on wrong usage, 0 after ``--help``.
+    """Parses ``--field value ...`` into a dataclass; exits with 2 on wrong usage, with 0 after ``--help``.
 
-    Fields are texts, numbers, Literals of them, and tuples of any length; their help is the Attributes of the docstring.
+    Fields may be strings, numbers, Literals of these, and tuples of any length. Their help text is the Attributes section of the
+    dataclass's docstring.
     """
     words = re.findall(r"^  (\w+): (.+(?:\n {4,}.+)*)", inspect.getdoc(options) or "", re.MULTILINE)
     about = {name: " ".join(text.split()) for name, text in words}
@@ -44,9 +45,9 @@ def parse(options: type, prog: str, argv: Sequence[str]) -> Any:
 
 
 def main(what: Any, options: type, argv: Sequence[str] | None = None) -> None:
-    """Runs a module of benchmarks: ``what.run(config)``, ``what.show(rows)``, ``what.FILES`` in the folder ``config.out``.
+    """Runs a benchmark module: ``what.run(config)``, then ``what.show(rows)``, then prints ``what.FILES`` in ``config.out``.
 
-    Exits with 1 when it could not be done, 2 on wrong usage, 130 when interrupted.
+    Exits with 1 on failure, 2 on wrong usage, 130 if interrupted.
     """
     config = parse(options, f"python -m {what.__name__}", sys.argv[1:] if argv is None else argv)
     try:

@@ -1,6 +1,6 @@
-"""Who takes part in ``posjax bench attention``: posjax's encodings and kernels, and the peers that are installed.
+"""Contestants of ``posjax bench attention``: posjax's encodings and kernels, and the other packages that are installed.
 
-A contestant is a name for a function of (query, key, value, params) with causal attention; ``prepare`` makes it ready to be called.
+A contestant names a function of (query, key, value, params) that computes causal attention; ``prepare`` compiles it.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from posjax.encodings.spec import parse_encoding
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """Someone to be measured.
+    """An implementation of attention to be measured.
 
     Attributes:
-      kind: posjax, jax.nn, tokamax, torch, x-transformers, or function (a JAX function of query, key, value of one's own).
-      encoding: its text.
-      implementation: of posjax.attention, or of the dot_product_attention of jax.nn or tokamax (empty: tokamax's own choice);
-        "package.module:name" of a function; else empty.
-      lowering: of posjax's kernels on a GPU; empty: the one that they prefer.
+      kind: posjax, jax.nn, tokamax, torch, x-transformers, or function (a user-defined JAX function of query, key, value).
+      encoding: text of the encoding.
+      implementation: implementation of posjax.attention, or of the dot_product_attention of jax.nn or tokamax (empty: tokamax's
+        default); "package.module:name" for kind function; else empty.
+      lowering: lowering of posjax's kernels on a GPU; empty: the preferred one.
     """
 
     kind: str
@@ -48,12 +48,12 @@ class Contestant:
 
     @property
     def is_peer(self) -> bool:
-        """From another package; jax.nn's plain form is a baseline and always there."""
+        """Returns whether the contestant is from another package; jax.nn with XLA is a baseline that is always available."""
         return self.kind in ("tokamax", "torch", "x-transformers") or self.implementation == "cudnn"
 
 
 def list_contestants(encodings: tuple[str, ...], implementations: tuple[str, ...], peers: bool, on_gpu: bool) -> list[Contestant]:
-    """Baselines first, then posjax, then the peers that are installed."""
+    """Lists the baseline, then posjax, then the installed peers."""
     found = [Contestant("jax.nn", implementation="xla")]
     encodings = tuple(dict.fromkeys(("identity", *encodings)))
     found += [Contestant("posjax", encoding, implementation) for implementation in implementations for encoding in encodings]
@@ -67,7 +67,7 @@ def list_contestants(encodings: tuple[str, ...], implementations: tuple[str, ...
 
 
 def gpu_peers() -> list[Contestant]:
-    """Attention without position on a GPU: cuDNN's and, where it is installed, tokamax's."""
+    """Lists the peers on a GPU, without positions: cuDNN and, if it is installed, tokamax."""
     found = [Contestant("jax.nn", implementation="cudnn")]
     if importlib.util.find_spec("tokamax"):
         found += [Contestant("tokamax"), Contestant("tokamax", implementation="triton")]
@@ -75,25 +75,25 @@ def gpu_peers() -> list[Contestant]:
 
 
 def _x_transformers_has(encoding: str) -> bool:
-    """It counts over logits, adds z unscaled, and has one table for all heads."""
+    """Returns whether x-transformers supports an encoding: CoPE with gates from logits, unscaled z, one table for all heads."""
     (name, args), *others = members(encoding)
     return name == "cope" and not others and args["gates"] == "logits" and not args["scaled"] and not args["per_head"]
 
 
 def counts(encoding: str) -> bool:
-    """Whether what an encoding does depends on gates."""
+    """Returns whether an encoding is contextual, i.e. depends on gates."""
     return parse_encoding(encoding).is_contextual
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A contestant that is compiled and has its inputs.
+    """A compiled contestant with its inputs bound.
 
     Attributes:
-      call: computes once and waits; what it returns is for ``fetch``.
-      launch: computes, and need not wait.
-      fetch: {"out": [B, T, N, H], "grads/query": ..., "grads/params/...": ...} as float32 NumPy arrays.
-      temp_bytes: what the compiler says the program needs beside inputs and outputs; None where there is no compiler.
+      call: computes once and waits for the result, which is the argument of ``fetch``.
+      launch: computes once and may return before the result is ready.
+      fetch: converts a result to float32 NumPy arrays, {"out": [B, T, N, H], "grads/query": ..., "grads/params/...": ...}.
+      temp_bytes: memory of the program beyond inputs and outputs, as the compiler reports it; None if there is no report.
     """
 
     call: Callable[[], Any]
@@ -110,18 +110,18 @@ def prepare(
     compiled: dict,
     options: Options = PLAIN,
 ) -> Prepared:
-    """Compiles a contestant and gives it its inputs.
+    """Compiles a contestant and binds its inputs.
 
     Args:
-      contestant: who.
+      contestant: the contestant.
       with_gradients: forward and backward, with gradients of query, key, value and all parameters.
-      arrays: of ``posjax.bench.inputs.make_inputs``.
-      dtype: of query, key, value and cotangent.
-      compiled: programs by what they depend on, filled here: other inputs of the same shape are not compiled again.
-      options: of the call, where the contestant is posjax.
+      arrays: result of ``posjax.bench.inputs.make_inputs``.
+      dtype: type of query, key, value and cotangent.
+      compiled: cache of compiled programs, which is updated: inputs of the same shapes reuse a program.
+      options: options of the call, for posjax only.
 
     Raises:
-      whatever the contestant raises: NotImplementedError for what it cannot do.
+      Any error of the contestant: NotImplementedError for unsupported calls.
     """
     if contestant.kind in ("torch", "x-transformers"):
         return _prepare_torch(contestant, with_gradients, arrays, dtype)
@@ -177,7 +177,7 @@ def _jax_function(contestant: Contestant, options: Options) -> Callable[[dict[st
 
 
 def _segments(options: Options, query: Any) -> Any:
-    """[B, T] integers; None for one document."""
+    """Returns the segment ids, [B, T] integers; None for a single document."""
     return jnp.broadcast_to(options.documents(query.shape[1]), query.shape[:2]) if options.starts else None
 
 
@@ -185,7 +185,7 @@ def _tokamax_function(implementation: str | None) -> Callable[[dict[str, Any]], 
     import tokamax
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # its settings are flags, which cannot be read before
+    if not flags.FLAGS.is_parsed():  # tokamax's settings are absl flags, which must be parsed before use
         flags.FLAGS.mark_as_parsed()
     return lambda inputs: tokamax.dot_product_attention(
         inputs["query"], inputs["key"], inputs["value"], is_causal=True, implementation=implementation
@@ -193,7 +193,7 @@ def _tokamax_function(implementation: str | None) -> Callable[[dict[str, Any]], 
 
 
 def _prepare_torch(contestant: Contestant, with_gradients: bool, arrays: dict[str, np.ndarray], dtype: str) -> Prepared:
-    """Torch has heads before tokens; its arrays are made so before any clock runs."""
+    """Prepares a torch contestant; torch has heads before tokens, so arrays are transposed before timing starts."""
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
@@ -221,7 +221,7 @@ def _prepare_torch(contestant: Contestant, with_gradients: bool, arrays: dict[st
 
     for leaf in leaves.values():
         leaf.requires_grad_(with_gradients)
-    # What torch loads on its first calls is not part of this one.
+    # Warm up, so that what torch loads on its first calls is not measured.
     warm = torch.ones(1, 1, 2, query.shape[-1], requires_grad=True, **options)
     torch.nn.functional.scaled_dot_product_attention(warm, warm, warm, is_causal=True).sum().backward()
 

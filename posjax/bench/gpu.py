@@ -1,12 +1,12 @@
-"""``posjax bench gpu``: what the GPU of this machine makes of the attention kernels, in one run of eight minutes.
+"""``posjax bench gpu``: speed and accuracy of the attention kernels on the GPU of this machine, in one run of eight minutes.
 
     python -m posjax.bench.gpu --out runs/gpu        # with nothing installed beyond jax, flax and optax
 
-    speed      attention of 8,192 tokens, forward and backward, everyone in turn: cuDNN, no position, RoPE, CoPE, RoPE + CoPE
-    accuracy   each encoding in each type against float64, beside XLA's dense attention in that type; two runs, bit for bit
-    decoder    1.1 billion parameters: tokens a second of prefill and of a train step
+    speed      attention over 8,192 tokens, forward and backward, interleaved: cuDNN, no position, RoPE, CoPE, RoPE + CoPE
+    accuracy   each encoding and dtype against float64, beside XLA's dense attention in that dtype; bitwise equality of two runs
+    decoder    1.1 billion parameters: tokens per second of prefill and of a train step
 
-A section ends where its share of the time is over, and says what it left out. gpu.json is written after every row.
+A section ends when its share of the time is over, and notes what it left out. gpu.json is written after every row.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from posjax.checks import check_at_least
 from posjax.encodings.spec import parse_encoding
 
 FILES = ("gpu.json", "gpu.md", "gpu.png")
-_SHARES = {"speed": 3, "accuracy": 3, "decoder": 4}  # of the time
+_SHARES = {"speed": 3, "accuracy": 3, "decoder": 4}  # relative shares of the time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,21 +34,21 @@ class GpuBench:
     """Measures speed and accuracy of the attention kernels, and a decoder of a billion parameters, on the GPU of this machine.
 
     Attributes:
-      sections: in the order in which they are done.
+      sections: sections to run, in this order.
       seconds: when to stop; what is being measured then is brought to its end.
-      length: tokens of the attention that is timed.
-      heads: N, of the attention that is timed; with a workdir, those of its model.
-      head_dim: H, channels of a head; likewise.
-      workdir: also times the gates of a trained model: a folder with checkpoints, as in posjax bench attention.
-      layer: of that model, from 0.
-      encodings: of the section on accuracy.
-      dtypes: likewise.
-      head_dims: likewise.
-      contexts: tokens of the decoder's sequence.
-      layers: of the decoder.
-      embed_dim: channels of the decoder, a multiple of 128, which a head has.
-      repeats: rounds in which everyone is called.
-      out: a folder for gpu.json, gpu.md and gpu.png.
+      length: sequence length of the speed section, in tokens.
+      heads: N, number of heads in the speed section; with a workdir, those of its model.
+      head_dim: H, channels per head in the speed section; with a workdir, those of its model.
+      workdir: folder with checkpoints, as in posjax bench attention; also times the gates of its model.
+      layer: layer of that model, from 0.
+      encodings: encodings of the accuracy section.
+      dtypes: dtypes of the accuracy section.
+      head_dims: channels per head in the accuracy section.
+      contexts: sequence lengths of the decoder, in tokens.
+      layers: number of layers of the decoder.
+      embed_dim: channels of the decoder, a multiple of 128, the channels of a head.
+      repeats: rounds in which every contestant is called.
+      out: folder for gpu.json, gpu.md and gpu.png.
     """
 
     sections: tuple[Literal["speed", "accuracy", "decoder"], ...] = ("speed", "accuracy", "decoder")
@@ -92,19 +92,19 @@ class GpuBench:
 
 
 def run(config: GpuBench, quiet: bool = False, implementation: str = "pallas") -> list[Row]:
-    """Measures everything and writes gpu.json after every row, gpu.md and gpu.png at the end, also when it is interrupted.
+    """Runs the benchmark and writes gpu.json after every row, and gpu.md and gpu.png at the end, even if interrupted.
 
     Args:
       config: what to measure.
-      quiet: no progress on the terminal.
-      implementation: of posjax.attention; others than pallas run anywhere.
+      quiet: hides the progress on the terminal.
+      implementation: implementation of posjax.attention; others than pallas need no GPU.
 
     Returns:
-      Rows in the order of sections, as they stand in gpu.json. What failed has its reason in notes.
+      Rows in the order of sections, as in gpu.json. The notes of a failed row have the reason.
 
     Raises:
-      NotImplementedError: there is no GPU that the kernels run on.
-      ValueError: a folder that cannot be written.
+      NotImplementedError: there is no GPU that the kernels support.
+      ValueError: the folder cannot be written.
     """
     begun = time.perf_counter()
     if implementation == "pallas":
@@ -140,7 +140,7 @@ def _write_json(rows: Sequence[Row], config: GpuBench, out: Path) -> None:
 
 
 def _write_tables(rows: Sequence[Row], config: GpuBench, out: Path) -> str | None:
-    """Writes gpu.md, and gpu.png where there is anything to draw; why not, if matplotlib is not there."""
+    """Writes gpu.md, and gpu.png if there is anything to draw; returns a message if matplotlib is not installed."""
     machine, missing = hardware(), None
     try:
         if figure := draw(rows):
@@ -156,12 +156,14 @@ def _write_tables(rows: Sequence[Row], config: GpuBench, out: Path) -> str | Non
     return missing
 
 
-# What follows from the rows ---------------------------------------------------------------------------------------------
+# Values derived from the rows -------------------------------------------------------------------------------------------
 
 
 def fill_ratios(rows: Sequence[Row]) -> None:
-    """Times over cuDNN's and over identity's, for our kernels of the same lowering; tokens a second over RoPE's. None where one is
-    not there."""
+    """Sets the ratios of each row: its time to cuDNN's and to identity's, or its tokens per second to RoPE's.
+
+    Identity is that of the same lowering. A ratio is None if one of its values is missing.
+    """
     first = _lowerings(rows)[0]
     for row in rows:
         if row["section"] == "speed":
@@ -175,7 +177,7 @@ def fill_ratios(rows: Sequence[Row]) -> None:
 
 
 def targets(rows: Sequence[Row]) -> list[Row]:
-    """What the kernels are to reach: what, its limit, whether more is better, what was found, and whether that is enough."""
+    """Returns the performance targets of the kernels: name, limit, whether more is better, measured value, and whether met."""
     made = []
     for lowering in _lowerings(rows):
         by_name = f" ({lowering})" if lowering else ""
@@ -201,7 +203,7 @@ _PASSES = {"forward": "forward", "both": "forward and backward"}
 
 
 def _lowerings(rows: Sequence[Row]) -> list[str]:
-    """Of our kernels, at least one."""
+    """Returns the lowerings of posjax's kernels in the rows; [""] if there are none."""
     ours = [row["lowering"] for row in rows if row["section"] == "speed" and row["kind"] == "posjax"]
     return list(dict.fromkeys(ours)) or [""]
 
@@ -211,7 +213,7 @@ def _over(one: float | None, other: float | None) -> float | None:
 
 
 def _speed(rows: Sequence[Row], spec: str, way: str, lowering: str) -> float | None:
-    """Milliseconds of our kernel, with half gates where there are gates."""
+    """Returns the milliseconds of posjax's kernel, with half gates if the encoding has gates."""
     own = (row for row in rows if row["section"] == "speed" and row["kind"] == "posjax" and row["gates"] in (None, "half"))
     wanted = spec, way, lowering
     return next((row["ms_min"] for row in own if (row["encoding"], row["pass"], row["lowering"]) == wanted), None)
@@ -260,7 +262,7 @@ _COLUMNS = {
 
 
 def groups(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]], list[str]]]:
-    """(heading, column heads, cells, notes) for the passes of speed, the types of accuracy, the decoder, and the targets."""
+    """Returns (heading, column heads, cells, notes) of each table: the speed passes, accuracy dtypes, decoder, and targets."""
     made = []
     for heading in dict.fromkeys(_heading(row) for row in rows):
         group = [row for row in rows if _heading(row) == heading]
@@ -293,7 +295,7 @@ def _heading(row: Row) -> str:
 
 
 def _label(row: Row) -> tuple[str, str]:
-    """The first two columns."""
+    """Returns the first two columns of a row."""
     name = ", ".join(filter(None, (row["encoding"], row.get("lowering"))))
     if row["section"] == "speed":
         return name if row["kind"] == "posjax" else row["contestant"], row["gates"] or ""
@@ -310,7 +312,7 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def draw(rows: Sequence[Row]) -> Any:
-    """Milliseconds of each pass, and tokens a second of each context; None where nothing was measured."""
+    """Plots the milliseconds of each pass and the tokens per second of each context; returns None if nothing was measured."""
     panels: dict[str, tuple[str, dict[str, float]]] = {}
     looks = {}
 

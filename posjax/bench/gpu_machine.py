@@ -1,4 +1,4 @@
-"""What the benchmarks on a GPU at hand share: a clock that ends them, compiling side by side, timing side by side."""
+"""Shared parts of the benchmarks on a local GPU: a time budget, parallel compilation, and interleaved timing."""
 
 import concurrent.futures
 import math
@@ -14,31 +14,34 @@ from posjax.bench.contestants import Prepared
 
 LATE = "not measured: the time was over"
 INTERRUPTED = "not measured: interrupted"
-_BURST = 0.02  # seconds of calls without a wait between them, which the time that a launch takes would be part of
+_BURST = 0.02  # seconds of back-to-back calls, which hide the time of a launch
 
 
 class Clock:
-    """Some time that runs from now on."""
+    """A time budget in seconds that starts at construction."""
 
     def __init__(self, seconds: float):
         self.end = time.perf_counter() + seconds
 
     @property
     def left(self) -> float:
-        """Seconds; below zero when it is over."""
+        """Returns the seconds left; negative once the time is over."""
         return self.end - time.perf_counter()
 
 
 def check_gpu(what: str, instead: str) -> None:
-    """Raises NotImplementedError where jax has no GPU that the kernels run on.
+    """Checks that jax has a GPU that the kernels support.
 
     Args:
-      what: the command that needs one.
-      instead: what works here.
+      what: the command that needs a GPU, for the message.
+      instead: sentence of the message that says what works without one.
+
+    Raises:
+      NotImplementedError: there is no such GPU.
     """
     try:
         platform = jax.default_backend()
-    except (RuntimeError, AssertionError):  # what jax raises where a platform that was asked for is not there
+    except (RuntimeError, AssertionError):  # jax raises these if a requested platform is missing
         found = f"jax finds no device with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}"
         raise NotImplementedError(f"{what} needs an NVIDIA GPU; {found}. {instead}") from None
     if platform != "gpu":
@@ -49,26 +52,27 @@ def check_gpu(what: str, instead: str) -> None:
 
 
 def hardware() -> dict[str, Any]:
-    """The device, and cores that compile for it."""
+    """Returns the device and the number of CPU cores that compile for it."""
     first = jax.devices()[0]
     found = {"platform": first.platform, "device_kind": first.device_kind, "devices": jax.device_count(), "cores": cores()}
     return found | ({"compute_capability": str(first.compute_capability)} if first.platform == "gpu" else {})
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def reason(error: Exception) -> str:
-    """What a row says of an error."""
+    """Formats an error for the notes of a row."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
 
 
 def side_by_side(tasks: Sequence[Callable[[], Any]], clock: Clock) -> Iterator[Any]:
-    """What each task returns, in their order; why not, as text, where it raised something or would have begun too late.
+    """Runs tasks in parallel threads and yields their results in order.
 
-    Compiling takes most of the time of a benchmark and one core a program.
+    A task that raises, or that would begin after the time is over, yields the reason as text. Compilation takes most of the time of
+    a benchmark, and one core per program.
     """
 
     def attempt(task: Callable[[], Any]) -> Any:
@@ -90,15 +94,15 @@ Times = list[list[float] | str]
 
 
 def milliseconds(ready: Sequence[Prepared], repeats: int, clock: Clock, found: Times | None = None) -> Times:
-    """Of each a time for each round, in which all have their turn; why not, as text, where a call raised something.
+    """Times all contestants in interleaved rounds: returns for each its milliseconds per round, or why a call failed, as text.
 
-    There is one round at least, and no further one when the time is over. ``found``: an empty list, which is filled and returned:
-    who is interrupted has what was measured.
+    At least one round is run; no further round begins once the time is over. ``found`` is an empty list that is filled and
+    returned, so that an interrupted caller has the times measured so far.
     """
     found = [] if found is None else found
     found += [[] for _ in ready]
     sizes = [1] * len(ready)
-    for turn in range(-1, repeats):  # the one before the first tells how many calls make a burst
+    for turn in range(-1, repeats):  # round -1 sets the number of calls per burst
         if turn > 0 and clock.left <= 0:
             break
         for n, prepared in enumerate(ready):
@@ -106,7 +110,7 @@ def milliseconds(ready: Sequence[Prepared], repeats: int, clock: Clock, found: T
                 continue
             try:
                 taken = _timed(prepared, sizes[n])
-            except Exception as error:  # alone it was well; here others hold memory too
+            except Exception as error:  # it succeeded alone, but here others use memory too
                 found[n] = reason(error)
                 continue
             if turn < 0:
@@ -117,8 +121,8 @@ def milliseconds(ready: Sequence[Prepared], repeats: int, clock: Clock, found: T
 
 
 def _timed(prepared: Prepared, size: int) -> float:
-    """Seconds of a call, from several one behind the other."""
-    prepared.call()  # clocks and caches as they are in the midst of its own work
+    """Returns the seconds per call of ``size`` back-to-back calls."""
+    prepared.call()  # warms up clocks and caches
     start = time.perf_counter()
     for _ in range(size):
         result = prepared.launch()

@@ -1,6 +1,7 @@
-"""The three parts of ``posjax bench gpu``: speed of attention, its accuracy, and a decoder. Each gives rows as they come.
+"""The sections of ``posjax bench gpu``: speed of attention, its accuracy, and a decoder. Each yields its rows one by one.
 
-A section compiles side by side, one core a program, and then measures alone. What its time is too short for is a row that says so.
+A section compiles its programs in parallel, one core per program, and then measures one at a time. A case that its time is too
+short for yields a row with a note.
 """
 
 import concurrent.futures
@@ -31,15 +32,15 @@ from posjax.training.optimizer import make_optimizer
 from posjax.training.state import TrainState, init_state
 from posjax.training.step import make_train_step
 
-ENCODINGS = ("identity", "rope", "cope(64)", "rope + cope(64)")  # of speed and decoder
-Tell = Callable[[str], None]  # what is being done
+ENCODINGS = ("identity", "rope", "cope(64)", "rope + cope(64)")  # of the sections speed and decoder
+Tell = Callable[[str], None]  # called with the description of the current work
 
 
 # Speed -------------------------------------------------------------------------------------------------------------------
 
 
 def speed(config: Any, implementation: str, clock: Clock, tell: Tell) -> Iterator[Row]:
-    """Causal attention in bfloat16, forward, and forward and backward: all compiled and called once, then in turn."""
+    """Times causal attention in bfloat16, forward, and forward and backward: calls each program once, then all in rounds."""
     lowerings = lowerings_of(implementation, "bfloat16")
     wanted = [Contestant("posjax", spec, implementation, lowering) for lowering in lowerings for spec in ENCODINGS]
     wanted += gpu_peers() if jax.default_backend() == "gpu" else []
@@ -49,7 +50,7 @@ def speed(config: Any, implementation: str, clock: Clock, tell: Tell) -> Iterato
     kinds = ("half", "sparse", *(("trained",) if config.workdir else ()))
 
     def compiled(who: Contestant, direction: str, gates: tuple[str | None, ...]) -> list[Prepared]:
-        programs: dict = {}  # one, for all gates
+        programs: dict = {}  # one program for all gates
         made = [inputs.make_inputs(who.encoding, kind or "half", config.length, sizes, recorded) for kind in gates]
         return [prepare(who, direction == "both", arrays, "bfloat16", programs) for arrays in made]
 
@@ -57,20 +58,20 @@ def speed(config: Any, implementation: str, clock: Clock, tell: Tell) -> Iterato
     tell("speed: compiling")
     found = side_by_side([functools.partial(compiled, *case) for case in cases], clock)
     rows: list[Row] = []
-    ready: list[tuple[Row, Prepared]] = []  # of those rows
+    ready: list[tuple[Row, Prepared]] = []  # the rows to be timed
     for (who, way, gates), made in zip(cases, found, strict=True):
         for number, kind in enumerate(gates):
             row = {"section": "speed", "contestant": who.name, "kind": who.kind, "encoding": who.encoding, "gates": kind}
             row |= {"lowering": who.lowering, "pass": way, "ms_min": None, "ms_median": None, "tflops": None, "notes": []}
             rows.append(row)
-            why = made if isinstance(made, str) else _first_call(made[number])  # here, where the memory is its own
+            why = made if isinstance(made, str) else _first_call(made[number])  # alone, so that no other call uses memory
             if why is not None:
                 row["notes"].append(why)
                 continue
             row["temp_bytes"] = made[number].temp_bytes
             ready.append((row, made[number]))
     tell("speed: rounds")
-    operations = 2 * config.heads * config.length**2 * config.head_dim  # of two products, of which half is masked
+    operations = 2 * config.heads * config.length**2 * config.head_dim  # of two matrix products, half of which is masked
     rounds: Times = []
     interrupted = None
     try:
@@ -89,14 +90,14 @@ def speed(config: Any, implementation: str, clock: Clock, tell: Tell) -> Iterato
 
 
 def lowerings_of(implementation: str, dtype: str) -> tuple[str, ...]:
-    """Those of the kernels that the GPU has for a type; of other implementations none by name."""
+    """Returns the lowerings of the kernels that the GPU supports for a dtype; ("",) for other implementations."""
     if implementation != "pallas":
         return ("",)
     return LOWERINGS if mosaic_refusal(capability(), dtype, 1, 0) is None else ("triton",)
 
 
 def _first_call(prepared: Prepared) -> str | None:
-    """Why a first call fails, such as for want of memory; None: it does not."""
+    """Calls a program for the first time; returns why it failed, e.g. too little memory, or None if it succeeded."""
     try:
         prepared.call()
     except Exception as error:  # a contestant may raise anything
@@ -109,7 +110,7 @@ def _first_call(prepared: Prepared) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What attention is asked for, 4 query heads; numbers are rounded to bfloat16's 8 bits, which every type holds."""
+    """A call of attention with 4 query heads; inputs are rounded to bfloat16's 8 bits, which every dtype represents exactly."""
 
     name: str
     length: int
@@ -130,12 +131,12 @@ CALLS = (
 
 
 def calls_of(spec: str) -> list[Call]:
-    """Those that are different calls to an encoding."""
+    """Returns the calls that differ for an encoding: sparse gates only if it has gates."""
     return [call for call in CALLS if call.gates == "half" or counts(spec)]
 
 
 class Oracles:
-    """Answers in float64, which processes of their own work out on the CPU while others compile."""
+    """Computes the float64 oracles in separate processes on the CPU, while other programs compile."""
 
     def __init__(self, specs: Sequence[str], head_dims: Sequence[int], folder: Path):
         self.pool = concurrent.futures.ThreadPoolExecutor(cores())
@@ -148,7 +149,7 @@ class Oracles:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def answer(self, spec: str, head_dim: int, call: Call) -> dict[str, np.ndarray]:
-        """Output and gradients.
+        """Waits for the oracle of a call and returns its output and gradients.
 
         Raises:
           RuntimeError: the process failed.
@@ -170,7 +171,7 @@ class Oracles:
 
 
 def accuracy(config: Any, implementation: str, clock: Clock, tell: Tell, oracles: Oracles) -> Iterator[Row]:
-    """Errors against float64 of the kernel, and of dense attention in the same type; whether the kernel repeats itself."""
+    """Measures errors against float64 of the kernel and of dense attention in the same dtype, and the kernel's repeatability."""
     cases = [
         (dtype, head_dim, call, spec, lowering)
         for dtype, head_dim, call, spec in itertools.product(config.dtypes, config.head_dims, CALLS, config.encodings)
@@ -204,7 +205,7 @@ _VOCABULARY, _CHANNELS = 32_768, 128
 
 
 def decoder(config: Any, implementation: str, clock: Clock, tell: Tell) -> Iterator[Row]:
-    """Tokens a second of one sequence: a forward pass, and a step of AdamW that computes layers again in its backward pass."""
+    """Measures tokens per second of a decoder on one sequence: a forward pass, and a step of AdamW with full rematerialization."""
     for number, context in enumerate(config.contexts):
         own = Clock(clock.left / (len(config.contexts) - number))
         tell(f"decoder: compiling, {context:,} tokens")
@@ -220,12 +221,12 @@ def decoder(config: Any, implementation: str, clock: Clock, tell: Tell) -> Itera
             whys = [program for program in programs.values() if isinstance(program, str)]
             try:
                 yield row | ({"notes": list(dict.fromkeys(whys))} if whys else _tokens_a_second(**programs, repeats=config.repeats))
-            except Exception as error:  # such as too little memory
+            except Exception as error:  # e.g. too little memory
                 yield row | {"notes": [reason(error)]}
 
 
 def _programs(config: Any, implementation: str, spec: str, context: int) -> dict[str, Callable[[], Any]]:
-    """What compiles the first state, the forward pass and the train step of a decoder."""
+    """Returns functions that compile the initial state, the forward pass and the train step of a decoder."""
     heads = config.embed_dim // _CHANNELS
     shape = TransformerConfig(
         vocab_size=_VOCABULARY,
@@ -268,7 +269,7 @@ def _programs(config: Any, implementation: str, spec: str, context: int) -> dict
 
 
 def _tokens_a_second(start: Any, prefill: Any, step: Any, repeats: int) -> Row:
-    """Of the three compiled programs, the fastest of so many calls."""
+    """Runs the three compiled programs and returns the tokens per second of the fastest of ``repeats`` calls."""
     state, batch = start()
     row = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params))}
     row["prefill_tokens_per_second"] = batch["tokens"].size / _least(lambda: prefill(state.params, batch["tokens"]), repeats)
@@ -283,7 +284,7 @@ def _tokens_a_second(start: Any, prefill: Any, step: Any, repeats: int) -> Row:
 
 
 def _least(call: Callable[[], Any], repeats: int) -> float:
-    """Seconds."""
+    """Returns the least time of ``repeats`` calls, in seconds, after a warmup call."""
     jax.block_until_ready(call())
     times = []
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""What the contestants of a benchmark are called with: flat dicts of float32 arrays, the same for all of them, as .npz files.
+"""Inputs of the contestants of a benchmark: flat dicts of float32 arrays, the same for all contestants, stored as .npz files.
 
 query, key, value, cotangent [B, T, N, H]; params/... the encoding's parameters
 """
@@ -15,25 +15,25 @@ from posjax.core.encoding import Dims
 from posjax.encodings.spec import parse_encoding, slug
 from posjax.typing import Params
 
-# What q.k / sqrt(H) is on average. Its standard deviation is one, so that mean gates are a half, 0.02 and 0.98.
+# The mean of q.k / sqrt(H). Its standard deviation is one, so that the mean gates are 0.5, 0.02 and 0.98.
 GATES = {"half": 0.0, "sparse": -4.4, "saturating": 4.4}
 
 
 def make_inputs(
     spec: str, gates: str, length: int, config: Any, recorded: dict[str, Any] | None, kv_heads: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Normal query, key, value and cotangent, and parameters as if something had been learned.
+    """Draws normally distributed query, key, value and cotangent, and parameters without zero leaves, as after training.
 
-    Gates other than a half come from a constant in the last channel of query and key: it belongs to the slowest rotation of RoPE,
-    so that gates taken from rotated logits stay where they are for thousands of tokens.
+    Mean gates other than a half are set by a constant in the last channel of query and key. That channel belongs to the slowest
+    rotation of RoPE, so that gates from rotated logits keep their mean for thousands of tokens.
 
     Args:
       spec: the encoding.
       gates: one of GATES, or "trained" for ``recorded``.
       length: T.
-      config: of the benchmark: batch, heads, head_dim, dtype.
-      recorded: what ``recorded_inputs`` returned.
-      kv_heads: of key and value; None: as many as of query.
+      config: configuration of the benchmark: batch, heads, head_dim, dtype.
+      recorded: result of ``recorded_inputs``; used for gates "trained".
+      kv_heads: number of key and value heads; None: as many as query heads.
     """
     rng = np.random.default_rng(length)
     shape = (config.batch, length, config.heads, config.head_dim)
@@ -54,36 +54,37 @@ def make_inputs(
         size = math.sqrt(abs(mean) * math.sqrt(config.head_dim))
         arrays["query"][..., -1], arrays["key"][..., -1] = size, math.copysign(size, mean)
     dtype = jax.numpy.dtype(config.dtype)
-    rounded = {name: x.astype(dtype).astype(np.float32) for name, x in arrays.items()}  # the oracle sees what the contestants see
+    rounded = {name: x.astype(dtype).astype(np.float32) for name, x in arrays.items()}  # the oracle gets what contestants get
     return rounded | flatten(params)
 
 
 def _as_if_learned(path: tuple, leaf: np.ndarray, length: int, head_dim: int, rng: np.random.Generator) -> np.ndarray:
-    """Zero leaves are filled: a bias of zero would hide errors, and its gates would have no gradient."""
+    """Replaces zero leaves by random values: a bias of zero would hide errors, and its gates would have no gradient."""
     if leaf.any():
         return leaf
-    # CoPE_MLP's output grows with the count, of which there is no last.
+    # CoPE_MLP's output grows with the count, which has no upper bound.
     size = 1 / length if path[-1].key == "weight_out" else head_dim**-0.5
     return size * rng.standard_normal(leaf.shape, np.float32)
 
 
 def recorded_inputs(workdir: str, layer: int, tokens: int) -> dict[str, Any]:
-    """What attention of one layer of a trained model is called with, over at least so many tokens of its validation data.
+    """Records the inputs of attention in one layer of a trained model, over at least ``tokens`` tokens of its validation data.
 
-    Rows have the length that the model was trained at; ``make_inputs`` lays them end to end and cuts, so that a longer sequence
-    is made of several texts, and gates between them are those of unrelated tokens.
+    Rows have the training length of the model. ``make_inputs`` concatenates and truncates them, so that a longer sequence consists
+    of several texts, with gates between unrelated tokens across them.
 
     Args:
-      workdir: a folder with checkpoints: of posjax train, or DIR/ENCODING/seed-N of posjax compare.
-      layer: counted from 0.
-      tokens: how many are wanted; fewer come back where the validation data have fewer.
+      workdir: a folder with checkpoints, from posjax train, or DIR/ENCODING/seed-N from posjax compare.
+      layer: index of the layer, from 0.
+      tokens: number of tokens to record; the result has fewer if the validation data have fewer.
 
     Returns:
-      query, key, value [rows, T, N, H] (keys and values repeated where heads share them), encoding (its text), params.
+      A dict: query, key, value [rows, T, N, H] (keys and values repeated where heads share them), encoding (its text), params.
 
     Raises:
-      ValueError: no such folder, or no such layer.
-      CheckpointError: no checkpoint that is whole.
+      ValueError: ``workdir`` is not a workdir with checkpoints.
+      IndexError: the model has no such layer.
+      CheckpointError: no checkpoint is intact.
     """
     from posjax.lab import run as runs
     from posjax.lab.source import held_out, open_source
@@ -105,16 +106,16 @@ def recorded_inputs(workdir: str, layer: int, tokens: int) -> dict[str, Any]:
         found.append({name: np.repeat(x, 1 if name == "query" else repeat, axis=2) for name, x in arrays.items()})
         made_of_tokens = any(leaf.shape[:2] == arrays["query"].shape[:2] for leaf in jax.tree.leaves(used))
         if made_of_tokens or sum(x["query"][..., 0, 0].size for x in found) >= tokens:
-            break  # gate keys are made of their batch's tokens, and fit no other
+            break  # gate keys depend on the tokens of their batch and fit no other
     joined = {name: np.concatenate([x[name] for x in found]) for name in found[0]}
     return joined | {"encoding": spec, "params": used}
 
 
 def workdir_config(workdir: str) -> tuple[Any, str]:
-    """The Config of a trained workdir, and its encoding.
+    """Returns the Config of a trained workdir, and its encoding.
 
     Raises:
-      ValueError: no such workdir.
+      ValueError: ``workdir`` is not a workdir with checkpoints, or its name matches no encoding of the config.
     """
     import dataclasses
 
@@ -138,20 +139,20 @@ def workdir_config(workdir: str) -> tuple[Any, str]:
 
 
 def _end_to_end(x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """[rows, T', ...] as [B, T, ...], from the beginning again where it is too short."""
+    """Concatenates rows [rows, T', ...] to [B, T, ...], repeating them from the beginning where they are too short."""
     flat = x.reshape(-1, *x.shape[2:])
     return np.resize(flat, (shape[0] * shape[1], *x.shape[2:])).reshape(*shape, *x.shape[2:])
 
 
 def flatten(tree: Params, prefix: str = "params") -> dict[str, np.ndarray]:
-    """A tree of dicts as {"params/name/...": array}."""
+    """Flattens a tree of dicts to {"params/name/...": array}, with float32 arrays."""
     if not isinstance(tree, dict):
         return {prefix: np.asarray(tree, np.float32)}
     return {name: leaf for key, value in tree.items() for name, leaf in flatten(value, f"{prefix}/{key}").items()}
 
 
 def unflatten(arrays: dict[str, Any], prefix: str = "params") -> Params:
-    """The tree that ``flatten`` took apart."""
+    """Reverses ``flatten``: rebuilds the tree of the arrays whose names start with ``prefix``."""
     tree: Params = {}
     for name, leaf in arrays.items():
         first, *path = name.split("/")

@@ -1,8 +1,8 @@
-"""Causal attention under every encoding in float64, written out row by row from the papers: what contestants are measured against.
+"""Reference: causal attention under every encoding in float64, written from the papers, against which contestants are measured.
 
-It shares nothing with posjax's kernels and encodings but the names of parameters. ``xp`` is numpy for outputs; jax.numpy, in a
-process with 64-bit jax, for gradients of the very same lines. A block of query rows sees all of its keys at once, so memory is a
-block's.
+It shares only the names of parameters with posjax's kernels and encodings. ``xp`` is numpy for outputs, and jax.numpy, in a
+process with 64-bit jax, for gradients of the same code. A block of query rows is computed with all of its keys at once, so memory
+is that of a block.
 """
 
 import ast
@@ -16,17 +16,17 @@ import numpy as np
 
 from posjax.encodings.spec import CONSTRUCTORS
 
-_CELLS = 2**21  # scores that are held at once; gradients hold some twenty arrays of that size
+_CELLS = 2**21  # scores in memory at once; gradients need about twenty arrays of that size
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a causal call asks for besides.
+    """Options of a call of causal attention.
 
     Attributes:
-      window: keys before a query that it sees; None: all.
-      soft_cap: of the scores; None: none.
-      starts: where a row's documents but the first begin; nothing is seen of another one.
+      window: number of keys before a query that it attends to; None: all.
+      soft_cap: soft cap of the scores; None: none.
+      starts: start indices of all documents of a row except the first; attention stays within a document.
     """
 
     window: int | None = None
@@ -34,7 +34,7 @@ class Options:
     starts: tuple[int, ...] = ()
 
     def documents(self, length: int) -> np.ndarray:
-        """The number of each token's document, [length]."""
+        """Returns the index of each token's document, [length]."""
         return np.searchsorted(self.starts, np.arange(length), side="right")
 
 
@@ -44,7 +44,7 @@ PLAIN = Options()
 def attend(
     spec: str, arrays: dict[str, np.ndarray], first: int, options: Options = PLAIN
 ) -> tuple[np.ndarray, float | None]:
-    """Output of the queries from ``first`` on, [B, T - first, N, H] float64, and the mean gate where there are gates."""
+    """Computes the output of the queries from ``first`` on, [B, T - first, N, H] float64, and the mean gate, if there are gates."""
     parts, gates = [], []
     for start, stop in _blocks(arrays["query"].shape, first):
         out, gate = _rows(np, spec, {name: np.asarray(x, np.float64) for name, x in arrays.items()}, start, stop, options)
@@ -55,10 +55,10 @@ def attend(
 
 
 def gradients(spec: str, arrays: dict[str, np.ndarray], first: int, options: Options = PLAIN) -> dict[str, np.ndarray]:
-    """Gradients of sum(output * cotangent) over the queries from ``first`` on, for every array but the cotangent.
+    """Computes the gradients of sum(output * cotangent) over the queries from ``first`` on, for every array but the cotangent.
 
     Raises:
-      RuntimeError: jax computes in 32 bits.
+      RuntimeError: jax is not in 64-bit mode.
       FloatingPointError: a gradient is not finite.
     """
     import jax
@@ -89,7 +89,7 @@ def _blocks(shape: tuple[int, ...], first: int) -> list[tuple[int, int]]:
 
 
 def members(spec: str) -> list[tuple[str, dict[str, Any]]]:
-    """("cope", {"max_position": 64, ...}) of each encoding that a text names."""
+    """Parses the text of an encoding into its members, each as ("cope", {"max_position": 64, ...})."""
     node, found = ast.parse(spec.strip(), mode="eval").body, []
     while isinstance(node, ast.BinOp):
         found.insert(0, node.right)
@@ -106,7 +106,7 @@ def members(spec: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _rows(xp: Any, spec: str, arrays: dict[str, Any], start: int, stop: int, options: Options) -> tuple[Any, Any]:
-    """Output [B, stop - start, N, H] of some queries, and their mean gate."""
+    """Computes the output [B, stop - start, N, H] of a block of queries, and their mean gate."""
     query, key, value = (xp.swapaxes(arrays[name], 1, 2) for name in ("query", "key", "value"))
     key, value = (xp.repeat(x, query.shape[1] // x.shape[1], axis=1) for x in (key, value))
     query, key, value = query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop]
@@ -153,7 +153,7 @@ def _rows(xp: Any, spec: str, arrays: dict[str, Any], start: int, stop: int, opt
 
 
 def _parameters(spec: str, arrays: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(name, arguments, parameters) of each member; in a chain, those are under the member's name."""
+    """Returns (name, arguments, parameters) of each member; in a chain, parameters are stored under the member's name."""
     parts, taken = [], {}
     everything = members(spec)
     names = [name for name, _ in everything]
@@ -182,14 +182,17 @@ def _rotate(xp: Any, x: Any, positions: np.ndarray, args: dict[str, Any]) -> Any
 
 
 def _slopes(heads: int) -> np.ndarray:
-    """2^(-8/N) and its powers; past the largest power of two in N, every other slope of twice as many heads."""
+    """Returns ALiBi's slopes: 2^(-8/P) and its powers, with P the largest power of two up to N heads.
+
+    The remaining heads have every other slope of 2 P heads.
+    """
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (n + 1) / power) for n in range(power)]
     return np.array(slopes + [2 ** (-4 * (2 * n + 1) / power) for n in range(heads - power)])
 
 
 def _bucket(relative: np.ndarray, num_buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
-    """T5's bucket of key minus query."""
+    """Computes T5's bucket of the relative position, key minus query."""
     offset = np.zeros(relative.shape, int)
     if bidirectional:
         num_buckets //= 2
@@ -197,7 +200,7 @@ def _bucket(relative: np.ndarray, num_buckets: int, max_distance: int, bidirecti
     distance = np.abs(relative) if bidirectional else np.maximum(-relative, 0)
     exact = num_buckets // 2
     ratio = np.log(np.maximum(distance, 1) / exact) / math.log(max_distance / exact)
-    far = exact + np.floor(ratio * (num_buckets - exact) + 1e-9).astype(int)  # an edge that is a whole number belongs to its bucket
+    far = exact + np.floor(ratio * (num_buckets - exact) + 1e-9).astype(int)  # an exact integer belongs to its own bucket
     return offset + np.where(distance < exact, distance, np.minimum(far, num_buckets - 1))
 
 
@@ -210,7 +213,7 @@ def _tupe_bucket(i: np.ndarray, j: np.ndarray, args: dict[str, Any]) -> np.ndarr
 
 
 def _tupe(xp: Any, params: dict[str, Any], args: dict[str, Any], i: np.ndarray, j: np.ndarray, scale: float) -> Any:
-    """[N, rows, keys]: products of positions, with the row and the column of [CLS] reset."""
+    """Computes TUPE's products of positions, [N, rows, keys], with the row and the column of [CLS] reset."""
     table, own_row = params["position"], int(args["released"] and args["untie_cls"])
     if args["released"]:
         table = table - table.mean(-1, keepdims=True)
@@ -232,7 +235,7 @@ def _tupe(xp: Any, params: dict[str, Any], args: dict[str, Any], i: np.ndarray, 
 
 
 def _counted(xp: Any, name: str, args: dict[str, Any], params: dict[str, Any], query: Any, count: Any, scale: float) -> Any:
-    """CoPE's bias of a count, [B, N, rows, keys]."""
+    """Computes CoPE's bias from the counts, [B, N, rows, keys]."""
     if name == "cope_alibi":
         heads = query.shape[1]
         slopes = params["slope"] if args["learned"] else _slopes(heads) if args["slope"] is None else np.full(heads, args["slope"])

@@ -1,4 +1,4 @@
-"""What ``posjax bench`` measured, as tables and files."""
+"""Writes the results of ``posjax bench`` as tables and files."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ FILES = ("attention.json", "attention.md", "attention.png")
 
 
 def fill_ratios(rows: Sequence[Row]) -> None:
-    """Time over that of identity in the same implementation, and over jax.nn.dot_product_attention without position."""
+    """Sets each row's ratio to identity in the same implementation, and to jax.nn.dot_product_attention without position."""
     times = {(row["kind"], row["implementation"], row["encoding"], row["length"], row["pass"]): row["ms_min"] for row in rows}
     for row in rows:
         where = row["length"], row["pass"]
@@ -23,11 +23,11 @@ def fill_ratios(rows: Sequence[Row]) -> None:
 
 
 def memory(row: Row) -> int | None:
-    """Bytes: of the device's own memory where it has one, else by how much the process grew."""
+    """Returns the peak memory in bytes: of the device if it has separate memory, else the growth of the process."""
     return row["peak_bytes_growth"] if row["device_peak_bytes"] is None else row["device_peak_bytes"]
 
 
-# Column heads; the fields of a row and how they are written. The last two columns of numbers are for the file alone.
+# Column heads, the fields of a row, and their formats. The last two columns appear only in the file.
 _COLUMNS = (
     ("ms", "ms_min", ".2f"),
     ("x id", "ratio_to_identity", ".2f"),
@@ -42,7 +42,7 @@ _ON_TERMINAL = 6
 
 
 def cells(rows: Sequence[Row], wide: bool) -> tuple[list[str], list[list[str]]]:
-    """Column heads and cells of rows of one length and pass; ``wide``: with the columns that a terminal has no room for."""
+    """Returns column heads and cells for rows of one length and pass; ``wide`` includes the columns omitted on a terminal."""
     columns = _COLUMNS if wide else _COLUMNS[:_ON_TERMINAL]
     if all(row["error_grads"] is None for row in rows):
         columns = tuple(column for column in columns if column[0] != "grads")
@@ -58,14 +58,14 @@ def cells(rows: Sequence[Row], wide: bool) -> tuple[list[str], list[list[str]]]:
 
 
 def _number(value: float | None, form: str) -> str:
-    """Text of at most seven characters or so: large numbers lose their decimals."""
+    """Formats a number in about seven characters at most: large numbers lose their decimals."""
     if value is None:
         return ""
     return f"{value:,.0f}" if form.endswith("f") and abs(value) >= 1000 else format(value, form)
 
 
 def groups(rows: Sequence[Row]) -> list[tuple[str, list[Row], list[str]]]:
-    """(heading, rows, notes) for each length and pass. A note says whom it is about, unless it is about all."""
+    """Returns (heading, rows, notes) for each length and pass; a note names its contestants, or "all"."""
     made = []
     for length, direction in dict.fromkeys((row["length"], row["pass"]) for row in rows):
         group = [row for row in rows if (row["length"], row["pass"]) == (length, direction)]
@@ -89,7 +89,7 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def print_table(heading: str, heads: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
-    """Two columns of text, columns of numbers, and what there is to say below."""
+    """Prints a table with two columns of text, then columns of numbers, and notes below it."""
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -102,7 +102,7 @@ def print_table(heading: str, heads: Sequence[str], lines: Sequence[Sequence[str
 
 
 def print_text(*parts: Any) -> None:
-    """One under the other, as wide as the terminal."""
+    """Prints texts and tables below one another, in the width of the terminal."""
     from rich.console import Console
 
     Console(markup=False, highlight=False).print(*parts, sep="\n")
@@ -121,7 +121,7 @@ _LEGEND_OF_FILE = (
 
 
 def write(rows: Sequence[Row], config: Row, hardware: Row, versions: Row, out: Path) -> None:
-    """Writes attention.json, attention.md and, once anything was measured, attention.png."""
+    """Writes attention.json, attention.md and, if anything was measured, attention.png."""
     write_json(rows, config, hardware, versions, out / "attention.json")
     machine = f"{hardware['cpu']}, {hardware['cores']} cores; {hardware['devices']} x {hardware['device_kind']}"
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -135,7 +135,7 @@ def write(rows: Sequence[Row], config: Row, hardware: Row, versions: Row, out: P
 
 
 def write_json(rows: Sequence[Row], config: Row, hardware: Row, versions: Row, path: Path, **more: Any) -> None:
-    """Rows and what they come of, and ``more`` that follows from them; the file is never seen half written."""
+    """Writes the rows, the hardware, versions and config behind them, and ``more`` derived values to a JSON file, atomically."""
     asked = {name: value for name, value in config.items() if name != "out"}
     part = path.with_name(path.name + ".part")
     found = {"hardware": hardware, "versions": versions, "config": asked, **more, "rows": list(rows)}
@@ -144,14 +144,14 @@ def write_json(rows: Sequence[Row], config: Row, hardware: Row, versions: Row, p
 
 
 def markdown(heading: str, heads: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> list[str]:
-    """Lines of a section with what print_table prints."""
+    """Returns the lines of a Markdown section with the content of ``print_table``."""
     table = ["| " + " | ".join(heads) + " |", "|---|---" + "|---:" * (len(heads) - 2) + "|"]
     table += ["| " + " | ".join(line) + " |" for line in lines]
     return [f"## {heading}", "", *table, "", *(f"- {note}" for note in notes), ""]
 
 
 def draw(rows: Sequence[Row]) -> Any:
-    """Time and memory against length."""
+    """Plots time and memory against length."""
     panels: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
     looks = {}
     for row in rows:

@@ -1,10 +1,10 @@
-"""``posjax bench schedule``: what the TPU compiler made of attention, counted in bundles, with no TPU attached.
+"""``posjax bench schedule``: instruction bundles of attention as the TPU compiler schedules it, with no TPU attached.
 
-    contestants x generations -> posjax.compile.aot, a process for each generation -> kernels: loops, bundles of a tile, VMEM, HBM
+    contestants x generations -> posjax.compile.aot, in separate processes -> kernels: loops, bundles of a tile, VMEM, HBM
         -> distance to the roofline of the chip: schedule.json, schedule.md
 
-A bundle is a cycle. A count does not know of waiting, for memory or for a matrix unit that is still busy, so it is a lower bound of
-the time, and one that can be compared: the same program gives the same count.
+A bundle takes one cycle. The count excludes stalls, for memory or for a busy matrix unit, so it is a lower bound of the time. It is
+reproducible: the same program has the same count.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from posjax.encodings.spec import parse_encoding
 from posjax.hardware import GENERATIONS
 
 FILES = ("schedule.json", "schedule.md")
-_DEFAULT_TILE = 128  # of splash's BlockSizes.get_default()
-# Matrix products of a tile, by the name of the kernel. Splash's fused backward kernel is named as the one for keys and values.
+_DEFAULT_TILE = 128  # tile size of splash's BlockSizes.get_default()
+# Matrix products per tile, by a part of the kernel's name. Splash's fused backward kernel has the name of its dkv kernel.
 _PRODUCTS = (("dq", 3), ("dkv", 4), ("fwd", 2), ("forward", 2), ("backward", 5))
 
 
@@ -42,18 +42,18 @@ class ScheduleBench:
     Needs libtpu: pip install 'posjax[tpu-aot]'.
 
     Attributes:
-      generations: of TPU.
-      encodings: such as rope, "cope(64)" or "rope + cope(64)"; with implementation="pallas".
+      generations: TPU generations.
+      encodings: encodings such as rope, "cope(64)" or "rope + cope(64)"; with implementation="pallas".
       passes: forward, or both: forward and backward with gradients of query, key, value and all parameters.
-      seq_len: tokens.
-      heads: N.
-      kv_heads: K, which divides heads; None: heads.
-      head_dim: H, channels of a head.
-      batch: B.
-      dtype: of query, key and value; parameters are float32.
-      peers: splash attention too, with its default blocks and with those of ``tile``.
+      seq_len: sequence length in tokens.
+      heads: N, number of heads.
+      kv_heads: K, number of key and value heads, a divisor of heads; None: heads.
+      head_dim: H, channels per head.
+      batch: B, batch size.
+      dtype: dtype of query, key and value; parameters are float32.
+      peers: includes splash attention, with its default blocks and with those of ``tile``.
       tile: queries and keys of a tile of splash attention.
-      out: a folder for schedule.json and schedule.md.
+      out: folder for schedule.json and schedule.md.
     """
 
     generations: tuple[Literal["v4", "v5e", "v5p", "v6e", "tpu7x"], ...] = ("v4", "v5e", "v5p", "v6e", "tpu7x")
@@ -93,20 +93,20 @@ class ScheduleBench:
 
 
 def run(config: ScheduleBench, quiet: bool = False) -> list[Row]:
-    """Compiles everything and writes schedule.json and schedule.md, after each contestant.
+    """Compiles all contestants and writes schedule.json and schedule.md after each group of contestants.
 
     Returns:
-      Rows in the order of generations, passes and contestants, as they stand in schedule.json. What failed has its reason in notes.
+      Rows in the order of generations, passes and contestants, as in schedule.json. The notes of a failed row have the reason.
 
     Raises:
       ImportError: libtpu is not installed.
-      RuntimeError: libtpu knows none of it.
-      ValueError: a folder that cannot be written.
+      RuntimeError: no compilation could start, e.g. because libtpu does not support a generation.
+      ValueError: the folder cannot be written.
     """
     out = make_folder(config.out)
     chips = {name: dataclasses.asdict(GENERATIONS[name]) for name in config.generations}
     wanted = _contestants(config)
-    together: dict[tuple[str, str], list[int]] = {}  # both passes of an encoding in one process; all of splash
+    together: dict[tuple[str, str], list[int]] = {}  # one process for both passes of an encoding, and one for splash
     for n, (about, _) in enumerate(wanted):
         together.setdefault((about["kind"], about["encoding"]), []).append(n)
     rows: list[Row] = []
@@ -138,7 +138,7 @@ def _heading(config: ScheduleBench) -> str:
 
 
 def _contestants(config: ScheduleBench) -> list[tuple[Row, aot.Job]]:
-    """(what a row says of it, its job) of every contestant, pass by pass."""
+    """Returns (fields of its row, its compilation job) of every contestant, pass by pass."""
     sizes = {name: getattr(config, name) for name in ("seq_len", "heads", "head_dim", "batch", "dtype")}
     sizes["kv_heads"] = config.kv_heads or config.heads
     found: list[tuple[Row, aot.Job]] = []
@@ -170,7 +170,7 @@ def posjax_job(
     dtype: str,
     block_sizes: Sequence[int] | dict[str, Any] | None = None,
 ) -> tuple[Callable, tuple]:
-    """posjax.attention for posjax.compile.aot; ``block_sizes`` of the GPU kernels by name."""
+    """Builds a call of posjax.attention for posjax.compile.aot; ``block_sizes`` is a dict for GPU kernels, a sequence for TPUs."""
     if block_sizes is not None:
         block_sizes = GpuBlocks(**block_sizes) if isinstance(block_sizes, dict) else Blocks(*block_sizes)
     encoding = parse_encoding(spec)
@@ -199,7 +199,7 @@ def splash_job(
     batch: int,
     dtype: str,
 ) -> tuple[Callable, tuple]:
-    """jax.experimental's splash attention for posjax.compile.aot."""
+    """Builds a call of splash attention, of jax.experimental, for posjax.compile.aot."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
@@ -236,7 +236,7 @@ def _row(config: ScheduleBench, generation: str, about: Row, report: aot.Report)
 
 
 def _own_tile(config: ScheduleBench, generation: str) -> list[int] | None:
-    """Queries and keys of a tile of posjax's kernel; None while there is none."""
+    """Returns the queries and keys of a tile of posjax's kernel; None if the package has no TPU kernel."""
     if importlib.util.find_spec("posjax.attention.backends.tpu.blocks") is None:
         return None
     from posjax.attention.backends.tpu.blocks import CHIPS
@@ -248,7 +248,7 @@ def _own_tile(config: ScheduleBench, generation: str) -> list[int] | None:
 def _kernel(
     config: ScheduleBench, generation: str, tile: Sequence[int] | None, fused: bool, report: aot.Report, kernel: aot.Kernel
 ) -> Row:
-    """A kernel as it stands in a row. The distance is that of the forms that are a whole tile."""
+    """Describes a kernel for its row; forms that process a full tile have their distance to the roofline."""
     roofline = _roofline(config, generation, tile, fused, report, kernel.name) if tile else None
     forms = [
         dataclasses.asdict(work)
@@ -266,9 +266,10 @@ def _kernel(
 
 
 def forms_of(kernel: aot.Kernel) -> list[tuple[aot.Section, int, bool, bool]]:
-    """(work, bundles of a turn, whether there are loops in the work, whether it is on a whole tile) of ``kernel.tiles``.
+    """Returns (work, bundles per iteration, whether the work has loops, whether it processes a full tile) of ``kernel.tiles``.
 
-    Not on a whole tile are a strip of one, and loops beside the walk over tiles, such as one that rotates keys when they arrive.
+    Work on a strip of a tile does not process a full tile. Neither do loops beside the loop over tiles, such as one that rotates
+    keys on arrival.
     """
     outermost = min((work.depth for work, _ in kernel.tiles), default=0)
     branches = any(work.kind == "branch" and work.depth == outermost for work, _ in kernel.tiles)
@@ -283,7 +284,10 @@ def forms_of(kernel: aot.Kernel) -> list[tuple[aot.Section, int, bool, bool]]:
 def _roofline(
     config: ScheduleBench, generation: str, tile: Sequence[int], fused: bool, report: aot.Report, name: str
 ) -> float | None:
-    """Bundles that a tile would take at the peak of the matrix units, or with inputs and outputs of the call moved once."""
+    """Computes the bundles of a tile at the roofline, or returns None for a kernel whose matrix products are unknown.
+
+    The roofline is the larger of the matrix products at peak, and of moving the inputs and outputs of the call once.
+    """
     products = next((count for part, count in _PRODUCTS if part in name), None)
     if products is None:
         return None
@@ -310,7 +314,7 @@ _HEADS = ["contestant", "kernel", "tile", "turn", "x roof", "whole", "VMEM", "HB
 
 
 def groups(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]], list[str]]]:
-    """(heading, column heads, cells, notes) for each generation and pass: a line for each kernel."""
+    """Returns (heading, column heads, cells, notes) for each generation and pass, with a line for each kernel."""
     made = []
     for generation, direction in dict.fromkeys((row["generation"], row["pass"]) for row in rows):
         group = [row for row in rows if (row["generation"], row["pass"]) == (generation, direction)]

@@ -1,11 +1,11 @@
-"""``posjax bench tune``: block sizes of the attention kernels for the GPU of this machine.
+"""``posjax bench tune``: tunes the block sizes of the attention kernels for the GPU of this machine.
 
     python -m posjax.bench.tune --out runs/tune        # with nothing installed beyond jax, flax and optax
 
-A kind of call is a line of posjax/attention/backends/gpu/gpu_blocks.json: bytes of a number, most channels, and whether it
-counts; each lowering may have one. The search for its blocks goes from those of the table to the fastest of their neighbours,
-which differ in one size, until none is faster; what counts is the time of forward and backward. What the compiler refuses, or
-answers wrongly, is left out with the reason. The faster lowering becomes the preferred one.
+A kind of call is a line of posjax/attention/backends/gpu/gpu_blocks.json: bytes per number, maximum channels, and whether the
+encoding is contextual; each lowering may have a line. The search starts from the blocks of the table and moves to the fastest
+neighbor, which differs in one size, until no neighbor is faster in forward and backward together. Blocks that fail to compile or
+produce wrong results are excluded, with the reason. The faster lowering becomes the preferred one.
 """
 
 import contextlib
@@ -37,27 +37,26 @@ from posjax.encodings.spec import parse_encoding
 
 FILES = ("gpu_blocks.json", "tune.json")
 SHIPPED = Path(gpu_blocks.__file__).with_name("gpu_blocks.json")
-CHANNELS = (64, 128, 288)  # of the lines; the last is for heads of up to 256, and those of 128 that untied positions widen
-_GAIN = 0.99  # of the time, to go on from: less is noise
-# Norm of the difference over norm that no rounding makes: of the output, and of gradients, which jump where a count passes a whole
-# number.
+CHANNELS = (64, 128, 288)  # maximum channels of the lines; 288 is for heads of up to 256, and of 128 widened by untied positions
+_GAIN = 0.99  # relative time below which blocks count as faster: smaller differences are noise
+# Relative errors beyond rounding: of the output, and of gradients, which are discontinuous where a count crosses an integer.
 _WRONG, _WRONG_GRADIENT = 2.0**-4, 0.5
 _FORWARD, _BOTH = "forward_ms", "ms"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tune:
-    """Looks for the fastest block sizes of the attention kernels on the GPU of this machine, for each kind of call.
+    """Searches for the fastest block sizes of the attention kernels on the GPU of this machine, for each kind of call.
 
     Attributes:
-      dtypes: of query, key and value; what counts is a number's bytes.
-      channels: of a head at most.
-      encodings: one that does not count and one that does, which stand for all such; gates are half open.
-      seconds: when to stop; kinds that were not reached keep their blocks.
-      length: tokens.
-      heads: N.
-      repeats: rounds in which blocks that are compared have their turn.
-      out: a folder for gpu_blocks.json and tune.json.
+      dtypes: dtypes of query, key and value; each stands for all dtypes of its size.
+      channels: maximum channels per head.
+      encodings: one encoding that is not contextual and one that is, as representatives; the mean gate is 0.5.
+      seconds: time limit; kinds of calls that are not reached keep their blocks.
+      length: sequence length in tokens.
+      heads: N, number of heads.
+      repeats: rounds in which the compared blocks are timed in turn.
+      out: folder for gpu_blocks.json and tune.json.
     """
 
     dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
@@ -91,12 +90,15 @@ class Tune:
 
 
 Kind = tuple[str, int, str]  # dtype, channels, encoding
-Measure = Callable[[Sequence[GpuBlocks]], list[float | str]]  # milliseconds, or why there are none
+Measure = Callable[[Sequence[GpuBlocks]], list[float | str]]  # milliseconds, or why there is no time
 Neighbours = Callable[[GpuBlocks, bool], Sequence[GpuBlocks]]
 
 
 def neighbours(blocks: GpuBlocks, counting: bool) -> list[GpuBlocks]:
-    """Blocks with one size halved or doubled, or a tile more or less in flight; parts are never larger than what they are of."""
+    """Returns the neighbors of blocks: one size halved or doubled, or one pipeline stage more or less.
+
+    Strips are never larger than the keys of a tile, nor rows than its queries.
+    """
     sizes = ("queries", "keys", "rows", "warps", *(("strip",) if counting else ()))
     made = [blocks._replace(**{name: size}) for name in sizes for size in (getattr(blocks, name) // 2, getattr(blocks, name) * 2)]
     made += [blocks._replace(stages=blocks.stages + more) for more in (-1, 1)]
@@ -113,20 +115,20 @@ def _is_possible(blocks: GpuBlocks) -> bool:
 
 
 def run(config: Tune, quiet: bool = False, anywhere: bool = False, near: Neighbours = neighbours) -> list[Row]:
-    """Searches and writes gpu_blocks.json and tune.json, after every kind of call and when it is interrupted.
+    """Runs the search and writes gpu_blocks.json and tune.json after every kind of call, and if interrupted.
 
     Args:
       config: what to search.
-      quiet: no progress on the terminal.
-      anywhere: also without a GPU, in kernels that are interpreted.
-      near: the neighbours of blocks, and whether they are for calls that count.
+      quiet: hides the progress on the terminal.
+      anywhere: also runs without a GPU, with interpreted kernels.
+      near: (blocks, whether the calls are contextual) -> the neighbors of blocks.
 
     Returns:
-      A row for each blocks of each kind that were tried, as they stand in tune.json; what failed has its reason in notes.
+      A row for each combination of kind and blocks that was tried, as in tune.json. The notes of a failed row have the reason.
 
     Raises:
-      NotImplementedError: there is no GPU that the kernels run on.
-      ValueError: a folder that cannot be written.
+      NotImplementedError: there is no GPU that the kernels support.
+      ValueError: the folder cannot be written.
     """
     begun = time.perf_counter()
     if not anywhere:
@@ -152,8 +154,10 @@ def _write(rows: Sequence[Row], config: Tune, out: Path) -> None:
 
 
 def table(lines: Sequence[Row], capability: int, rows: Sequence[Row]) -> list[Row]:
-    """The lines of a table with all those of a capability anew: the best blocks of each lowering, the fastest first, and where
-    there are none those of the package."""
+    """Returns the lines of a table with those of one compute capability replaced.
+
+    The new lines have the best blocks of each lowering, the fastest first; lowerings without a result keep the package's blocks.
+    """
     own = []
     for dtype, channels, counting in itertools.product(("bfloat16", "float32"), CHANNELS, (False, True)):
         kind = {"capability": capability, "bytes": jnp.dtype(dtype).itemsize, "channels": channels, "counts": counting}
@@ -167,12 +171,12 @@ def table(lines: Sequence[Row], capability: int, rows: Sequence[Row]) -> list[Ro
 
 
 def text_of(lines: Sequence[Row]) -> str:
-    """A table as its file has it."""
+    """Formats the lines of a table as the text of its file."""
     return "[\n" + ",\n".join(f" {json.dumps(line)}" for line in lines) + "\n]\n"
 
 
 def _starts(capability: int, dtype: str, channels: int, counting: bool) -> list[GpuBlocks]:
-    """The package's blocks for each lowering that can do such calls, the preferred one first."""
+    """Returns the package's blocks for each lowering that supports such calls, the preferred one first."""
     first = blocks_for(capability, dtype, channels, counting)
     found = [first]
     for lowering in LOWERINGS:
@@ -185,7 +189,7 @@ def _starts(capability: int, dtype: str, channels: int, counting: bool) -> list[
 
 
 def _search(config: Tune, kind: Kind, clock: Clock, tell: Callable[[str], None], near: Neighbours) -> list[Row]:
-    """Rows of all blocks that were tried."""
+    """Searches the blocks of one kind of call, and returns the rows of all blocks that were tried."""
     dtype, channels, spec = kind
     about = {"dtype": dtype, "channels": channels, "counts": counts(spec), "encoding": spec}
     starts = _starts(capability(), dtype, channels, counts(spec))
@@ -215,7 +219,7 @@ def _search(config: Tune, kind: Kind, clock: Clock, tell: Callable[[str], None],
     if ends:
         last = tuple(dict.fromkeys((*ends, *ends.values())))
         if len(last) > 1:
-            measure(last)  # which may never have run one beside the other
+            measure(last)  # these may not have been timed together before
         best = [min(pair, key=lambda blocks: rows[blocks][_BOTH] or math.inf) for pair in ends.items()]
         for blocks, answer in zip(last, bench.measure(last, with_gradients=False), strict=True):
             rows[blocks][_FORWARD] = None if isinstance(answer, str) else answer
@@ -224,9 +228,9 @@ def _search(config: Tune, kind: Kind, clock: Clock, tell: Callable[[str], None],
 
 
 def walk(first: GpuBlocks, measure: Measure, near: Callable[[GpuBlocks], Sequence[GpuBlocks]]) -> GpuBlocks | None:
-    """The blocks from which no neighbour is faster by more than noise, downhill from the first; None: nothing ran.
+    """Descends from the first blocks to blocks that no neighbor beats by more than noise; returns None if nothing ran.
 
-    Neighbours are timed side by side with the blocks that they are to beat.
+    Neighbors are timed in the same rounds as the blocks that they are compared with.
     """
     tried, center = {first}, first
     while True:
@@ -243,7 +247,7 @@ def walk(first: GpuBlocks, measure: Measure, near: Callable[[GpuBlocks], Sequenc
 
 
 class _Bench:
-    """The inputs of a kind of call, what a kernel must answer to them, and the programs that are compiled so far."""
+    """Holds the inputs of a kind of call, the expected results, and the programs compiled so far."""
 
     def __init__(self, config: Tune, kind: Kind, clock: Clock):
         dtype, channels, spec = kind
@@ -255,10 +259,10 @@ class _Bench:
         self.args = given, jnp.asarray(arrays["cotangent"], dtype)
         self.programs: dict[tuple[GpuBlocks, bool], Prepared | str] = {}
         (made,) = side_by_side([lambda: self._compiled(self._in_tiles, True)()], clock)
-        self.want = made  # or why there is nothing to compare with
+        self.want = made  # the expected results, or why there are none
 
     def measure(self, several: Sequence[GpuBlocks], with_gradients: bool) -> list[float | str]:
-        """Milliseconds of each, or why there are none."""
+        """Returns the milliseconds of each of ``several`` blocks, or why there is no time."""
         if isinstance(self.want, str):
             return [self.want] * len(several)
         new = [blocks for blocks in dict.fromkeys(several) if (blocks, with_gradients) not in self.programs]
@@ -278,13 +282,13 @@ class _Bench:
         return Prepared(call=lambda: jax.block_until_ready(launch()), launch=launch, fetch=dict)
 
     def _checked(self, prepared: Prepared, with_gradients: bool) -> Prepared | str:
-        """A program whose first call is right, or what is wrong."""
+        """Returns a program if the results of its first call are right, else a description of the error."""
         try:
             found = prepared.call()
-        except Exception as error:  # more shared memory than there is shows here
+        except Exception as error:  # e.g. too little shared memory
             return reason(error)
         off, *gradients = map(float, _distances(found, self.want if with_gradients else self.want[0]))
-        right = off < _WRONG and all(x < _WRONG_GRADIENT for x in gradients)  # and not nan
+        right = off < _WRONG and all(x < _WRONG_GRADIENT for x in gradients)  # false for NaN
         return prepared if right else f"wrong: the output by {off:.1e} of its norm, gradients by {max(gradients, default=0.0):.1e}"
 
     def _compiled(self, forward: Callable[[Any], Any], with_gradients: bool) -> Callable[[], Any]:
@@ -311,7 +315,7 @@ class _Bench:
 
 @jax.jit
 def _distances(found: Any, want: Any) -> list[Any]:
-    """Norm of the difference over norm of each array, nan where something is not finite."""
+    """Computes the relative error of each array, the norm of the difference over the norm; NaN if a number is not finite."""
     pairs = zip(*(map(jnp.float32, jax.tree.leaves(tree)) for tree in (found, want)), strict=True)
     return [jnp.linalg.norm((one - other).ravel()) / jnp.linalg.norm(other.ravel()) for one, other in pairs]
 
@@ -326,7 +330,7 @@ LEGEND = (
 
 
 def groups(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]], list[str]]]:
-    """One table of all kinds: (heading, column heads, cells, notes)."""
+    """Returns a single table of all kinds: (heading, column heads, cells, notes)."""
     lines, notes = [], []
     for kind in dict.fromkeys((row["dtype"], row["channels"], row["encoding"]) for row in rows):
         own = [row for row in rows if (row["dtype"], row["channels"], row["encoding"]) == kind]

@@ -1,6 +1,6 @@
 """The command line: posjax train | compare | ablate | evaluate | generate | plan | bench | list.
 
-A verb is a file of this package and is imported when it is asked for; what it needs loads then.
+Each verb is a module of this package and is imported, with its dependencies, only when it is called.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ VERBS = ("train", "compare", "ablate", "evaluate", "generate", "plan", "bench", 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exits with the codes that USAGE tells."""
+    """Runs the command line, the entry point of ``posjax``; exits with the codes listed in USAGE."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from posjax.training.loop import Interrupted, NonFiniteLoss
 
     try:
-        run = getattr(importlib.import_module(f"posjax.cli.{verb}"), verb)  # a verb is a module with a function of its name
+        run = getattr(importlib.import_module(f"posjax.cli.{verb}"), verb)  # each verb's module has a function of the same name
         if verb in ("bench", "generate", "plan"):
             return run(rest)
         if verb == "ablate":
@@ -71,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with _terminable(), distributed.peer_loss_reported(lambda: f"to go on, run:\n  {shlex.join(['posjax', *argv])}"):
             run(config, shlex.join(["posjax", *argv]))
             distributed.wait_for_all()  # the first process may still draw figures
-    except Interrupted as stopped:  # which has said how to resume
+    except Interrupted as stopped:  # the training loop has printed how to resume
         sys.exit(stopped.exit_code)
-    except KeyboardInterrupt as error:  # outside the training loop, or for the second time
+    except KeyboardInterrupt as error:  # outside the training loop, or a second interrupt
         code = distributed.RESTART if isinstance(error, _Terminated) else 130
         fail(f"interrupted. To go on, run:\n  {shlex.join(['posjax', *argv])}", code, distributed.leave)
     except distributed.ProcessLost as error:
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, outside the training loop, which notes it and saves."""
+    """Signals a SIGTERM outside the training loop; inside it, the loop handles the signal and saves."""
 
 
 @contextlib.contextmanager

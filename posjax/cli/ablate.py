@@ -8,19 +8,19 @@ from posjax.cli.common import heading_of, parse, print_table, printer
 
 
 def _ablation_flags() -> type:
-    """A dataclass; made here because its annotations need tyro, which only the command line does."""
+    """Returns the dataclass of flags, defined in a function because its annotations need tyro, which only the command line has."""
     from typing import Annotated
 
     import tyro
 
     @dataclasses.dataclass(frozen=True)
     class Ablation:
-        """What posjax ablate takes beyond a configuration. There, --seeds 8, a single number, is how many: 0 to 7.
+        """Configures an ablation, beyond the fields of a configuration. A single number, --seeds 8, stands for seeds 0 to 7.
 
         Attributes:
-          sweep: field=a,b,c, once for every field: one of the configuration (learning_rate=1e-3,3e-4) or an argument of an encoding
-            (rope.theta=1e4,1e5); all combinations are run. encoding=rope,alibi stands in place of encodings.
-          runs_at_once: runs that a device makes at once; None is as many as its memory allows, and one on a CPU.
+          sweep: field=a,b,c, once per field: a field of the configuration (learning_rate=1e-3,3e-4) or an argument of an encoding
+            (rope.theta=1e4,1e5); all combinations are run. encoding=rope,alibi replaces encodings.
+          runs_at_once: concurrent runs on a device; None means as many as its memory allows, and one on a CPU.
         """
 
         sweep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -34,7 +34,7 @@ def _ablation_flags() -> type:
 
 
 def ablate(args: Sequence[str], command: str) -> None:
-    """posjax ablate: every combination of encodings and sweeps with every seed, those of the same shapes as one program."""
+    """Runs posjax ablate: every combination of encodings and sweeps with every seed; runs of equal shapes share one program."""
     from posjax.lab import run as runs
     from posjax.lab.ablation.engine import spread_over_cores
     from posjax.lab.ablation.grids import run_grid

@@ -10,7 +10,7 @@ from posjax.cli.common import fail
 
 
 def bench(args: Sequence[str]) -> None:
-    """posjax bench attention | schedule | gpu | tune."""
+    """Runs posjax bench attention | schedule | gpu | tune."""
     import tyro
 
     known = {

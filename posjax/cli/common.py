@@ -1,4 +1,4 @@
-"""What the verbs share: their flags, the workdir and the data, tables and figures."""
+"""Shared parts of the verbs: flags, workdir and data, tables and figures."""
 
 import dataclasses
 import functools
@@ -8,15 +8,18 @@ from pathlib import Path
 
 
 def fail(message: str, code: int = 1, leave: Callable[[int], None] = sys.exit) -> None:
-    """Ends the command with a message and an exit code."""
+    """Prints an error message and ends the command with an exit code."""
     print(f"posjax: {message}", file=sys.stderr)
     leave(code)
 
 
 def parse(args: Sequence[str], options: type | None = None):
-    """The Config of ``configs/NAME.py`` with the flags that follow it. tyro answers --help and misspelt flags.
+    """Parses ``configs/NAME.py`` and the flags that follow it into a Config; tyro handles --help and misspelled flags.
 
-    With ``options``, a dataclass whose fields are flags too: (options, Config).
+    With ``options``, a dataclass of further flags, returns (options, Config).
+
+    Raises:
+      ValueError: the first argument is not a config, or the config cannot be loaded.
     """
     import tyro
 
@@ -33,13 +36,17 @@ def parse(args: Sequence[str], options: type | None = None):
     cli = functools.partial(tyro.cli, args=flags, prog="posjax VERB configs/NAME.py")
     if options is None:
         return cli(Config, default=default, config=(tyro.conf.FlagConversionOff,))
-    both = dataclasses.make_dataclass("Both", [("verb", options), ("run", Config)])  # the names head two lists in --help
+    both = dataclasses.make_dataclass("Both", [("verb", options), ("run", Config)])  # the field names are headings in --help
     found = cli(both, default=both(options(), default), config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
     return found.verb, found.run
 
 
 def open_run(config, specs: Sequence[str]):
-    """Workdir and data; what cannot work is told here, before the workdir is made and anything is trained."""
+    """Checks a run before anything is trained, and returns its workdir, created if necessary, and its data.
+
+    Raises:
+      ValueError: the configuration, the encodings or the data cannot be used; the workdir is not created.
+    """
     from posjax.encodings.spec import parse_encoding
     from posjax.lab import run as runs
     from posjax.lab.config import init_or_check_workdir
@@ -47,7 +54,7 @@ def open_run(config, specs: Sequence[str]):
     from posjax.parallel import distributed
 
     for spec in specs:
-        parse_encoding(spec)  # the cheapest first
+        parse_encoding(spec)  # the cheapest check first
     with distributed.first_process_first():
         source = open_source(config)
     runs.check(config, specs, source)
@@ -55,7 +62,7 @@ def open_run(config, specs: Sequence[str]):
 
 
 def printer() -> Callable[[str], None]:
-    """``print`` in the first process, nothing in the others."""
+    """Returns ``print`` in the first process, and a function that does nothing in the others."""
     import jax
 
     return print if jax.process_index() == 0 else lambda text: None
@@ -80,7 +87,7 @@ def report_rows(rows, config, source, workdir: Path, say: Callable[[str], None])
 
 
 def heading_of(config, source, label: str) -> str:
-    """What a table shows, over it."""
+    """Returns the heading of a table of results."""
     from posjax.data.corpus import unigram_bits_per_byte
 
     length = config.seq_length if source.task is None else source.task.length
@@ -102,4 +109,4 @@ def print_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
         table.add_column(head, justify="right" if number else "left", overflow="fold")
     for line in cells:
         table.add_row(*line)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)  # a file has no width of its own
+    Console(width=None if sys.stdout.isatty() else 160).print(table)  # a file has no terminal width

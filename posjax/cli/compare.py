@@ -4,7 +4,7 @@ from posjax.cli.common import open_run, printer, report_rows
 
 
 def compare(config, command: str) -> None:
-    """posjax compare: every encoding and seed."""
+    """Runs posjax compare: trains and evaluates every encoding with every seed."""
     from posjax.lab import run as runs
 
     workdir, source = open_run(config, config.encodings)

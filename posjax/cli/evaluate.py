@@ -6,11 +6,11 @@ from posjax.cli.common import open_run, printer, report_rows
 
 
 def evaluate(config, command: str) -> None:
-    """posjax evaluate: the newest checkpoint of a workdir that ``posjax train`` made."""
+    """Runs posjax evaluate: evaluates the newest checkpoint in a workdir of ``posjax train``."""
     from posjax.lab import run as runs
 
     folder = Path(config.workdir) / "checkpoints"
-    if not folder.is_dir():  # and no workdir is made
+    if not folder.is_dir():  # checked first, so that no workdir is created
         raise ValueError(f"workdir must hold checkpoints, which posjax train writes, got {config.workdir!r}: no folder {folder}")
     workdir, source = open_run(config, (config.encoding,))
     params = runs.restore_params(config, config.encoding, config.seed, workdir, source)

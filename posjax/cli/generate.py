@@ -1,4 +1,4 @@
-"""posjax generate: prompts and what a trained model makes of them."""
+"""posjax generate: completes prompts with a trained model."""
 
 import sys
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from posjax.cli.common import parse
 
 
 def generate(args: Sequence[str]) -> None:
-    """posjax generate: prompts and what a trained model makes of them, on the terminal as it comes."""
+    """Runs posjax generate: completes prompts with a trained model and streams the text to the terminal."""
     from posjax.attention.backends.refused import naming_refusals
     from posjax.lab.prompting import Prompting, continue_prompts
 
     prompting, config = parse(args, Prompting)
-    # A model's bytes may spell commands to a terminal.
+    # A model may generate control sequences, which a terminal would execute.
     controls = {n: "\N{REPLACEMENT CHARACTER}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
 
     def write(text: str) -> None:

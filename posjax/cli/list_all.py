@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def list_all() -> None:
-    """posjax list: encodings and configs."""
+    """Runs posjax list: prints the encodings and the configs."""
     from posjax.encodings.spec import CONSTRUCTORS, one_line
 
     print("encodings (join with +, alternate layers with /):")

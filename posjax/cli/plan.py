@@ -1,4 +1,4 @@
-"""posjax plan: plans of a configuration as tables, and what to change where one does not fit."""
+"""posjax plan: prints the cost of a training step as tables, and suggests changes if it does not fit."""
 
 import dataclasses
 import json
@@ -20,13 +20,13 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Planning:
-    """What posjax plan takes beyond a configuration.
+    """Configures posjax plan, beyond the fields of a configuration.
 
     Attributes:
-      topology: a TPU and its shape, such as v5p:8x8x8 (v4, v5e, v5p, v6e, tpu7x), or a GPU and slices x hosts x GPUs, h200:1x1x8.
-      search: try meshes and remat policies, and rank those that fit.
-      candidates: how many a search compiles, one to two minutes each.
-      out: a file for the plans, as JSON. Empty: none.
+      topology: a TPU and its shape, e.g. v5p:8x8x8 (v4, v5e, v5p, v6e, tpu7x), or a GPU and slices x hosts x GPUs, h200:1x1x8.
+      search: tries meshes and remat policies, and ranks those that fit.
+      candidates: number of plans that a search compiles, one to two minutes each.
+      out: JSON file for the plans. Empty: none.
     """
 
     topology: str = "v5e:16x16"
@@ -42,7 +42,7 @@ class Planning:
 
 
 def plan(args: Sequence[str]) -> None:
-    """posjax plan: memory, collectives and the roofline of a step, compiled for chips that are not attached."""
+    """Runs posjax plan: memory, collectives and the roofline of a step, compiled for chips that are not attached."""
     planning, config = parse(args, Planning)
     own = load_config(args[0])
     changed = {f.name: v for f in dataclasses.fields(own) if (v := getattr(config, f.name)) != getattr(own, f.name)}
@@ -50,11 +50,16 @@ def plan(args: Sequence[str]) -> None:
 
 
 def run(path: str, config: Config, fields: Mapping[str, Any], planning: Planning) -> list[Plan]:
-    """Makes the plans of a command and prints them.
+    """Compiles the plans of a command, prints them and returns them, the best first for a search.
 
     Args:
-      path: of the file of a configuration.
-      config: the configuration, with ``fields`` that differ from the file's.
+      path: file of the configuration.
+      config: the configuration of the file, with ``fields`` replaced.
+      fields: fields that differ from the file's.
+      planning: flags of posjax plan.
+
+    Raises:
+      ValueError: no mesh of the topology divides batch_size and seq_length.
     """
     from posjax.bench.attention import show_progress
 
@@ -83,11 +88,11 @@ def run(path: str, config: Config, fields: Mapping[str, Any], planning: Planning
     return plans
 
 
-_TWO_DEVICES = ("v4", "tpu7x")  # whose chips jax takes for two devices, one for each core
+_TWO_DEVICES = ("v4", "tpu7x")  # chips of these count as two jax devices, one per core
 
 
 def _count(topology: str) -> int:
-    """Devices of a topology."""
+    """Returns the number of jax devices of a topology."""
     name, _, shape = topology.partition(":")
     return math.prod(int(n) for n in shape.split("x")) * (2 if name in _TWO_DEVICES else 1)
 

@@ -4,7 +4,7 @@ from posjax.cli.common import open_run, printer, report_rows
 
 
 def train(config, command: str) -> None:
-    """posjax train: one encoding, one seed; then its evaluation."""
+    """Runs posjax train: trains and evaluates one encoding with one seed."""
     from posjax.lab import run as runs
 
     workdir, source = open_run(config, (config.encoding,))

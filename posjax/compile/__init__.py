@@ -1,1 +1,1 @@
-"""Programs compiled for chips that are not attached, and what a training step takes there."""
+"""Ahead-of-time compilation for chips that are not attached, and the memory and time of a training step on them."""

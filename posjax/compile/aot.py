@@ -1,16 +1,16 @@
-"""Programs compiled for TPUs and GPUs that are not attached, and what the compiler made of them.
+"""Ahead-of-time compilation for TPUs and GPUs that are not attached, with reports on the compiled programs.
 
     compile_all([("package.module:function", {...}), ...], "v6e:2x2")
         -> a child process with libtpu: function(**kwargs) -> jit -> lower -> compile, one job after the other
-        -> a Report of each: memory, operations, collectives, and for every Pallas kernel its loops in bundles
+        -> a Report for each: memory, operations, collectives, and for every Pallas kernel the bundles of its loops
 
-A topology of GPUs is such as "h200:1x1x8"; kernels are then reported with their registers (``aot_gpu.py``).
+For a topology of GPUs, such as "h200:1x1x8", reports list the registers of kernels instead (``aot_gpu.py``).
 
-The compiler of TPU programs is in libtpu, which needs no TPU (``pip install 'posjax[tpu-aot]'``). It reads its settings from the
-environment before jax starts, and may end its process over a program that it does not like: hence the child.
+The compiler for TPUs is part of libtpu, which needs no TPU (``pip install 'posjax[tpu-aot]'``). It reads its settings from the
+environment before jax starts, and may abort its process over a program that it rejects; it therefore runs in a child process.
 
-A TPU core issues one bundle (one very long instruction) a cycle, in order, so the count of a loop's bundles is the time of one
-turn unless it waits for memory or for a matrix unit. It is the same on every run.
+A TPU core issues one bundle (one very long instruction) per cycle, in order, so the number of bundles in a loop is the number of
+cycles of one iteration unless it waits for memory or for a matrix unit. This number is the same on every run.
 """
 
 import dataclasses
@@ -38,14 +38,14 @@ Job = tuple[str, Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A run of bundles: the body of a loop, or what a branch may skip.
+    """Describes a section of consecutive bundles: the body of a loop, or the code that a branch may skip.
 
     Attributes:
-      kind: loop or branch.
-      first: number of its first bundle in the kernel.
-      bundles: how many, with everything that is nested in it.
-      depth: loops around its first bundle; a loop counts itself.
-      products: instructions among them that feed a matrix unit.
+      kind: "loop" or "branch".
+      first: index of its first bundle in the kernel.
+      bundles: number of bundles, with all nested sections.
+      depth: number of loops around its first bundle; a loop counts itself.
+      products: number of its instructions that feed a matrix unit.
     """
 
     kind: str
@@ -55,7 +55,7 @@ class Section:
     products: int
 
     def holds(self, other: "Section") -> bool:
-        """Whether the other lies within. A branch over just a loop holds the loop."""
+        """Returns whether this section contains the other. A branch that skips exactly one loop contains that loop."""
         if (self.first, self.bundles) == (other.first, other.bundles):
             return self.kind == "branch" and other.kind == "loop"
         return self.first <= other.first and other.first + other.bundles <= self.first + self.bundles
@@ -63,16 +63,16 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel in a program.
+    """Describes a Pallas kernel in a program.
 
     Attributes:
-      name: of its instruction.
-      op_name: where in the program it was called.
-      bundles: of the whole; None where the compiler wrote no schedule of it.
-      sections: loops and branches in the order of their first bundles; the outermost loop is the grid's.
-      vmem: bytes that it has in VMEM at a time: scratch, and the blocks in flight.
-      registers: of a thread, on a GPU; None where they are not known.
-      spilled: bytes of a thread that its registers do not hold.
+      name: name of its instruction.
+      op_name: the place in the program that calls it.
+      bundles: number of bundles of the kernel; None if the compiler wrote no schedule for it.
+      sections: loops and branches in the order of their first bundles; the outermost loop is that of the grid.
+      vmem: bytes that it occupies in VMEM at a time: scratch, and the blocks in flight.
+      registers: registers per thread, on a GPU; None if unknown.
+      spilled: bytes per thread that do not fit into registers.
     """
 
     name: str
@@ -89,11 +89,11 @@ class Kernel:
 
     @property
     def tiles(self) -> tuple[tuple[Section, int], ...]:
-        """(the work on a tile, bundles of a turn of the loop around it) of each form that the work on a tile takes.
+        """Returns the variants of the work on a tile, each with the bundles of one iteration of the loop around it.
 
-        The work is the outermost section that multiplies matrices itself, and lies in the loops within the grid's loop if there are
-        any. Its forms are such as with and without a mask. A turn leaves out what other branches and loops in the innermost loop
-        around the work do, such as the beginning and the end of a row of tiles. Loops within the work count one turn.
+        The work is the outermost section that multiplies matrices itself; if there are loops within the grid's loop, it lies in
+        them. Its variants are, for example, with and without a mask. An iteration excludes the other branches and loops in the
+        innermost loop around the work, such as the start and the end of a row of tiles. Loops within the work count one iteration.
         """
         return tuple((work, self._turn(around, work)) for work, around in self._forms(None, None) if around)
 
@@ -115,20 +115,20 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of a job. Of a failed one only target, topology and failed are known.
+    """Describes the result of a compilation job. If it failed, only target, topology and failed are set.
 
     Attributes:
       target: "package.module:function".
       topology: such as "v6e:2x2".
-      failed: why; None where the program compiled.
-      device_kind: as jax calls the TPU.
-      seconds: to trace, lower and compile.
+      failed: the reason of the failure; None if the program compiled.
+      device_kind: jax's name of the device.
+      seconds: time to trace, lower and compile.
       memory: bytes of HBM on each device: argument, output, temp, alias, peak.
-      flops: of the whole program on a device, as XLA counts; it knows nothing of what a Pallas kernel does unless that tells.
-      bytes_accessed: likewise; it counts what moves within VMEM too.
-      cost: what a device does in a run as the program's text tells it, loops turn by turn; it knows nothing of Pallas kernels.
-      kernels: Pallas kernels.
-      custom_calls: how many of each other target.
+      flops: operations of the program on a device, as XLA counts them; a Pallas kernel counts only if it declares its cost.
+      bytes_accessed: bytes that the program accesses, counted likewise; accesses within VMEM count, too.
+      cost: work of a device in one run, read from the program's text with every iteration of its loops, without Pallas kernels.
+      kernels: Pallas kernels of the program.
+      custom_calls: number of calls of each other custom-call target.
     """
 
     target: str
@@ -145,19 +145,19 @@ class Report:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "Report":
-        """The inverse of dataclasses.asdict."""
+        """Creates a report from the result of ``dataclasses.asdict``, after a round trip through JSON."""
         kernels = tuple(Kernel(**k | {"sections": tuple(Section(**s) for s in k["sections"])}) for k in found.get("kernels", ()))
         cost = found.get("cost") and Cost.from_json(found["cost"])
         return cls(**{**found, "kernels": kernels, "cost": cost})
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
-        """By kind and axes of the mesh."""
+        """Returns the collectives by kind and mesh axes."""
         return self.cost.collectives if self.cost else ()
 
 
 def generation_of(topology: str) -> Generation:
-    """The generation of a topology such as "v5p:8x8x8"."""
+    """Returns the TPU generation of a topology such as "v5p:8x8x8"."""
     name = topology.partition(":")[0]
     if name not in GENERATIONS or not re.fullmatch(r"[^:]+:\d+(x\d+)+", topology):
         examples = ", ".join(generation.topology for generation in GENERATIONS.values())
@@ -168,10 +168,10 @@ def generation_of(topology: str) -> Generation:
 def compile_ahead(
     target: str, kwargs: Mapping[str, Any], topology: str, *, flags: Sequence[str] = (), schedules: bool = True
 ) -> Report:
-    """Compiles one function; see compile_all.
+    """Compiles one function for a device that is not attached; see ``compile_all``.
 
     Raises:
-      RuntimeError: it did not compile. The message names the topology and says why.
+      RuntimeError: the function did not compile. The message has the topology and the reason.
     """
     (report,) = compile_all([(target, kwargs)], topology, flags=flags, schedules=schedules)
     if report.failed is not None:
@@ -180,24 +180,24 @@ def compile_ahead(
 
 
 def compile_all(jobs: Sequence[Job], topology: str, *, flags: Sequence[str] = (), schedules: bool = True) -> list[Report]:
-    """Compiles functions for a TPU or a GPU that is not attached, one after the other in one process of their own.
+    """Compiles functions for a TPU or a GPU that is not attached, one after the other in a separate process.
 
     Args:
-      jobs: (target, kwargs) each. The target is "package.module:function", whose function is called with the kwargs, which must be
-        JSON, and with ``devices``, those of the topology, if it asks for them. It returns (what to compile, its arguments): a
-        function or a jax.jit object, and a tuple of trees of jax.ShapeDtypeStruct. An argument without a sharding is put on the
-        first device, or on every device of the mesh where another argument is on a mesh.
-      topology: such as "v6e:2x2" or "v5p:8x8x8", GENERATIONS has the smallest ones; or "h200:1x1x8", slices, hosts and GPUs.
-      flags: of libtpu, such as "--xla_tpu_scoped_vmem_limit_kib=65536", or of XLA for GPUs.
-      schedules: kernels are reported with their bundles and sections, or their registers. Without them the compiler is done sooner,
-        that of TPUs several times.
+      jobs: pairs (target, kwargs). The target is "package.module:function". The function is called with kwargs, which must be
+        JSON, and with the devices of the topology if it has an argument ``devices``. It returns a pair: a function or a jax.jit
+        object to compile, and its arguments as a tuple of trees of jax.ShapeDtypeStruct. An argument without a sharding is placed
+        on the first device or, if another argument is on a mesh, on every device of that mesh.
+      topology: such as "v6e:2x2" or "v5p:8x8x8" (GENERATIONS has the smallest ones), or "h200:1x1x8" for slices, hosts and GPUs.
+      flags: flags of libtpu, such as "--xla_tpu_scoped_vmem_limit_kib=65536", or of XLA for GPUs.
+      schedules: whether reports include the bundles and sections of kernels, or their registers. Compilation is faster without
+        them, several times so on TPUs.
 
     Returns:
-      A report for each job. One that raised, or took its process along, has ``failed``; the others are compiled regardless.
+      A report for each job. A job that raised an exception or ended its process has ``failed`` set; the others are still compiled.
 
     Raises:
       ImportError: libtpu, or the CUDA plugin, is not installed.
-      RuntimeError: no job could be begun, as with a topology or a flag that the compiler does not know.
+      RuntimeError: no job could start, for example because the compiler does not support the topology or a flag.
       ValueError: the topology is not a generation or a GPU and a shape.
     """
     if aot_gpu.gpu_of(topology) is not None:
@@ -222,7 +222,7 @@ def compile_all(jobs: Sequence[Job], topology: str, *, flags: Sequence[str] = ()
 def _run_child(
     jobs: Sequence[Job], topology: str, flags: Sequence[str], schedules: bool, folder: Path
 ) -> tuple[dict[int, Report], int | None, str]:
-    """(reports of the jobs that came to an end, the last job that was begun, why the child ended)."""
+    """Runs jobs in a child process; returns reports of the finished ones, the last one that started, and why the child ended."""
     answers, dump, errors = folder / "answers", folder / "dump", folder / "errors"
     dump.mkdir()
     answers.touch()
@@ -243,18 +243,18 @@ def _run_child(
 
 
 def _dumping(dump: Path) -> list[str]:
-    """Flags for schedules."""
+    """Returns the flags that make libtpu write schedules to ``dump``."""
     return [f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"]
 
 
 def _environment(topology: str, dump: Path | None, flags: Sequence[str]) -> dict[str, str]:
-    """What the compiler and jax must find when they start; schedules go to ``dump`` if there is one."""
+    """Returns the environment variables for the compiler and jax; schedules are written to ``dump`` unless it is None."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TPU_") or name == "TPU_LIBRARY_PATH"}
-    for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # libtpu ends over a flag that another XLA knows
+    for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # libtpu aborts on flags of another XLA
         environment.pop(name, None)
-    path = [entry or os.getcwd() for entry in sys.path]  # targets are found as here
+    path = [entry or os.getcwd() for entry in sys.path]  # so that the child imports targets from the same places
     environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
-    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what comes out of a cache has no schedule
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a program from the cache has no schedule
     if aot_gpu.gpu_of(topology) is not None:
         return environment | aot_gpu.environment(dump, flags)
     flags = [*(_dumping(dump) if dump else ()), *flags]
@@ -263,13 +263,13 @@ def _environment(topology: str, dump: Path | None, flags: Sequence[str]) -> dict
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": generation_of(topology).accelerator_type,
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it computes nothing, so several may compile side by side
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs on a TPU, so several processes may compile at once
         "LIBTPU_INIT_ARGS": " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags]).strip(),
     }
 
 
 def _last_words(text: str, code: int) -> str:
-    """Why a process ended, from what it wrote: its last lines that say something, those of a failed check before others."""
+    """Describes why a process ended, from the last informative lines of its output; lines of a failed check take precedence."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     noise = re.compile(r"@|\*\*\*|PC:|=+$|[IW]\d{4} |E\d{4} .*RAW:|https://symbolize|File \"")
     telling = [line for line in lines if not noise.match(line)]
@@ -278,7 +278,7 @@ def _last_words(text: str, code: int) -> str:
     return "; ".join([f"the compiler's process ended ({ended})", *(line[:400] for line in (marked or telling)[-3:])])
 
 
-# What the compiler wrote -------------------------------------------------------------------------------------------------
+# Output of the compiler --------------------------------------------------------------------------------------------------
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2}\s*)*:\s*(>*)\s*\{")
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
@@ -286,9 +286,9 @@ _BRANCH = re.compile(r"= sbr\.\w+ .*?target = \$region(\d+)")
 
 
 def read_schedule(text: str, delay_slots: int) -> tuple[int, tuple[Section, ...]]:
-    """(bundles, sections) of a ``*final_bundles.txt``.
+    """Parses the number of bundles and the sections from a ``*final_bundles.txt``.
 
-    A line is a bundle, and ">" before it the loops that it is in:
+    Each line is a bundle, with one ">" for each loop around it:
 
         0x18 LB: > { %s1 = ... }                                 /* Start region 9 */
         0x19   : > { %5 = sbr.rel (%p1) target = $region4 }                               from here, past the delay slots,
@@ -301,11 +301,11 @@ def read_schedule(text: str, delay_slots: int) -> tuple[int, tuple[Section, ...]
         if match := _BUNDLE.match(line):
             bundles.append(line)
             depths.append(len(match[1]))
-        elif bundles:  # a comment goes on
+        elif bundles:  # a comment continues
             bundles[-1] += line
     starts = {region: n for n, line in enumerate(bundles) for region in _REGION.findall(line)}
     products = [0, *itertools.accumulate(line.count("= vmatmul") for line in bundles)]
-    spans = set()  # kind, first, past the last
+    spans = set()  # kind, first, one past the last
     loops: dict[int, int] = {}
     for n, line in enumerate(bundles):
         for region in _BRANCH.findall(line):
@@ -323,7 +323,7 @@ def read_schedule(text: str, delay_slots: int) -> tuple[int, tuple[Section, ...]
 
 _CALLED = re.compile(r'custom_call_target="([^"]+)"')
 def read_program(text: str) -> tuple[list[Kernel], dict[str, int]]:
-    """(kernels without their schedules, number of calls of each other custom target) of optimised HLO."""
+    """Parses optimised HLO into its kernels, without schedules, and the number of calls of each other custom-call target."""
     kernels, others = [], {}
     for i in itertools.chain.from_iterable(computations(text)[0].values()):
         if i.opcode != "custom-call" or not (match := _CALLED.search(i.attributes)):
@@ -344,7 +344,7 @@ def read_program(text: str) -> tuple[list[Kernel], dict[str, int]]:
 
 
 def _with_schedule(kernel: Kernel, dump: Path, delay_slots: int) -> Kernel:
-    """The kernel with its bundles. Equal kernels are compiled once, under the name of one of them."""
+    """Adds the schedule to a kernel. Identical kernels are compiled once, under the name of one of them."""
     files = {re.sub(r"^\d+-|-\d+-final_bundles\.txt$", "", path.name): path for path in sorted(dump.glob("*-final_bundles.txt"))}
     stem = re.sub(r"\.\d+$", "", kernel.name)
     near = [path for name, path in files.items() if re.sub(r"\.\d+$", "", name) == stem]
@@ -355,7 +355,7 @@ def _with_schedule(kernel: Kernel, dump: Path, delay_slots: int) -> Kernel:
     return dataclasses.replace(kernel, bundles=bundles, sections=sections)
 
 
-# In the child ------------------------------------------------------------------------------------------------------------
+# Child process -----------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -373,7 +373,7 @@ def main() -> None:
                 path.unlink()
             try:
                 report = _compile(target, kwargs, order["topology"], devices, Path(order["dump"]))
-            except Exception as error:  # the parent tells it; a job may raise anything
+            except Exception as error:  # the parent reports it; a job may raise anything
                 report = Report(target, order["topology"], failed=f"{type(error).__name__}: {error}".strip()[:2000])
             print(json.dumps({"end": n, "report": dataclasses.asdict(report)}), file=answers, flush=True)
 
@@ -389,7 +389,7 @@ def _compile(target: str, kwargs: dict[str, Any], topology: str, devices: Sequen
     gpu = aot_gpu.gpu_of(topology)
     cores = getattr(first, "num_cores", 1) if gpu is None else gpu.processors
     kind = jax.sharding.AbstractDevice(first.device_kind, cores, first.platform)
-    asked = jax.sharding.AbstractMesh((), (), abstract_device=kind)  # for who asks on what it will run
+    asked = jax.sharding.AbstractMesh((), (), abstract_device=kind)  # for code that queries the device that it will run on
     with jax.sharding.use_abstract_mesh(asked):
         function, args = make(**kwargs)
         jitted = function if hasattr(function, "lower") else jax.jit(function)
@@ -423,7 +423,7 @@ def _compile(target: str, kwargs: dict[str, Any], topology: str, devices: Sequen
 
 
 def _meshes(args: Any) -> list[Any]:
-    """Those that arguments lie on."""
+    """Returns the meshes that arguments are sharded over."""
     import jax
 
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
@@ -431,7 +431,7 @@ def _meshes(args: Any) -> list[Any]:
 
 
 def _placed(args: Any, device: Any) -> Any:
-    """The arguments with shardings for all of them."""
+    """Gives every array among the arguments a sharding."""
     import jax
 
     leaves = [leaf for leaf in jax.tree.leaves(args) if hasattr(leaf, "shape")]

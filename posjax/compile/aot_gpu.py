@@ -1,7 +1,7 @@
-"""How ``posjax.compile.aot`` compiles a program for an NVIDIA GPU that is not attached, and what became of it.
+"""Compilation for NVIDIA GPUs that are not attached, as ``posjax.compile.aot`` uses it, and the registers of kernels.
 
-XLA takes a GPU's description in place of the GPU, and has the compiler of PTX within. What that made of a kernel, registers and
-what did not fit them, ``ptxas`` tells of the PTX, from the package nvidia-cuda-nvcc.
+XLA accepts the description of a GPU in place of the GPU, and contains the compiler of PTX. The registers that a kernel uses and the
+bytes that it spills come from running ``ptxas``, of the package nvidia-cuda-nvcc, on the PTX.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from typing import Any
 
 from posjax.hardware import GPUS, Gpu
 
-TRITON = "__gpu$xla.gpu.triton"  # the custom call that a Pallas-Triton kernel is
-MOSAIC = "mosaic_gpu"  # and what the name of a Mosaic kernel's begins with
+TRITON = "__gpu$xla.gpu.triton"  # the custom call of a Pallas-Triton kernel
+MOSAIC = "mosaic_gpu"  # the prefix of the custom call of a Mosaic kernel
 
 
 
@@ -39,7 +39,7 @@ device_description_str: "{device_kind}"
 
 
 def gpu_of(topology: str) -> Gpu | None:
-    """The GPU of a topology such as "h200:1x1x8" (slices, hosts, GPUs of a host); None for one of TPUs."""
+    """Returns the GPU of a topology such as "h200:1x1x8" (slices, hosts, GPUs per host), or None for a topology of TPUs."""
     name = topology.partition(":")[0]
     if name in GPUS and not re.fullmatch(r"[^:]+:\d+x\d+x\d+", topology):
         raise ValueError(f"topology must be a GPU and a number of slices, hosts and GPUs, such as {name}:1x1x8, got {topology!r}")
@@ -47,14 +47,14 @@ def gpu_of(topology: str) -> Gpu | None:
 
 
 def check_installed() -> None:
-    """Raises ImportError where jax's plugin for CUDA is missing."""
+    """Raises ImportError if jax's CUDA plugin is not installed."""
     if all(importlib.util.find_spec(f"jax_cuda{version}_plugin") is None for version in (12, 13)):
         missing = "compiling for a GPU that is not attached needs jax's CUDA plugin"
         raise ImportError(f"{missing}; add it with: pip install 'posjax[gpu-aot]'")
 
 
 def environment(dump: Path | None, flags: Sequence[str]) -> dict[str, str]:
-    """What jax must find when it starts, to put PTX into a folder or not."""
+    """Returns the environment variables that jax must start with; ``dump`` is a folder for PTX, or None to write none."""
     own = [] if _toolkit() is None else [f"--xla_gpu_cuda_data_dir={_toolkit()}"]
     own += [] if dump is None else [f"--xla_dump_to={dump}", "--xla_dump_emitter_re=ptx"]
     of_mosaic = {} if _toolkit() is None else {"MOSAIC_GPU_CUDA_ROOT": str(_toolkit())}
@@ -63,7 +63,7 @@ def environment(dump: Path | None, flags: Sequence[str]) -> dict[str, str]:
 
 
 def _toolkit() -> Path | None:
-    """The folder of nvidia-cuda-nvcc, with bin/ptxas and nvvm/libdevice."""
+    """Returns the folder of nvidia-cuda-nvcc, which has bin/ptxas and nvvm/libdevice, or None if it is not installed."""
     spec = importlib.util.find_spec("nvidia")
     places = [] if spec is None else list(spec.submodule_search_locations or ())
     folders = [Path(place) / name for place in places for name in ("cu13", "cuda_nvcc")]
@@ -79,11 +79,11 @@ def devices(topology: str) -> Sequence[Any]:
 
 
 def resources(dump: Path, gpu: Gpu) -> dict[str, dict[str, int]]:
-    """Of each kernel in a dump, by name: registers of a thread, and bytes that it spills. Triton's only where there is ptxas."""
+    """Returns the registers per thread and the spilled bytes of each kernel in a dump, by name. Triton kernels need ptxas."""
     toolkit = _toolkit()
     ptxas = shutil.which("ptxas") if toolkit is None else str(toolkit / "bin" / "ptxas")
     found: dict[str, dict[str, int]] = {}
-    for path in sorted(dump.glob("*.ptxas")):  # Mosaic calls ptxas itself, and writes down what that said
+    for path in sorted(dump.glob("*.ptxas")):  # Mosaic runs ptxas itself and dumps its output
         found |= {name.removesuffix("_mosaic_gpu_kernel"): of for name, of in read_ptxas(path.read_text()).items()}
     for path in sorted(dump.glob("*.ptx")) if ptxas else ():
         if path.with_suffix(".ptxas").exists():
@@ -99,7 +99,7 @@ _ENTRY = re.compile(
 
 
 def read_ptxas(text: str) -> dict[str, dict[str, int]]:
-    """The same from what ``ptxas -v`` says."""
+    """Parses registers and spilled bytes by kernel from the output of ``ptxas -v``."""
     return {
         name: {"registers": int(registers), "spilled": max(int(stores), int(loads))}
         for name, stores, loads, registers in _ENTRY.findall(text)

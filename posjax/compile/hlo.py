@@ -1,7 +1,7 @@
-"""What one device does in a run of a compiled program, read from the program's own text (optimised HLO).
+"""Cost of one run of a compiled program on one device, read from the program's text (optimised HLO).
 
-The compiler's cost analysis counts the body of a loop once, and so does whoever looks for collectives in the text. Here an
-instruction counts as often as the loops around it turn; of each collective it is told which axes of the mesh it goes over.
+The compiler's cost analysis counts the body of a loop once, as does a plain search for collectives in the text. Here an instruction
+counts as often as the loops around it run it, and each collective comes with the mesh axes that it communicates over.
 """
 
 import dataclasses
@@ -14,22 +14,22 @@ import numpy as np
 
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _KINDS += ("collective-broadcast",)
-_SCATTER = "all-reduce-scatter"  # fusions that TPUs have for a reduce-scatter; within is an all-reduce
-_OVERLAPPED = "async_collective_fusion"  # fusions in which TPUs gather beside a product of matrices
+_SCATTER = "all-reduce-scatter"  # prefix of the fusions that are a reduce-scatter on TPUs; they contain an all-reduce
+_OVERLAPPED = "async_collective_fusion"  # prefix of the fusions that overlap a gather with a matrix product on TPUs
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All collectives of a kind over the same axes.
+    """Describes all collectives of one kind over the same mesh axes.
 
     Attributes:
       kind: such as all-reduce.
-      axes: of the mesh that they go over, such as ("fsdp",); () where that is not known.
+      axes: the mesh axes that they communicate over, such as ("fsdp",); () if unknown.
       count: how many a device takes part in.
-      bytes: of what a device has afterwards (all-gather) or had before (all others), of all of them.
-      largest: of the one that moves the most.
-      beside: of these bytes those that the compiler moves beside computation.
-      op_names: where in the program they come from.
+      bytes: total bytes on a device, of their results (all-gather) or of their operands (all others).
+      largest: bytes of the largest one.
+      beside: the part of ``bytes`` whose communication the compiler overlaps with computation.
+      op_names: the places in the program that they come from.
     """
 
     kind: str
@@ -43,13 +43,13 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a device does in one run.
+    """Describes the work of a device in one run of a program.
 
     Attributes:
-      flops: of products of matrices (a multiplication and an addition are two), not of what custom kernels do.
-      bytes: read from and written to its memory.
-      collectives: by kind and axes.
-      uncounted: loops of which the text does not tell how often they turn; nothing in them is counted but collectives, once.
+      flops: operations of matrix products (a multiplication and an addition are two), without those of custom kernels.
+      bytes: bytes read from and written to its memory.
+      collectives: communication by kind and axes.
+      uncounted: number of loops whose length the text does not state; only the collectives in them are counted, once each.
     """
 
     flops: float
@@ -59,14 +59,14 @@ class Cost:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "Cost":
-        """The inverse of dataclasses.asdict."""
+        """Creates a cost from the result of ``dataclasses.asdict``, after a round trip through JSON."""
         collectives = [c | {"axes": tuple(c["axes"]), "op_names": tuple(c["op_names"])} for c in found["collectives"]]
         return cls(**{**found, "collectives": tuple(Collective(**c) for c in collectives)})
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: ``name = shape opcode(inside), attributes``."""
+    """Holds one line of HLO: ``name = shape opcode(inside), attributes``."""
 
     name: str
     shape: str
@@ -85,7 +85,7 @@ _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{[^}]*\})?")
 
 
 def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """(instructions of each computation, the name of the one that a run begins with)."""
+    """Parses HLO into the instructions of each computation, by name, and the name of the entry computation."""
     found: dict[str, list[Instruction]] = {}
     entry, here = "", ""
     for part in re.split(r"\n(?=\s*(?:ROOT )?%?[\w.-]+ = |(?:ENTRY )?%?[\w.-]+ \()", text):
@@ -101,7 +101,7 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _closing(line: str, start: int) -> int:
-    """Where the bracket closes that was opened before ``start``."""
+    """Returns the index of the bracket that closes the one opened before ``start``."""
     depth = 1
     for at in range(start, len(line)):
         depth += {"(": 1, ")": -1}.get(line[at], 0)
@@ -111,11 +111,11 @@ def _closing(line: str, start: int) -> int:
 
 
 def read_cost(text: str, mesh: Mapping[str, int] | None = None) -> Cost:
-    """The cost of a program for a device.
+    """Computes the cost of a program on one device.
 
     Args:
-      text: of ``compiled.as_text()``.
-      mesh: sizes of the mesh's axes in their order, of the devices as the program numbers them.
+      text: the result of ``compiled.as_text()``.
+      mesh: sizes of the mesh axes in order, with devices in the order in which the program numbers them.
     """
     program, entry = computations(text)
     shapes = {name: {i.name: i.shape for i in body} for name, body in program.items()}
@@ -132,7 +132,7 @@ def read_cost(text: str, mesh: Mapping[str, int] | None = None) -> Cost:
             if kind:
                 within = [x for called in _called(i, "calls") for x in program.get(called, ()) if x.opcode == "all-reduce"]
                 ones = collectives.setdefault((kind, _axes((within or [i])[0].attributes, mesh)), {})
-                # What goes on beside several products stands in all their fusions, as links of one chain.
+                # A collective that overlaps several products appears in each of their fusions, as links of one chain.
                 link = re.search(r"channel_id=(\d+).*chain_id=", i.attributes)
                 op_name = re.search(r'op_name="([^"]*)"', i.attributes)
                 one = ones.setdefault(link[1] if link else i.name, [max(1, times), size, False, op_name[1] if op_name else ""])
@@ -168,7 +168,7 @@ def _called(i: Instruction, *names: str) -> list[str]:
 
 
 def _turns(program: dict[str, list[Instruction]], entry: str) -> dict[str, int]:
-    """How often each computation runs that runs at all; 0 within a loop of unknown length. Each branch counts as taken."""
+    """Counts the runs of each reachable computation: 0 within a loop of unknown length; all branches count as taken."""
     turns: dict[str, int] = {}
 
     def visit(name: str, times: int) -> None:
@@ -192,7 +192,7 @@ def _turns(program: dict[str, list[Instruction]], entry: str) -> dict[str, int]:
 
 
 def _trips(loop: Instruction, program: dict[str, list[Instruction]]) -> int | None:
-    """How often a loop turns: as the compiler tells, or where its counter is compared with a constant."""
+    """Returns a loop's trip count, as the compiler states it or from the constant limit of its counter; None if unknown."""
     if match := re.search(r'"?known_trip_count"?:\s*\{"?n"?:"?(\d+)', loop.attributes):
         return int(match[1])
     condition = {i.name: i for called in _called(loop, "condition") for i in program.get(called, ())}
@@ -206,7 +206,7 @@ def _trips(loop: Instruction, program: dict[str, list[Instruction]]) -> int | No
 
 
 def _compares(i: Instruction, program: dict[str, list[Instruction]]) -> bool:
-    """Whether an instruction tells if its first operand is less than its second; on CPUs it may be wrapped up."""
+    """Returns whether an instruction computes "first operand < second operand"; on CPUs a fusion may contain the comparison."""
     if i.opcode != "fusion":
         return i.opcode == "compare" and "direction=LT" in i.attributes
     body = [x for called in _called(i, "calls") for x in program.get(called, ())]
@@ -215,11 +215,11 @@ def _compares(i: Instruction, program: dict[str, list[Instruction]]) -> bool:
     return len(rest) == 1 and _compares(rest[0], program) and [numbers.get(name) for name in rest[0].operands] == ["0", "1"]
 
 
-# What is moved between devices -------------------------------------------------------------------------------------------
+# Communication -----------------------------------------------------------------------------------------------------------
 
 
 def _collective(i: Instruction, shapes: Mapping[str, str], program: dict[str, list[Instruction]], name: str) -> tuple[str, int]:
-    """Its kind, or "", and the bytes of its larger side on a device."""
+    """Returns the kind of a collective, or "" for other instructions, and the bytes of its larger side on a device."""
     before = sum(_bytes(*part) for operand in i.operands for part in _SHAPE.findall(shapes.get(operand, "")))
     if i.opcode == "fusion" and any(called.startswith(_SCATTER) for called in _called(i, "calls")):
         return "reduce-scatter", before
@@ -227,7 +227,7 @@ def _collective(i: Instruction, shapes: Mapping[str, str], program: dict[str, li
     if kind not in _KINDS or name.startswith(_SCATTER):
         return "", 0
     if kind == "collective-permute" and all(a == b for a, b in _pairs(i.attributes)):
-        return "", 0  # each to itself
+        return "", 0  # every device sends to itself
     if kind != "all-gather":
         return kind, before
     parts = _SHAPE.findall(i.shape)
@@ -235,7 +235,7 @@ def _collective(i: Instruction, shapes: Mapping[str, str], program: dict[str, li
 
 
 def _axes(attributes: str, mesh: Mapping[str, int] | None) -> tuple[str, ...]:
-    """The axes of the mesh along which the devices of a group differ."""
+    """Returns the mesh axes along which the devices of a group differ."""
     if mesh is None:
         return ()
     groups = _groups(attributes, math.prod(mesh.values()))
@@ -247,7 +247,7 @@ def _axes(attributes: str, mesh: Mapping[str, int] | None) -> tuple[str, ...]:
 
 
 def _groups(attributes: str, devices: int) -> np.ndarray | None:
-    """[groups, devices of a group], in any of the forms that the text has for them; of a permutation, pairs."""
+    """Parses device numbers [groups, devices of a group] in any form that HLO has for them; for a permutation, pairs of devices."""
     if pairs := _pairs(attributes):
         return np.array(pairs)
     if match := re.search(r"replica_groups=\{(\{[\d,]*\}(?:,\{[\d,]*\})*)\}", attributes):
@@ -262,7 +262,7 @@ def _groups(attributes: str, devices: int) -> np.ndarray | None:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
         ids = np.arange(math.prod(sizes.values()))
         numbers, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups()[1:3])
-        if numbers is not None:  # a list of devices, or what to make of 0, 1, 2, ... to have it
+        if numbers is not None:  # a list of devices, or the shape and transpose of 0, 1, 2, ... that give it
             ids = np.array(numbers) if order is None else ids.reshape(numbers).transpose(order)
         over = re.findall(r"'([^']+)'", match[4])
         names = list(sizes)
@@ -279,7 +279,7 @@ def _pairs(attributes: str) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in re.findall(r"(\d+),\s*(\d+)", match[1])] if match else []
 
 
-# Products of matrices ----------------------------------------------------------------------------------------------------
+# Matrix products ---------------------------------------------------------------------------------------------------------
 
 
 def _flops(i: Instruction, shapes: Mapping[str, str]) -> float:
@@ -292,7 +292,7 @@ def _flops(i: Instruction, shapes: Mapping[str, str]) -> float:
 
 
 def _convolution(i: Instruction, shapes: Mapping[str, str]) -> float:
-    """TPUs make every product a convolution. Of a window only what meets the array counts, not what pads it."""
+    """Counts the operations of a convolution, without padding. On TPUs, every matrix product is compiled to a convolution."""
     labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", i.attributes)
     image, kernel, out = (_dims(shape) for shape in (shapes.get(i.operands[0], ""), shapes.get(i.operands[1], ""), i.shape))
     window = re.search(r"window=\{([^}]*)\}", i.attributes)
@@ -314,14 +314,14 @@ def _convolution(i: Instruction, shapes: Mapping[str, str]) -> float:
 
 # Memory ------------------------------------------------------------------------------------------------------------------
 
-# What names a place and moves nothing, and what runs other computations, which are counted for themselves.
+# Opcodes that move no data, and those that run other computations, which are counted separately.
 _FREE = {"parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _FREE |= {"while", "conditional", "call"}
 _CUTS = ("dynamic-slice", "slice", "gather")
 
 
 def _moved(i: Instruction, shapes: Mapping[str, str], program: dict[str, list[Instruction]]) -> int:
-    """Bytes that an instruction reads and writes; of an array that it cuts from or writes into, those alone."""
+    """Counts the bytes that an instruction reads and writes; of an array that it slices or updates, only that part counts."""
     if i.opcode in _FREE or i.opcode.endswith(("-start", "-done")):
         return 0
     read = [size_of(shapes.get(operand, "")) for operand in i.operands]
@@ -343,12 +343,12 @@ def _moved(i: Instruction, shapes: Mapping[str, str], program: dict[str, list[In
 
 
 def _part_used(fusion: Instruction, number: int, program: dict[str, list[Instruction]]) -> tuple[int, int] | None:
-    """Bytes that a fusion cuts from an operand, and bytes that it writes into it; None where it takes the whole."""
+    """Counts the bytes that a fusion slices from an operand, and those that it updates in it; None if it reads the full operand."""
     body = [x for called in _called(fusion, "calls") for x in program.get(called, ())]
     shapes = {x.name: x.shape for x in body}
     cut = updated = 0
     names = [x.name for x in body if x.opcode == "parameter" and int(x.inside) == number]
-    for name in names:  # grows: what only renames an array is followed
+    for name in names:  # grows in the loop: bitcasts of the operand are followed
         for user in (x for x in body if name in x.operands):
             if user.opcode == "bitcast":
                 names.append(user.name)
@@ -367,7 +367,7 @@ def _part_used(fusion: Instruction, number: int, program: dict[str, list[Instruc
 
 
 def size_of(shape: str) -> int:
-    """Bytes of a shape in the device's own memory; what the compiler has put elsewhere does not move there."""
+    """Counts the bytes of a shape in the device's main memory; arrays that the compiler placed in another memory do not count."""
     return sum(_bytes(m[1], m[2]) for m in _SHAPE.finditer(shape) if not re.search(r"S\([1-9]\d*\)", m[0]))
 
 

@@ -1,12 +1,12 @@
-"""What a training step takes on chips that are not attached: memory by kind, operations, what moves between chips, and how long.
+"""Cost of a training step on chips that are not attached: memory by kind, operations, communication between chips, and time.
 
     configuration, mesh, topology -> the whole step, compiled by the chips' own compiler (``posjax.compile.aot``)
         -> memory of a chip as the compiler has laid it out
-        -> what a chip does, read from the program with its loops turned (``posjax.compile.hlo``)
+        -> work of a chip, read from the program with each loop counted at its length (``posjax.compile.hlo``)
         -> seconds, from data sheets (``posjax.compile.roofline``)
 
-Times are bounds from data sheets, not measurements: matrix units at their peak, links at theirs, no waiting. What a kernel of
-attention does is counted by its products of matrices alone; what CoPE's counting costs on top, ``posjax bench schedule`` tells.
+Times are bounds from data sheets, not measurements: matrix units and links run at their peaks, and nothing waits. An attention
+kernel counts by its matrix products alone; ``posjax bench schedule`` prints what CoPE's counting costs in addition.
 """
 
 import dataclasses
@@ -28,9 +28,10 @@ from posjax.lab.flops import attention_flops, model_flops
 
 
 def _kernel_flops(config: Config, mesh: Mapping[str, int], counts: bool) -> float:
-    """What attention does of it that the text of the program does not show, on a chip: five products back for two forward.
+    """Computes the operations of the attention kernels on a chip, which the text of the program does not show.
 
-    On a ring a chip waits for the one with most to do: where chunks have an order, 3 C - 1 pairs of them in the time of 2 C.
+    The backward pass takes five matrix products for two in the forward pass. On a ring of C chips, each waits for the one with the
+    most work: where the order of chunks is fixed, a call takes the time of 3 C - 1 pairs of chunks, compared with 2 C.
     """
     parts = mesh["context"]
     wait = (3 * parts - 1) / (2 * parts) if counts and parts > 1 else 1.0
@@ -40,23 +41,24 @@ def _kernel_flops(config: Config, mesh: Mapping[str, int], counts: bool) -> floa
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A step on a topology. Bytes, operations and seconds are of one chip and one step.
+    """Describes the cost of a training step on a topology. Bytes, operations and seconds are per chip and step.
 
     Attributes:
       config: file of the configuration.
-      topology, mesh, remat, accumulate_steps, batch_size, seq_length: what was compiled.
-      parameters: of the model, all chips together.
-      compile_seconds: that the compiler took.
-      memory: bytes by kind: parameters, optimizer, average, batch, activations (with gradients and all else that comes and goes).
-      capacity: bytes of a chip.
-      largest: the most bytes of weights, or of their gradients, that one collective has whole on a device.
-      flops: operations: model (without recomputation), products (of matrices, as compiled), attention (within kernels).
-      bytes_moved: to and from memory, but for what loops do of which the program does not tell how often they turn.
-      uncounted: how many such loops there are, as walks over tiles in plain XLA are.
-      collectives: by kind and axes.
-      seconds: by what is waited for: compute, memory, and the axes of the mesh joined by "+".
-      beside: of the axes' seconds those that the compiler has put beside computation.
-      failed: why there is no program; None where there is one. What needs one is then zero or empty.
+      topology, mesh, remat, accumulate_steps, batch_size, seq_length: the settings that were compiled.
+      parameters: number of parameters of the model, over all chips.
+      compile_seconds: seconds of compilation.
+      memory: bytes by kind: parameters, optimizer, average, batch, activations (with gradients and all other temporary arrays).
+      capacity: bytes of memory of a chip.
+      largest: the most bytes of weights, or of their gradients, that one collective gathers on a device.
+      flops: operations: model (without recomputation), products (matrix products as compiled), attention (within kernels).
+      peak_flops: peak bfloat16 operations per second of a chip.
+      bytes_moved: bytes to and from memory, without loops whose length the program does not state.
+      uncounted: the number of such loops; loops over tiles in plain XLA are among them.
+      collectives: communication by kind and axes.
+      seconds: times by resource: compute, memory, and the axes of the mesh joined by "+".
+      beside: seconds of communication that the compiler overlaps with computation.
+      failed: why there is no program; None if there is one. Without a program, fields that depend on it are zero or empty.
     """
 
     config: str
@@ -90,7 +92,7 @@ class Plan:
 
     @property
     def computing(self) -> float:
-        """Seconds with computation and memory at their peaks, whichever takes longer."""
+        """Returns the seconds of computation or of memory access at peak rates, whichever takes longer."""
         return max(self.seconds["compute"], self.seconds["memory"])
 
     @property
@@ -99,28 +101,34 @@ class Plan:
 
     @property
     def best(self) -> float:
-        """Seconds of a step where all that can go on at once does."""
+        """Returns the seconds of a step in which computation, memory access and communication overlap fully."""
         return max(self.seconds.values())
 
     @property
     def step(self) -> float:
-        """Seconds of a step where what moves is waited for, but for what the compiler has put beside computation."""
+        """Returns the seconds of a step in which communication overlaps computation only where the compiler has arranged it."""
         hidden = min(self.beside, self.computing)
         return self.computing + self.moving - hidden
 
     def shares(self) -> dict[str, float]:
-        """Of the seconds of a step in which nothing overlaps but computation and memory, of which the longer one counts."""
+        """Returns each resource's share of a step in which communication overlaps nothing.
+
+        Computation and memory access overlap each other; only the longer of the two counts.
+        """
         longer = "compute" if self.seconds["compute"] >= self.seconds["memory"] else "memory"
         counted = {name: time for name, time in self.seconds.items() if name == longer or name not in ("compute", "memory")}
         return {name: time / sum(counted.values()) for name, time in counted.items()}
 
     def mfu(self, seconds: float) -> float:
-        """Model operations of a step over what the chip could have done in that time."""
+        """Returns the model FLOPs utilization: a step's model operations over the chip's peak operations in that time."""
         return self.flops["model"] / (self.peak_flops * seconds)
 
 
 def step_job(devices: Sequence[Any], config: str, folder: str, **fields: Any) -> Any:
-    """What ``posjax.compile.aot`` compiles, in its own process: the step, after a note of what its arguments take."""
+    """Returns the training step for ``posjax.compile.aot`` to compile in its own process.
+
+    Before that, it writes the sizes of the step's arguments to note.json in ``folder``.
+    """
     import jax
 
     from posjax.lab.run import abstract_step
@@ -145,22 +153,22 @@ def step_job(devices: Sequence[Any], config: str, folder: str, **fields: Any) ->
 def make_plans(
     config: str, topology: str, variants: Sequence[Mapping[str, Any]], *, done: Callable[[Plan], None] = lambda plan: None
 ) -> list[Plan]:
-    """Compiles a configuration's step for a topology, with other fields of the configuration in each variant.
+    """Compiles the training step of a configuration for a topology, once per variant, and returns the cost of each.
 
     Args:
       config: file of a configuration.
       topology: such as "v5p:8x8x8", or "h200:1x1x8".
-      variants: fields of the configuration, each.
-      done: called with each plan when it is made.
+      variants: for each variant, the fields of the configuration that it changes.
+      done: called with each plan as soon as it is complete.
 
     Raises:
-      ValueError: a topology or a field that there is not.
+      ValueError: the topology or a field does not exist.
       ImportError: the compiler is not installed.
     """
     plans, given = [], load_config(config)
     for fields in variants:
         with tempfile.TemporaryDirectory() as folder:
-            changed = dataclasses.replace(given, **fields)  # tells what is wrong before a process starts
+            changed = dataclasses.replace(given, **fields)  # raises for an invalid field before a process starts
             job = "posjax.compile.plan:step_job", dict(config=os.path.abspath(config), folder=folder) | dict(fields)
             (report,) = aot.compile_all([job], topology, schedules=False)
             note_file = Path(folder, "note.json")
@@ -209,7 +217,10 @@ def _plan(path: str, config: Config, topology: str, report: aot.Report, note: di
 
 
 def _bytes_asked_for(failure: str, arguments: int) -> int | None:
-    """What a program that did not fit would have taken beside its arguments, as the compiler's message has it."""
+    """Returns the bytes that a program would have needed besides its arguments, from the compiler's out-of-memory message.
+
+    None if the message states no size.
+    """
     alone = re.search(r"temporaries \(([\d.]+)([KMGT])\) exceeds", failure)
     whole = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ", failure)
     if (match := alone or whole) is None:
@@ -225,9 +236,9 @@ REMATS = ("none", "attention", "full")
 
 
 def advice(plan: Plan, config: Config) -> list[str]:
-    """What makes a plan smaller that does not fit, what helps most first; flags as ``posjax`` takes them."""
+    """Suggests changes that make a plan fit into memory, the most effective first, as flags of ``posjax``."""
     mesh, memory = plan.mesh, plan.memory
-    gradients = min(memory.get("parameters", 0), memory.get("activations", 0))  # stand among the activations
+    gradients = min(memory.get("parameters", 0), memory.get("activations", 0))  # counted among the activations
     state = sum(memory.get(name, 0) for name in ("parameters", "optimizer", "average")) + gradients
     activations = memory.get("activations", 0) - gradients
     rows = config.batch_size // (mesh["data"] * mesh["fsdp"]) // config.accumulate_steps
@@ -257,15 +268,15 @@ def advice(plan: Plan, config: Config) -> list[str]:
 
 
 def mesh_flag(mesh: Mapping[str, int]) -> str:
-    """A mesh as --mesh takes it."""
+    """Formats a mesh as a value of --mesh."""
     return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "data=1"
 
 
 def candidates(config: Config, devices: int, limit: int = 6) -> Iterator[dict[str, Any]]:
-    """Meshes and remat policies worth compiling, the likeliest first.
+    """Yields meshes and remat policies worth compiling, the most promising first.
 
-    Rows are whole, heads are whole, a sequence is cut no finer than 256 tokens. Where there are rows for all devices neither
-    sequences nor heads are cut at first; each mesh comes with less recomputation before more.
+    Batch rows and heads are never split, and a shard of a sequence has at least 256 tokens. If there are rows for all devices, the
+    meshes that shard neither sequences nor heads come first. Each mesh comes with less recomputation before more.
     """
     kv_heads = config.num_kv_heads or config.num_heads
     found = []
@@ -279,7 +290,7 @@ def candidates(config: Config, devices: int, limit: int = 6) -> Iterator[dict[st
         if context > 1 and (config.seq_length % (2 * context) or config.seq_length // context < 256):
             continue
         found.append(dict(data=data, fsdp=fsdp, context=context, tensor=tensor))
-    # Fewest devices to a sequence first, and then the widest cut of the state that still has parts of 16 rows, a tile of bfloat16.
+    # First the fewest devices per sequence, then the most shards of the state that still have 16 rows each, a tile of bfloat16.
     narrow = config.embed_dim / 16
     found.sort(key=lambda m: (m["context"] * m["tensor"], m["context"], m["fsdp"] > narrow, -m["fsdp"]))
     for mesh in found[: math.ceil(limit / len(REMATS))]:

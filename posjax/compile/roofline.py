@@ -1,4 +1,4 @@
-"""How long a device takes at the peaks of its data sheet: what it multiplies, what it reads, what it sends over which links."""
+"""The roofline: how long a device computes, accesses memory and communicates over its links at the peak rates of its data sheet."""
 
 import dataclasses
 import itertools
@@ -12,14 +12,15 @@ from posjax.hardware import NETWORK
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A device of jax as the roofline sees it.
+    """Describes one jax device for the roofline.
 
     Attributes:
       memory: bytes.
-      flops: peak bfloat16 operations a second.
-      bandwidth: bytes a second to and from memory.
-      torus: bytes a second that leave it along one dimension of the torus, both ways together; of a GPU, to those of its host.
-      network: bytes a second to other hosts, of a GPU; None: the torus is all there is.
+      flops: peak bfloat16 operations per second.
+      bandwidth: bytes per second to and from memory.
+      torus: bytes per second that a TPU sends along one dimension of the torus, in both directions together, or that a GPU sends to
+        the other GPUs of its host.
+      network: bytes per second that a GPU sends to other hosts; None for a TPU, which has only the torus.
     """
 
     memory: float
@@ -30,7 +31,7 @@ class Chip:
 
 
 def chip_of(topology: str, cores: int) -> Chip:
-    """The chip of a topology, of which a device of jax has that many TensorCores."""
+    """Returns the chip of a topology. On TPUs, ``cores`` is the number of TensorCores of one jax device."""
     if (gpu := aot_gpu.gpu_of(topology)) is not None:
         return Chip(gpu.memory, gpu.flops, gpu.bandwidth, gpu.link, NETWORK)
     g = aot.generation_of(topology)
@@ -38,10 +39,11 @@ def chip_of(topology: str, cores: int) -> Chip:
 
 
 def seconds_of(one: Collective, mesh: Mapping[str, int], places: Sequence[Sequence[int]], chip: Chip, topology: str) -> float:
-    """How long the collectives of a kind take with nothing else on their links.
+    """Computes how many seconds the collectives of one kind take with nothing else on their links.
 
-    Of V bytes on n chips an all-gather and a reduce-scatter bring (n - 1) / n V to every chip, an all-reduce is both. A group that
-    lies along d dimensions of the torus has 2 d links of a chip, of which a line that does not close uses half.
+    With V bytes on n chips, an all-gather and a reduce-scatter each send (n - 1) / n V bytes to every chip; an all-reduce is one of
+    each. A group that lies along d dimensions of the torus uses 2 d links of each chip, or half of those of a dimension in which it
+    is a line that does not close.
     """
     parts = math.prod(mesh[axis] for axis in one.axes)
     if parts < 2:
@@ -56,14 +58,14 @@ def seconds_of(one: Collective, mesh: Mapping[str, int], places: Sequence[Sequen
 
 
 def _group(axes: Sequence[str], mesh: Mapping[str, int], places: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """Where the chips of the first group along those axes are."""
+    """Returns the coordinates of the chips in the first group along the given axes."""
     ranges = [range(mesh[axis]) if axis in axes else range(1) for axis in mesh]
     strides = [math.prod(list(mesh.values())[n + 1 :]) for n in range(len(mesh))]
     return [tuple(places[sum(i * s for i, s in zip(at, strides, strict=True))]) for at in itertools.product(*ranges)]
 
 
 def _dimensions(group: Sequence[tuple[int, ...]], topology: str) -> list[float]:
-    """For each dimension that a group lies along 1, or 1/2 where it is a line and no ring."""
+    """Returns, for each dimension that a group lies along, 1 if it is a ring there, or 1/2 if it is a line."""
     size = [int(n) for n in topology.partition(":")[2].split("x")]
     found = []
     for n, length in enumerate(size):

@@ -1,1 +1,1 @@
-"""What an encoding is, what an attention kernel sees of it, and which pairs of tokens may meet."""
+"""Core types: positional encodings, the bias terms that attention kernels evaluate, and masks."""

@@ -1,4 +1,4 @@
-"""Several encodings as one."""
+"""Combination of several encodings into one."""
 
 import jax
 
@@ -8,16 +8,17 @@ from posjax.typing import Array, Params
 
 
 def chain(*encodings: PositionalEncoding) -> PositionalEncoding:
-    """Several encodings at once: embeddings and rotations in their order, biases summed.
+    """Combines several encodings into one: embeddings and rotations apply in their order, biases are summed.
 
-    In ``chain(rope(), cope(64))`` the gates see the logits after rotation and the position embeddings meet the query before it.
+    In ``chain(rope(), cope(64))`` CoPE's gates use the logits after rotation, and its position embeddings are multiplied with the
+    query before rotation.
 
     Args:
-      *encodings: at least one. ``init`` returns {name: params} for the members that learn something; a second member of the
-        same name is called name_1, and so on.
+      *encodings: at least one encoding. ``init`` returns {name: params} for the members that have parameters; a second member of
+        the same name is called name_1, and so on.
 
     Raises:
-      ValueError: no encoding given.
+      ValueError: no encoding is given.
       TypeError: an argument is not a PositionalEncoding.
     """
     if not encodings:

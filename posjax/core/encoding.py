@@ -1,10 +1,10 @@
-"""What a positional encoding is: a value made of pure functions.
+"""The interface of a positional encoding: a value made of pure functions.
 
-An encoding may act at four places, and most act at one:
+An encoding may act at four points of a model, and most act at one:
 
     tokens -> embed -> [ per layer: condition; q, k -> rotate; scores + bias ] -> logits
 
-``identity`` acts nowhere (NoPE); ``chain`` acts wherever its members do, in their order.
+``identity`` acts at none (NoPE); ``chain`` acts wherever its members do, in their order.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from posjax.typing import Array, Float, Params
 
 @dataclasses.dataclass(frozen=True)
 class Dims:
-    """The sizes that an encoding's parameters depend on.
+    """The sizes of a model that determine the shapes of an encoding's parameters.
 
     Attributes:
-      num_heads: N, query heads.
-      head_dim: H, channels of one head.
-      embed_dim: D, channels of the model; needed by learned and tupe. None: N * H.
-      max_length: longest sequence, for encodings with a table of positions (learned, tupe).
-      num_kv_heads: K, key heads, which divides N. None: N.
+      num_heads: N, number of query heads.
+      head_dim: H, channels per head.
+      embed_dim: D, channels of the model; needed by learned and tupe. None is N * H.
+      max_length: longest sequence in tokens, for encodings with a table of positions (learned, tupe).
+      num_kv_heads: K, number of key heads, which divides N. None is N.
 
     Raises:
       ValueError: a size is not a positive integer, or num_kv_heads does not divide num_heads.
@@ -56,15 +56,15 @@ class Dims:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionInputs:
-    """What attention was called with, for encodings whose bias depends on it.
+    """The inputs of an attention call, for encodings whose rotation or bias depends on them.
 
     Attributes:
       query: [B, T, N, H] before rotation.
       key: [B, S, K, H] before rotation.
-      value: [B, S, K, V]; None where only the weights are asked for.
+      value: [B, S, K, V]; None if only the weights are computed.
       query_positions: [B or 1, T] integers.
       key_positions: [B or 1, S] integers.
-      scale: what q.k is multiplied with.
+      scale: factor of q.k.
     """
 
     query: Array
@@ -101,22 +101,22 @@ def _no_limit(dims: Dims) -> int | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PositionalEncoding:
-    """A positional encoding. All functions are pure; parameters are a dict of learned arrays and nothing else.
+    """A positional encoding: a bundle of pure functions whose parameters are a dict of learned arrays and nothing else.
 
     Attributes:
-      name: for tables and messages.
-      init: (key, dims) -> params: the learned leaves, float32; {} where nothing is learned.
-      embed: (params, x [B, T, D], positions [B, T]) -> x, what is added to the embeddings.
-      condition: (params, hidden [B, T, D]) -> params: per-token arrays made from the input of an attention layer join the
-        parameters (CoPE's separate gate keys). Models call it once a layer before attention.
-      rotate: (params, query, key, inputs) -> (query, key), rotated or widened. Query and key of equal new width.
-      rotation: (params, inputs) -> the rotation that ``rotate`` is, where it is one of pairs of channels and nothing else; None: it
-        is something else, or nothing.
+      name: name in tables and messages.
+      init: (key, dims) -> params, the learned arrays, float32; {} if nothing is learned.
+      embed: (params, x [B, T, D], positions [B, T]) -> x with the encoding of its positions added.
+      condition: (params, hidden [B, T, D]) -> params extended by per-token arrays computed from the input of an attention layer
+        (CoPE's separate gate keys). Models call it once per layer, before attention.
+      rotate: (params, query, key, inputs) -> (query, key), rotated or widened. Both have the same new width.
+      rotation: (params, inputs) -> ``rotate`` in structured form, for kernels that apply the rotation themselves. None if
+        ``rotate`` is not a pairwise rotation of channels.
       bias: (params, inputs) -> bias terms.
-      per_layer: True where every layer learns its own params, False where one set serves all; or a dict of the params'
-        form, down to where it is the same for all below.
-      max_length: dims -> the longest sequence that the parameters can place; None: no limit.
-      is_contextual: the bias counts over the keys between key and query, so attention must be causal or masked.
+      per_layer: True if every layer learns its own params, False if all layers share one set; or a dict with the structure of
+        params, down to the level below which one value holds.
+      max_length: dims -> the longest sequence that the parameters support, in tokens; None for no limit.
+      is_contextual: True if the bias counts over the keys between key and query, so that attention must be causal or masked.
     """
 
     name: str
@@ -132,21 +132,31 @@ class PositionalEncoding:
 
     @property
     def turns(self) -> bool:
-        """Whether query and key are changed at all."""
+        """Returns whether ``rotate`` may change query and key."""
         return self.rotate is not _no_rotation
 
 
 def identity() -> PositionalEncoding:
-    """No positional encoding (NoPE): scores are scale * q.k and nothing else.
+    """Adds no positional encoding (NoPE): scores are scale * q.k.
 
-    A causal decoder still tells positions apart through its mask; a bidirectional one is symmetric under permutation.
+    A causal decoder can still distinguish positions through its mask; a bidirectional model is symmetric under permutation.
     Kazemnejad et al., arXiv:2305.19466.
     """
     return PositionalEncoding(name="identity")
 
 
 def leaf(params: Params, name: str, encoding: str, shape: tuple[int | None, ...] | None = None) -> Array:
-    """params[name], or an error that says where it comes from. ``shape``: what it must have, None for an axis of any length."""
+    """Returns params[name] after checking that it exists and has the right shape.
+
+    Args:
+      params: parameters of the encoding.
+      name: key of the parameter.
+      encoding: name of the encoding, for messages.
+      shape: required shape, with None for an axis of any length; None accepts every shape.
+
+    Raises:
+      ValueError: the parameter is missing or has another shape.
+    """
     if not params or name not in params:
         have = sorted(params) if params else params
         raise ValueError(f"params of {encoding} must hold {name!r}, got {have}; pass what encoding.init(key, dims) returned")
@@ -157,9 +167,12 @@ def leaf(params: Params, name: str, encoding: str, shape: tuple[int | None, ...]
     return found
 
 
-# Settings: numbers of an encoding that change no shapes, so that one compiled program serves many values of them -------
+# Traced hyperparameters: numbers that change no shapes, so that one compiled program serves many values -----------------
 
 
 def setting(value: Array | float | int) -> Float[Array, ""]:
-    """A setting as a float32 scalar with gradient zero: some kernels have no gradient in it, so none has."""
+    """Converts a hyperparameter to a float32 scalar with gradient zero.
+
+    Some kernels do not compute a gradient for it, so no implementation does.
+    """
     return jax.lax.stop_gradient(jnp.asarray(value, jnp.float32))

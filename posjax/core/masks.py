@@ -1,7 +1,7 @@
-"""Which pairs of query and key may meet.
+"""Masks: which pairs of query and key are allowed to attend.
 
-``Mask`` is what attention was called with. ``Rules`` says of a piece of queries and a piece of keys whether all pairs may meet,
-none or some, from the ends of their positions and segments: kernels leave out the pieces in which none may.
+``Mask`` holds the masking arguments of an attention call. ``Rules`` decides from the ranges of positions and segments of a block of
+queries and a block of keys whether all, some or no pairs are allowed: kernels skip blocks in which none is.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from posjax.typing import Array, Bool, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Which pairs of query and key may meet.
+    """The mask of an attention call.
 
     Attributes:
-      boolean: [B or 1, N or 1, T or 1, S or 1], True where allowed; None allows all.
-      query_segments, key_segments: [B, T] and [B, S] integers; only equal segments meet.
-      is_causal: a key's position must not be past the query's.
-      window: (left, right); a key's position lies in [query - left, query + right]. None on a side is no limit.
+      boolean: [B or 1, N or 1, T or 1, S or 1], True where attention is allowed; None allows all pairs.
+      query_segments, key_segments: [B, T] and [B, S] integers; only tokens of equal segments attend to each other.
+      is_causal: True allows only keys whose position is not after the query's.
+      window: (left, right); a key's position must be in [query - left, query + right]. None on a side is no limit.
     """
 
     boolean: Array | None = None
@@ -32,7 +32,7 @@ class Mask:
     window: tuple[int | None, int | None] = dataclasses.field(default=(None, None), metadata={"static": True})
 
     def cut(self, row_start: Any, row_size: int, column_start: Any, column_size: int) -> "Mask":
-        """The same mask, seen from one tile."""
+        """Returns the mask of one tile of ``row_size`` queries and ``column_size`` keys."""
 
         def along(x: Array | None, axis: int, start: Any, size: int) -> Array | None:
             if x is None or x.shape[axis] == 1:
@@ -47,7 +47,10 @@ class Mask:
         )
 
     def allowed(self, query_positions: Int[Array, "_ t"], key_positions: Int[Array, "_ s"]) -> Bool[Array, "_ _ t s"]:
-        """The tile of booleans at those positions, [B or 1, N or 1, t, s]. The mask must have been cut to the tile."""
+        """Returns the boolean mask of a tile for its positions, [B or 1, N or 1, t, s].
+
+        The mask must have been cut to the tile.
+        """
         distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
         allowed = jnp.ones(distance.shape, bool)
         left, right = self.window
@@ -64,11 +67,11 @@ class Mask:
         return allowed
 
 
-_FAR = 2**30  # the position of a key that is padding: no causal query sees it
+_FAR = 2**30  # position of a padding key, after every query, so that a causal mask excludes it
 
 
 class Extent(NamedTuple):
-    """Least and greatest position and segment in a piece of queries or of keys."""
+    """The smallest and largest position and segment in a block of queries or of keys."""
 
     first: Array
     last: Array
@@ -77,7 +80,7 @@ class Extent(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """Which pairs may meet."""
+    """The positional and segment rules of a mask, without its boolean array."""
 
     is_causal: bool
     left: int | None
@@ -85,7 +88,7 @@ class Rules(NamedTuple):
     segmented: bool
 
     def none(self, queries: Extent, keys: Extent) -> Array:
-        """No pair may meet."""
+        """Returns whether the extents of two blocks exclude every pair."""
         no = jnp.zeros((), bool) if isinstance(queries.first, jax.Array) else False
         if self.is_causal:
             no |= keys.first > queries.last
@@ -98,7 +101,7 @@ class Rules(NamedTuple):
         return no
 
     def all(self, queries: Extent, keys: Extent) -> Array:
-        """Every pair may meet."""
+        """Returns whether the extents of two blocks guarantee that every pair is allowed."""
         yes = jnp.ones((), bool)
         if self.is_causal:
             yes &= keys.last <= queries.first
@@ -112,7 +115,7 @@ class Rules(NamedTuple):
         return yes
 
     def pairs(self, query_positions: Array, key_positions: Array, query_segments: Any, key_segments: Any) -> Array:
-        """bool for each pair, from positions and segments of queries and of keys that broadcast with each other."""
+        """Returns which pairs are allowed, as bool, for positions and segments of queries and keys that broadcast together."""
         allowed = jnp.ones(key_positions.shape, bool) if not self.is_causal else query_positions >= key_positions
         distance = query_positions - key_positions if (self.left, self.right) != (None, None) else None
         if self.left is not None:
@@ -124,7 +127,10 @@ class Rules(NamedTuple):
         return allowed
 
     def seen(self, queries: Array, keys: Array) -> Array:
-        """[B, Q, 2] from ``extents``: the first piece of keys that each piece of queries may see, and one past the last."""
+        """Returns the range of key blocks that each query block may attend to, [B, Q, 2]: the first, and one past the last.
+
+        ``queries`` and ``keys`` are results of ``extents``.
+        """
         by_queries, by_keys = (Extent(*jnp.moveaxis(e, -1, 0)) for e in (queries, keys))
         live = ~self.none(Extent(*(e[:, :, None] for e in by_queries)), Extent(*(e[:, None] for e in by_keys)))
         live = jnp.broadcast_to(live, (max(len(queries), len(keys)), queries.shape[1], keys.shape[1]))
@@ -133,7 +139,10 @@ class Rules(NamedTuple):
 
 
 def extents(positions: Array, segments: Array | None, size: int) -> Array:
-    """Flat [B, pieces, 4]: first and last position and segment of every ``size`` tokens."""
+    """Returns the first and last position and segment of every block of ``size`` tokens, [B, blocks, 4].
+
+    All axes of positions and segments after the batch are flattened. Without segments, those are zero.
+    """
 
     def ends(x: Array) -> list[Array]:
         x = x.reshape(x.shape[0], -1, size)
@@ -146,7 +155,10 @@ def extents(positions: Array, segments: Array | None, size: int) -> Array:
 
 
 def with_padding(mask: Mask, queries: int, key_positions: Array, padding: int) -> tuple[Array, Array | None, Array | None]:
-    """Key positions, and segments of queries and of keys, with ``padding`` more keys at the end that no query sees."""
+    """Appends ``padding`` keys that no query attends to.
+
+    Returns key positions, query segments and key segments. Both segments are None if the mask needs none to exclude the padding.
+    """
     segments = mask.query_segments, mask.key_segments
     length = key_positions.shape[1]
     key_positions = jnp.pad(key_positions, [(0, 0), (0, padding)], constant_values=_FAR if mask.is_causal else 0)
@@ -154,6 +166,6 @@ def with_padding(mask: Mask, queries: int, key_positions: Array, padding: int) -
         segments = jnp.zeros((1, queries), jnp.int32), jnp.zeros((1, length), jnp.int32)
     if segments[0] is None or segments[1] is None:
         return key_positions, None, None
-    none = jnp.minimum(segments[0].min(), segments[1].min()) - 1  # below every segment: padding is of none
+    none = jnp.minimum(segments[0].min(), segments[1].min()) - 1  # below every segment in use
     of_padding = jnp.broadcast_to(none, (segments[1].shape[0], padding))
     return key_positions, segments[0], jnp.concatenate([segments[1], of_padding], 1)

@@ -1,9 +1,9 @@
-"""Text to train on: corpora of tokens, cached on disk, and Grain pipelines of batches cut from them.
+"""Training data: tokenized text corpora, cached on disk, and Grain pipelines that turn them into batches.
 
-    corpus = load_corpus("stdlib", "train")          # or "tfds:NAME", or a file or folder of text
+    corpus = load_corpus("stdlib", "train")          # or "tfds:NAME", or the path of a text file or folder
     for batch in batches(corpus, length=1024, batch_size=16, seed=0): ...
 
-Importing this needs numpy only; tensorflow-datasets, grain and tokenizers load when they are first used.
+Importing this module needs only NumPy. tensorflow-datasets, grain and tokenizers are imported on first use.
 """
 
 from posjax.data.corpus import Corpus, load_corpus, unigram_bits_per_byte

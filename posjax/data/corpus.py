@@ -1,9 +1,9 @@
-"""A corpus: the tokens of one split of a text source, flat on disk, with the places where documents begin.
+"""Text corpora: the tokens of one split of a text source in a flat file on disk, with the offsets of the documents.
 
-Sources are TFDS data sets (the Python standard library's own source code by default) and files or folders of text.
-Tokens are bytes, or a byte-level BPE trained on the train split. Both are cached under the data directory, under names
-that change with the text, and every cache entry is built aside and then renamed into place, so that two processes at
-once, or one that is killed half-way, leave nothing wrong behind.
+Sources are TFDS data sets (by default the source code of the Python standard library) and files or folders of text.
+Tokens are bytes, or come from a byte-level BPE trained on the train split. Corpora and tokenizers are cached in the data
+directory, under names that change with the text. Every cache entry is built in a temporary folder and then renamed, so
+that concurrent processes, or a process killed half-way, leave no invalid entry behind.
 """
 
 import contextlib
@@ -24,24 +24,24 @@ from posjax.checks import near
 from posjax.data.sources import CORPORA, TOKENIZERS, Text, open_source
 
 NUM_BYTES = 256
-NUM_SPECIAL = 2  # beginning of a document (and [CLS]), [MASK]
+NUM_SPECIAL = 2  # bos (which is also [CLS]) and [MASK]
 DEFAULT_BPE_VOCAB = 8192
-_LAYOUT = "1"  # part of every cache name: change it when the files change
+_LAYOUT = "1"  # part of every cache name: change it when the file format changes
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """The tokens of one split of one source.
+    """Holds the tokens of one split of one source.
 
     Attributes:
-      source: as given to `load_corpus`.
+      source: the source given to `load_corpus`.
       split: "train" or "validation", or a TFDS split.
-      tokens: [n], the documents one after another with nothing between them, in the smallest unsigned type; read-only
-        and mapped from disk.
-      offsets: int64 [documents + 1], where each document begins in `tokens`, and n.
-      vocab_size: V, number of ids a model must know: the tokenizer's and the two special ones, which come last.
-      num_bytes: length of the text in bytes, for bits per byte.
-      tokenizer_path: the file of the BPE; None when tokens are bytes.
+      tokens: tokens of all documents, concatenated without separators, [n] in the smallest unsigned dtype; read-only and
+        memory-mapped.
+      offsets: offset in `tokens` at which each document begins, followed by n; int64 [documents + 1].
+      vocab_size: V, the number of token ids: those of the tokenizer and, last, the two special ones.
+      num_bytes: length of the text in bytes, from which bits per byte are computed.
+      tokenizer_path: path of the BPE file. None if tokens are bytes.
     """
 
     source: str
@@ -58,29 +58,29 @@ class Corpus:
 
     @property
     def bos(self) -> int:
-        """The id that begins a document; 256 for bytes."""
+        """Returns the id of the token that begins a document; 256 for bytes."""
         return self.vocab_size - 2
 
     @property
     def cls(self) -> int:
-        """The id of [CLS], with which a row of a masked model begins; the same as `bos`."""
+        """Returns the id of [CLS], the first token of each row of a masked model; the same as `bos`."""
         return self.bos
 
     @property
     def mask(self) -> int:
-        """The id of [MASK]; 257 for bytes."""
+        """Returns the id of [MASK]; 257 for bytes."""
         return self.vocab_size - 1
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Tokens of a text, int32 [n], without `bos`."""
+        """Encodes a text as tokens, int32 [n], without `bos`."""
         data = text.encode() if isinstance(text, str) else text
         return next(_encode([data], self.tokenizer_path)).astype(np.int32)
 
     def decode(self, tokens: np.ndarray) -> str:
-        """The text of a row of tokens; special ones are shown as <bos> and <mask>.
+        """Decodes a row of tokens to text. Special tokens appear as <bos> and <mask>.
 
         Raises:
-          ValueError: if a token is not an id of this corpus.
+          ValueError: a token is not an id of this corpus.
         """
         tokens = np.asarray(tokens).ravel()
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
@@ -105,25 +105,25 @@ def load_corpus(
     vocab_size: int | None = None,
     data_dir: str | Path | None = None,
 ) -> Corpus:
-    """Opens a corpus, building it first if it is not in the cache.
+    """Loads a corpus from the cache, and builds it first if it is not there.
 
     Args:
-      source: "stdlib", the .py files of the running Python's standard library, one in ten held out;
-        "tfds:NAME", "tfds:NAME/CONFIG" or "tfds:NAME:FEATURE", a text data set of TFDS (if it has no validation split,
-        the last tenth of train is held out, from train too);
-        or the path of a folder of UTF-8 text files, one file in ten held out (hidden ones and caches are ignored), or of one
-        file, its last tenth held out.
+      source: one of three kinds. "stdlib" is the .py files of the running Python's standard library, with one file in ten
+        held out for validation. "tfds:NAME", "tfds:NAME/CONFIG" or "tfds:NAME:FEATURE" is a text data set of TFDS; if it
+        has no validation split, the last tenth of train is held out and removed from train. Any other string is the path
+        of a folder of UTF-8 text files, with one file in ten held out (hidden files and caches are ignored), or of one
+        file, with its last tenth held out.
       split: "train" or "validation"; for "tfds:" any split of TFDS, such as "test" or "train[:1%]".
       tokenizer: "bytes" (ids 0 to 255) or "bpe", a byte-level BPE trained on the train split.
-      vocab_size: for "bpe" only, V with the two special ids: 259 or more, by default 8192. A small text may have
-        nothing left to merge before that; the corpus then says a smaller one.
-      data_dir: where caches live; by default $POSJAX_DATA_DIR or ~/.cache/posjax. Data sets that TFDS has prepared
-        already are found where TFDS keeps them unless one of the two is given.
+      vocab_size: for "bpe" only, V including the two special ids; at least 259, by default 8192. For a small text the BPE
+        may run out of merges before that; `vocab_size` of the corpus is then smaller.
+      data_dir: directory of the caches, by default $POSJAX_DATA_DIR or ~/.cache/posjax. If neither the argument nor the
+        variable is given, data sets that TFDS has already prepared are found in TFDS's default directory.
 
     Raises:
-      ValueError: for an argument that is not understood, an empty split, or a file that is not text.
-      OSError: if a file cannot be read.
-      ImportError: if a package that this source or tokenizer needs is not installed.
+      ValueError: an argument is invalid, the split is empty, or a file is not text.
+      OSError: a file cannot be read.
+      ImportError: a package that this source or tokenizer needs is not installed.
     """
     if tokenizer not in ("bytes", "bpe"):
         raise ValueError(f"tokenizer must be 'bytes' or 'bpe', got {tokenizer!r}{near(tokenizer, ('bytes', 'bpe'))}")
@@ -154,10 +154,10 @@ def load_corpus(
 
 
 def excerpts(corpus: Corpus, length: int, count: int) -> Corpus:
-    """Up to ``count`` excerpts of ``length`` tokens, spread evenly over a corpus, each within one document.
+    """Selects up to ``count`` excerpts of ``length`` tokens, spread evenly over a corpus, each within one document.
 
-    An evaluation on the first tokens of a split would be one on its first few documents. Each excerpt is a document of the corpus
-    returned. Where no document is as long as that, the corpus is returned as it is.
+    Use it for evaluation: the first tokens of a split would cover only its first few documents. Each excerpt becomes one document
+    of the returned corpus. If no document has ``length`` tokens, the corpus is returned unchanged.
     """
     fits = np.diff(corpus.offsets) // length
     total = int(fits.sum())
@@ -173,9 +173,9 @@ def excerpts(corpus: Corpus, length: int, count: int) -> Corpus:
 
 
 def unigram_bits_per_byte(corpus: Corpus) -> float:
-    """Bits a byte of a model that knows how frequent each token is and nothing else: what any model must beat.
+    """Returns the bits per byte of a unigram model, a baseline that any model must beat.
 
-    It is the entropy of the corpus's own token frequencies times tokens per byte.
+    This is the entropy of the token frequencies of the corpus, times tokens per byte.
     """
     counts = np.bincount(corpus.tokens, minlength=1).astype(np.float64)
     share = counts[counts > 0] / counts.sum()
@@ -190,11 +190,11 @@ def _cache_name(*parts: str) -> str:
 
 
 def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Returns `folder`, filled by `build` if it is not there yet. What is there is always whole."""
+    """Returns `folder`, after filling it with `build` if it does not exist. An existing folder is always complete."""
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(".unfinished-*"):  # of a build that was killed, more than a day ago
+    for left in folder.parent.glob(".unfinished-*"):  # left by builds that were killed more than a day ago
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > 86_400:
                 shutil.rmtree(left)
@@ -205,7 +205,7 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         try:
             unfinished.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process was first, with the same content
+            if not folder.exists():  # otherwise another process has built the same content first
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -236,7 +236,7 @@ def _write_corpus(folder: Path, text: Text, split: str, tokenizer_path: Path | N
 
 
 def _encode(documents, tokenizer_path: Path | None) -> Iterator[np.ndarray]:
-    """Tokens of each document in turn."""
+    """Yields the tokens of each document."""
     if tokenizer_path is None:
         for document in documents:
             yield np.frombuffer(document, np.uint8)
@@ -260,7 +260,7 @@ def _load_tokenizer(path: Path):
 
 
 def _trained_bpe(text: Text, vocab_size: int, cache: Path) -> Path:
-    """The file of a byte-level BPE trained on the train split, which the other splits share."""
+    """Returns the path of a byte-level BPE trained on the train split and shared by all splits. Trains it if it is not cached."""
 
     def train(folder):
         tokenizers = _import_tokenizers()

@@ -1,4 +1,4 @@
-"""Text files on disk: which there are, what tells one state of them from another, and which are held out."""
+"""Listing and reading of text files on disk, and selection of the files held out for validation."""
 
 import hashlib
 import os
@@ -9,12 +9,14 @@ VALIDATION_SHARE = 0.1
 
 
 def list_files(root: str | Path, wanted: Callable[[Path], bool]) -> list[str]:
-    """Paths of the files under `root`, relative to it, with "/" and sorted; `wanted` takes the relative path.
+    """Returns the sorted paths of the files under `root`, relative to it, with "/" as separator.
 
-    Folders that `wanted` turns down are not entered.
+    Args:
+      root: folder to search.
+      wanted: predicate on a relative path. Files that it rejects are left out, and folders that it rejects are not entered.
 
     Raises:
-      OSError: if a folder cannot be read, saying which and why.
+      OSError: a folder cannot be read. The message names it and the reason.
     """
     root = Path(root)
     found = []
@@ -26,10 +28,10 @@ def list_files(root: str | Path, wanted: Callable[[Path], bool]) -> list[str]:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file.
+    """Returns the bytes of a file.
 
     Raises:
-      OSError: if it cannot be read, saying which file and why.
+      OSError: the file cannot be read. The message names it and the reason.
     """
     try:
         return path.read_bytes()
@@ -48,10 +50,10 @@ def _hash(path: str) -> bytes:
 
 
 def validation_paths(paths: Iterable[str]) -> set[str]:
-    """The paths that are held out: those whose hash falls in the lowest tenth.
+    """Returns the paths held out for validation: those whose hash falls in the lowest tenth.
 
-    It depends on nothing but the path, so a file stays on its side when others come and go, and on every machine.
-    The exception are a few files of which all or none would be held out: then it is the one with the lowest hash.
+    The hash depends only on the path, so a file stays in its split on every machine and when other files are added or removed.
+    If this would hold out all or none of the files, as it may for a few files, the one with the lowest hash is held out instead.
     """
     paths = list(paths)
     limit = int(VALIDATION_SHARE * 2**64)

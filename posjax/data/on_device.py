@@ -1,8 +1,8 @@
-"""A corpus held on the device: batches are cut out of it by a pure function, so that a whole run can be one program.
+"""Sampling of batches from a corpus on the device, by a pure function, so that a training run can be one compiled program.
 
     corpus -> {"text": [n], "starts": [documents]} on the device;  (that, key) -> batch
 
-Rows are those of ``posjax.data.pipeline``, drawn with replacement where Grain shuffles.
+Rows are those of ``posjax.data.pipeline``, but drawn with replacement, where Grain shuffles.
 """
 
 from collections.abc import Callable
@@ -20,23 +20,25 @@ Draw = Callable[[dict[str, Array], Array], dict[str, Array]]
 
 
 def on_device(corpus: Corpus, *, length: int, batch_size: int, masked: bool = False) -> tuple[Data, Draw]:
-    """What to put on the device, and (what is there, key) -> a batch as ``pipeline.batches`` describes it.
-
-    The arrays are an argument and not constants of the program, which would grow by the size of the corpus.
+    """Prepares a corpus for sampling batches on the device.
 
     Args:
       corpus: the text, below 2^31 tokens.
       length: T, tokens in a row.
       batch_size: rows in a batch, each drawn uniformly from all rows of the corpus.
-      masked: batches for an encoder.
+      masked: whether to return batches for an encoder.
+
+    Returns:
+      data, the arrays to put on the device, and draw, a pure function (data, key) -> batch; ``pipeline.batches`` describes the
+      batch. data is an argument, because as a constant it would enlarge the program by the size of the corpus.
 
     Raises:
-      ValueError: a corpus that is shorter than a row, or too long for 32-bit places.
+      ValueError: the corpus is shorter than a row, or too long for 32-bit indices.
     """
     if len(corpus.tokens) + corpus.num_documents >= 2**31:
         raise ValueError(f"a corpus on the device must have fewer than 2^31 tokens, {corpus.source!r} has {len(corpus.tokens):,}")
     rows = count_rows(corpus, length, masked=masked)
-    starts = corpus.offsets[:-1] + np.arange(corpus.num_documents)  # of each document's BOS in the stream
+    starts = corpus.offsets[:-1] + np.arange(corpus.num_documents)  # index of each document's BOS in the stream
     data = {"text": np.asarray(corpus.tokens), "starts": starts.astype(np.int32)}
 
     def draw(data: dict[str, Array], key: Array) -> dict[str, Array]:
@@ -50,12 +52,12 @@ def on_device(corpus: Corpus, *, length: int, batch_size: int, masked: bool = Fa
 
 
 def language_rows(data: dict[str, Array], index: Array, length: int, bos: int) -> dict[str, Array]:
-    """Rows of a language model by their numbers [B]: the stream of BOS and document, cut at every ``length`` tokens."""
+    """Returns the language-model rows with the given indices [B], from the stream of BOS and documents split every ``length``."""
     begin = index[:, None] * length
     place = begin + jnp.arange(length + 1, dtype=jnp.int32)
     starts = data["starts"]
     document = jnp.searchsorted(starts, place, side="right").astype(jnp.int32) - 1
-    text = data["text"][jnp.maximum(place - document - 1, 0)].astype(jnp.int32)  # each document so far had one BOS
+    text = data["text"][jnp.maximum(place - document - 1, 0)].astype(jnp.int32)  # minus one BOS per document
     stream = jnp.where(place == starts[document], bos, text)
     return {
         "tokens": stream[:, :-1],
@@ -75,7 +77,7 @@ def _masked_rows(data: dict[str, Array], index: Array, length: int, cls: int) ->
 
 
 def mask(rows: dict[str, Array], key: Array, mask_token: int, num_tokens: int) -> dict[str, Array]:
-    """Chooses the tokens that are asked for, and hides, replaces or keeps them, in the shares of the pipeline."""
+    """Selects the tokens to predict, and masks, replaces or keeps them, with the probabilities of the pipeline."""
     tokens = rows["tokens"]
     chosen_key, fate_key, other_key = jax.random.split(key, 3)
     chosen = (jax.random.uniform(chosen_key, tokens.shape) < MASKED_SHARE) & (rows["positions"] > 0)  # not [CLS]

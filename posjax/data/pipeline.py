@@ -1,10 +1,10 @@
-"""Batches from a corpus, as a Grain pipeline whose place can be saved and restored exactly.
+"""A Grain pipeline of batches from a corpus, whose position can be saved and restored exactly.
 
     corpus -> windows of T tokens -> shuffle -> repeat -> (mask) -> batch -> this process's share
 
-A corpus is read as one stream, each document with a BOS before it, and cut at every T tokens. A row is one such window
-with the token that follows it, so that each token of the stream but the first is predicted once an epoch. Everything
-about row number i follows from the seed and i, which is what makes resuming exact and the split over processes free.
+A corpus is read as one stream, with a BOS before each document, and split every T tokens. A row is one such window and
+the token that follows it, so that each token of the stream except the first is predicted once per epoch. Row i depends
+only on the seed and i, so resuming is exact and splitting over processes costs nothing.
 """
 
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 
 from posjax.data.corpus import Corpus
 
-MASKED_SHARE = 0.15  # BERT's: 15 % of the tokens are asked for; of these 80 % are hidden, 10 % replaced, 10 % kept
+MASKED_SHARE = 0.15  # as in BERT: 15 % of the tokens are predicted; 80 % of these are masked, 10 % replaced, 10 % kept
 HIDDEN_SHARE = 0.8
 REPLACED_SHARE = 0.1
 
@@ -30,36 +30,37 @@ def batches(
     process_count: int = 1,
     masked: bool = False,
 ):
-    """An iterator of batches with `get_state()` and `set_state(state)`.
+    """Returns an iterator of batches with `get_state()` and `set_state(state)`, for exact resumption.
 
-    A batch holds, all of shape [batch_size / process_count, length]: tokens, targets, segment_ids and positions (int32)
+    A batch is a dict of arrays [batch_size / process_count, length]: tokens, targets, segment_ids and positions (int32)
     and weights (float32; 0 where a target does not count).
 
-    For a language model the targets are the tokens that follow. Segments are the documents of a row, counted from 1,
+    For a language model, the target of a token is the next token. Segments are the documents of a row, counted from 1,
     and positions start from 0 in each. A target in the next document does not count. With `masked`, a row is [CLS]
-    (position 0) and length - 1 tokens of the text, where one document may follow another without a mark: one segment
-    with positions 0 to length - 1. Each of these tokens is chosen with chance 15 %; of those chosen 80 % are shown as
-    [MASK], 10 % as any token of the vocabulary, 10 % as they are. Targets are the text; only chosen ones count.
+    (position 0) and length - 1 tokens of the text, without separators between documents: one segment with positions 0 to
+    length - 1. Each of these tokens is selected with probability 15 %. Of the selected tokens, 80 % are replaced by
+    [MASK], 10 % by a random token other than the special ones, and 10 % are kept. The targets are the original tokens;
+    only those at selected positions count.
 
     Args:
       corpus: the text.
       length: T, tokens in a row.
-      batch_size: rows in a batch of all processes together; a multiple of process_count.
-      seed: of the order and the masks, from 0 to 2^32 - 1.
-      shuffle: draw the rows in random order, another in each epoch; else in the order of the text.
-      repeat: go on for ever, leaving out the last rows that do not fill a window. If False, one epoch that leaves
-        nothing out: the last window and the last batch are filled up with tokens of segment 0 and weight 0.
-      process_index, process_count: this process gets rows [index * b, (index + 1) * b) of each batch, b = batch_size /
-        process_count: the processes' batches, one below another, are the batch that a single process would get.
-      masked: batches for an encoder.
+      batch_size: rows in a batch over all processes; a multiple of process_count.
+      seed: seed of the order and the masks, from 0 to 2^32 - 1.
+      shuffle: whether to shuffle the rows, differently in each epoch. If False, rows come in the order of the text.
+      repeat: whether to repeat forever, without the last tokens that do not fill a window. If False, the iterator stops
+        after one epoch and leaves nothing out: the last window and the last batch are padded with segment 0 and weight 0.
+      process_index, process_count: this process gets rows [index * b, (index + 1) * b) of each batch, with
+        b = batch_size / process_count. The concatenated batches of all processes equal the batch of a single process.
+      masked: whether to return batches for an encoder.
 
     Returns:
-      A Grain iterator. The state is a dict that JSON can hold; a new iterator, made with the same arguments, that is
-      set to it goes on with exactly the batches that would have followed.
+      A Grain iterator. Its state is a dict that JSON can represent. A new iterator with the same arguments, set to this
+      state, continues with exactly the batches that would have followed.
 
     Raises:
-      ValueError: for an argument out of range, or a length beyond that of the corpus.
-      ImportError: if grain is not installed.
+      ValueError: an argument is out of range, or length exceeds the length of the corpus.
+      ImportError: grain is not installed.
     """
     for name, value in (("length", length), ("batch_size", batch_size), ("process_count", process_count)):
         if value < 1:
@@ -89,17 +90,17 @@ def batches(
         dataset = dataset.random_map(functools.partial(_mask, corpus=corpus))
     share = batch_size // process_count
     dataset = dataset.batch(share, drop_remainder=True).slice(slice(process_index, None, process_count))
-    # Rows are cheap: two threads keep a few batches ready. Grain's default would hold 500.
+    # Rows are cheap to make: two threads keep a few batches ready. Grain's default would buffer 500.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
 class _Rows:
-    """Random access to the rows of a language model: the stream of BOS and document, cut at every `length` tokens."""
+    """Random access to the rows of a language model: the stream of BOS and documents, split every `length` tokens."""
 
     def __init__(self, corpus: Corpus, length: int, fill_to: int | None):
         self.corpus, self.length = corpus, length
-        self.text = np.asarray(corpus.tokens)  # the same memory; plain arrays are indexed faster than memmaps
-        self.starts = corpus.offsets[:-1] + np.arange(corpus.num_documents)  # of each document's BOS in the stream
+        self.text = np.asarray(corpus.tokens)  # no copy; plain arrays are indexed faster than memmaps
+        self.starts = corpus.offsets[:-1] + np.arange(corpus.num_documents)  # index of each document's BOS in the stream
         self.targets_total = len(corpus.tokens) + corpus.num_documents - 1
         self.count = _row_count(self.targets_total, length, length, fill_to)
 
@@ -125,7 +126,7 @@ class _Rows:
 
 
 class _MaskedRows:
-    """Random access to the rows of a masked model before they are masked: [CLS] and length - 1 tokens of text."""
+    """Random access to the rows of a masked model before masking: [CLS] and length - 1 tokens of text."""
 
     def __init__(self, corpus: Corpus, length: int, fill_to: int | None):
         self.corpus, self.length = corpus, length
@@ -146,16 +147,19 @@ class _MaskedRows:
 
 
 def count_rows(corpus: Corpus, length: int, *, masked: bool = False) -> int:
-    """How many whole rows of ``length`` tokens a corpus has.
+    """Returns the number of full rows of ``length`` tokens in a corpus.
 
     Raises:
-      ValueError: a corpus shorter than a row.
+      ValueError: the corpus is shorter than a row.
     """
     return len((_MaskedRows if masked else _Rows)(corpus, length, None))
 
 
 def _row_count(total: int, stride: int, length: int, fill_to: int | None) -> int:
-    """Rows in a stream of `total` tokens, `stride` a row: the full ones, or all of them up to a multiple of fill_to."""
+    """Returns the number of rows in a stream of `total` tokens with `stride` tokens per row.
+
+    Counts only full rows if fill_to is None. Otherwise also counts a partial row and rounds up to a multiple of fill_to.
+    """
     if total < stride:
         raise ValueError(f"length must be at most {length - stride + total} for a corpus this small, got {length}")
     if fill_to is None:
@@ -165,7 +169,7 @@ def _row_count(total: int, stride: int, length: int, fill_to: int | None) -> int
 
 
 def _fill_up(row: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-    """The row in its final types, with 0 after its end: segment 0 and weight 0 say that nothing is there."""
+    """Casts a row to its final dtypes and pads it with zeros to `length`; segment 0 and weight 0 mark padding."""
     full = {}
     for name in ("tokens", "targets", "weights", "segment_ids", "positions"):
         full[name] = np.zeros(length, np.float32 if name == "weights" else np.int32)
@@ -174,9 +178,9 @@ def _fill_up(row: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
 
 
 def _mask(row: dict[str, np.ndarray], rng: np.random.Generator, *, corpus: Corpus) -> dict[str, np.ndarray]:
-    """Chooses the tokens that are asked for, and hides, replaces or keeps them."""
+    """Selects the tokens to predict, and masks, replaces or keeps them."""
     tokens = row["tokens"]
-    chosen = (rng.random(tokens.shape) < MASKED_SHARE) & (row["positions"] > 0)  # neither [CLS] nor what fills up
+    chosen = (rng.random(tokens.shape) < MASKED_SHARE) & (row["positions"] > 0)  # neither [CLS] nor padding
     fate = rng.random(tokens.shape)
     other = rng.integers(0, corpus.bos, tokens.shape)
     shown = np.where(fate < HIDDEN_SHARE, corpus.mask, np.where(fate < HIDDEN_SHARE + REPLACED_SHARE, other, tokens))

@@ -1,6 +1,6 @@
-"""Sources of text: TFDS data sets, the standard library's source among them, and files and folders.
+"""Text sources: TFDS data sets, including the source code of the standard library, and files and folders.
 
-`open_source` settles what the source is and what state it is in; nothing is read before its documents are asked for.
+`open_source` identifies a source and its current state. No text is read before `documents` is iterated over.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ TFDS, CORPORA, TOKENIZERS = CACHED = ("tfds", "corpora", "tokenizers")  # folder
 
 @dataclass(frozen=True)
 class Text:
-    """A source that is open: `documents(split)` gives its texts, and `key` changes whenever they do."""
+    """An open text source: `documents(split)` yields its texts, and `key` changes whenever they do."""
 
     key: str
     documents: Callable[[str], Iterator[bytes]]
@@ -46,7 +46,7 @@ def open_source(source: str, cache: Path, tfds_dir: Path | None) -> Text:
 
 def _import_tfds():
     try:
-        import array_record  # noqa: F401 (what the files are read with)
+        import array_record  # noqa: F401 (TFDS reads the files with it)
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ImportError(
@@ -57,7 +57,10 @@ def _import_tfds():
 
 
 def _prepare(make_builder, progress):
-    """Builds a TFDS data set if need be. TFDS builds aside and renames; here the loser of a race takes the winner's."""
+    """Prepares a TFDS data set if it is not prepared yet, and returns its builder.
+
+    TFDS builds in a temporary folder and renames it. If another process finishes first, its result is used.
+    """
     builder = make_builder()
     try:
         with contextlib.redirect_stdout(progress), contextlib.redirect_stderr(progress):
@@ -95,7 +98,7 @@ def _open_tfds(source: str, data_dir: Path | None) -> Text:
         return tfds.builder(name, file_format="array_record", **where)
 
     try:
-        feature = _text_feature(tfds, make_builder(), feature, source)  # before anything is downloaded
+        feature = _text_feature(tfds, make_builder(), feature, source)  # checked before anything is downloaded
     except tfds.core.DatasetNotFoundError as error:
         names = tfds.list_builders(with_community_datasets=False)
         hint = near(name.partition("/")[0], names)
@@ -146,7 +149,7 @@ def _read_text(path: Path) -> bytes:
 
 
 def _open_folder(folder: Path, cache: Path) -> Text:
-    made = {cache / name for name in CACHED}  # the cache may lie in the folder, or be it
+    made = {cache / name for name in CACHED}  # excluded, because the cache may be inside the folder, or be the folder itself
     paths = list_files(folder, lambda path: not path.name.startswith(".") and folder / path not in made)
     if len(paths) == 1:
         return _open_file(folder / paths[0])
@@ -168,7 +171,7 @@ def _open_file(path: Path) -> Text:
         line_end = data.find(b"\n", border) + 1
         border = line_end if 0 < line_end < len(data) else border
         while 0 < border < len(data) and data[border] & 0xC0 == 0x80:
-            border += 1  # never inside a character
+            border += 1  # do not split a UTF-8 character
         yield data[border:] if split == "validation" else data[:border]
 
     return Text(f"file:{path}:{_state(path)}", documents)

@@ -1,11 +1,11 @@
 """Synthetic tasks: flip-flop, selective copy and counting, as pure samplers that run on the device.
 
-A `Task` is a value. `task.sample(key, batch_size)` is a pure function of its key with static shapes, so a whole
-training run, data included, can be one compiled program; nothing is ever stored or read from disk.
+A `Task` is an immutable value. `task.sample(key, batch_size)` is a pure function of its key with static shapes, so a
+training run, data included, can be one compiled program. Nothing is stored on or read from disk.
 
-    tokens [B, T] int32      what the model reads
-    targets [B, T] int32     what it must predict at each place: the next token
-    weights [B, T] float32   1 where the task defines an answer and 0 elsewhere, where loss and error do not count
+    tokens [B, T] int32      the input of the model
+    targets [B, T] int32     the token to predict at each position, which is the next token
+    weights [B, T] float32   1 where the task defines an answer; 0 elsewhere, where loss and error do not count
 
 B is the batch size and T `task.length`.
 """
@@ -22,18 +22,18 @@ MAX_VALUE = 10  # counting: the largest value that a variable may take
 MIN_OPERATIONS = 3  # counting: the shortest program
 
 
-@dataclass(frozen=True, eq=False)  # compared and hashed as the object it is, so that it can be a static argument
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity, so that it can be a static argument
 class Task:
-    """A synthetic task: a pure sampler, and what a reader needs to know about it.
+    """A synthetic task: a pure sampler, with its vocabulary and its test sets.
 
     Attributes:
-      name: short name, with the setting for a variant ("flip_flop_dense").
+      name: short name, which for a variant includes the setting ("flip_flop_dense").
       length: T, the length of every sequence.
       words: the text of each token id; its length is the vocabulary size.
-      sample: `sample(key, batch_size) -> (tokens, targets, weights)`, see the top of this file. `batch_size` is static:
-        compile it with `jax.jit(task.sample, static_argnums=1)`.
-      variants: the out-of-distribution test sets of the paper by name, each a Task with this one's vocabulary.
-      pad_token: id of the padding that ends short sequences; None where every sequence is full.
+      sample: `sample(key, batch_size) -> (tokens, targets, weights)`, described at the top of this file. `batch_size` is
+        static: compile it with `jax.jit(task.sample, static_argnums=1)`.
+      variants: the out-of-distribution test sets of the paper by name, each a Task with the same vocabulary.
+      pad_token: id of the token that pads short sequences at the end. None if every sequence is full.
     """
 
     name: str
@@ -45,14 +45,16 @@ class Task:
 
     @property
     def vocab_size(self) -> int:
-        """V, the number of token ids."""
+        """Returns V, the number of token ids."""
         return len(self.words)
 
     def batch(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
-        """`sample` with the segment ids and positions that a model takes: one segment a row, 0 where padded.
+        """Samples a batch with the segment ids and positions that a model takes.
+
+        Each row is one segment; padding has segment 0.
 
         Returns:
-          tokens, targets, segment_ids, positions (int32 [B, T]) and weights (float32 [B, T]).
+          A dict of tokens, targets, segment_ids, positions (int32 [B, T]) and weights (float32 [B, T]).
         """
         tokens, targets, weights = self.sample(key, batch_size)
         real = jnp.ones_like(tokens) if self.pad_token is None else (tokens != self.pad_token).astype(jnp.int32)
@@ -60,10 +62,10 @@ class Task:
         return {"tokens": tokens, "targets": targets, "weights": weights, "segment_ids": real, "positions": positions}
 
     def detokenize(self, tokens) -> str:
-        """One row of token ids [T] as text, words parted by a space and padding left out.
+        """Converts one row of token ids [T] to text, with words separated by spaces and padding left out.
 
         Raises:
-          ValueError: if `tokens` is not one row of ids of this task.
+          ValueError: `tokens` is not one row of ids of this task.
         """
         tokens = np.asarray(tokens)
         if tokens.ndim != 1:
@@ -88,8 +90,8 @@ def _check_number(name: str, value: float, wanted: str, holds: Callable[[float],
 
 
 def _predict_next(tokens: jax.Array, answered: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Shifts whole strings [B, T] by one; `answered` [B, T] marks the places whose next token counts."""
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))  # nothing follows the last token: its weight is 0
+    """Returns (tokens, targets, weights) of strings [B, T]; `answered` [B, T] marks positions whose next token counts."""
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))  # the last token has no target: its weight is 0
     weights = answered.astype(jnp.float32).at[:, -1].set(0.0)
     return tokens.astype(jnp.int32), targets.astype(jnp.int32), weights
 
@@ -100,20 +102,20 @@ WRITE, READ, IGNORE = 0, 1, 2
 
 
 def flip_flop(length: int = 512, ignore_probability: float = 0.8) -> Task:
-    """Flip-flop language FFL(T, p_i): remember the last written bit through any number of distractions.
+    """Returns the flip-flop task FFL(T, p_i): remember the last written bit through any number of distractors.
 
-    A string is T / 2 pairs of an instruction and a bit. The first instruction is w (write) and the last r (read); the
-    others are i (ignore) with probability p_i, else w or r with equal chance. The bit after r is the last one written,
-    every other bit a fair coin. Loss and error count the bits after r only, the last of the string among them.
-    Token ids: w 0, r 1, i 2, bit 0 is 3, bit 1 is 4. `tokens` is the whole string.
+    A string is T / 2 pairs of an instruction and a bit. The first instruction is w (write) and the last is r (read). The
+    others are i (ignore) with probability p_i, else w or r with equal probability. The bit after r is the last one
+    written; every other bit is uniformly random. Loss and error count only the bits after r, including the last bit of
+    the string. Token ids: w 0, r 1, i 2, bit 0 is 3, bit 1 is 4. `tokens` is the full string.
 
     Args:
-      length: T, tokens in a string; even, at least 4.
-      ignore_probability: p_i, from 0 to 1. The paper trains at 0.8; `variants` holds its test sets "dense" (0.1) and
+      length: T, the number of tokens in a string; even, at least 4.
+      ignore_probability: p_i, from 0 to 1. The paper trains at 0.8; `variants` contains its test sets "dense" (0.1) and
         "sparse" (0.98).
 
     Raises:
-      ValueError: if an argument is out of range.
+      ValueError: an argument is out of range.
 
     Liu, Ash, Goel, Krishnamurthy and Zhang 2023, arXiv:2306.00946.
     """
@@ -153,24 +155,24 @@ BLANK = 0
 
 
 def selective_copy(num_tokens: int = 256, num_blanks: int = 256, vocab_size: int = 16) -> Task:
-    """Selective copy: repeat the letters of a string in order and leave out its blanks.
+    """Returns the selective copy task: repeat the letters of a string in order and leave out its blanks.
 
-    A row is `num_tokens` letters drawn uniformly, with `num_blanks` blanks among them at uniformly drawn places; then
-    a separator; then the letters again, without the very last, which nothing follows: T = 2 num_tokens + num_blanks.
+    A row has `num_tokens` letters drawn uniformly, with `num_blanks` blanks among them at uniformly drawn positions; then
+    a separator; then the letters again, without the last one, which has no next token: T = 2 num_tokens + num_blanks.
     Loss and error count the copied letters. Token ids: blank 0, letters 1 to V - 2, separator V - 1.
 
-    The paper gives 16 tokens and no code; that the blank and the separator are two of the 16 is the layout of Gu and
-    Dao's task (arXiv:2312.00752). Its errors of 100 % are above those of guessing letters, so they must count a string
-    as wrong when any letter is.
+    The paper specifies 16 tokens and has no code. Counting the blank and the separator among the 16 follows the layout of
+    Gu and Dao's task (arXiv:2312.00752). The paper reports errors of 100 %, which exceed those of guessing letters, so it
+    must count a string as wrong if any letter is wrong.
 
     Args:
-      num_tokens: letters to copy.
-      num_blanks: blanks among them. The paper trains with 256; `variants` holds its test sets "dense" (half of
-        num_blanks) and "sparse" (twice num_blanks): 128 and 512 for 256. They differ from this task in length.
+      num_tokens: number of letters to copy.
+      num_blanks: number of blanks among them. The paper trains with 256; `variants` contains its test sets "dense" (half
+        of num_blanks) and "sparse" (twice num_blanks): 128 and 512 for 256. They differ from this task in length.
       vocab_size: V, at least 3.
 
     Raises:
-      ValueError: if an argument is out of range.
+      ValueError: an argument is out of range.
 
     Golovneva, Wang, Weston and Sukhbaatar 2024, arXiv:2405.18719.
     """
@@ -217,37 +219,38 @@ def counting(
     pass_weight: float = 50,
     length: int = 512,
 ) -> Task:
-    """Counting: read a program that sets, increments and passes, then tell the value of a variable.
+    """Returns the counting task: read a program that sets and increments variables, then predict the value of one of them.
 
-    A program of n operations, n uniform from 3 to `max_operations`, then a question and its answer:
+    A program has n operations, with n uniform from 3 to `max_operations`, and ends with a question and its answer:
 
         a = 0 ; pass; a ++; pass; b = 0 ; a ++; print a 2
 
-    Each operation is drawn by the three weights: "pass;" (1 token); "v = 0 ;" for any variable v (4 tokens); "v ++;"
-    for one of the variables that have been set (2 tokens). An increment that cannot be (no variable is set yet, or
-    the one drawn stands at 10) is thrown away and the whole operation, kind and variable, is drawn again. The question
-    is about one of the variables that are set, and a program that sets none is drawn again, its n included.
+    The kind of each operation is drawn with the three weights: "pass;" (1 token), "v = 0 ;" for any variable v (4 tokens),
+    or "v ++;" for one of the variables that have been set (2 tokens). If an increment is impossible (no variable is set
+    yet, or the variable drawn has the value 10), the operation is drawn again, both its kind and its variable. The
+    question is about one of the variables that are set, and a program that sets none is drawn again, including its n.
 
-    Nothing is rejected here, yet the distribution is the same. An operation is drawn from the possible outcomes only:
-    pass with weight w_pass, each set with w_set / V, each increment of a variable below 10 with w_inc / (number set).
-    Until the first set there are only sets and passes, with chance q = w_pass / (w_pass + w_set) of a pass, so a
-    program that sets something has n with weight 1 - q^n and its first set at place f <= n with weight q^(f-1).
+    This sampler produces the same distribution without rejection. It draws each operation from the possible outcomes
+    only: pass with weight w_pass, each set with w_set / V, each increment of a variable below 10 with
+    w_inc / (number of variables set). Before the first set there are only sets and passes, and the probability of a pass
+    is q = w_pass / (w_pass + w_set). A program that sets a variable therefore has n with weight 1 - q^n and its first set
+    at operation f <= n with weight q^(f-1).
 
-    A string longer than `length` tokens, its answer included, loses its beginning, as in the released code; with 1, 3
-    and 5 variables 0, 0.146 +- 0.004 and 0.384 +- 0.006 % of a million programs each then lack the set that they ask
-    about (+- one standard error); in a sample of 10,000, the size of the paper's data, errors are ten times as large,
-    and 0, 0.17 and 0.30 % are nothing unusual. A shorter one is padded at the end. Loss and error count the answer
-    only, which is also the last token of the row.
+    A string longer than `length` tokens, including its answer, is truncated at the beginning, as in the released code.
+    As a result, some programs lack the set of the variable that they ask about: with 1, 3 and 5 variables these are 0,
+    0.146 +- 0.004 and 0.384 +- 0.006 % of a million programs each (+- one standard error). In a sample of 10,000, the size
+    of the paper's data, the standard errors are ten times as large, and 0, 0.17 and 0.30 % are not unusual. A shorter
+    string is padded at the end. Loss and error count only the answer, which is also the last token of the string.
 
     Args:
-      num_variables: 1 to 26; the paper has 1, 3 and 5.
-      max_operations: at least 3.
-      set_weight, increment_weight, pass_weight: relative weights of the operations; set_weight above 0. `variants`
-        holds the paper's other tests: "pass_100" and "pass_10".
+      num_variables: number of variables, 1 to 26; the paper has 1, 3 and 5.
+      max_operations: largest number of operations, at least 3.
+      set_weight, increment_weight, pass_weight: relative weights of the operations; set_weight must be above 0.
+        `variants` contains the paper's other tests, "pass_100" and "pass_10".
       length: T, at least 3.
 
     Raises:
-      ValueError: if an argument is out of range.
+      ValueError: an argument is out of range.
 
     Golovneva, Wang, Weston and Sukhbaatar 2024, arXiv:2405.18719, and their released generator.
     """
@@ -267,7 +270,7 @@ def _counting(name, num_variables, max_operations, set_weight, increment_weight,
     wanted = "a positive number (a question needs a variable that is set)"
     _check_number("set_weight", set_weight, wanted, lambda w: 0 < w < float("inf"))
 
-    # Conditioned on at least one set; worked out once in float64, see the docstring.
+    # Conditioned on at least one set, see the docstring; computed once, in float64.
     no_set_yet = (pass_weight / (pass_weight + set_weight)) ** np.arange(max_operations + 1)
     with np.errstate(divide="ignore"):
         count_logits = jnp.asarray(np.log(1.0 - no_set_yet[MIN_OPERATIONS:]), jnp.float32)
@@ -311,20 +314,20 @@ def _counting(name, num_variables, max_operations, set_weight, increment_weight,
 
 
 def _write_programs(outcomes, within, num_variables, asked, answer, length):
-    """Lays outcomes [B, operations] out as tokens, question and answer behind, and cuts the left end off to fit T."""
+    """Converts outcomes [B, operations] to tokens, appends question and answer, and truncates on the left to fit T."""
     batch_size = outcomes.shape[0]
     is_pass = outcomes == 0
     is_set = (outcomes >= 1) & (outcomes <= num_variables)
     sizes = jnp.where(within, jnp.where(is_pass, 1, jnp.where(is_set, 4, 2)), 0)
     ends = jnp.cumsum(sizes, axis=1)
     body = ends[:, -1:]
-    cut = jnp.maximum(body + 3 - length, 0)  # print, variable, answer
+    cut = jnp.maximum(body + 3 - length, 0)  # 3 tokens: print, variable, answer
     variable = _FIRST_VARIABLE + (outcomes - 1) % num_variables
     zeros = jnp.zeros_like(outcomes)
     statement = (jnp.where(is_pass, PASS, variable), jnp.where(is_set, EQUALS, PLUS), zeros + ZERO, zeros + END)
     piece = jnp.arange(len(statement))[None, None, :]
     places = (ends - sizes)[:, :, None] + piece - cut[:, :, None]
-    places = jnp.where((piece < sizes[:, :, None]) & (places >= 0), places, length)  # beyond the end: dropped
+    places = jnp.where((piece < sizes[:, :, None]) & (places >= 0), places, length)  # out of bounds, so that the scatter drops them
     question = jnp.stack([jnp.full_like(answer, PRINT), _FIRST_VARIABLE + asked.astype(answer.dtype), answer], axis=1)
 
     places = jnp.concatenate([places.reshape(batch_size, -1), body - cut + jnp.arange(3)[None, :]], axis=1)
@@ -332,5 +335,5 @@ def _write_programs(outcomes, within, num_variables, asked, answer, length):
     words = jnp.concatenate([statement, question.astype(jnp.int32)], axis=1)
     rows = jnp.arange(batch_size)[:, None]
     tokens = jnp.full((batch_size, length), PAD, jnp.int32).at[rows, places].set(words, mode="drop")
-    asked_place = body + 1 - cut  # the variable asked about; the answer is predicted there
+    asked_place = body + 1 - cut  # position of the variable in the question, where the answer is predicted
     return _predict_next(tokens, jnp.arange(length)[None, :] == asked_place)

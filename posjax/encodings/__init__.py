@@ -1,1 +1,1 @@
-"""The positional encodings, and encodings as text."""
+"""The positional encodings and their text form."""

@@ -1,4 +1,4 @@
-"""Absolute positions, added to the embeddings: sinusoidal and learned."""
+"""Absolute encodings, added to the embeddings: sinusoidal and learned."""
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,16 @@ from posjax.typing import Array, Params
 
 
 def sinusoidal(theta: Array | float = 10_000.0) -> PositionalEncoding:
-    """Sinusoids of geometric wavelengths, added to the embeddings.
+    """Adds sinusoids of geometrically spaced wavelengths to the embeddings.
 
-    PE[p, 2m] = sin(p / theta^(2m/D)), PE[p, 2m+1] = cos(p / theta^(2m/D)).
+        PE[p, 2m] = sin(p / theta^(2m/D)),    PE[p, 2m+1] = cos(p / theta^(2m/D))
 
     Args:
-      theta: the base; wavelengths run from 2 pi to 2 pi theta positions. It may be a traced scalar: a setting of a sweep, with
-        gradient zero. Phases are then products in float32, off by up to 2e-7 of themselves.
+      theta: base of the frequencies; wavelengths range from 2 pi to 2 pi theta positions. It may be a traced scalar, such as a
+        swept hyperparameter; its gradient is zero. Phases are then float32 products with a relative error of up to 2e-7.
 
     Raises:
-      ValueError: theta is not one positive number (a traced one gives NaN), or (in ``embed``) D is odd.
+      ValueError: theta is not one positive number (a traced theta that is not positive gives NaN), or (in ``embed``) D is odd.
 
     Vaswani et al., arXiv:1706.03762, section 3.5.
     """
@@ -38,13 +38,15 @@ def sinusoidal(theta: Array | float = 10_000.0) -> PositionalEncoding:
 
 
 def learned(init_scale: float = 0.02) -> PositionalEncoding:
-    """One learned vector a position, added to the embeddings: params["embedding"] is [max_length, D].
+    """Adds a learned vector per position to the embeddings: x_p + E[p].
+
+    params["embedding"] is E, [max_length, D].
 
     Args:
-      init_scale: standard deviation of the initial vectors (GPT-2 and BERT: 0.02).
+      init_scale: standard deviation of the initial vectors (0.02 in GPT-2 and BERT).
 
     Raises:
-      ValueError: ``Dims.max_length`` is not given, or (in ``embed``) a position lies past the table.
+      ValueError: ``Dims.max_length`` is not given, or (in ``embed``) a position is past the table.
 
     Gehring et al., arXiv:1705.03122; Devlin et al., arXiv:1810.04805.
     """
@@ -62,12 +64,16 @@ def learned(init_scale: float = 0.02) -> PositionalEncoding:
 
 
 def check_theta(theta: Array | float) -> None:
-    """Raises ValueError for a base that gives no frequencies. A traced theta (one of a sweep) passes."""
+    """Raises ValueError if theta is not one positive number; a traced theta is checked by shape alone."""
     check_positive("theta", theta, "10_000.0 is usual")
 
 
 def require_max_length(name: str, dims: Dims) -> int:
-    """The length of a table of positions."""
+    """Returns the length of a table of positions, ``dims.max_length``.
+
+    Raises:
+      ValueError: max_length is None or below 1.
+    """
     if dims.max_length is None:
         raise ValueError(f"max_length must be given for {name}: Dims(..., max_length=1024), got None")
     check_at_least("max_length", dims.max_length, 1)
@@ -75,10 +81,10 @@ def require_max_length(name: str, dims: Dims) -> int:
 
 
 def check_within(name: str, positions: Array, length: int) -> None:
-    """Raises ValueError where positions fall outside a table of that length, as far as shapes and known values can tell."""
+    """Raises ValueError if positions fall outside a table of ``length`` rows, as far as shapes and concrete values show."""
     reach = positions.shape[-1]
     if not is_traced(positions) and positions.size:
-        # NumPy, because even on a known array a jax operation inside jit gives a value that is not.
+        # NumPy, because inside jit a jax operation returns a tracer even for a concrete array.
         known = np.asarray(positions)
         if known.min() < 0:
             raise ValueError(f"positions must not be negative, got {known.min()}; mask padding out by mask or segment_ids")

@@ -1,11 +1,11 @@
 """Contextual Position Encoding (CoPE): positions counted by gates that depend on content.
 
-    g_ij = sigmoid(q_i.k_j / sqrt(H))          gate: does key j count, as query i sees it? (+ gate_bias inside)
-    p_ij = sum of g_ik for k = j .. i          position: how many counted between key and query, both included
+    g_ij = sigmoid(q_i.k_j / sqrt(H))          gate: whether key j counts for query i (+ gate_bias inside)
+    p_ij = sum of g_ik for k = j .. i          position: the count from key to query, both included
     bias_ij = q_i.e(p_ij)                      e interpolated between integer positions, clamped at the last
 
-Each bias term is a walk over tiles from the right to the left: a row carries its count so far, so nothing is [T, T].
-(Not Clipped RoPE, nor Complex Positional Encoding, which go by the same letters.)
+Each bias term processes key tiles from right to left and carries the running count of every row, so no array is [T, S].
+(CoPE is neither Clipped RoPE nor Complex Positional Encoding, which share the acronym.)
 """
 
 import dataclasses
@@ -34,30 +34,34 @@ def cope(
     gate_bias: Array | float = 0.0,
     clamp: Array | int | None = None,
 ) -> PositionalEncoding:
-    """Contextual position encoding: a bias q_i.e(p_ij), where p_ij counts the gates from the key to the query.
+    """Adds a bias q_i.e(p_ij) for a contextual position p_ij, the sum of gates from key to query (CoPE).
 
-    p_ij = min(sum_{k=j..i} g_ik, P - 1); bias_ij = (1-w) z_i[floor p] + w z_i[floor p + 1], w = p - floor p, z_i = q_i.e.
-    A query counts itself: with all gates one, p_ij = i - j + 1. Keys must stand in the order of their positions; masked keys
-    count zero. Gates, counts and bias are float32 whatever the inputs are.
+        p_ij = min(sum_{k=j..i} g_ik, P - 1)
+        bias_ij = (1 - w) z_i[floor p] + w z_i[floor p + 1],    w = p - floor p,    z_i = q_i.e
 
-    params["embedding"] is [P, H], or [N, P, H] with per_head, initially zero; with gates="keys" also ["gate_kernel"] [D, K, H].
+    A query counts itself: if all gates are one, p_ij = i - j + 1. Keys must be ordered by position; masked keys count zero. Gates,
+    counts and bias are float32 for every input dtype.
+
+    params["embedding"] is [P, H], or [N, P, H] with per_head, initially zero. gates="keys" adds params["gate_kernel"] [D, K, H].
 
     Args:
-      max_position: P, the number of position embeddings; positions clamp to P - 1.
-      gates: where they come from. "logits": the scores scale * q.k, after rotation if there is one. "content": the same
-        before rotation. "keys": keys of their own, k = W_g h, which ``condition`` makes from the layer's input. "values": q.v.
-      scaled: False adds z as it is (Listing 1 of the paper); True scales it like q.k (the released code). They train differently.
-      per_head: embeddings for each head; False: one for all heads, as in the paper.
-      shared: one set of parameters for all layers, as in the paper; False: one for each.
-      gate_bias: added to the logits of the gates, in nats: g = sigmoid(logit + gate_bias), so that a negative one begins with gates
-        that are rarely open. It may be a traced scalar: a setting of a sweep, with gradient zero. The "pallas" kernels take none
-        but the number 0.
-      clamp: positions clamp here instead, an integer from 1 to P - 1: ``cope(64, clamp=15)`` is ``cope(16)`` with the first 16
-        embeddings, at the cost of 64. It may be a traced scalar: a setting of a sweep; one of floats is rounded.
+      max_position: P, the number of position embeddings; positions are clamped to P - 1.
+      gates: source of the gate logits. "logits": the scores scale * q.k, after rotation if there is one. "content": the scores
+        before rotation. "keys": separate gate keys k = W_g h, which ``condition`` computes from the layer's input. "values": q.v.
+      scaled: False adds z unscaled (Listing 1 of the paper); True scales it like q.k (the released code). The two train
+        differently.
+      per_head: True gives each head its own embeddings; False shares them between heads, as in the paper.
+      shared: True shares one set of parameters between all layers, as in the paper; False gives each layer its own.
+      gate_bias: added to the gate logits, in nats: g = sigmoid(logit + gate_bias). With a negative value, gates are rarely open at
+        the start of training. It may be a traced scalar, such as a swept hyperparameter; its gradient is zero. The "pallas"
+        kernels support only the number 0.
+      clamp: position to clamp to instead, an integer from 1 to P - 1; None is P - 1. ``cope(64, clamp=15)`` equals ``cope(16)``
+        with the first 16 embeddings, at the cost of 64. It may be a traced scalar, such as a swept hyperparameter; a traced float
+        is rounded.
 
     Raises:
-      ValueError: max_position below 2, unknown gates, a gate_bias that is not finite, a clamp that is not in range (a traced one
-        gives NaN), gates="keys" without ``condition``, or (in attention) neither is_causal nor a mask.
+      ValueError: max_position is below 2, gates is unknown, gate_bias is not finite, clamp is out of range (a traced one gives
+        NaN), gates="keys" is used without ``condition``, or (in attention) neither is_causal nor a mask is given.
 
     Golovneva et al., arXiv:2405.18719, equations 3 to 6 and Listing 1.
     """
@@ -87,16 +91,19 @@ def cope_alibi(
     shared: bool = True,
     gate_bias: Array | float = 0.0,
 ) -> PositionalEncoding:
-    """ALiBi over contextual positions: bias_ij = -m p_ij, with p_ij counted as in ``cope`` and no last position.
+    """Penalizes scores linearly in the contextual position of CoPE: bias_ij = -m_n p_ij.
+
+    p_ij is counted as in ``cope`` and is not clamped.
 
     Args:
-      slope: m of every head, in nats per position; None takes ALiBi's slope of each head. It may be a traced scalar: a setting of a
-        sweep, with gradient zero.
-      learned: m is learned, params["slope"] [N], and begins at ``slope``.
+      slope: m of every head, in nats per position; None gives each head its ALiBi slope. It may be a traced scalar, such as a swept
+        hyperparameter; its gradient is zero.
+      learned: True makes m a parameter, params["slope"] [N], initialized to ``slope``.
       gates, shared, gate_bias: as in ``cope``.
 
     Raises:
-      ValueError: a slope that is not one positive number (a traced one gives NaN), unknown gates, a gate_bias that is not finite.
+      ValueError: slope is not one positive number (a traced one that is not positive gives NaN), gates is unknown, or gate_bias is
+        not finite.
 
     Golovneva et al., arXiv:2405.18719, the CoPE_ALiBi rows.
     """
@@ -117,28 +124,30 @@ def cope_alibi(
 def cope_mlp(
     hidden_dim: int = 64, gates: Gates = "logits", scaled: bool = False, shared: bool = True, gate_bias: Array | float = 0.0
 ) -> PositionalEncoding:
-    """CoPE with position embeddings made by a small network: bias_ij = q_i.e(p_ij), e(p) = W_2 relu(w_1 p + b_1).
+    """Adds the bias of CoPE with position embeddings from a small network: bias_ij = q_i.e(p_ij), e(p) = W_2 relu(w_1 p + b_1).
 
-    There is no last position, and no b_2: it would add the same to every key of a row, which softmax does not see.
-    As a function of one number the network is straight lines between kinks: they are made once a row, and a pair of query and key
-    looks its line up.
-    params: ["weight_in"] [F], ["bias_in"] [F], ["weight_out"] [F, H], initially zero; F = hidden_dim.
+    Positions are not clamped. There is no b_2, because it would add the same number to every key of a row, which softmax cancels.
+    As a function of one number the network is piecewise linear. Its pieces are computed once per row, and each pair of query and
+    key looks up its piece.
+
+    Parameters, F = hidden_dim: params["weight_in"] [F], ["bias_in"] [F], and ["weight_out"] [F, H], which is initially zero.
+    gates="keys" adds ["gate_kernel"] as in ``cope``.
 
     Args:
       hidden_dim: F, the width of the network.
       gates, scaled, shared, gate_bias: as in ``cope``.
 
     Raises:
-      ValueError: hidden_dim below 1, unknown gates, a gate_bias that is not finite.
+      ValueError: hidden_dim is below 1, gates is unknown, or gate_bias is not finite.
 
-    Golovneva et al., arXiv:2405.18719, the CoPE_MLP row; the paper does not give the network's shape, this one is ours.
+    Golovneva et al., arXiv:2405.18719, the CoPE_MLP row. The paper does not give the network's shape; this one is ours.
     """
     check_at_least("hidden_dim", hidden_dim, 1)
     _check_gates(gates, gate_bias)
 
     def init(key: Array, dims: Dims) -> Params:
         gate_key, key = jax.random.split(key)
-        # The kinks -b/w spread over positions 0 .. 64, where gates of a half put most of the first hundred tokens.
+        # The kinks -b/w cover positions 0 .. 64: with gates of 1/2, most of the first hundred tokens are there.
         kinks = jnp.linspace(0.0, 64.0, hidden_dim, endpoint=False)
         weight = jnp.abs(jax.random.normal(key, (hidden_dim,))) * 0.1 + 0.01
         return _gate_params(gates, gate_key, dims) | {
@@ -160,7 +169,7 @@ def cope_mlp(
 
 
 def _products(query: Array, table: Array) -> Array:
-    """q.e of every query with every row of a table [P, H] or [N, P, H], [B, N, t, P] float32."""
+    """Returns q.e of every query with every row of a table [P, H] or [N, P, H], as [B, N, t, P] float32."""
     return jnp.einsum("bnth,nph->bntp" if table.ndim == 3 else "bnth,ph->bntp", query.astype(jnp.float32), table)
 
 
@@ -171,7 +180,7 @@ def _load_interpolated(rows: dict[str, Array], tables: tuple) -> dict[str, Array
 
 
 def _interpolated(counts: Array, rows: dict[str, Array], embedding: Array) -> Array:
-    """z at a fractional position, [B, N, t, s], clamped to the last."""
+    """Interpolates z at fractional positions, [B, N, t, s], clamped to the last position."""
     position = jnp.minimum(counts, rows["z"].shape[-2] - 1)
     floor = jnp.floor(position)
     found = _looked_up(rows["z"], floor.astype(jnp.int32))
@@ -179,7 +188,10 @@ def _interpolated(counts: Array, rows: dict[str, Array], embedding: Array) -> Ar
 
 
 def _saturate_interpolated(rows: dict[str, Array], tables: tuple, carry: Array) -> tuple[Array, Array]:
-    """Past the last position the bias is z there, whatever is counted further left."""
+    """Returns which rows have reached the last position, and the value of z there.
+
+    It is the bias of every key further left, whatever the gates of those keys are.
+    """
     last = rows["z"].shape[-2] - 1
     return carry >= last, rows["z"][..., last, 0]
 
@@ -189,15 +201,15 @@ def _penalised(counts: Array, rows: dict[str, Array], slopes: Array) -> Array:
 
 
 def _load_network(rows: dict[str, Array], tables: tuple) -> dict[str, Array]:
-    """The network as straight lines: [B, N, t, F + 1, 2], slope and height of each piece between two kinks, and the kinks.
+    """Computes the network's linear pieces for every query: rows["z"] [B, N, t, F + 1, 2], slope and intercept between two kinks.
 
-    A unit of positive weight acts to the right of its kink -b/w, one of negative weight to the left.
+    A unit of positive weight is active to the right of its kink -b/w, one of negative weight to the left.
     """
     weight, offset, weight_out = tables[1]
     kinks = _kinks(weight, offset)
     order = jnp.argsort(kinks)
     z = _products(rows["query"], weight_out)[..., order]
-    lines = z[..., None] * jnp.stack([weight, offset], -1)[order]  # of one unit where it acts
+    lines = z[..., None] * jnp.stack([weight, offset], -1)[order]  # of each unit, where it is active
     falls = (weight < 0)[order, None]
     passed = jnp.cumsum(jnp.where(falls, -lines, lines), axis=-2)
     start = jnp.where(falls, lines, 0.0).sum(-2, keepdims=True)
@@ -205,13 +217,16 @@ def _load_network(rows: dict[str, Array], tables: tuple) -> dict[str, Array]:
 
 
 def _kinks(weight: Array, offset: Array) -> Array:
-    """Where each unit begins or ceases to act, [F]; a unit without weight acts everywhere or nowhere."""
+    """Returns the position at which each unit becomes active or inactive, [F].
+
+    It is infinite for a unit of zero weight, which is active everywhere or nowhere.
+    """
     flat = weight == 0.0
     return jnp.where(flat, jnp.where(offset > 0, -jnp.inf, jnp.inf), -offset / jnp.where(flat, 1.0, weight))
 
 
 def _network(counts: Array, rows: dict[str, Array], tables: tuple[Array, Array, Array]) -> Array:
-    """The piece that a count falls on, looked up: a unit costs a comparison."""
+    """Evaluates the network at each count by looking up its linear piece; each unit costs one comparison."""
     kinks = jax.lax.stop_gradient(jnp.sort(_kinks(*tables[:2])))
     at = jax.lax.stop_gradient(counts)
     none = jnp.zeros(counts.shape, jnp.int32)
@@ -221,9 +236,9 @@ def _network(counts: Array, rows: dict[str, Array], tables: tuple[Array, Array, 
 
 
 def _looked_up(table: Array, index: Array) -> Array:
-    """Row ``index`` [B, N, t, s] of a table [B, N, t, P, 2] of its own for every query.
+    """Gathers row ``index`` [B, N, t, s] from a table [B, N, t, P, 2] that differs between queries.
 
-    Both numbers in one gather from a flat array: on a CPU its transpose is three times as fast as that of two gathers.
+    Both numbers come from one gather on a flat array, whose transpose is three times as fast on a CPU as that of two gathers.
     """
     row = jnp.arange(math.prod(table.shape[:3]), dtype=jnp.int32).reshape(*table.shape[:3], 1)
     return table.reshape(-1, 2).at[row * table.shape[3] + index].get(mode="promise_in_bounds")
@@ -233,9 +248,9 @@ def _looked_up(table: Array, index: Array) -> Array:
 
 
 def gates_and_positions(term: BiasTerm, tile: Tile) -> tuple[Array, Array] | None:
-    """g_ij and p_ij as a term counts them on the tile that it was cut to, [B, N, t, s] float32 each.
+    """Returns the gates g_ij and positions p_ij of a term on the tile that it was cut to, [B, N, t, s] float32 each.
 
-    Gates are zero where masked; positions are not clamped. None for a term that does not count.
+    Gates are zero where masked; positions are not clamped. Returns None for a term that does not count.
     """
     if not isinstance(term.function, _CountingTile):
         return None
@@ -252,7 +267,7 @@ def _gates(tile: Tile, rows: dict[str, Array], columns: dict[str, Array], tables
         grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], length, width)
         logits = jnp.einsum("bkgth,bksh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
         logits = logits.reshape(batch, heads, length, key.shape[2])
-    for more in gate_bias:  # one, or none
+    for more in gate_bias:  # empty, or one scalar
         logits = logits + more
     return jnp.where(tile.allowed, jax.nn.sigmoid(logits), 0.0)
 
@@ -262,9 +277,9 @@ def _positions(gates: Array, carry: Array) -> Array:
 
 
 def _sum_to_the_right(gates: Array) -> Array:
-    """sum of gates[..., k] for k >= j: a product with a triangle of ones within blocks, and a short sum over the blocks.
+    """Sums gates[..., k] over k >= j, by a product with a triangle of ones within blocks and a short sum over the blocks.
 
-    Faster than a scan on every device, and its rounding error grows with the number of blocks only.
+    This is faster than a scan on every device, and its rounding error grows only with the number of blocks.
     """
     block, columns = 32, gates.shape[-1]
     padded = jnp.pad(gates, [(0, 0)] * (gates.ndim - 1) + [(0, -columns % block)])
@@ -278,9 +293,12 @@ def _sum_to_the_right(gates: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _CountingTile:
-    """The function of a term: equal where the bias is the same function of a count, so that such terms are one program to jit."""
+    """The tile function of a term that counts gates.
 
-    name: str = dataclasses.field(compare=False)  # for messages
+    Two are equal if the bias is the same function of the count, so that jit compiles such terms once.
+    """
+
+    name: str = dataclasses.field(compare=False)  # for error messages
     bias_of_count: Callable[[Array, dict[str, Array], Any], Array]
 
     def __call__(self, tile: Tile, rows: dict, columns: dict, tables: tuple, carry: Array) -> tuple[Array, Array]:
@@ -291,7 +309,7 @@ class _CountingTile:
         return self.name
 
 
-# What a term makes of counts, its load and its saturate.
+# For each encoding: its bias as a function of the count, its load and its saturate.
 _COUNTING = {
     "cope": (_interpolated, _load_interpolated, _saturate_interpolated),
     "cope_alibi": (_penalised, None, None),
@@ -308,7 +326,11 @@ def _counting_term(
     tables: Any,
     heads: tuple[int | None, ...],
 ) -> BiasTerm:
-    """A term with tables (scale, those of the encoding), whose axes of heads are told, and the gates' bias if not the number 0."""
+    """Builds the bias term of an encoding that counts gates.
+
+    Its tables are (scale, ``tables``), followed by gate_bias unless that is the number 0. ``heads`` gives the head axis of each
+    leaf of ``tables``, as in ``BiasTerm``.
+    """
     bias_of_count, load, saturate = _COUNTING[encoding]
     biased = is_traced(gate_bias) or float(gate_bias) != 0.0
     name = f"{encoding} with gates={gates!r}{' and a gate_bias' if biased else ''}"
@@ -329,7 +351,10 @@ def _counting_term(
 
 
 def _clamped(embedding: Array, clamp: Array | int) -> Array:
-    """[..., P, H] with the clamp's row in place of all behind it: interpolation is constant there. NaN for a clamp out of range."""
+    """Returns the embedding [..., P, H] with all rows after row ``clamp`` replaced by it, which makes interpolation constant there.
+
+    All values are NaN if clamp is out of range.
+    """
     clamp, last = setting(clamp), embedding.shape[-2] - 1
     row = jnp.minimum(jnp.arange(last + 1), jnp.round(clamp).astype(jnp.int32))
     row = jnp.where((clamp >= 1) & (clamp <= last), row, last + 1)

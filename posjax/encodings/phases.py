@@ -1,4 +1,4 @@
-"""Angles of sinusoids and rotations: position times frequency, exact far past the point where a float32 product is not."""
+"""Angles of sinusoids and rotations: position times frequency, accurate far past the point where a float32 product is not."""
 
 import math
 
@@ -11,23 +11,25 @@ from posjax.typing import Array, Float
 
 
 def geometric_frequencies(theta: Array | float, width: int) -> np.ndarray | Array:
-    """theta^(-2m/width) for m = 0 .. width/2 - 1, in radians per position (RoFormer, section 3.2.2).
+    """Returns theta^(-2m/width) for m = 0 .. width/2 - 1, in radians per position (RoFormer, section 3.2.2).
 
-    NumPy and float64; where theta is traced, jax and float32: then a theta that is not positive gives NaN or infinity.
+    The result is a float64 NumPy array. For a traced theta it is a float32 jax array, and a theta that is not positive gives NaN or
+    infinity.
     """
     ratio = np.arange(0, width, 2, dtype=np.float64) / width
     return _traced_power(theta, ratio) if is_traced(theta) else np.asarray(theta, np.float64) ** -ratio
 
 
 def _traced_power(theta: Array, ratio: np.ndarray) -> Float[Array, " F"]:
-    """theta^-ratio within 2.3 * 2^-24 of itself, on a CPU; exp2(-ratio * log2(theta)) is off by twenty times as much.
+    """Computes theta^-ratio with a relative error of at most 2.3 * 2^-24 on a CPU.
 
-    With theta = 2^e f, the exponent is e * ratio + log2(f) * ratio. The product of e, an integer, and the leading bits of a ratio
-    is exact, and its whole part goes into the result as it is. The sum that is left for exp2 is small, and so is its rounding.
+    exp2(-ratio * log2(theta)) has twenty times that error. With theta = 2^e f, the exponent is e * ratio + log2(f) * ratio. The
+    product of the integer e and the leading bits of ratio is exact, and ldexp applies its integer part without rounding. The
+    remainder, which goes through exp2, is small, and so is its rounding error.
     """
     leading = np.round(ratio * 2.0**12) / 2.0**12
     theta = setting(theta)
-    exponent = jnp.frexp(theta * math.sqrt(2.0))[1] - 1  # so that f is as near to 1 as can be
+    exponent = jnp.frexp(theta * math.sqrt(2.0))[1] - 1  # brings f as close to 1 as possible
     product = exponent * jnp.asarray(leading, jnp.float32)
     whole = jnp.round(product)
     rest = exponent * jnp.asarray(ratio - leading, jnp.float32)
@@ -36,16 +38,16 @@ def _traced_power(theta: Array, ratio: np.ndarray) -> Float[Array, " F"]:
 
 
 def angles(positions: Array, frequencies: np.ndarray | Array) -> Float[Array, "..."]:
-    """positions[..., None] * frequencies modulo 2 pi, float32.
+    """Returns positions[..., None] * frequencies, modulo 2 pi where that is exact, as float32.
 
-    A float32 product is off by 6e-3 rad at position 100,000, because the frequency was rounded before it was multiplied.
-    With integer positions and frequencies known on the host, the product is taken in turns, in 32-bit fixed point: whole
-    turns overflow and drop out, which is what a rotation wants, and what is left is right to about 1e-6 rad at every
-    position below 2^31. Traced frequencies (a swept theta) and fractional positions take the float32 product.
+    A float32 product has an error of 6e-3 rad at position 100,000, because the frequency is rounded before the multiplication.
+    With integer positions and frequencies that are concrete on the host, the product is computed in turns, in 32-bit fixed point:
+    whole turns overflow and vanish, as a rotation needs, and the remainder has an error of about 1e-6 rad at every position below
+    2^31. Traced frequencies (a swept theta) and fractional positions use the float32 product.
 
     Args:
       positions: integers (or floats) of any shape.
-      frequencies: [F] radians per position; a NumPy array takes the exact path.
+      frequencies: [F] radians per position; a NumPy array selects the exact path.
 
     Returns:
       [..., F] radians, in [-pi, pi) on the exact path.
@@ -55,7 +57,7 @@ def angles(positions: Array, frequencies: np.ndarray | Array) -> Float[Array, ".
         return positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     turns = np.mod(frequencies.astype(np.float64) / (2 * np.pi), 1.0)
     high = np.floor(turns * 2.0**32)
-    low = turns - high / 2.0**32  # what 32 bits of a turn leave over; float32 holds it to 56 bits in all
+    low = turns - high / 2.0**32  # remainder after 32 bits of a turn; float32 extends it to 56 bits in total
     whole = positions[..., None].astype(jnp.uint32) * jnp.asarray(high.astype(np.uint32))
     signed = whole.astype(jnp.int32).astype(jnp.float32) * 2.0**-32  # two's complement: a turn in [-1/2, 1/2)
     rest = positions[..., None].astype(jnp.float32) * jnp.asarray(low, jnp.float32)

@@ -1,4 +1,4 @@
-"""Static relative biases, functions of two positions: ALiBi and T5."""
+"""Relative biases that depend on the two positions alone: ALiBi and T5."""
 
 import functools
 import math
@@ -14,16 +14,17 @@ from posjax.typing import Array, Float, Int, Params
 
 
 def alibi(slope: Array | float | None = None) -> PositionalEncoding:
-    """A linear penalty on distance, with a fixed slope a head: bias = -m_n |i - j|, not divided by sqrt(H).
+    """Penalizes scores linearly in distance, with a fixed slope per head (ALiBi): bias = -m_n |i - j|.
 
-    Slopes start at 2^(-8/N) with that ratio; where N is not a power of two, by the rule of the released code.
+    The bias is not divided by sqrt(H). Slopes form a geometric sequence with first element and ratio 2^(-8/N); if N is not a power
+    of two, they follow the rule of the released code.
 
     Args:
-      slope: m of every head, in nats per position; None takes ALiBi's slope of each head. It may be a traced scalar: a setting of a
-        sweep, with gradient zero.
+      slope: m of every head, in nats per position; None gives each head its ALiBi slope. It may be a traced scalar, such as a swept
+        hyperparameter; its gradient is zero.
 
     Raises:
-      ValueError: a slope that is not one positive number; a traced one gives NaN.
+      ValueError: slope is not one positive number; a traced slope that is not positive gives NaN.
 
     Press et al., arXiv:2108.12409.
     """
@@ -36,9 +37,10 @@ def alibi(slope: Array | float | None = None) -> PositionalEncoding:
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
-    """ALiBi's slopes [N], float32: 2^(-8/c) and its powers for the largest power of two c in N, then every other slope of 2c.
+    """Returns ALiBi's slopes, [N] float32.
 
-    The paper's formula read literally differs where N is not a power of two; this is what its code, and BLOOM, do.
+    They are the first c powers of 2^(-8/c), with c the largest power of two up to N, followed by every other slope of 2c heads.
+    If N is not a power of two, a literal reading of the paper's formula differs; this is what its code and BLOOM do.
     """
     check_at_least("num_heads", num_heads, 1)
     closest = 2 ** int(math.log2(num_heads))
@@ -50,13 +52,16 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 
 
 def check_slope(slope: Array | float | None) -> None:
-    """Raises ValueError for a slope that does not fall."""
+    """Raises ValueError if slope is neither None nor one positive number; a traced slope is checked by shape alone."""
     if slope is not None:
         check_positive("slope", slope, "None takes ALiBi's slopes")
 
 
 def slopes_of_heads(slope: Array | float | None, num_heads: int) -> Float[Array, " N"]:
-    """[N] float32: one slope for every head, NaN where it is not positive, or ALiBi's slope of each where it is None."""
+    """Returns the slope of each head, [N] float32.
+
+    Every head has ``slope``, or NaN if it is not positive. If ``slope`` is None, the heads have ALiBi's slopes.
+    """
     if slope is None:
         return jnp.asarray(alibi_slopes(num_heads))
     return jnp.full(num_heads, jnp.where(setting(slope) > 0, setting(slope), jnp.nan))
@@ -68,18 +73,18 @@ def _linear_penalty(query_positions: Array, key_positions: Array, slopes: Array)
 
 
 def t5(num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = False) -> PositionalEncoding:
-    """A learned bias a head and bucket of distance: bias = b_n[bucket(j - i)], buckets exact up to a point, then logarithmic.
+    """Adds a learned bias per head and bucket of relative position (T5): bias = b_n[bucket(j - i)].
 
-    params["bias"] is [num_buckets, N], initially zero. It is added to the scores as they are: T5 itself does not scale q.k, so
-    a T5 checkpoint also needs ``scale=1``.
+    Short distances have a bucket each; beyond, bucket widths grow logarithmically. params["bias"] is [num_buckets, N], initially
+    zero. The bias is added to the scores unscaled. T5 itself does not scale q.k, so a T5 checkpoint also needs ``scale=1``.
 
     Args:
-      num_buckets: how many; half of them for each direction where bidirectional. The last holds all that is further.
-      max_distance: distance, in positions, from which on all share the last bucket.
-      bidirectional: keys after the query have buckets of their own (encoders); False: they share bucket 0 (decoders).
+      num_buckets: number of buckets; if bidirectional, half of them for each direction. The last one holds all longer distances.
+      max_distance: distance, in positions, from which on all pairs share the last bucket.
+      bidirectional: True gives keys after the query their own buckets (encoders); False puts them into bucket 0 (decoders).
 
     Raises:
-      ValueError: too few buckets, an odd number where bidirectional, or max_distance not past the exact buckets.
+      ValueError: num_buckets is too small, or odd although bidirectional, or max_distance does not exceed the exact buckets.
 
     Raffel et al., arXiv:1910.10683, section 2.1.
     """
@@ -96,7 +101,7 @@ def t5(num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = Fal
 
 
 def check_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> None:
-    """Raises ValueError where the bucket rule has no exact or no logarithmic part."""
+    """Raises ValueError if the buckets have no exact part, no logarithmic part, or cannot be halved for two directions."""
     check_at_least("num_buckets", num_buckets, 4 if bidirectional else 2)
     if bidirectional and num_buckets % 2:
         raise ValueError(f"num_buckets must be even where bidirectional=True, got {num_buckets}")
@@ -108,9 +113,9 @@ def check_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> N
 
 
 def t5_bucket(relative_position: Int[Array, "..."], num_buckets: int, max_distance: int, bidirectional: bool) -> Int[Array, "..."]:
-    """T5's bucket of j - i (key minus query).
+    """Returns T5's bucket of the relative position j - i (key minus query).
 
-    The logarithmic part is a count of thresholds, taken on the host in float64: a float32 logarithm puts some distances on the
+    The logarithmic part counts thresholds that the host computes in float64, because a float32 logarithm puts some distances on the
     wrong side of an edge on some devices.
     """
     span = num_buckets // 2 if bidirectional else num_buckets
@@ -127,7 +132,7 @@ def t5_bucket(relative_position: Int[Array, "..."], num_buckets: int, max_distan
 
 @functools.cache
 def _bucket_thresholds(span: int, exact: int, max_distance: int) -> tuple[int, ...]:
-    """The least distance of each bucket past the first logarithmic one.
+    """Returns the smallest distance of each bucket after the first logarithmic one.
 
     bucket(d) = exact + floor(log(d / exact) / log(max_distance / exact) * (span - exact)).
     """
@@ -138,8 +143,11 @@ def _bucket_thresholds(span: int, exact: int, max_distance: int) -> tuple[int, .
 
 
 def one_bucket(num_buckets: int, max_distance: int, bidirectional: bool) -> Callable[[Array, Array, Array, Array], Array]:
-    """(first query position, last, first key position, last) -> whether all pairs between fall in one bucket: the furthest
-    of their direction, or, where keys ahead share bucket 0, that one."""
+    """Returns a test of whether all pairs in a range of queries and a range of keys share one bucket.
+
+    The test maps (first query position, last, first key position, last) to True if all pairs are in the furthest bucket of their
+    direction, or, where keys ahead of the query share bucket 0, all in bucket 0.
+    """
     span = num_buckets // 2 if bidirectional else num_buckets
     furthest = max((span // 2, *_bucket_thresholds(span, span // 2, max_distance)))
 
@@ -151,7 +159,10 @@ def one_bucket(num_buckets: int, max_distance: int, bidirectional: bool) -> Call
 
 @functools.cache
 def _bucket_function(num_buckets: int, max_distance: int, bidirectional: bool):
-    """One pair of objects for equal arguments, as position_bias asks: the bias, and the same by name."""
+    """Returns the T5 bias as a function of positions and as a ``Lookup``.
+
+    Cached, so that equal arguments give the same two objects, which ``position_bias`` needs to avoid recompilation.
+    """
 
     def index(query_positions: Array, key_positions: Array) -> Array:
         return t5_bucket(key_positions - query_positions, num_buckets, max_distance, bidirectional)

@@ -10,20 +10,23 @@ from posjax.typing import Array, Float, Int, Params
 
 
 def rope(theta: Array | float = 10_000.0, fraction: float = 1.0, pairing: Pairing = "half") -> PositionalEncoding:
-    """Rotates pairs of channels of query and key by position * theta_m, so that q.k depends on the distance alone.
+    """Rotates pairs of query and key channels by their position (RoPE), so that q.k depends on the positions' difference alone.
 
-    (q_a, q_b) -> (q_a cos - q_b sin, q_a sin + q_b cos) with phase p * theta^(-2m/R), m = 0 .. R/2 - 1, R = fraction * H.
+    With R = fraction * H rotated channels and phase p * theta^(-2m/R) for m = 0 .. R/2 - 1, pair m at position p becomes
+
+        (q_a, q_b) -> (q_a cos - q_b sin, q_a sin + q_b cos)
 
     Args:
-      theta: base of the frequencies; wavelengths run from 2 pi to 2 pi theta positions. It may be a traced scalar: a setting of a
-        sweep, with gradient zero. Phases are then products in float32, off by up to 2e-7 of themselves.
-      fraction: share of the head's channels that are rotated, the first ones; 0.25 in GPT-NeoX.
+      theta: base of the frequencies; wavelengths range from 2 pi to 2 pi theta positions. It may be a traced scalar, such as a
+        swept hyperparameter; its gradient is zero. Phases are then float32 products with a relative error of up to 2e-7.
+      fraction: fraction of the head's channels that are rotated, from the first on; 0.25 in GPT-NeoX.
       pairing: which channels form pair m: "half" is (m, m + R/2) (GPT-NeoX, transformers' Llama), "interleaved" is
-        (2m, 2m + 1) (GPT-J, Meta's Llama). Checkpoints of one are wrong in the other: ``convert_pairing`` reorders them.
+        (2m, 2m + 1) (GPT-J, Meta's Llama). A checkpoint trained with one gives wrong results with the other; ``convert_pairing``
+        reorders its channels.
 
     Raises:
-      ValueError: theta is not one positive number (a traced one gives NaN), fraction is outside (0, 1], pairing is unknown, or
-        (in ``rotate``) fraction * H is not an even number of channels.
+      ValueError: theta is not one positive number (a traced theta that is not positive gives NaN), fraction is outside (0, 1],
+        pairing is unknown, or (in ``rotate``) fraction * H is not an even number of channels.
 
     Su et al., arXiv:2104.09864, equation 34.
     """
@@ -43,10 +46,10 @@ def rope(theta: Array | float = 10_000.0, fraction: float = 1.0, pairing: Pairin
 
 
 def rotated_width(head_dim: int, fraction: float) -> int:
-    """How many of a head's channels are rotated.
+    """Returns the number of a head's channels that are rotated.
 
     Raises:
-      ValueError: the number is odd or not whole.
+      ValueError: fraction * head_dim is odd, below 2 or not an integer.
     """
     width = round(head_dim * fraction)
     if width < 2 or width % 2 or abs(width - head_dim * fraction) > 1e-6:
@@ -60,16 +63,16 @@ def rotated_width(head_dim: int, fraction: float) -> int:
 def convert_pairing(
     kernel: Float[Array, "D N H"], *, source: Pairing, target: Pairing, fraction: float = 1.0
 ) -> Float[Array, "D N H"]:
-    """Reorders the output channels of a query or key projection made for one pairing, for the same attention in the other.
+    """Reorders the output channels of a query or key projection, so that attention is the same under the other pairing.
 
     Args:
-      kernel: [..., H]: any array whose last axis is a head's channels (a bias [N, H] too).
-      source: the pairing that it was trained with.
-      target: the pairing that it will be used with.
-      fraction: rope's fraction.
+      kernel: [..., H], any array whose last axis is a head's channels, such as a kernel [D, N, H] or a bias [N, H].
+      source: pairing that the projection was trained with.
+      target: pairing that the projection will be used with.
+      fraction: ``fraction`` of ``rope``.
 
     Raises:
-      ValueError: an unknown pairing, or fraction * H is not an even number of channels.
+      ValueError: a pairing is unknown, or fraction * H is not an even number of channels.
     """
     check_pairing(source)
     check_pairing(target)
@@ -88,7 +91,7 @@ def check_pairing(pairing: str) -> None:
 
 
 def decay_bound(distances: Int[Array, " S"], head_dim: int, theta: float = 10_000.0) -> Float[Array, " S"]:
-    """RoFormer's upper bound on the decay of a rotated product: mean over m of |S_m|, S_m = sum_{l<m} exp(i * distance * theta_l).
+    """Returns RoFormer's upper bound on a rotated product: the mean over m of |S_m|, S_m = sum_{l<m} exp(i * distance * theta_l).
 
     Only this bound decays with distance; the product itself need not. Su et al., arXiv:2104.09864, section 3.4.3.
     """

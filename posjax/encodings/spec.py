@@ -1,4 +1,4 @@
-"""Encodings written as text, for configurations and command lines.
+"""The text form of encodings, for configurations and command lines.
 
 rope                                   an encoding with its defaults
 cope(max_position=64, gates="keys")    with arguments, as in Python
@@ -29,7 +29,7 @@ CONSTRUCTORS: types.MappingProxyType[str, Callable[..., PositionalEncoding]] = t
     {f.__name__: f for f in (identity, sinusoidal, learned, rope, alibi, t5, tupe, cope, cope_alibi, cope_mlp)}
 )
 
-# Arguments that may be traced numbers: encodings that differ in these alone are one program.
+# Arguments that may be traced numbers: encodings that differ only in these share one compiled program.
 TRACED: types.MappingProxyType[str, tuple[str, ...]] = types.MappingProxyType(
     {
         "sinusoidal": ("theta",),
@@ -43,17 +43,18 @@ TRACED: types.MappingProxyType[str, tuple[str, ...]] = types.MappingProxyType(
 
 
 def parse_encoding(spec: str, settings: Sequence[Any] = ()) -> PositionalEncoding | tuple[PositionalEncoding, ...]:
-    """The encoding that a text names, or a tuple of them where it names one for each of several layers.
+    """Parses the text form of an encoding, or of one encoding for each of several layers.
 
     Args:
       spec: names of posjax's encodings with literal arguments, joined by ``+`` (chain) and ``/`` (next layer).
-      settings: what ``_0``, ``_1``, ... in the text stand for, as ``blanked`` writes them; may be traced.
+      settings: values of ``_0``, ``_1``, ... in the text, which ``blanked`` writes; they may be traced.
 
     Returns:
       One encoding, or, with ``/``, a tuple in which equal parts are the same object.
 
     Raises:
-      ValueError: text that is not of this form, an unknown name (with the nearest known one), or arguments the encoding refuses.
+      ValueError: the text does not have this form, a name is unknown (the message suggests the closest one), or an encoding rejects
+        its arguments.
     """
     parts = _parts(spec)
     made = {part: _parse(part, spec, settings) for part in parts}
@@ -70,7 +71,7 @@ def _parse(part: str, spec: str, settings: Sequence[Any]) -> PositionalEncoding:
 
 
 def _calls(part: str, spec: str) -> list[ast.Call]:
-    """The members of a chain, each as a call of a known name."""
+    """Returns the members of a chain, each as a call of a known encoding."""
     try:
         tree = ast.parse(part, mode="eval").body
     except SyntaxError as error:
@@ -119,13 +120,15 @@ def _construct(call: ast.Call, spec: str, settings: Sequence[Any]) -> Positional
         raise ValueError(f"{name} takes {usage}, got {spec!r}: {error}") from None
 
 
-# Encodings that differ in numbers alone ------------------------------------------------------------------------------
+# Encodings that differ only in numbers -------------------------------------------------------------------------------
 
 _BLANK = re.compile(r"_(\d+)")
 
 
 def blanked(spec: str) -> tuple[str, tuple[float, ...]]:
-    """A spec with ``_0``, ``_1``, ... in place of the numbers that may be traced (defaults are written out), and those numbers.
+    """Replaces the numbers of a spec that may be traced by ``_0``, ``_1``, ... and returns the result and the numbers.
+
+    Defaults are written out.
 
     >>> blanked("rope + cope(64)")
     ('rope(theta=_0) + cope(64, gate_bias=_1)', (10000.0, 0.0))
@@ -146,7 +149,7 @@ def blanked(spec: str) -> tuple[str, tuple[float, ...]]:
 
 
 def filled(spec: str, settings: dict[int, float]) -> str:
-    """A spec with numbers in place of some blanks; the others are counted anew from ``_0`` on.
+    """Substitutes numbers for some placeholders of a spec; the others are renumbered from ``_0``.
 
     >>> filled("rope(theta=_0) + cope(64, gate_bias=_1)", {0: 500.0})
     'rope(theta=500.0) + cope(64, gate_bias=_0)'
@@ -165,13 +168,13 @@ def filled(spec: str, settings: dict[int, float]) -> str:
 
 
 def with_argument(spec: str, name: str, argument: str, value: Any) -> str:
-    """A spec in which every member of that name has that argument.
+    """Sets an argument of every member with the given name in a spec.
 
     >>> with_argument("rope + cope(64)", "cope", "gate_bias", -2.0)
     'rope + cope(64, gate_bias=-2.0)'
 
     Raises:
-      ValueError: an encoding or argument that is not known, with the nearest known one.
+      ValueError: the encoding is unknown (the message suggests the closest one), or it has no such argument.
     """
     if name not in CONSTRUCTORS:
         near = difflib.get_close_matches(name, CONSTRUCTORS, n=1)
@@ -188,7 +191,7 @@ def with_argument(spec: str, name: str, argument: str, value: Any) -> str:
 
 
 def _rewritten(spec: str, change: Callable[[ast.Call], ast.Call]) -> str:
-    """Equal layers are changed once: they stay equal."""
+    """Applies ``change`` to every encoding of a spec; equal layers are changed once, so that they stay equal."""
 
     def text(call: ast.Call) -> str:
         return ast.unparse(call if call.args or call.keywords else call.func)
@@ -218,11 +221,11 @@ def _with(call: ast.Call, argument: str, value: ast.expr) -> ast.Call:
 
 
 def slug(spec: str) -> str:
-    """A file's or folder's name for an encoding: "cope(64) / identity" is cope-64-then-identity."""
+    """Returns a file or folder name for an encoding: "cope(64) / identity" becomes cope-64-then-identity."""
     return re.sub(r"[^a-z0-9_]+", "-", spec.lower().replace("/", " then ")).strip("-")
 
 
 @functools.cache
 def one_line(name: str) -> str:
-    """The first sentence of an encoding's docstring."""
+    """Returns the first line of an encoding's docstring."""
     return (inspect.getdoc(CONSTRUCTORS[name]) or "").split("\n")[0]

@@ -1,11 +1,12 @@
-"""TUPE: positions and words correlated apart, and [CLS] untied from all positions.
+"""TUPE: separate correlations of words and of positions, with [CLS] untied from all positions.
 
 The score of Ke et al. (equation 10) is
 
     (x_i W^Q)(x_j W^K)^T / sqrt(2H) + reset( (p_i U^Q)(p_j U^K)^T / sqrt(2H) [ + b_{j-i} in TUPE-R ] )
 
-where reset gives the row of [CLS] theta_1 and its column theta_2. No [T, S] array is needed for any of it: query and key are
-widened to [q, p U^Q, row, column] and [k, p U^K, 1, is [CLS]], so that one product of width 2H + 2 is the whole score.
+where reset replaces the row of [CLS] by theta_1 and its column by theta_2. No [T, S] array is needed: query and key are
+widened to [q, p U^Q, row, column] and [k, p U^K, 1, is [CLS]], so that one product of width 2H + 2 gives the score, to which
+TUPE-R adds b as a bias term.
 """
 
 import functools
@@ -28,27 +29,31 @@ def tupe(
     num_buckets: int = 32,
     max_distance: int = 128,
 ) -> PositionalEncoding:
-    """Transformer with Untied Positional Encoding: TUPE-A, or TUPE-R with ``relative``.
+    """Adds a correlation of absolute positions, with projections of their own, to the scores (TUPE-A; TUPE-R with ``relative``).
 
-    The token at position 0 is [CLS]. Nothing is added to the input; the parameters serve all layers:
-    params["position"] [max_length, D], ["query_kernel"] [D, N, H], ["key_kernel"] [D, K, H], ["reset"] [2, N] (theta_1, theta_2)
-    where untie_cls, ["bias"] [buckets, N] where relative.
+        score_ij = (q_i.k_j) / sqrt(2H) + reset((p_i U^Q).(p_j U^K) / sqrt(2H) [+ b_{j-i} with ``relative``])
+
+    reset replaces the row of [CLS], the token at position 0, by theta_1 and its column by theta_2. Nothing is added to the
+    embeddings, and all layers share the parameters: params["position"] [max_length, D], ["query_kernel"] [D, N, H],
+    ["key_kernel"] [D, K, H], ["reset"] [2, N] (theta_1, theta_2) with untie_cls unless released, and ["bias"] [buckets, N] with
+    relative.
 
     Args:
-      relative: adds a T5 bias inside the reset, unscaled (TUPE-R).
-      untie_cls: reset the row and column of [CLS]; False is the paper's ablation with tied [CLS].
-      released: the authors' code in place of the paper: a LayerNorm on p, projections with biases, and one more row of p, whose
-        products through U are theta_1 = p_0.p_0 and theta_2 = p_1.p_1 (p_1 is also [CLS]'s own); in TUPE-R, the column of [CLS]
-        takes one more bucket, and its row bucket num_buckets / 2, which no distance falls in.
-      num_buckets, max_distance: of the relative bias, as in ``t5``, in both directions.
+      relative: True adds a T5 bias inside the reset, unscaled (TUPE-R).
+      untie_cls: True resets the row and column of [CLS]; False is the paper's ablation with tied [CLS].
+      released: True follows the authors' code instead of the paper. It applies LayerNorm to p, adds biases to the projections, and
+        gives p one more row, from which theta_1 = p_0.p_0 and theta_2 = p_1.p_1 are computed by products through U (p_1 is also the
+        row of [CLS] itself). In TUPE-R, the column of [CLS] has an extra bucket, and its row uses bucket num_buckets / 2, which no
+        distance falls into.
+      num_buckets, max_distance: of the relative bias, as in bidirectional ``t5``.
 
     Raises:
-      ValueError: Dims.max_length is not given, a position lies past it, or buckets that ``t5`` refuses.
+      ValueError: Dims.max_length is not given, a position is past it, or ``t5`` rejects the bucket arguments.
 
     Ke et al., arXiv:2006.15595, section 3.
     """
     check_buckets(num_buckets, max_distance, bidirectional=True)
-    extra_row = int(released and untie_cls)  # the released table begins with p_0, which no token has
+    extra_row = int(released and untie_cls)  # the released table begins with p_0, which no token uses
 
     def init(key: Array, dims: Dims) -> Params:
         length = require_max_length("tupe", dims)
@@ -74,7 +79,7 @@ def tupe(
         return params
 
     def project(params: Params, positions: Array) -> tuple[Array, Array]:
-        """p U^Q and p U^K at those rows of p, [..., N, H] and [..., K, H] float32."""
+        """Returns p U^Q and p U^K of the given positions, [..., N, H] and [..., K, H] float32."""
         table = leaf(params, "position", "tupe", (None, None))
         if released:
             centred = table - table.mean(-1, keepdims=True)
@@ -90,7 +95,7 @@ def tupe(
         return query + leaf(params, "query_bias", "tupe", query.shape[-2:]), key + leaf(params, "key_bias", "tupe", key.shape[-2:])
 
     def thetas(params: Params, scale: Array | float) -> tuple[Array, Array]:
-        """theta_1 and theta_2, [N] each, as they stand in the score."""
+        """Returns theta_1 and theta_2, [N] each, as they appear in the score."""
         if not extra_row:
             return tuple(leaf(params, "reset", "tupe", (2, None)))
         query, key = project(params, jnp.arange(2))
@@ -106,7 +111,7 @@ def tupe(
             leaf(params, "query_kernel", "tupe", (None, heads, head_dim)),
             leaf(params, "key_kernel", "tupe", (None, kv_heads, head_dim)),
         )
-        # The scale is 1/sqrt(H) of the plain head: the query brings the 1/sqrt(2) of sqrt(2H) along.
+        # Attention scales by 1/sqrt(H) of the unwidened head; the query supplies the other factor 1/sqrt(2) of 1/sqrt(2H).
         position_query = project(params, inputs.query_positions + extra_row)[0]
         position_key = project(params, inputs.key_positions + extra_row)[1]
         query_parts, key_parts = [query.astype(jnp.float32) / math.sqrt(2)], [key]
@@ -143,14 +148,16 @@ def tupe(
 
 
 def _join(parts: list[Array], like: Array) -> Array:
-    """The parts side by side along the last axis, in the batch, heads and type of ``like``."""
+    """Concatenates the parts along the last axis, broadcast to the other axes of ``like`` and cast to its dtype."""
     return jnp.concatenate([jnp.broadcast_to(p, (*like.shape[:-1], p.shape[-1])).astype(like.dtype) for p in parts], axis=-1)
 
 
 @functools.cache
 def _relative_function(num_buckets: int, max_distance: int, untie_cls: bool, released: bool):
-    """b_{j-i} inside the reset, as a function and by name: no bias at [CLS] cells in the paper, buckets of their own in the
-    released code."""
+    """Returns the bias b_{j-i} inside the reset, as a function of positions and as a ``Lookup``.
+
+    Pairs with [CLS] have no bias in the paper, and buckets of their own in the released code.
+    """
     in_one_bucket = one_bucket(num_buckets, max_distance, True)
 
     def index(query_positions: Array, key_positions: Array) -> Array:

@@ -1,1 +1,1 @@
-"""From prompts to tokens and from tokens to text."""
+"""Inference: generation of tokens from prompts, sampling, and decoding of tokens to text."""

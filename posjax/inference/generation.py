@@ -1,6 +1,6 @@
-"""Generating: prompts into a model's cache in chunks, then one token after another, all compiled once.
+"""Text generation: chunked prefill of a key-value cache, then decoding one token at a time, each compiled once.
 
-prompts -> [ chunk, chunk, ... ] -> logits -> token -> logits -> token -> ...    rows of a batch in step, each at its own place
+prompts -> [ chunk, chunk, ... ] -> logits -> token -> logits -> token -> ...    batched; each row has its own position
 """
 
 import functools
@@ -16,13 +16,17 @@ from posjax.inference.sampling import PLAIN, Sampling, sample
 from posjax.models.transformer import Transformer
 from posjax.typing import Array, Params
 
-_GRAIN = 16  # chunks and caches are multiples of it, so that prompts of nearly one length share a compiled program
+_GRAIN = 16  # chunk and cache sizes are multiples of it, so that prompts of similar length share a compiled program
 
 
 def generate(
     with_params: Callable[[Params], Transformer], params: Params, prompts: Sequence[Sequence[int]], **options: Any
 ) -> list[np.ndarray]:
-    """The tokens that follow each prompt, int32 arrays of at most ``max_new_tokens``; see ``stream``."""
+    """Generates a continuation of each prompt. The arguments are those of ``stream``.
+
+    Returns:
+      The new tokens of each prompt, an int32 array of at most ``max_new_tokens``.
+    """
     steps = [*stream(with_params, params, prompts, **options)]
     rows = np.stack(steps, axis=1) if steps else np.zeros((len(prompts), 0), np.int32)
     return [row[row >= 0] for row in rows]
@@ -40,24 +44,26 @@ def stream(
     chunk: int = 256,
     window: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yields the next token of every row, int32 [B], until all rows have stopped or ``max_new_tokens`` are there.
+    """Yields the next token of every row, int32 [B], until all rows have stopped or ``max_new_tokens`` tokens are generated.
 
-    Prompts may differ in length: each row goes on from its own last token and never sees padding. A greedy row is what it would be
-    alone. Chunks and steps are compiled once for a model, sampling, batch size and cache size; the cache is written in place.
+    Prompts may differ in length: each row continues from its last token and never attends to padding. A greedily decoded row does
+    not depend on the other rows. Prefill chunks and decoding steps are each compiled once per model, sampling configuration,
+    batch size and cache size. The cache is updated in place.
 
     Args:
-      with_params, params: a decoder as ``functional`` returns it.
-      prompts: B sequences of token ids, none empty.
-      max_new_tokens: for each row.
+      with_params, params: a decoder in the form that ``functional`` returns.
+      prompts: B non-empty sequences of token ids.
+      max_new_tokens: largest number of new tokens per row.
       sampling: how tokens are drawn.
-      seed: of the draws; row b draws the same whatever the other rows are.
-      stop_tokens: ids that end a row. They are not yielded: a row that has stopped yields -1.
-      chunk: how many tokens of the prompts are read at once.
-      window: how many earlier tokens are kept and seen, in constant memory; None: all, or the model's own local window.
+      seed: seed of the random draws. The draws of row b do not depend on the other rows.
+      stop_tokens: ids that end a row. They are not yielded; a row that has stopped yields -1.
+      chunk: number of prompt tokens that are processed at once.
+      window: number of earlier tokens that are kept and attended to, in constant memory. None means all, or the model's local
+        window.
 
     Raises (at the call, before anything is compiled):
-      ValueError: no prompts, an empty one, ids outside the vocabulary, sizes below 1, more tokens than the encoding has positions
-        for, or a model that cannot decode.
+      ValueError: there are no prompts, one is empty, ids lie outside the vocabulary, a size is below 1, there are more tokens than
+        the encoding has positions for, or the model cannot decode.
     """
     for name, size in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
         check_at_least(name, size, 1)
@@ -120,7 +126,7 @@ def _tokens(
 
 @functools.partial(jax.jit, static_argnames="with_params", donate_argnames=("logits", "cache"))
 def _read(with_params, params: Params, tokens: Array, segments: Array, logits: Array, cache: Any) -> tuple[Array, Any]:
-    """One chunk of the prompts into the cache; the logits after each row's last token so far."""
+    """Writes one chunk of the prompts to the cache. Returns the logits after each row's last token so far, and the cache."""
     new, cache = with_params(params).decode(tokens, cache, segment_ids=segments)
     count = (segments != 0).sum(1)
     last = jnp.take_along_axis(new, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -129,7 +135,7 @@ def _read(with_params, params: Params, tokens: Array, segments: Array, logits: A
 
 @functools.partial(jax.jit, static_argnames=("with_params", "sampling"), donate_argnames=("logits", "cache"))
 def _step(with_params, sampling: Sampling, params: Params, key: Array, number: Array, logits: Array, cache: Any) -> tuple:
-    """Draws a token a row, and reads it."""
+    """Draws one token per row and feeds it to the model. Returns the token, the next logits and the cache."""
     token = sample(jax.random.fold_in(key, number), logits, sampling)
     new, cache = with_params(params).decode(token[:, None], cache)
     return token, new[:, 0], cache

@@ -1,4 +1,4 @@
-"""Drawing the next token from logits: temperature, top-k, top-p."""
+"""Sampling of the next token from logits, with temperature, top-k and top-p."""
 
 import dataclasses
 import functools
@@ -13,15 +13,15 @@ from posjax.typing import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """Configures how the next token is drawn.
 
     Attributes:
-      temperature: logits are divided by it; 0 takes the likeliest token.
-      top_k: only the k likeliest tokens; None: all. Applied before top_p. Of equal logits the lower token comes first.
-      top_p: only the fewest likeliest tokens whose probabilities sum to p or more; None: all.
+      temperature: divisor of the logits. 0 selects the most likely token (greedy decoding).
+      top_k: restricts sampling to the k most likely tokens. None means all. Applied before top_p. Ties go to the lower token id.
+      top_p: restricts sampling to the smallest set of most likely tokens whose probabilities sum to p or more. None means all.
 
     Raises:
-      ValueError: temperature below 0 or not finite, top_k below 1, top_p outside (0, 1].
+      ValueError: temperature is below 0 or not finite, top_k is below 1, or top_p lies outside (0, 1].
     """
 
     temperature: float = 1.0
@@ -37,13 +37,13 @@ class Sampling:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}; None keeps every token")
 
 
-PLAIN = Sampling()  # the model's own distribution
+PLAIN = Sampling()  # the model's unmodified distribution
 
 
 def filtered_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits over the temperature, float32, and minus infinity for the tokens that top_k and top_p leave out.
+    """Divides logits by the temperature and masks the tokens that top_k and top_p exclude with minus infinity, in float32.
 
-    Temperature 0 leaves the likeliest token alone.
+    With temperature 0, only the most likely token is not masked.
     """
     logits = logits.astype(jnp.float32)
     greedy = sampling.temperature == 0
@@ -56,13 +56,13 @@ def filtered_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Ar
     if sampling.top_p is not None and sampling.top_p < 1:
         probability = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probability, axis=-1) - probability
-        # The first of all stays, whatever rounding makes of its own probability.
+        # The most likely token is always kept, whatever its rounded probability is.
         ranked = jnp.where((before < sampling.top_p) | (jnp.arange(logits.shape[-1]) == 0), ranked, -jnp.inf)
     return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
 
 
 def sample(key: Array, logits: Float[Array, "B V"], sampling: Sampling = PLAIN) -> Int[Array, " B"]:
-    """One token a row, int32. A row's draw depends on the key, on its number and on its own logits alone."""
+    """Draws one int32 token per row. The draw of a row depends only on the key, the row's index and the row's logits."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(logits.shape[0]))

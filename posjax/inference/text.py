@@ -1,15 +1,17 @@
-"""Tokens as text while they come."""
+"""Incremental decoding of tokens to text."""
 
 import codecs
 from collections.abc import Callable, Sequence
 
 
 class TextRow:
-    """The text of one row of tokens while they come. Held back: half a character, and what may be the beginning of a stop text.
+    """Decodes one row of tokens to text incrementally.
+
+    Holds back incomplete UTF-8 characters and text that may be the beginning of a stop text.
 
     Args:
-      bytes_of: of a token.
-      stops: texts that end the row; the first to come ends it, and is left out.
+      bytes_of: returns the bytes of a token.
+      stops: texts that end the row. The earliest one in the text ends it and is left out.
     """
 
     def __init__(self, bytes_of: Callable[[int], bytes], stops: Sequence[str] = ()):
@@ -19,11 +21,11 @@ class TextRow:
         self._held = ""
 
     def add(self, token: int) -> str:
-        """What can be shown now that this token has come."""
+        """Adds a token and returns the text that can now be shown."""
         return self._show(self._decoder.decode(self._bytes_of(token)), last=False)
 
     def end(self) -> str:
-        """What was still held back."""
+        """Ends the row and returns the text that was still held back."""
         return self._show(self._decoder.decode(b"", True), last=True)
 
     def _show(self, new: str, last: bool) -> str:

@@ -1,1 +1,1 @@
-"""The laboratory: configurations, whole runs and comparisons, their numbers and tables."""
+"""Experiments: configurations, training runs, comparisons of encodings, and their metrics and tables."""

@@ -1,4 +1,4 @@
-"""The configuration of a run: one frozen dataclass, every field of which is a flag on the command line."""
+"""The configuration of a run: a frozen dataclass whose fields are the flags of the command line."""
 
 import dataclasses
 import difflib
@@ -16,61 +16,61 @@ from posjax.parallel.mesh import parse_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to train, on what, and how.
+    """Configures a training run: the task and data, the model, the optimizer, and the evaluation.
 
     Attributes:
-      workdir: where everything of the run goes. Empty: runs/ and the name of the config.
+      workdir: folder for all outputs of the run. Empty: runs/ and the name of the config.
       task: lm (next token), mlm (masked tokens, an encoder with [CLS]), or a synthetic task: flip_flop, selective_copy, counting.
       data: stdlib (source code of Python's standard library), tfds:NAME, or a file or folder of text.
-      data_dir: where prepared data are kept. Empty: $POSJAX_DATA_DIR or ~/.cache/posjax.
+      data_dir: folder for prepared data. Empty: $POSJAX_DATA_DIR or ~/.cache/posjax.
       tokenizer: bytes, or bpe (trained on the train split).
-      vocab_size: of bpe.
-      seq_length: tokens in a training sequence. Synthetic tasks bring their own.
-      num_variables: of counting, 1 to 26.
-      num_examples: of a synthetic task, drawn once and trained on again and again; None draws new ones for every step.
-      batch_size: sequences in a step, over all devices.
-      encoding: for train and evaluate, e.g. rope, "rope + cope(64)", or "cope(64) / identity" for layers in turn.
-      encodings: for compare.
-      seeds: for compare; train takes the first.
-      num_layers: layers of the Transformer.
-      embed_dim: its width.
-      num_heads: query heads.
-      num_kv_heads: key heads; None is num_heads.
-      head_dim: channels of a head; None is embed_dim / num_heads.
-      mlp_dim: hidden width of the MLP; None is 4 embed_dim (8/3 of it with swiglu).
+      vocab_size: vocabulary size of the bpe tokenizer.
+      seq_length: tokens per training sequence. Synthetic tasks set their own.
+      num_variables: number of variables in the counting task, 1 to 26.
+      num_examples: size of a fixed training set for a synthetic task; None draws new examples at every step.
+      batch_size: sequences per step, over all devices.
+      encoding: encoding for train and evaluate, e.g. rope, "rope + cope(64)", or "cope(64) / identity" for alternating layers.
+      encodings: encodings for compare.
+      seeds: seeds for compare; train uses the first.
+      num_layers: number of Transformer layers.
+      embed_dim: width of the Transformer.
+      num_heads: number of query heads.
+      num_kv_heads: number of key and value heads; None means num_heads.
+      head_dim: channels per head; None means embed_dim / num_heads.
+      mlp_dim: hidden width of the MLP; None means 4 embed_dim (8/3 embed_dim with swiglu).
       norm: rmsnorm or layernorm.
       norm_position: pre or post.
       activation: gelu or swiglu.
-      tie_embeddings: logits from the token embeddings.
-      dropout_rate: after the embedding and each branch.
-      remat: what the backward pass recomputes, for less memory: none, attention (all but attention) or full (whole layers).
-      scan_layers: compiles one layer for all; False compiles each by itself: faster steps of small models, slower compilation.
+      tie_embeddings: computes the logits with the token embeddings.
+      dropout_rate: dropout after the embedding and after each branch.
+      remat: what the backward pass recomputes to save memory: none, attention (all but attention) or full (whole layers).
+      scan_layers: compiles one layer for all; False compiles each separately: faster steps of small models, slower compilation.
       compute_dtype: float32 or bfloat16; parameters stay float32.
       attention: softmax, or linear (with an encoding that only rotates).
-      local_window_size: how far back a token sees; None is all.
-      logits_soft_cap: of attention scores; None is none.
-      implementation: of attention: xla is dense, xla_chunked walks over tiles; None is the fastest.
-      steps: optimiser steps.
-      optimizer: adamw, or muon for the matrices of the layers and AdamW for all else, at one learning rate.
-      learning_rate: its peak.
-      warmup_steps: steps to the peak.
+      local_window_size: number of earlier positions that a token attends to; None means all.
+      logits_soft_cap: soft cap of the attention scores; None disables it.
+      implementation: attention implementation: xla is dense, xla_chunked is tiled; None selects the fastest.
+      steps: number of optimizer steps.
+      optimizer: adamw, or muon: Muon for the matrices of the layers and AdamW for all else, at one learning rate.
+      learning_rate: peak learning rate.
+      warmup_steps: steps of linear warmup to the peak.
       decay: cosine, linear or constant, after the peak.
-      end_fraction: of the peak, at the last step.
-      weight_decay: of the optimiser, on matrices.
-      beta1: of AdamW.
-      beta2: of AdamW.
-      clip_norm: largest global norm of the gradient; None does not clip.
-      z_loss: how much the mean of logsumexp(logits)^2 weighs in training, as 1e-4; the loss that is logged stays without it.
-      ema_decay: of a moving average of the parameters, as 0.999, which evaluation and generation use; None keeps none.
-      accumulate_steps: micro-batches of a step.
+      end_fraction: learning rate at the last step, as a fraction of the peak.
+      weight_decay: weight decay, on matrices only.
+      beta1: first-moment decay of AdamW.
+      beta2: second-moment decay of AdamW.
+      clip_norm: largest global norm of the gradient; None disables clipping.
+      z_loss: weight of the mean of logsumexp(logits)^2 in the training loss, e.g. 1e-4; the logged loss excludes it.
+      ema_decay: decay of a moving average of the parameters for evaluation and generation, e.g. 0.999; None keeps no average.
+      accumulate_steps: micro-batches per step.
       parallel: jit (with named sharding) or pmap.
-      mesh: devices an axis, such as data=2,fsdp=4; the axes are data, fsdp, context, tensor. Empty: rows over all devices.
+      mesh: devices per axis, e.g. data=2,fsdp=4; the axes are data, fsdp, context, tensor. Empty: rows over all devices.
       log_every: steps between lines of metrics.
       checkpoint_every: steps between checkpoints.
-      keep_checkpoints: how many are kept.
-      evaluate_every: steps between evaluations while training; None is at the end only.
-      eval_lengths: multiples of seq_length to evaluate at, in the end.
-      eval_tokens: tokens of the validation split that each length is evaluated on.
+      keep_checkpoints: number of checkpoints to keep.
+      evaluate_every: steps between evaluations during training; None evaluates only at the end.
+      eval_lengths: lengths of the final evaluation, as multiples of seq_length.
+      eval_tokens: tokens of the validation split to evaluate at each length.
     """
 
     workdir: str = ""
@@ -144,13 +144,13 @@ class Config:
         counts = ("batch_size", "steps", "accumulate_steps", "log_every", "checkpoint_every", "keep_checkpoints")
         for name in (*counts, "eval_tokens"):
             check_at_least(name, getattr(self, name), 1)
-        check_at_least("seq_length", self.seq_length, 2)  # one token to see and one to predict, or [CLS] and a token
+        check_at_least("seq_length", self.seq_length, 2)  # an input token and a target, or [CLS] and a token
         if self.num_examples is not None:
             check_at_least("num_examples", self.num_examples, 1)
         if self.evaluate_every is not None:
             check_at_least("evaluate_every", self.evaluate_every, 1)
         if self.tokenizer == "bpe":
-            check_at_least("vocab_size", self.vocab_size, 259)  # bytes, two special tokens, one merge
+            check_at_least("vocab_size", self.vocab_size, 259)  # 256 bytes, two special tokens, one merge
         for name in ("encodings", "seeds", "eval_lengths"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty, got ()")
@@ -174,12 +174,12 @@ class Config:
             raise ValueError(f"end_fraction must lie in [0, 1], got {self.end_fraction}")
         if parse_mesh(self.mesh) and self.parallel == "pmap":
             raise ValueError(f"mesh must be '' with parallel='pmap', which cuts rows over all devices, got {self.mesh!r}")
-        if any(not 0 <= seed < 2**31 for seed in self.seeds):  # 2^31 is the evaluation's own
+        if any(not 0 <= seed < 2**31 for seed in self.seeds):  # 2^31 is the seed of the evaluation
             raise ValueError(f"seeds must be from 0 to 2^31 - 1, got {self.seeds}")
         self.transformer(vocab_size=2)
 
     def transformer(self, vocab_size: int) -> TransformerConfig:
-        """The shape of the model; tables of positions are as long as the training sequences."""
+        """Returns the model configuration; tables of positions are as long as the training sequences."""
         own = {f.name for f in dataclasses.fields(self)}
         same = {f.name: getattr(self, f.name) for f in dataclasses.fields(TransformerConfig) if f.name in own}
         return TransformerConfig(**same | {"vocab_size": vocab_size}, max_length=self.seq_length, is_causal=self.task != "mlm")
@@ -189,24 +189,24 @@ class Config:
         return self.seeds[0]
 
 
-# What may differ between a run and its resumption; all else would make it another run.
+# Fields that may change when a run is resumed; a change of any other field makes it a different run.
 _SAVING = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints"}
 RUN_ONLY = _SAVING | {"parallel", "mesh", "implementation", "remat", "scan_layers", "encodings"}
-_LATER = ("optimizer", "z_loss", "ema_decay")  # runs that were begun before these fields were there go on with their defaults
+_LATER = ("optimizer", "z_loss", "ema_decay")  # newer fields: runs begun before they existed resume with their defaults
 
 
 def run_fingerprint(config: Config) -> dict[str, Any]:
-    """The fields that make a run that run and no other; those of `_LATER` only where they are not the default."""
+    """Returns the fields that identify a run; fields of `_LATER` are included only where they differ from the default."""
     defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in _LATER}
     own = {name: value for name, value in dataclasses.asdict(config).items() if name not in RUN_ONLY}
     return {name: value for name, value in own.items() if name not in defaults or value != defaults[name]}
 
 
 def load_config(path: str) -> Config:
-    """The Config that ``get_config()`` of a Python file returns, with a workdir if it has none.
+    """Loads the Config that ``get_config()`` of a Python file returns, and sets its workdir to runs/NAME if it has none.
 
     Raises:
-      ValueError: no such file, one that does not run, or one without ``get_config() -> Config``.
+      ValueError: the file does not exist, fails to run, or has no ``get_config() -> Config``.
     """
     file = Path(path)
     if not file.is_file() or file.suffix != ".py":
@@ -229,18 +229,19 @@ def load_config(path: str) -> Config:
 
 
 def init_or_check_workdir(config: Config) -> Path:
-    """Makes the workdir and stores the config there, or checks that it is the config stored there. Of several processes, the first
-    stores it.
+    """Creates the workdir and stores the config in it, or checks an existing workdir against the config stored there.
+
+    With several processes, only the first one creates the workdir.
 
     Raises:
-      ValueError: the workdir belongs to another configuration (the fields that differ are named), or cannot be made.
+      ValueError: the workdir belongs to another configuration (the message names the fields that differ), or cannot be created.
     """
     workdir = Path(config.workdir)
     stored = workdir / "config.json"
     now, defaults = (json.loads(json.dumps(dataclasses.asdict(made))) for made in (config, Config()))
     if stored.exists():
         try:
-            before = defaults | dict(json.loads(stored.read_text()))  # a field that there was not yet has its default
+            before = defaults | dict(json.loads(stored.read_text()))  # a stored config may lack newer fields
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(
                 f"workdir {workdir} has an unreadable config.json ({error}); remove that file or use another --workdir"

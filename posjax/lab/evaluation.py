@@ -1,4 +1,4 @@
-"""The numbers of a trained model, and what its pictures are made of, as JSON."""
+"""Evaluates a trained model: its metrics and the data of its figures, as JSON."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from posjax.models.transformer import Transformer
 from posjax.parallel.steps import jit_for_all
 from posjax.typing import Array, Params
 
-# What a task is measured by: its name in results, and the words for tables and axes.
+# The metric of a task: its name in results, and its label in tables and on axes.
 MEASURES = {"lm": ("bits_per_byte", "loss (bits per byte)"), "mlm": ("masked_loss", "masked-token loss (nats)")}
 TASK_MEASURE = ("error", "error (%)")
 
@@ -30,8 +30,8 @@ def evaluate(config: Config, with_params: Callable[[Params], Transformer], param
 
     Returns:
       metrics: {measure: {column: value or None}, "limit": longest sequence or None, "parameters": count}; columns are lengths
-      in tokens for text and test sets for synthetic tasks; None where the encoding cannot go that long.
-      loss_by_index, attention_distance, decay, line: what the pictures are made of (text only).
+      in tokens for text and test sets for synthetic tasks; the value is None where the encoding cannot represent that length.
+      loss_by_index, attention_distance, decay, line: the data of the figures (text only).
     """
     limit = longest(config, with_params(params).encodings, source)
     metrics: dict[str, Any] = {"limit": limit, "parameters": sum(x.size for x in jax.tree.leaves(params))}
@@ -57,22 +57,22 @@ def evaluate(config: Config, with_params: Callable[[Params], Transformer], param
 
 
 def longest(config: Config, encodings: Iterable[PositionalEncoding], source: Source) -> int | None:
-    """The longest sequence that all these encodings can place; None: no limit."""
+    """Returns the longest sequence length that all these encodings can represent; None: no limit."""
     dims = dataclasses.replace(config.transformer(source.vocab_size).dims, max_length=source.max_length)
     return min((n for e in encodings if (n := e.max_length(dims)) is not None), default=None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvalSet:
-    """Rows that every model is scored on.
+    """A test set: the rows that every model is scored on.
 
     Attributes:
-      batches: as models take them, all of one shape.
-      items: [rows of all batches] integers, the item of each row; None: every row is an item. An item is what an interval
-        resamples as a whole, such as an excerpt of a text; its score is the quotient of two sums over its rows.
-      by_row: a row counts once, and is wrong where any of its answers is.
-      local_window_size: how far back a token sees while it is scored; None: as the configuration says.
-      steps: numbers of training steps after which a grid scores it, besides the last.
+      batches: inputs of the model, all of one shape.
+      items: [rows of all batches] integers, the item of each row; None: every row is an item. An item is the unit of resampling for
+        intervals, such as an excerpt of a text; its score is the quotient of two sums over its rows.
+      by_row: scores each row as one answer, which is wrong if any answer in the row is wrong.
+      local_window_size: number of earlier positions that a token attends to during scoring; None: as the configuration says.
+      steps: training steps after which a grid scores this set, besides the last step.
     """
 
     batches: Sequence[Mapping[str, np.ndarray]]
@@ -83,9 +83,10 @@ class EvalSet:
 
 
 def test_sets(config: Config, source: Source, limit: int | None) -> dict[str, Iterator[dict[str, np.ndarray]] | None]:
-    """What is evaluated on, by its column: lengths of a text, or a task and its variants; ``eval_tokens`` of each.
+    """Returns the test batches of each column of the results, up to about ``eval_tokens`` tokens each.
 
-    None stands for lengths past ``limit``. Every model of a configuration gets the same batches.
+    A column is a length of a text, or a synthetic task or one of its variants. A length beyond ``limit`` has None in place of its
+    batches. Every model of a configuration gets the same batches.
     """
     if source.task is not None:
         variants = {"in distribution": source.task, **source.task.variants}
@@ -97,7 +98,7 @@ def test_sets(config: Config, source: Source, limit: int | None) -> dict[str, It
 
 
 def take_tokens(batch_iterator: Iterator[dict[str, np.ndarray]], tokens: int) -> Iterator[dict[str, np.ndarray]]:
-    """So many batches that they hold as many tokens."""
+    """Yields batches until they hold at least ``tokens`` tokens."""
     for batch in batch_iterator:
         yield batch
         tokens -= batch["tokens"].size
@@ -106,7 +107,10 @@ def take_tokens(batch_iterator: Iterator[dict[str, np.ndarray]], tokens: int) ->
 
 
 def metric_scale(config: Config, source: Source) -> float:
-    """What a mean is multiplied with for tables: wrong answers into percent, nats a token into bits a byte."""
+    """Returns the factor that converts a mean to the unit of tables.
+
+    Wrong answers of a synthetic task become percent; the loss of an lm, in nats per token, becomes bits per byte.
+    """
     if source.task is not None:
         return 100.0
     tokens_a_byte = len(source.validation.tokens) / source.validation.num_bytes
@@ -116,9 +120,10 @@ def metric_scale(config: Config, source: Source) -> float:
 def score(
     config: Config, with_params: Callable[[Params], Transformer]
 ) -> Callable[[Params, dict[str, Array]], tuple[Array, Array]]:
-    """(params, batch) -> (wrong answers, or nats of loss; answers, or tokens, that count), both [B]: a sum for every row.
+    """Returns a function (params, batch) -> (numerator, denominator), both [B], that scores each row of a batch.
 
-    The mean over some rows is the quotient of their two sums.
+    The numerator is the number of wrong answers, or the loss in nats; the denominator is the weight of the answers or tokens. The
+    mean over several rows is the quotient of the two sums.
     """
 
     def wrong(params: Params, batch: dict[str, Array]) -> tuple[Array, Array]:
@@ -142,7 +147,7 @@ def token_losses(with_params: Callable[[Params], Transformer]) -> Callable[[Para
 def mean_loss(
     losses: Callable[[Params, Any], Array], params: Params, batches: Iterable[Any]
 ) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
-    """Mean nats a counted token, and by token index, (index, mean loss) of up to 32 bins."""
+    """Returns the mean loss in nats per weighted token, and the curve (index, mean loss) over token indices in up to 32 bins."""
     total, weight = 0.0, 0.0
     for batch in batches:
         total = total + np.asarray(losses(params, batch), np.float64).sum(0)
@@ -154,7 +159,7 @@ def mean_loss(
 
 
 def _task_errors(config: Config, with_params: Callable, params: Params, source: Source) -> dict[str, float]:
-    """Share of wrong answers in percent, on the task itself and on its variants."""
+    """Computes the percentage of wrong answers on a task and on each of its variants."""
     wrong = jit_for_all(score(config, with_params))
     errors = {}
     for column, tests in test_sets(config, source, None).items():
@@ -163,7 +168,7 @@ def _task_errors(config: Config, with_params: Callable, params: Params, source: 
     return errors
 
 
-# What the pictures are made of ---------------------------------------------------------------------------------------
+# The data of the figures ----------------------------------------------------------------------------------------------
 
 
 def _probe(config: Config, with_params: Callable[[Params], Transformer], params: Params, source: Source) -> dict[str, Any]:
@@ -205,10 +210,10 @@ def _probe(config: Config, with_params: Callable[[Params], Transformer], params:
 def _cope_line(
     config: Config, with_params: Callable[[Params], Transformer], params: Params, source: Source
 ) -> dict[str, Any] | None:
-    """Gates and contextual positions over a real line of the validation text, as its last character sees them.
+    """Computes CoPE's gates and contextual positions over a line of the validation text, with its last character as the query.
 
-    The heads are those of the last layer that counts; the line is read with the text before it. None where no layer counts,
-    where tokens are not characters, or where no line is of a length to draw.
+    The heads are those of the last contextual layer; the text before the line is part of the input. Returns None if no layer is
+    contextual, if tokens are not bytes, or if no line has a suitable length.
     """
     model = with_params(params)
     counting = [layer for layer, index in enumerate(model.layout) if model.encodings[index].is_contextual]
@@ -232,7 +237,7 @@ def _cope_line(
 
 
 def _decay(config: Config, with_params: Callable[[Params], Transformer], params: Params, source: Source) -> dict[str, Any]:
-    """The score by distance that the first layer's encoding alone gives."""
+    """Computes the contribution of the first layer's encoding to the attention score at each distance."""
     dims = dataclasses.replace(config.transformer(source.vocab_size).dims, max_length=source.max_length)
     model = with_params(params)
     encoding, limit = model.encodings[0], model.encodings[0].max_length(dims)

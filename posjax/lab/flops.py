@@ -1,10 +1,16 @@
-"""Operations of a training step. Over what a device could do at most, ``hardware.peak_flops``, they are the MFU of a run."""
+"""Floating-point operations of a training step.
+
+A run's model FLOPs utilization (MFU) is its operations per second divided by the device's peak, ``hardware.peak_flops``.
+"""
 
 from posjax.lab.config import Config
 
 
 def attention_flops(config: Config) -> float:
-    """Of both products of attention in all layers, forward, for a batch: 4 H for every pair that may meet and head."""
+    """Counts the operations of attention's two matrix products in the forward pass of one batch, over all layers.
+
+    Each visible (query, key) pair costs 4 H operations per head.
+    """
     length, window = config.seq_length, config.local_window_size
     seen = length if window is None else min(window + 1, length)
     pairs = seen * (seen + 1) / 2 + (length - seen) * seen if config.task != "mlm" else length * length
@@ -13,9 +19,9 @@ def attention_flops(config: Config) -> float:
 
 
 def model_flops(config: Config, parameters: int) -> float:
-    """Of a step without recomputation, as MFU has it (Chowdhery et al., arXiv:2204.02311, appendix B).
+    """Counts the operations of a training step without recomputation, as MFU does (Chowdhery et al., arXiv:2204.02311, appendix B).
 
-    Three times the forward pass: two operations a token for each parameter that is in a product, and attention's own. The embedding
-    is in one where it makes the logits.
+    A step costs three forward passes. A forward pass costs two operations per token and parameter, plus attention's products. All
+    ``parameters`` count as operands of a matrix product; the embedding is one where it also computes the logits.
     """
     return 6.0 * parameters * config.batch_size * config.seq_length + 3.0 * attention_flops(config)

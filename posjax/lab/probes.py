@@ -1,6 +1,6 @@
-"""What a trained model does with positions, as numbers: pure functions of arrays, for ``posjax.plots`` to draw.
+"""Measures how a trained model uses positions: pure functions of arrays, whose results ``posjax.plots`` draws.
 
-Attention arrives as the probabilities that ``posjax.attention_weights`` returns. Nothing here knows of models or training.
+Attention is given as the probabilities that ``posjax.attention_weights`` returns. Nothing here depends on models or training.
 """
 
 import math
@@ -22,20 +22,20 @@ from posjax.typing import Array, Float, Int, Params
 def loss_by_index(
     losses: Float[Array, "B T"], weights: Float[Array, "B T"], num_bins: int
 ) -> tuple[Float[Array, " num_bins"], Float[Array, " num_bins"]]:
-    """The mean loss by where in its row a token stands: does more context help, and how far?
+    """Computes the mean loss by token index, which shows whether more context helps, and how far.
 
-    Index t falls into bin floor(t * num_bins / T). Rows of many batches may be given at once, one below the other.
+    Index t belongs to bin floor(t * num_bins / T). Rows of several batches may be concatenated along B.
 
     Args:
       losses: [B, T], in any unit.
-      weights: [B, T], 0 for tokens that do not count.
-      num_bins: how many bins, at most T.
+      weights: [B, T], 0 for tokens that are left out.
+      num_bins: number of bins, at most T.
 
     Returns:
-      (index, loss): [num_bins] float32 each, the mean index of a bin and its weighted mean loss, NaN where nothing counts.
+      (index, loss): [num_bins] float32 each, the mean index of a bin and its weighted mean loss; NaN if a bin has no weight.
 
     Raises:
-      ValueError: shapes that differ, or num_bins outside [1, T].
+      ValueError: the shapes differ, or num_bins is outside [1, T].
     """
     if losses.ndim != 2 or losses.shape != weights.shape:
         raise ValueError(f"losses and weights must both have shape [B, T], got {losses.shape} and {weights.shape}")
@@ -46,7 +46,7 @@ def loss_by_index(
     bins = np.arange(length) * num_bins // length
     centres = np.bincount(bins, np.arange(length)) / np.bincount(bins)
     weights = weights.astype(jnp.float32)
-    # A token without weight may hold anything, NaN included.
+    # A token without weight may have any loss, even NaN.
     by_index = jnp.where(weights == 0.0, 0.0, losses.astype(jnp.float32) * weights).sum(0)
     total = jax.ops.segment_sum(by_index, bins, num_bins)
     return jnp.asarray(centres, jnp.float32), total / jax.ops.segment_sum(weights.sum(0), bins, num_bins)
@@ -58,7 +58,7 @@ def attention_distance(
     key_positions: Int[Array, "_ S"],
     query_weights: Float[Array, "B T"] | None = None,
 ) -> Float[Array, " N"]:
-    """How far each head looks, in tokens: the mean over queries of sum_s a_ts |i - j|.
+    """Computes the mean attention distance of each head, in tokens: the mean over queries of sum_s a_ts |i - j|.
 
     Args:
       weights: [B, N, T, S] attention probabilities a.
@@ -72,12 +72,14 @@ def attention_distance(
     i = jnp.atleast_2d(query_positions)[:, None, :, None]
     j = jnp.atleast_2d(key_positions)[:, None, None, :]
     distance = jnp.abs(i - j).astype(jnp.float32)
-    # A product and a sum, not an einsum: accelerators would round the operands of that to fewer bits.
+    # A product and a sum instead of an einsum, whose operands accelerators would round to fewer bits.
     return _mean_over_queries((weights.astype(jnp.float32) * distance).sum(-1), query_weights)
 
 
 def attention_entropy(weights: Float[Array, "B N T S"], query_weights: Float[Array, "B T"] | None = None) -> Float[Array, " N"]:
-    """How widely each head spreads, in nats: the mean over queries of -sum_s a_ts log a_ts. Its exponential is a number of keys.
+    """Computes the attention entropy of each head, in nats: the mean over queries of -sum_s a_ts log a_ts.
+
+    Its exponential is the effective number of keys that a head attends to.
 
     Args:
       weights: [B, N, T, S] attention probabilities a.
@@ -108,18 +110,18 @@ def cope_positions(
     key_positions: Int[Array, "_ S"] | None = None,
     scale: Array | float | None = None,
 ) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T S"]]:
-    """The gates and contextual positions that causal ``posjax.attention`` with these arguments counts by.
+    """Computes the gates and contextual positions of CoPE that causal ``posjax.attention`` uses with these arguments.
 
     Args:
       query, key, value, encoding, params, segment_ids, query_positions, key_positions, scale: as in ``posjax.attention``;
-        params after ``condition`` where the gates have keys of their own.
+        params after ``condition`` if the gates have separate keys.
 
     Returns:
-      (gates, positions): [B, N, T, S] float32 each. Gates are zero for keys that the mask forbids; a position is the sum of
-      the gates from the key to the query, before it is clamped to the last embedding.
+      (gates, positions): [B, N, T, S] float32 each. Gates of masked keys are zero; a position is the sum of the gates from the
+      key to the query, before it is clamped to the last embedding.
 
     Raises:
-      ValueError: the encoding does not count by gates, or does so more than once.
+      ValueError: the encoding has no gated bias, or more than one.
     """
     inputs = _inputs(query, key, value, query_positions, key_positions, scale)
     mask = Mask(query_segments=segment_ids, key_segments=segment_ids, is_causal=True)
@@ -141,34 +143,34 @@ def decay_curve(
     query: Float[Array, "N H"] | None = None,
     key: Float[Array, "K H"] | None = None,
 ) -> Float[Array, "N S"]:
-    """What the encoding alone does to a score at each distance i - j, relative to distance 0, in nats.
+    """Computes the effect of an encoding alone on the attention score at each distance i - j, relative to distance 0, in nats.
 
-    Its exponential is the factor by which the encoding changes an unnormalised attention weight. Every position holds the same
-    query q and key k, so that nothing but position tells keys apart:
+    Its exponential is the factor by which the encoding changes an unnormalized attention weight. Every position has the same query
+    q and key k, so that keys differ only in their position:
 
         score_ij = q_i.k_j / sqrt(H) after rotation + bias_ij + (H / D) PE_i.PE_j / sqrt(H)
         curve[d] = mean over i of score_{i,i-d} - score_{i,i}
 
-    PE is what the encoding adds to an embedding of zero; H / D of its product is what a head with random, equal W_q and W_k sees on
-    average. Products of content and PE average to nothing and are left out. Position 0, TUPE's [CLS], is left out too.
+    PE is the encoding's addition to an embedding of zero; H / D of its product is the expected contribution in a head with random,
+    equal W_q and W_k. Products of content and PE average to zero and are left out, as is position 0, TUPE's [CLS].
     In closed form: rope sqrt(H) (mean of cos(d theta_m) - 1), alibi -m_n d, sinusoidal sqrt(H) (mean of cos - 1) / 2.
 
-    CoPE's bias is linear in the query and its gates come from q.k: give a query of the trained model, and a key that sets the gate
-    (zero makes each a half; with the default nearly all count, and the curve is that of a relative bias at d + 1).
-    With a table of positions, the mean is over fewer of them the greater the distance.
+    CoPE's bias is linear in the query and its gates depend on q.k: pass a query of the trained model, and a key that sets the gate
+    (a zero key makes every gate 0.5; with the default nearly all gates are 1, and the curve is a relative bias at d + 1).
+    With a table of positions, the mean at a larger distance covers fewer positions.
 
     Args:
-      encoding, params: params as ``init`` returned them, or trained.
-      distances: i - j in tokens, integers; negative for keys after the query, where the encoding can place them.
-      dims: sizes. Scores are dense, [N, L, L] with L the greatest distance + 2 or the encoding's own max_length.
-      query: [N, H] or [H], the same at every position; None: ones, the size that normalised channels have.
+      encoding, params: the encoding and its parameters, as ``init`` returned them or trained.
+      distances: i - j in tokens, integers; negative for keys after the query, where the encoding supports them.
+      dims: sizes. Scores are dense, [N, L, L], where L is the largest distance + 2, or the encoding's max_length if it has one.
+      query: [N, H] or [H], the same at every position; None: ones, the scale of normalized channels.
       key: [K, H] or [H]; None: ones.
 
     Returns:
       [N, S] float32.
 
     Raises:
-      ValueError: a distance that the encoding's max_length cannot hold, or a negative one for an encoding that counts.
+      ValueError: a distance exceeds the encoding's max_length, or is negative for a contextual encoding.
     """
     distances = np.asarray(distances)
     if distances.ndim != 1 or not np.issubdtype(distances.dtype, np.integer) or not distances.size:
@@ -191,7 +193,7 @@ def decay_curve(
     )
     nothing = jnp.zeros((1, length - 1, dims.embed_dim))
     params = encoding.condition(params, nothing)
-    with jax.default_matmul_precision("highest"):  # accelerators round products to fewer bits than a curve near zero can lose
+    with jax.default_matmul_precision("highest"):  # by default accelerators round products to too few bits for a curve near zero
         tile = _tile(encoding, params, inputs, Mask(is_causal=encoding.is_contextual))
         scores = tile.logits[0] + sum(term.dense(tile)[0] for term in encoding.bias(params, inputs))
         added = encoding.embed(params, nothing, positions)[0]
@@ -204,13 +206,14 @@ def decay_curve(
 
 
 def rope_bound(distances: Int[Array, " S"], head_dim: int, theta: float = 10_000.0) -> Float[Array, " S"]:
-    """The shape of RoFormer's bound, to hold against ``decay_curve`` of rope: sqrt(H) (b_d / b_0 - 1), b of ``rotary.decay_bound``.
+    """Computes the shape of RoFormer's decay bound, for comparison with ``decay_curve`` of rope: sqrt(H) (b_d / b_0 - 1).
 
-    Scaled to begin where the curve does, it is no bound on it any more: the bound itself lies far above equal queries and keys.
+    b is ``rotary.decay_bound``. The result is scaled to start where the curve does and is therefore no longer a bound on it: for
+    equal queries and keys, the bound itself lies far above the curve.
 
     Args:
       distances: i - j in tokens, integers.
-      head_dim, theta: H and the base of rope.
+      head_dim, theta: H and the base of rope's frequencies.
 
     Returns:
       [S] float32.
@@ -220,7 +223,7 @@ def rope_bound(distances: Int[Array, " S"], head_dim: int, theta: float = 10_000
 
 
 def _inputs(query, key, value, query_positions, key_positions, scale) -> AttentionInputs:
-    """What ``posjax.attention`` shows an encoding in this call."""
+    """Builds the inputs that ``posjax.attention`` passes to an encoding in this call."""
 
     def rows(positions: Array | None, length: int) -> Array:
         return jnp.arange(length, dtype=jnp.int32)[None] if positions is None else jnp.asarray(positions).reshape(-1, length)

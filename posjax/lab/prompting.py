@@ -1,4 +1,4 @@
-"""Text in, text out: the prompts of ``posjax generate``, and what a trained run makes of them."""
+"""Generates text from prompts with a trained run, for ``posjax generate``."""
 
 import contextlib
 import dataclasses
@@ -21,18 +21,18 @@ from posjax.lab.source import Source, open_source
 
 @dataclasses.dataclass(frozen=True)
 class Prompting:
-    """What to go on from, and how.
+    """Configures generation: the prompts, the sampling, and when to stop.
 
     Attributes:
-      prompt: one text or several, which are generated as one batch. None given: from the beginning of a document. For a synthetic
-        task, its words.
-      prompt_file: a file of UTF-8 text, one more prompt. Empty: none.
-      max_new_tokens: how many tokens at most.
-      temperature: of the draws; 0 takes the likeliest token.
-      top_k: draw from the k likeliest tokens only; None is all.
-      top_p: draw from the fewest likeliest tokens with this much probability; None is all.
-      seed: of the draws (seeds is of the training).
-      stop: texts that end the output where they would come.
+      prompt: one or more texts, completed as one batch. None given: starts at the beginning of a document. For a synthetic task,
+        words of the task.
+      prompt_file: file of UTF-8 text, used as one more prompt. Empty: none.
+      max_new_tokens: largest number of new tokens.
+      temperature: sampling temperature; 0 takes the most likely token.
+      top_k: samples from the k most likely tokens only; None means all.
+      top_p: samples from the smallest set of most likely tokens with at least this total probability; None means all.
+      seed: random seed of the sampling (seeds is for training).
+      stop: texts at which the output ends; the output does not include them.
     """
 
     prompt: tuple[str, ...] = ()
@@ -57,10 +57,10 @@ class Prompting:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """All of them, the file's last.
+        """Returns all prompts, with the prompt file's text last.
 
         Raises:
-          ValueError: a file that cannot be read as UTF-8 text.
+          ValueError: the file cannot be read as UTF-8 text.
         """
         if not self.prompt_file:
             return self.prompt or ("",)
@@ -71,18 +71,20 @@ class Prompting:
 
 
 def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str], None]) -> None:
-    """Writes each prompt and what the newest good checkpoint makes of it, piece by piece as it comes.
+    """Writes each prompt and its completion by the newest intact checkpoint, streaming the text as it is generated.
 
-    All prompts are generated at once. The first is written as it comes, the next as soon as the one before has ended.
+    All prompts are completed as one batch. The first completion is written while it is generated; each of the others is written
+    once the one before it has ended.
 
     Args:
-      config: that of the run; its workdir is one of ``posjax train``, or of ``posjax compare``.
-      prompting: what to go on from.
-      write: takes each piece of text.
+      config: the configuration of the run, with a workdir of ``posjax train`` or of ``posjax compare``.
+      prompting: the prompts and the sampling.
+      write: called with each piece of text.
 
     Raises:
-      ValueError: no checkpoint, a workdir of another run, a prompt that the model cannot read, or more tokens than it can place.
-      CheckpointError: no checkpoint is whole.
+      ValueError: there is no checkpoint, the workdir belongs to another run, the model cannot read a prompt, or the sequence would
+        be longer than the encoding supports.
+      CheckpointError: no checkpoint is intact.
     """
     if config.task == "mlm":
         raise ValueError("task must not be mlm to generate: an encoder reads all tokens at once; use a decoder, as of --task lm")
@@ -93,7 +95,7 @@ def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str]
     rows = [_encode(source, text) for text in prompts]
     params = runs.restore_params(config, config.encoding, config.seed, folder, source)
     with_params, _ = runs.abstract_model(config, config.encoding, source)
-    end = source.train.bos if source.task is None else source.task.pad_token  # None: nothing but their number ends the tokens
+    end = source.train.bos if source.task is None else source.task.pad_token  # None: no token ends the output
     tokens = stream(
         with_params,
         params,
@@ -125,10 +127,10 @@ def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str]
 
 
 def _trained(config: Config) -> Path:
-    """The folder of the run that has the checkpoints; nothing is made."""
+    """Returns the folder of the run that has the checkpoints, without creating anything."""
     workdir = Path(config.workdir)
     folder = workdir
-    if not (folder / "checkpoints").is_dir():  # a comparison has one for each encoding and seed
+    if not (folder / "checkpoints").is_dir():  # a comparison has one folder per encoding and seed
         folder = workdir / slug(config.encoding) / f"seed-{config.seed}"
     if not (folder / "checkpoints").is_dir():
         raise ValueError(
@@ -137,8 +139,8 @@ def _trained(config: Config) -> Path:
         )
     stored = workdir / "config.json"
     if stored.exists():
-        if folder != workdir:  # which encoding and seed, its own folder has said
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # init_or_check_workdir says what is wrong with the file
+        if folder != workdir:  # the folder name already fixes the encoding and the seed
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # init_or_check_workdir reports a broken file
                 before = json.loads(stored.read_text())
                 config = dataclasses.replace(config, encoding=before["encoding"], seeds=tuple(before["seeds"]))
         init_or_check_workdir(config)
@@ -146,7 +148,11 @@ def _trained(config: Config) -> Path:
 
 
 def _encode(source: Source, text: str) -> np.ndarray:
-    """A prompt as the model was trained to read it: text begins a document, a task is a row of its words."""
+    """Encodes a prompt as token ids: a text begins a document, a prompt of a synthetic task is a row of its words.
+
+    Raises:
+      ValueError: a prompt of a synthetic task is empty, or has a word that the task does not have.
+    """
     if source.task is None:
         return np.concatenate([[source.train.bos], source.train.encode(text)]).astype(np.int32)
     words = text.split()
@@ -164,7 +170,7 @@ def _encode(source: Source, text: str) -> np.ndarray:
 
 
 def token_bytes(source: Source) -> Callable[[int], bytes]:
-    """What each token id adds to a text, as bytes; a character may be spread over several tokens."""
+    """Returns a function from a token id to the bytes it adds to a text; one character may span several tokens."""
     if source.task is not None:
         return lambda token: f" {source.task.words[token]}".encode()
     corpus = source.train
@@ -174,7 +180,7 @@ def token_bytes(source: Source) -> Callable[[int], bytes]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_path))
-    # A byte-level BPE spells bytes as characters: printable ones as themselves, the others as those from 256 on (GPT-2's table).
+    # A byte-level BPE writes printable bytes as themselves and the others as characters from 256 on (GPT-2's table).
     printable = [b for first, last in ("!~", "¡¬", "®ÿ") for b in range(ord(first), ord(last) + 1)]
     byte_of = {chr(b): b for b in printable}
     byte_of |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}

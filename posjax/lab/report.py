@@ -1,4 +1,4 @@
-"""Results as files: results.json, results.md and figures, from the rows that ``posjax.lab.run`` returns."""
+"""Writes the rows that ``posjax.lab.run`` returns as files: results.json, results.md and figures."""
 
 import json
 import math
@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 
 def write_results(rows: Sequence[Row], measure: str, workdir: Path, heading: str) -> str:
-    """Writes results.json and results.md and returns the table of the latter."""
+    """Writes results.json and results.md, and returns the Markdown table of the latter."""
     slim = [{"encoding": row["encoding"], "seed": row["seed"], "metrics": row["metrics"]} for row in rows]
     (workdir / "results.json").write_text(json.dumps({"rows": slim}, indent=1) + "\n")
     table = markdown_table(rows, measure)
@@ -25,7 +25,7 @@ def write_results(rows: Sequence[Row], measure: str, workdir: Path, heading: str
 
 
 def by_encoding(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of one encoding together, in their order."""
+    """Groups rows by encoding, in order of first appearance."""
     return _grouped(rows, "encoding")
 
 
@@ -37,9 +37,9 @@ def _grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
 
 
 def table_cells(rows: Sequence[Row], measure: str) -> tuple[list[str], list[list[str]]]:
-    """Column heads and cells: mean over seeds, with the standard deviation where there are several.
+    """Returns column heads and cells: the mean over seeds, with the standard deviation if there are several.
 
-    A cell of a length that an encoding cannot take says how far it goes: "max 64".
+    For a length that an encoding does not support, the cell has its maximum: "max 64".
     """
     columns = list(rows[0]["metrics"][measure])
     cells = []
@@ -57,7 +57,7 @@ def table_cells(rows: Sequence[Row], measure: str) -> tuple[list[str], list[list
 
 
 def markdown_table(rows: Sequence[Row], measure: str) -> str:
-    """The table in Markdown."""
+    """Formats ``table_cells`` as a Markdown table."""
     return _markdown(*table_cells(rows, measure))
 
 
@@ -70,7 +70,7 @@ def _markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 
 
 def write_ablation(rows: Sequence[Row], measure: str, label: str, workdir: Path, heading: str) -> tuple[list[str], list[list[str]]]:
-    """Writes results.json, results.md, dots.png and curves.png of ``run_grid``'s rows; returns the table."""
+    """Writes results.json, results.md, dots.png and curves.png for the rows of ``run_grid``, and returns the table."""
     kept = ("encoding", "seed", "settings", "metrics", "diverged")
     slim = [{name: row[name] for name in kept} for row in rows]
     (workdir / "results.json").write_text(json.dumps({"rows": slim}, indent=1) + "\n")
@@ -85,12 +85,15 @@ def write_ablation(rows: Sequence[Row], measure: str, label: str, workdir: Path,
 
 
 def by_label(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of one setting together, in their order."""
+    """Groups rows by setting, in order of first appearance."""
     return _grouped(rows, "label")
 
 
 def seeds_of(rows: Sequence[Row], measure: str, column: str) -> dict[str, list[float]]:
-    """{setting: value of each seed} of one column; NaN for a seed whose training diverged, nothing where it cannot be measured."""
+    """Returns {setting: value of each seed} of one column.
+
+    A seed whose training diverged has the value NaN; a seed whose encoding does not support the column's length is left out.
+    """
     return {
         label: [
             math.nan if row["diverged"] is not None or row["metrics"][measure][column] is None else row["metrics"][measure][column]
@@ -102,13 +105,13 @@ def seeds_of(rows: Sequence[Row], measure: str, column: str) -> dict[str, list[f
 
 
 def _out_of_reach(row: Row, measure: str) -> list[str]:
-    """Columns of lengths that the row's encoding cannot place."""
+    """Returns the columns whose lengths exceed the limit of the row's encoding."""
     limit = row["metrics"]["limit"]
     return [c for c in row["metrics"][measure] if limit is not None and c.isdigit() and int(c) > limit]
 
 
 def training_curves(rows: Sequence[Row]) -> dict[str, tuple[list[int], list[list[float]]]]:
-    """{setting: (steps, loss of each seed)}, without the seeds whose training diverged: they would set the scale."""
+    """Returns {setting: (steps, loss of each seed)}, without diverged seeds, which would dominate the scale of the axis."""
     good = by_label([row for row in rows if row["diverged"] is None])
     return {
         label: (group[0]["curve"]["step"], [[math.nan if x is None else x for x in row["curve"]["loss"]] for row in group])
@@ -117,9 +120,9 @@ def training_curves(rows: Sequence[Row]) -> dict[str, tuple[list[int], list[list
 
 
 def ablation_cells(rows: Sequence[Row], measure: str) -> tuple[list[str], list[list[str]]]:
-    """Column heads and cells: mean over seeds, standard deviation, and the 95 % interval of the mean in brackets.
+    """Returns column heads and cells: mean over seeds, standard deviation, and the 95 % interval of the mean in brackets.
 
-    Seeds whose training diverged are counted in a column of their own and in no mean.
+    Seeds whose training diverged are excluded from the means and counted in a separate column.
     """
     columns = list(rows[0]["metrics"][measure])
     lost = {label: sum(row["diverged"] is not None for row in group) for label, group in by_label(rows).items()}
@@ -138,9 +141,9 @@ def ablation_cells(rows: Sequence[Row], measure: str) -> tuple[list[str], list[l
 
 
 def spread(values: Sequence[float]) -> str:
-    """"mean ± deviation [low, high]" of the seeds of a setting, as far as there are enough of them.
+    """Formats the values of the seeds of a setting as "mean ± deviation [low, high]", as far as there are enough values.
 
-    Seeds that all got the same, such as no errors at all, have no interval: they do not say what another seed would get.
+    If all values are equal, such as no errors at all, there is no interval: they carry no information about other seeds.
     """
     found = summary(values)
     if found.mean is None:
@@ -148,7 +151,7 @@ def spread(values: Sequence[float]) -> str:
     if found.interval is None:
         return f"{found.mean:.3g}"
     low, high = found.interval
-    if min(values) >= 0:  # so can no mean be
+    if min(values) >= 0:  # then the mean cannot be negative either
         low = max(low, 0.0)
     digits = 3 if found.mean < 10 else 2 if found.mean < 100 else 1
     if found.deviation == 0:
@@ -160,7 +163,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def write_figures(rows: Sequence[Row], measure: str, label: str, train_length: int, workdir: Path) -> list[Path]:
-    """Draws what the rows hold and returns the files. ``label`` is the measure in words, for axes."""
+    """Draws the figures for which the rows have data, and returns their files. ``label`` is the measure in words, for axes."""
     grouped = by_encoding(rows)
     first = {encoding: group[0] for encoding, group in grouped.items()}
     written = []

@@ -1,4 +1,4 @@
-"""Whole runs: a configuration in; a trained, evaluated model and its numbers out. Everything below the command line meets here."""
+"""Runs: trains and evaluates the model that a configuration describes, for the command line and for scripts."""
 
 import dataclasses
 import json
@@ -34,16 +34,17 @@ from posjax.typing import Array, Params
 
 
 def check(config: Config, specs: Sequence[str], source: Source, devices: int | None = None) -> None:
-    """Tells what could not be trained or evaluated, without compiling anything.
+    """Checks that every encoding can be trained and evaluated, without compiling anything.
 
     Args:
-      config, source: of the run.
+      config, source: the configuration and the data of the run.
       specs: encodings to be compared.
-      devices: how many a batch is cut over; None: as the configuration's mesh has it.
+      devices: number of devices that a batch is sharded over; None: as the configuration's mesh says.
 
     Raises:
-      ValueError: a mesh that does not fit the devices, a batch that does not divide over them, a text shorter than a sequence,
-        encodings that cannot be told apart, or one that the model cannot take.
+      ValueError: the mesh does not fit the devices, the batch does not divide over them, seq_length does not divide over the
+        context axis, the text is shorter than a sequence, two encodings have the same name, or the model does not support an
+        encoding.
     """
     mesh = _mesh(config) if devices is None else None
     share = (0, 1) if mesh is None else row_share(mesh)
@@ -84,10 +85,10 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
 
 
 def _mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh that a configuration asks for.
+    """Returns the mesh of a configuration.
 
     Raises:
-      ValueError: it does not take all devices.
+      ValueError: the mesh does not use all devices.
     """
     try:
         return make_mesh(**parse_mesh(config.mesh), devices=devices)
@@ -96,12 +97,12 @@ def _mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _rows(mesh: Mesh) -> int:
-    """Over how many devices the rows of a batch are cut."""
+    """Returns the number of devices that the rows of a batch are sharded over."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def _rules(mesh: Mesh) -> Rules:
-    """Whole states where nothing but rows is cut, parts elsewhere."""
+    """Returns the partition rules: a replicated state where only rows are sharded, else a sharded state."""
     return PARTITION_RULES if mesh.size == mesh.shape["data"] else SHARDED_RULES
 
 
@@ -113,24 +114,34 @@ def _maker(config: Config, spec: str, source: Source, seed: int | Array, setting
 def abstract_model(
     config: Config, spec: str, source: Source, settings: Sequence[Any] = ()
 ) -> tuple[Callable[[Params], Transformer], Params]:
-    """``build_model`` with shapes in place of parameters: nothing is drawn and nothing compiled."""
+    """Returns what ``build_model`` does, with shapes in place of parameters: it draws and compiles nothing."""
     return functional(nnx.eval_shape(_maker(config, spec, source, 0, settings)))
 
 
 def build_model(
     config: Config, spec: str, source: Source, seed: int | Array, settings: Sequence[Any] = ()
 ) -> tuple[Callable[[Params], Transformer], Params]:
-    """``functional`` of the model that a configuration and an encoding describe; seed and settings (of blanks) may be traced."""
+    """Initializes the model that a configuration and an encoding describe, in its functional form.
+
+    Args:
+      config, source: the configuration and the data of the run.
+      spec: the encoding; it may have blanks ``_0``, ``_1``, ...
+      seed: seed of the parameters; may be traced.
+      settings: values of the blanks; may be traced.
+
+    Returns:
+      (with_params, params), as ``functional`` returns them.
+    """
     return functional(_maker(config, spec, source, seed, settings)())
 
 
 def make_loss(
     with_params: Callable[[Params], Transformer], dropout: bool, z_weight: float = 0.0
 ) -> Callable[[Params, Any, Array], tuple[Array, Array]]:
-    """(params, batch, key) -> (sum of weighted nats, sum of weights).
+    """Returns the training loss, a function (params, batch, key) -> (sum of weighted nats, sum of weights).
 
-    The gradient is that of the nats and ``z_weight`` times ``z_loss``; the value is the nats alone, so that losses of runs with and
-    without it compare.
+    Its gradient is that of the nats plus ``z_weight`` times ``z_loss``. Its value is the nats alone, so that runs with and without
+    z-loss have comparable losses.
     """
 
     def loss(params: Params, batch: dict[str, Array], key: Array) -> tuple[Array, Array]:
@@ -148,22 +159,24 @@ def make_loss(
 def abstract_step(
     config: Config | str, devices: Sequence[Any], *, vocab_size: int | None = None, **fields: Any
 ) -> tuple[Any, tuple[TrainState, Any]]:
-    """A configuration's train step for devices that need not be attached, on its mesh: nothing is drawn, no data is read.
+    """Builds the train step of a configuration for compilation on devices that need not be attached.
+
+    It draws no parameters and reads no text.
 
         job = {"config": "configs/pretrain_1b.py", "mesh": "fsdp=64,tensor=4"}
         posjax.compile.aot.compile_ahead("posjax.lab.run:abstract_step", job, "v5e:16x16")
 
     Args:
-      config: or the file of one.
-      devices: all of them are used.
-      vocab_size: of a text's tokenizer, special tokens included; None: as many as the configuration asks for.
-      **fields: of the configuration, in place of its own.
+      config: a configuration, or the path of a config file.
+      devices: the devices of the mesh; all of them are used.
+      vocab_size: vocabulary size of the tokenizer of a text, special tokens included; None: the configuration's.
+      **fields: fields of the configuration to replace.
 
     Returns:
-      The jax.jit object, and (state, batch), jax.ShapeDtypeStructs with shardings.
+      The jax.jit object, and (state, batch) as jax.ShapeDtypeStructs with shardings.
 
     Raises:
-      ValueError: the devices or the batch do not divide, or the configuration is wrong.
+      ValueError: the mesh does not fit the devices, the batch does not divide over them, or the configuration is invalid.
     """
     config = dataclasses.replace(load_config(config) if isinstance(config, str) else config, **fields)
     mesh = _mesh(config, devices)
@@ -190,10 +203,12 @@ def abstract_step(
 def train(
     config: Config, spec: str, seed: int, workdir: Path, source: Source, *, command: str | None = None, quiet: bool = False
 ) -> Params:
-    """Trains one model, or goes on where its workdir stopped, and returns its parameters, or their average where one is kept.
+    """Trains one model, resuming from a checkpoint in ``workdir``, and returns its parameters or their moving average.
+
+    The average is returned where ``config.ema_decay`` is set.
 
     Raises:
-      KernelRefused: the compiler of the chip does not take the attention kernel.
+      KernelRefused: the attention kernel failed to compile on this device.
     """
     with_params, state, mesh = _start(config, spec, seed, source)
     step = make_train_step(
@@ -234,7 +249,10 @@ def train(
 
 
 def _start(config: Config, spec: str, seed: int, source: Source) -> tuple[Callable[[Params], Transformer], TrainState, Mesh]:
-    """The model, its state before the first step, and the mesh. A state that is cut is made where it lies, in no place whole."""
+    """Returns the model, its state before the first step, and the mesh.
+
+    A sharded state is initialized in place on the devices, so that no device ever holds all of it.
+    """
     mesh = _mesh(config)
     if _rules(mesh) is PARTITION_RULES:
         with_params, params = build_model(config, spec, source, seed)
@@ -252,12 +270,12 @@ def _first_state(config: Config, params: Params, seed: int) -> TrainState:
     return init_state(params, optimizer_of(config), seed, ema=config.ema_decay is not None)
 
 
-# Fields of a configuration that may be traced numbers: runs that differ in these alone are one program.
+# Fields of a configuration that may be traced: runs that differ only in these share one compiled program.
 TRACED_FIELDS = ("learning_rate", "warmup_steps", "end_fraction", "weight_decay", "beta1", "beta2", "clip_norm")
 
 
 def optimizer_of(config: Config, settings: Mapping[str, Any] | None = None) -> Any:
-    """The optimizer that a configuration describes, with ``settings`` in place of fields of the same name; they may be traced."""
+    """Returns the optimizer of a configuration; ``settings``, which may be traced, override the fields of the same name."""
     chosen = {name: getattr(config, name) for name in TRACED_FIELDS} | dict(settings or {})
     peak, warmup, end = (chosen.pop(name) for name in TRACED_FIELDS[:3])
     schedule = learning_rate_schedule(peak, config.steps, warmup, decay=config.decay, end_fraction=end)
@@ -265,16 +283,20 @@ def optimizer_of(config: Config, settings: Mapping[str, Any] | None = None) -> A
 
 
 def evaluate_params(config: Config, spec: str, params: Params, source: Source) -> dict[str, Any]:
-    """``evaluate`` of the model that a configuration and an encoding describe, with those parameters."""
+    """Evaluates ``params`` in the model that a configuration and an encoding describe; see ``evaluate``.
+
+    Raises:
+      KernelRefused: the attention kernel failed to compile on this device.
+    """
     with naming_refusals(config.implementation):
         return evaluate(config, abstract_model(config, spec, source)[0], params, source)
 
 
 def restore_params(config: Config, spec: str, seed: int, workdir: Path, source: Source) -> Params:
-    """The parameters of a workdir's newest good checkpoint, or their average where one is kept.
+    """Restores the parameters of the newest intact checkpoint in a workdir, or their moving average where one is kept.
 
     Raises:
-      CheckpointError: there is none, or none that is whole.
+      CheckpointError: the workdir has no checkpoint, or none that is intact.
     """
     restored = Checkpoints(workdir / "checkpoints").restore_latest(_start(config, spec, seed, source)[1])
     if restored is None:
@@ -288,7 +310,7 @@ def restore_params(config: Config, spec: str, seed: int, workdir: Path, source: 
 def compare(
     config: Config, workdir: Path, source: Source, *, command: str | None, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Trains and evaluates every encoding with every seed; each finished pair is kept and not done again."""
+    """Trains and evaluates every encoding with every seed and returns the rows of results; finished pairs are read from disk."""
     rows = []
     pairs = [(spec, seed) for spec in config.encodings for seed in config.seeds]
     for number, (spec, seed) in enumerate(pairs, 1):
@@ -309,7 +331,7 @@ def train_and_evaluate(
     command: str | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """One row of results, read from ``evaluation.json`` where it was written before."""
+    """Trains and evaluates one encoding with one seed and returns its results; an existing ``evaluation.json`` is read instead."""
     done = folder / "evaluation.json"
     if done.exists():
         say(f"{folder} is trained and evaluated already: done")

@@ -1,4 +1,4 @@
-"""Where batches come from: a corpus or a synthetic task, as a configuration names it."""
+"""Batches for training and evaluation, from the corpus or synthetic task that a configuration names."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -14,19 +14,20 @@ from posjax.data.pipeline import batches
 from posjax.lab.config import Config
 from posjax.typing import Array
 
-EVAL_SEED, _EXAMPLES = 2**31, 2**31 + 1  # seeds of what models are tested on, and of examples that are drawn once
-_EVAL_BATCH_TOKENS = 4096  # at least, in a batch of an evaluation: small batches cost more to start than to compute
+EVAL_SEED, _EXAMPLES = 2**31, 2**31 + 1  # seeds of the evaluation data and of fixed training sets
+_EVAL_BATCH_TOKENS = 4096  # minimum tokens per evaluation batch: small batches cost more to dispatch than to compute
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where batches come from: two splits of a corpus, or a synthetic task.
+    """Holds the data that batches are drawn from: two splits of a corpus, or a synthetic task.
 
     Attributes:
       vocab_size: V.
-      max_length: the longest sequence that the model will train on.
-      train, validation: a text's splits, the second cut down to what is evaluated; None for synthetic tasks.
-      task: a synthetic task; None for text.
+      max_length: length of the longest sequence that the model's tables of positions must hold: seq_length for text; for a
+        synthetic task the longest of the task and its variants.
+      train, validation: the splits of a text, the second reduced to the excerpts that are evaluated; None for synthetic tasks.
+      task: the synthetic task; None for text.
     """
 
     vocab_size: int
@@ -37,7 +38,11 @@ class Source:
 
 
 def open_source(config: Config) -> Source:
-    """Loads (and on first use prepares) what the configuration trains on."""
+    """Loads the data that a configuration trains on, and prepares them on first use.
+
+    Raises:
+      ValueError: the data cannot be loaded.
+    """
     if config.task in ("lm", "mlm"):
         options = dict(
             tokenizer=config.tokenizer,
@@ -48,7 +53,7 @@ def open_source(config: Config) -> Source:
             train, validation = (load_corpus(config.data, split, **options) for split in ("train", "validation"))
         except ValueError as error:
             raise ValueError(f"data {config.data!r} cannot be used: {error}") from error
-        # One token less than the longest rows, which begin with the token that opens a document.
+        # The longest rows begin with a BOS token, so an excerpt has one token less.
         longest = config.seq_length * max(config.eval_lengths) - 1
         validation = excerpts(validation, longest, max(1, config.eval_tokens // longest))
         return Source(train.vocab_size, config.seq_length, train=train, validation=validation)
@@ -62,15 +67,18 @@ def open_source(config: Config) -> Source:
 
 
 def batch_key(seed: int | Array, number: int | Array) -> Array:
-    """The key of one batch of a run whose data are drawn on the device."""
+    """Returns the random key of batch ``number`` for a run whose data are drawn on the device."""
     return jax.random.fold_in(jax.random.key(seed), number)
 
 
 def on_device(config: Config, source: Source) -> tuple[Any, Callable[[Any, Array], dict[str, Array]]]:
-    """(data to put on the device, (data there, ``batch_key``) -> batch), for runs that are one program.
+    """Returns a data set and a pure function that draws batches from it on the device, for runs compiled as one program.
 
-    Of a synthetic task these are the batches of ``train_batches``; of a text, rows drawn with replacement, as they are of a task
-    with ``num_examples``, which are the same for every seed.
+    For a synthetic task the batches equal those of ``train_batches``. For a text, rows are drawn with replacement. With
+    ``num_examples``, rows are drawn with replacement from a fixed training set, which is the same for every seed.
+
+    Returns:
+      (data, draw): arrays to put on the device, and (data, ``batch_key``) -> batch.
     """
     if source.task is not None and config.num_examples is None:
         return (), lambda data, key: source.task.batch(key, config.batch_size)
@@ -87,14 +95,15 @@ def on_device(config: Config, source: Source) -> tuple[Any, Callable[[Any, Array
 
 
 def _examples(config: Config, task: synthetic.Task) -> dict[str, Array]:
-    """The rows that a run with ``num_examples`` is trained on, whatever its seed."""
+    """Draws the fixed training set of a run with ``num_examples``; it does not depend on the run's seed."""
     return jax.jit(lambda: task.batch(jax.random.key(_EXAMPLES), config.num_examples))()
 
 
 class TaskBatches:
-    """Endless batches of a seed, made of data by ``draw`` as ``on_device`` returns them.
+    """Iterates without end over the batches of one seed, drawn from ``data`` by ``draw``, as ``on_device`` returns them.
 
-    Of each, the rows of ``share``, (index, count). The whole batch is drawn all the same: what a row is depends on its size.
+    Each batch is reduced to the rows of ``share``, (index, count). The full batch is drawn first, because the content of a row
+    depends on the batch size.
     """
 
     def __init__(self, data: Any, draw: Callable[[Any, Array], dict[str, Array]], seed: int, share: tuple[int, int] = (0, 1)):
@@ -122,10 +131,10 @@ class TaskBatches:
 
 
 def test_rows(config: Config, source: Source, task: synthetic.Task) -> Iterator[dict[str, np.ndarray]]:
-    """Draws what models are tested on, the same for every model: ``batch_size`` rows of ``task`` at a time.
+    """Yields evaluation batches of ``batch_size`` rows of ``task``, the same for every model.
 
-    With ``num_examples``, rows that are among the examples of the run are left out and others take their place: a short program of
-    the counting task is drawn again and again.
+    With ``num_examples``, rows that also occur in the training set are replaced by further draws: the counting task draws the
+    same short programs repeatedly.
     """
     drawn = TaskBatches((), lambda data, key: task.batch(key, config.batch_size), EVAL_SEED)
     if config.num_examples is None:
@@ -147,13 +156,14 @@ def _without(drawn: Iterator[dict[str, np.ndarray]], trained: set[bytes], size: 
 def train_batches(
     config: Config, source: Source, seed: int, share: tuple[int, int] = (0, 1)
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of a run: the same for every encoding.
+    """Returns an iterator over the training batches of a run; they depend on the seed and not on the encoding.
 
     Args:
-      share: (index, count), as ``mesh.row_share`` gives it: the rows of a process. States of the iterator fit any share.
+      share: (index, count), as ``mesh.row_share`` returns it: the share of the rows that this process loads. The iterator's state
+        can be restored with any share.
 
     Raises:
-      ValueError: a batch that the shares do not divide, or a text shorter than a sequence.
+      ValueError: the batch does not divide into the shares, or the text is shorter than a sequence.
     """
     index, count = share
     if config.batch_size % count:
@@ -172,7 +182,10 @@ def train_batches(
 
 
 def held_out(config: Config, source: Source, length: int) -> Iterator[dict[str, np.ndarray]]:
-    """The validation text in its own order: every length reads the same."""
+    """Returns an iterator over the validation data.
+
+    A text is read in its own order, so that every ``length`` covers the same text; a task yields its test rows.
+    """
     if source.task is not None:
         return test_rows(config, source, source.task)
     rows = max(1, max(config.batch_size * config.seq_length, _EVAL_BATCH_TOKENS) // length)

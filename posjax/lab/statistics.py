@@ -1,8 +1,8 @@
-"""Summarises a handful of seeds: the mean, its interval, and whether two settings differ.
+"""Summarizes the results of a handful of seeds: the mean, its interval, and whether two settings differ.
 
-``summary`` and ``difference`` take one number a seed and give Student's intervals, which hold the truth in 95 % of experiments
-where seeds are independent and normally distributed. ``crossed_contrast`` takes scores by seed and item (an excerpt of text, a
-string of a task) and covers the choice of both.
+``summary`` and ``difference`` take one number per seed and return Student's intervals, which contain the true value in 95 % of
+experiments if seeds are independent and normally distributed. ``crossed_contrast`` takes scores by seed and item (an excerpt of
+text, a string of a task) and accounts for the choice of both.
 """
 
 import math
@@ -18,13 +18,13 @@ CONFIDENCE = 0.95
 
 
 class Summary(NamedTuple):
-    """Of the values of one setting, in their unit.
+    """Summary statistics of the values of one setting, in the unit of the values.
 
     Attributes:
-      count: how many.
-      mean: None of no values.
-      deviation: standard deviation with count - 1 below; None of fewer than two values.
-      interval: (low, high), the 95 % interval of the mean; None of fewer than two values.
+      count: number of values.
+      mean: their mean; None if there are no values.
+      deviation: standard deviation with denominator count - 1; None for fewer than two values.
+      interval: (low, high), the 95 % interval of the mean; None for fewer than two values.
     """
 
     count: int
@@ -34,11 +34,11 @@ class Summary(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Of two means.
+    """The difference of two means.
 
     Attributes:
-      mean: that of the first less that of the second.
-      interval: (low, high), 95 %; None where there are too few values for one. Zero outside of it: they differ.
+      mean: mean of the first minus mean of the second.
+      interval: (low, high), the 95 % interval; None if there are too few values. The means differ if it excludes zero.
     """
 
     mean: float
@@ -46,13 +46,13 @@ class Difference(NamedTuple):
 
 
 def summary(values: Sequence[float] | Array) -> Summary:
-    """Mean, standard deviation and Student's interval of the mean, mean +- t_{0.975, n-1} deviation / sqrt(n).
+    """Computes the mean, standard deviation and Student's interval of the mean, mean +- t_{0.975, n-1} deviation / sqrt(n).
 
     Args:
       values: [n], one for each seed; n may be 0 or 1.
 
     Raises:
-      ValueError: values of more than one axis, or one that is not finite: leave diverged seeds out, and say so.
+      ValueError: values do not have exactly one axis, or one is not finite: leave diverged seeds out, and say so.
     """
     values = _checked("values", values)
     if not values.size:
@@ -65,15 +65,15 @@ def summary(values: Sequence[float] | Array) -> Summary:
 
 
 def difference(first: Sequence[float] | Array, second: Sequence[float] | Array, *, paired: bool = False) -> Difference:
-    """The difference of two means with its 95 % interval.
+    """Computes the difference of two means and its 95 % interval.
 
     Args:
       first, second: [n] and [m], one value for each seed, at least one of each.
-      paired: value i of both comes of the same seed (data, order): Student's interval of the n differences. Otherwise Welch's,
-        for two independent samples whose variances may differ.
+      paired: True if value i of both has the same seed (data, order): Student's interval of the n differences. False: Welch's
+        interval, for two independent samples whose variances may differ.
 
     Raises:
-      ValueError: as ``summary``; nothing to compare, or paired values that are not as many.
+      ValueError: as ``summary``; first or second is empty, or paired values differ in number.
     """
     first, second = _checked("first", first), _checked("second", second)
     if not first.size or not second.size:
@@ -94,13 +94,13 @@ def difference(first: Sequence[float] | Array, second: Sequence[float] | Array, 
 
 
 class Contrast(NamedTuple):
-    """How two settings differ, paired over seeds and items.
+    """The difference between two settings, paired over seeds and items.
 
     Attributes:
-      mean: that of the first less that of the second.
-      error: the standard error, over seeds and items.
-      interval: (low, high), 95 %.
-      p_value: of no difference, two-sided.
+      mean: mean of the first minus mean of the second.
+      error: its standard error, over seeds and items.
+      interval: (low, high), its 95 % interval.
+      p_value: two-sided p value of the hypothesis of no difference.
       freedom: degrees of freedom of the t distribution: seeds - 1.
     """
 
@@ -114,22 +114,22 @@ class Contrast(NamedTuple):
 def crossed_contrast(first: Array, second: Array, counts: Array, *, resamples: int = 2000) -> Contrast:
     """Compares two settings that were trained with the same seeds and scored on the same items, by a crossed bootstrap.
 
-    D = sum_si (first_si - second_si) / (S sum_i counts_i). A resample draws S seeds and I items, each with replacement and both for
-    the two settings alike; its D is that of the seeds and items drawn. The standard error is the standard deviation of D over
-    resamples times sqrt(S / (S - 1)), which a bootstrap of S seeds falls short by; interval and p value take it to Student's t with
-    S - 1 degrees of freedom. It covers both what another seed and what another text would have given. (Owen 2007, "The pigeonhole
-    bootstrap", shows that it is never too narrow where seeds and items interact; Hesterberg 2015 has the factor.)
+    D = sum_si (first_si - second_si) / (S sum_i counts_i). A resample draws S seeds and I items with replacement, the same ones for
+    both settings, and computes D over them. The standard error is the standard deviation of D over resamples times
+    sqrt(S / (S - 1)), which corrects the underestimate of a bootstrap of S seeds. The interval and the p value use Student's t with
+    S - 1 degrees of freedom. The interval covers the variation over seeds and over texts. (Owen 2007, "The pigeonhole bootstrap",
+    shows that it is never too narrow if seeds and items interact; the factor is from Hesterberg 2015.)
 
-    The draws of seeds and of items are ``rng.multinomial(S, [1/S] * S, resamples)`` and then the same of I, of
-    ``numpy.random.default_rng(0)``, so that anybody can make the same numbers again.
+    The seeds and the items are drawn by ``rng.multinomial(S, [1/S] * S, resamples)``, then by the same with I in place of S, with
+    rng = ``numpy.random.default_rng(0)``, so that the numbers are reproducible.
 
     Args:
-      first, second: [S, I] sums of losses or of wrong answers, for every seed in every item; lower is better.
-      counts: [I], how many tokens or answers each sum is over.
-      resamples: of the bootstrap.
+      first, second: [S, I] sums of losses or of wrong answers, for each seed and item; lower is better.
+      counts: [I], number of tokens or answers that each sum covers.
+      resamples: number of bootstrap resamples.
 
     Raises:
-      ValueError: shapes that do not fit, a number that is not finite, or fewer than two seeds or items.
+      ValueError: the shapes do not match, a number is not finite, or there are fewer than two seeds or items.
     """
     first, second, counts = (np.asarray(x, float) for x in (first, second, counts))
     if first.ndim != 2 or first.shape != second.shape or counts.shape != first.shape[1:]:
@@ -150,17 +150,25 @@ def crossed_contrast(first: Array, second: Array, counts: Array, *, resamples: i
 
 
 def within(contrast: Contrast, margin: float) -> float:
-    """The p value of two one-sided tests that a difference is within ``margin``, either way (Schuirmann 1987). Small: a tie."""
+    """Tests whether a difference is within ``margin`` in either direction, by two one-sided tests (Schuirmann 1987).
+
+    Returns:
+      The p value; a small value shows that the two settings are equivalent.
+    """
     if not contrast.error:
         return float(abs(contrast.mean) >= margin)
     return float(stats.t.sf((margin - abs(contrast.mean)) / contrast.error, contrast.freedom))
 
 
 def sign_flips(differences: Sequence[float] | Array) -> float:
-    """The exact p value of paired differences [n], n up to 20: the share of all 2^n choices of signs whose sum is as far from zero.
+    """Computes the exact p value of paired differences [n], n at most 20, by a sign-flip permutation test.
 
-    It takes differences to be symmetric around zero where there is no effect, and nothing else: errors of models that solve a task
-    or do not are far from normal.
+    The p value is the fraction of all 2^n sign assignments whose sum is at least as far from zero. The only assumption is that
+    differences are symmetric around zero if there is no effect: the errors of models that either solve a task or fail are far from
+    normal.
+
+    Raises:
+      ValueError: there are no differences or more than 20, or one is not finite.
     """
     differences = _checked("differences", differences)
     if not 1 <= differences.size <= 20:
@@ -171,7 +179,11 @@ def sign_flips(differences: Sequence[float] | Array) -> float:
 
 
 def binomial_bounds(wrong: int, total: int) -> tuple[float, float]:
-    """The exact 95 % interval of a share, ``wrong`` of ``total`` independent answers (Clopper and Pearson 1934)."""
+    """Computes the exact 95 % interval of an error rate, ``wrong`` of ``total`` independent answers (Clopper and Pearson 1934).
+
+    Raises:
+      ValueError: wrong is not between 0 and total, or total is below 1.
+    """
     if not 0 <= wrong <= total or total < 1:
         raise ValueError(f"wrong must be from 0 to total, at least 1, got {wrong} of {total}")
     tail = (1 - CONFIDENCE) / 2
@@ -180,9 +192,9 @@ def binomial_bounds(wrong: int, total: int) -> tuple[float, float]:
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for how many there are: those up to 0.05 are, in the mean, wrong in one of twenty at most.
+    """Adjusts p values for multiple tests, so that of those at most 0.05 no more than one in twenty is expected to be wrong.
 
-    q_(k) = min over j >= k of m p_(j) / j, of the p values in rising order (Benjamini and Hochberg 1995).
+    q_(k) = min over j >= k of m p_(j) / j, with the m p values in ascending order (Benjamini and Hochberg 1995).
     """
     values = _checked("p_values", p_values)
     order = np.argsort(values)

@@ -1,1 +1,1 @@
-"""The Transformer."""
+"""The Transformer model and its losses."""

@@ -1,4 +1,4 @@
-"""Losses of logits, as weighted sums over tokens."""
+"""Losses computed from logits, as weighted sums over tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,11 @@ from posjax.typing import Array, Float, Int
 def cross_entropy(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"], weights: Float[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Float[Array, ""], Float[Array, ""]]:
-    """Loss of every token in nats [B, T] (zero where its weight is), its weighted sum, and the sum of the weights."""
+    """Computes the weighted cross-entropy of logits and integer targets, in nats and in float32.
+
+    Returns:
+      The weighted loss of each token [B, T] (zero where the weight is zero), its sum over all tokens, and the sum of the weights.
+    """
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     losses = (jax.nn.logsumexp(logits, axis=-1) - chosen) * weights
@@ -17,5 +21,5 @@ def cross_entropy(
 
 
 def z_loss(logits: Float[Array, "B T V"], weights: Float[Array, "B T"]) -> Float[Array, ""]:
-    """Weighted sum of logsumexp(logits)^2, which keeps softmax near exp(logits) (PaLM, arXiv:2204.02311, section 5)."""
+    """Computes the weighted sum of logsumexp(logits)^2, which keeps softmax near exp(logits) (PaLM, arXiv:2204.02311, sec. 5)."""
     return (jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) ** 2 * weights).sum()

@@ -1,9 +1,9 @@
-"""A Flax Transformer that takes any positional encoding: a decoder language model, or an encoder with [CLS].
+"""A Flax NNX Transformer that accepts any positional encoding: a decoder language model, or an encoder with a [CLS] token.
 
     tokens -> embedding -> encoding.embed -> [ condition; q, k, v -> attention under the encoding; MLP ] x L -> logits
 
-The layers are one stacked set of parameters and one ``lax.scan``, so compile time does not grow with depth. Different layers may
-have different encodings: each run of equal neighbours is one scan.
+The parameters of all layers are stacked and the layers run in a ``lax.scan``, so compile time does not grow with depth. Layers may
+have different encodings: each run of consecutive layers with the same encoding is one scan.
 """
 
 import dataclasses
@@ -30,37 +30,38 @@ from posjax.typing import Array, Float, Int, Params
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """The shape of a Transformer.
+    """Configures the architecture of a Transformer.
 
     Attributes:
-      vocab_size: V.
-      num_layers: L.
-      embed_dim: D.
-      num_heads: N, query heads.
-      num_kv_heads: K, key heads; None: N.
-      head_dim: H; None: D / N.
-      mlp_dim: hidden width of the MLP; None: 4 D, or 8 D / 3 with swiglu (the same number of parameters).
-      max_length: longest sequence that encodings with tables of positions can place.
-      is_causal: True is a decoder; False an encoder whose first token is [CLS].
+      vocab_size: V, the vocabulary size.
+      num_layers: L, the number of layers.
+      embed_dim: D, the width of the model.
+      num_heads: N, the number of query heads.
+      num_kv_heads: K, the number of key and value heads. None means N.
+      head_dim: H, the width of one head. None means D / N.
+      mlp_dim: hidden width of the MLP. None means 4 D with gelu and 8 D / 3 with swiglu (the same number of parameters).
+      max_length: longest sequence that encodings with a table of positions support.
+      is_causal: True builds a decoder, False an encoder whose first token is [CLS].
       norm: "rmsnorm" or "layernorm".
-      norm_position: "pre" (inside the residual branch, and once more at the end) or "post" (after the sum, and once after the
-        embedding, as in BERT).
+      norm_position: "pre" normalizes the input of each residual branch and the output of the last layer. "post" normalizes after
+        each residual sum and once after the embedding, as BERT does.
       activation: "gelu" or "swiglu".
-      tie_embeddings: logits are products with the token embeddings; False: with a matrix of their own.
-      dropout_rate: after the embedding and after each branch.
-      remat: what the backward pass recomputes: "none"; "full": each layer from its input, all that is then kept of it; "attention":
-        all but query, key, value and what attention made of them, so that attention is walked through once.
-      scan_layers: one compiled layer for all, so that compile time does not grow with depth; False: each layer is compiled by
-        itself, which takes a quarter off a step of three small layers on a CPU.
-      compute_dtype: "float32" or "bfloat16"; parameters and softmax statistics stay float32.
-      attention: "softmax", or "linear" (RoFormer's, with an encoding that only rotates).
-      local_window_size: how many earlier (and, in an encoder, later) positions a token sees; None: all.
-      logits_soft_cap: of the attention scores; None: none.
-      implementation: of softmax attention, as in ``posjax.attention``; None: the fastest.
-      num_classes: classes of a head on [CLS]; None: no such head.
+      tie_embeddings: whether the output projection shares the token embedding matrix. False gives it a matrix of its own.
+      dropout_rate: dropout rate after the embedding and after each residual branch.
+      remat: what the backward pass recomputes. "none" recomputes no activations. "full" saves only the input of each layer and
+        recomputes the rest. "attention" saves query, key, value and the results of attention and recomputes the rest, so that the
+        forward pass of attention runs only once.
+      scan_layers: True compiles one layer and scans over it, so that compile time does not grow with depth. False unrolls the
+        scan, so that each layer is compiled separately; this makes a step of three small layers a quarter faster on a CPU.
+      compute_dtype: "float32" or "bfloat16". Parameters and softmax statistics stay in float32.
+      attention: "softmax", or "linear" for RoFormer's linear attention, which needs an encoding that only rotates.
+      local_window_size: number of earlier (and, in an encoder, later) positions that a token attends to. None means all.
+      logits_soft_cap: soft cap of the attention scores. None means no cap.
+      implementation: implementation of softmax attention, as in ``posjax.attention``. None selects the fastest.
+      num_classes: number of classes of a classification head on [CLS]. None means no such head.
 
     Raises:
-      ValueError: a size that is not positive or does not divide, or an unknown choice, by name.
+      ValueError: a size is not positive or does not divide another, or a choice is unknown. The message names the argument.
     """
 
     vocab_size: int
@@ -120,13 +121,13 @@ class TransformerConfig:
 
     @property
     def dims(self) -> Dims:
-        """What the encodings' parameters depend on."""
+        """Returns the sizes that the parameters of an encoding depend on."""
         head_dim = self.head_dim or self.embed_dim // self.num_heads
         return Dims(self.num_heads, head_dim, self.embed_dim, self.max_length, self.num_kv_heads)
 
 
 class LayerRecord(NamedTuple):
-    """What one layer's attention was called with, for probes: query, key, value [B, T, N or K, H], the encoding, its params."""
+    """Holds the attention inputs of one layer, for probes: query, key, value [B, T, N or K, H], the encoding and its params."""
 
     query: Array
     key: Array
@@ -136,7 +137,10 @@ class LayerRecord(NamedTuple):
 
 
 class _Layer(nnx.Module):
-    """One attention branch and one MLP branch. It is built L times at once, with a leading axis on every parameter."""
+    """One attention branch and one MLP branch.
+
+    ``Transformer`` builds all L layers in one vmapped call, so every parameter has a leading axis of layers.
+    """
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         dims, dtype = config.dims, jnp.dtype(config.compute_dtype)
@@ -147,7 +151,7 @@ class _Layer(nnx.Module):
             init = nnx.initializers.variance_scaling(gain, "fan_in", "normal")
             return nnx.LinearGeneral(source, target, axis=axis, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
 
-        # Branches are summed 2L times: this keeps the residual stream's variance near one at the start (GPT-2).
+        # 2L branches are added to the residual stream: this gain keeps its variance near one at initialization (GPT-2).
         last = 1.0 / (2 * config.num_layers)
         heads = (dims.num_heads, dims.head_dim)
         kv_heads = (dims.num_kv_heads, dims.head_dim)
@@ -207,13 +211,13 @@ class _Layer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A Transformer under a positional encoding.
+    """A Transformer with a positional encoding: a causal language model, or a bidirectional encoder.
 
     Args:
-      config: its shape.
-      encoding: one for all layers, or a sequence that is repeated until there is one for every layer: ``[cope(64), identity()]``
-        alternates. Its length must divide the number of layers.
-      rngs: ``nnx.Rngs(seed)``; what the layers start from does not depend on the encoding.
+      config: architecture of the model.
+      encoding: one encoding for all layers, or a sequence of encodings that is repeated over the layers: ``[cope(64), identity()]``
+        alternates. The length of the sequence must divide the number of layers.
+      rngs: random number generators, ``nnx.Rngs(seed)``. The initial weights of the layers do not depend on the encoding.
 
     Raises:
       ValueError: the number of encodings does not divide the number of layers.
@@ -238,7 +242,7 @@ class Transformer(nnx.Module):
             self.head = nnx.Linear(width, config.vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
         if config.num_classes is not None:
             self.classifier = nnx.Linear(width, config.num_classes, dtype=dtype, rngs=rngs)
-        # Last, so that two models that differ in their encoding start from the same weights elsewhere.
+        # Initialized last, so that two models that differ only in their encoding have the same initial weights elsewhere.
         keys = jax.random.split(rngs.params(), len(self.encodings))
         made = [
             _init_layers(e, key, config.dims, self.layout.count(i))
@@ -254,13 +258,13 @@ class Transformer(nnx.Module):
         *,
         dropout_key: Array | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits over the vocabulary at every position, float32.
+        """Returns float32 logits over the vocabulary at every position.
 
         Args:
-          tokens: [B, T] integers below V.
-          positions: [B, T] or [1, T]; None: 0, 1, 2, ...
-          segment_ids: tokens of different segments do not see each other; None: one segment.
-          dropout_key: None for no dropout.
+          tokens: token ids, integers [B, T] below V.
+          positions: positions of the tokens, [B, T] or [1, T]. None means 0, 1, 2, ...
+          segment_ids: segment of each token; tokens of different segments do not attend to each other. None means one segment.
+          dropout_key: PRNG key for dropout. None disables dropout.
         """
         return self._logits(self._hidden(tokens, positions, segment_ids, dropout_key)[0])
 
@@ -272,7 +276,7 @@ class Transformer(nnx.Module):
         *,
         dropout_key: Array | None = None,
     ) -> Float[Array, "B C"]:
-        """Logits over ``num_classes`` from the first token, [CLS], float32.
+        """Returns float32 logits over ``num_classes`` computed from the first token, [CLS]. Takes the arguments of ``__call__``.
 
         Raises:
           ValueError: the model has no classification head.
@@ -284,22 +288,25 @@ class Transformer(nnx.Module):
     def records(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "_ T"] | None = None, segment_ids: Int[Array, "B T"] | None = None
     ) -> list[LayerRecord]:
-        """What the attention of every layer is called with, first layer first."""
+        """Returns the attention inputs of every layer, from the first layer to the last."""
         return self._hidden(tokens, positions, segment_ids, None, keep=True)[1]
 
     def init_cache(
         self, batch_size: int, max_length: int | None = None, *, window: int | None = None
     ) -> tuple[kv_cache.LayerCache, ...]:
-        """An empty key-value cache: for each run of neighbouring layers under one encoding, their caches stacked.
+        """Returns an empty key-value cache for ``decode``.
+
+        The tuple has one entry for each run of consecutive layers with the same encoding: the caches of these layers, stacked.
 
         Args:
-          batch_size: B.
-          max_length: how many tokens it holds, padding included; None: ``config.max_length``. A model with a local window
-            keeps that window alone, and linear attention its sums, however long the text: they need no max_length.
-          window: how many earlier tokens are kept and seen, where ``config.local_window_size`` is None or larger.
+          batch_size: B, the number of sequences.
+          max_length: number of tokens that the cache holds, padding included. None means ``config.max_length``. A model with a
+            local window keeps only that window, and linear attention only its running sums, whatever the length of the text:
+            neither needs max_length.
+          window: number of earlier tokens that are kept and attended to; ``config.local_window_size`` applies if it is smaller.
 
         Raises:
-          ValueError: an encoder, linear attention with a window, or a size below 1.
+          ValueError: the model is an encoder, linear attention is given a window, or a size is below 1.
         """
         config = self.config
         if not config.is_causal:
@@ -327,19 +334,20 @@ class Transformer(nnx.Module):
         positions: Array | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T V"], tuple[kv_cache.LayerCache, ...]]:
-        """Logits of the next tokens, one or many, after those that the cache has seen, and the cache with them in it.
+        """Processes the next tokens of each sequence, one or many, given a cache of the earlier ones.
 
         Args:
-          tokens: [B, T] integers below V.
-          cache: from ``init_cache`` or the last call.
-          positions: [B, T] or [1, T]; None goes on from each row's last token.
-          segment_ids: 0 marks padding, which nothing sees; None: all tokens are of segment 1.
+          tokens: token ids, integers [B, T] below V.
+          cache: the cache returned by ``init_cache`` or by the previous call.
+          positions: positions of the tokens, [B, T] or [1, T]. None continues from the last token of each row.
+          segment_ids: segment of each token. 0 marks padding, which no token attends to. None puts all tokens in segment 1.
 
         Returns:
-          float32 logits, as the whole text at once would have (NaN where a traced call runs past a full cache), and the next cache.
+          float32 logits [B, T, V], which match those of one call on the full sequence (NaN where a traced call exceeds the capacity
+          of the cache), and the updated cache.
 
         Raises:
-          ValueError: more tokens than the cache has room for.
+          ValueError: the cache does not belong to this model, or has no room for the tokens.
         """
         if len(cache) != len(list(itertools.groupby(self.layout))):
             raise ValueError(f"cache must be what init_cache of this model returned, got {len(cache)} runs of layers")
@@ -351,7 +359,7 @@ class Transformer(nnx.Module):
         return self._logits(hidden), cache
 
     def encoding_params(self, layer: int) -> Params:
-        """The parameters of the encoding of one layer, as ``encoding.init`` shapes them."""
+        """Returns the encoding parameters of one layer, in the structure that ``encoding.init`` returns."""
         index = self.layout[layer]
         return _layer_params(self.encodings[index], self._encoding_params(index), self.layout[:layer].count(index))
 
@@ -387,7 +395,7 @@ class Transformer(nnx.Module):
         runs = itertools.groupby(range(config.num_layers), key=self.layout.__getitem__)
         for (index, run), seen in itertools.zip_longest(runs, cache):
             run = list(run)
-            first = self.layout[: run[0]].count(index)  # of the layers under this encoding, which one the run begins with
+            first = self.layout[: run[0]].count(index)  # index of the run's first layer among the layers with this encoding
             own = slice(first, first + len(run))
             rows = slice(run[0], run[-1] + 1)
             x, kept, seen = self._run(x, rows, index, params[index], own, positions, segment_ids, layer_keys, keep, seen)
@@ -408,13 +416,13 @@ class Transformer(nnx.Module):
         keep: bool,
         cache: kv_cache.LayerCache | None,
     ) -> tuple[Array, list[LayerRecord], kv_cache.LayerCache | None]:
-        """Neighbouring layers under one encoding, as one scan."""
+        """Runs consecutive layers that have the same encoding, as one scan."""
         encoding = self.encodings[index]
         shared, own = _split_params(encoding, params)
         graph, stacked, structure = self._weights("layers")
 
         def layer(carry: tuple[Array, Any], xs: tuple[Any, Params, Array | None, Array]) -> tuple[Any, Any]:
-            x, cache = carry  # carried, not scanned over, so that each layer writes its part of one buffer
+            x, cache = carry  # the cache is carried, not scanned over, so that each layer updates its slice of one buffer in place
             weights, own, key, i = xs
             mine = jax.tree.map(lambda all: jax.lax.dynamic_index_in_dim(all, i, keepdims=False), cache)
             params = _join_params(shared, own)
@@ -439,9 +447,9 @@ class Transformer(nnx.Module):
         return x, [LayerRecord(query, key, value, encoding, params) for query, key, value, params in each], cache
 
     def _weights(self, name: str) -> tuple[Any, Params, Any]:
-        """A part of the model: its graph, its parameters, and the pytree that they are to be in for ``nnx.merge``.
+        """Returns a submodule's graph definition, its parameters, and the tree structure that ``nnx.merge`` expects them in.
 
-        Matrices are in the type that they are multiplied in before they move between devices.
+        Matrices are cast to compute_dtype here, before they are communicated between devices.
         """
         graph, state = nnx.split(getattr(self, name))
         dtype = jnp.dtype(self.config.compute_dtype)
@@ -452,7 +460,7 @@ class Transformer(nnx.Module):
         return graph, jax.tree_util.tree_map_with_path(cast, nnx.to_pure_dict(state)), jax.tree.structure(state)
 
     def _part(self, name: str) -> nnx.Module:
-        """A part of the model with its weights put together."""
+        """Returns a submodule with its weights all-gathered."""
         graph, weights, structure = self._weights(name)
         return nnx.merge(graph, jax.tree.unflatten(structure, jax.tree.leaves(gather_params(weights, name))))
 
@@ -461,7 +469,7 @@ class Transformer(nnx.Module):
         return logits.astype(jnp.float32)
 
 
-# What the backward pass keeps of a layer. Weights that were put together are in no case among it.
+# What the backward pass saves of a layer. No policy saves the all-gathered weights.
 _POLICIES = {
     "none": lambda operation, *_, **__: operation.name != "sharding_constraint",
     "attention": lambda operation, *_, **how: operation.name == "posjax_kernel" or how.get("name") == SAVED,
@@ -470,9 +478,12 @@ _POLICIES = {
 
 
 def functional(model: nnx.Module) -> tuple[Callable[[Params], nnx.Module], Params]:
-    """Splits a model, once, into its parameters, a nested dict of arrays, and the function that puts them in place again.
+    """Splits a model into a pure function and its parameters, for use with jit, grad, vmap, scan and pmap.
 
-    ``with_params(params)(tokens)`` is the model's pure form, which jit, grad, vmap, scan and pmap take.
+    ``with_params(params)(tokens)`` is then a pure function of the parameters.
+
+    Returns:
+      ``with_params``, which returns the model with the given parameters, and the current parameters, a nested dict of arrays.
     """
     graph, state = nnx.split(model)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
@@ -496,11 +507,11 @@ def _dropout(x: Array, rate: float, key: Array | None) -> Array:
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
-# Parameters of an encoding over layers: leaves of one set for all layers, and leaves with a leading axis of layers -------
+# Encoding parameters: some leaves are shared by all layers, the others have a leading axis of layers ---------------------
 
 
 def _flags(per_layer: Any, params: Params) -> Params:
-    """per_layer, spread out to one bool a leaf."""
+    """Broadcasts per_layer to one bool per leaf of params."""
     if isinstance(per_layer, bool):
         return jax.tree.map(lambda _: per_layer, params)
     return {name: _flags(per_layer[name], part) for name, part in params.items()}

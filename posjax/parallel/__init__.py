@@ -1,1 +1,1 @@
-"""Meshes of devices, where arrays live on them, and several processes of one run."""
+"""Parallelism: device meshes, shardings of states and batches, and runs of several processes."""

@@ -1,11 +1,13 @@
-"""Several processes of one run: the same command everywhere. They meet, stop at the same step, and tell when one of them is lost.
+"""Multi-process runs: initialization, stopping at the same step, and reporting the loss of a process.
 
-    started by                                  they find each other through
-    SLURM, Open MPI, a TPU pod, a K8s job       JAX's own detection of clusters
+Every process runs the same command.
+
+    started by                                  processes are configured by
+    SLURM, Open MPI, a TPU pod, a K8s job       JAX's cluster detection
     hand                                        JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID
 
-Process 0 serves the others as coordinator. A process that is not heard of for POSJAX_HEARTBEAT_SECONDS (60 where it is not set)
-counts as lost, and all others stop; where they wait for a device of a killed process, its connections break and they stop at once.
+Process 0 is the coordinator. A process that sends no heartbeat for POSJAX_HEARTBEAT_SECONDS (default 60) counts as lost, and all
+others stop. Processes that wait for a device of a killed process stop at once, because its connections break.
 """
 
 import contextlib
@@ -22,24 +24,24 @@ import jax
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HEARTBEAT = "POSJAX_HEARTBEAT_SECONDS"
-RESTART = 75  # EX_TEMPFAIL, the exit code of a run that the same command goes on with
+RESTART = 75  # EX_TEMPFAIL: the exit code of a run that rerunning the same command resumes
 
 _MEETING_SECONDS = 300
-_POLL_SECONDS = 0.5  # how often a process asks whether another one wants to stop
-_LONG_MS = 24 * 3600 * 1000  # for waits that a lost process ends, through its heartbeat
-_numbers = itertools.count()  # waits and agreements need names of their own; all processes come to them in the same order
+_POLL_SECONDS = 0.5  # how often a process polls whether another one has received a signal
+_LONG_MS = 24 * 3600 * 1000  # timeout of waits that end anyway if a process is lost, through its missing heartbeat
+_numbers = itertools.count()  # barriers and agreements need unique names; all processes reach them in the same order
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the run is gone, and with it a part of the state. The command line exits with RESTART."""
+    """Raised when another process of the run is gone, and with it a part of the state. The command line exits with RESTART."""
 
 
 def join() -> None:
-    """Joins the processes of this run, before JAX looks for devices; does nothing where there is but one.
+    """Connects the processes of this run. Call it before JAX initializes its devices. Does nothing for a single process.
 
     Raises:
-      ValueError: an environment variable is wrong, or some are set and others missing.
-      ConnectionError: the other processes, or what tells of them, cannot be reached.
+      ValueError: an environment variable is invalid, or some are set and others are missing.
+      ConnectionError: the other processes, or the cluster's information about them, cannot be reached.
     """
     given = {name: os.environ[name] for name in (ADDRESS, COUNT, INDEX) if os.environ.get(name)}
     count, index = (_integer(name) if name in given else None for name in (COUNT, INDEX))
@@ -62,7 +64,7 @@ def join() -> None:
             raise ValueError(f"{missing} must be set too, as {', '.join(given)} is: no cluster was found that would tell")
         if not given and (cluster is None or cluster.get_process_count() == 1):
             return
-        # JAX's preemption service would take SIGTERM away from Python: until the loop runs, nothing would end the process.
+        # JAX's preemption service would replace Python's SIGTERM handler, and nothing would end the process before the loop runs.
         jax.config.update("jax_enable_preemption_service", False)
         with _abort_told(lambda: f"the processes of this run did not meet within {_MEETING_SECONDS} s{where}", 1):
             jax.distributed.initialize(
@@ -86,20 +88,20 @@ def _integer(name: str) -> int:
 
 
 def _cluster() -> Any:
-    """What JAX would ask for the processes, or None."""
+    """Returns the cluster environment that JAX would query for the processes, or None."""
     from jax._src import clusters
 
     left_out: list[Any] = []
-    if "JOB_COMPLETION_INDEX" not in os.environ:  # only indexed jobs have several processes; of other pods JAX would ask in vain
+    if "JOB_COMPLETION_INDEX" not in os.environ:  # only indexed jobs have several processes; querying other pods fails
         left_out += [clusters.K8sCluster]
-    if jax.config.jax_platforms == "cpu":  # a try on one machine of a pod
+    if jax.config.jax_platforms == "cpu":  # a test run on one machine of a pod
         left_out += [clusters.GkeTpuCluster, clusters.GceTpuCluster]
     kinds = (kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method and kind not in left_out)
     return next((kind for kind in kinds if kind.is_env_present()), None)
 
 
 def _client() -> Any:
-    """The coordinator's key-value store and barriers, which need no device; JAX has no public name for it."""
+    """Returns the client of the coordinator, whose key-value store and barriers need no device. JAX has no public name for it."""
     from jax._src import distributed
 
     if distributed.global_state.client is None:
@@ -110,14 +112,14 @@ def _client() -> Any:
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here."""
+    """Blocks until every process has reached this call."""
     if jax.distributed.is_initialized():
         _client().wait_at_barrier(f"posjax/wait/{next(_numbers)}", _LONG_MS)
 
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """Process 0 does what is within, then all the others: what the first leaves on a shared disk, they find."""
+    """Runs the body on process 0 first and then on all others, so that they find the files that it wrote to a shared disk."""
     if jax.process_index() > 0:
         wait_for_all()
     try:
@@ -127,21 +129,21 @@ def first_process_first() -> Iterator[None]:
             wait_for_all()
 
 
-# Stopping together ---------------------------------------------------------------------------------------------------
+# Stopping at the same step -------------------------------------------------------------------------------------------
 
 
 class Agreement:
-    """The step that all processes stop after, soon after a signal came to one of them.
+    """Makes all processes stop after the same step, soon after one of them has received a signal.
 
-    A process may be some steps ahead of another, as steps are dispatched and not waited for, and all must have run the same ones
-    when they save. So a thread of each process asks the coordinator now and then whether a signal came (no device is asked, and no
-    step waits). If so it answers with the last step that its process may have begun, and its process begins no other until all
-    have answered: they stop after the latest of these steps. The threads answer whatever their processes wait for, so that none
-    waits for ever. (JAX's own `reached_preemption_sync_point` does the like, but for SIGTERM only, by a handler of its own that
-    Python's replaces.)
+    Steps are dispatched asynchronously, so a process may be some steps ahead of another, but all must have run the same steps when
+    they save. A thread of each process therefore polls the coordinator for a signal (this involves no device, and no step waits
+    for it). If there is one, the thread publishes the last step that its process may have begun, and its process begins no further
+    step until all processes have published theirs. All then stop after the latest of these steps. The threads publish whatever
+    their processes wait for, so there is no deadlock. (JAX's `reached_preemption_sync_point` is similar, but works for SIGTERM
+    only, through a handler that Python's replaces.)
 
     Args:
-      step: that all processes are at.
+      step: the step that all processes are at.
     """
 
     def __init__(self, step: int):
@@ -159,16 +161,16 @@ class Agreement:
         self._closed.set()
 
     def signal_after(self, step: int, caught: Sequence[int]) -> int | None:
-        """The signal to stop for after `step`, which has begun, or None to begin the next one.
+        """Returns the signal for which to stop after `step`, or None to begin the next step.
 
         Args:
-          step: the same calls, step by step, on all processes.
-          caught: signals that came to this process so far.
+          step: the step that has begun. All processes make the same calls, step by step.
+          caught: the signals that this process has received so far.
         """
         if jax.process_count() == 1:
             return caught[0] if caught else None
         if caught and not self._asked:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has set it already
                 self._client.key_value_set(f"{self._name}/signal", str(caught[0]))
         with self._lock:
             self._step, asked = step, self._asked
@@ -185,7 +187,7 @@ class Agreement:
         while number is None:
             if self._closed.wait(_POLL_SECONDS):
                 return
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # not there
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # not set yet
                 number = int(self._client.key_value_try_get(f"{self._name}/signal"))
         with self._lock:
             self._asked, begun = True, self._step + 1
@@ -198,22 +200,25 @@ class Agreement:
         self._agreed.set()
 
 
-# Losing one ----------------------------------------------------------------------------------------------------------
+# Loss of a process ---------------------------------------------------------------------------------------------------
 
-# What an error of XLA has in it when a connection to another process broke, rather than something in this one.
+# Substrings of the XLA errors that mean a broken connection to another process, as opposed to a failure in this one.
 _BROKEN = ("gloo", "nccl", "coordination", "connection reset", "connection closed", "socket closed", "unavailable:")
 
-_tellings: list[tuple[Callable[[], str], int]] = []  # what an abort is told with, the innermost last, and the exit code
+_tellings: list[tuple[Callable[[], str], int]] = []  # (message callback, exit code) of an abort, innermost last
 _leaving: int | None = None
 
 
 @contextlib.contextmanager
 def peer_loss_reported(telling: Callable[[], str]) -> Iterator[None]:
-    """Within, the loss of another process ends this one with `telling()`, which says where the run stands and how to go on.
+    """Ends this process with the message `telling()` if another process is lost within the body.
 
-    Where a collective breaks, that is a ProcessLost. Where the coordinator is gone, or tells of a process that it has not heard of,
-    JAX logs that and aborts from a thread of its own, with no way to be called before; so the abort is caught: it prints the
-    same words and the process exits with RESTART.
+    If a collective fails, ProcessLost is raised. If the coordinator is gone, or reports a process without heartbeat, JAX logs that
+    and aborts from one of its threads, and offers no callback before it does. The abort is therefore caught: its handler prints the
+    same message and the process exits with RESTART.
+
+    Args:
+      telling: returns the state of the run and how to resume it, for the message.
     """
     if not jax.distributed.is_initialized():
         yield
@@ -244,7 +249,7 @@ def _abort_told(telling: Callable[[], str], code: int) -> Iterator[None]:
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _HANDLER(number: int) -> None:  # Python's own handlers would wait for the main thread, which may wait for the lost process
+def _HANDLER(number: int) -> None:  # Python's handlers run in the main thread, which may wait for the lost process
     if _leaving is not None:
         os._exit(_leaving)
     telling, code = _tellings[-1]
@@ -264,11 +269,12 @@ def _on_abort(handler: Any) -> None:
 
 
 def leave(code: int, together: bool = True) -> None:
-    """Ends this process; unlike `sys.exit`, without the wait of minutes for other processes that do not end too.
+    """Ends this process without waiting for the others. `sys.exit` would wait minutes for processes that do not end too.
 
     Args:
       code: the exit code.
-      together: waits some seconds for others, which may be about to end for the same reason and shall say so themselves.
+      together: whether to wait up to 10 seconds for the others, which may be about to end for the same reason and should be able
+        to print their own messages.
     """
     global _leaving
     if not jax.distributed.is_initialized():

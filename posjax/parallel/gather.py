@@ -1,4 +1,4 @@
-"""Weights put together where they are used, and activations cut as the batch is."""
+"""All-gathering of sharded weights where they are used, and sharding of activations like the batch."""
 
 import functools
 import re
@@ -12,15 +12,16 @@ from posjax.parallel.partition_rules import SHARDED_RULES, WEIGHTS, Rules, axis_
 
 
 def gather_params(weights: Any, path: str, rules: Rules = SHARDED_RULES) -> Any:
-    """Weights as they are used, whole along WEIGHTS; their gradients come back summed into parts.
+    """All-gathers weights over WEIGHTS for use in the forward pass, and reduce-scatters their gradients in the backward pass.
 
-    Of weights that are cut like the batch the compiler would take over the cut: it moves every activation so that D is cut and B is
-    not. What a layer needs is put together within the loop over layers, so that a device has one layer whole at a time.
+    Without this, the compiler propagates the sharding of the weights: it reshards every activation so that D is sharded and B is
+    not. The scan over layers calls this on the weights of one layer, so that a device holds one full layer at a time.
 
     Args:
-      weights: a pytree of arrays; what no rule cuts over WEIGHTS is returned as it is.
-      path: of the pytree among the parameters, as the patterns of the rules have it. The leaves may lack leading axes that the
-        rules have: those of one layer have lost the axis of layers.
+      weights: a pytree of arrays. Leaves that no rule shards over WEIGHTS are returned unchanged.
+      path: path of the pytree among the parameters, as the patterns of the rules spell it.
+      rules: partition rules by which the weights are sharded. The leaves may lack leading axes of their rule: the weights of one
+        layer, for example, lack the axis of layers.
     """
 
     def one(where, leaf):
@@ -38,7 +39,7 @@ def gather_params(weights: Any, path: str, rules: Rules = SHARDED_RULES) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _whole(mesh: Mesh, used: PartitionSpec, kept: PartitionSpec, leaf: jax.Array) -> jax.Array:
-    """``leaf``, cut by ``used`` instead of ``kept``."""
+    """Reshards ``leaf`` from ``kept`` to ``used``."""
     return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, used))
 
 
@@ -47,7 +48,7 @@ def _whole_forward(mesh, used, kept, leaf):
 
 
 def _whole_backward(mesh, used, kept, _, gradient):
-    """A sum of which each device keeps a part; with either constraint alone the compiler would cut what it is a sum of."""
+    """Reduce-scatters the gradient. With only one of the two constraints, the compiler would shard the summands instead."""
     summed = jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, used))
     return (jax.lax.with_sharding_constraint(summed, NamedSharding(mesh, kept)),)
 
@@ -56,7 +57,7 @@ _whole.defvjp(_whole_forward, _whole_backward)
 
 
 def in_rows(x: jax.Array) -> jax.Array:
-    """Activations [B, T, ...] with rows cut over ROWS and tokens over "context", as the batch is."""
+    """Constrains activations [B, T, ...] to the sharding of the batch: rows over ROWS, tokens over "context"."""
     mesh = mesh_of(x)
     if mesh is None:
         return x

@@ -1,13 +1,13 @@
-"""The mesh of devices, and batches on it.
+"""The device mesh, and the sharding of batches on it.
 
-    mesh axis    cuts                       costs a step
-    "data"       rows of the batch          one sum of the gradients
-    "fsdp"       rows, and the state        parts of the weights put together where they are used, gradients summed into parts
+    mesh axis    shards                     communication per step
+    "data"       rows of the batch          one all-reduce of the gradients
+    "fsdp"       rows, and the state        an all-gather of the weights where they are used, a reduce-scatter of the gradients
     "context"    the sequence               a ring of keys and values in attention; weights as with "fsdp"
-    "tensor"     heads, the MLP's width,    a sum of activations for each of the two branches of a layer
+    "tensor"     heads, the MLP's width,    an all-reduce of activations for each of the two branches of a layer
                  the vocabulary
 
-A mesh has all four, most of them of one device. `partition_rules` says how the state is cut over them.
+A mesh always has all four axes; most of them have size 1. `partition_rules` determines how the state is sharded over them.
 """
 
 import math
@@ -19,15 +19,15 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "context", "tensor")  # from devices that are far from each other to those that are near
+AXES = ("data", "fsdp", "context", "tensor")  # ordered from the most distant devices to the nearest
 ROWS = ("data", "fsdp")
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """"data=2,fsdp=4" as the arguments of `make_mesh`; "" is {}.
+    """Parses a mesh specification such as "data=2,fsdp=4" into the keyword arguments of `make_mesh`. "" gives {}.
 
     Raises:
-      ValueError: an axis that there is not, or twice, or a size that is neither a positive integer nor -1.
+      ValueError: an axis is unknown or repeated, or a size is neither a positive integer nor -1.
     """
     sizes: dict[str, int] = {}
     for part in filter(None, text.replace(" ", "").split(",")):
@@ -48,16 +48,16 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh with the axes AXES over the first `num_devices` devices.
+    """Returns a mesh with the axes AXES over the first `num_devices` devices.
 
     Args:
-      num_devices: None takes all.
-      data, fsdp, context, tensor: how many devices each cuts over. One of them may be -1, which takes what the others leave, as
-        data=None does where none is.
-      devices: None takes those of this machine; others may be ones that are only compiled for.
+      num_devices: number of devices. None takes all.
+      data, fsdp, context, tensor: sizes of the mesh axes. At most one may be -1, which takes the devices that the others leave.
+        data=None is -1 if no other axis is -1, else 1.
+      devices: devices to choose from. None means `jax.devices()`. They may be devices that programs are only compiled for.
 
     Raises:
-      ValueError: there are fewer devices than asked for, or fewer than 1 is asked for, or the axes do not take all of them.
+      ValueError: num_devices is below 1 or above the number of devices, or the axes do not use all of them.
     """
     devices = jax.devices() if devices is None else list(devices)
     count = len(devices) if num_devices is None else num_devices
@@ -80,35 +80,39 @@ def make_mesh(
 
 
 def _laid_out(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """The devices as an array: neighbours along an axis are neighbours on the torus of TPUs, and of one process elsewhere."""
+    """Arranges devices in an array so that neighbors along an axis are neighbors on a TPU torus or, elsewhere, share a process."""
     if devices[0].platform == "tpu" and len(devices) > 1:
         try:
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        except (ValueError, AssertionError, NotImplementedError):  # part of a torus
+        except (ValueError, AssertionError, NotImplementedError):  # the devices are a part of a torus
             pass
     return np.asarray(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(shape)
 
 
 def mesh_of(x: jax.Array) -> Mesh | None:
-    """The mesh of AXES that a program runs on, as the type of a traced array tells it; None on one device and on other meshes."""
+    """Returns the mesh that a traced array's type carries; None for a single device or a mesh without the axes AXES."""
     mesh = jax.typeof(x).sharding.mesh
     is_ours = set(AXES) <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
     return mesh if is_ours and mesh.size > 1 else None
 
 
 def row_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): a batch comes in `count` shares of rows, and this process brings the one with that index.
+    """Returns (index, count): a batch is loaded in `count` shares of rows, and this process loads the one with that index.
 
-    Processes that have the same rows on their devices, as where "context" or "tensor" spans them, bring the same share, whole.
+    Processes whose devices hold the same rows, as when "context" or "tensor" spans processes, all load the same full share.
 
     Raises:
-      ValueError: processes that have some rows in common and others not, or a mesh without a device of this process.
+      ValueError: two processes share some rows but not all, or the mesh has no device of this process.
     """
     return _row_parts(mesh)[:2]
 
 
 def _row_parts(mesh: Mesh) -> tuple[int, int, list[int]]:
-    """`row_share`, and which of the parts that the rows of a batch are cut into lie here: any, where a mesh follows a torus."""
+    """Returns the result of `row_share` and the indices of the row blocks on this process's devices.
+
+    The rows of a batch are split into one block per index along ROWS. The blocks of a process need not be contiguous where the mesh
+    follows a torus.
+    """
     parts = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in ROWS), -1)
     held: dict[int, set[int]] = {}
     for part, devices in enumerate(parts):
@@ -127,20 +131,20 @@ def _row_parts(mesh: Mesh) -> tuple[int, int, list[int]]:
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
-    """The NamedSharding of each leaf [B, T, ...] or [B] of a batch: rows over ROWS, tokens over "context"."""
+    """Returns the NamedSharding of each leaf [B, T, ...] or [B] of a batch: rows over ROWS, tokens over "context"."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec(*(ROWS, "context")[: leaf.ndim])), batch)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts this process's rows of a batch, leaves [B, T, ...] or [B], on its devices.
+    """Places this process's rows of a batch on its devices. Leaves are [B, T, ...] or [B].
 
     Args:
-      batch: pytree of NumPy or JAX arrays; with several processes, each passes the rows of its `row_share`, whole. Leaves that
-        are in place already are left alone.
-      mesh: from `make_mesh`.
+      batch: a pytree of NumPy or JAX arrays. With several processes, each passes all rows of its `row_share`. Leaves that already
+        have the right sharding are left unchanged.
+      mesh: a mesh from `make_mesh`.
 
     Raises:
-      ValueError: the devices do not divide B or T, or as `row_share`.
+      ValueError: the mesh does not divide B or T, or `row_share` raises.
     """
     _, count, parts = _row_parts(mesh)
     devices = len(parts)
@@ -156,7 +160,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
             if leaf.ndim > 1 and leaf.shape[1] % mesh.shape["context"]:
                 raise ValueError(f"context must divide the length of a sequence, {leaf.shape[1]}, got {mesh.shape['context']}")
     if jax.process_count() == 1:
-        return jax.device_put(batch, shardings)  # all leaves in one call: a call a leaf takes as long as a small step
+        return jax.device_put(batch, shardings)  # one call for all leaves: a call per leaf takes as long as a small step
 
     def put(leaf, sharding):
         if is_there(leaf, sharding):

@@ -1,6 +1,6 @@
-"""Where the state lives: a small table of partition rules, and the sharding of each leaf of a state by them.
+"""Partition rules: a table of path patterns that determines the sharding of each leaf of a train state.
 
-The state is cut by SHARDED_RULES; by PARTITION_RULES, the default, it is whole on every device.
+SHARDED_RULES shards the state. PARTITION_RULES, the default, replicates it on every device.
 """
 
 import math
@@ -14,13 +14,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 Rules = Sequence[tuple[str, PartitionSpec]]
 WEIGHTS = ("fsdp", "context")
 
-# Leaves of the state follow the first rule whose pattern is found in their path ("params/layers/kernel",
-# "opt_state/1/mu/layers/kernel", ...): the moments of a parameter lie where it does.
+# A leaf of the state follows the first rule whose pattern is found in its path ("params/layers/kernel",
+# "opt_state/1/mu/layers/kernel", ...), so the moments of a parameter are sharded like the parameter.
 PARTITION_RULES: Rules = ((r"", PartitionSpec()),)
 
-# For `Transformer` on many devices. Over "tensor" a pair of products costs one sum of activations (Megatron-LM, arXiv:1909.08053);
-# over WEIGHTS lie parts that are put together where they are used, see `gather.gather_params` (ZeRO, arXiv:1910.02054). The first
-# axis of a layer's weight is the layer, which the scan walks along.
+# For `Transformer` on many devices. With "tensor", a pair of matrix products costs one all-reduce of activations (Megatron-LM,
+# arXiv:1909.08053). Weights sharded over WEIGHTS are all-gathered where they are used, see `gather.gather_params` (ZeRO,
+# arXiv:1910.02054). The first axis of a layer's weight is the layer, which the scan iterates over.
 SHARDED_RULES: Rules = (
     (r"layers/(query|key|value)/kernel$", PartitionSpec(None, WEIGHTS, "tensor", None)),  # [L, D, N or K, H]
     (r"layers/out/kernel$", PartitionSpec(None, "tensor", None, WEIGHTS)),  # [L, N, H, D]
@@ -33,9 +33,9 @@ SHARDED_RULES: Rules = (
 
 
 def state_shardings(state: Any, mesh: Mesh, rules: Rules = PARTITION_RULES) -> Any:
-    """The NamedSharding of each leaf of `state` (arrays or ShapeDtypeStructs) by the rules, in a like pytree.
+    """Returns the NamedSharding that the rules assign to each leaf of `state` (arrays or ShapeDtypeStructs), as a matching pytree.
 
-    Axes of a rule that the mesh has not, or that do not divide the leaf, are left out, the last ones first.
+    Drops axes of a rule that the mesh lacks, or that do not divide the leaf, starting from the last one.
     """
 
     def sharding(path, leaf):
@@ -47,7 +47,7 @@ def state_shardings(state: Any, mesh: Mesh, rules: Rules = PARTITION_RULES) -> A
 
 
 def fitting_spec(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """``spec`` without axes that the mesh has not, or that do not divide an array of that shape, the last ones first."""
+    """Returns ``spec`` without mesh axes that the mesh lacks or that do not divide the shape, dropped from the last one on."""
 
     def fitting(axes, size):
         names = [name for name in axis_names(axes) if mesh.shape.get(name, 1) > 1]
@@ -59,13 +59,13 @@ def fitting_spec(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> Parti
 
 
 def axis_names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The mesh axes of one axis of a PartitionSpec."""
+    """Returns the mesh axes in one entry of a PartitionSpec as a tuple."""
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def shard_state(state: Any, mesh: Mesh, rules: Rules = PARTITION_RULES) -> Any:
-    """Puts a state on the devices of `mesh` by `state_shardings`; with several processes, all pass the same values."""
+    """Places a state on the devices of `mesh` with `state_shardings`. With several processes, all must pass the same values."""
     shardings = state_shardings(state, mesh, rules)
     if jax.process_count() == 1:
         return jax.device_put(state, shardings)
-    return jax.jit(lambda state: state, out_shardings=shardings)(state)  # device_put takes no keys to another process
+    return jax.jit(lambda state: state, out_shardings=shardings)(state)  # device_put takes no keys to other processes

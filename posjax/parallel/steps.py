@@ -1,7 +1,7 @@
-"""The jit and pmap forms of a train step.
+"""Compiled forms of a train step with jit and pmap.
 
-Both have the same signature, `(state, batch) -> (state, metrics)`, take a batch of host arrays [B, T, ...], keep no extra axis in
-the state (so a checkpoint of one fits the other), and donate it.
+Both have the signature `(state, batch) -> (state, metrics)`, take a batch of host arrays [B, T, ...], add no axis to the state
+(so their checkpoints are interchangeable), and donate it.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 
 
 def jit_for_all(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.jit(function)`, whose results every process has whole where its first argument lies on devices of several.
+    """Returns `jax.jit(function)` with replicated outputs if the first argument spans the devices of several processes.
 
-    The other arguments are host arrays, the same on all processes.
+    Every process can then read the full results. The other arguments are host arrays, the same on all processes.
     """
     compiled = None
 
@@ -34,10 +34,15 @@ def jit_for_all(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def jit_train_step(step: Step, mesh: Mesh, rules: Rules = PARTITION_RULES) -> Step:
-    """`step` (made without an axis name) compiled for `mesh`: the main path.
+    """Compiles `step` for `mesh` with jit. This is the main path.
 
-    The state may live anywhere at first; it comes back sharded as `shard_state` does. It is donated: use the returned one
-    from then on.
+    The input state may be on any device; the returned state is sharded as by `shard_state`. The input state is donated, so use
+    only the returned one afterwards.
+
+    Args:
+      step: a train step made without an axis name.
+      mesh: a mesh from `make_mesh`.
+      rules: partition rules of the state.
     """
     compiled = shardings = None
 
@@ -47,7 +52,7 @@ def jit_train_step(step: Step, mesh: Mesh, rules: Rules = PARTITION_RULES) -> St
         if compiled is None:
             shardings = state_shardings(state, mesh, rules)
             compiled = _jit(step, mesh, shardings, batch)
-        if state.step.sharding != shardings.step:  # the first call, or just restored
+        if state.step.sharding != shardings.step:  # on the first call, or after a restore
             state = shard_state(state, mesh, rules)
         return compiled(state, batch)
 
@@ -57,13 +62,14 @@ def jit_train_step(step: Step, mesh: Mesh, rules: Rules = PARTITION_RULES) -> St
 def abstract_train_step(
     step: Step, mesh: Mesh, state: Any, batch: Any, rules: Rules = PARTITION_RULES
 ) -> tuple[Any, tuple[Any, Any]]:
-    """What `jit_train_step` compiles, and shapes to compile it with: for devices that are not attached.
+    """Returns the jitted step of `jit_train_step` and abstract arguments, to compile it for devices that are not attached.
 
         jitted, arguments = abstract_train_step(step, mesh, state, batch, SHARDED_RULES)
         jitted.lower(*arguments).compile().memory_analysis()
 
     Args:
-      state, batch: pytrees of arrays or jax.ShapeDtypeStructs, of all devices together.
+      step, mesh, rules: as for `jit_train_step`.
+      state, batch: pytrees of arrays or jax.ShapeDtypeStructs with global shapes.
 
     Returns:
       The jax.jit object, and (state, batch) as jax.ShapeDtypeStructs with shardings.
@@ -83,11 +89,16 @@ def _jit(step: Step, mesh: Mesh, shardings: Any, batch: Any) -> Any:
 
 
 def pmap_train_step(step: Step, num_devices: int | None = None, axis_name: str = "data") -> Step:
-    """The pmap twin of `jit_train_step`; `step` is made with `axis_name`.
+    """Compiles `step` with pmap for the devices of one process, as an alternative to `jit_train_step`.
 
-    The state goes in and comes out replicated without a device axis (`in_axes=None`, `out_axes=None`): there is nothing to
-    replicate or to unreplicate. The same batch gives the same loss as the jit form up to rounding; only noise drawn in
-    `loss_fn` differs, as each device has its own key. For the devices of one process.
+    The state is passed and returned without a device axis (`in_axes=None`, `out_axes=None`), so the caller need not replicate or
+    unreplicate it. For the same batch, the loss matches that of the jit form up to rounding; only noise drawn in `loss_fn`
+    differs, because each device has its own key.
+
+    Args:
+      step: a train step made with `axis_name`.
+      num_devices: number of devices. None takes all.
+      axis_name: name of the mapped axis.
     """
     devices = make_mesh(num_devices).local_devices
     mapped = jax.pmap(step, axis_name, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)

@@ -1,4 +1,4 @@
-"""Figures: arrays in, a matplotlib figure out, and ``save`` to write it."""
+"""Figures: functions from arrays to matplotlib figures, and ``save`` to write a figure to a file."""
 
 from posjax.plots.cost import bars, cost_by_length
 from posjax.plots.loss import loss_by_index, loss_by_length

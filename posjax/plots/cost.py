@@ -1,4 +1,4 @@
-"""Figures of what attention costs; ``posjax.plots`` has their names too."""
+"""Figures of the cost of attention, also exported by ``posjax.plots``."""
 
 import math
 from collections.abc import Mapping
@@ -16,11 +16,13 @@ _COST_MARKERS = "o^sDvP"
 def cost_by_length(
     panels: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]], looks: Mapping[str, tuple[str, str, str]]
 ) -> "Figure":
-    """What attention costs against length, both logarithmic: a row for each pass, a panel for each measure, a line a contestant.
+    """Plots the cost of attention against length on logarithmic axes.
+
+    The figure has one row per pass, one panel per measure and one line per contestant.
 
     Args:
       panels: {pass: {measure with its unit: {contestant: {length in tokens: value}}}}; values are positive.
-      looks: {contestant: (encoding, implementation, gates)}, which give colour, line and marker; the legend has this order.
+      looks: {contestant: (encoding, implementation, gates)}, which determine color, line and marker, and the order of the legend.
     """
     columns = list(dict.fromkeys(label for row in panels.values() for label in row))
     lengths = sorted({n for row in panels.values() for curves in row.values() for curve in curves.values() for n in curve})
@@ -56,11 +58,11 @@ def cost_by_length(
 
 
 def bars(panels: Mapping[str, tuple[str, Mapping[str, float]]], looks: Mapping[str, str]) -> "Figure":
-    """Numbers side by side: a panel for each measure, a bar for each contestant, the first on top.
+    """Plots bar charts of several measures: one panel per measure, one bar per contestant, the first on top.
 
     Args:
-      panels: {title: (what the numbers are, with the unit, {contestant: number})}.
-      looks: {contestant: encoding}, which gives the colour.
+      panels: {title: (axis label with the unit, {contestant: number})}.
+      looks: {contestant: encoding}, which determines the color.
     """
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)

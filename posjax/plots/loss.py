@@ -1,4 +1,4 @@
-"""Figures of the loss: against the length of the text, and against the index in it."""
+"""Figures of the loss against the evaluation length, and against the index of a token."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 def loss_by_length(
     rows: Mapping[str, Mapping[int, Sequence[float]]], train_length: int, label: str = "loss (bits per byte)"
 ) -> "Figure":
-    """Loss against evaluation length: each seed thin, their mean thick. A curve that ends before the others ends in a cross.
+    """Plots loss against evaluation length: thin lines for seeds, a thick line for their mean, a cross where a curve ends early.
 
     Args:
-      rows: {encoding: {length in tokens: loss of each seed}}; those that it cannot take are absent or empty.
-      train_length: tokens.
-      label: what the loss is, in words, with its unit.
+      rows: {encoding: {length in tokens: loss of each seed}}; lengths that the encoding does not support are absent or empty.
+      train_length: training length in tokens, marked by a vertical line.
+      label: axis label of the loss, with its unit.
     """
     lengths = sorted({length for row in rows.values() for length in row})
     figure, axes = new_figure(8.0, 4.6)
@@ -52,12 +52,12 @@ def loss_by_length(
 
 
 def loss_by_index(curves: Mapping[str, tuple[Array, Array]], train_length: int, label: str = "loss (bits per byte)") -> "Figure":
-    """Loss against where in the text a token stands.
+    """Plots loss against the index of the token in its text.
 
     Args:
-      curves: {encoding: (index in tokens [S], loss [S])}, as ``posjax.lab.probes.loss_by_index`` gives them.
-      train_length: tokens; marked where the curves go past it.
-      label: what the loss is, in words, with its unit.
+      curves: {encoding: (index in tokens [S], loss [S])}, as ``posjax.lab.probes.loss_by_index`` returns them.
+      train_length: training length in tokens, marked by a vertical line.
+      label: axis label of the loss, with its unit.
     """
     figure, axes = new_figure(8.0, 4.6)
     for name, style in styles(curves).items():
@@ -76,7 +76,7 @@ def loss_by_index(curves: Mapping[str, tuple[Array, Array]], train_length: int, 
 
 def _mark_training(axes: "Axes", length: int) -> None:
     axes.axvline(length, color="0.4", linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
-    # Above the frame, where no curve can run through it.
+    # Above the frame, where no curve can cross it.
     axes.annotate(
         f"trained on {length:,} tokens",
         (length, 1.0),

@@ -1,4 +1,4 @@
-"""Figures of what a model does with positions: what it counts, how far it looks, how its scores decay."""
+"""Figures of how a model uses positions: CoPE's counts, attention distances, and the decay of scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 def cope_over_line(text: str, gates: Array, positions: Array, titles: Sequence[str]) -> "Figure":
-    """What CoPE counts over a line: each character's gate (bars) and contextual position (line), as the last character sees them.
+    """Plots CoPE over a line of text: each character's gate (bars) and contextual position (line), for the last character as query.
 
     Args:
       text: S characters, up to about 80; the last is the query.
-      gates: [M, S] of M heads.
+      gates: [M, S], the gates of M heads.
       positions: [M, S], sums of the gates from a character to the query.
-      titles: M, such as "layer 3, head 1".
+      titles: M panel titles, such as "layer 3, head 1".
 
     Raises:
-      ValueError: shapes that do not agree.
+      ValueError: the shapes do not match.
     """
     gates, positions = np.asarray(gates), np.asarray(positions)
     expected = (len(titles), len(text))
@@ -61,10 +61,10 @@ def cope_over_line(text: str, gates: Array, positions: Array, titles: Sequence[s
 
 
 def attention_distance(data: Mapping[str, Array]) -> "Figure":
-    """How far heads look, by layer: a panel for each encoding, a dot for each head, a line through each layer's mean.
+    """Plots the attention distance of heads by layer: a panel for each encoding, a dot for each head, a line through layer means.
 
     Args:
-      data: {encoding: [L, N] mean distance in tokens}, as ``posjax.lab.probes.attention_distance`` gives a layer's.
+      data: {encoding: [L, N] mean distance in tokens}, of L layers, each as ``posjax.lab.probes.attention_distance`` returns it.
     """
     columns, rows = _grid(len(data))
     figure, panels = new_figure(1.0 + 2.0 * columns, 0.8 + 1.9 * rows, rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -76,7 +76,7 @@ def attention_distance(data: Mapping[str, Array]) -> "Figure":
         axes.plot(layer[:, None] + aside, distances, "o", markersize=4, color=style.color, alpha=0.6, mew=0, clip_on=False)
         axes.plot(layer, distances.mean(1), color=style.color, linewidth=1.5)
         axes.set_title(name, fontsize=10)
-        axes.set_yscale("symlog", linthresh=1.0, linscale=0.4)  # a head that looks at its own token only has distance zero
+        axes.set_yscale("symlog", linthresh=1.0, linscale=0.4)  # a head that attends only to its own token has distance zero
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xticks(layer[:: math.ceil(layers / 8)])
     axes.set_ylim(0, 1.3 * max([1.0, *(np.max(distances) for distances in data.values())]))
@@ -87,11 +87,11 @@ def attention_distance(data: Mapping[str, Array]) -> "Figure":
 
 
 def decay_curves(curves: Mapping[str, tuple[Array, Array]], bounds: Mapping[str, tuple[Array, Array]] | None = None) -> "Figure":
-    """What each encoding does to a score by distance: a panel for each, a line for each head, the first dark and the last light.
+    """Plots each encoding's effect on the score by distance: a panel for each encoding, a line for each head, dark to light.
 
     Args:
-      curves: {encoding: (distances in tokens [S], values [N, S] in nats)}, as ``posjax.lab.probes.decay_curve`` gives them.
-      bounds: {encoding: (distances, values [S])} to draw dashed, such as ``posjax.lab.probes.rope_bound``.
+      curves: {encoding: (distances in tokens [S], values [N, S] in nats)}, as ``posjax.lab.probes.decay_curve`` returns them.
+      bounds: {encoding: (distances, values [S])}, drawn dashed, such as those of ``posjax.lab.probes.rope_bound``.
     """
     columns, rows = _grid(len(curves))
     bound = None
@@ -116,13 +116,13 @@ def decay_curves(curves: Mapping[str, tuple[Array, Array]], bounds: Mapping[str,
 
 
 def _grid(panels: int) -> tuple[int, int]:
-    """(columns, rows) for so many panels, four a row at most."""
+    """Returns (columns, rows) of a grid for ``panels`` panels, at most four per row."""
     columns = min(4, max(1, panels))
     return columns, max(1, math.ceil(panels / columns))
 
 
 def _hide_rest(panels: np.ndarray, used: int) -> None:
-    """Takes away the empty panels of the last row; those above them then show the ticks of their column."""
+    """Hides the empty panels of the last row, and shows the tick labels of the panels above them."""
     for axes in panels.flat[used:]:
         axes.set_visible(False)
     for axes in panels.flat[max(0, used - panels.shape[1]) : used]:

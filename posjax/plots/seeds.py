@@ -1,4 +1,4 @@
-"""Figures of many seeds: an ablation as dots, and training curves."""
+"""Figures over several seeds: a dot plot of an ablation, and training curves."""
 
 import dataclasses
 from collections import Counter
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 def dots(
     panels: Mapping[str, Mapping[str, Sequence[float]]], label: str, encodings: Mapping[str, str] | None = None
 ) -> "Figure":
-    """An ablation: a line for each setting, the mean of its seeds as a marker, its 95 % interval as a bar, and a dot for each seed.
+    """Plots an ablation: per setting a marker for the mean, a bar for its 95 % interval, and a dot for each seed.
 
-    Seeds stand one below the other, in the same order in every panel. Those that diverged are crosses at the right edge and count
-    in no mean; the setting's name says how many they are. Intervals are Student's, of two seeds or more; where no value is
-    negative they are cut off at zero.
+    Seeds are stacked vertically, in the same order in every panel. Diverged seeds are crosses at the right edge and excluded from
+    the mean; their number follows the setting's name. Intervals are Student's, from two seeds on, and are clipped at zero if no
+    value is negative.
 
     Args:
-      panels: {test set: {setting: value of each seed}}, columns and lines in this order. A value that is not finite is of a seed
-        whose training diverged; a setting without values in a panel has no result there.
-      label: what the values are, in words, with the unit.
-      encodings: {setting: encoding}, which gives colour and marker; None: settings are encodings.
+      panels: {test set: {setting: value of each seed}}, which sets the order of columns and lines. A value that is not finite marks
+        a seed whose training diverged; a setting without values in a panel is labeled "no result" there.
+      label: axis label of the values, with the unit.
+      encodings: {setting: encoding}, which determines color and marker; None: settings are encodings.
     """
     settings = list(dict.fromkeys(setting for rows in panels.values() for setting in rows))
     looks = _looks(settings, encodings)
@@ -44,7 +44,7 @@ def dots(
                 continue
             y = line + (np.linspace(0.0, 0.36, values.size) if values.size > 1 else np.full(1, 0.18))
             lost = ~np.isfinite(values)
-            if not lost.all():  # nothing, if not clipped, would upset the layout
+            if not lost.all():  # an empty, unclipped line would break the layout
                 axes.plot(values[~lost], y[~lost], "o", color=color, markersize=4, alpha=0.5, mew=0, clip_on=False)
             if lost.any():
                 at_edge = axes.get_yaxis_transform()  # x from 0 to 1 across the panel
@@ -82,18 +82,18 @@ def curves(
     every_seed: bool = False,
     log_x: bool = False,
 ) -> "Figure":
-    """Training curves: a line for each setting, the mean over seeds, with a band of its 95 % interval or with every seed thin.
+    """Plots training curves: for each setting the mean over seeds, with a band for its 95 % interval or a thin line per seed.
 
-    A seed that diverged counts in no mean: it is drawn thin, up to a cross where it was finite last, and the legend says how many
-    they are. Intervals are Student's, of two seeds or more.
+    Diverged seeds are excluded from the mean: each is a thin line that ends in a cross at its last finite value, and the legend has
+    their number. Intervals are Student's, from two seeds on.
 
     Args:
-      data: {setting: (x [S], values [seeds, S])}; values that are not finite are of a seed whose training diverged.
-      x_label, label: what x and the values are, in words, with the unit.
-      encodings: {setting: encoding}, which gives the colour; settings of one encoding differ in their lines. None: settings are
-        encodings.
-      every_seed: seeds in place of the band.
-      log_x: x is positive and drawn logarithmically.
+      data: {setting: (x [S], values [seeds, S])}; values that are not finite mark a seed whose training diverged.
+      x_label, label: axis labels of x and of the values, with the unit.
+      encodings: {setting: encoding}, which determines the color; settings with the same encoding have different line styles. None:
+        settings are encodings.
+      every_seed: draws a thin line per seed in place of the band.
+      log_x: uses a logarithmic x axis; x must be positive.
     """
     from posjax.lab.statistics import summary
 
@@ -125,7 +125,7 @@ def curves(
 
 
 def _mean_and_interval(axes: "Axes", values: np.ndarray, y: float, style: Style) -> tuple[float, ...]:
-    """Draws them and returns the ends of the bar."""
+    """Draws the mean and its interval, and returns the ends of the bar; draws and returns nothing if there are no values."""
     from posjax.lab.statistics import summary  # scipy.stats takes a second to import
 
     found = summary(values)
@@ -144,7 +144,7 @@ def _diverged(some: int, of: int) -> str:
 
 
 def _looks(settings: Iterable[str], encodings: Mapping[str, str] | None) -> dict[str, Style]:
-    """The style of each setting; of several with one encoding, those after the first have other lines in its colour."""
+    """Returns the style of each setting; settings with the same encoding share its color and differ in line style."""
     if encodings is None:
         return styles(settings)
     of_encoding, seen, looks = styles(dict.fromkeys(encodings.values())), Counter(), {}

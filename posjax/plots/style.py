@@ -1,7 +1,7 @@
-"""What all figures share: how an encoding looks, an empty figure, and ``save``.
+"""Shared parts of all figures: the style of each encoding, an empty figure, and ``save``.
 
-An encoding has one colour, line and marker in every figure, told apart by colour-blind readers too (Okabe and Ito's palette).
-Figures belong to no window and no global state: nothing needs a display, and what is not referred to any more is gone.
+An encoding has one color, line and marker in every figure, in a palette for color-blind readers (Okabe and Ito's).
+Figures have no window and no global state: they need no display, and are freed once they are no longer referenced.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ GREEN, BLUE, RED, PURPLE = "#009e73", "#0072b2", "#d55e00", "#cc79a7"
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How an encoding is drawn: matplotlib's colour, line style and marker."""
+    """The matplotlib color, line style and marker of an encoding."""
 
     color: str
     line: str
@@ -52,10 +52,10 @@ _SPARE = [
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
-    """The style of each encoding by its name, arguments and case aside: "RoPE", "rope" and "rope(theta=500000)" are one.
+    """Returns the style of each encoding by name, ignoring arguments and case: "RoPE" and "rope(theta=500000)" both match "rope".
 
-    A name that is not known, or whose style an earlier name of the same figure has, gets one that depends on the name alone, or
-    the next free one where two such names fall together.
+    An unknown name, or one whose style an earlier name of the same figure already has, gets a spare style that depends on the name
+    alone, or the next free one if two such names collide.
     """
     made: dict[str, Style] = {}
     for name in names:
@@ -69,12 +69,12 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
 
 
 def save(figure: "Figure", path: str | Path) -> None:
-    """Writes a PNG at 150 dots an inch. There is nothing to close: the figures made here are in no list of open ones."""
+    """Writes a figure as a PNG at 150 dots per inch. It need not be closed: figures made here are not registered with pyplot."""
     figure.savefig(path, format="png", dpi=150)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple["Figure", Any]:
-    """A figure of that size in inches and its axes. Not made by pyplot, which would hold it open and look for a display."""
+    """Creates a figure of a size in inches, and its axes, without pyplot, which would keep it open and look for a display."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -1,1 +1,1 @@
-"""The train state and the train step, checkpoints, and the loop of a run."""
+"""Training: the train state and step, optimizers, checkpoints and the training loop."""

@@ -1,12 +1,12 @@
-"""Checkpoints that are whole or refused: Orbax writes them, a manifest of SHA-256 sums tells whether they still are as written.
+"""Checkpoints that are restored intact or not at all: Orbax writes them, and a manifest of SHA-256 sums detects damage.
 
     <directory>/<step>/               one finished checkpoint, readable by Orbax alone
-        state/ _CHECKPOINT_METADATA   Orbax's files; the iterator's state and the config are `custom_metadata` in the latter
+        state/ _CHECKPOINT_METADATA   Orbax's files; the latter holds the iterator's state and the config as `custom_metadata`
         manifest.json                 {file: {"bytes": size, "sha256": sum}} of every other file of the step
-    <directory>/saving/               a save in progress; renamed to <step> in one move when its manifest is written
+    <directory>/saving/               a save in progress; renamed to <step> atomically once its manifest is written
 
-So whatever bears the name of a step was once complete, and a kill at any moment leaves at most a `saving` folder, which the
-next save clears.
+A folder named after a step was therefore complete when it was renamed. A kill at any moment leaves at most a `saving` folder,
+which the next save removes.
 """
 
 import base64
@@ -28,18 +28,18 @@ ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 
 
 class CheckpointError(RuntimeError):
-    """There are checkpoints, but none that can be used; the message says why."""
+    """Raised when there are checkpoints but none can be used. The message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What `restore_latest` found.
+    """A checkpoint restored by `restore_latest`.
 
     Attributes:
-      step: the step that it was saved at.
-      state: a pytree shaped and placed like the abstract state.
-      data_state: what was passed to `save`: bytes, or a JSON value.
-      config: what was passed to `save`, a JSON value.
+      step: the step at which it was saved.
+      state: a pytree with the shapes, dtypes and shardings of the abstract state.
+      data_state: the data state passed to `save`: bytes, or a JSON value.
+      config: the config passed to `save`, a JSON value.
     """
 
     step: int
@@ -49,11 +49,13 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run. With several processes, all of them make the same calls and share the directory.
+    """Saves and restores the checkpoints of one run.
+
+    With several processes, all of them must make the same calls and share the directory.
 
     Args:
-      directory: made on the first save.
-      keep: newest good checkpoints that are kept; older ones go when a newer one has been written and read back.
+      directory: directory of the checkpoints, created by the first save.
+      keep: number of the newest good checkpoints to keep. Older ones are removed after a newer one has been written and read back.
 
     Raises:
       ValueError: keep is below 1.
@@ -62,38 +64,39 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, keep: int = 3):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
-        # Here, not at the first save: importing Orbax makes JAX forget its compiled programs, and the step would compile twice.
+        # Imported here, not in the first save: importing Orbax clears JAX's compiled programs, so the step would compile twice.
         from orbax.checkpoint import v1  # noqa: F401
 
         self.directory = Path(directory).absolute()
         self.keep = keep
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, good or damaged, in ascending order."""
+        """Returns the steps that have a checkpoint, good or damaged, in ascending order."""
         if not self.directory.is_dir():
             return []
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with the files of a checkpoint, naming the first bad one, or None when all are as they were written."""
+        """Returns what is wrong with the first damaged file of a checkpoint, or None if all files are as they were written."""
         return _damage(self.directory / str(step))
 
     def newest_good(self) -> int | None:
-        """The newest step whose files are all as they were written, or None."""
+        """Returns the newest step whose files are all as they were written, or None."""
         return next((step for step in reversed(self.steps()) if self.damage(step) is None), None)
 
     def save(self, step: int, state: Any, data_state: Any = None, config: Any = None, *, prune: bool = True) -> None:
-        """Writes a checkpoint; when it reads back as it was written, removes what is older than the `keep` newest good ones.
+        """Writes a checkpoint, reads it back to verify it, and then removes those older than the `keep` newest good ones.
 
-        Blocks until all is on disk. A checkpoint of the same step is replaced, but only after the new one was written.
+        If the new checkpoint does not read back as it was written, warns and removes none.
+        Blocks until everything is on disk. A checkpoint of the same step is replaced, but only after the new one is written.
 
         Args:
-          step: the name of the checkpoint.
-          state: pytree of jax arrays, typed PRNG keys among them.
-          data_state: where the data iterator stands, bytes or a JSON value; each process passes its own. Where all pass the same,
-            any number of processes can go on from the checkpoint.
-          config: a JSON value, for whoever reads the checkpoint later.
-          prune: False keeps every older checkpoint.
+          step: the step, which names the checkpoint.
+          state: a pytree of JAX arrays, which may include typed PRNG keys.
+          data_state: position of the data iterator, bytes or a JSON value. Each process passes its own. If all pass the same value,
+            any number of processes can resume from the checkpoint.
+          config: a JSON value for whoever reads the checkpoint later.
+          prune: False keeps every older checkpoint and does not read the new one back.
         """
         from orbax.checkpoint import v1 as ocp
 
@@ -117,20 +120,20 @@ class Checkpoints:
         _barrier("posjax_save_end")
 
     def restore_latest(self, abstract_state: Any) -> Restored | None:
-        """The newest checkpoint whose files are all as they were written.
+        """Restores the newest checkpoint whose files are all as they were written.
 
-        Damaged ones are named in a warning with the file and what is wrong with it, and stay where they are.
+        Skips damaged checkpoints with a warning that names the file and what is wrong with it, and leaves them in place.
 
         Args:
-          abstract_state: pytree of arrays or `jax.ShapeDtypeStruct`; their shapes and dtypes must be those saved, their
-            shardings say where the state goes (any number of devices; the first device where there is none).
+          abstract_state: a pytree of arrays or `jax.ShapeDtypeStruct`. Their shapes and dtypes must match the saved ones. Their
+            shardings determine where the state is placed (any number of devices; without a sharding, the first local device).
 
         Returns:
-          The checkpoint, or None when the directory holds none.
+          The checkpoint, or None if the directory has none.
 
         Raises:
-          CheckpointError: there are checkpoints and all are damaged; or the newest good one holds another state: then the
-            message names the first leaf that differs, with both shapes.
+          CheckpointError: there are checkpoints but all are damaged; or the newest good one holds a different state, in which case
+            the message names the first leaf that differs, with both shapes and dtypes.
         """
         steps, reasons, good = self.steps(), [], -1
         if jax.process_index() == 0:
@@ -163,7 +166,7 @@ class Checkpoints:
         return Restored(step, state, _decode(data_state), metadata["config"])
 
     def _clear_leftovers(self) -> None:
-        """Removes what an interrupted save left behind; never anything that bears the name of a step."""
+        """Removes the files that an interrupted save left behind. Never removes a folder named after a step."""
         if self.directory.is_dir():
             for path in self.directory.iterdir():
                 if path.name == SAVING or ORBAX_TEMPORARY in path.name:
@@ -171,14 +174,14 @@ class Checkpoints:
 
     def _move_in_place(self, written: Path) -> None:
         place = self.directory / written.name
-        if place.exists():  # a damaged one, or one of a run that was restarted from further back
+        if place.exists():  # it is damaged, or the run was restarted from an earlier step
             os.replace(place, self.directory / SAVING / "replaced")
         os.replace(written, place)
         _sync(self.directory)
         shutil.rmtree(self.directory / SAVING)
 
     def _prune(self) -> None:
-        # A look at names and sizes is enough here: the newest was just read back in full, and nothing newer than it is removed.
+        # Checking names and sizes is enough here: the newest was just read back in full, and nothing newer than it is removed.
         steps = self.steps()
         good = [step for step in steps if _damage(self.directory / str(step), read=False) is None]
         for step in steps:
@@ -208,7 +211,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until the disk has it: a rename must not outlive, after a power cut, the bytes that it stands for."""
+    """Flushes a file or folder to disk, so that after a power cut no rename survives without the data it refers to."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -217,7 +220,7 @@ def _sync(path: Path) -> None:
 
 
 def _damage(folder: Path, read: bool = True) -> str | None:
-    """What is wrong with the files in `folder`; read=False looks at names and sizes only."""
+    """Returns what is wrong with the files in `folder`, or None. With read=False, checks names and sizes only."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         entries = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
@@ -237,7 +240,7 @@ def _damage(folder: Path, read: bool = True) -> str | None:
 
 
 def _describe(state: Any) -> dict[str, list]:
-    """{path of a leaf: [shape, dtype]}, in the order of the tree."""
+    """Returns {path of a leaf: [shape, dtype]}, in the order of the tree."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
 
@@ -256,18 +259,18 @@ def _check_same(saved: dict[str, list], wanted: dict[str, list], path: Path) -> 
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    # Orbax warns, and trusts the devices of the run that saved, where there is no sharding.
+    # Without a sharding, Orbax warns and uses the devices of the run that saved the checkpoint.
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _distinct(data_states: list[Any]) -> list[Any]:
-    """One data state where all processes' are equal, as they are where each reads its rows of the same batches."""
+    """Reduces equal data states to one. They are equal if each process reads its rows of the same batches."""
     return data_states[:1] if all(state == data_states[0] for state in data_states) else data_states
 
 
 def _own(data_states: list[Any], path: Path) -> Any:
-    """This process's data state, among those of the processes that saved."""
+    """Returns this process's data state from those of the processes that saved the checkpoint."""
     data_states = _distinct(data_states)
     if len(data_states) == 1:
         return data_states[0]
@@ -290,7 +293,7 @@ def _decode(entry: dict[str, Any]) -> Any:
 
 
 def _gather(value: Any) -> list[Any]:
-    """The JSON value of every process, in order, on all of them."""
+    """Gathers a JSON value from every process and returns the list, in the order of the processes, on all of them."""
     if jax.process_count() == 1:
         return [json.loads(json.dumps(value))]
     from jax.experimental import multihost_utils

@@ -1,9 +1,9 @@
-"""The run loop: from wherever the workdir stands to `steps`, through kills, signals and bad batches.
+"""The training loop: resumes from the workdir and trains to `steps`, and tolerates kills, signals and bad batches.
 
     restore -> [ next batch -> step -> every log_every: fetch metrics, log -> every checkpoint_every: save ] -> save
 
-The device is not waited for between those points: a step is dispatched while the one before it still runs. So the loss, and
-with it a run of steps that are not finite, is seen at the next one.
+The loop does not wait for the device between those points: each step is dispatched while the previous one still runs. The loss,
+and therefore a streak of non-finite steps, is checked only at the next of these points.
 """
 
 import contextlib
@@ -30,10 +30,11 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM came; the run is saved as far as the message says.
+    """Raised when SIGINT or SIGTERM stops the run. The message says up to which step the run is saved.
 
     Attributes:
-      exit_code: of the command line: 130 after SIGINT, posjax.parallel.distributed.RESTART after SIGTERM, which schedulers send.
+      exit_code: exit code of the command line: 130 after SIGINT, posjax.parallel.distributed.RESTART after SIGTERM, which
+        schedulers send.
     """
 
     def __init__(self, message: str, number: int):
@@ -42,7 +43,7 @@ class Interrupted(Exception):
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or gradient was not finite for ten steps in a row; the message names the steps and the last good checkpoint."""
+    """Raised after ten consecutive steps with a non-finite loss or gradient. Its message names the last good checkpoint."""
 
 
 def fit(
@@ -63,35 +64,37 @@ def fit(
     shares: int | None = None,
     flops_per_token: float | None = None,
 ) -> Any:
-    """Trains until `state.step == steps` and returns the state; resumes from the workdir's newest good checkpoint.
+    """Trains until `state.step == steps` and returns the final state. Resumes from the newest good checkpoint in the workdir.
 
     Writes `metrics.jsonl`, TensorBoard events and `checkpoints/` under `workdir`. Every line of `metrics.jsonl` has step, loss
-    (of that step; null if not finite), learning_rate, grad_norm, tokens_per_second (since the line before), skipped (in all),
-    and, at an evaluation, its numbers as "evaluation/<name>". A step has one line at most, also after a resume.
+    (of that step; null if not finite), learning_rate, grad_norm, tokens_per_second (since the previous line), skipped (in total),
+    and, after an evaluation, its numbers as "evaluation/<name>". A step has at most one line, also after a resume.
 
     Args:
-      step_fn: (state, batch) -> (state, metrics), from `jit_train_step`, `pmap_train_step` or `jax.jit`; may donate the state.
-      state: the state at step 0, placed as it shall be after a restore too.
-      batches: an iterator. With `get_state()` and `set_state()` (Grain has them) its place is stored in the checkpoint;
-        without, it must give the same batches each time: after a resume, those already used are drawn again and dropped.
+      step_fn: (state, batch) -> (state, metrics), from `jit_train_step`, `pmap_train_step` or `jax.jit`. It may donate the state.
+      state: the state at step 0. A restored state is placed on the same devices with the same shardings.
+      batches: an iterable of batches. If its iterator has `get_state()` and `set_state()` (as Grain's has), its position is stored
+        in the checkpoint. Otherwise it must yield the same batches each time: after a resume, the batches already used are drawn
+        again and dropped.
       steps: the step to stop at, at least 1.
-      workdir: made if it is not there.
+      workdir: directory of the run, created if it does not exist.
       config: a JSON value stored with each checkpoint.
-      log_every, checkpoint_every: in steps; the last step is always logged and saved.
-      keep: good checkpoints to keep.
-      evaluate: state -> numbers by name; called every `evaluate_every` steps and after the last. Must not donate the state.
-      evaluate_every: in steps; None evaluates after the last step only.
-      resume_command: what to print after an interruption; None: this program's own command line.
-      quiet: prints nothing but the resume command.
-      flops_per_token: operations of the model for each token of a step, forward and backward: with the peak of the devices, where
-        it is known, every line also has mfu, the share of that peak.
-      shares: how many batches like those of `batches` are a batch of all processes; None: as many as there are processes.
+      log_every, checkpoint_every: intervals in steps. The last step is always logged and saved.
+      keep: number of good checkpoints to keep.
+      evaluate: state -> numbers by name, called every `evaluate_every` steps and after the last step. It must not donate the state.
+      evaluate_every: interval in steps. None evaluates after the last step only.
+      resume_command: command to print after an interruption. None prints this program's own command line.
+      quiet: whether to print nothing except the resume command.
+      flops_per_token: floating-point operations of the model per token of a step, forward and backward. Given this, and where the
+        peak of the devices is known, every line also has mfu, the fraction of that peak.
+      shares: number of batches of the size that `batches` yields in one global batch. None means the number of processes.
 
     Raises:
-      Interrupted: SIGINT or SIGTERM, after the step was finished and saved; with several processes, on all of them after the same
-        step, soon after one of them got the signal. (A second SIGINT is a KeyboardInterrupt at once.)
-      ProcessLost: another process is gone. (Where JAX itself ends this one for it, the same message is printed.)
-      NonFiniteLoss: ten steps in a row were not finite. No checkpoint is written while steps are being skipped, except after
+      Interrupted: SIGINT or SIGTERM was received. It is raised after the current step has finished and, unless steps are being
+        skipped, the state has been saved. With several processes, all of them raise it after the same step, soon after one of them
+        received the signal. (A second SIGINT raises KeyboardInterrupt at once.)
+      ProcessLost: another process is gone. (If JAX itself aborts this process because of that, the same message is printed.)
+      NonFiniteLoss: ten consecutive steps were not finite. No checkpoint is written while steps are being skipped, except after
         the last step.
       CheckpointError: there are checkpoints, but none can be used.
       ValueError: an argument is out of range, or `batches` ended before `steps`.
@@ -153,8 +156,8 @@ def fit(
                 fetched, rate = jax.device_get(metrics), clock.lap()
                 with clock.paused():
                     log.write(step, fetched, rate, evaluate(state) if evaluating else {})
-            # Nothing is saved while steps are being skipped, so that the newest checkpoint predates a run that goes bad. After
-            # the last step nothing can go bad any more; but what predates the skipped steps stays.
+            # Nothing is saved while steps are being skipped, so that the newest checkpoint predates any divergence. The state
+            # after the last step is always saved, but then the checkpoints that predate the skipped steps are kept.
             if last or (streak == 0 and (save_due or stopping)):
                 with clock.paused():
                     save(prune=streak == 0)
@@ -175,10 +178,15 @@ def _restore_iterator(batches: Iterator[Any], restored: Any) -> None:
 
 
 def _check_streaks(streaks: list[np.ndarray], step: int, checkpoints: Checkpoints) -> int:
-    """The bad steps in a row at `step`. `streaks` has one count for each step since the last look, ending at `step`.
+    """Returns the number of consecutive non-finite steps at `step`.
+
+    Args:
+      streaks: `skipped_in_a_row` of each step since the last check, ending at `step`.
+      step: the current step.
+      checkpoints: the checkpoints of the run, for the error message.
 
     Raises:
-      NonFiniteLoss: one of those steps was the tenth in a row, even if a good one came after it.
+      NonFiniteLoss: one of those steps was the tenth in a row, even if a finite step followed it.
     """
     tenths = [index for index, streak in enumerate(streaks) if streak >= MAX_SKIPPED_IN_A_ROW]
     if tenths:
@@ -217,12 +225,12 @@ def _say(text: str) -> None:
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM are noted in, instead of ending the program in the middle of a step."""
+    """Defers SIGINT and SIGTERM, so that they do not end the program in the middle of a step: yields a list of those received."""
     caught: list[int] = []
 
     def note(number, frame):
         caught.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # twice means now
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second SIGINT interrupts at once
 
     if threading.current_thread() is not threading.main_thread():
         yield caught  # Python handles signals in the main thread only
@@ -236,7 +244,7 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 class _Clock:
-    """Tokens a second between log points, without evaluation and saving, and without the first step, which compiles."""
+    """Measures tokens per second between log points, excluding evaluation, saving and the first step, which compiles."""
 
     def __init__(self, shares: int):
         self.shares = shares
@@ -246,7 +254,7 @@ class _Clock:
         leaf = batch["tokens"] if isinstance(batch, dict) and "tokens" in batch else None
         tokens = self.shares * (leaf.size if leaf is not None else jax.tree.leaves(batch)[0].shape[0])
         if self.first is None:
-            jax.block_until_ready(metrics)  # once a run: compilation belongs to no rate
+            jax.block_until_ready(metrics)  # once per run, so that compile time does not enter later rates
             now = time.perf_counter()
             self.first, self.start = tokens / (now - self.start), now
         else:
@@ -266,7 +274,7 @@ class _Clock:
 
 
 class _Log:
-    """`metrics.jsonl`, TensorBoard events, and a progress bar, or plain lines where standard output is no terminal."""
+    """Writes `metrics.jsonl` and TensorBoard events, and prints a progress bar, or plain lines if stdout is not a terminal."""
 
     def __init__(self, workdir: Path, step: int, steps: int, quiet: bool, flops_per_token: float | None):
         peak = peak_flops(jax.devices()[0])
@@ -342,7 +350,7 @@ class _Log:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drops from a `metrics.jsonl` the lines past `step`, and whatever is no whole line, as a kill may leave at the end."""
+    """Truncates a `metrics.jsonl` to the lines up to `step`. Also drops malformed lines, such as one cut short by a kill."""
     if not path.exists():
         return
     contents = path.read_bytes()
@@ -361,5 +369,5 @@ def _line_step(line: bytes) -> float:
 
 
 def json_number(value: Any) -> float | None:
-    """JSON has no NaN and no infinity."""
+    """Returns the value as a float, or None if it is NaN or infinite, which JSON cannot represent."""
     return None if value is None or not math.isfinite(value) else float(value)

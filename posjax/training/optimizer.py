@@ -1,4 +1,4 @@
-"""AdamW and Muon, and which leaves each of them is for."""
+"""The AdamW and Muon optimizers, and the masks that select the leaves each of them updates."""
 
 import itertools
 import math
@@ -16,10 +16,10 @@ OPTIMIZERS = ("adamw", "muon")
 
 
 def decay_mask(params: Params) -> Any:
-    """Which leaves weight decay pulls towards zero: a pytree of bools shaped like `params`.
+    """Returns a mask of the leaves that weight decay applies to: a pytree of bools with the structure of `params`.
 
-    A leaf decays when it has two or more dimensions, is not called `bias` or `scale`, and nothing on its path has "norm",
-    "encoding" or "position" in its name. Dimensions alone do not do: with scanned layers a bias is [layers, D].
+    A leaf decays if it has two or more dimensions, no name on its path is `bias` or `scale`, and no name on its path contains
+    "norm", "encoding" or "position". The number of dimensions alone does not suffice: with scanned layers a bias is [layers, D].
     """
 
     def decays(path, leaf):
@@ -31,12 +31,12 @@ def decay_mask(params: Params) -> Any:
 
 
 def matrix_mask(params: Params) -> Any:
-    """Which leaves hold the matrices that Muon is for: a pytree of bools shaped like `params`.
+    """Returns a mask of the matrices that Muon updates: a pytree of bools with the structure of `params`.
 
-    Of the leaves that `decay_mask` names, those of two dimensions, and those called query, key, value or out of three: heads
-    are sides of one matrix, [D, N * H] or, for out, [N * H, D]. A leading axis of layers, which leaves below "layers" have
-    (but not below "layers/0"), does not count as a dimension. Embeddings and what makes logits (head, lm_head, classifier) are
-    not named: Muon's authors leave them to AdamW.
+    Selects, among the leaves of `decay_mask`, those with two dimensions, and leaves called query, key, value or out with three
+    dimensions. The latter count as one matrix with the heads merged: [D, N * H] or, for out, [N * H, D]. The leading axis of
+    layers, which leaves below "layers" have (but not below "layers/0"), does not count as a dimension. Embeddings and output
+    layers (head, lm_head, classifier) are excluded: Muon's authors leave them to AdamW.
     """
 
     def is_matrix(path, leaf, decays):
@@ -46,7 +46,7 @@ def matrix_mask(params: Params) -> Any:
 
 
 def _matrix_shape(path: Any, leaf: Any) -> tuple[int, ...] | None:
-    """[..., A, B]: a leaf as one matrix, or as one a layer; None for a leaf that is none."""
+    """Returns the shape [A, B] or [layers, A, B] of a leaf viewed as matrices, or None if it is not a matrix."""
     names = jax.tree_util.keystr(path, simple=True, separator="/").lower().split("/")
     if any("embed" in name for name in names) or {"head", "lm_head", "classifier"} & set(names):
         return None
@@ -58,12 +58,13 @@ def _matrix_shape(path: Any, leaf: Any) -> tuple[int, ...] | None:
 
 
 def orthogonalized(matrices: jax.Array) -> jax.Array:
-    """U S V^T -> nearly U V^T for every matrix [..., A, B], by five Newton-Schulz iterations (Keller Jordan, 2024).
+    """Orthogonalizes matrices [..., A, B] approximately, by five Newton-Schulz iterations (Keller Jordan, 2024).
 
-    X <- a X + b (X X^T) X + c (X X^T)^2 X with the published coefficients: singular values end between 0.7 and 1.2.
+    Maps U S V^T to nearly U V^T. Each iteration is X <- a X + b (X X^T) X + c (X X^T)^2 X with the published coefficients. The
+    singular values of the result lie between 0.7 and 1.2.
     """
     wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = matrices if wide else matrices.mT  # the smaller product
+    x = matrices if wide else matrices.mT  # so that X X^T is the smaller of the two products
     x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -72,7 +73,7 @@ def orthogonalized(matrices: jax.Array) -> jax.Array:
 
 
 def _scale_by_orthogonalizing() -> optax.GradientTransformation:
-    """Updates made orthogonal, at the size of Adam's (their root mean square is about 0.2: Moonlight, section 2.2)."""
+    """Orthogonalizes updates and scales them to the size of Adam's, whose root mean square is about 0.2 (Moonlight, sec. 2.2)."""
 
     def direction(path, update):
         shape = _matrix_shape(path, update)
@@ -93,36 +94,38 @@ def make_optimizer(
     optimizer: str = "adamw",
     momentum: float = 0.95,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, 1711.05101), or Muon with it, after clipping by global norm.
+    """Returns AdamW (Loshchilov and Hutter, arXiv:1711.05101), or Muon combined with AdamW, after clipping by global norm.
+
+    AdamW takes the step:
 
         g <- g * min(1, clip_norm / |g|);  m, v <- moments of g
         x <- x - learning_rate * (m^ / (sqrt(v^) + eps) + weight_decay * x)
 
-    Muon (Keller Jordan, 2024) as Moonlight scales it (Liu et al., 2502.16982) takes this step instead for every matrix [A, B]
-    that `matrix_mask` names, each layer's by itself and whole, not head by head:
+    Muon (Keller Jordan, 2024), scaled as in Moonlight (Liu et al., arXiv:2502.16982), takes this step instead for every matrix
+    [A, B] that `matrix_mask` selects. The matrices of different layers are separate; the heads of a layer form one matrix:
 
         m <- momentum * m + g
         x <- x - learning_rate * (0.2 sqrt(max(A, B)) orthogonalized(g + momentum * m) + weight_decay * x)
 
-    All other leaves take AdamW's, at the same learning rate and weight decay: the factor gives a step of Muon the size that
-    Moonlight's authors measured of AdamW's. The iteration runs in the type of the gradient; it was published in bfloat16, so low
-    precision of products does no harm.
+    All other leaves take the AdamW step, at the same learning rate and weight decay: the factor 0.2 sqrt(max(A, B)) gives Muon's
+    step the size that Moonlight's authors measured for AdamW's. The iteration runs in the dtype of the gradient. It was published
+    in bfloat16, so low-precision matrix products do no harm.
 
     Args:
       learning_rate: a number, or a function of the count of applied steps (see `learning_rate_schedule`).
-      beta1, beta2: decay of the first and second moment, in [0, 1).
-      eps: added to sqrt(v^).
-      weight_decay: on the leaves that `decay_mask` names.
-      clip_norm: largest global norm of the gradient; None does not clip.
+      beta1, beta2: decay rates of the first and second moment, in [0, 1).
+      eps: constant added to sqrt(v^).
+      weight_decay: weight decay of the leaves that `decay_mask` selects.
+      clip_norm: largest global norm of the gradient. None disables clipping.
       optimizer: "adamw" or "muon".
-      momentum: of Muon, in [0, 1).
-      (All numbers may be traced: settings of a sweep.)
+      momentum: momentum of Muon, in [0, 1).
+      (All numbers may be traced, for example in a hyperparameter sweep.)
 
     Returns:
       An optax transformation. Its state holds the learning rate of the last step under the name `learning_rate`.
 
     Raises:
-      ValueError: clip_norm is not positive, or there is no such optimizer.
+      ValueError: clip_norm is not positive, or the optimizer is unknown.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
@@ -130,8 +133,8 @@ def make_optimizer(
         raise ValueError(f"clip_norm must be positive, or None not to clip, got {clip_norm}")
     direction = optax.scale_by_adam(beta1, beta2, eps)
     if optimizer == "muon":
-        # Not optax.contrib.muon: it corrects the bias of its momentum, which is not the published step, and takes Nesterov's
-        # form of Adam for the other leaves.
+        # Not optax.contrib.muon: it applies bias correction to the momentum, which differs from the published step, and uses
+        # Nesterov Adam for the other leaves.
         muon = optax.chain(optax.trace(momentum, nesterov=True), _scale_by_orthogonalizing())
         direction = optax.partition({True: muon, False: direction}, matrix_mask)
     return optax.chain(

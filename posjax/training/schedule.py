@@ -1,4 +1,4 @@
-"""The learning rate over the steps of a run."""
+"""Learning rate schedules."""
 
 from collections.abc import Callable
 
@@ -15,10 +15,10 @@ DECAYS = ("cosine", "linear", "constant")
 def learning_rate_schedule(
     peak: float, steps: int, warmup_steps: int = 0, decay: str = "cosine", end_fraction: float = 0.0
 ) -> Schedule:
-    """Linear warmup to `peak`, then decay to `end_fraction * peak` at step `steps`.
+    """Returns a schedule with linear warmup to `peak`, then decay to `end_fraction * peak` at step `steps`.
 
-    With w = warmup_steps and f = end_fraction, for the step with index t (from 0):
-      t < w:  peak * (t + 1) / w            (never 0: the first step already learns)
+    With w = warmup_steps and f = end_fraction, the learning rate at step index t (from 0) is:
+      t < w:  peak * (t + 1) / w            (never 0, so the first step already updates the parameters)
       else:   p = (t - w) / (steps - w), clipped to [0, 1];
               cosine:   peak * (f + (1 - f) * (1 + cos(pi p)) / 2)
               linear:   peak * (1 - (1 - f) * p)
@@ -27,16 +27,16 @@ def learning_rate_schedule(
     Args:
       peak: highest learning rate.
       steps: length of the run in steps.
-      warmup_steps: steps of linear warmup, from 0 to `steps`.
+      warmup_steps: number of warmup steps, from 0 to `steps`.
       decay: "cosine", "linear" or "constant".
-      end_fraction: what remains of the peak at the end, from 0 to 1; "constant" ignores it.
-      (peak, warmup_steps and end_fraction may be traced: settings of a sweep.)
+      end_fraction: final learning rate as a fraction of the peak, from 0 to 1. Ignored by "constant".
+      (peak, warmup_steps and end_fraction may be traced, for example in a hyperparameter sweep.)
 
     Returns:
       A function from the step index (int, any shape) to the learning rate (float32).
 
     Raises:
-      ValueError: an argument is out of its range; the message says which.
+      ValueError: an argument is out of range. The message names the argument.
     """
     if decay not in DECAYS:
         raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {decay!r}")

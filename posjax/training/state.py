@@ -1,4 +1,4 @@
-"""The state of a run: everything that it needs to go on."""
+"""The train state: everything needed to resume a run."""
 
 import dataclasses
 from typing import Any
@@ -13,16 +13,16 @@ from posjax.typing import Params
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a run needs to go on, and nothing else. A pytree; `dataclasses.replace` makes a changed copy.
+    """Holds everything needed to resume a run, as a pytree. Use `dataclasses.replace` for a modified copy.
 
     Attributes:
-      step: int32 []: steps taken, skipped ones included.
-      params: learned leaves, any pytree.
-      opt_state: the optimizer's state; it counts applied steps only.
-      key: typed PRNG key []; constant over a run: the key of a step is `fold_in(key, step)`.
-      skipped: int32 []: steps whose loss or gradient was not finite, in all.
-      skipped_in_a_row: int32 []: such steps since the last good one.
-      ema: exponential moving average of the parameters, shaped like them; None where none is kept.
+      step: number of steps taken, skipped ones included; int32 [].
+      params: learned parameters, any pytree.
+      opt_state: state of the optimizer; it counts applied steps only.
+      key: typed PRNG key [], constant over a run. The key of a step is `fold_in(key, step)`.
+      skipped: total number of steps whose loss or gradient was not finite; int32 [].
+      skipped_in_a_row: number of such steps since the last finite one; int32 [].
+      ema: exponential moving average of the parameters, with their structure and shapes. None if no average is kept.
     """
 
     step: jax.Array
@@ -35,11 +35,11 @@ class TrainState:
 
     @property
     def eval_params(self) -> Params:
-        """What to evaluate and to generate with: the average where there is one, else the parameters."""
+        """Returns the parameters for evaluation and generation: the moving average if there is one, else `params`."""
         return self.params if self.ema is None else self.ema
 
-    # Not as jax.tree_util.register_dataclass does it: a checkpoint has a place for None too, and those of states without an
-    # average have none for it.
+    # Not jax.tree_util.register_dataclass: it would add an entry for ema=None to checkpoints, and the checkpoints of states
+    # without an average have no such entry.
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[str, ...]]:
         fields = {name: value for name, value in vars(self).items() if name != "ema" or value is not None}
         return tuple((jax.tree_util.GetAttrKey(name), value) for name, value in fields.items()), tuple(fields)
@@ -50,14 +50,18 @@ class TrainState:
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, seed: int, *, ema: bool = False) -> TrainState:
-    """The state before the first step. Copies `params`: a step that donates its state leaves the caller's arrays alone.
+    """Initializes the train state at step 0.
+
+    `params` are copied, so that a step that donates its state does not invalidate the caller's arrays.
 
     Args:
-      params, optimizer, seed: what the state begins with.
-      ema: keeps an average of the parameters too, which begins as they do; `make_train_step(ema_decay=)` moves it.
+      params: initial parameters.
+      optimizer: an optax transformation, which initializes `opt_state`.
+      seed: seed of the PRNG key.
+      ema: whether to keep a moving average of the parameters, which starts equal to them. `make_train_step(ema_decay=)` updates it.
     """
 
-    # jnp.array with a dtype also drops weak types, with which the step would compile twice and scan refuse its carry.
+    # jnp.array with a dtype also drops weak types, which would make the step compile twice and scan reject its carry.
     def own(leaf):
         return jnp.array(leaf, dtype=leaf.dtype)
 
@@ -69,5 +73,5 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, seed: in
         key=jax.random.key(seed),
         skipped=jnp.array(0, jnp.int32),
         skipped_in_a_row=jnp.array(0, jnp.int32),
-        ema=jax.tree.map(own, params) if ema else None,  # a copy of its own, as both are donated
+        ema=jax.tree.map(own, params) if ema else None,  # a separate copy, because both are donated
     )

@@ -1,10 +1,10 @@
-"""The train step, as a pure function that jit, pmap, scan and vmap all take.
+"""The train step, a pure function that works under jit, pmap, scan and vmap.
 
     batch -> micro-batches -> sum of losses, sum of weights, gradient of the sum
           -> (sum over devices) -> divide once by the total weight -> clip -> AdamW or Muon -> new state
 
-Sums are divided once, at the very end, so how a batch was cut up (accumulation, devices, uneven weights) changes nothing
-but rounding.
+Sums are divided only once, at the end, so the way a batch is split (accumulation, devices, uneven weights) affects nothing but
+rounding.
 """
 
 from collections.abc import Callable
@@ -30,29 +30,31 @@ def make_train_step(
     axis_name: str | None = None,
     ema_decay: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Makes `step(state, batch) -> (state, metrics)`, a pure function.
+    """Builds a pure train step, `step(state, batch) -> (state, metrics)`.
 
     The loss is sum(loss_sum) / sum(weight_sum) over all micro-batches and devices. A step whose loss or gradient norm is not
-    finite leaves `params`, `opt_state` and `ema` as they were, is counted, and still advances `step` (and with it the key). A
-    batch of total weight 0 has loss 0 and gradient 0.
+    finite is skipped: it leaves `params`, `opt_state` and `ema` unchanged, is counted, and still advances `step` (and with it the
+    key). A batch of total weight 0 has loss 0 and gradient 0.
 
     Args:
       loss_fn: (params, batch, key) -> (loss_sum, weight_sum), float32 scalars: the sum of weighted losses (nats) and the sum
         of weights.
       optimizer: an optax transformation.
-      accumulate_steps: micro-batches that a batch is cut into along its leading axis; they run one after the other, in the
-        memory of one.
-      axis_name: mapped axis to sum over, for `jax.pmap` (`jit` over sharded arrays needs none). Each device then draws its
-        own noise.
-      ema_decay: ema <- ema_decay * ema + (1 - ema_decay) * params after every step, in [0, 1); None for a state that has none.
+      accumulate_steps: number of micro-batches that a batch is split into along its leading axis. They run sequentially, so that
+        memory use is that of one micro-batch.
+      axis_name: mapped axis to sum over under `jax.pmap`; not needed for `jit` over sharded arrays. Each device then draws
+        different noise.
+      ema_decay: decay in [0, 1) of the update ema <- ema_decay * ema + (1 - ema_decay) * params after every step. None for a state
+        without an average.
 
     Returns:
       The step. Its metrics are scalars: loss (nats per unit of weight), grad_norm (before clipping), weight (total weight of
-      the batch, the tokens counted), skipped, skipped_in_a_row, and learning_rate where the optimizer's state holds one.
+      the batch, which is the number of counted tokens), skipped, skipped_in_a_row, and learning_rate if the optimizer's state
+      has one.
 
     Raises:
       ValueError: accumulate_steps is below 1, or (when tracing) does not divide the batch; ema_decay is not in [0, 1), or (when
-        tracing) is given where the state has no average, or not where it has one.
+        tracing) is given for a state without an average, or is missing for a state with one.
     """
     if accumulate_steps < 1:
         raise ValueError(f"accumulate_steps must be at least 1, got {accumulate_steps}")
@@ -121,7 +123,7 @@ def make_train_step(
             "skipped": new_state.skipped,
             "skipped_in_a_row": new_state.skipped_in_a_row,
         }
-        # The schedule's own counter bears the same name; only the number is an array.
+        # The schedule's counter has the same name; only the learning rate itself is an array.
         rate = optax.tree.get(opt_state, "learning_rate", filtering=lambda _, leaf: isinstance(leaf, jax.Array))
         if rate is not None:
             metrics["learning_rate"] = rate
@@ -131,9 +133,10 @@ def make_train_step(
 
 
 def _micro_batches(batch: Batch, accumulate_steps: int) -> Batch:
-    """[B, ...] -> [accumulate_steps, B / accumulate_steps, ...]; micro-batch i has rows i, i + accumulate_steps, ...
+    """Splits a batch [B, ...] into micro-batches [accumulate_steps, B / accumulate_steps, ...].
 
-    Strided, not contiguous: when B is sharded over devices, every micro-batch then lies on all of them and no row moves.
+    Micro-batch i has rows i, i + accumulate_steps, ... The split is strided, not contiguous, so that when B is sharded over
+    devices every micro-batch is spread over all of them and no row moves.
     """
 
     def split(leaf):

@@ -1,1 +1,1 @@
-"""Attention backends. They see queries, keys, values, a mask and bias terms, never encodings."""
+"""Attention backends. They take queries, keys, values, a mask and bias terms, never encodings."""

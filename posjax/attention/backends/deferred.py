@@ -1,7 +1,8 @@
-"""Functions that are traced only where the program is lowered for a platform that they run on.
+"""Calls to Pallas kernels that are traced only when the program is lowered for a platform that runs the kernel.
 
-``jax.lax.platform_dependent`` traces what it is given for every platform, and a Pallas kernel is traced where it is called: ten
-thousand operations, seconds, also in programs for another device. ``deferred`` puts one equation in the kernel's place.
+``jax.lax.platform_dependent`` traces its branches for every platform, and a Pallas kernel is traced at its call. That is ten
+thousand operations and takes seconds, even in a program for another device. ``deferred`` binds a single primitive in place of the
+kernel.
 """
 
 import contextlib
@@ -16,19 +17,26 @@ from jax.sharding import AbstractDevice
 
 from posjax.typing import Array
 
-_INTERPRETED = {"cpu": True, "tpu": False, "cuda": False}  # by platform
+_INTERPRETED = {"cpu": True, "tpu": False, "cuda": False}  # whether kernels are interpreted, by platform
 
 _deferred = Primitive("posjax_kernel")
 _deferred.multiple_results = True
 
 
 def deferred(function: Callable[..., tuple[Array, ...]], static: tuple[Any, ...], *arrays: Array) -> tuple[Array, ...]:
-    """function(*static, interpret, *arrays) in a program for a CPU, a TPU or a GPU. It can be mapped, but not differentiated.
+    """Calls function(*static, interpret, *arrays), tracing it only when the program is lowered for a CPU, a TPU or a GPU.
+
+    The call supports ``jax.vmap`` but not differentiation.
 
     Args:
-      function: called with interpret true for a CPU, false for the others, and None where only its results' shapes and dtypes are
-        asked for: what they do not depend on may then be left out. A ``jax.jit`` in it spares tracing equal calls again.
-      static: hashable, as is the function.
+      function: a hashable function. It is called with interpret=True for a CPU, False for a TPU or a GPU, and None where only the
+        shapes and dtypes of its results are needed; it may then skip everything that these do not depend on. Wrap its body in
+        ``jax.jit`` to avoid tracing equal calls again.
+      static: hashable arguments, passed before ``interpret``.
+      *arrays: array arguments, passed after ``interpret``.
+
+    Returns:
+      The results of ``function``.
     """
     return tuple(_deferred.bind(*arrays, function=function, static=static, axes=()))
 
@@ -47,7 +55,7 @@ def _shapes(*arrays: Any, **static: Any) -> Sequence[Any]:
 
 @_deferred.def_impl
 def _eager(*arrays: Array, **static: Any) -> Sequence[Array]:
-    with jax.disable_jit(False):  # the platform is known to what is compiled
+    with jax.disable_jit(False):  # the platform is chosen at lowering, so this must compile even under disable_jit
         return _compiled(*arrays, **static)
 
 
@@ -61,7 +69,11 @@ def _batched(arrays: Sequence[Array], dims: Sequence[int | None], *, axes: Any, 
 
 @contextlib.contextmanager
 def _some_gpu() -> Iterator[None]:
-    """Pallas asks which GPU a kernel is for. Where neither this process nor the mesh in context has one: the least that will do."""
+    """Provides an abstract GPU to Pallas, which needs to know the GPU model when it lowers a kernel.
+
+    Where the mesh in context has no abstract device and this process has no GPU, it is an A100, the least capable model that
+    suffices. Elsewhere the context manager does nothing.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if getattr(mesh, "abstract_device", None) is not None or jax.devices()[0].platform == "gpu":
         yield

@@ -1,4 +1,4 @@
-"""Dense attention: the oracle that every other kernel must equal. It holds [T, S] arrays and nothing clever.
+"""Dense attention: the reference implementation that every other backend must match. It materializes [T, S] arrays.
 
 scores = scale * q.k + bias;  scores = cap * tanh(scores / cap);  weights = softmax of the allowed scores;  out = weights v
 """
@@ -10,7 +10,7 @@ from posjax.core.bias import BiasTerm, Tile
 from posjax.core.masks import Mask
 from posjax.typing import Array, Float, Int
 
-_MASK_VALUE = -1e30  # a finite stand-in for minus infinity: a row with no allowed key stays free of NaN, in its gradient too
+_MASK_VALUE = -1e30  # finite, not -inf, so that rows with no allowed key have no NaN in the result or the gradient
 
 
 def attention(
@@ -24,7 +24,10 @@ def attention(
     scale: Array | float,
     logits_soft_cap: float | None = None,
 ) -> Float[Array, "B T N V"]:
-    """Attention in full; softmax statistics are float32, the result has value's dtype. A row with no allowed key gives zeros."""
+    """Computes attention from the full matrix of scores.
+
+    The softmax statistics are float32, and the result has the dtype of ``value``. A row with no allowed key gives zeros.
+    """
     probabilities = weights(query, key, terms, mask, query_positions, key_positions, scale, logits_soft_cap)
     batch, heads, length, keys = probabilities.shape
     grouped = probabilities.reshape(batch, value.shape[2], -1, length, keys).astype(value.dtype)
@@ -42,7 +45,7 @@ def weights(
     scale: Array | float,
     logits_soft_cap: float | None = None,
 ) -> Float[Array, "B N T S"]:
-    """The attention probabilities, float32; rows sum to one, or are zero where no key is allowed."""
+    """Returns the attention probabilities in float32. Each row sums to one, or is zero where no key is allowed."""
     tile = whole_tile(query, key, mask, query_positions, key_positions, scale)
     scores = tile.logits + sum(term.dense(tile) for term in terms)
     if logits_soft_cap is not None:
@@ -55,7 +58,7 @@ def weights(
 
 
 def whole_tile(query: Array, key: Array, mask: Mask, query_positions: Array, key_positions: Array, scale: Array | float) -> Tile:
-    """The one tile that covers every query and key."""
+    """Returns the single tile that covers all queries and keys."""
     batch, length, heads, width = query.shape
     grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], width)
     logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale

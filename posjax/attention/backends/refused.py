@@ -1,4 +1,4 @@
-"""What is said where the compiler of a chip refuses the attention kernel after all."""
+"""The error for an attention kernel that the device's compiler rejects."""
 
 import contextlib
 import re
@@ -8,18 +8,26 @@ import jax
 
 
 class KernelRefused(RuntimeError):
-    """The compiler of the chip refused the attention kernel; the message has its words, and says what runs without the kernel."""
+    """Raised when the device's compiler rejects the attention kernel. The message quotes the compiler and names an alternative."""
 
 
 @contextlib.contextmanager
 def naming_refusals(implementation: str | None) -> Iterator[None]:
-    """Raises KernelRefused in place of a compiler's error about the kernel, where ``implementation`` is one that may take it.
+    """Translates compiler errors about the attention kernel into KernelRefused.
 
-    ``tpu.refusal`` knows of most beforehand; a compiler of another version may still have less room or more bugs.
+    ``tpu.refusal`` detects most unsupported calls before compilation. A compiler of another version may still have less memory
+    available or more bugs.
+
+    Args:
+      implementation: the implementation of attention that the enclosed code uses. Errors are translated only for None and
+        "pallas", which may run the kernel.
+
+    Raises:
+      KernelRefused: in place of a JaxRuntimeError that mentions the kernel. All other errors pass through unchanged.
     """
     try:
         yield
-    except Exception as error:  # jax may wrap what the compiler said
+    except Exception as error:  # JAX may wrap the compiler's error
         told = next((e for e in (error, error.__cause__) if isinstance(e, jax.errors.JaxRuntimeError)), None)
         of_kernel = told is not None and re.search("posjax_attention|mosaic|triton|vmem", str(told), re.I)
         if not of_kernel or implementation not in (None, "pallas"):

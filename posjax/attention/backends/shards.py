@@ -1,12 +1,13 @@
-"""Attention on each device's own part of its arrays: kernels that the compiler cannot cut, Pallas calls say, and plain XLA.
+"""Attention on each device's local shard, both in kernels that the compiler cannot partition (Pallas calls) and in plain XLA.
 
-A mesh axis cuts either the batch or the heads. Which one is read from the query's type where axes are explicit; the compiler's own
-(automatic) axes say no more than their names while tracing, so those named in ``HEAD_AXES`` cut heads, the others the batch. A
-guess that differs from where the arrays really lie costs a move of theirs, never a different result.
+A mesh axis shards either the batch or the heads. For explicit axes, the query's type says which. For automatic axes, only the names
+are available during tracing, so the axes named in ``HEAD_AXES`` shard the heads, those named in ``WHOLE_AXES`` shard neither, and
+all others shard the batch. If this guess differs from the actual sharding of the arrays, they are resharded; the result is the
+same.
 
-``per_shard`` runs a kernel so, ``on_parts`` attention in plain XLA. Left to the compiler, a walk over tiles would ask all devices,
-tile by tile, whether any row has something to see there, and lookups in tables of their own for every query would gather the tables
-of all. On its own rows and heads a device asks nobody.
+``per_shard`` runs a kernel on local shards, and ``on_parts`` runs attention in plain XLA on them. Partitioned by the compiler, a
+walk over tiles would communicate between all devices at every tile to find out whether any row needs it, and lookups in per-query
+tables would gather the tables of all devices. On local rows and heads no communication is needed.
 """
 
 import dataclasses
@@ -23,17 +24,17 @@ from posjax.core.bias import BiasTerm
 from posjax.typing import Array
 
 HEAD_AXES = ("tensor", "model", "heads", "tp", "mp")
-WHOLE_AXES = ("sequence", "seq", "context", "stage", "pipeline", "sp", "cp", "pp")  # cut neither: each part computes the same
+WHOLE_AXES = ("sequence", "seq", "context", "stage", "pipeline", "sp", "cp", "pp")  # shard neither: all compute the same
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardSpec:
-    """What is cut over which axes of the mesh that a call runs on. Hashable, so that it can be static in a custom_vjp.
+    """Holds the mesh axes that shard the batch and the heads of a call. Hashable, so that it can be static in a custom_vjp.
 
     Attributes:
-      mesh: None where there is nothing to cut: one device, or inside a shard_map over all axes.
-      batch: names of the axes that cut B.
-      heads: names of the axes that cut K, and with it N.
+      mesh: the mesh that the call runs on; None where there is nothing to shard: one device, or inside a shard_map over all axes.
+      batch: names of the axes that shard B.
+      heads: names of the axes that shard K, and therefore N.
     """
 
     mesh: Any = None
@@ -50,7 +51,7 @@ class ShardSpec:
 
 
 def infer_shard_spec(query: Array) -> ShardSpec:
-    """The cut of a call with that query [B, T, N, H], to be found before ``auto_axes`` hides an explicit sharding."""
+    """Returns the ShardSpec of a call with this query [B, T, N, H]. Call it before ``auto_axes`` hides an explicit sharding."""
     sharding = jax.typeof(query).sharding
     mesh = sharding.mesh if not sharding.mesh.empty else jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -70,19 +71,19 @@ def infer_shard_spec(query: Array) -> ShardSpec:
 
 
 def per_shard(function: Callable[..., Any], cut: ShardSpec, inputs: Any, results: Any) -> Callable[..., Any]:
-    """``function`` on each device's part of its arguments.
+    """Wraps ``function`` so that it runs on each device's local shard of its arguments.
 
     Args:
-      function: arrays in, arrays out. It sees parts: B and K (N) are those of one device.
-      cut: from ``infer_shard_spec``.
-      inputs: for each argument a string with a letter an axis, "b..." say: b is the batch, n heads (of either kind), all other
-        letters are whole everywhere. One string may stand for a whole pytree; None for one without arrays. An axis of length 1
-        is not cut.
-      results: the same for what comes back, but that an axis of length 1 must not be called b or n (see ``exact``). A result
-        without b, or without n, is summed over the devices that cut b, or n.
+      function: a function from arrays to arrays. It receives local shards: B and K (N) are those of one device.
+      cut: the axes that shard the call, from ``infer_shard_spec``.
+      inputs: for each argument a string with one letter per axis, such as "b...": b is the batch, n the heads (query or key heads),
+        and an axis with any other letter is not sharded. One string may stand for every leaf of a pytree, and None for an argument
+        without arrays. An axis of length 1 is not sharded.
+      results: the same for the results, except that an axis of length 1 must not be called b or n (see ``exact``). A result without
+        b is summed over the devices that shard the batch, and one without n over those that shard the heads.
 
     Returns:
-      A function of whole arrays.
+      A function of global arrays.
     """
     if cut.mesh is None:
         return function
@@ -110,7 +111,7 @@ def per_shard(function: Callable[..., Any], cut: ShardSpec, inputs: Any, results
         return PartitionSpec(*(names(x) or None for x in letters))
 
     def whole(*args: Any) -> Any:
-        context = jax.sharding.get_abstract_mesh()  # that of set_mesh, auto_axes or an outer shard_map, which shard_map insists on
+        context = jax.sharding.get_abstract_mesh()  # from set_mesh, auto_axes or an outer shard_map; shard_map requires this mesh
         mesh = cut.mesh if context.empty else context
         free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
         return jax.shard_map(
@@ -119,14 +120,14 @@ def per_shard(function: Callable[..., Any], cut: ShardSpec, inputs: Any, results
             in_specs=specs(inputs, args),
             out_specs=result_specs(results),
             axis_names=free,
-            check_vma=False,  # a kernel's results do not say over which axes they vary
+            check_vma=False,  # a kernel's results carry no varying-axes type
         )(*args)
 
     return whole
 
 
 def exact(letters: str, x: Array) -> str:
-    """The letters of an array, "." for its axes of length 1: those of its gradient."""
+    """Returns the letters for the gradient of an array: those of the array, with "." for axes of length 1."""
     return "".join(letter if size > 1 else "." for letter, size in zip(letters, x.shape, strict=True))
 
 
@@ -134,14 +135,19 @@ Function = Callable[..., Array]
 
 
 def on_parts(function: Function, cut: ShardSpec, along: str | None = None) -> Function:
-    """``function`` of a call's query, key, value, terms, mask, positions, rotation and scale, on each device's part of them.
+    """Wraps an attention function so that it runs on each device's local shard of its arguments.
 
-    Heads are cut where the devices divide key heads too, and where all terms tell which axes of their tables are those of heads.
+    Heads are sharded only if the number of head shards divides the number of key heads, and every term declares which axes of its
+    tables are head axes (``BiasTerm.heads``) or has no tables.
 
     Args:
-      function: it sees parts, and returns [B, T, N, V] of its queries.
-      cut: of batch and heads.
-      along: the mesh axis that cuts T and S; None: they are whole.
+      function: takes query, key, value, terms, mask, positions, rotation and scale by name, as local shards, and returns
+        [B, T, N, V] for its queries.
+      cut: the axes that shard batch and heads.
+      along: the mesh axis that shards T and S; None leaves them unsharded.
+
+    Returns:
+      A function of the same arguments as global arrays.
     """
     if cut.mesh is None or not (cut.batch or cut.heads or along):
         return function
@@ -154,7 +160,7 @@ def on_parts(function: Function, cut: ShardSpec, along: str | None = None) -> Fu
         of = {"b": cut.batch or None, "n": heads or None, "t": along}
 
         def spec(letters: str, x: Array) -> PartitionSpec:
-            """Of an array whose first axes have those letters; one of length 1 is not cut."""
+            """Returns the spec of an array whose first axes have these letters. An axis of length 1 is not sharded."""
             return PartitionSpec(*(of.get(letter) if size > 1 else None for letter, size in zip(letters, x.shape, strict=False)))
 
         def specs(letters: str, tree: Any) -> Any:
@@ -178,10 +184,10 @@ def on_parts(function: Function, cut: ShardSpec, along: str | None = None) -> Fu
         if "rotation" in call:
             of_call["rotation"] = specs("bt", call["rotation"])
         of_call |= dict(terms=tuple(map(of_term, terms)), scale=PartitionSpec())
-        around = jax.sharding.get_abstract_mesh()  # of set_mesh, auto_axes or an outer shard_map, which shard_map insists on
+        around = jax.sharding.get_abstract_mesh()  # from set_mesh, auto_axes or an outer shard_map; shard_map requires this mesh
         mesh = cut.mesh if around.empty else around
         names = {*cut.batch, *heads}
-        if along:  # there may be a kernel within, which no axis can be left to the compiler with
+        if along:  # ``function`` may contain a kernel, and then no axis can be left to the compiler
             names = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
         return jax.shard_map(
             lambda call: function(**call, **static),
@@ -189,7 +195,7 @@ def on_parts(function: Function, cut: ShardSpec, along: str | None = None) -> Fu
             in_specs=(of_call,),
             out_specs=spec("btn", query),
             axis_names=names,
-            check_vma=False,  # the loops of a walk do not say over which axes their sums vary
+            check_vma=False,  # the sums in the loops over tiles carry no varying-axes type
         )(call)
 
     return whole

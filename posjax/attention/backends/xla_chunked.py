@@ -1,17 +1,18 @@
 """Attention as a walk over tiles, in plain XLA: memory grows with T, not with T * S, forward and backward, on any device.
 
-A query tile visits its key tiles from the right to the left and keeps an online softmax (Milakov & Gimelshein, arXiv:1805.02867;
-Dao et al., arXiv:2205.14135). Tiles in which the mask allows nothing are not visited. Bias terms are evaluated in each tile; what a
-term carries goes along, a number a row. Once every row has saturated, what is left of the walk is plain: a constant a row.
+A query tile visits its key tiles from right to left and maintains an online softmax (Milakov & Gimelshein, arXiv:1805.02867;
+Dao et al., arXiv:2205.14135). Tiles in which the mask allows no pair are skipped. Bias terms are evaluated in each tile, and the
+carry of a term, one number per row, is passed from tile to tile. Once every row has saturated, the rest of the walk is plain: the
+bias is one constant per row.
 
     keys ->      0       1       2       3
-    queries 2  [plain] [plain] [count] .......      counting from the diagonal to the left until all rows have saturated
+    queries 2  [plain] [plain] [count] .......      counting leftward from the diagonal until all rows have saturated
     queries 3  [plain] [plain] [count] [count]
 
-The backward pass recomputes the scores of each tile from the log-sum-exp of its rows, and takes the derivative of a term by
-``jax.vjp`` of its function on that one tile: tables get table-sized gradients, and a term needs no backward of its own. The
-gradient of a carry flows back from the left to the right, so the carries that the tiles of a query tile received, one number a row
-and tile, are first made again.
+The backward pass recomputes the softmax weights of each tile from its scores and the log-sum-exp of its rows, and differentiates
+the function of a term by ``jax.vjp`` on that one tile. Tables therefore get table-sized gradients, and a term needs no hand-written
+backward pass. The gradient of a carry flows from left to right, so for each query tile the carries that its key tiles received, one
+number per row and tile, are recomputed first.
 """
 
 import dataclasses
@@ -27,12 +28,12 @@ from posjax.core.bias import BiasTerm, Tile
 from posjax.core.masks import Mask
 from posjax.typing import Array, Float, Int
 
-# Large enough for matrix products to run at full speed on a CPU, small enough for rows to saturate early and to fit its cache.
+# Large enough for matrix products to run at full speed on a CPU, small enough to fit its cache and for rows to saturate early.
 _ROWS = _COLUMNS = 128
-_MASK_VALUE = -1e30  # a score that no softmax weight survives
-EMPTY_LSE = 1e30  # the log-sum-exp of a row that sees nothing: no weight survives that either
-SAVED = "posjax_attention"  # what the backward pass takes from the forward one, for policies of jax.checkpoint
-_INIT_MAX = -1e29  # the first maximum of a row, above _MASK_VALUE: in a row that sees nothing all weights are then zero
+_MASK_VALUE = -1e30  # the score of a masked pair: its softmax weight is zero
+EMPTY_LSE = 1e30  # the log-sum-exp of a row with no allowed key: all its weights are zero
+SAVED = "posjax_attention"  # checkpoint name of the residuals of the backward pass, for policies of jax.checkpoint
+_INIT_MAX = -1e29  # initial running maximum, above _MASK_VALUE so that a row with no allowed key has zero weights
 
 
 def attention(
@@ -48,10 +49,14 @@ def attention(
     *,
     tile: tuple[int, int] | None = None,
 ) -> Float[Array, "B T N V"]:
-    """What ``reference.attention`` computes, with gradients of first order for every floating-point argument.
+    """Computes attention tile by tile, with first-order gradients for every floating-point argument.
 
     Args:
-      tile: queries and keys of one tile; None chooses.
+      query, ..., logits_soft_cap: as in ``reference.attention``.
+      tile: (queries, keys) per tile; None chooses both.
+
+    Returns:
+      The result of ``reference.attention``.
     """
     call = (query, key, value, terms, mask, query_positions, key_positions, scale, logits_soft_cap)
     return joined(_attend(*cut_up(*call, tile=tile)), query.shape[1])
@@ -59,13 +64,13 @@ def attention(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known before compilation.
+    """Holds the static parameters of a call.
 
     Attributes:
-      rows, columns: queries and keys of one tile.
-      keys: how many are not padding.
-      soft_cap: of the scores; None: none.
-      is_part: what is computed is one of several parts of the same rows: results that will be added up are float32.
+      rows, columns: the numbers of queries and keys per tile.
+      keys: the number of keys that are not padding.
+      soft_cap: the soft cap on the scores; None for no cap.
+      is_part: whether the call covers only part of the keys of its rows. The results that are added up later are then float32.
     """
 
     rows: int
@@ -78,7 +83,7 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """A call cut into tiles, T and S padded to whole ones. Letters: I query tiles of t rows, J key tiles of s columns."""
+    """Holds the arrays of a call, split into tiles: I query tiles of t rows and J key tiles of s columns, with T and S padded."""
 
     query: Array  # [I, B, N, t, H]
     key: Array  # [J, B, K, s, H]
@@ -104,9 +109,9 @@ def cut_up(
     tile: tuple[int, int] | None = None,
     is_part: bool = False,
 ) -> tuple[Plan, Operands]:
-    """The arguments of ``attention`` in the form that ``outputs`` and ``gradients`` take."""
+    """Converts the arguments of ``attention`` to the form that ``outputs`` and ``gradients`` take."""
     length, keys = query.shape[1], key.shape[1]
-    rows, columns = tile or (_ROWS, max(_COLUMNS, _ROWS * _COLUMNS // length))  # few queries walk in wide tiles
+    rows, columns = tile or (_ROWS, max(_COLUMNS, _ROWS * _COLUMNS // length))  # wider tiles where there are few queries
     rows, columns = min(rows, length), min(columns, keys)
     along_rows, along_columns = functools.partial(_pad, to=rows), functools.partial(_pad, to=columns)
     plan = Plan(rows, columns, keys, None if logits_soft_cap is None else float(logits_soft_cap), is_part)
@@ -128,30 +133,33 @@ def cut_up(
 
 
 def joined(out: Array, length: int) -> Array:
-    """[I, B, N, t, V] as [B, T, N, V], without what pads T."""
+    """Converts the result [I, B, N, t, V] to [B, T, N, V] and removes the padding of T."""
     out = jnp.swapaxes(jnp.moveaxis(out, 0, 1), 2, 3)  # [B, I, t, N, V]
     return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
 
 
 def whole_rows(tiles: Array) -> Array:
-    """[I, B, N, t, ...] as [B, N, T, ...]."""
+    """Converts [I, B, N, t, ...] to [B, N, T, ...]."""
     tiles = jnp.moveaxis(tiles, 0, 2)
     return tiles.reshape(*tiles.shape[:2], -1, *tiles.shape[4:])
 
 
 def tiles_of(x: Array, rows: int) -> Array:
-    """The opposite of ``whole_rows``."""
+    """Converts [B, N, T, ...] to [I, B, N, t, ...] with t = ``rows``, the inverse of ``whole_rows``."""
     return jnp.moveaxis(x.reshape(*x.shape[:2], -1, rows, *x.shape[3:]), 2, 0)
 
 
 def _blocks(x: Array, size: int) -> Array:
-    """[B, L, N, H] as [L / size, B, N, size, H]: the one copy in which XLA also does what an encoding does to query and key."""
+    """Converts [B, L, N, H] to [L / size, B, N, size, H]. XLA fuses what an encoding does to query and key into this one copy."""
     batch, length, heads, width = x.shape
     return x.reshape(batch, length // size, size, heads, width).transpose(1, 0, 3, 2, 4)
 
 
 def _pad(x: Any, *, to: int, axis: int) -> Any:
-    """x up to a multiple of ``to`` along an axis, by repeating its end: a repeated query saturates when the last one does."""
+    """Pads x along an axis to a multiple of ``to``, repeating its last entry.
+
+    A repeated query saturates when the last one does. None, and an x whose axis has length 1, are returned unchanged.
+    """
     if x is None or x.shape[axis] == 1 or x.shape[axis] % to == 0:
         return x
     widths = [(0, 0)] * x.ndim
@@ -168,35 +176,35 @@ def _pad_term(term: BiasTerm, rows: int, columns: int) -> BiasTerm:
     )
 
 
-# What is seen from one query tile --------------------------------------------------------------------------------------
+# One query tile --------------------------------------------------------------------------------------------------------
 
 
 class _KeyTile(NamedTuple):
-    """One key tile as a query tile sees it."""
+    """Holds one key tile, with the mask between it and a query tile."""
 
     key: Array  # [B, K, s, H]
     value: Array  # [B, K, s, V]
-    columns: list[Any]  # of every term
+    columns: list[Any]  # one entry per term
     allowed: Array
     positions: Array
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One query tile: its part of the operands, and the key tiles that it visits, in ascending order."""
+    """Holds one query tile: its part of the operands, and the key tiles that it visits, in ascending order."""
 
     plan: Plan
     operands: Operands
     index: Array
     query: Array  # [B, N, t, H]
     query_positions: Array
-    terms: tuple[BiasTerm, ...]  # cut to these queries, not loaded; their columns are not to be used
-    visits: Array  # [J] indices of key tiles, the first ``count`` of them valid
+    terms: tuple[BiasTerm, ...]  # sliced to these queries, not loaded; do not use their columns
+    visits: Array  # [J] indices of key tiles, of which the first ``count`` are valid
     count: Array
-    leftmost: Array  # [1 or B, t] the first key tile in which a query may see something
+    leftmost: Array  # [1 or B, t] the first key tile in which a query may have an allowed key; J if none
 
     def key_tile(self, at: Array) -> _KeyTile:
-        """The tile that is visited when ``at`` others on its left are still to be visited."""
+        """Returns entry ``at`` of ``visits``: the key tile with ``at`` visits left to do on its left."""
         plan, x = self.plan, self.operands
         j = self.visits[at]
         start = j * plan.columns
@@ -209,19 +217,19 @@ class _Row:
         return _KeyTile(x.key[j], x.value[j], columns, allowed, key_positions)
 
     def logits(self, key: Array) -> Array:
-        """scale * q.k, [B, N, t, s] float32."""
+        """Computes scale * q.k, [B, N, t, s] float32."""
         return _of_groups("bkgth,bksh->bkgts", self.query, key) * self.operands.scale
 
 
 def _of_groups(form: str, x: Array, y: Array) -> Array:
-    """The product of an array by query heads [B, N, ...] and one by key heads [B, K, ...], by query heads, float32."""
+    """Multiplies an array with query heads [B, N, ...] by one with key heads [B, K, ...]; the result is [B, N, ...] float32."""
     grouped = x.reshape(x.shape[0], y.shape[1], -1, *x.shape[2:])
     out = jnp.einsum(form, grouped, y, preferred_element_type=jnp.float32)
     return out.reshape(x.shape[0], x.shape[1], *out.shape[3:])
 
 
 def _into_groups(x: Array, y: Array, heads: int) -> Array:
-    """sum over queries and the heads of a group of x^T y: [B, N, t, s], [B, N, t, H] -> [B, K, s, H], float32."""
+    """Computes x^T y, summed over queries and the heads of a group: [B, N, t, s], [B, N, t, H] -> [B, K, s, H] float32."""
     x, y = (a.reshape(a.shape[0], heads, -1, *a.shape[2:]) for a in (x, y))
     return jnp.einsum("bkgts,bkgth->bksh", x, y, preferred_element_type=jnp.float32)
 
@@ -244,7 +252,10 @@ def _row(plan: Plan, x: Operands, index: Array) -> _Row:
 
 
 def _may_meet(plan: Plan, x: Operands, index: Array, query_positions: Array) -> Array:
-    """Which queries may see a key of which key tiles, [1 or B, t, J] bool: judged by the ranges of positions and segments."""
+    """Returns which queries may have an allowed key in which key tiles, [1 or B, t, J] bool.
+
+    Positions and segments are compared by their range in each key tile, so the answer may be True for a tile with no allowed key.
+    """
 
     def ranges(ids: Array) -> tuple[Array, Array]:
         tiles = ids.reshape(ids.shape[0], 1, -1, plan.columns)
@@ -271,9 +282,10 @@ def _may_meet(plan: Plan, x: Operands, index: Array, query_positions: Array) -> 
 
 
 def _scores(row: _Row, seen: _KeyTile, logits, rows, columns, tables, carries, saturated) -> tuple[Array, list[Any]]:
-    """Scores of one tile before the mask, and the carries for the tile to its left.
+    """Computes the scores of one tile before the mask, and the carries for the tile to its left.
 
-    Rows, columns, tables and carries are lists over the terms; so is ``saturated``: a bias a row where a term has saturated.
+    Rows, columns, tables and carries are lists with one entry per term. So is ``saturated``: the bias of each row for a term that
+    has saturated, and None for a term to evaluate.
     """
     tile = Tile(logits, seen.allowed, row.query_positions, seen.positions)
     scores, handed_on = logits, []
@@ -289,12 +301,12 @@ def _scores(row: _Row, seen: _KeyTile, logits, rows, columns, tables, carries, s
 
 
 def _can_saturate(terms: tuple[BiasTerm, ...]) -> bool:
-    """Whether a walk has a plain part: no term carries, or all that do can saturate."""
+    """Returns whether a walk has a plain part, that is, whether every term with a carry can saturate."""
     return all(term.carry is None or term.saturate is not None for term in terms)
 
 
 def _constants(terms: tuple[BiasTerm, ...], rows, tables, carries) -> tuple[list[Array | None], list[Array | None]]:
-    """Which rows of which terms have saturated and on what bias; None for terms that do not carry."""
+    """Returns which rows have saturated, and their bias, as two lists over the terms; None for a term without a carry."""
     pairs = [
         (None, None) if term.carry is None else term.saturate(own, table, carry)
         for term, own, table, carry in zip(terms, rows, tables, carries, strict=True)
@@ -307,12 +319,15 @@ def _constants(terms: tuple[BiasTerm, ...], rows, tables, carries) -> tuple[list
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan: Plan, operands: Operands) -> Array:
-    """[I, B, N, t, V] in the dtype of value."""
+    """Computes attention on tiles, [I, B, N, t, V] in the dtype of value."""
     return _forward(plan, operands)[0]
 
 
 def _one_by_one(function: Any) -> Any:
-    """Under vmap, one call after the other: as one, all would walk as far as the longest, copying their sums at every tile."""
+    """Makes ``function`` run its batch elements one after the other under vmap.
+
+    In a batched loop, every element would run as many steps as the longest one and copy its accumulators at every tile.
+    """
 
     def called(plan: Plan, *args: Any) -> Any:
         return jax.custom_batching.sequential_vmap(functools.partial(function, plan))(*args)
@@ -327,12 +342,12 @@ def _forward(plan: Plan, x: Operands) -> tuple[Array, tuple[Operands, Array, Any
 
 @_one_by_one
 def outputs(plan: Plan, x: Operands) -> tuple[Array, Any]:
-    """The walk of every query tile.
+    """Runs the forward walk of every query tile.
 
     Returns:
-      [I, B, N, t, V], and what ``gradients`` needs of the walk: the log-sum-exp of every row [I, B, N, t] (``EMPTY_LSE`` where a
-      row saw no key), of the visited tiles of every query tile how many were plain [I], and the carry that every term hands on
-      beyond the last key, [I, B, N, t, ...].
+      The result [I, B, N, t, V], and the residuals that ``gradients`` needs: the log-sum-exp of every row [I, B, N, t]
+      (``EMPTY_LSE`` where a row has no allowed key), the number of plain tiles among the visited tiles of each query tile [I], and
+      the carry of every term after its leftmost tile, [I, B, N, t, ...].
     """
 
     def one(index: Array) -> tuple[Array, Array, Array, Any]:
@@ -361,12 +376,12 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Any]:
                 at, _, carries = state
                 if not _can_saturate(row.terms):
                     return at >= 0
-                through = (row.visits[at] < row.leftmost)[:, None]  # nothing is left to see for these
+                through = (row.visits[at] < row.leftmost)[:, None]  # rows with no allowed key from here on
                 saturated = [s for s in _constants(row.terms, rows, tables, carries)[0] if s is not None]
                 return (at >= 0) & ~functools.reduce(jnp.logical_and, [(s | through).all() for s in saturated])
 
             state = jax.lax.while_loop(counts, lambda state: visit(*state, unsaturated), state)
-        first = state[0] + 1  # of the visited tiles, how many are plain
+        first = state[0] + 1  # the number of visited tiles that are plain
         if _can_saturate(row.terms):
             at, softmax, carries = state
             constants = _constants(row.terms, rows, tables, carries)[1]
@@ -388,7 +403,7 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Any]:
 
 
 def floats(tree: Any) -> tuple[list[Array], Any]:
-    """The leaves that have gradients, and the function that puts others in their place."""
+    """Returns the floating-point leaves of a pytree, and a function that returns the pytree with these leaves replaced."""
     leaves, structure = jax.tree.flatten(tree)
     chosen = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
 
@@ -404,7 +419,7 @@ def _zeros(leaves: list[Array]) -> list[Array]:
 
 
 def _add_at(x: Array, part: Array, start: Array) -> Array:
-    """x [B, K, S, ...] with a tile of columns added in its place."""
+    """Adds a tile to x [B, K, S, ...] at position ``start`` of the axis S."""
     here = jax.lax.dynamic_slice_in_dim(x, start, part.shape[2], axis=2)
     return jax.lax.dynamic_update_slice_in_dim(x, here + part, start, axis=2)
 
@@ -414,32 +429,33 @@ def _sum(a: list[Array], b: list[Array]) -> list[Array]:
 
 
 def runtime_zero(delta: Array) -> Array:
-    """0.0 that is not known before the gradient of the result is: what sums start from must not be laid out before.
+    """Returns a zero that depends on the cotangent, so that XLA cannot hoist the accumulators to the start of the program.
 
-    Constants have no place in the order of a program, and XLA puts these, of the size of keys and values, at its very beginning.
+    Constants have no fixed place in the schedule, and XLA puts these, which are as large as keys and values, at the very beginning.
     """
-    magnitude = jax.lax.bitcast_convert_type(delta.ravel()[0], jnp.int32) & 0x7FFFFFFF  # never negative, of NaN neither
+    magnitude = jax.lax.bitcast_convert_type(delta.ravel()[0], jnp.int32) & 0x7FFFFFFF  # not negative, even for NaN
     return jnp.minimum(magnitude, 0).astype(jnp.float32)
 
 
 def delta_of(out: Array, d_out: Array) -> Array:
-    """What the derivative of the softmax takes off the gradient of every weight of a row: sum(d_out * out), float32."""
-    # tile by tile, or the products of all rows are laid out in float32
+    """Computes rowsum(d_out * out) in float32, which the derivative of the softmax subtracts from the gradient of every weight."""
+    # tile by tile, because the products of all rows at once would be materialized in float32
     return jax.lax.map(lambda both: (both[0].astype(jnp.float32) * both[1].astype(jnp.float32)).sum(-1), (out, d_out))
 
 
 @_one_by_one
 def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, delta: Array, d_final: list[Array]) -> dict[str, Any]:
-    """The gradients of the operands' floating-point leaves.
+    """Computes the gradients of the operands' floating-point leaves.
 
     Args:
-      saved: of ``outputs``; of a part, the log-sum-exp is that of the whole rows.
-      d_out, delta: of the whole rows, see ``delta_of``.
-      d_final: of the carries that are handed on, those of floats, [I, B, N, t, ...].
+      saved: the residuals from ``outputs``. If ``plan.is_part``, the log-sum-exp must be that of the complete rows.
+      d_out: the gradient of the result, of the complete rows.
+      delta: ``delta_of`` the complete rows.
+      d_final: the gradients of the floating-point leaves of the final carries, [I, B, N, t, ...].
 
     Returns:
-      By name. Tiles of queries lead query, rows and carries, tiles of keys lead key and value; what belongs to terms is a list of
-      their leaves of floats.
+      A dict of gradients. Query, rows and carries have query tiles as their first axis, key and value have key tiles. Rows,
+      columns, tables and carries are lists of the floating-point leaves of all terms.
     """
     lse, first, final = saved
     all_columns, _ = floats([term.columns for term in x.terms])
@@ -465,14 +481,14 @@ def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, delta: Array, d
         unsaturated = [None] * len(row.terms)
 
         def scores(seen: _KeyTile, logits, rows, columns, tables, carries, saturated) -> tuple[Array, list[Array]]:
-            """``_scores`` as a function of floats alone."""
+            """Calls ``_scores`` on the floating-point leaves alone, for ``jax.vjp``."""
             _, with_columns = floats(seen.columns)
             others = with_rows(rows), with_columns(columns), with_tables(tables), with_carries(carries)
             total, handed_on = _scores(row, seen, logits, *others, saturated)
             return total, floats(handed_on)[0]
 
         def again(at: Array, state: Any) -> Any:
-            """From the right to the left: the carry that each counted tile but the first receives."""
+            """Recomputes, from right to left, the carry that each counted tile except the first receives."""
             carries, received = state
             at = row.count - 1 - at
             seen = row.key_tile(at)
@@ -561,7 +577,7 @@ def _backward(plan: Plan, saved: tuple[Operands, Array, Any], d_out: Array) -> t
 
 
 def gradient_of(x: Operands, d: dict[str, Any]) -> Operands:
-    """What ``gradients`` returned as the gradient of the operands, of their dtypes; float0 where an operand is of integers."""
+    """Assembles the results of ``gradients`` into the cotangent of the operands, in their dtypes; float0 for integer operands."""
 
     def like(primal: Any, gradients: list[Array]) -> Any:
         found, _ = floats(primal)

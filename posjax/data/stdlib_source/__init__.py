@@ -1,8 +1,8 @@
-"""The source code of the running Python's own standard library, as a TFDS data set.
+"""The source code of the running Python's standard library, as a TFDS data set.
 
-It is on every machine, needs no download, and is real text: about 11 MB in 630 files with Python 3.13. This file finds
-the text and needs nothing but the standard library; the TFDS builder beside it, `stdlib_source_dataset_builder.py`,
-is imported when the data set is built or read.
+It is present on every machine, needs no download, and is real text: about 11 MB in 630 files with Python 3.13. This file
+locates the text and depends only on the standard library and `posjax.data.files`. The TFDS builder next to it,
+`stdlib_source_dataset_builder.py`, is imported when the data set is built or read.
 """
 
 import hashlib
@@ -12,26 +12,26 @@ from pathlib import Path
 
 from posjax.data.files import list_files, read_file
 
-# Installed packages and what only tests or the building machine know are no part of the standard library's source.
+# Installed packages, tests and build configuration are not part of the standard library's source.
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload"}
 
 
 def _is_source(path: Path) -> bool:
     if path.name in LEFT_OUT or path.name.startswith(("config-", "_sysconfigdata", ".")):
         return False
-    return path.suffix in (".py", "")  # no suffix: a folder; a file without one is dropped below
+    return path.suffix in (".py", "")  # no suffix: a folder; source_files drops files without one
 
 
 def stdlib_root() -> Path:
-    """The folder that holds the running Python's standard library."""
+    """Returns the folder of the running Python's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def source_files(root: str | Path | None = None) -> list[str]:
-    """The .py files under `root` (default: the standard library), relative to it and sorted.
+    """Returns the sorted paths of the .py files under `root` (default: the standard library), relative to it.
 
     Raises:
-      ValueError: if there are none.
+      ValueError: there are no .py files.
     """
     root = stdlib_root() if root is None else Path(root)
     found = [path for path in list_files(root, _is_source) if path.endswith(".py")]
@@ -41,7 +41,7 @@ def source_files(root: str | Path | None = None) -> list[str]:
 
 
 def source_name(root: str | Path | None = None) -> str:
-    """A name such as "cpython-3.13.0-1a2b3c4d5e6f", which is different for any other Python or any other text."""
+    """Returns a name such as "cpython-3.13.0-1a2b3c4d5e6f", which differs for every Python version and every text."""
     root = stdlib_root() if root is None else Path(root)
     digest = hashlib.sha256()
     for path in source_files(root):

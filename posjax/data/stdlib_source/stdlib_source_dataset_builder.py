@@ -11,7 +11,7 @@ from posjax.data.stdlib_source import source_files, source_name, stdlib_root
 
 @dataclasses.dataclass(eq=False)
 class SourceConfig(tfds.core.BuilderConfig):
-    """One state of the source code. Its name carries the Python version and a digest of the text.
+    """Configures one version of the source code. Its name contains the Python version and a digest of the text.
 
     Attributes:
       root: the folder to read.
@@ -21,7 +21,7 @@ class SourceConfig(tfds.core.BuilderConfig):
 
 
 def source_config(root: str | Path | None = None) -> SourceConfig:
-    """The configuration for the .py files under `root` (default: the running Python's standard library)."""
+    """Returns the configuration for the .py files under `root` (default: the running Python's standard library)."""
     root = stdlib_root() if root is None else Path(root)
     return SourceConfig(name=source_name(root), root=str(root), description="Python source files")
 
@@ -30,7 +30,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     """The .py files of the standard library, split by file: one in ten is held out for validation."""
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [source_config()]  # noqa: RUF012 (the name and type that TFDS wants)
+    BUILDER_CONFIGS = [source_config()]  # noqa: RUF012 (TFDS requires this name and type)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -40,7 +40,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             supervised_keys=None,
             homepage="https://docs.python.org/3/library/",
             license="Python Software Foundation License",
-            disable_shuffling=True,  # the order of the paths
+            disable_shuffling=True,  # keeps the order of the paths
         )
 
     def _split_generators(self, dl_manager):

@@ -1,1 +1,1 @@
-"""Grids of runs: what is swept, runs of the same shapes as one program, and rows of results."""
+"""Grids of runs: sweeps over settings, runs of equal shapes compiled as one program, and rows of results."""

@@ -1,10 +1,10 @@
-"""A whole run as one program, and all runs of the same shapes as one more.
+"""Compiles a training run as one program, and all runs of equal shapes as one batched program.
 
     run:    scan over steps of [ draw a batch on the device -> train step ]
-    group:  that for every run at once: vmap, or one after the other where that is as fast; over all devices
+    group:  the scan for all runs: batched with vmap, or sequential where that is as fast; sharded over all devices
 
-A scan is cut into pieces, all of them one program, so that metrics come out and states can be saved between two pieces.
-``posjax.lab.ablation.grids`` makes the groups of a grid and runs one after the other.
+The scan is split into pieces that share one program, so that metrics can be read and states saved between two pieces.
+``posjax.lab.ablation.grids`` builds the groups of a grid and runs one after the other.
 """
 
 import dataclasses
@@ -24,29 +24,29 @@ from posjax.training.state import TrainState, init_state
 from posjax.training.step import make_train_step
 from posjax.typing import Array, Params
 
-_SHARE_OF_MEMORY = 0.9  # of a device, that the runs which it makes at once may take
+_SHARE_OF_MEMORY = 0.9  # fraction of a device's memory that its concurrent runs may use
 
 
-# The engine: pure functions, of any model ------------------------------------------------------------------------------
+# The engine: pure functions, for any model -----------------------------------------------------------------------------
 
 
 def scan_steps(
     step: Callable[[Any, Any], tuple[Any, Any]], draw: Callable[[Array], Any], state: Any, first: Array, count: int, last: Array
 ) -> tuple[Any, Any]:
-    """The steps ``first`` to ``first + count - 1`` of a run, as one scan.
+    """Runs the steps ``first`` to ``first + count - 1`` of a training run as one scan.
 
-    Steps from ``last`` on are not taken, so that a run of any length is made of pieces of one length.
+    Steps from ``last`` on are skipped, so that a run of any length consists of pieces of one length.
 
     Args:
-      step: (state, batch) -> (state, metrics), as ``make_train_step`` makes it.
-      draw: number of a step -> batch, on the device.
-      state: before step ``first``.
-      first: int32 [].
-      count: how many; static.
-      last: int32 []: the run's number of steps.
+      step: (state, batch) -> (state, metrics), as ``make_train_step`` returns it.
+      draw: step number -> batch, on the device.
+      state: the state before step ``first``.
+      first: int32 [], number of the first step.
+      count: number of steps; static.
+      last: int32 [], the run's number of steps.
 
     Returns:
-      The state after these steps, and their metrics with a leading axis [count]; zeros for steps that were not taken.
+      The state after these steps, and their metrics with a leading axis [count]; zeros for skipped steps.
     """
 
     def take(state: Any, number: Array) -> tuple[Any, Any]:
@@ -61,12 +61,14 @@ def scan_steps(
 
 
 def over_runs(function: Callable[[Any, Any], Any], devices: Sequence[Any], at_once: int) -> Callable[[Any, Any], Any]:
-    """(run, shared) -> out becomes (runs, shared) -> outs, with a leading axis [R] on every array of runs and outs.
+    """Batches a function of one run over many runs: (run, shared) -> out becomes (runs, shared) -> outs.
+
+    Every array of runs and outs has a leading axis [R].
 
     Args:
-      function: pure.
-      devices: the runs are cut over them; R must be a multiple of their number.
-      at_once: runs that a device makes at once (vmap); the others wait (map).
+      function: a pure function.
+      devices: devices that the runs are sharded over; R must be a multiple of their number.
+      at_once: number of runs that a device executes concurrently (vmap); larger numbers run in sequence (map).
     """
 
     def local(runs: Any, shared: Any) -> Any:
@@ -83,17 +85,17 @@ def over_runs(function: Callable[[Any, Any], Any], devices: Sequence[Any], at_on
 
 
 def spread_over_cores(runs: int) -> None:
-    """Makes a device of every CPU core, as many as there are runs, for ``over_runs`` to cut the runs over.
+    """Configures JAX to expose CPU cores as separate devices, at most one per run, so that ``over_runs`` can shard runs over them.
 
-    Small trainings use one core each far better than all cores use one. It must be called before JAX is used; later, or where
-    the flags of XLA say how many devices there shall be, it changes nothing.
+    Small models train far more efficiently with one core per run than with all cores on one run. Call it before JAX is
+    initialized; later, or if XLA_FLAGS already sets the number of devices, it has no effect.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     try:
         jax.config.update("jax_num_cpu_devices", max(1, min(cores, runs)))
-    except RuntimeError:  # JAX is in use already
+    except RuntimeError:  # JAX is already initialized
         return
 
 
@@ -102,15 +104,15 @@ def spread_over_cores(runs: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """What the runs of a group do, each a pure function of one run; traced numbers are float32 scalars by name.
+    """The computations of a group, each a pure function of one run; ``traced`` holds float32 scalars by name.
 
     Attributes:
       init: (seed, traced) -> state.
       step: (traced) -> the train step.
       draw: (data, seed, number) -> batch.
-      data: what ``draw`` reads, for the device.
-      score: (params, traced, batch, local_window_size) -> (what is wrong, how much counts), [B] each; a window of None is the
-        configuration's own.
+      data: input of ``draw``, to be put on the device.
+      score: (params, traced, batch, local_window_size) -> (numerator, denominator), [B] each, as ``evaluation.score`` returns
+        them; a window of None means the configuration's.
     """
 
     init: Callable[[Array, Mapping[str, Array]], TrainState]
@@ -121,7 +123,7 @@ class Programs:
 
 
 def programs_of(group: Group, source: Source) -> Programs:
-    """The programs of a group: those of ``posjax train`` with the numbers that differ between runs traced."""
+    """Returns the programs of a group: those of ``posjax train``, with the numbers that differ between its runs traced."""
     config = group.config
 
     def parts(traced: Mapping[str, Array]) -> tuple[list[Array], dict[str, Array]]:
@@ -148,41 +150,41 @@ def programs_of(group: Group, source: Source) -> Programs:
 
 
 class BatchedRuns:
-    """The runs of one group on the devices, and the compiled programs that move them on and score them."""
+    """Holds the runs of one group on the devices, and the compiled programs that advance and score them."""
 
     def __init__(self, group: Group, source: Source, devices: Sequence[Any], at_once: int | None):
         self.group, self.devices, self.size = group, devices, len(group.runs)
         self.programs = programs_of(group, source)
         self.mesh = jax.sharding.Mesh(np.asarray(devices), ("runs",))
-        runs = [*group.runs, *[group.runs[0]] * (-self.size % len(devices))]  # the last ones fill up; nobody looks at them
+        runs = [*group.runs, *[group.runs[0]] * (-self.size % len(devices))]  # padding, dropped by unpad
         seeds = jnp.asarray([run.seed for run in runs], jnp.int32)
         traced = {name: jnp.asarray([run.traced[name] for run in runs], jnp.float32) for name in runs[0].traced}
         self.fixed = self._place((seeds, traced), "runs")
         self.data = self._place(self.programs.data)
-        # On a CPU, runs side by side in one loop are no faster than one after the other, and take more memory.
+        # On a CPU, batched runs are no faster than sequential ones and use more memory.
         own, is_cpu = len(runs) // len(devices), devices[0].platform == "cpu"
         self.at_once = min(own, at_once or (1 if is_cpu else own))
         self.may_shrink = at_once is None
         self.compilations = {"train": 0, "evaluate": 0}
         self.advance: Callable[..., Any] | None = None
-        self.scorers: dict[int | None, Callable[..., Any]] = {}  # by window
+        self.scorers: dict[int | None, Callable[..., Any]] = {}  # by local_window_size
         self.scored: set[Any] = set()
 
     def start(self) -> TrainState:
-        """The state of all runs before the first step."""
+        """Initializes the state of all runs before the first step."""
         return jax.jit(over_runs(lambda run, _: self.programs.init(*run), self.devices, 1))(self.fixed, ())
 
     def unpad(self, state: TrainState) -> TrainState:
-        """Without the runs that fill up, on one device: what is saved does not depend on the number of devices."""
+        """Drops the padding runs and moves the state to one device: saved states do not depend on the number of devices."""
         return jax.tree.map(lambda x: jax.device_put(x, self.devices[0])[: self.size], state)
 
     def restored(self, state: TrainState) -> TrainState:
-        """The opposite of ``trimmed``."""
+        """Reverses ``unpad``: pads a saved state and shards it over the devices."""
         places = np.minimum(np.arange(len(self.fixed[0])), self.size - 1)
         return self._place(jax.tree.map(lambda x: x[places], state), "runs")
 
     def move_on(self, state: TrainState, first: int) -> tuple[TrainState, dict[str, np.ndarray]]:
-        """The next ``log_every`` steps of all runs, and their metrics, [R, log_every]."""
+        """Trains all runs for the next ``log_every`` steps at most; returns the new state and the metrics, [R, steps]."""
         config = self.group.config
         count = min(config.log_every, config.steps)
 
@@ -199,7 +201,7 @@ class BatchedRuns:
         return state, {name: np.asarray(x)[: self.size, :taken] for name, x in metrics.items()}
 
     def scores(self, state: TrainState, tests: EvalSet) -> np.ndarray:
-        """What is wrong and how much counts in every item of a test set, [2, R, I]."""
+        """Scores all runs on a test set; returns the numerator and the denominator of every item, [2, R, I]."""
         window = tests.local_window_size
 
         def score_run(run: Any, batches: Any) -> tuple[Array, Array]:
@@ -225,7 +227,7 @@ class BatchedRuns:
         return jax.device_put(tree, jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*axes)))
 
     def _compiled(self, function: Callable[[Any, Any], Any], runs: tuple[Any, Any], shared: Any) -> Callable[..., Any]:
-        """Compiled for as many runs at once as the device has memory for."""
+        """Compiles the program for as many concurrent runs as fit in the memory of a device."""
         while True:
             mapped = over_runs(function, self.devices, self.at_once)
 

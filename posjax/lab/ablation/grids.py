@@ -1,8 +1,8 @@
-"""A grid of trainings, from its points to rows of results: groups in turn, each compiled once.
+"""Trains a grid of settings, from its points to rows of results: one group after the other, each compiled once.
 
     points -> groups -> [ log_every steps -> metrics.jsonl, progress; every checkpoint_every steps: save ] -> scores -> rows
 
-A grid that was interrupted or killed goes on from what was saved last.
+A grid that was interrupted or killed resumes from its last saved state.
 """
 
 import hashlib
@@ -43,29 +43,30 @@ def run_grid(
     command: str | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Trains and evaluates every point with every seed; what is finished is kept and not done again.
+    """Trains and evaluates every point with every seed; finished groups are read from disk.
 
     Args:
-      points: from ``posjax.lab.ablation.sweeps.grid``; all of one task and text.
-      seeds: of parameters, data and dropout, as in ``posjax train``.
-      workdir: gets a folder a group: ``checkpoints/``, ``metrics.jsonl`` and, when it is done, ``rows.json``.
-      source: of the points' configuration.
-      at_once: runs that a device makes at once; None: all of a group where its memory allows, one on a CPU.
-      tests: (configuration, longest sequence that its encodings can place or None) -> what is scored, by column; None in place of
-        a test set: it is too long for the encodings. By default what ``evaluate`` reads.
-      command: what to print after an interruption.
-      say: where lines for the reader go.
+      points: settings, as ``posjax.lab.ablation.sweeps.grid`` returns them; all with one task and text.
+      seeds: seeds of parameters, data and dropout, as in ``posjax train``.
+      workdir: gets one folder per group: ``checkpoints/``, ``metrics.jsonl`` and, once the group is finished, ``rows.json``.
+      source: data of the points' configuration.
+      at_once: number of runs that a device executes concurrently; None: all of a group if its memory allows, one on a CPU.
+      tests: (configuration, longest length its encodings support, or None) -> test sets by column; None in place of a test set
+        that is too long for the encodings. By default the test sets of ``evaluate``.
+      command: command to print after an interruption.
+      say: called with each line for the user.
 
     Returns:
       A row for every point and seed, in their order: encoding, seed, label, settings, metrics as ``evaluate`` gives them,
-      diverged (the step of the tenth update in a row that was not finite, or the last where the loss ended above its start; else
-      None), curve ({"step", "loss"}: the mean training loss since the step before, in nats), evaluations ({step: {column: value}},
-      the last step's among them) and items ({step: {column: [2, I]}}: what is wrong and how much counts in every item).
+      diverged (the step at which the tenth consecutive update was not finite, or the last step if the loss ended above its start;
+      else None), curve ({"step", "loss"}: the mean training loss since the previous step of the curve, in nats), evaluations
+      ({step: {column: value}}, including the last step) and items ({step: {column: [2, I]}}: numerator and denominator of every
+      item).
 
     Raises:
-      ValueError: several processes.
-      Interrupted: SIGINT or SIGTERM, after the piece was finished and saved.
-      KernelRefused: the compiler of the chip does not take the attention kernel.
+      ValueError: there are several processes.
+      Interrupted: SIGINT or SIGTERM arrived; the current piece was finished and saved.
+      KernelRefused: the attention kernel failed to compile on this device.
     """
     if jax.process_count() > 1:
         raise ValueError(f"a grid must run in one process, over all of its devices, got {jax.process_count()} processes")
@@ -90,7 +91,7 @@ def _rows(
     caught: list[int],
     progress: "_Progress",
 ) -> dict[tuple[int, int], dict[str, Any]]:
-    """{(point, seed): row}, from the files of groups that are done and from training the others."""
+    """Returns {(point, seed): row}, reading the files of finished groups and training the others."""
     rows = {}
     for number, group in enumerate(made, 1):
         folder = workdir / _folder(group)
@@ -116,14 +117,14 @@ def _rows(
 
 
 def _folder(group: Group) -> str:
-    """A name that says what is in it, and that another group does not have."""
+    """Returns a readable folder name that is unique to the group."""
     runs = [(run.seed, dict(run.traced)) for run in group.runs]
     digest = hashlib.sha256(json.dumps([run_fingerprint(group.config), group.spec, runs]).encode()).hexdigest()
     return f"{slug(group.spec)[:60]}-{digest[:8]}"
 
 
 def _usual_tests(source: Source) -> Callable[[Config, int | None], Mapping[str, EvalSet | None]]:
-    """What ``evaluate`` reads, a row an item, after every ``evaluate_every`` steps."""
+    """Returns the default ``tests``: those of ``evaluate``, with every row as an item, scored every ``evaluate_every`` steps."""
 
     def made(config: Config, limit: int | None) -> dict[str, EvalSet | None]:
         every = config.evaluate_every
@@ -134,7 +135,7 @@ def _usual_tests(source: Source) -> Callable[[Config, int | None], Mapping[str, 
 
 
 def _write_items(folder: Path, step: int, sums: Mapping[str, np.ndarray | None]) -> None:
-    """items/STEP.npz: [2, R, I] of every column, what is wrong and how much counts, whole or not at all."""
+    """Writes the [2, R, I] sums of every column, numerator and denominator, to items/STEP.npz atomically."""
     path, part = folder / "items" / f"{step}.npz", folder / "items" / f"{step}.part"
     path.parent.mkdir(exist_ok=True)
     with part.open("wb") as file:
@@ -143,7 +144,7 @@ def _write_items(folder: Path, step: int, sums: Mapping[str, np.ndarray | None])
 
 
 def _read_items(folder: Path) -> dict[int, dict[str, np.ndarray]]:
-    """{step: {column: [2, R, I]}} as ``_write_items`` left them."""
+    """Reads {step: {column: [2, R, I]}}, as ``_write_items`` stored them."""
     steps = sorted(int(path.stem) for path in (folder / "items").glob("*.npz"))
     return {step: dict(np.load(folder / "items" / f"{step}.npz")) for step in steps}
 
@@ -157,9 +158,9 @@ def _train_group(
     caught: list[int],
     progress: "_Progress",
 ) -> dict[str, Any]:
-    """What ``rows.json`` of a group holds: its rows in the order of its runs, and how they were made."""
+    """Trains a group and returns the content of its ``rows.json``: rows in the order of its runs, and data about the training."""
     config, log = group.config, folder / "metrics.jsonl"
-    # Before anything is compiled: importing Orbax makes JAX forget its programs.
+    # Before anything is compiled: importing Orbax clears JAX's caches of compiled programs.
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
     began = time.perf_counter()
     fleet = BatchedRuns(group, source, jax.local_devices()[: len(group.runs)], at_once)
@@ -186,7 +187,7 @@ def _train_group(
         return {c: None if s is None else (scale * s[0].sum(1) / s[1].sum(1)).tolist() for c, s in sums.items()}
 
     scores: dict[str, list[float] | None] = {}
-    paces = []  # seconds a step of every piece but the first, which is compiled
+    paces = []  # seconds per step, one entry per piece; the first includes compilation
     while step < config.steps:
         piece_began = time.perf_counter()
         state, metrics = fleet.move_on(state, step)
@@ -219,18 +220,18 @@ def _train_group(
         rows.append(found | {"evaluations": history | {config.steps: own}})
     how = {"compilations": fleet.compilations, "at_once": fleet.at_once, "devices": len(fleet.devices)}
     pace = float(np.median(paces[1:])) * len(fleet.devices) / len(fleet.fixed[0]) if len(paces) > 1 else None
-    how |= {"seconds_a_step": pace}  # of one run on one device
+    how |= {"seconds_a_step": pace}  # for one run on one device
     return {"spec": group.spec, "rows": rows, "seconds": time.perf_counter() - began} | how
 
 
 def _evaluated(line: Mapping[str, Any], run: int) -> dict[str, float | None]:
-    """What a line of metrics.jsonl says of a run's evaluation, by column."""
+    """Returns a run's evaluation in a line of metrics.jsonl, by column."""
     prefix = "evaluation/"
     return {name[len(prefix) :]: values and json_number(values[run]) for name, values in line.items() if name.startswith(prefix)}
 
 
 def _line(metrics: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
-    """A line of metrics.jsonl from those of a piece, a number for every run; null for what is not finite."""
+    """Builds a line of metrics.jsonl from the metrics of a piece: one number for each run, None where it is not finite."""
     line = {name: metrics[name][:, -1] for name in ("loss", "learning_rate", "grad_norm", "skipped") if name in metrics}
     line |= {"first_loss": metrics["loss"][:, 0], "mean_loss": metrics["loss"].mean(1)}
     line |= {"streak": metrics["skipped_in_a_row"].max(1)}
@@ -238,7 +239,10 @@ def _line(metrics: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
 
 
 def _diverged(lines: Sequence[Mapping[str, Any]], run: int) -> int | None:
-    """The step at which a training was lost, or None: ten updates in a row not finite, or a loss that ends above its start."""
+    """Returns the step at which a run diverged, or None.
+
+    A run diverged if ten consecutive updates were not finite, or if its loss ended above its start.
+    """
     bad = (line["step"] for line in lines if line["streak"][run] >= MAX_SKIPPED_IN_A_ROW)
     first, end = lines[0]["first_loss"][run], lines[-1]["mean_loss"][run]
     lost = first is None or end is None or end > first
@@ -246,11 +250,11 @@ def _diverged(lines: Sequence[Mapping[str, Any]], run: int) -> int | None:
 
 
 class _Progress:
-    """Steps of all runs of a grid: a bar on a terminal, else a line now and then."""
+    """Reports the progress of a grid in steps of all runs: a bar on a terminal, else a line every 15 seconds at most."""
 
     def __init__(self, total: int, say: Callable[[str], None]):
         self.total, self.say = total, say
-        self.done = self.trained = 0  # trained here; what was found trained is done, but tells nothing of the speed
+        self.done = self.trained = 0  # trained: by this process; restored steps are done, but do not count for the speed
         self.started = self.shown = time.perf_counter()
         self.bar: Any = None
 
@@ -289,6 +293,9 @@ class _Progress:
 
 
 def read_rows(workdir: Path) -> Iterator[dict[str, Any]]:
-    """What every finished group of a workdir says of itself: rows, seconds (compiling and resuming included), compilations ..."""
+    """Yields the ``rows.json`` of every finished group of a workdir.
+
+    Each has its rows, its seconds (including compilation and resumption), its number of compilations, and more.
+    """
     for path in sorted(workdir.glob("*/rows.json")):
         yield json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Grids of settings: what a sweep says in words, the points of a grid, and which of its runs are one program.
+"""Grids of settings: parses sweeps, forms the points of a grid, and groups the runs that share one program.
 
     "learning_rate=1e-3,3e-4" "rope.theta=1e4,1e5" -> points -> groups: same shapes, so compiled once; traced numbers differ
 """
@@ -14,7 +14,7 @@ from posjax.encodings.spec import blanked, filled, parse_encoding, with_argument
 from posjax.lab.config import RUN_ONLY, Config
 from posjax.lab.run import TRACED_FIELDS
 
-# A run's own, or the same for all of a grid.
+# Fields that belong to a single run, or that are the same for all points of a grid.
 _NOT_SWEPT = {*RUN_ONLY, "seeds", "eval_lengths", "eval_tokens", "task", "data", "tokenizer"}
 
 
@@ -23,8 +23,8 @@ class Point:
     """One setting of a grid.
 
     Attributes:
-      config: the configuration; its ``encoding`` is the point's.
-      settings: what the sweeps set, by name.
+      config: the configuration, whose ``encoding`` is that of the point.
+      settings: values that the sweeps set, by name.
     """
 
     config: Config
@@ -32,14 +32,14 @@ class Point:
 
     @property
     def label(self) -> str:
-        """For tables: the encoding, and what else was set."""
+        """Returns the name of the point in tables: the encoding and the other swept fields."""
         own = [f"{name}={value}" for name, value in self.settings.items() if name in _fields()]
         return ", ".join([self.config.encoding, *own])
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a group: which point of the grid, which seed, and its traced numbers by name."""
+    """One run of a group: the index of its point in the grid, its seed, and its traced numbers by name."""
 
     point: int
     seed: int
@@ -48,12 +48,12 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs of one program.
+    """Runs that share one compiled program.
 
     Attributes:
-      config: theirs, but for the traced fields.
+      config: the configuration of the runs, except for the traced fields.
       spec: their encoding, with blanks ``_0``, ``_1``, ... for traced numbers.
-      runs: at least one; all have the same names in ``traced``: fields of the configuration, and blanks.
+      runs: at least one run; all have the same names in ``traced``: fields of the configuration, and blanks.
     """
 
     config: Config
@@ -62,12 +62,14 @@ class Group:
 
 
 def parse_sweep(text: str) -> tuple[str, tuple[Any, ...]]:
-    """("field", values) of "field=a,b,c". A field is one of the configuration, or an argument of an encoding: "rope.theta".
+    """Parses a sweep "field=a,b,c" into ("field", values).
 
-    Commas inside brackets and quotes belong to a value: "encoding=rope,cope(64, gates='keys')".
+    A field is a field of the configuration, or an argument of an encoding: "rope.theta". Commas inside brackets and quotes belong
+    to a value: "encoding=rope,cope(64, gates='keys')".
 
     Raises:
-      ValueError: text of another form, or a field that is not known or cannot be swept, with the nearest that can.
+      ValueError: the text has another form, a value is empty or occurs twice, or the field is unknown or cannot be swept; the
+        message suggests the nearest field that can.
     """
     name, equals, values = text.partition("=")
     name = name.strip()
@@ -95,12 +97,13 @@ def parse_sweep(text: str) -> tuple[str, tuple[Any, ...]]:
 
 
 def grid(config: Config, sweeps: Iterable[tuple[str, Sequence[Any]]]) -> list[Point]:
-    """Every combination: the encodings of the configuration, or those that are swept, and the values of every sweep.
+    """Forms the grid of all combinations of the encodings and the values of every sweep.
 
-    A combination that changes nothing for an encoding (rope.theta for alibi) is one point, not several.
+    The encodings are those of the configuration, unless they are swept. Combinations that differ only in values without effect on
+    an encoding (rope.theta for alibi) form a single point.
 
     Raises:
-      ValueError: a field swept twice, or a value that the field or the encoding does not take.
+      ValueError: a field is swept twice, or the field or the encoding does not accept a value.
     """
     sweeps = dict_of(sweeps)
     encodings = sweeps.pop("encoding", config.encodings)
@@ -117,7 +120,7 @@ def grid(config: Config, sweeps: Iterable[tuple[str, Sequence[Any]]]) -> list[Po
         parse_encoding(encoding)
         try:
             changed = dataclasses.replace(config, **fields, encoding=encoding)
-        except TypeError as error:  # such as a word for a number
+        except TypeError as error:  # e.g. a word in place of a number
             raise ValueError(f"{', '.join(f'{name}={value!r}' for name, value in fields.items())} cannot be: {error}") from None
         point = Point(changed, settings)
         points.setdefault(point.config, point)
@@ -125,10 +128,10 @@ def grid(config: Config, sweeps: Iterable[tuple[str, Sequence[Any]]]) -> list[Po
 
 
 def dict_of(sweeps: Iterable[tuple[str, Sequence[Any]]]) -> dict[str, Sequence[Any]]:
-    """The sweeps by name.
+    """Returns the sweeps as a dict by name.
 
     Raises:
-      ValueError: a name twice.
+      ValueError: a name occurs twice.
     """
     made: dict[str, Sequence[Any]] = {}
     for name, values in sweeps:
@@ -139,7 +142,7 @@ def dict_of(sweeps: Iterable[tuple[str, Sequence[Any]]]) -> dict[str, Sequence[A
 
 
 def groups(points: Sequence[Point], seeds: Sequence[int]) -> list[Group]:
-    """The runs of a grid, those together that differ in nothing but seeds and numbers that may be traced."""
+    """Groups the runs of a grid: runs that differ only in seeds and traceable numbers share a group."""
     together: dict[Any, list[tuple[int, str, tuple[float, ...]]]] = {}
     for index, point in enumerate(points):
         spec, numbers = blanked(point.config.encoding)
@@ -152,7 +155,10 @@ def groups(points: Sequence[Point], seeds: Sequence[int]) -> list[Group]:
 
 
 def _group(points: Sequence[Point], members: Sequence[tuple[int, str, tuple[float, ...]]], seeds: Sequence[int]) -> Group:
-    """What all share is written into the program: then a grid over seeds alone compiles to what a single run does."""
+    """Builds a group in which only the numbers that differ between its runs are traced.
+
+    Numbers that all runs share become constants, so that a grid over seeds alone compiles to the program of a single run.
+    """
     configs = [points[index].config for index, _, _ in members]
     fields = [name for name in TRACED_FIELDS if len({getattr(config, name) for config in configs}) > 1]
     columns = list(zip(*(numbers for _, _, numbers in members), strict=True))
@@ -167,7 +173,7 @@ def _group(points: Sequence[Point], members: Sequence[tuple[int, str, tuple[floa
         for row, (config, (index, _, _)) in enumerate(zip(configs, members, strict=True))
         for seed in seeds
     ]
-    # Where nothing is traced the encoding stands as it was written, without the defaults that blanks wrote out.
+    # If nothing is traced, keep the encoding as it was written: blanks would write out its defaults.
     spec = filled(members[0][1], shared) if free else configs[0].encoding
     return Group(configs[0], spec, tuple(runs))
 
@@ -177,7 +183,7 @@ def _fields() -> list[str]:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside brackets and quotes."""
+    """Splits a text at the commas outside brackets and quotes."""
     words, depth, quote, start = [], 0, "", 0
     for place, letter in enumerate(text):
         if quote:

@@ -119,6 +119,15 @@ def test_keys_in_several_pieces(encoding, monkeypatch):
 
 
 @pytest.mark.thorough
+def test_keys_with_padding_go_around_in_one_piece(monkeypatch):
+    """Chunks of 52 keys in tiles of eight: four places of the last tile are padding, so equal pieces hold unequal numbers of keys."""
+    monkeypatch.setattr(xla_chunked, "_ROWS", 8)
+    monkeypatch.setattr(xla_chunked, "_COLUMNS", 8)
+    monkeypatch.setattr(ring, "_PIECE", 7)
+    check(Ring(1, 2), pj.alibi(), length=104, heads=HEADS, is_causal=True)
+
+
+@pytest.mark.thorough
 def test_an_encoder_and_keys_of_another_length():
     check(Ring(1, 4), pj.t5(8, 32, bidirectional=True), length=48, keys=80, heads=HEADS)
 

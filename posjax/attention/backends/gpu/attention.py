@@ -1,8 +1,9 @@
-"""Attention on NVIDIA GPUs: the entry of the Pallas kernels, with what they ask for and what they refuse.
+"""Attention on NVIDIA GPUs: the entry point of the Pallas kernels, the operands they take and the calls they do not support.
 
-Two things are done before them, by XLA, in time that grows with T alone. Queries and keys are rotated: a tile of keys would be
-rotated again for each tile of queries, on its way to tensor cores that read it from shared memory. And q.e of CoPE is multiplied
-out, z [T, P] a head, because the kernels look single numbers of a row up, which only memory lets them. Its gradient is theirs.
+XLA does two things before the kernels run, in time linear in T. It rotates queries and keys: a kernel would have to rotate a key
+tile again for every query tile, on its way to tensor cores that read it from shared memory. It also computes q.e of CoPE,
+z [T, P] per head, because the kernels look up single numbers of a row, which is possible only in memory. The kernels compute the
+gradient of z.
 """
 
 import dataclasses
@@ -24,14 +25,14 @@ from posjax.core.masks import Mask, Rules, with_padding
 from posjax.typing import Array, Float, Int
 
 _log = logging.getLogger(__package__)
-BLOCK_SIZES_CLS = GpuBlocks  # what ``block_sizes`` of these kernels are
-_WIDEST = 288  # channels of a head: 256 and what untied positions add to 128
+BLOCK_SIZES_CLS = GpuBlocks  # the type of ``block_sizes`` for these kernels
+_WIDEST = 288  # channels of a head: 256, or 128 with the channels that untied positions append
 
 
 def refusal(
     query: Array, value: Array, terms: tuple[BiasTerm, ...], mask: Mask, block_sizes: GpuBlocks | None = None, **rest: Any
 ) -> str | None:
-    """Why the kernels cannot do a call, by the argument; None: they can. Arguments as in ``attention``."""
+    """Returns why the kernels do not support a call, naming the argument, or None if they do. Arguments as in ``attention``."""
     if capability() < LEAST:
         return f"the GPU has compute capability {capability() / 10} (NVIDIA's from {LEAST / 10} on are supported)"
     if mask.boolean is not None:
@@ -76,16 +77,17 @@ def attention(
     cut: ShardSpec | None = None,
     interpret: Any = None,
 ) -> Float[Array, "B T N V"]:
-    """Attention in the kernels, on each device's own rows and heads.
+    """Computes attention with the GPU kernels, on each device's own rows and heads.
 
     Args:
-      query, ..., logits_soft_cap: as in ``reference.attention``; what ``refusal`` gives a reason for is not looked at again.
-      tile: block sizes; None: those of the device.
-      cut: how a mesh cuts batch and heads; None: as the query's type shows.
-      interpret: None interprets the kernels where the program is lowered for a CPU; or what ``pallas_call`` takes.
+      query, ..., logits_soft_cap: as in ``reference.attention``. ``refusal`` must have returned None for them; this is not checked
+        again.
+      tile: block sizes; None for those of the device.
+      cut: how a mesh shards batch and heads; None to infer it from the query's type.
+      interpret: None to interpret the kernels where the program is lowered for a CPU, or what ``pallas_call`` takes.
 
     Returns:
-      [B, T, N, V] in the dtype of value; rows without an allowed key are zero.
+      [B, T, N, V] in the dtype of value. Rows without an allowed key are zero.
     """
     cut = infer_shard_spec(query) if cut is None else cut
     call = dict(query=query, key=key, value=value, terms=terms, mask=mask, scale=scale, logits_soft_cap=logits_soft_cap)
@@ -95,7 +97,7 @@ def attention(
 
 
 def joined(out: Array, length: int, width: int) -> Array:
-    """[B, T, N, V] without what pads T and V."""
+    """Removes the padding of T and V from the kernels' output [B, T, N, V]."""
     return out[:, :length, :, :width]
 
 
@@ -114,10 +116,10 @@ def laid_out(
     scale: Array | float,
     logits_soft_cap: float | None = None,
 ) -> tuple[Plan, ShardSpec, Operands]:
-    """A call as the kernels take it; arguments as in ``attention``."""
+    """Converts a call to the static plan and the operands that the kernels take. Arguments as in ``attention``."""
     kinds = {type(term.fused): term for term in terms}
     counts, looks, penalty = (kinds.get(kind) for kind in (Interpolation, Lookup, Penalty))
-    repeats = np.lcm(key.shape[2], cut.num_head_shards) // key.shape[2]  # more parts than key heads: each part gets one of its own
+    repeats = np.lcm(key.shape[2], cut.num_head_shards) // key.shape[2]  # more shards than key heads: each needs its own
     if repeats > 1:
         key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
     padding = -key.shape[1] % blocks.keys
@@ -153,34 +155,34 @@ def laid_out(
 
 
 def default_blocks(query: Array, value: Array, terms: tuple[BiasTerm, ...], lowerings: tuple[str, ...] = LOWERINGS) -> GpuBlocks:
-    """Those of the device at hand, as ``blocks_for`` has them."""
+    """Returns the block sizes that ``blocks_for`` chooses for the current device."""
     counts = any(isinstance(term.fused, Interpolation) for term in terms)
     return blocks_for(capability(), query.dtype, _channels(query, value), counts, _entries(terms), lowerings)
 
 
 def _products(counts: BiasTerm) -> Array:
-    """z [B, N, T, P] float32: a query's products with the embedding of positions."""
+    """Computes z [B, N, T, P] in float32, the products of each query with the position embedding."""
     query, embedding = counts.rows["query"].astype(jnp.float32), counts.tables[1].astype(jnp.float32)
     form = "bnth,nph->bntp" if embedding.ndim == 3 else "bnth,ph->bntp"
     return jnp.einsum(form, query, embedding, precision=jax.lax.Precision.HIGHEST)
 
 
 def _padded(x: Array, to: int, axis: int) -> Array:
-    """x up to a multiple of ``to`` along an axis, by repeating its end."""
+    """Pads x to a multiple of ``to`` along an axis by repeating its last element."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % to)
     return jnp.pad(x, widths, mode="edge") if widths[axis][1] else x
 
 
 def _widened(x: Array) -> Array:
-    """x with zeros up to a multiple of 16 channels."""
+    """Pads x with zeros to a multiple of 16 channels."""
     more = -x.shape[-1] % 16
     return jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) if more else x
 
 
-# Forward and backward, each on its part of a mesh ------------------------------------------------------------------------
+# Forward and backward, on each shard of a mesh ---------------------------------------------------------------------------
 
-_LETTERS = dict(  # of the operands, for ``per_shard``
+_LETTERS = dict(  # the axis letters of each operand, for ``per_shard``
     query="b.n.",
     key="b.n.",
     value="b.n.",
@@ -200,7 +202,7 @@ LEARNED = ("query", "key", "value", "scale", "z", "table")
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run(function: Any, plan: Plan, present: tuple[str, ...], interpret: Any, *arrays: Array) -> tuple[Array, ...]:
-    """function(plan, operands, *more), of which ``arrays`` are the operands that are ``present``, and more."""
+    """Calls function(plan, operands, *more); ``arrays`` holds the operands named in ``present``, then ``more``."""
     fields = dict.fromkeys(field.name for field in dataclasses.fields(Operands)) | dict(zip(present, arrays, strict=False))
     return function(dataclasses.replace(plan, interpret=interpret), Operands(**fields), *arrays[len(present) :])
 
@@ -208,7 +210,7 @@ def _run(function: Any, plan: Plan, present: tuple[str, ...], interpret: Any, *a
 def sharded(
     function: Any, plan: Plan, cut: ShardSpec, x: Operands, more: tuple[Array, ...], letters: tuple[str, ...], results: Any
 ) -> Any:
-    """function(plan, operands, *more) on each device's part, in the kernels or, where lowered for a CPU, interpreted."""
+    """Calls function(plan, operands, *more) on each device's shard; where lowered for a CPU, the kernels are interpreted."""
     present = tuple(field.name for field in dataclasses.fields(x) if getattr(x, field.name) is not None)
     if plan.interpret is None:
         part = functools.partial(deferred, _run, (function, plan, present))
@@ -220,7 +222,7 @@ def sharded(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(plan: Plan, cut: ShardSpec, x: Operands) -> Array:
-    """[B, T, N, V] in the dtype of value."""
+    """Computes attention [B, T, N, V] in the dtype of value, with the gradient of the backward kernels."""
     return _forward(plan, cut, x)[0]
 
 
@@ -231,13 +233,13 @@ def _forward(plan: Plan, cut: ShardSpec, x: Operands) -> tuple[Array, Any]:
 
 
 def _attended(plan: Plan, x: Operands) -> tuple[Array, ...]:
-    """As ``triton.forward``."""
+    """Runs the forward kernels of the plan's lowering on one shard; returns what ``triton.forward`` returns."""
     seen = visits(plan, x)
     if plan.interpret is False:
         _say(plan.blocks.lowering, _why(plan, x))
     if plan.blocks.lowering == "triton":
         return triton.forward(plan, x, seen)
-    from posjax.attention.backends.gpu import mosaic  # not in every jax
+    from posjax.attention.backends.gpu import mosaic  # not available in every version of jax
 
     counted = {} if plan.last is None else triton.forward_band(plan, x, seen)
     state = [counted.pop(name) for name in ("high", "low") if counted]
@@ -254,7 +256,7 @@ def _why(plan: Plan, x: Operands) -> str:
 
 @functools.cache
 def _say(lowering: str, why: str) -> None:
-    """Once for each reason."""
+    """Logs which lowering is used and why, once for each reason."""
     _log.info("attention on a GPU of compute capability %s takes lowering=%r: %s", capability() / 10, lowering, why)
 
 
@@ -274,7 +276,7 @@ def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, *saved: Arra
 
 
 def summed_up(x: Operands, found: dict[str, Array], tables: list[Array]) -> dict[str, Array]:
-    """What the backward kernels return, as the gradients of the operands; ``tables`` are parts of that of a lookup's."""
+    """Converts the backward kernels' outputs to gradients of the operands; ``tables`` are parts of a lookup table's gradient."""
     d_query = found["d_query"]
     found |= {"d_query": d_query * x.scale, "d_key": found["d_key"] * x.scale}
     found["d_scale"] = (d_query * x.query.astype(jnp.float32)).sum().reshape(1)
@@ -293,7 +295,7 @@ def _backward(plan: Plan, cut: ShardSpec, kept: Any, d_out: Array) -> tuple[Oper
 
 
 def gradient_of(x: Operands, given: dict[str, Array]) -> Operands:
-    """Gradients by name as that of the operands, of their dtypes; float0 where an operand is of integers."""
+    """Collects gradients, given by name, into one of the operands, in their dtypes; float0 where an operand holds integers."""
 
     def like(name: str) -> Any:
         primal = getattr(x, name)

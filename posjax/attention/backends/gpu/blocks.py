@@ -1,4 +1,4 @@
-"""Block sizes of the GPU kernels, by device."""
+"""Block sizes of the GPU kernels, and which of them each device uses."""
 
 import json
 import re
@@ -11,22 +11,24 @@ import jax.numpy as jnp
 from posjax.hardware import gpu_by_kind
 
 LOWERINGS = ("triton", "mosaic")
-_MOSAIC_JAX = 0, 11, 2  # the first whose Mosaic GPU has what the kernels ask for
-_WIDEST = 144  # channels: 64 and what untied positions add, or 128
-_SHARED = 226 * 1024  # bytes of a block on compute capability 9.0, without a few for barriers
+_MOSAIC_JAX = 0, 11, 2  # the first version whose Mosaic GPU has the features that the kernels use
+_WIDEST = 144  # channels: 128, or 64 with the channels that untied positions append
+_SHARED = 226 * 1024  # bytes of shared memory per block on compute capability 9.0, less a few for barriers
 
 
 class GpuBlocks(NamedTuple):
-    """Sizes of the blocks of the GPU kernels, powers of two of at least 16.
+    """Configures the block sizes of the GPU kernels.
+
+    ``queries``, ``keys``, ``strip`` and ``rows`` are powers of two from 16 to 256.
 
     Attributes:
-      queries: rows of a tile.
-      keys: columns of a tile.
-      strip: keys that are counted at a time, at most ``keys``.
-      rows: queries that a tile of keys meets at a time in the backward pass, at most ``queries``.
-      warps: of 32 threads, that work on a tile.
-      stages: tiles that are loaded at a time.
-      lowering: of all but what is counted, "triton" or "mosaic"; the latter takes 128 queries and keys, and 64 rows.
+      queries: queries per tile.
+      keys: keys per tile.
+      strip: keys processed per counting step, at most ``keys``.
+      rows: queries processed at a time for a key tile in the backward pass, at most ``queries``.
+      warps: warps of 32 threads that work on a tile, a power of two from 1 to 16.
+      stages: tiles that are loaded at a time, from 1 to 8.
+      lowering: "triton" or "mosaic", for all keys that are not counted. "mosaic" takes 128 queries, 128 keys and 64 rows.
     """
 
     queries: int
@@ -39,7 +41,7 @@ class GpuBlocks(NamedTuple):
 
 
 def check_gpu_blocks(blocks: GpuBlocks) -> None:
-    """Raises ValueError for sizes that no kernel has, before anything is compiled."""
+    """Raises ValueError for block sizes that no kernel supports, before anything is compiled."""
     if blocks.lowering not in LOWERINGS:
         raise ValueError(f"block_sizes must have as lowering {' or '.join(LOWERINGS)}, got {blocks}")
     for name in GpuBlocks._fields[:-1]:
@@ -56,11 +58,11 @@ def check_gpu_blocks(blocks: GpuBlocks) -> None:
 
 
 def mosaic_refusal(capability: int, dtype: Any, channels: int, entries: int, blocks: GpuBlocks | None = None) -> str | None:
-    """Why a call cannot take lowering "mosaic", with some blocks or any; None: it can.
+    """Returns why a call cannot use lowering "mosaic", with the given blocks or with any; None if it can.
 
     Args:
-      channels: of a head of query and key, or of value, whichever are more.
-      entries: of a table of biases, or 0.
+      channels: channels of a query or value head, whichever has more.
+      entries: entries of the table of biases; 0 without a table.
     """
     if jax.__version_info__ < _MOSAIC_JAX:
         return f"it needs jax {'.'.join(map(str, _MOSAIC_JAX))} or later, and this is {jax.__version__}"
@@ -78,15 +80,17 @@ def mosaic_refusal(capability: int, dtype: Any, channels: int, entries: int, blo
     return None
 
 
-# A line for each kind of call: the least compute capability, bytes of a number, the most channels, whether it counts, and sizes.
-# Which lowering stands first is the one that is preferred.
+# A line for each kind of call: the least compute capability, bytes per number, the most channels, whether it counts, and sizes.
+# The lowering that comes first is preferred.
 _TABLE = json.loads(Path(__file__).with_name("gpu_blocks.json").read_text())
-LEAST = 80  # Triton's
+LEAST = 80  # the least capability that Triton supports
 
 
 def capability() -> int:
-    """Ten times the compute capability of the GPU of the mesh in context, or of this process; ``LEAST`` where there is none, and 0
-    for one that is not NVIDIA's."""
+    """Returns ten times the compute capability of the GPU of the mesh in context, or else of this process.
+
+    It is ``LEAST`` if there is no GPU, and 0 if the GPU is not NVIDIA's.
+    """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         gpu = gpu_by_kind(device.device_kind)
@@ -94,15 +98,21 @@ def capability() -> int:
     here = jax.devices()[0]
     if here.platform != "gpu":
         return LEAST
-    told = str(here.compute_capability)  # such as 9.0; of AMD's, gfx942
+    told = str(here.compute_capability)  # such as 9.0, or gfx942 on AMD
     return round(10 * float(told)) if re.fullmatch(r"\d+\.\d+", told) else 0
 
 
 def blocks_for(
     capability: int, dtype: Any, channels: int, counts: bool, entries: int = 0, lowerings: tuple[str, ...] = LOWERINGS
 ) -> GpuBlocks:
-    """The blocks of a call: of the newest capability that is none too new, and the fewest channels that are enough. Arguments as in
-    ``mosaic_refusal``. Raises ValueError where none of the ``lowerings`` can do it; "triton" can all that the kernels do."""
+    """Returns the block sizes for a call, from the table's lines for the newest capability that is not newer than the device's.
+
+    Among these lines, the first lowering that supports the call is used, with the fewest channels that suffice. Arguments as in
+    ``mosaic_refusal``.
+
+    Raises:
+      ValueError: none of the ``lowerings`` supports the call. "triton" supports every call that the kernels do.
+    """
     size = jnp.dtype(dtype).itemsize
     lines = [line for line in _TABLE if line["capability"] <= capability and (line["bytes"], line["counts"]) == (size, counts)]
     newest = max(line["capability"] for line in lines)

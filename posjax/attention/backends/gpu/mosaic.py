@@ -1,12 +1,12 @@
 """Attention on Hopper GPUs through Mosaic GPU, forward and backward, for all keys that are not counted.
 
-    forward        a block a query tile, from where the counted keys left softmax
+    forward        one block per query tile, from the softmax state that the counted keys left
     query, plain   the gradient of a query tile
     key, plain     the gradients of a key tile, for all query heads that share it
 
-In each block one warpgroup brings tiles to shared memory, ``stages`` of them ahead, and two others compute, each with 64 rows of
-its own, on tensor cores that read shared memory (wgmma). Counting is not here: the rows of a tile are at different counts, and
-nothing in Mosaic reads registers or shared memory at a place of each row's own.
+In each block one warpgroup copies tiles to shared memory, ``stages`` of them ahead. Two others compute 64 rows each, on tensor
+cores that read shared memory (wgmma). This file does not count: the rows of a tile are at different counts, and Mosaic cannot read
+registers or shared memory at an index that differs by row.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ from posjax.attention.backends.gpu.plan import INIT_MAX, LOG2E, MASK_VALUE, Oper
 from posjax.attention.backends.gpu.scores import Keys, Rows, biased, ends_of, gradient_of, walk, weights_of
 from posjax.typing import Array
 
-GROUP = 64  # rows of a warpgroup, as wgmma has them
-GROUPS = 2  # warpgroups that compute; one more loads
-_REGISTERS = {"compute": 232, "load": 40}  # of a thread; 128 threads a warpgroup and 65,536 registers in all
+GROUP = 64  # rows of a warpgroup, as wgmma requires
+GROUPS = 2  # warpgroups that compute; one more copies tiles
+_REGISTERS = {"compute": 232, "load": 40}  # per thread; a warpgroup has 128 threads, and there are 65,536 registers in all
 
 
 class ScoreLayout(NamedTuple):
-    """How scores stand: [queries, keys], or, ``turned``, [keys, queries]."""
+    """Describes the layout of a tile of scores: [queries, keys] or, if ``turned``, [keys, queries]."""
 
     turned: bool
     shape: tuple[int, int]
@@ -43,7 +43,7 @@ class ScoreLayout(NamedTuple):
         return lax.broadcast_in_dim(x, self.shape, [int(not self.turned)])
 
 
-# Inside of a warpgroup: arrays lie in registers as wgmma leaves them, or, a number a row or a column, as its sums would ------
+# Within a warpgroup: matrices are in wgmma's register layout, vectors of rows or columns in that of its reductions ----------
 
 
 def _row(ref: Any, *at: Any) -> Array:
@@ -55,7 +55,7 @@ def _column(ref: Any, *at: Any) -> Array:
 
 
 def _write(ref: Any, x: Array) -> None:
-    """To memory of the GPU, also where threads do not write whole sectors of 32 bytes, which newer versions of jax ask about."""
+    """Writes x to GPU memory, even where threads write partial 32-byte sectors, which newer versions of jax reject by default."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, x, optimized=False)
     else:
@@ -63,13 +63,13 @@ def _write(ref: Any, x: Array) -> None:
 
 
 def _filled(shape: tuple[int, ...], value: float) -> Array:
-    """A matrix, or a number for each row."""
+    """Creates a constant float32 matrix, or a vector with a number per row, in wgmma's register layout."""
     layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def _inner(a: Any, b: Any) -> Array:
-    """a b^T of two tiles in shared memory."""
+    """Computes a b^T of two tiles in shared memory."""
 
     def multiply(total: Any) -> Array:
         plgpu.wgmma(total, a, b.transpose((1, 0)))
@@ -79,11 +79,11 @@ def _inner(a: Any, b: Any) -> Array:
 
 
 def _added(plan: Plan, total: Array, weights: Array, x: Any) -> Array:
-    """total + weights x, in which weights take the type of the tile x in shared memory."""
+    """Returns total + weights x, with weights cast to the dtype of the tile x in shared memory."""
     weights = weights.astype(x.dtype)
-    if plan.interpret:  # which knows neither operands in registers nor sums that go on
+    if plan.interpret:  # the interpreter supports neither operands in registers nor accumulating into a sum
         x = x[...]
-        plgpu.commit_smem()  # wgmma would have read x the way in which copies write it
+        plgpu.commit_smem()  # wgmma would read x in the way that copies write it; this read does not
         return total + jnp.dot(weights, x, preferred_element_type=jnp.float32)
     return pl.run_state(lambda sums: plgpu.wgmma(sums, weights, x))(plgpu.ACC.init(total))
 
@@ -96,7 +96,7 @@ def _rows_of(plan: Plan, r: Any, load: Callable[..., Array], b: Array, head: Arr
 
 
 def _keys_of(plan: Plan, r: Any, load: Callable[..., Array], b: Array, at: Any, is_full_block: bool) -> Keys | None:
-    """None where nothing is asked of keys that are all in sight."""
+    """Loads keys; returns None if the block is full and no bias depends on the keys' positions."""
     if is_full_block and not plan.penalised:
         return None
     segments = load(r.key_segments, _own(r.key_segments, b), at) if plan.rules.segmented else None
@@ -104,28 +104,30 @@ def _keys_of(plan: Plan, r: Any, load: Callable[..., Array], b: Array, at: Any, 
 
 
 def _own(ref: Any, b: Array) -> Array | int:
-    """The row of a batch in what may have one row for all."""
+    """Returns the row of ``ref`` for batch row b: row 0 if the batch shares one row."""
     return b if ref.shape[0] > 1 else 0
 
 
 def _common(plan: Plan, r: Any, b: Array, first: Any, last: Any) -> Array | None:
-    """The place in the table that all pairs of some queries and keys share, by their tiles."""
+    """Returns the table index that all pairs of query tile ``first`` and key tile ``last`` share if their block is full."""
     if plan.index is None:
         return None
     return plan.index(r.query_first[_own(r.query_first, b), first], r.key_last[_own(r.key_last, b), last])
 
 
 def _query_tile(plan: Plan, r: Any) -> tuple[Array, Array, Array, Array, tuple[Array, ...]]:
-    """Row of the batch, head, query tile and warpgroup of this thread; and first, plain, detailed, last of the key tiles that were
-    not counted."""
+    """Returns the batch row, head, query tile and warpgroup of this thread, and the bounds of the key tiles that were not counted.
+
+    The bounds are first, plain, detailed and last as in ``plan.py``.
+    """
     b, head, i, group = (lax.axis_index(name) for name in ("batch", "heads", "tiles", "group"))
-    i = r.query.shape[1] // plan.blocks.queries - 1 - i  # under a causal mask the last take longest: nobody is to wait for them
+    i = r.query.shape[1] // plan.blocks.queries - 1 - i  # under a causal mask the last tiles take longest, so they run first
     *others, last = (r.by_queries[_own(r.by_queries, b), i, n] for n in range(4))
     return b, head, i, group, (*others, last if plan.last is None else jnp.minimum(r.limit[b, head, i], last))
 
 
 def _rows_at(plan: Plan, i: Array, group: Array) -> Any:
-    """A warpgroup's rows of query tile i."""
+    """Returns the slice of a warpgroup's rows in query tile i."""
     return pl.ds(i * plan.blocks.queries + group * GROUP, GROUP)
 
 
@@ -154,7 +156,7 @@ def _forward(plan: Plan, r: Any) -> None:
 
         def tile(is_full_block: bool, j: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
             slot = lax.rem(j - first, plan.blocks.stages)
-            size = plan.blocks.keys if is_full_block or plan.index is None else GROUP  # places in a table take registers, too
+            size = plan.blocks.keys if is_full_block or plan.index is None else GROUP  # table indices take registers, too
             score_layout, pieces = ScoreLayout(False, (GROUP, size)), plan.blocks.keys // size
 
             def piece(n: Array | int, kept: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -198,7 +200,7 @@ def _forward(plan: Plan, r: Any) -> None:
 
 
 def _bring_keys(plan: Plan, r: Any, b: Array, head: Array, first: Array, last: Array) -> None:
-    """Key and value tiles, in turn."""
+    """Copies key and value tiles to shared memory, alternately."""
     kv_head = lax.div(head, r.query.shape[2] // r.key.shape[2])
 
     def bring(j: Array, _: None) -> None:
@@ -225,7 +227,7 @@ def _query_plain(plan: Plan, r: Any) -> None:
         plgpu.copy_gmem_to_smem(r.d_out.at[b, at, head], d_own, r.arrived.at[group])
         rows, factor = _rows_of(plan, r, _row, b, head, at), r.scale[0] * LOG2E
         lse, delta = _row(r.lse, b, head, at), _row(r.delta, b, head, at)
-        score_layout = ScoreLayout(False, (GROUP, GROUP))  # a tile of keys goes in pieces, to have registers left
+        score_layout = ScoreLayout(False, (GROUP, GROUP))  # a key tile is processed in pieces to save registers
         constant = None if plan.last is None else score_layout.queries(_row(r.z_last, b, head, at) * LOG2E)
         kept = {"d_query": _filled((GROUP, r.query.shape[-1]), 0.0)}
         if plan.last is not None:
@@ -273,7 +275,7 @@ def _query_plain(plan: Plan, r: Any) -> None:
 
 
 def _into_table(rows: Rows, found: Array, index: Array | None, common: Array, gradient: Array) -> Array:
-    """Adds the sums of each row's gradients over equal places to ``found`` [rows, places]; index None: all are at ``common``."""
+    """Adds each row's gradients with equal indices to ``found`` [rows, entries]; if ``index`` is None, all have ``common``."""
     place = plgpu.broadcasted_iota(jnp.int32, found.shape, 1, layout=plgpu.Layout.WGMMA)
 
     def add(n: Array, own: Array, found: Array) -> Array:
@@ -291,7 +293,7 @@ def _key_plain(plan: Plan, r: Any) -> None:
     of_tile = plan.blocks.queries // GROUP
 
     def begin(head: Array) -> Array:
-        """The first piece of queries of which some are not counted here."""
+        """Returns the first piece of queries that did not count this key tile."""
         return first if plan.last is None else jnp.clip(r.begun[b, head, j] * of_tile, first, last)
 
     @pl.when(group < GROUPS)
@@ -329,7 +331,7 @@ def _key_plain(plan: Plan, r: Any) -> None:
                 d_weights = _inner(own_value, r.d_outs.at[slot])
                 gradient = gradient_of(plan, score_layout, scores, weights, d_weights, _column(r.deltas, slot))
                 d_key = _added(plan, d_key, gradient, r.queries.at[slot])
-                plgpu.commit_smem()  # numbers of the rows are read in another way than the next copy writes
+                plgpu.commit_smem()  # lse and delta are read in another way than the next copy writes them
                 plgpu.barrier_arrive(r.query_done.at[slot])
                 return d_key, d_value
 
@@ -368,7 +370,7 @@ def _key_plain(plan: Plan, r: Any) -> None:
 
 
 def _tiles(x: Array, *shape: int) -> Any:
-    """Shared memory for tiles of x as wgmma reads them, and its channels last."""
+    """Describes shared memory for tiles of x, with x's channels as the last axis, in the layout that wgmma reads."""
     width = next(n for n in (64, 32, 16) if x.shape[-1] % n == 0)
     transforms = plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)
     return plgpu.SMEM((*shape, x.shape[-1]), x.dtype, transforms=transforms)
@@ -399,7 +401,7 @@ def _call(
 
 
 def _inputs(plan: Plan, x: Operands, seen: Visits) -> dict[str, Any]:
-    """What every kernel reads."""
+    """Returns the inputs that every kernel reads."""
     inputs = {field.name: getattr(x, field.name) for field in dataclasses.fields(x) if field.name not in ("z", "high", "low")}
     if plan.last is not None:
         inputs["z_last"] = x.z[..., plan.last]
@@ -407,7 +409,7 @@ def _inputs(plan: Plan, x: Operands, seen: Visits) -> dict[str, Any]:
 
 
 def _key_memory(plan: Plan, x: Operands) -> dict[str, Any]:
-    """Shared memory through which keys and values stream past queries."""
+    """Describes the shared memory and barriers through which the keys and values of a query tile are streamed."""
     stages, keys = plan.blocks.stages, plan.blocks.keys
     here, done = plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages)
     tiles = {"keys": _tiles(x.key, stages, keys), "values": _tiles(x.value, stages, keys)}
@@ -415,11 +417,11 @@ def _key_memory(plan: Plan, x: Operands) -> dict[str, Any]:
 
 
 def forward(plan: Plan, x: Operands, seen: Visits, counted: dict[str, Array]) -> tuple[Array, Array]:
-    """out [B, T, N, V] and, [B, N, T], log2 of the softmax's sum.
+    """Runs the forward kernel; returns the output [B, T, N, V] and [B, N, T] log2 of the softmax's denominator.
 
     Args:
-      counted: highest, total [B, N, T] and sums [B, T, N, V] of softmax over keys that were counted, and ``limit`` [B, N, I], the
-        key tile from which on each query tile counted. Empty where nothing counts.
+      counted: highest, total [B, N, T] and sums [B, T, N, V], the softmax state of the keys that were counted, and ``limit``
+        [B, N, I], the first key tile that each query tile counted. Empty if no term counts.
     """
     batch, length, heads, _ = x.query.shape
     out = jax.ShapeDtypeStruct((batch, length, heads, x.value.shape[-1]), x.value.dtype)
@@ -435,8 +437,12 @@ def forward(plan: Plan, x: Operands, seen: Visits, counted: dict[str, Array]) ->
 def backward(
     plan: Plan, x: Operands, seen: Visits, lse: Array, limit: Array | None, d_out: Array, delta: Array
 ) -> dict[str, Array]:
-    """Gradients d_query (before the scale), d_key, d_value and, where there are any, d_table [B, N, T, W or more] and d_last
-    [B, N, T], of z at the last position; float32, all but for what was counted. Arguments as in ``triton.backward``."""
+    """Computes gradients in float32 from all pairs that were not counted. Arguments as in ``triton.backward``.
+
+    Returns:
+      By name d_query (before the scale), d_key, d_value and, where they apply, d_table [B, N, T, W or more] and d_last [B, N, T],
+      the gradient of z at the last position.
+    """
     batch, length, heads, _ = x.query.shape
     given = {"d_out": d_out, "lse": lse, "delta": delta} | ({} if limit is None else {"limit": limit})
     like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)

@@ -1,8 +1,8 @@
-"""What the GPU kernels are given: a call as they take it, and which tiles of keys each tile of queries visits.
+"""Inputs of the GPU kernels: the static plan and operands of a call, and which key tiles each query tile visits.
 
-A query tile walks over key tiles from ``first`` to ``last``. Those in [plain, detailed) are *plain*: all pairs may meet and a
-lookup is one number, so that neither is looked at. Where there are several runs of plain tiles the longest is taken for it, and the
-others are done in detail like the rest.
+A query tile visits the key tiles from ``first`` to ``last``. Those in [plain, detailed) are *full blocks*: every pair is allowed
+and all pairs have the same lookup index, so the kernel evaluates neither per pair. If there are several runs of full blocks, the
+longest is used; the kernel treats the tiles of the others as partial blocks.
 """
 
 import dataclasses
@@ -17,18 +17,18 @@ from posjax.core.masks import Extent, Rules, extents
 from posjax.typing import Array
 
 LOG2E = 1.4426950408889634
-MASK_VALUE = -2e38  # a score that is not allowed
-INIT_MAX = -1e30  # the running maximum before anything was seen: above MASK_VALUE, so that what is forbidden weighs nothing
+MASK_VALUE = -2e38  # the score of a masked pair
+INIT_MAX = -1e30  # the initial running maximum: above MASK_VALUE, so that masked pairs have weight zero
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known before compilation; no sizes of batch and heads, which a shard of a mesh has its own of.
+    """Holds the static parameters of a call. Batch and head sizes are not among them, because they differ on a shard of a mesh.
 
     Attributes:
-      last: P - 1 of CoPE, where counts stop to matter; None: nothing is counted.
-      index, uniform: of a lookup, as in ``posjax.core.bias.Lookup``.
-      interpret: None where only shapes are asked for.
+      last: P - 1 of CoPE, at which counts saturate; None if no term counts.
+      index, uniform: those of a lookup, as in ``posjax.core.bias.Lookup``.
+      interpret: None where only output shapes are needed.
     """
 
     blocks: GpuBlocks
@@ -42,19 +42,19 @@ class Plan:
 
     @property
     def strips(self) -> int:
-        """Of a key tile."""
+        """Returns the number of strips in a key tile."""
         return self.blocks.keys // self.blocks.strip
 
     @property
     def pieces(self) -> int:
-        """Of a query tile."""
+        """Returns the number of pieces of ``rows`` queries in a query tile."""
         return self.blocks.queries // self.blocks.rows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """A call, padded to whole tiles and to channels that are a multiple of 16."""
+    """Holds the arrays of a call, padded to full tiles and to a multiple of 16 channels."""
 
     query: Array  # [B, T, N, C]
     key: Array  # [B, S, K, C]
@@ -64,22 +64,22 @@ class Operands:
     key_positions: Array  # [B or 1, S]
     query_segments: Array | None
     key_segments: Array | None
-    z: Array | None  # [B, N, T, P] float32, the query's products with the embedding of CoPE
-    table: Array | None  # [N, W] float32, of a lookup
+    z: Array | None  # [B, N, T, P] float32, the products of queries with CoPE's embedding
+    table: Array | None  # [N, W] float32, the table of a lookup
     slopes: Array | None  # [N] float32
-    high: Array | None = None  # [B, N, T] float32: counts of keys to the right that other calls have, high + low
+    high: Array | None = None  # [B, N, T] float32: high + low are the counts of other calls on keys to the right
     low: Array | None = None
 
 
 class Visits(NamedTuple):
-    """Which tiles meet. Letters: I query tiles, J key tiles, R pieces of ``rows`` queries.
+    """Holds the block mask. Letters: I query tiles, J key tiles, R pieces of ``rows`` queries.
 
     Attributes:
-      by_queries: [B or 1, I, 4] int32: first, plain, detailed, last as in this file's text, in key tiles.
-      by_keys: [B or 1, J, 4], the same with queries and keys exchanged, in pieces of ``rows`` queries.
-      query_first: [B or 1, I], the first position of each query tile.
-      row_first: [B or 1, R], and of each piece.
-      key_last: [B or 1, J], the last position of each key tile.
+      by_queries: [B or 1, I, 4] int32: first, plain, detailed and last as in the module docstring, in key tiles.
+      by_keys: [B or 1, J, 4]: the same with queries and keys exchanged, in pieces of ``rows`` queries.
+      query_first: [B or 1, I], the lowest position in each query tile.
+      row_first: [B or 1, R], the lowest position in each piece.
+      key_last: [B or 1, J], the highest position in each key tile.
     """
 
     by_queries: Array
@@ -100,7 +100,7 @@ def visits(plan: Plan, x: Operands) -> Visits:
 
 
 def _flags(plan: Plan, queries: Array, keys: Array) -> tuple[Array, Array]:
-    """[B or 1, I, J] from ``extents``: whether any pairs meet, and whether the pairs are plain."""
+    """Computes two flags [B or 1, I, J] from ``extents``: whether any pair of a block is allowed, and whether the block is full."""
     rows, columns = (jnp.moveaxis(e, -1, 0) for e in (queries, keys))
     rows, columns = Extent(*rows[..., None]), Extent(*columns[:, :, None])
     live, plain = ~plan.rules.none(rows, columns), plan.rules.all(rows, columns)
@@ -111,7 +111,7 @@ def _flags(plan: Plan, queries: Array, keys: Array) -> tuple[Array, Array]:
 
 
 def _walk(live: Array, plain: Array) -> Array:
-    """first, plain, detailed, last along the last axis."""
+    """Computes first, plain, detailed and last from flags along the last axis."""
     found = live.any(-1)
     first, last = live.argmax(-1), live.shape[-1] - live[..., ::-1].argmax(-1)
     begin, end = longest_run(plain)
@@ -119,7 +119,7 @@ def _walk(live: Array, plain: Array) -> Array:
 
 
 def longest_run(flags: Array) -> tuple[Array, Array]:
-    """Where the longest run of true begins, and one past its end, along the last axis; the two are equal where there is none."""
+    """Returns the start of the longest run of True along the last axis, and one past its end; they are equal if there is none."""
     place = jnp.broadcast_to(jnp.arange(flags.shape[-1]), flags.shape)
     begin = jax.lax.cummax(jnp.where(flags, 0, place + 1), axis=flags.ndim - 1)
     length = jnp.where(flags, place + 1 - begin, 0)
@@ -129,8 +129,11 @@ def longest_run(flags: Array) -> tuple[Array, Array]:
 
 
 def below(border: Array, count: int, first: bool = False) -> Array:
-    """For each of ``count`` keys' tiles or strips, from borders [B, N, I] of query tiles: one past the last query tile whose border
-    is not beyond it; or the first whose border is."""
+    """Computes a bound on the query tiles for each of ``count`` key tiles or strips, from the query tiles' borders [B, N, I].
+
+    For key tile j this is one past the last query tile whose border is at most j or, if ``first``, the first query tile whose
+    border is greater than j.
+    """
     hull = jax.lax.cummax(border, axis=2) if first else jax.lax.cummin(border, axis=2, reverse=True)
     search = functools.partial(jnp.searchsorted, side="right")
     found = jax.vmap(jax.vmap(search, (0, None)), (0, None))(hull, jnp.arange(count))

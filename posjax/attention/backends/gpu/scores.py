@@ -1,7 +1,7 @@
-"""Scores of a tile on GPUs, for every lowering: biases of positions, masks, the soft cap, and what softmax makes of them.
+"""Scores of a tile on GPUs, for every lowering: position biases, masks, the soft cap, softmax weights and gradients.
 
-A *face* is how scores stand, [queries, keys] or turned: it makes of a number for each query, or each key, what broadcasts over the
-others.
+A *score layout* is [queries, keys] or its transpose. It reshapes a number per query so that it broadcasts over keys, and a number
+per key so that it broadcasts over queries.
 """
 
 import functools
@@ -16,28 +16,28 @@ from posjax.typing import Array
 
 
 class Rows(NamedTuple):
-    """What is at hand of the queries of a tile, [t] each."""
+    """Holds the data of the queries of a tile, [t] each."""
 
     positions: Array
     segments: Array | None
-    slope: Array | None  # of the head
-    look: Callable[[Array], Array]  # into the head's table
-    entries: int  # of that table
-    number: Array | None = None  # within the arrays that a program sees
+    slope: Array | None  # the head's slope
+    look: Callable[[Array], Array]  # looks up indices in the head's table
+    entries: int  # the length of that table
+    number: Array | None = None  # row numbers within a program's arrays
 
 
 class Keys(NamedTuple):
-    """The same of the keys of a tile, [s] each."""
+    """Holds the data of the keys of a tile, [s] each."""
 
     positions: Array
     segments: Array | None
 
 
 class MaskedScores(NamedTuple):
-    """Scores of a query tile and some keys, and what is to be known of the pairs."""
+    """Holds the scores of a query tile and some keys, with the mask and the table index of each pair."""
 
     scores: Array  # in units of log2 e
-    allowed: Array | None  # None: all pairs
+    allowed: Array | None  # None if all pairs are allowed
     index: Array | None  # into the table
 
 
@@ -49,7 +49,7 @@ def penalised(plan: Plan, score_layout: Any, rows: Rows, keys: Keys | None, scor
 
 
 def masked_scores(plan: Plan, score_layout: Any, rows: Rows, keys: Keys, scores: Array) -> MaskedScores:
-    """Scores with the biases of positions, for keys of which some may be out of sight."""
+    """Adds the position biases to the scores of a partial block, and computes its mask and table indices."""
     of_queries, of_keys = score_layout.queries(rows.positions), score_layout.keys(keys.positions)
     segments = (score_layout.queries(rows.segments), score_layout.keys(keys.segments)) if plan.rules.segmented else (None, None)
     allowed = jnp.broadcast_to(plan.rules.pairs(of_queries, of_keys, *segments), scores.shape)
@@ -65,14 +65,14 @@ def masked_scores(plan: Plan, score_layout: Any, rows: Rows, keys: Keys, scores:
 
 
 def ends_of(rows: Rows, index: Array) -> tuple[Array, Array]:
-    """The places of a table that indices are among, from .. to."""
+    """Returns the range [from, to) of table entries that contains the indices."""
     return index.min(1).min(0), jnp.minimum(index.max(1).max(0) + 1, rows.entries)
 
 
 def full_block_scores(plan: Plan, score_layout: Any, rows: Rows, keys: Keys | None, scores: Array, common: Array | None) -> Array:
-    """Scores with the biases of positions, for keys that are all in sight; ``common``: the place of all pairs in the table."""
+    """Adds the position biases to the scores of a full block; ``common`` is the table index of all its pairs."""
     scores = penalised(plan, score_layout, rows, keys, scores)
-    if common is not None:  # an index past the table finds zero
+    if common is not None:  # an index past the end of the table adds zero
         scores += jnp.where(common < rows.entries, rows.look(jnp.minimum(common, rows.entries - 1)) * LOG2E, 0.0)
     return scores
 
@@ -85,7 +85,7 @@ def capped(plan: Plan, scores: Array) -> Array:
 
 
 def soft_cap_derivative(plan: Plan, scores: Array) -> Array | float:
-    """The derivative of the soft cap where the capped score is ``scores``; any where that is MASK_VALUE."""
+    """Computes the derivative of the soft cap from the capped scores; its value is arbitrary where they are MASK_VALUE."""
     return 1.0 if plan.soft_cap is None else 1.0 - jnp.square(jnp.maximum(scores / (plan.soft_cap * LOG2E), -1.0))
 
 
@@ -100,7 +100,7 @@ def hidden(masked: MaskedScores, scores: Array) -> Array:
 def biased(
     plan: Plan, score_layout: Any, rows: Rows, keys: Keys | None, scores: Array, common: Array | None, is_full_block: bool
 ) -> tuple[Array, Array | None]:
-    """Scores as softmax takes them, and the place of each pair in the table where not all have the ``common`` one."""
+    """Computes scores as softmax takes them, and the table index of each pair; None for a full block, whose index is ``common``."""
     if is_full_block:
         return capped(plan, full_block_scores(plan, score_layout, rows, keys, scores, common)), None
     masked = masked_scores(plan, score_layout, rows, keys, scores)
@@ -108,17 +108,20 @@ def biased(
 
 
 def weights_of(score_layout: Any, scores: Array, lse: Array) -> Array:
-    """Of softmax, from ``biased`` scores."""
+    """Computes the softmax weights from scores that ``biased`` returned."""
     return jnp.exp2(scores - score_layout.queries(lse))
 
 
 def gradient_of(plan: Plan, score_layout: Any, scores: Array, weights: Array, d_weights: Array, delta: Array) -> Array:
-    """The gradient of scores before the soft cap, where ``scores`` are ``biased``."""
+    """Computes the gradient of the scores before the soft cap, from ``scores`` that ``biased`` returned."""
     return weights * (d_weights - score_layout.queries(delta)) * soft_cap_derivative(plan, scores)
 
 
 def walk(tile: Any, first: Array, plain: Array, detailed: Array, last: Array, kept: Any) -> Any:
-    """Calls ``kept = tile(is_full_block, n, kept)`` for each tile from first to last, anywhere next to the plain ones."""
+    """Calls ``kept = tile(is_full_block, n, kept)`` for each tile from first to last, and returns the last ``kept``.
+
+    Tiles in [plain, detailed) are full blocks. This range may extend past ``last`` and, if it is empty, may lie anywhere.
+    """
     kept = jax.lax.fori_loop(first, jnp.minimum(plain, last), functools.partial(tile, False), kept)
     kept = jax.lax.fori_loop(plain, jnp.minimum(detailed, last), functools.partial(tile, True), kept)
     return jax.lax.fori_loop(jnp.maximum(detailed, first), last, functools.partial(tile, False), kept)

@@ -1,8 +1,9 @@
-"""What the Triton kernels compute inside of a tile: products, counts, and their gradients.
+"""Operations of the Triton kernels within a tile: matrix products, counts, and their gradients.
 
-Between two positions the bias is a straight line, so a count needs two numbers of its cell. Triton has no look-ups in registers:
-they are chosen in a loop over the cells that the counts of a row pass in a strip, as long as the widest of them. The transpose is
-a loop over the nodes between cells: the gradient of z_n is the sum of g max(0, 1 - |count - n|).
+Between two positions the bias is linear in the count, so each count needs two numbers of its cell. Triton cannot index into
+registers, so these numbers are selected in a loop over the cells that the counts of a row span in a strip; the row with the widest
+span determines the length of the loop. The transpose is a loop over the nodes between cells: the gradient of z_n is the sum of
+g max(0, 1 - |count - n|).
 """
 
 import functools
@@ -21,17 +22,17 @@ NN, NT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 
 
 def product(plan: Plan, a: Array, b: Array, form: Any = NN) -> Array:
-    """A matrix product accumulated in float32; of float32 numbers, with three products of 11 bits each, on tensor cores."""
+    """Multiplies two matrices on tensor cores, accumulating in float32; float32 inputs take three products of 11 bits each."""
     exact = jax.lax.Precision.HIGHEST if plan.interpret else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     precision = exact if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(a, b, form, precision=precision, preferred_element_type=jnp.float32)
 
 
-Channels = tuple[Array, ...]  # [t, C] in pieces of a power of two of channels, the only sizes that Triton has
+Channels = tuple[Array, ...]  # [t, C] split into pieces whose widths are powers of two, the only sizes that Triton has
 
 
 def pieces_of(channels: int) -> list[Any]:
-    """A multiple of 16 in powers of two up to 128, the greatest first."""
+    """Splits a number of channels, a multiple of 16, into slices of powers of two up to 128, the largest first."""
     sizes = [128] * (channels // 128) + [1 << n for n in (6, 5, 4) if channels >> n & 1]
     return [pl.ds(sum(sizes[:n]), size) for n, size in enumerate(sizes)]
 
@@ -50,25 +51,25 @@ def zeros_like(x: Channels) -> Channels:
 
 
 def inner(plan: Plan, a: Channels, b: Channels) -> Array:
-    """a b^T."""
+    """Computes a b^T."""
     return functools.reduce(jnp.add, [product(plan, p, q, NT) for p, q in zip(a, b, strict=True)])
 
 
 def added(plan: Plan, total: Channels, weights: Array, x: Channels) -> Channels:
-    """total + weights x, in which weights take the type of x."""
+    """Returns total + weights x, with weights cast to the dtype of x."""
     weights = weights.astype(x[0].dtype)
     return tuple(sums + product(plan, weights, part) for sums, part in zip(total, x, strict=True))
 
 
 def two_sum(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
-    """(high + low) + x in two floats: what x loses to high is kept in low."""
+    """Adds x to high + low and returns the sum as two floats: the rounding error of high + x is added to low."""
     total = high + x
     part = total - high
     return total, low + ((high - (total - part)) + (x - part))
 
 
 class ScoreLayout(NamedTuple):
-    """How scores stand: [queries, keys], or, ``turned``, [keys, queries]."""
+    """Describes the layout of a tile of scores: [queries, keys] or, if ``turned``, [keys, queries]."""
 
     turned: bool
 
@@ -77,16 +78,17 @@ class ScoreLayout(NamedTuple):
         return 0 if self.turned else 1
 
     def queries(self, x: Array) -> Array:
-        """A number for each query, to broadcast over keys."""
+        """Reshapes x, a number per query, to broadcast over keys."""
         return x[None, :] if self.turned else x[:, None]
 
     def keys(self, x: Array) -> Array:
         return x[:, None] if self.turned else x[None, :]
 
     def sums(self, plan: Plan, x: Array, later: bool, parts: int) -> Array:
-        """For each key the sum over itself and later keys, or itself and earlier ones: a product with a triangle of ones.
+        """Sums x, for each key, over that key and all later ones or, if not ``later``, over that key and all earlier ones.
 
-        x is cut into bfloat16 parts, 8 bits each, that a triangle multiplies without rounding.
+        The sum is a product with a triangular matrix of ones. x is split into bfloat16 parts of 8 bits each, so that this product
+        does not round.
         """
         size = x.shape[self.keys_axis]
         one, other = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
@@ -102,7 +104,7 @@ class ScoreLayout(NamedTuple):
 
 
 def rows_of(plan: Plan, r: Any, start: Any, size: int, head: Any = None) -> Rows:
-    """``size`` rows from ``start`` on of the arrays that a program sees, of a head of several or the only one."""
+    """Loads ``size`` queries of a program's arrays, from ``start`` on; ``head`` is None if the arrays hold a single head."""
     at = pl.ds(start, size)
     segments = r.query_segments[at] if plan.rules.segmented else None
     slope = r.slope[0 if head is None else head] if plan.penalised else None
@@ -115,7 +117,7 @@ def rows_of(plan: Plan, r: Any, start: Any, size: int, head: Any = None) -> Rows
 
 
 def keys_of(plan: Plan, r: Any, start: Any, size: int, is_full_block: bool = False) -> Keys | None:
-    """None where nothing is asked of keys that are all in sight."""
+    """Loads ``size`` keys from ``start`` on; returns None if the block is full and no bias depends on the keys' positions."""
     if is_full_block and not plan.penalised:
         return None
     at = pl.ds(start, size)
@@ -126,13 +128,13 @@ def keys_of(plan: Plan, r: Any, start: Any, size: int, is_full_block: bool = Fal
 
 
 class Counts(NamedTuple):
-    """Where the counts of a query tile and a strip are.
+    """Holds the counts of a query tile at the keys of a strip.
 
     Attributes:
-      base: [t] int32, the least cell of each query.
-      inside: the counts beyond it, clamped at the last position.
-      cells: int32, those rounded down.
-      most: the greatest of the cells.
+      base: [t] int32, the lowest cell of each query.
+      inside: the counts less ``base``, clamped at the last position.
+      cells: int32, ``inside`` rounded down.
+      most: the largest of the cells.
     """
 
     base: Array
@@ -142,12 +144,12 @@ class Counts(NamedTuple):
 
 
 def gates_of(scores: Array, allowed: Array) -> Array:
-    """The sigmoid of scores in units of log2 e."""
+    """Computes gates, the sigmoid of scores in units of log2 e; masked pairs have gate zero."""
     return jnp.where(allowed, 1.0 / (1.0 + jnp.exp2(-scores)), 0.0)
 
 
 def counted(plan: Plan, score_layout: ScoreLayout, high: Array, low: Array, later: Array) -> Counts:
-    """high + low [t]: the counts right of the strip; ``later``: what its gates add."""
+    """Computes the counts in a strip: high + low [t], the counts to its right, plus ``later``, the sums of its own gates."""
     before = jnp.clip(high + low, 0.0, plan.last)
     base = before.astype(jnp.int32)
     offset = (high - base.astype(jnp.float32)) + low
@@ -158,7 +160,7 @@ def counted(plan: Plan, score_layout: ScoreLayout, high: Array, low: Array, late
 
 
 def interpolated(plan: Plan, score_layout: ScoreLayout, height: Callable[[Array], Array], counts: Counts) -> tuple[Array, Array]:
-    """The bias of counts and its slope, from ``height(n)``: z [t] at positions [t]."""
+    """Interpolates the bias at the counts, and returns it with its slope; ``height(n)`` is z [t] at positions n [t]."""
 
     def choose(n: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
         start, slope, here = found

@@ -1,16 +1,16 @@
 """Attention on NVIDIA GPUs through Pallas-Triton, forward and backward, from Ampere on.
 
-    forward         a program a query tile: the band of keys that count, from the diagonal to the left, until all counts have passed
-                    the last position; then the rest, where a bias of CoPE is one number a row
-    query, plain    the gradient of a query tile from what was not counted
-    key, plain      the gradients of a key tile from the same, for all query heads that share it
-    query, band     the gradient of a query tile from what was counted, and of its products with the embedding; it walks from the
-                    left to the right, takes counts off again, and notes down the state of each row at every strip of keys
-    key, band       the gradients of a strip of keys from that
+    forward         one program per query tile: first the band of keys that are counted, from the diagonal to the left, until all
+                    counts have reached the last position; then the remaining keys, where the bias of CoPE is one number per row
+    query, plain    the gradient of a query tile from the keys that were not counted
+    key, plain      the gradients of a key tile from the same pairs, for all query heads that share it
+    query, band     the gradient of a query tile from the keys that were counted, and of its products with the embedding; it walks
+                    from left to right, subtracts the gates from the counts, and records the state of each row at every strip
+    key, band       the gradients of a strip of keys from these records
 
-Every sum has one owner that adds in one order, so two runs agree bit for bit. What is noted down would grow with the square of the
-sequence where gates are near zero: so the two kernels of the band take turns, ``ROUND`` strips at a time, from the left. With gates
-of one half or more there is one round for CoPE of 64 positions.
+Each sum is accumulated by one program in a fixed order, so two runs agree bit for bit. The records would grow with the square of
+the sequence length where gates are near zero. The two band kernels therefore alternate, ``ROUND`` strips at a time, from the left.
+With gates of one half or more, CoPE of 64 positions takes one round.
 """
 
 import functools
@@ -44,14 +44,14 @@ from posjax.attention.backends.gpu.tiles import (
 )
 from posjax.typing import Array
 
-ROUND = 32  # strips of keys that a query tile notes down at a time
+ROUND = 32  # strips of keys that a query tile records at a time
 
 
 # Forward -----------------------------------------------------------------------------------------------------------------
 
 
 def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
-    if plan.interpret is None:  # only the shapes of what comes out are asked for
+    if plan.interpret is None:  # only the output shapes are needed
         return
     r, blocks, score_layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(turned=False)
     first, plain, detailed, last = (r.by_queries[n] for n in range(4))
@@ -71,7 +71,7 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         return new, total * shrink + weights.sum(1), added(plan, sums, weights, value)
 
     def strip(kept: tuple[Array, ...], start: Any) -> tuple[Array, ...]:
-        """Counts in a strip."""
+        """Processes a strip of the band: counts its gates and adds its keys to the softmax."""
         *kept, high, low = kept
         raw = logits(start, blocks.strip)
         masked = masked_scores(plan, score_layout, rows, keys_of(plan, r, start, blocks.strip), raw)
@@ -101,7 +101,7 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         state = (last, *kept, *received)
         limit, *kept, r.high[...], r.low[...] = jax.lax.while_loop(unsaturated, band, state)
         r.limit[0], kept = limit, tuple(kept)
-        if "sums" in names:  # the rest is done elsewhere
+        if "sums" in names:  # another kernel processes the remaining keys
             r.highest[...], r.total[...] = kept[:2]
             put(r.sums, kept[2])
             return
@@ -118,7 +118,7 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         if is_full_block or plan.index is None:
             return part(is_full_block, start, blocks.keys, kept)
 
-        def by_strips(n: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:  # places in a table take registers, too
+        def by_strips(n: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:  # table indices take registers, too
             return part(False, start + n * blocks.strip, blocks.strip, kept)
 
         return jax.lax.fori_loop(0, plan.strips, by_strips, kept)
@@ -131,7 +131,7 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
 
 
 def _common(plan: Plan, r: Any, j: Array) -> Array | None:
-    """The place in the table that all pairs of a query tile and key tile j share."""
+    """Returns the table index that all pairs of the query tile and key tile j share if their block is full."""
     return None if plan.index is None else plan.index(r.query_first[0], r.key_last[j])
 
 
@@ -139,7 +139,7 @@ def _common(plan: Plan, r: Any, j: Array) -> Array | None:
 
 
 def into_table(rows: Rows, found: Array, index: Array, gradient: Array) -> Array:
-    """Adds the sums of gradients over equal indices to ``found``, as long as the table or longer."""
+    """Adds to each entry of ``found`` the sum of the gradients with its index; ``found`` has at least the table's length."""
     place = jnp.arange(found.shape[0])
 
     def add(n: Array, found: Array) -> Array:
@@ -217,7 +217,7 @@ def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
 
         if plan.last is None:
             return walk(tile, first, plain, detailed, last, kept)
-        saturated = jnp.clip(r.saturated[g] * plan.pieces, first, last)  # from this piece on no queries have counted here
+        saturated = jnp.clip(r.saturated[g] * plan.pieces, first, last)  # no query from this piece on has counted this key tile
         kept = jax.lax.fori_loop(first, saturated, unless_counted, kept)
         return walk(tile, saturated, jnp.maximum(plain, saturated), jnp.maximum(detailed, saturated), last, kept)
 
@@ -227,7 +227,7 @@ def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
 
 
 def _taken(plan: Plan, limit: Array, last: Array, turn: Array) -> tuple[Array, Array]:
-    """The strips that a query tile takes in a turn, from .. to, where it counted key tiles ``limit`` to ``last`` - 1."""
+    """Returns the range [from, to) of strips that a query tile processes in round ``turn``; it counted key tiles [limit, last)."""
     end = last * plan.strips
     return jnp.maximum(limit * plan.strips, end - (turn + 1) * ROUND), end - turn * ROUND
 
@@ -272,9 +272,9 @@ def _query_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
 
 
 def spread(plan: Plan, r: Any, rows: Rows, counts: Counts, gradient: Array) -> None:
-    """Adds the gradients [t, s] of biases to that of z: the transpose of ``interpolated``."""
+    """Adds the gradients [t, s] of the biases to the gradient of z: the transpose of ``interpolated``."""
     if not plan.interpret:
-        plgpu.debug_barrier()  # a node that the last strip touched may be read by another thread than wrote it
+        plgpu.debug_barrier()  # the thread that reads a node may not be the one that wrote it for the previous strip
 
     def node(n: Array, _: None) -> None:
         there, at = counts.base + n <= plan.last, jnp.minimum(counts.base + n, plan.last)
@@ -330,7 +330,7 @@ def _key_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
 
 
 def _of_queries(plan: Plan, x: Operands) -> tuple[tuple[int, ...], dict[str, tuple]]:
-    """The grid of programs (query tile, head, batch), and of each array its block and where that lies; a None is an axis of 1."""
+    """Returns the grid (query tile, head, batch), and the block shape and index map of each array; None is a squeezed axis."""
     batch, length, heads, width = x.query.shape
     span, group, value_width = x.key.shape[1], heads // x.key.shape[2], x.value.shape[-1]
     size = plan.blocks.queries
@@ -363,12 +363,12 @@ def _of_queries(plan: Plan, x: Operands) -> tuple[tuple[int, ...], dict[str, tup
 
 
 def _late_first(tiles: int, index: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Under a causal mask the last query tiles take longest: they must not be what all others wait for."""
+    """Runs the last query tiles first: under a causal mask they take longest, and the others must not wait for them at the end."""
     return lambda i, n, b: index(tiles - 1 - i, n, b)
 
 
 def _of_keys(plan: Plan, x: Operands, size: int) -> tuple[tuple[int, ...], dict[str, tuple]]:
-    """The same of programs (``size`` keys, key head, batch), which see all queries of the heads that share the key head."""
+    """Returns the same for the grid (``size`` keys, key head, batch); its programs read all queries that share the key head."""
     batch, length, heads, width = x.query.shape
     kv_heads, value_width = x.key.shape[2], x.value.shape[-1]
     group, tiles = heads // kv_heads, length // plan.blocks.queries
@@ -400,20 +400,20 @@ def _of_keys(plan: Plan, x: Operands, size: int) -> tuple[tuple[int, ...], dict[
     return (x.key.shape[1] // size, kv_heads, batch), made
 
 
-_PER_ROW = ("query_positions", "key_positions", "query_segments", "key_segments")  # of the batch, all or one
+_PER_ROW = ("query_positions", "key_positions", "query_segments", "key_segments")  # one row per batch row, or one for all
 _PER_ROW += ("by_queries", "by_keys", "query_first", "row_first", "key_last")
 
 
 def _call(
     body: Any, plan: Plan, programs: tuple[tuple[int, ...], dict[str, tuple]], inputs: dict[str, Any], outputs: dict[str, Any]
 ) -> dict[str, Array]:
-    """Runs a kernel. An output that is an input too is changed in place."""
+    """Runs a kernel. An output that is also an input is updated in place."""
     grid, blocks = programs
     inputs = {name: array for name, array in inputs.items() if array is not None}
 
     def spec(name: str, shape: tuple[int, ...]) -> pl.BlockSpec:
         block, index = blocks[name]
-        if name in _PER_ROW and shape[0] == 1:  # one row for the whole batch
+        if name in _PER_ROW and shape[0] == 1:  # one row that the batch shares
             return pl.BlockSpec(block, lambda i, n, b: index(i, n, 0))
         return pl.BlockSpec(block, index)
 
@@ -438,7 +438,7 @@ def _table_size(x: Operands) -> int:
 
 
 def _inputs(plan: Plan, x: Operands, visits: dict[str, Array]) -> dict[str, Any]:
-    """What every kernel reads; ``visits`` by name, of which the ends of tiles are for lookups alone."""
+    """Returns the inputs that every kernel reads, with ``visits`` by name; only lookups read the positions among them."""
     names = ("query", "key", "value", "scale", "query_positions", "key_positions", "query_segments", "key_segments", "z", "table")
     visits = {name: n for name, n in visits.items() if plan.index is not None or name.startswith("by_")}
     return {name: getattr(x, name) for name in names} | {"slope": x.slopes} | visits
@@ -453,8 +453,15 @@ def _like(*arrays: Array, dtype: Any = None) -> Any:
 
 
 def forward(plan: Plan, x: Operands, seen: Visits, dtype: Any = None) -> tuple[Array, ...]:
-    """out [B, T, N, V] and, [B, N, T], log2 of the softmax's sum; of counts the state, high and low [B, N, T], and the key tile
-    from which on each query tile counted, [B, N, I]. ``dtype`` is that of out; None: that of value."""
+    """Runs the forward kernel on all keys.
+
+    Args:
+      dtype: of the output; None for that of value.
+
+    Returns:
+      The output [B, T, N, V] and [B, N, T] log2 of the softmax's denominator. If a term counts, also the state of the counts, high
+      and low [B, N, T], and limit [B, N, I], the first key tile that each query tile counted.
+    """
     batch, length, heads, _ = x.query.shape
     out = jax.ShapeDtypeStruct((batch, length, heads, x.value.shape[-1]), dtype or x.value.dtype)
     outputs = {"out": out, "lse": jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)}
@@ -464,8 +471,12 @@ def forward(plan: Plan, x: Operands, seen: Visits, dtype: Any = None) -> tuple[A
 
 
 def forward_band(plan: Plan, x: Operands, seen: Visits) -> dict[str, Array]:
-    """What was counted, for another kernel to go on from: highest and total [B, N, T] and sums [B, T, N, V] of softmax; and high,
-    low and limit as ``forward`` returns them."""
+    """Runs the forward kernel on the counted keys alone, for another kernel to continue with the others.
+
+    Returns:
+      By name, the state of the softmax: highest [B, N, T], its running maximum, total [B, N, T], its denominator, and sums
+      [B, T, N, V], its accumulator. Also high, low and limit as ``forward`` returns them.
+    """
     outputs = _counted(plan, x)
     outputs |= dict.fromkeys(("highest", "total"), outputs["high"])
     outputs["sums"] = jax.ShapeDtypeStruct((*x.query.shape[:3], x.value.shape[-1]), jnp.float32)
@@ -481,13 +492,17 @@ def _counted(plan: Plan, x: Operands) -> dict[str, Any]:
 def backward(
     plan: Plan, x: Operands, seen: Visits, lse: Array, limit: Array | None, d_out: Array, delta: Array
 ) -> dict[str, Array]:
-    """Gradients d_query (before the scale), d_key, d_value and, where there are any, d_table [B, N, I, W or more] and d_last
-    [B, N, T], of z at the last position; float32, all but for what was counted.
+    """Computes gradients in float32 from all pairs that were not counted.
 
     Args:
-      lse: [B, N, T], as ``forward`` returned it; and limit.
+      lse: [B, N, T], as ``forward`` returned it.
+      limit: [B, N, I], as ``forward`` returned it; None if no term counts.
       d_out: [B, T, N, V].
       delta: [B, N, T], the sums of d_out * out.
+
+    Returns:
+      By name d_query (before the scale), d_key, d_value and, where they apply, d_table [B, N, I, W or more] and d_last [B, N, T],
+      the gradient of z at the last position.
     """
     given = {"d_out": d_out, "lse": lse, "delta": delta}
     of_queries, of_keys = _of_queries(plan, x), _of_keys(plan, x, plan.blocks.keys)
@@ -519,13 +534,16 @@ def backward_band(
     found: dict[str, Array],
     gathered: Array | None = None,
 ) -> dict[str, Array]:
-    """d_query, d_key and d_value of ``backward`` with what was counted; d_z, d_table of the band alone, and gathered.
+    """Adds the gradients from the counted pairs to those of ``backward``.
 
     Args:
       saved: lse, high, low and limit, as ``forward`` returned them.
-      found: what ``backward`` did.
-      gathered: [B, N, T], the gradient of the counts that are handed on: what the keys to the left, of other calls, have made of
-        them. That of the counts that were received comes back.
+      found: the result of ``backward``.
+      gathered: [B, N, T], the gradient of the counts that this call passed on, from other calls on keys to the left; None for zero.
+
+    Returns:
+      By name d_query, d_key and d_value with the counted pairs, d_z, d_table of the band alone, and gathered, now the gradient of
+      the counts that this call received.
     """
     lse, high, low, limit = saved
     given = {"d_out": d_out, "lse": lse, "delta": delta}

@@ -1,1 +1,1 @@
-"""Attention around a ring of devices."""
+"""Context parallelism: attention over a sequence that is sharded over a ring of devices."""

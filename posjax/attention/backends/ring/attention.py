@@ -1,33 +1,37 @@
-"""Context parallelism: attention over a sequence whose pieces lie on the devices of one axis of a mesh, forward and backward.
+"""Context parallelism: attention over a sequence that is sharded over one axis of a mesh, forward and backward.
 
-Queries stay, keys and values travel (Ring Attention, Liu et al., arXiv:2310.01889); each device attends to the keys that are with
-it, in the kernel of its platform or in plain XLA, and merges what comes out by the log-sum-exp of its rows. No device ever holds
-more than its share of the sequence. What bias terms hold by key travels with the keys. Under a causal mask the work is balanced by
-a zig-zag: the sequence is cut into 2 C chunks for C devices, and device d has chunks d and 2 C - 1 - d. They go there and come back
-inside this call, at the price of one step of the ring each way; outside, a sequence is in its own order.
+Queries stay on their device, and keys and values move around the ring (Ring Attention, Liu et al., arXiv:2310.01889). Each device
+attends to the keys that it currently holds, in the kernel of its platform or in plain XLA, and merges the partial results by the
+log-sum-exp of each row. No device ever holds more than its share of the sequence. The per-key arrays of bias terms move with the
+keys. Under a causal mask, a zig-zag layout balances the work: the sequence is split into 2 C chunks for C devices, and device d
+holds chunks d and 2 C - 1 - d. This call converts to the layout and back, at the cost of one ring step each way; its arguments and
+its result are in natural order.
 
-Without a term that carries, any order of visits will do, and all pieces move around the ring together:
+Without a term that has a carry, the order of visits does not matter, and all pieces move around the ring together:
 
     C steps; at step s device d has the keys of device d - s
 
-A term that carries (CoPE counts the gates between key and query) must see keys from the right to the left, so each chunk of queries
-must meet its own chunk of keys first, then the one on its left, and so on. The chunks of keys travel on a belt through both chunks
-of every device, to the right through the low ones and back to the left through the high ones:
+A term with a carry (CoPE counts the gates between key and query) must process keys from right to left, so each chunk of queries
+meets its own chunk of keys first, then the one to its left, and so on. The chunks of keys move along one path through both slots of
+every device, to the right through the low slots and back to the left through the high slots:
 
     low    chunk of keys  0 -> 1 -> 2 -> 3        (device 0 .. 3)
     high                  7 <- 6 <- 5 <- 4        2 C steps; at step s chunk of queries q meets chunk of keys q - s
 
-Keys are cut into some pieces once more: one piece is on its way while another is looked at, and what is made of it is added to what
-comes. So the room for what comes and goes is a fraction of a device's share, and sending still does not wait for the walk.
+Each chunk of keys is split further into pieces. One piece is in transit while another is processed, and the gradients computed for
+a piece are added to those that arrive with it. The communication buffers are thus a fraction of a device's share, and communication
+still overlaps with computation.
 
-What a term has carried stays with its queries. A step in which nothing is to be seen visits no tile, and where all rows of a term
-have saturated a chunk is plain flash attention. From step C on the low chunks have no keys left: the belt takes the
-time of 3 C - 1 full pairs of chunks, for 2 C where the order is free, and 4 C - 2 without the zig-zag.
+The carry of a term stays with its queries. A step in which the mask allows no pair visits no tile, and a chunk in which all rows of
+a term have saturated is plain flash attention. From step C on, the low chunks of queries have no keys left: the ordered schedule
+takes the time of 3 C - 1 full pairs of chunks, compared with 2 C where the order is free, and 4 C - 2 without the zig-zag.
 
-The backward pass goes the same way back: keys and values return with what has been collected of their gradients, and the gradient
-of what was carried flows from the left to the right. It is given the carries that every step handed on, a number a row and step.
+The backward pass runs the schedule in reverse: keys and values move back together with their accumulated gradients, and the
+gradient of the carry flows from left to right. The forward pass saves the carries of every step for it, one number per row and
+step.
 
-What a device does with a part of the keys is in ``ring_tiled``, ``ring_tpu`` and ``ring_gpu``, which have one interface.
+The modules ``ring.xla_chunked``, ``ring.tpu`` and ``ring.gpu`` process one part of the keys on a device. They share one interface,
+which ``ring.xla_chunked`` documents.
 """
 
 import dataclasses
@@ -52,21 +56,21 @@ from posjax.core.bias import BiasTerm, Rotation, apply_rotation, rotated
 from posjax.core.masks import Mask
 from posjax.typing import Array, Float, Int
 
-CONTEXT_AXES = ("context", "sequence", "seq", "cp", "sp")  # names of a mesh's axis that cuts sequences, where it is automatic
-_PIECES = 8  # of the keys of a chunk at most
-_PIECE = 2048  # keys of one at least: what a query tile prepares, CoPE above all, it prepares for every piece
+CONTEXT_AXES = ("context", "sequence", "seq", "cp", "sp")  # names by which an automatic mesh axis shards sequences
+_PIECES = 8  # per chunk of keys, at most
+_PIECE = 2048  # keys per piece, at least: the setup of a query tile (expensive for CoPE) is repeated for every piece
 _KERNELS = {"tpu": tpu, "cuda": gpu}
 _PARTS = {"tpu": ring_tpu, "cuda": ring_gpu, "xla": ring_tiled}
-_NO_KEYS_LSE = -EMPTY_LSE  # the log-sum-exp of no keys, while parts of a row are merged
+_NO_KEYS_LSE = -EMPTY_LSE  # the log-sum-exp over no keys, while the partial results of a row are merged
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Over which axes of a mesh a call goes.
+    """Holds the mesh axes that shard a context-parallel call.
 
     Attributes:
-      cut: of B and of heads; its mesh has more than one device along ``axis``.
-      axis: cuts T and S.
+      cut: the axes that shard B and the heads. Its mesh has more than one device along ``axis``.
+      axis: the name of the axis that shards T and S.
     """
 
     cut: ShardSpec
@@ -78,10 +82,10 @@ class Context:
 
 
 def find_context(query: Array) -> Context | None:
-    """That of a call with this query [B, T, N, H]; None where no axis of the mesh cuts sequences.
+    """Returns the Context of a call with this query [B, T, N, H]; None if no axis of the mesh shards the sequence.
 
-    As in ``shards.infer_shard_spec``, the query's type says which axis it is where axes are explicit, and its name where they are
-    the compiler's. A length without two chunks for every device, one token of a decoder say, is whole everywhere.
+    As in ``shards.infer_shard_spec``, an explicit axis is taken from the query's type, and an automatic axis is recognized by its
+    name. A length that is not a multiple of twice the number of devices, such as the single token of a decoder, is not sharded.
     """
     cut = infer_shard_spec(query)
     if cut.mesh is None:
@@ -113,21 +117,26 @@ def attention(
     kernel: str | None = None,
     block_sizes: Any = None,
 ) -> Float[Array, "B T N V"]:
-    """What ``xla_chunked.attention`` computes, T and S cut over an axis of a mesh.
+    """Computes attention with T and S sharded over a mesh axis.
 
     Args:
+      query, ..., logits_soft_cap: as in ``xla_chunked.attention``.
       rotation, raw: as in ``tpu.attention``.
-      kernel: "tpu" or "cuda", interpreted where the program is lowered for another platform; "xla"; or None: the kernel of the
-        platform that the program is lowered for, or "xla" where there is none that can do the call.
+      context: the mesh axes of the call. Twice its number of devices must divide T and S.
+      kernel: "tpu" or "cuda" for that kernel, interpreted where the program is lowered for another platform; "xla" for plain XLA;
+        None for the kernel of the platform that the program is lowered for, or "xla" if that platform has none that supports the
+        call.
       block_sizes: as in ``posjax.attention``.
-      context: whose number of devices, twice, divides T and S.
+
+    Returns:
+      The result of ``xla_chunked.attention``.
 
     Raises:
-      NotImplementedError: see ``refusal``.
+      NotImplementedError: if ``refusal`` returns a reason.
     """
     if (reason := refusal(query, key, terms, mask, context)) is not None:
         raise NotImplementedError(f"attention over the mesh axis {context.axis!r} cannot run this call: {reason}")
-    if rotation is not None:  # the keys once, before they travel
+    if rotation is not None:  # rotate the keys once, before they move
         key, rotation = apply_rotation(key, rotation.key_phase, rotation.pairing), dataclasses.replace(rotation, key_phase=None)
     halves = _Halves(context.axis, context.parts, mask.is_causal)
     slots = functools.partial(halves.slots, split=any(term.carry is not None for term in terms))
@@ -136,7 +145,7 @@ def attention(
     static = dict(logits_soft_cap=logits_soft_cap, raw=raw)
 
     def by(name: str) -> Any:
-        prepared = dict if name == "tpu" else rotated  # that kernel rotates queries itself, and then needs no second, raw one
+        prepared = dict if name == "tpu" else rotated  # the TPU kernel rotates queries itself and then needs no unrotated copy
 
         def local(**part: Any) -> Array:
             calls = [prepared(slot | static) for slot in slots(part)]
@@ -147,17 +156,18 @@ def attention(
     if kernel is not None:
         return by(kernel)(call)
     can = {name: by(name) for name in _able(lambda part: slots(part)[0] | static, call, context, block_sizes)}
-    # Around all that a device does. Within, the backward pass would be handed the choice as one of the arrays that it is given.
+    # Wraps the entire computation of a device: further inside, the choice of branch would become an array that the backward pass
+    # receives.
     return jax.lax.platform_dependent(call, **can, default=by("xla")) if can else by("xla")(call)
 
 
 def _own(name: str, block_sizes: Any) -> Any:
-    """The block sizes of a call if they are of that kernel."""
+    """Returns the block sizes of a call if they belong to that kernel, else None."""
     return block_sizes if name in _KERNELS and isinstance(block_sizes, _KERNELS[name].BLOCK_SIZES_CLS) else None
 
 
 def _able(chunk: Any, call: dict[str, Any], context: Context, block_sizes: Any) -> list[str]:
-    """The platforms whose kernels can do what a device is given: ``chunk`` of its part of the call."""
+    """Returns the platforms whose kernels support the call that each device makes: ``chunk`` of its part of the call."""
     able = []
 
     def ask(**part: Any) -> Array:
@@ -171,7 +181,7 @@ def _able(chunk: Any, call: dict[str, Any], context: Context, block_sizes: Any) 
 
 
 def _around(context: Context, walk: Any, calls: list[dict[str, Any]], block_sizes: Any) -> list[Array]:
-    """[B, t, N, V] of each chunk of this device, by a walk: a module such as ``ring_tiled``."""
+    """Returns the result [B, t, N, V] of each chunk of this device. ``walk`` is a module such as ``ring.xla_chunked``."""
     made = [walk.cut_up(call, block_sizes) for call in calls]
     plan, x = made[0]
     length, keys, width = calls[0]["query"].shape[1], calls[0]["key"].shape[1], calls[0]["value"].shape[-1]
@@ -183,7 +193,7 @@ def _around(context: Context, walk: Any, calls: list[dict[str, Any]], block_size
 
 
 def refusal(query: Array, key: Array, terms: tuple[BiasTerm, ...], mask: Mask, context: Context, **_: Any) -> str | None:
-    """Why a call cannot go around the ring; None: it can."""
+    """Returns the reason why the ring does not support a call; None if it does."""
     parts = 2 * context.parts
     if query.shape[1] % parts or key.shape[1] % parts:
         found = f"{query.shape[1]} and {key.shape[1]}"
@@ -195,24 +205,24 @@ def refusal(query: Array, key: Array, terms: tuple[BiasTerm, ...], mask: Mask, c
     return None
 
 
-# Where the pieces are --------------------------------------------------------------------------------------------------
+# Layout and schedule ---------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class _Halves:
-    """The two chunks of a device: 2 d and 2 d + 1 of a sequence in its own order, d and 2 C - 1 - d of one in zig-zag."""
+    """Describes the two chunks of device d: 2 d and 2 d + 1 in natural order, d and 2 C - 1 - d in the zig-zag layout."""
 
     axis: str
     parts: int
     is_zigzag: bool
 
     def _moves(self, odd: int) -> list[tuple[int, int]]:
-        """From which device to which the first (or second) chunks of all devices move."""
+        """Returns the (source, destination) devices of the first chunks, or the second if ``odd`` is 1, of all devices."""
         chunks = [2 * d + odd for d in range(self.parts)]
         return [(d, min(chunk, 2 * self.parts - 1 - chunk)) for d, chunk in enumerate(chunks)]
 
     def _spread(self, x: Array, axis: int) -> list[Array]:
-        """The two chunks that this device shall have."""
+        """Moves the two chunks of x to their devices, and returns the two that this device receives."""
         halves = jnp.split(x, 2, axis=axis)
         if not self.is_zigzag:
             return halves
@@ -221,7 +231,7 @@ class _Halves:
         return [jnp.where(is_even, even, odd), jnp.where(is_even, odd, even)]
 
     def slots(self, call: dict[str, Any], split: bool) -> list[dict[str, Any]]:
-        """The call's arguments for each chunk of this device, or for both as one."""
+        """Returns the call's arguments for each chunk of this device if ``split``, else for both chunks as one."""
 
         def pieces(axis: int, x: Any) -> list[Any]:
             leaves, structure = jax.tree.flatten(x)
@@ -240,7 +250,7 @@ class _Halves:
         return [rest | dict(terms=terms[i]) | {name: x[i] for name, x in along.items()} for i in range(2 if split else 1)]
 
     def home(self, out: list[Array]) -> Array:
-        """[B, T / C, N, V] of a sequence in its own order, from the chunks of this device."""
+        """Converts the results of this device's chunks to [B, T / C, N, V] of the sequence in natural order."""
         low, high = out if len(out) == 2 else jnp.split(out[0], 2, axis=1)
         if self.is_zigzag:
             is_even = jax.lax.axis_index(self.axis) % 2 == 0
@@ -252,31 +262,31 @@ class _Halves:
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-    """What is known before compilation: the walk over a piece, and how pieces move."""
+    """Holds the static parameters of a call: the walk over a piece of keys, and the schedule by which pieces move."""
 
     walk: Any  # the module
-    plan: Any  # of its
+    plan: Any  # its Plan
     axis: str
     parts: int
     is_ordered: bool
-    pieces: int  # of a chunk's keys, looked at from the right to the left
+    pieces: int  # per chunk of keys, processed from right to left
 
     @property
     def steps(self) -> int:
         return self.pieces * (2 * self.parts if self.is_ordered else self.parts)
 
     def at(self, step: Array) -> Array:
-        """The piece of a step."""
+        """Returns the index of the piece that a step processes."""
         return self.pieces - 1 - step % self.pieces
 
     def moved(self, pieces: Any, back: bool = False) -> Any:
-        """What travels, the pieces of all slots along the first axis, one step further on its way, or back."""
+        """Moves pieces, with the slots of this device along their first axis, one step forward, or back."""
         right, left = [(d, d + 1) for d in range(self.parts - 1)], [(d + 1, d) for d in range(self.parts - 1)]
         if not self.is_ordered:
             last = self.parts - 1
             moves = [*left, (0, last)] if back else [*right, (last, 0)]
             return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, moves), pieces)
-        # The ends of the belt: at the last device it turns, and from the high chunk of the first it begins anew.
+        # The path turns at its ends: from low to high on the last device, and from high to low on the first.
         here = jax.lax.axis_index(self.axis)
         first, last = here == 0, here == self.parts - 1
         turned_low, turned_high = (last, first) if back else (first, last)
@@ -291,10 +301,10 @@ class _Ring:
 
 
 def _in_pieces(ring: _Ring, by_key: dict[str, Any]) -> dict[str, Any]:
-    """What belongs to keys, or gradients of it, as pieces along a new first axis."""
+    """Splits per-key arrays, or their gradients, into pieces along a new first axis."""
 
     def cut(x: Array, axis: int) -> Array:
-        if x.shape[axis] == 1 and axis > 0:  # the same for all keys
+        if x.shape[axis] == 1 and axis > 0:  # shared by all keys
             return jnp.broadcast_to(x, (ring.pieces, *x.shape))
         return jnp.moveaxis(x.reshape(*x.shape[:axis], ring.pieces, -1, *x.shape[axis + 1 :]), axis, 0)
 
@@ -302,7 +312,7 @@ def _in_pieces(ring: _Ring, by_key: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stacked(ring: _Ring, slots: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """What belongs to the keys of all slots: pieces lead, slots follow."""
+    """Stacks the per-key arrays of all slots, with pieces along the first axis and slots along the second."""
     return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *(_in_pieces(ring, by_key) for by_key in slots))
 
 
@@ -319,7 +329,7 @@ def _put(pieces: Any, at: Array, new: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(ring: _Ring, slots: tuple[Any, ...]) -> tuple[Array, ...]:
-    """The result of every slot as the walk has it, in the dtype of value. ``slots`` are its operands."""
+    """Computes the result of every slot, in the walk's layout and the dtype of value. ``slots`` are the walk's operands."""
     return _forward(ring, slots)[0]
 
 
@@ -334,7 +344,7 @@ def _forward(ring: _Ring, slots: tuple[Any, ...]) -> tuple[tuple[Array, ...], An
         travelling, so_far, carries = state
         at = ring.at(number)
         pieces = _taken(travelling, at)
-        travelling = _put(travelling, at, ring.moved(pieces))  # does not wait for the walk
+        travelling = _put(travelling, at, ring.moved(pieces))  # does not depend on the walk, so that the two overlap
         handed_on, kept, results = [], [], []
         for i, (x, own, carried) in enumerate(zip(slots, so_far, carries, strict=True)):
             out, lse, *rest = ring.walk.outputs(ring.plan, ring.walk.with_keys(x, _taken(pieces, i), carried))
@@ -360,7 +370,7 @@ def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[
     walk, deltas = ring.walk, tuple(map(xla_chunked.delta_of, out, d_out))
 
     def pair(i: int, number: Array, there: dict[str, Any], d_handed_on: list[Array], so_far: Any = None) -> Any:
-        """The gradients of the pair of pieces that slot i saw at a step, those that do not travel added to ``so_far``."""
+        """Computes the gradients of slot i for one step. Those that stay on this device are added to ``so_far``."""
         x = slots[i]
         received = jax.tree.map(
             lambda first, later: jnp.where(number > 0, later[jnp.maximum(number - 1, 0)], first), walk.carried(x), carries[i]

@@ -1,4 +1,4 @@
-"""The kernels for GPUs, by Triton, over some keys of many, as ``ring`` asks for it; see ``xla_chunked`` for what that is."""
+"""The Triton GPU kernels over one part of the keys; implements the interface that ``ring.xla_chunked`` documents."""
 
 import dataclasses
 from typing import Any
@@ -62,7 +62,7 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
 
 
 def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, lse: Array, *counts: Array) -> tuple[Array, ...]:
-    """``counts``: high, low, limit and gathered."""
+    """Computes the gradients in the kernels. ``counts`` holds high, low, limit and gathered, or nothing."""
     seen = visits(plan, x)
     found = triton.backward(plan, x, seen, lse, counts[2] if counts else None, d_out, delta)
     tables = [found["d_table"]] if plan.index is not None else []

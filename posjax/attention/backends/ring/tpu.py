@@ -1,4 +1,4 @@
-"""The kernels for TPUs over some keys of many, as ``ring`` asks for it; see ``xla_chunked`` for what that is."""
+"""The TPU kernels over one part of the keys; implements the interface that ``ring.xla_chunked`` documents."""
 
 import dataclasses
 from typing import Any
@@ -62,16 +62,16 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
 
 
 def _numbers(limit: Array, wide_steps: Array) -> Array:
-    """[B, K, G, I (t / 128 + 2)]: what the forward pass says of the groups of a query tile, and of the tile, a number each.
+    """Compacts limit and wide_steps to [B, K, G, I (t / 128 + 2)]: one number per group of a query tile and two per tile.
 
-    It says so to every row, and what is kept is kept for every step.
+    The kernel returns each number repeated along the lanes. Residuals are saved for every ring step, so one copy each is kept.
     """
     each = jnp.concatenate([limit[..., 0], wide_steps[..., 0, :2]], -1)
     return each.reshape(*each.shape[:3], -1)
 
 
 def _to_rows(plan: Plan, numbers: Array) -> tuple[Array, Array]:
-    """limit and wide_steps again."""
+    """Expands the result of ``_numbers`` to limit and wide_steps in the kernels' layout."""
     each = numbers.reshape(*numbers.shape[:3], -1, plan.groups + 2)
     limit, first, last = jnp.split(each, (plan.groups, plan.groups + 1), axis=-1)
     shape = (*each.shape[:-1], plan.groups, LANES)
@@ -80,7 +80,11 @@ def _to_rows(plan: Plan, numbers: Array) -> tuple[Array, Array]:
 
 
 def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, lse: Array, *more: Array) -> tuple[Array, ...]:
-    """``more``: high, low, limit, wide_steps and gathered of counts, and what has been found for queries."""
+    """Computes the gradients in the kernel.
+
+    Args:
+      more: high, low, limit, wide_steps and gathered if a term counts, then the accumulated gradients of the queries, if any.
+    """
     counts, own = (more[:5], more[5:]) if plan.counting is not None else ((), more)
     saved, gathered = (lse, *counts[:4]), counts[4] if counts else None
     so_far = dict(zip(queries_of(x), own, strict=False))
@@ -105,7 +109,7 @@ def gradients(
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
     counts = (*handed_on, *_to_rows(plan, kept), d_handed_on[0]) if d_handed_on else ()
     more = d_out, *(tpu.by_tile(plan, row) for row in (delta, lse * LOG2E)), *counts
-    own = queries_of(x)  # the kernel adds to these itself
+    own = queries_of(x)  # the kernel accumulates these gradients itself
     if so_far is not None:
         more += tuple(so_far[name] for name in own)
     found = dict(zip(_found(x), tpu.sharded(_gradients, plan, ShardSpec(), x, more, (), None), strict=True))

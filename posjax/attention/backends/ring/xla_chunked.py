@@ -1,7 +1,16 @@
-"""A walk in plain XLA over some keys of many, as ``ring`` asks for it.
+"""The walk in plain XLA over one part of the keys, and the interface that ``ring.attention`` requires of every such walk.
 
-What belongs to keys is a dict of trees, and BY_KEY has the axis of keys of each. What is carried goes from one part to the next,
-from the right to the left.
+A walk is a module with these functions:
+
+    cut_up               converts a call to a Plan and Operands
+    in_parts             returns the Plan for one of several equal parts of the keys
+    by_key, carried      return the per-key arrays and the carries of operands
+    with_keys            replaces both
+    outputs, gradients   run the forward and the backward pass over one part of the keys
+    joined, gradient_of  convert the result and the gradients to those of the call
+
+Per-key arrays are a dict of pytrees, and BY_KEY holds the axis of the keys in each of them. Carries are passed from one part of the
+keys to the next, from right to left.
 """
 
 import dataclasses
@@ -22,8 +31,14 @@ def cut_up(call: dict[str, Any], _: Any) -> tuple[Plan, Operands]:
 
 
 def in_parts(plan: Plan, x: Operands, parts: int) -> Plan | None:
-    """The plan of a walk over one of several equal parts of the keys; None where they cannot be cut so."""
-    return None if x.key.shape[0] % parts else dataclasses.replace(plan, keys=plan.keys // parts)
+    """Returns the plan for one of ``parts`` equal parts of the keys; None if the keys cannot be split into so many.
+
+    Padding stands at the end of the keys, so the parts of padded keys would have different numbers of real ones.
+    """
+    is_padded = plan.keys < x.key_positions.shape[1]
+    if x.key.shape[0] % parts or (is_padded and parts > 1):
+        return None
+    return dataclasses.replace(plan, keys=plan.keys // parts)
 
 
 def by_key(x: Operands) -> dict[str, Any]:
@@ -36,7 +51,7 @@ def carried(x: Operands) -> Any:
 
 
 def with_keys(x: Operands, there: dict[str, Any], carried: Any) -> Operands:
-    """The queries of x with other keys, and with what their terms have carried so far."""
+    """Returns x with the per-key arrays ``there`` in place of its own, and the carries of its terms replaced by ``carried``."""
     parts = zip(x.terms, there["columns"], carried, strict=True)
     return dataclasses.replace(
         x,
@@ -49,12 +64,17 @@ def with_keys(x: Operands, there: dict[str, Any], carried: Any) -> Operands:
 
 
 def joined(out: Array, length: int, width: int) -> Array:
-    """A result [B, T, N, V] without what pads T and V."""
+    """Converts a result to [B, T, N, V] and removes the padding of T and V."""
     return xla_chunked.joined(out, length)
 
 
 def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
-    """(result, float32, log-sum-exp of its rows or EMPTY_LSE, what else the gradients need, what is handed on)."""
+    """Runs the forward pass over one part of the keys.
+
+    Returns:
+      The result in float32, the log-sum-exp of its rows (``EMPTY_LSE`` where a row has no allowed key), the other residuals that
+      ``gradients`` needs, and the carries for the next part.
+    """
     out, (lse, first, final) = xla_chunked.outputs(plan, x)
     return out, lse, first, jax.tree.map(whole_rows, final)
 
@@ -70,12 +90,18 @@ def gradients(
     d_handed_on: list[Array],
     so_far: dict[str, Any] | None,
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
-    """Gradients of the floats that belong to keys, of all others, and of what was received; float32.
+    """Computes the gradients for one part of the keys, in float32.
 
     Args:
-      lse, d_out, delta: of the whole rows.
-      kept, handed_on: of ``outputs``.
-      so_far: what other parts have found for all others, to which this is added; None: nothing.
+      plan, x: as in ``outputs``.
+      lse, d_out, delta: the log-sum-exp, the gradient of the result and rowsum(d_out * out) of the complete rows, over all keys.
+      kept, handed_on: the residuals and the carries that ``outputs`` returned for this part.
+      d_handed_on: the gradients of ``handed_on``.
+      so_far: the gradients that other parts have accumulated for everything that is not per key; None for none.
+
+    Returns:
+      The gradients of the floating-point per-key arrays, the gradients of everything else added to ``so_far``, and the gradients of
+      the carries that this part received.
     """
     final = jax.tree.map(lambda rows: xla_chunked.tiles_of(rows, plan.rows), handed_on)
     d_final = [xla_chunked.tiles_of(rows, plan.rows) for rows in d_handed_on]
@@ -86,11 +112,11 @@ def gradients(
 
 
 def added(so_far: Any, found: Any) -> Any:
-    """Of gradients of the same; None: there are none so far."""
+    """Adds the gradients ``found`` to ``so_far``, which is None if there are none yet."""
     return found if so_far is None else jax.tree.map(jnp.add, so_far, found)
 
 
 def gradient_of(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:
-    """The three as the gradient of the operands."""
+    """Assembles the three results of ``gradients`` into the gradient of the operands."""
     (key,), (value,) = of_keys["key"], of_keys["value"]
     return xla_chunked.gradient_of(x, rest | dict(key=key, value=value, columns=of_keys["columns"], carries=received))

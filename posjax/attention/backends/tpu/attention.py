@@ -1,4 +1,4 @@
-"""Attention on TPU: the entry of the Pallas kernels, with what they ask for and what they refuse.
+"""Attention on TPU: the entry point of the Pallas kernels, their operand layout, and the calls that they do not support.
 
 ``forward.py`` and ``backward.py`` hold one kernel each.
 """
@@ -24,9 +24,9 @@ from posjax.core.bias import BiasTerm, Interpolation, Lookup, Penalty, Rotation,
 from posjax.core.masks import Mask, Rules, with_padding
 from posjax.typing import Array, Float, Int
 
-BLOCK_SIZES_CLS = Blocks  # what ``block_sizes`` of this kernel are
-_MOST_POSITIONS = 512  # of CoPE: beyond, its tables fill VMEM
-_MOST_COMPARED = 128  # on a chip that finds its place in them by comparing
+BLOCK_SIZES_CLS = Blocks  # type of this backend's ``block_sizes``
+_MOST_POSITIONS = 512  # CoPE positions; the tables of more fill VMEM
+_MOST_COMPARED = 128  # CoPE positions on a chip without a sublane gather, where lookups compare indices instead
 
 
 def refusal(
@@ -40,7 +40,10 @@ def refusal(
     cut: ShardSpec | None = None,
     **rest: Any,
 ) -> str | None:
-    """Why the kernel cannot do a call, by the argument; None: it can. ``block_sizes`` and ``cut`` as in ``attention``."""
+    """Returns why the kernel does not support a call, naming the argument at fault, or None if it does.
+
+    ``block_sizes`` and ``cut`` are ``tile`` and ``cut`` of ``attention``.
+    """
     chip = chip_at_hand(query)
     if mask.boolean is not None:
         return "mask is an array (is_causal, segment_ids and local_window_size are made inside of the tile)"
@@ -65,7 +68,7 @@ def refusal(
 
 
 def _too_many(chip: Chip, block_sizes: Blocks | None, cut: ShardSpec, call: dict[str, Any]) -> str | None:
-    """Why the scalars of a call do not fit the chip's SMEM; None: they do."""
+    """Returns why the scalars of a call do not fit the chip's SMEM, or None if they do."""
     taken = scalars(*_shapes(block_sizes or fitting(chip, call), chip, call), cut.batch_parts)
     if taken <= SMEM:
         return None
@@ -76,7 +79,7 @@ def _too_many(chip: Chip, block_sizes: Blocks | None, cut: ShardSpec, call: dict
 
 
 def _too_much(chip: Chip, block_sizes: Blocks | None, call: dict[str, Any]) -> str | None:
-    """Why a call does not fit the chip's VMEM; None: it does."""
+    """Returns why a call does not fit the chip's VMEM, or None if it does."""
     if block_sizes is not None and (taken := _vmem_of(block_sizes, chip, call)) <= chip.vmem:
         return None
     smaller_ones = fitting(chip, call)
@@ -93,18 +96,18 @@ def _too_much(chip: Chip, block_sizes: Blocks | None, call: dict[str, Any]) -> s
 
 
 def fitting(chip: Chip, call: dict[str, Any]) -> Blocks | None:
-    """The chip's own block sizes, or the first smaller ones that fit its VMEM."""
+    """Returns the chip's default block sizes, or the first smaller ones that fit its VMEM; None if none fit."""
     own = chip.blocks(call["query"].dtype, max(call["query"].shape[-1], call["value"].shape[-1]))
     return next((blocks for blocks in smaller(own) if _vmem_of(blocks, chip, call) <= chip.vmem), None)
 
 
 def _vmem_of(blocks: Blocks, chip: Chip, call: dict[str, Any]) -> int:
-    """Bytes, on the safe side."""
+    """Returns an upper estimate of the VMEM that a call takes, in bytes."""
     return needed(*_shapes(blocks, chip, call))
 
 
 def _shapes(blocks: Blocks, chip: Chip, call: dict[str, Any]) -> tuple[Plan, Operands]:
-    """``laid_out`` with shapes for arrays."""
+    """Returns the results of ``laid_out`` with shapes in place of arrays."""
     plans = []
 
     def operands() -> Operands:
@@ -134,16 +137,17 @@ def attention(
     cut: ShardSpec | None = None,
     interpret: Any = None,
 ) -> Float[Array, "B T N V"]:
-    """Attention in the kernel, on each device's own rows and heads.
+    """Computes attention with the Pallas kernels, each device on its shard of batch and heads.
 
     Args:
-      query, ..., logits_soft_cap: as in ``reference.attention``; what ``refusal`` gives a reason for is not looked at again.
-      rotation: to be done on query and key inside of the kernel.
-      raw: the query is the one that CoPE multiplies its embedding with (before any rotation); False: that is in its term's rows.
-      tile: block sizes; None: those of the chip, or smaller ones that fit its VMEM.
-      chip: the TPU generation; None: the one that this process, or the mesh in context, has.
-      cut: how a mesh cuts batch and heads; None: as the query's type shows.
-      interpret: None interprets the kernel where the program is lowered for a CPU; or what ``pallas_call`` takes.
+      query, ..., logits_soft_cap: as in ``reference.attention``. Calls that ``refusal`` rejects are not checked again.
+      rotation: the rotation of query and key that the kernel applies; None: none.
+      raw: whether ``query`` is the query that CoPE multiplies with its embedding (the one before any rotation). If False, the rows
+        of the CoPE term hold that query.
+      tile: block sizes; None: the defaults of the chip, or smaller ones that fit its VMEM.
+      chip: the TPU generation; None: that of the query's mesh, of the mesh in context, or of this process.
+      cut: how the mesh shards batch and heads; None: inferred from the type of the query.
+      interpret: as in ``pallas_call``; None interprets the kernel only where the program is lowered for a CPU.
 
     Returns:
       [B, T, N, V] in the dtype of value; rows without an allowed key are zero.
@@ -159,7 +163,7 @@ def attention(
 
 
 def joined(out: Array, length: int) -> Array:
-    """[B, K, G, T, V] as [B, T, N, V], without what pads T."""
+    """Reshapes the kernel's output [B, K, G, T, V] to [B, T, N, V] and removes the padding of T."""
     batch, kv_heads, group, _, width = out.shape
     return jnp.moveaxis(out, 3, 1).reshape(batch, -1, kv_heads * group, width)[:, :length]
 
@@ -182,13 +186,13 @@ def laid_out(
     rotation: Rotation | None = None,
     raw: bool = False,
 ) -> tuple[Plan, Operands]:
-    """A call as the kernel takes it; arguments as in ``attention``."""
+    """Converts a call to the static plan and the padded operands of the kernel; arguments as in ``attention``."""
     blocks = _fitted(tile, query.shape[1], key.shape[1])
     kinds = {type(term.fused): term for term in terms}
     counts, looks, penalty = (kinds.get(kind) for kind in (Interpolation, Lookup, Penalty))
     length = query.shape[1]
 
-    # Grouped heads: where there are more parts than key heads, each part gets a key head of its own.
+    # Grouped heads: repeat the key heads until the head shards divide their number.
     repeats = math.lcm(key.shape[2], cut.num_head_shards) // key.shape[2]
     if repeats > 1:
         key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
@@ -214,7 +218,7 @@ def laid_out(
         return by_head(jnp.pad(x, [(0, 0), (0, LANES - x.shape[1])])[:, None])
 
     def turn(phase: Array, to: int) -> Array:
-        """[B or 1, 2, L, C]: cosine and sine of every channel, 1 and 0 of those that are not rotated."""
+        """Returns the cosine and sine of every channel, 1 and 0 for channels that are not rotated: [B or 1, 2, L, C]."""
         both = jnp.stack([jnp.cos(phase), jnp.sin(phase)], 1)
         both = jnp.concatenate([both, both], -1) if rotation.pairing == "half" else jnp.repeat(both, 2, axis=-1)
         rest = jnp.broadcast_to(jnp.asarray([1.0, 0.0])[:, None, None], (*both.shape[:3], query.shape[-1] - both.shape[-1]))
@@ -222,7 +226,7 @@ def laid_out(
 
     key_positions, *segments = with_padding(mask, length, key_positions, keys - key.shape[1])
     turn_keys = rotation is not None and rotation.key_phase is not None
-    if turn_keys and keys > blocks.resident:  # keys that come and go would be rotated again for each query tile
+    if turn_keys and keys > blocks.resident:  # inside the kernel each query tile would rotate the blocks again
         key, turn_keys = apply_rotation(key, rotation.key_phase, rotation.pairing), False
     counting = None
     if counts is not None:
@@ -270,11 +274,11 @@ def _up(n: int, to: int) -> int:
 
 
 def _fitted(blocks: Blocks, queries: int, keys: int) -> Blocks:
-    """Blocks that are no larger than the call and leave little padding."""
+    """Shrinks block sizes to the lengths of the call, so that little is padding."""
     rows = _up(-(-queries // -(-queries // blocks.queries)), LANES)
     columns = _up(-(-keys // -(-keys // blocks.keys)), blocks.strip)
     strip = blocks.strip
-    if columns >= keys + LANES:  # short calls: strips of the shortest kind
+    if columns >= keys + LANES:  # short calls: the shortest strips
         strip = LANES
         columns = _up(-(-keys // -(-keys // blocks.keys)), strip)
     tiles = -(-keys // columns)
@@ -284,14 +288,14 @@ def _fitted(blocks: Blocks, queries: int, keys: int) -> Blocks:
 
 
 def _padded(x: Array, to: int, axis: int) -> Array:
-    """x up to a multiple of ``to`` along an axis, by repeating its end."""
+    """Pads x to a multiple of ``to`` along an axis by repeating its last entry."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % to)
     return jnp.pad(x, widths, mode="edge") if widths[axis][1] else x
 
 
 def _embedding(embedding: Array, rows: int, by_head: Any) -> Array:
-    """[K or 1, G or 1, 2, P, H]: the embedding up to whole sublanes, and what is added from each position to the next."""
+    """Stacks the embedding and its steps to the next position, with P padded to whole sublanes: [K or 1, G or 1, 2, P, H]."""
     embedding = embedding.astype(jnp.float32)
     steps = jnp.concatenate([jnp.diff(embedding, axis=-2), jnp.zeros_like(embedding[..., :1, :])], -2)
     both = _padded(jnp.stack([embedding, steps], -3), rows, embedding.ndim - 1)
@@ -299,7 +303,7 @@ def _embedding(embedding: Array, rows: int, by_head: Any) -> Array:
 
 
 def _partner(query: Array, turned: int, pairing: str) -> Array:
-    """[C, C]: x @ partner is, for each channel, minus the second of its pair for the first, and the first for the second."""
+    """Returns the rotate-half matrix [C, C]: ``x @ partner`` maps each pair of channels (a, b) to (-b, a), the others to 0."""
     first = np.arange(turned // 2) if pairing == "half" else np.arange(0, turned, 2)
     second = first + (turned // 2 if pairing == "half" else 1)
     partner = np.zeros((query.shape[-1],) * 2, np.float32)
@@ -308,9 +312,9 @@ def _partner(query: Array, turned: int, pairing: str) -> Array:
     return jnp.asarray(partner, query.dtype)
 
 
-# Forward and backward, each on its part of a mesh ------------------------------------------------------------------------------
+# Forward and backward, on each device's shard -----------------------------------------------------------------------------------
 
-_LETTERS = dict(  # of the operands, for ``per_shard``
+_LETTERS = dict(  # axes of the operands, as in ``per_shard``
     query="bn...",
     key="bn..",
     value="bn..",
@@ -334,9 +338,9 @@ _ROWS = "bn...."
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run(function: Any, plan: Plan, present: tuple[str, ...], interpret: Any, *arrays: Array) -> tuple[Array, ...]:
-    """function(plan, operands, *more), of which ``arrays`` are the operands that are ``present``, and more.
+    """Calls ``function(plan, operands, *more)``, where ``arrays`` are the operands named in ``present``, then ``more``.
 
-    In a jit of its own, whose cache spares tracing the kernel again, ten thousand operations.
+    The cache of this jit avoids tracing the kernel, ten thousand operations, again.
     """
     fields = dict.fromkeys(field.name for field in dataclasses.fields(Operands)) | dict(zip(present, arrays, strict=False))
     return function(dataclasses.replace(plan, interpret=interpret), Operands(**fields), *arrays[len(present) :])
@@ -345,7 +349,7 @@ def _run(function: Any, plan: Plan, present: tuple[str, ...], interpret: Any, *a
 def sharded(
     function: Any, plan: Plan, cut: ShardSpec, x: Operands, more: tuple[Array, ...], letters: tuple[str, ...], results: Any
 ) -> Any:
-    """function(plan, operands, *more) on each device's part, in the kernel or, where lowered for a CPU, interpreted."""
+    """Calls ``function(plan, operands, *more)`` on each device's shard; the kernel is interpreted where it is lowered for a CPU."""
     present = tuple(field.name for field in dataclasses.fields(x) if getattr(x, field.name) is not None)
     if plan.interpret is None:
         part = functools.partial(deferred, _run, (function, plan, present))
@@ -357,7 +361,7 @@ def sharded(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(plan: Plan, cut: ShardSpec, x: Operands) -> Array:
-    """[B, K, G, T, V] in the dtype of value."""
+    """Computes attention on the operands, differentiably: [B, K, G, T, V] in the dtype of value."""
     return _forward(plan, cut, x)[0]
 
 
@@ -372,7 +376,7 @@ def _forward(plan: Plan, cut: ShardSpec, x: Operands) -> tuple[Array, Any]:
 
 
 def learned(x: Operands) -> list[str]:
-    """The operands that have gradients."""
+    """Returns the names of the operands that have gradients."""
     names = ["query", "key", "value", "scale"]
     return names + [name for name in ("counted_query", "embedding", "table") if getattr(x, name) is not None]
 
@@ -383,14 +387,14 @@ def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, *saved: Arra
 
 
 def summed_up(x: Operands, found: dict[str, Array]) -> dict[str, Array]:
-    """What ``backward`` returns, as the gradients of the operands."""
+    """Reduces the results of ``backward`` to the shapes of the operands."""
     found["scale"] = found["scale"].sum().reshape(1)
     if "embedding" in found:
         over = tuple(n for n, size in enumerate(x.embedding.shape[:2]) if size == 1)
         of_positions = found["embedding"].sum(0).sum(over, keepdims=True)
-        # all of it comes by way of the positions: a step is the difference of two
+        # The whole gradient goes to the positions and none to the steps, which are differences of positions.
         found["embedding"] = jnp.stack([of_positions, jnp.zeros_like(of_positions)], 2)
-    if "table" in found:  # by place in the table and lane of the query
+    if "table" in found:  # by table index and query lane
         found["table"] = found["table"].sum((0, -1))[:, :, None]
     return found
 
@@ -406,12 +410,12 @@ def _backward(plan: Plan, cut: ShardSpec, kept: Any, d_out: Array) -> tuple[Oper
 
 
 def by_tile(plan: Plan, rows: Array) -> Array:
-    """[B, K, G, T] as the kernels take it, [B, K, G, I, t / 128, 128]."""
+    """Reshapes row values [B, K, G, T] to the layout of the kernels, [B, K, G, I, t / 128, 128]."""
     return rows.reshape(*rows.shape[:3], -1, plan.groups, LANES)
 
 
 def gradient_of(x: Operands, given: dict[str, Array]) -> Operands:
-    """Gradients by name as that of the operands, of their dtypes; float0 where an operand is of integers."""
+    """Returns the cotangent of the operands from gradients by name, in the operands' dtypes; float0 for integer operands."""
 
     def like(name: str) -> Any:
         primal = getattr(x, name)

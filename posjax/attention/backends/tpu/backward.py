@@ -1,8 +1,9 @@
-"""The backward kernel on TPU: gradients of ``tpu_forward``, walking through the band from the left to the right.
+"""Attention on TPU, backward: the gradients of ``forward.py``, walking through the counting region from the left to the right.
 
-Counts are taken off again step by step, from what the forward pass ended with. The gradient of a count reaches the gates of all
-keys between its own and the query, so one sum a row is gathered on the way. Keys of one resident block get their gradients in
-VMEM, from all queries; where there are several blocks the kernel runs once for each, from the left, and hands the rows' state on.
+Starting from the counts at the end of the forward pass, each step subtracts its gates again. The gradient of a count reaches the
+gates of all keys from the count's key to the query, so each row accumulates one sum on the way (``gathered``). The gradients of the
+keys of one resident block accumulate in VMEM over all queries. Where there are several blocks, the kernel runs once for each, from
+the left, and passes the state of the rows on.
 """
 
 import dataclasses
@@ -67,7 +68,7 @@ from posjax.typing import Array
 
 
 def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
-    if plan.interpret is None:  # only the shapes of what comes out are asked for
+    if plan.interpret is None:  # only the shapes of the results are needed
         return
     scalars, scale, block, rest = Scalars(*refs[:6]), refs[6], refs[7], dict(zip(names, refs[8:], strict=True))
     rest = dict.fromkeys(OPTIONAL) | rest
@@ -93,7 +94,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         if plan.index is not None:
             s.table_sums[...] = jnp.zeros(s.table_sums.shape, jnp.float32)
 
-    arriving = {}  # what was found before, to where the sum will be
+    arriving = {}  # copies of earlier gradients to the output blocks that receive the sums
     for n, name in enumerate(name for name in ("query", "counted_query") if f"before_{name}" in rest):
         rows_here = pl.ds(pl.multiple_of(tile * blocks.queries, blocks.queries), blocks.queries)
         before = rest[f"before_{name}"].at[batch, head, group, rows_here]
@@ -111,13 +112,13 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         s.wide_steps[0], s.wide_steps[1] = jnp.min(s.in_wide_steps[...]), jnp.max(s.in_wide_steps[...])
 
     def products(start: Array, size: int, groups: Groups) -> tuple[Array, Array]:
-        """Scores before any bias, and the gradient of the weights, [s, t]."""
+        """Computes the scores before any bias and the gradient of the weights, [s, t] each."""
         key, value = s.keys(start, size), s.value[pl.ds(start, size), :]
         exact = key.dtype == jnp.float32
         return product(key, s.queries(groups), NT, exact) * factor, product(value, s.d_out[groups.lanes, :], NT, exact)
 
     def accumulate(start: Array, size: int, weights: Array, gradient: Array, groups: Groups) -> None:
-        """Adds a piece's part of the gradients of key, value and query."""
+        """Adds the contribution of a piece to the gradients of key, value and query."""
         at, key, d_out, queries = pl.ds(start, size), s.keys(start, size), s.d_out[groups.lanes, :], s.queries(groups)
         exact = key.dtype == jnp.float32
         weights, gradient = weights.astype(d_out.dtype), gradient.astype(key.dtype)
@@ -126,7 +127,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         s.query_sums[:, groups.lanes] += product(key, gradient, TN, exact)
 
     def into_table(index: Array, gradient: Array) -> None:
-        """Adds the sums of gradient [s, 128] over equal indices, which all pairs of a piece have or few differ in."""
+        """Adds to the gradient of the table: sums gradient [s, 128] over equal indices, of which a piece has one or a few."""
         low, high = jnp.min(index), jnp.max(index)
 
         def add(n: Array, _: None) -> None:
@@ -135,7 +136,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         jax.lax.fori_loop(low, high + 1, add, None)
 
     def weigh(scores: Array, d_weights: Array, start: Array, size: int, groups: Groups) -> tuple[Array, Array]:
-        """Weights, and the gradient of the scores, from scores with their counts and lookups in, [s, t]."""
+        """Computes the weights and the gradient of the scores, [s, t] each, from scores that include CoPE and T5 biases."""
         if plan.penalised:
             scores = scores + s.penalty(start, size, groups)
         scores = soft(plan, scores)
@@ -162,13 +163,16 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         accumulate(start, blocks.keys, weights, gradient, every)
 
     def past_last(sums: Array) -> None:
-        """Takes sums [1, t] of gradients of counts past the last position."""
+        """Adds sums [1, t] of the bias gradients of saturated counts to the gradient of the last position."""
         for g, part in every.apart():
             s.d_last[pl.ds(g, 1), :] += sums[:, part]
 
     def straight(n: Array, masked: bool) -> None:
-        """A step in which no query passes many cells, some passages at a time: few wait for each other, many take long to compile,
-        which they are worth where they run most."""
+        """Processes a step in which no query crosses many cells, several pairs of query groups at a time.
+
+        With few pairs, operations wait for each other; many take long to compile, which pays off in the code without a mask, which
+        runs most.
+        """
         most = math.gcd(band.passages, (4 if masked else 8) // plan.groups_side_by_side)
         part = functools.partial(straight_part, masked)
         turns = band.passages // most
@@ -209,8 +213,11 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         band.leave(passages)
 
     def pieces_of(passages: list[QueryGroupState], masked: bool) -> tuple[list, dict, Any, Any, Any]:
-        """Halves of the passages' strips, from the left, and what is at hand of each; and the stages that all begin and end with:
-        up to (keys, logits, gradient of weights, gates), and from (gates, weights, gradients of scores, and of counts) on."""
+        """Returns the strips in pieces of 128 keys, left to right, a dict of values per piece, and the first and last stages.
+
+        ``begin`` stores (start of the keys, logits, gradient of weights, gates) in the dict; ``finish`` and ``hand_on`` expect
+        (gates, weights, gradient of scores, gradient of counts) there.
+        """
         halves, live, spots = blocks.strip // LANES, {}, [passage.spot for passage in passages]
         gathered = [as_row(s.gathered, spot.groups) for spot in spots]
         pieces = [(passage, half) for passage in passages for half in range(halves)]
@@ -224,7 +231,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
             live[n] = at, logits, d_weights, doubled_gates(logits, counting.exact)
 
         def finish(n: int) -> None:
-            """Each count's gradient reaches the gates of all keys from its own to the query."""
+            """Adds the gradients through the gates: that of a count reaches the gates of all keys from its own to the query."""
             gates, weights, gradient, steps = live[n]
             sums = sums_to_the_left(steps, counting) + gathered[n // halves]
             gathered[n // halves] = sums[LANES - 1 :]
@@ -241,7 +248,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         return pieces, live, begin, finish, hand_on
 
     def bending(spots: list[StripCursor]) -> None:
-        """The same for any counts, group by group."""
+        """Processes a step for any counts, group by group."""
         passages, last, needs = [band.passage(spot) for spot in spots], s.last_bias(), GatherWorklist(band)
         pieces, live, begin, finish, hand_on = pieces_of(passages, True)
 
@@ -289,7 +296,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         band.leave(passages)
 
     def uncount(n: Array) -> None:
-        """Step n of the band."""
+        """Processes counting step n."""
         spots = band.spots(n)
         if plan.index is None:
             wide_steps = (n >= s.wide_steps[0]) & (n <= s.wide_steps[1])
@@ -300,7 +307,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
             bending(spots)
 
     def looking(j: Array, whole: Array) -> None:
-        """A tile in strips, with lookups."""
+        """Processes a tile strip by strip, with T5 lookups."""
 
         def one(n: Array, _: None) -> None:
             strip = j * plan.per_tile + n
@@ -322,7 +329,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
         accumulate(start, blocks.strip, weights, gradient, every)
 
     def into_tables(strip_of: Any) -> None:
-        """Adds ``d_scores`` of each group g, in its strip ``strip_of(g)``, to the gradient of the table."""
+        """Adds ``d_scores`` of each query group g, in its strip ``strip_of(g)``, to the gradient of the table."""
         jax.lax.fori_loop(0, plan.groups, lambda g, _: into_table(s.index_of(strip_of(g), g), s.d_scores[g]), None)
 
     s.for_tiles(lambda j, whole: s.choose(j, whole, plain, looking))
@@ -386,22 +393,26 @@ def backward(
     is_part: bool = False,
     so_far: dict[str, Array] | None = None,
 ) -> dict[str, Array]:
-    """Gradients by the names of the operands, ``table`` and ``embedding`` by head, ``scale`` by head and channel; and of counts
-    ``gathered``.
+    """Runs the backward kernel, once for each resident block of keys.
 
     Args:
-      plan, x: of ``forward``.
-      saved: what ``forward`` returned after out.
-      d_out: [B, K, G, T, V].
+      plan, x: as in ``forward``.
+      saved: the results of ``forward`` after the output.
+      d_out: [B, K, G, T, V], the gradient of the output.
       delta: sum of d_out * out over V, in the layout of rows, [B, K, G, I, t / 128, 128].
-      gathered: the gradient of the counts that are handed on, in the same layout: what the keys to the left, of other calls, have
-        made of them. That of the counts that were received comes back.
-      is_part: the gradients will be added up: they are float32.
-      so_far: of a part, the gradients of queries that other parts have found, by name, float32. These are added to them, in place.
+      gathered: the gradient of the counts that this call hands on, in the same layout, from keys to the left in other calls; None:
+        zero.
+      is_part: whether the gradients will be summed with those of other calls, and are thus float32.
+      so_far: with ``is_part``, float32 gradients of the queries from other calls, by name, to which those of this call are added in
+        place; None: zero.
+
+    Returns:
+      The gradients by the names of the operands, ``table`` and ``embedding`` by head, ``scale`` by head and channel; with CoPE also
+      ``gathered``, the gradient of the counts that this call received.
     """
     turns = x.key.shape[2] // min(plan.blocks.resident, x.key.shape[2])
     state = (*saved[1:], jnp.zeros_like(saved[0]) if gathered is None else gathered) if plan.counting is not None else ()
-    x = dataclasses.replace(x, high=None, low=None)  # it begins at the left, with what ``saved`` has
+    x = dataclasses.replace(x, high=None, low=None)  # the walk begins at the left, with the counts in ``saved``
     call = functools.partial(_backward_of_block, plan, x, saved[0], d_out, delta, is_part)
     if (turns > 1 or is_part) and not so_far:
         so_far = {name: jnp.zeros(getattr(x, name).shape, jnp.float32) for name in queries_of(x)}
@@ -435,7 +446,7 @@ def _backward_of_block(
     state: tuple[Array, ...],
     so_far: dict[str, Array],
 ) -> tuple[dict[str, Array], tuple[Array, ...]]:
-    """The gradients that come from one resident block of keys, those of queries added to ``so_far``, and the state for the next."""
+    """Computes the gradients from one resident block of keys, adding those of queries to ``so_far``, and the state for the next."""
     batch, kv_heads, group, length, width = x.query.shape
     blocks, counting = plan.blocks, plan.counting
     resident, tiles = min(blocks.resident, x.key.shape[2]), length // blocks.queries
@@ -463,7 +474,7 @@ def _backward_of_block(
     def of_queries(name: str) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
         array = getattr(x, name)
         spec = at_query(array)
-        spec = pl.BlockSpec((1, 1, 1, *spec.block_shape[3:]), spec.index_map)  # a copy to it must see all axes
+        spec = pl.BlockSpec((1, 1, 1, *spec.block_shape[3:]), spec.index_map)  # the target of an async copy needs all axes
         return jax.ShapeDtypeStruct(array.shape, jnp.float32 if so_far else array.dtype), spec
 
     outs = {
@@ -495,7 +506,7 @@ def _backward_of_block(
     before = {f"before_{name}": array for name, array in so_far.items()}
     if before:
         scratch["arrivals"] = pltpu.SemaphoreType.DMA((len(before),))
-    first = len(scalars) + 2 + len(names) + 1 + len(row_arrays)  # the place of the first of them among what the kernel takes
+    first = len(scalars) + 2 + len(names) + 1 + len(row_arrays)  # index of the first of ``before`` among the kernel's arguments
     found = pl.pallas_call(
         functools.partial(_body, plan, (*names, "d_out", *row_arrays, *before, *outs, *scratch), rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(

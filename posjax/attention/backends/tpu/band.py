@@ -1,8 +1,9 @@
-"""The band of keys in which queries count, left of each of them, and the counts on their way through it.
+"""The counting region: the keys left of the diagonal that CoPE counts, and the running counts of the queries.
 
-A passage is two groups of 128 queries. In every step each passage of a query tile counts a strip of its own, first the last one
-that it sees: so all are equally far from the diagonal, and where gates are alike all are done after as many steps. What lies left
-of where a passage stopped, which the kernel notes down, is for plain tiles.
+A pair of query groups (``passage`` in the code) is two groups of 128 queries, or one where a tile has an odd number of groups. In
+each counting step, every pair processes one strip of keys, starting at the rightmost strip that its mask allows. All pairs are then
+equally far from the diagonal, and need equally many steps where their gates are alike. The kernel stores the strip at which a pair
+stopped; the keys to its left are processed in plain key tiles.
 """
 
 import dataclasses
@@ -36,13 +37,13 @@ from posjax.typing import Array
 
 
 class StripCursor(NamedTuple):
-    """Where a passage is in a step.
+    """Holds the strip that a pair of query groups processes in a step.
 
     Attributes:
-      groups: its queries.
-      strip: of the resident block; any where ``here`` is not.
-      here: it has a strip in this step, and in this block.
-      whole: all pairs may meet.
+      groups: the query groups.
+      strip: index of the strip in the resident block; arbitrary where ``here`` is False.
+      here: whether there is a strip in this step and in this block.
+      whole: whether the mask allows all pairs of the strip.
     """
 
     groups: Groups
@@ -52,12 +53,12 @@ class StripCursor(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """The counts of a passage with 128 keys.
+    """Holds the counts of a pair of query groups at 128 keys.
 
     Attributes:
-      base: [1, t] int32, the cell that counts are given from.
-      inside: [128, t], the counts less base.
-      windows: eight cells from base on, for each group.
+      base: [1, t] int32, the first cell of the windows.
+      inside: [128, t], the counts minus base and ``OFFSET``.
+      windows: the eight cells from base on, for each group.
     """
 
     base: Array
@@ -65,8 +66,11 @@ class Piece(NamedTuple):
     windows: list[Window]
 
     def cell_span(self, last: int) -> Array:
-        """[1, 128] of NARROW, where queries passed at most six cells in 128 keys, MEDIUM, or WIDE, where they passed more than
-        seven in all; with a margin for the backward pass, which rounds otherwise."""
+        """Classifies how many cells queries crossed: [1, 128] of NARROW, MEDIUM or WIDE.
+
+        NARROW is at most six cells in these 128 keys, WIDE more than seven since the start of the window. A margin covers the
+        backward pass, which rounds differently.
+        """
         margin = 2.0**-10
         medium = cell(self.inside[:1] + margin) - cell(self.inside[LANES - 1 :] - margin) >= SUBLANES - 1
         wide = (cell(self.inside[:1] + margin) >= SUBLANES) & (self.base < last)
@@ -75,7 +79,7 @@ class Piece(NamedTuple):
 
 
 def strip_of(spots: list[StripCursor]) -> Callable[[Array], Array]:
-    """The strip of each group of queries."""
+    """Returns a function from the index of a query group to its strip."""
 
     def find(g: Array) -> Array:
         a = jax.lax.div(g, np.int32(spots[0].groups.count))
@@ -85,13 +89,13 @@ def strip_of(spots: list[StripCursor]) -> Callable[[Array], Array]:
 
 
 def bits(flags: list[Array]) -> Array:
-    """A bit for each of the flags [1, 128], whether any of it is set."""
+    """Packs flags [1, 128] into an integer: bit n is 1 if any entry of ``flags[n]`` is set."""
     most = joined([flag.astype(jnp.int32) for flag in flags], 0).max(1, keepdims=True)
     return jnp.sum(jnp.where(most > 0, 1 << jax.lax.broadcasted_iota(jnp.int32, most.shape, 0), 0))
 
 
 def for_bits(found: Array, do: Any) -> None:
-    """Calls ``do(n)`` for the number of each bit that is set."""
+    """Calls ``do(n)`` for the index n of each bit that is set."""
 
     def lowest(left: Array) -> Array:
         do(31 - jax.lax.clz(left & -left))
@@ -101,7 +105,7 @@ def for_bits(found: Array, do: Any) -> None:
 
 
 def for_each(flags: list[list[Array]], do: Any) -> None:
-    """Calls ``do(row, n)`` for each of the flags [1, 128], in rows of at most 16, of which any is set."""
+    """Calls ``do(row, n)`` where any entry of ``flags[row][n]`` [1, 128] is set; a row has at most 16 flags."""
     size, rows = len(flags[0]), 32 // len(flags[0])
     for first in range(0, len(flags), rows):
         found = [bits(row) << (n * size) for n, row in enumerate(flags[first : first + rows])]
@@ -115,15 +119,16 @@ def for_each(flags: list[list[Array]], do: Any) -> None:
 
 @dataclasses.dataclass
 class QueryGroupState:
-    """The counts of a passage on their way through a strip, in pieces of 128 keys.
+    """Holds the running counts of a pair of query groups within a strip, in pieces of 128 keys.
 
     Attributes:
-      step: where its tables are.
-      spot: where it is.
-      back: counts are taken off, from the left; otherwise added, from the right.
-      high, low: [1, t], the counts before the strip are their sum.
-      base, now: [1, t], the counts at hand are their sum on the way ``through`` windows.
-      sums: [1, t] for each piece passed, of its gates.
+      step: the query tile, with the tables.
+      spot: the strip.
+      back: True subtracts gates from the counts, from the left; False adds them, from the right.
+      high, low: [1, t]; their sum is the counts where the walk enters the strip, and ``past`` updates it.
+      base, now: [1, t]; their sum is the current counts minus ``OFFSET`` in ``through``.
+      windows: the current windows, one for each group.
+      sums: [1, t] for each processed piece, the sum of its gates.
     """
 
     step: Step
@@ -137,18 +142,18 @@ class QueryGroupState:
     sums: list[Array] = dataclasses.field(default_factory=list)
 
     def past(self, later: Array) -> Array:
-        """The counts [128, t] of a piece whose gates add up to ``later``, and past it."""
+        """Returns the counts [128, t] of a piece with the gate sums ``later``, and advances past the piece."""
         before = self.high + self.low
         self.high, self.low = two_sum(self.high, self.low, -later[:1] if self.back else later[:1])
         self.sums.append(later[:1])
         return later + (self.high + self.low if self.back else before)
 
     def through(self, later: Array) -> Piece:
-        """The same in windows."""
+        """Does the same as ``past``, but returns counts relative to windows of eight cells."""
         if self.now is None:
             self.base = self.high.astype(jnp.int32)
             self.now = (self.high - self.base.astype(jnp.float32)) + self.low - OFFSET
-        if self.back or not self.sums:  # forward one window does for all pieces
+        if self.back or not self.sums:  # the forward pass uses one window for all pieces
             cells = cell(self.now + 2.0**-10) - (SUBLANES - 2) if self.back else cell(self.now)
             self.base, self.now = self.base + cells.astype(jnp.int32), self.now - cells
             z, slope, counting = self.step.z, self.step.slope, self.step.plan.counting
@@ -161,12 +166,12 @@ class QueryGroupState:
 
 @dataclasses.dataclass
 class CountingRegion:
-    """The band of a query tile, as far as it lies in the resident block of keys.
+    """Holds the part of a query tile's counting region that lies in the resident block of keys.
 
     Attributes:
       step: the query tile.
-      lowest: a(passage) -> the last strip that it may count, the leftmost.
-      back: counts are taken off, from the left; otherwise added, from the right.
+      lowest: index of a pair of query groups -> the leftmost strip that it may count.
+      back: True subtracts gates from the counts, from the left; False adds them, from the right.
     """
 
     step: Step
@@ -178,11 +183,11 @@ class CountingRegion:
         return self.step.plan.groups // self.step.plan.groups_side_by_side
 
     def seen(self, a: Array | int) -> list[Array]:
-        """The first strip that a passage sees, and one past the last."""
+        """Returns the first strip that the mask allows for pair a of query groups, and one past the last."""
         return self.step.entry("bands", self.step.tile * self.passages + a)
 
     def steps(self) -> tuple[Array, Array]:
-        """The steps in which some passage may have a strip in this block, from .. to."""
+        """Returns the range (begin, end) of steps in which some pair of query groups may have a strip in this block."""
         begins, strips = self.step.key_block * self.step.strips, self.step.strips
         last = [self.seen(a)[1] for a in range(self.passages)]
         first = functools.reduce(jnp.minimum, [n - (begins + strips) for n in last])
@@ -190,7 +195,7 @@ class CountingRegion:
         return jnp.maximum(first, 0), end
 
     def spot(self, n: Array, a: Array | int) -> StripCursor:
-        """Of passage a in step n."""
+        """Returns the strip of pair a of query groups in step n."""
         s, size = self.step, self.step.plan.groups_side_by_side
         strip = self.seen(a)[1] - 1 - n
         here = strip >= self.lowest(a)
@@ -206,11 +211,11 @@ class CountingRegion:
         return [self.spot(n, a) for a in range(self.passages)]
 
     def passage(self, spot: StripCursor) -> QueryGroupState:
-        """Before its strip."""
+        """Returns the counts of a pair of query groups at the start of its strip."""
         return QueryGroupState(self.step, spot, self.back, *(as_row(ref, spot.groups) for ref in (self.step.high, self.step.low)))
 
     def leave(self, passages: list[QueryGroupState], valid: Array | bool = True) -> None:
-        """Moves the counts past a strip, if ``valid``."""
+        """Adds the gates of the processed strips to the stored counts, or subtracts them if ``back``; only if ``valid``."""
         high, low = self.step.high, self.step.low
         for passage in passages:
             sums = functools.reduce(jnp.add, passage.sums[::-1] if passage.back else passage.sums)
@@ -220,7 +225,7 @@ class CountingRegion:
                 high[row, :], low[row, :] = two_sum(high[row, :], low[row, :], sums[:, part])
 
     def goes_on(self, n: Array) -> Array:
-        """Whether queries that have not counted up to the last position have a strip in step n or later."""
+        """Returns whether queries with unsaturated counts have a strip in step n or later."""
         unsaturated, begins, size = self.unsaturated(), self.step.key_block * self.step.strips, self.step.plan.groups_side_by_side
         found = jnp.zeros((), bool)
         for a in range(self.passages):
@@ -229,13 +234,15 @@ class CountingRegion:
         return found
 
     def unsaturated(self) -> Array:
-        """A bit for each group of queries of which one has not counted up to the last position."""
+        """Returns an integer with a bit for each query group, 1 if a count of the group is below the last position."""
         s = self.step
         return bits([s.high[...] + s.low[...] < s.plan.counting.last])
 
     def by_need(self, add: Any) -> None:
-        """Calls ``add(g, at, few)`` for every quarter ``at`` of a strip and every group of queries g that is in ``GatherWorklist``
-        there; ``few``: no query passes as many as eight cells."""
+        """Calls ``add(g, at, few)`` for each entry of the work-list: query group g and the slice ``at`` of 64 keys of its strip.
+
+        ``few`` is True if every query crosses fewer than eight cells there.
+        """
 
         def one(quarter: Array, _: None) -> None:
             at = pl.ds(pl.multiple_of(quarter * QUARTER, QUARTER), QUARTER)
@@ -247,12 +254,12 @@ class CountingRegion:
 
 @dataclasses.dataclass
 class GatherWorklist:
-    """Who is to look up what in a step: groups of queries with counts before the last position, by quarters of their strips.
+    """Lists the gathers of a step: for each ``QUARTER`` (64 keys) of the strips, the query groups with unsaturated counts.
 
     Attributes:
-      band: of the step.
-      groups: for each quarter and group 0 where there is nothing, or 1 for few or 2 for many cells, [1, 128].
-      ends: for each passage the cells of its first and last key, [1, t].
+      band: the counting region.
+      groups: (quarter, group) -> [1, 128], 0 if all counts are saturated, 1 if few and 2 if many (eight or more) cells are crossed.
+      ends: first group of a pair -> the cells of the first and last key of each piece, [1, t].
     """
 
     band: CountingRegion
@@ -260,7 +267,7 @@ class GatherWorklist:
     ends: dict[int, list[Array]] = dataclasses.field(default_factory=dict)
 
     def note(self, spot: StripCursor, half: int, counts: Array) -> None:
-        """Puts the positions of a piece, the ``half``th 128 keys of a strip, in their place."""
+        """Stores the positions of piece ``half`` (128 keys) of a strip, and adds the piece to the list."""
         s, last = self.band.step, self.band.step.plan.counting.last
         where = positions(counts, s.plan.counting)
         ends = self.ends.setdefault(spot.groups.first, [])
@@ -273,7 +280,11 @@ class GatherWorklist:
                 self.groups[(half * LANES + at) // QUARTER, g] = jnp.where(quarter[-1:] >= last, 0, many)
 
     def close(self, spots: list[StripCursor]) -> Array:
-        """Leaves them to ``by_need``. Returns the greatest number of cells that a query passes in the step, a scalar."""
+        """Writes the list to SMEM for ``by_need``.
+
+        Returns:
+          The greatest number of cells that a query crosses in the step, a scalar.
+        """
         s, seen = self.band.step, jnp.zeros((), jnp.int32)
         for spot in spots:
             for g, _ in spot.groups.apart():

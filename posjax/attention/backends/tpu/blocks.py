@@ -1,4 +1,4 @@
-"""Block sizes of the TPU kernels, and what they must know of the chip."""
+"""Block sizes of the TPU kernels, and the chip properties that they depend on."""
 
 import dataclasses
 import json
@@ -12,12 +12,12 @@ from posjax.hardware import tpu_generation
 
 
 class Blocks(NamedTuple):
-    """Sizes of the blocks of the TPU kernel; a call that is shorter takes smaller ones.
+    """Configures the block sizes of the TPU kernel; shorter calls use smaller blocks.
 
     Attributes:
-      queries: rows of a tile, a multiple of 128, at most 2,048.
-      keys: columns of a tile, a multiple of ``strip``.
-      strip: keys that are counted at a time, a multiple of 128.
+      queries: queries per tile, a multiple of 128, at most 2,048.
+      keys: keys per tile, a multiple of ``strip``.
+      strip: keys processed per counting step, a multiple of 128.
       resident: keys held in VMEM at once, a multiple of ``keys``.
     """
 
@@ -28,7 +28,12 @@ class Blocks(NamedTuple):
 
 
 def check_blocks(blocks: Any) -> None:
-    """Raises TypeError for what is no Blocks, ValueError for sizes that no kernel has, before anything is compiled."""
+    """Validates block sizes before anything is compiled.
+
+    Raises:
+      TypeError: ``blocks`` is not a ``Blocks``.
+      ValueError: the kernel does not support one of the sizes.
+    """
     if not isinstance(blocks, Blocks):
         given = "posjax.Blocks(queries, keys, strip, resident) or posjax.GpuBlocks(...)"
         raise TypeError(f"block_sizes must be None or {given}, got {blocks!r}")
@@ -39,19 +44,19 @@ def check_blocks(blocks: Any) -> None:
             near = max(1, -(-size // unit)) * unit if isinstance(size, int) else unit
             what = f"{of}, {unit}" if of else unit
             raise ValueError(f"block_sizes must have as {name} a positive multiple of {what}, such as {near}, got {blocks}")
-    if blocks.queries > 2048:  # the kernel notes down a bit for each 128 of them
+    if blocks.queries > 2048:  # the kernel keeps one bit per 128 queries
         raise ValueError(f"block_sizes must have at most 2048 queries, got {blocks}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU generation.
+    """Describes a TPU generation.
 
     Attributes:
       name: as in ``posjax.hardware.GENERATIONS``.
-      vmem: bytes of VMEM that a kernel may take.
-      has_sublane_gather: registers are looked up along sublanes in one operation.
-      sizes: for bfloat16 and heads of 128 channels.
+      vmem: bytes of VMEM that a kernel may use.
+      has_sublane_gather: whether a register can be gathered along sublanes in one operation.
+      sizes: default block sizes for bfloat16 and heads of 128 channels.
     """
 
     name: str
@@ -60,13 +65,13 @@ class Chip:
     sizes: Blocks
 
     def blocks(self, dtype: Any, width: int) -> Blocks:
-        """The block sizes for a type and a head dimension, before VMEM is looked at."""
+        """Returns the default block sizes for a dtype and a head dimension; VMEM is not checked."""
         wide = max(1, width // 128) * jnp.dtype(dtype).itemsize // 2
         return self.sizes._replace(resident=max(self.sizes.keys, self.sizes.resident // wide))
 
 
 _MIB = 2**20
-# The file is what experiments/tpu_block_sizes.py writes, from compiled schedules.
+# experiments/tpu_block_sizes.py writes the file, from compiled schedules.
 _SIZES = {name: Blocks(**sizes) for name, sizes in json.loads(Path(__file__).with_name("blocks.json").read_text()).items()}
 CHIPS = {
     "v4": Chip("v4", 15 * _MIB, False, _SIZES["v4"]),
@@ -75,13 +80,16 @@ CHIPS = {
     "v6e": Chip("v6e", 100 * _MIB, True, _SIZES["v6e"]),
     "tpu7x": Chip("tpu7x", 56 * _MIB, True, _SIZES["tpu7x"]),
 }
-# For programs that are lowered where no chip is known: what v5e and later can run.
+# For programs lowered without a known chip: v5e and later can run them.
 ANY = Chip("any", 30 * _MIB, True, Blocks(512, 512, 256, 1024))
 
 
 def chip_at_hand(x: Any = None) -> Chip:
-    """The generation of the mesh that an array lies on, or of the mesh in context, or of this process's devices; ``ANY`` where none
-    of them is a known TPU."""
+    """Returns the TPU generation that a program is lowered for.
+
+    It is that of the mesh of ``x``, or else of the mesh in context, or else of this process's devices; ``ANY`` where that is not a
+    known TPU.
+    """
     meshes = [jax.sharding.get_abstract_mesh()] if x is None else [jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()]
     devices = [device for mesh in meshes if (device := getattr(mesh, "abstract_device", None)) is not None]
     kind = devices[0].device_kind if devices else jax.devices()[0].device_kind

@@ -1,21 +1,23 @@
-"""Attention on TPU, forward and backward: one Pallas kernel each, with rotation and every bias made inside the tile.
+"""Attention on TPU, forward: a Pallas kernel that applies the rotation and every bias inside the tile.
 
-A grid step is one query tile of one head. Keys and values of up to ``Blocks.resident`` positions lie in VMEM and serve all query
-tiles and all query heads of their group; longer sequences bring them block by block. What the mask leaves is walked over twice:
+A grid step is one query tile of one head. Keys and values of up to ``Blocks.resident`` positions stay in VMEM and serve all query
+tiles and all query heads of their group; longer sequences are loaded block by block. The keys that the mask allows are processed in
+two phases:
 
-    band            where queries count, in steps: each passage of 256 queries its own strip of ``Blocks.strip`` keys, from the
-                    diagonal to the left, until all counts have passed the last position
-    key tiles       the rest, one product, one exponential, one product: a bias that is one number a row costs nothing here. A
-                    tile in which T5 looks up more than one number goes in strips.
+    counting region the keys that CoPE counts. In each step, every pair of query groups (256 queries) processes its next strip of
+                    ``Blocks.strip`` keys, from the diagonal to the left, until all counts have reached the last position.
+    key tiles       the remaining keys, with one product, one exponential and one product per tile: a bias that is constant along a
+                    row costs nothing here. A tile in which T5 looks up more than one number is processed in strips.
 
-A step of the band is done in one straight line of instructions as if no query passed more than eight cells in it, as where gates
-are small. Where one did, the step is done again, group by group. The backward pass takes as straight a line where queries pass at
-most six cells in half a strip; the forward pass tells it between which steps of a query tile that does not hold.
+The positions of CoPE divide the counts into cells, [n, n + 1). A counting step runs as branch-free code that assumes that no query
+crosses more than eight cells, which holds where gates are small. If a query does, the step is repeated group by group. The backward
+pass uses branch-free code where queries cross at most six cells in 128 keys; the forward pass saves the first and the last step of
+a query tile in which that does not hold.
 
-What is kept for the backward pass is the logarithm of the softmax's sum, the counts at the left end and where counting ended, all
-[T]; the backward pass walks through the band from the left to the right and takes the counts off again.
+The backward pass receives the log-sum-exp of the scores, the counts at the left end, the strip where counting ended and those two
+steps, all [T]. It walks through the counting region from the left to the right and subtracts the gates from the counts again.
 
-The tile's mathematics is in ``tiles.py``, what both passes share in ``step.py`` and, of the band, in ``band.py``.
+``tiles.py`` holds the mathematics of a tile, ``step.py`` the code that both passes share, ``band.py`` the counting region.
 """
 
 import functools
@@ -64,7 +66,7 @@ from posjax.typing import Array
 
 
 def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) -> None:
-    if plan.interpret is None:  # only the shapes of what comes out are asked for
+    if plan.interpret is None:  # only the shapes of the results are needed
         return
     scalars, scale, rest = Scalars(*refs[:6]), refs[6], dict(zip(names, refs[7:], strict=True))
     rest = dict.fromkeys(OPTIONAL) | rest
@@ -77,7 +79,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
     band = CountingRegion(s, lambda a: band.seen(a)[0])
     factor, every = scale[0] * LOG2E, Groups(0, plan.groups)
 
-    if plan.turn_keys:  # all keys are here, and stay
+    if plan.turn_keys:  # all keys stay in VMEM
 
         @pl.when((group == 0) & (tile == 0))
         def _() -> None:
@@ -106,7 +108,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         return product(key, s.queries(groups), NT, key.dtype == jnp.float32) * factor
 
     def softmax(scores: list[Array], start: Array, size: int, groups: Groups) -> None:
-        """Takes scores with their counts and lookups in, [s, t] in pieces along t, of ``size`` keys from ``start`` on."""
+        """Updates the online softmax with ``size`` keys from ``start`` on; scores [s, t], split along t, include CoPE and T5."""
         weights, lane = [], 0
         penalty = s.penalty(start, size, groups) if plan.penalised else None
         for piece in scores:
@@ -125,7 +127,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         s.sums[:, groups.lanes] += product(value, joined(weights, 1), TN, value.dtype == jnp.float32)
 
     def pieces_of(passages: list[QueryGroupState], masked: bool) -> tuple[list, dict, Any]:
-        """Halves of the passages' strips, from the right, what is at hand of each, and what puts scores and gates there."""
+        """Returns the strips in pieces of 128 keys, right to left, a dict of values per piece, and the stage that fills it."""
         live: dict[int, Any] = {}
         pieces = [(passage, half) for passage in passages for half in reversed(range(blocks.strip // LANES))]
 
@@ -140,8 +142,10 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         return pieces, live, products
 
     def straight(spots: list[StripCursor], masked: bool) -> None:
-        """Scores of a step with their counts in, for queries that pass at most eight cells. ``s.cell_span`` holds afterwards what
-        they did pass; where it was more, nothing but the scores has changed."""
+        """Computes the scores of a step with CoPE biases, for queries that cross at most eight cells.
+
+        Sets ``s.cell_span`` to the actual span. If it is WIDE, the scores are invalid and the counts are unchanged.
+        """
         passages, cell_span = [band.passage(spot) for spot in spots], []
         pieces, live, products = pieces_of(passages, masked)
 
@@ -162,7 +166,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         band.leave(passages, most < WIDE)
 
     def bending(spots: list[StripCursor]) -> None:
-        """The same for any counts, group by group."""
+        """Computes the scores of a step with CoPE biases for any counts, group by group."""
         passages, last, needs = [band.passage(spot) for spot in spots], s.last_bias(), GatherWorklist(band)
         pieces, live, products = pieces_of(passages, True)
 
@@ -184,11 +188,11 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         band.by_need(add)
 
     def count(n: Array) -> Array:
-        """Step n of the band; whether there is another."""
+        """Processes counting step n; returns whether there is another."""
         spots = band.spots(n)
         whole = functools.reduce(jnp.logical_and, [spot.whole for spot in spots])
         if plan.index is None:
-            masked_or_not(functools.partial(straight, spots), whole, s.cell_span[0] < WIDE)  # as in the step before
+            masked_or_not(functools.partial(straight, spots), whole, s.cell_span[0] < WIDE)  # span of the previous step
             pl.when(s.cell_span[0] == WIDE)(lambda: bending(spots))
 
             @pl.when(s.cell_span[0] > NARROW)
@@ -211,7 +215,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
         softmax([s.left(scores, start) if masked else scores], start, blocks.keys, every)
 
     def looking(j: Array, whole: Array) -> None:
-        """A tile in strips, with lookups."""
+        """Processes a tile strip by strip, with T5 lookups."""
 
         def one(n: Array, _: None) -> None:
             strip = j * plan.per_tile + n
@@ -251,10 +255,17 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) 
 
 
 def forward(plan: Plan, x: Operands, dtype: Any = None) -> tuple[Array, ...]:
-    """out [B, K, G, T, V] and, by query tile [B, K, G, I, t / 128, 128]: log2 of the softmax's sum, and of counts the state.
+    """Runs the forward kernel.
 
     Args:
-      dtype: of out; None: that of value.
+      plan: the static part of the call.
+      x: its operands.
+      dtype: dtype of the output; None: that of value.
+
+    Returns:
+      The output [B, K, G, T, V], then arrays of rows by query tile, [B, K, G, I, t / 128, 128]: the log-sum-exp to base 2 and, with
+      CoPE, the counts (high, low) at the left end, the strip where counting ended, and the first and last step whose cell span was
+      not NARROW, in lanes 0 and 1.
     """
     batch, kv_heads, group, length, _ = x.query.shape
     blocks, keys = plan.blocks, x.key.shape[2]

@@ -1,4 +1,4 @@
-"""What the forward and the backward kernel on TPU have in common: plan, operands, scalars, and a query tile's view of them."""
+"""Code that the forward and backward kernels on TPU share: plan, operands, scalars, and one query tile's view of them."""
 
 import dataclasses
 import functools
@@ -33,14 +33,14 @@ from posjax.typing import Array
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known before compilation; no sizes of batch and heads, which a shard of a mesh has its own of."""
+    """Holds the static part of a call; no sizes of batch and heads, which differ on the shards of a mesh."""
 
     blocks: Blocks
     rules: Rules
     soft_cap: float | None
     counting: Counting | None
-    index: Any  # of a lookup: positions -> place in the table
-    uniform: Any  # of a lookup: first and last positions -> whether all pairs have one place
+    index: Any  # of a lookup: positions -> index in the table
+    uniform: Any  # of a lookup: first and last positions -> whether all pairs have the same index
     penalised: bool
     turn_keys: bool  # keys are rotated when they arrive in VMEM
     vmem: int
@@ -52,19 +52,19 @@ class Plan:
 
     @property
     def groups_side_by_side(self) -> int:
-        """Groups that count side by side: two fill the matrix unit."""
+        """Returns the number of query groups that are counted together: two fill the matrix unit."""
         return 2 if self.groups % 2 == 0 else 1
 
     @property
     def per_tile(self) -> int:
-        """Strips of a key tile."""
+        """Returns the number of strips in a key tile."""
         return self.blocks.keys // self.blocks.strip
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """A call in the kernel's layout, padded to whole blocks. Letters: I query tiles of t rows, R blocks of resident keys."""
+    """Holds the arrays of a call in the kernel's layout, padded to whole blocks. There are I query tiles of t rows each."""
 
     query: Array  # [B, K, G, T, C]
     key: Array  # [B, K, S, C]
@@ -74,19 +74,19 @@ class Operands:
     key_positions: Array  # [B or 1, 1, S]
     query_segments: Array | None
     key_segments: Array | None
-    counted_query: Array | None  # [B, K, G, T, H], what meets the embedding, where that is not ``query``
-    embedding: Array | None  # [K or 1, G or 1, 2, P, H]: of the positions, and the step to the next
+    counted_query: Array | None  # [B, K, G, T, H], multiplies the embedding; None: ``query`` does
+    embedding: Array | None  # [K or 1, G or 1, 2, P, H]: each position, and its step to the next
     table: Array | None  # [K, G, 1, 128]
     slopes: Array | None  # [K, G, 1, 128]
     query_turn: Array | None  # [B or 1, 2, T, C], cosines and sines
     key_turn: Array | None  # [B or 1, 2, S, C]
-    partner: Array | None  # [C, C], which channel turns into which
-    high: Array | None = None  # [B, K, G, I, t / 128, 128]: counts of keys to the right that other calls have, high + low
+    partner: Array | None  # [C, C], the rotate-half matrix
+    high: Array | None = None  # [B, K, G, I, t / 128, 128]: counts over the keys to the right, from other calls: high + low
     low: Array | None = None
 
 
 def queries_of(x: Operands) -> list[str]:
-    """The operands that each query tile has its own part of, and that have gradients."""
+    """Returns the names of the operands with gradients that are split by query tile."""
     return ["query"] + ([] if x.counted_query is None else ["counted_query"])
 
 
@@ -94,8 +94,11 @@ def queries_of(x: Operands) -> list[str]:
 
 
 def make_scalars(plan: Plan, x: Operands) -> tuple[Array, ...]:
-    """What the scalar unit reads: which key tiles a query tile visits, which strips a passage of queries sees, and the extents of
-    tiles, groups and strips."""
+    """Computes the arrays that the scalar unit reads, in the order of ``Scalars``.
+
+    They are the range of key tiles that the mask allows for each query tile, the range of strips for each pair of query groups, and
+    the extents of tiles, groups and strips.
+    """
     blocks = plan.blocks
 
     def of_queries(size: int) -> Array:
@@ -111,7 +114,7 @@ def make_scalars(plan: Plan, x: Operands) -> tuple[Array, ...]:
 
 
 class Scalars(NamedTuple):
-    """The same as the kernel sees it."""
+    """Holds references to the results of ``make_scalars`` inside the kernel."""
 
     visits: Any
     bands: Any
@@ -121,11 +124,11 @@ class Scalars(NamedTuple):
     key_strips: Any
 
 
-# Inside of a tile ----------------------------------------------------------------------------------------------------------
+# Inside a tile -------------------------------------------------------------------------------------------------------------
 
 
 class Groups(NamedTuple):
-    """Some of a tile's groups of 128 queries: ``count`` from ``first`` on."""
+    """A range of a tile's groups of 128 queries: ``count`` groups from ``first`` on."""
 
     first: Array | int
     count: int
@@ -135,18 +138,18 @@ class Groups(NamedTuple):
         return pl.ds(self.first * LANES, self.count * LANES)
 
     def apart(self) -> list[tuple[Array | int, slice]]:
-        """The number of each group and its lanes among theirs."""
+        """Returns each group's index in the tile and its lanes within the range."""
         return [(self.first + n, slice(n * LANES, (n + 1) * LANES)) for n in range(self.count)]
 
 
 def as_row(ref: Any, groups: Groups | None = None) -> Array:
-    """[t / 128, 128], or some groups of it, as one lane vector [1, t]."""
+    """Reads row values [t / 128, 128], or some groups of them, as one lane vector [1, t]."""
     first, count = groups or (0, ref.shape[0])
     return jnp.concatenate([ref[pl.ds(first + n, 1), :] for n in range(count)], axis=1)
 
 
 def turned(x: Array, turn: Any, partner: Array, back: bool = False) -> Array:
-    """x [s, C] rotated by the cosines and sines of ``turn`` [2, s, C], or rotated back; float32."""
+    """Rotates x [s, C] by the cosines and sines of ``turn`` [2, s, C], or rotates it back; the result is float32."""
     cos, sin = turn[0], turn[1]
     exact = partner.dtype == jnp.float32
     if back:
@@ -155,7 +158,7 @@ def turned(x: Array, turn: Any, partner: Array, back: bool = False) -> Array:
 
 
 def soft(plan: Plan, x: Array) -> Array:
-    """The soft cap of scores; what may not meet stays MASK_VALUE."""
+    """Applies the soft cap to scores; masked scores stay MASK_VALUE."""
     if plan.soft_cap is None:
         return x
     cap = plan.soft_cap * LOG2E
@@ -163,33 +166,33 @@ def soft(plan: Plan, x: Array) -> Array:
 
 
 def soft_cap_derivative(plan: Plan, x: Array) -> Array:
-    """The derivative of the soft cap where the capped score is x; zero where x is MASK_VALUE."""
+    """Returns the derivative of the soft cap where the capped score is x; zero where x is MASK_VALUE."""
     return 1.0 - jnp.square(jnp.maximum(x / (plan.soft_cap * LOG2E), -1.0))
 
 
 def masked_or_not(do: Any, whole: Array, here: Array | bool = True) -> None:
-    """``do(masked)``, if ``here``, on pairs that all may meet (``whole``) or not."""
+    """Calls ``do(masked)`` if ``here``; masked is False if the mask allows all pairs (``whole``)."""
     pl.when(whole & here)(lambda: do(False))
     pl.when(~whole & here)(lambda: do(True))
 
 
 @dataclasses.dataclass
 class Step:
-    """One query tile of one head as the kernel body sees it: what forward and backward have in common."""
+    """Holds the state of a kernel body for one query tile of one head; shared by forward and backward."""
 
     plan: Plan
     scalars: Scalars
     refs: dict[str, Any]
-    row: Array  # of the batch, 0 where rows do not differ
+    row: Array  # index in the batch of ``scalars``; 0 where it has one row
     rows: int
-    tile: Array  # the query tile
-    key_block: Array  # which resident block of keys
+    tile: Array  # index of the query tile
+    key_block: Array  # index of the resident block of keys
 
     def __getattr__(self, name: str) -> Any:
         return self.refs[name]
 
     def entry(self, which: str, index: Array) -> list[Array]:
-        """What the scalars tell of one piece: two numbers of what it sees, the four of an extent."""
+        """Reads one entry of ``scalars``: a range (two numbers) or an extent (four numbers)."""
         ref, size = getattr(self.scalars, which), 2 if which in ("visits", "bands") else 4
         start = (self.row * (ref.shape[0] // self.rows // size) + index) * size
         return [ref[start + n] for n in range(size)]
@@ -208,12 +211,14 @@ class Step:
 
     @property
     def strips(self) -> int:
-        """Of the resident block."""
+        """Returns the number of strips in the resident block."""
         return self.key.shape[0] // self.plan.blocks.strip
 
     def for_tiles(self, visit: Any) -> None:
-        """Calls ``visit(j, whole)`` for each key tile of this block with pairs that were not counted, and whether all pairs of it
-        are such and may meet."""
+        """Calls ``visit(j, whole)`` for each key tile of this block that has pairs outside the counting region, right to left.
+
+        ``whole`` is True if all pairs of the tile are outside the counting region and allowed.
+        """
         per_tile, held = self.plan.per_tile, self.strips // self.plan.per_tile
         first, last = (jnp.clip(n - self.key_block * held, 0, held) for n in self.entry("visits", self.tile))
         limits = [] if self.plan.counting is None else [self.limit_here(a) for a in range(self.limit.shape[0])]
@@ -231,24 +236,24 @@ class Step:
         jax.lax.fori_loop(0, last - first, one, None)
 
     def limit_here(self, a: Array | int) -> Array:
-        """The strip of this block from which on the queries of a passage have counted, none where it is past the last."""
+        """Returns the first strip of this block that pair a of query groups has counted; ``strips`` if it has counted none."""
         return jnp.clip(self.limit[a] - self.key_block * self.strips, 0, self.strips)
 
     def all_groups(self, ref: Any) -> Array:
-        """[t / 128, s, 128] as [s, t]."""
+        """Reads [t / 128, s, 128] as [s, t]."""
         return jnp.concatenate([ref[g] for g in range(self.plan.groups)], axis=1)
 
     def by_group(self, ref: Any, x: Array) -> None:
-        """[s, t] into [t / 128, s, 128]."""
+        """Writes [s, t] into [t / 128, s, 128]."""
         for g in range(self.plan.groups):
             ref[g] = x[:, g * LANES : (g + 1) * LANES]
 
     def last_bias(self) -> Array:
-        """What counts past the last position add, [1, t]."""
+        """Returns the bias of saturated counts, [1, t]."""
         return jnp.concatenate([self.z[g, pl.ds(self.plan.counting.last, 1), :] for g in range(self.plan.groups)], axis=1)
 
     def choose(self, j: Array, whole: Array, plain: Any, detailed: Any) -> None:
-        """Calls ``detailed(j, whole)`` on a tile that looks up, ``plain(j, masked)`` on any other."""
+        """Calls ``detailed(j, whole)`` on a tile with more than one table index, ``plain(j, masked)`` on any other."""
         fine: Array | bool = False
         if self.plan.index is not None:
             fine = ~self.is_uniform(self.query_extent(), self.key_extent(j))
@@ -256,7 +261,7 @@ class Step:
         masked_or_not(functools.partial(plain, j), whole, True if self.plan.index is None else ~fine)
 
     def lookups(self, strip_of: Any) -> Array:
-        """What the table adds to the queries of each group g in their strip ``strip_of(g)``, [s, t]."""
+        """Returns the T5 bias of each query group g in its strip ``strip_of(g)``, [s, t]."""
 
         def one_group(g: Array, _: None) -> None:
             strip = strip_of(g)
@@ -283,7 +288,7 @@ class Step:
         return ref[pl.ds(start, size), :]
 
     def pairs(self, start: Array, size: int, groups: Groups | None = None, here: Array | None = None) -> Array:
-        """Which pairs of ``size`` keys and the queries, or some groups of them, may meet, [size, t]; none if not ``here``."""
+        """Returns the mask of ``size`` keys and the queries, or some groups of them: bool [size, t], all False if not ``here``."""
         rules = self.plan.rules
 
         def both(queries: Any, keys: Any) -> list[Array]:
@@ -291,14 +296,14 @@ class Step:
             return [row, column(keys[:, pl.ds(start, size)], row.shape[1])]
 
         positions = both(self.query_positions, self.key_positions)
-        if here is not None and rules.is_causal:  # a query before all keys sees none
+        if here is not None and rules.is_causal:  # a query position before all keys allows none
             positions[0] = jnp.where(here, positions[0], jnp.iinfo(jnp.int32).min)
         segments = both(self.query_segments, self.key_segments) if rules.segmented else (None, None)
         allowed = rules.pairs(*positions, *segments)
         return allowed if here is None or rules.is_causal else allowed & here
 
     def left(self, scores: Array, start: Array) -> Array:
-        """Scores [s, t] of keys from ``start`` on and all queries, MASK_VALUE for pairs that may not meet or were counted."""
+        """Masks scores [s, t] of the keys from ``start`` on: MASK_VALUE for pairs that are not allowed or already counted."""
         size = scores.shape[0]
         allowed = self.pairs(start, size)
         if self.plan.counting is None:
@@ -315,13 +320,13 @@ class Step:
         return slope * jnp.abs(distance).astype(jnp.float32)
 
     def looked_up(self, index: Array) -> Array:
-        """The table's entries at [s, 128]."""
+        """Returns the table's entries at the given indices, [s, 128]."""
         table = jnp.broadcast_to(self.table[...] * LOG2E, (SUBLANES, LANES))
         rows = [gathered(table, index[at : at + SUBLANES], 1) for at in range(0, index.shape[0], SUBLANES)]
         return jnp.concatenate(rows, axis=0)
 
     def index_of(self, strip: Array, group: Array) -> Array:
-        """The places in the table of a strip and a group, [s, 128]."""
+        """Returns the table indices of a strip and a query group, [s, 128]."""
         keys = column(self.key_positions[:, pl.ds(self.start_of(strip), self.plan.blocks.strip)], LANES)
         return self.plan.index(jnp.broadcast_to(self.query_positions[pl.ds(group, 1), :], keys.shape), keys)
 
@@ -332,7 +337,7 @@ class Step:
         return self.plan.index(queries.first, keys.last)
 
     def constant(self, queries: Extent, keys: Extent) -> Array | None:
-        """The bias that is one number a row, [1, t]: a count past the last position, a distance past all others."""
+        """Returns the bias that is constant along a row, [1, t]: of saturated counts and of the T5 index common to all pairs."""
         total = None
         if self.plan.counting is not None:
             total = self.last_bias()
@@ -343,7 +348,7 @@ class Step:
         return total
 
     def prepare_queries(self) -> None:
-        """Rotates the query tile and multiplies it with the embedding, once for all its key tiles."""
+        """Rotates the query tile and multiplies the query with the embedding, once for all key tiles."""
         raw = self.query[...]
         if self.query_turn is not None:
             self.turned_query[...] = turned(raw, self.query_turn, self.partner[...]).astype(raw.dtype)
@@ -373,12 +378,12 @@ OPTIONAL = tuple(field.name for field in dataclasses.fields(Operands) if "None" 
 
 
 def blocks_of(first: Array, last: Array, held: int) -> tuple[Array, Array]:
-    """The first and the last resident block that key tiles first .. last - 1 lie in."""
-    return jax.lax.div(first, np.int32(held)), jax.lax.div(jnp.maximum(last - 1, first), np.int32(held))  # // asks for the chip
+    """Returns the first and the last resident block of the key tiles first .. last - 1."""
+    return jax.lax.div(first, np.int32(held)), jax.lax.div(jnp.maximum(last - 1, first), np.int32(held))  # // queries the chip
 
 
 def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[Array], list[pl.BlockSpec]]:
-    """Names, arrays and blocks of the operands; ``key_block(b, i, r, *scalars)`` gives the block of resident keys."""
+    """Returns the names, arrays and block specs of the operands; ``key_block(b, i, r, *scalars)`` is the resident block's index."""
     blocks = plan.blocks
     held = min(blocks.resident, x.key.shape[2])
     made: list[tuple[str, Array, tuple, Any]] = []
@@ -439,7 +444,7 @@ def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[
 
 
 def scratch_of(plan: Plan, x: Operands) -> dict[str, Any]:
-    """What both passes keep in VMEM besides their operands."""
+    """Returns the scratch buffers that both passes use, by name."""
     blocks, width = plan.blocks, x.query.shape[-1]
     made = {}
     if x.query_turn is not None:

@@ -1,12 +1,12 @@
-"""What the TPU kernels compute inside a tile: biases, counts, and their gradients.
+"""The mathematics of the TPU kernels inside a tile: biases, counts, and their gradients.
 
-Scores stand transposed, keys along sublanes and queries along lanes, [s, t]: a row's statistics are then lane vectors [1, t] that
-broadcast for nothing, products need no transposes, and CoPE looks its embedding up along sublanes, which the chip does in one
+Scores are transposed, [s, t], with keys along sublanes and queries along lanes. Row statistics are then lane vectors [1, t] that
+broadcast for free, products need no transposes, and CoPE gathers from its embedding along sublanes, which the chip does in one
 operation. Scores are in units of log2 e, so that the exponential is a power of two.
 
-A query's embedding products z_n = q.e_n stand as [P, t]. Between two of them the bias is a straight line, so a count c needs two
-numbers of its cell n = floor c: z_n and the slope z_{n+1} - z_n. Where gates are small, cells of many keys are among eight: they
-are fetched once, into one register for 128 queries, and each pair then looks up in it.
+The embedding products of the queries, z_n = q.e_n, have shape [P, t]. Between two of them the bias is linear, so a count c needs
+two numbers of its cell n = floor c: z_n and the slope z_{n+1} - z_n. Where gates are small, the cells of many keys lie within a
+window of eight. The window is fetched once, into one register for 128 queries, and each pair then gathers from it.
 """
 
 import functools
@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from posjax.typing import Array
 
 SUBLANES, LANES = 8, 128
-NARROW, MEDIUM, WIDE = range(3)  # how many cells the queries of a strip pass: see ``Piece.cell_span``
-FEW = 2  # cells whose gradients are spread in a straight line for each quarter of a strip
+NARROW, MEDIUM, WIDE = range(3)  # how many cells the queries cross in a strip: see ``Piece.cell_span``
+FEW = 2  # crossed cells per quarter of a strip for which ``spread_within`` suffices
 QUARTER = 64  # keys
 LOG2E = math.log2(math.e)
-MASK_VALUE = -2e38  # a score that is not allowed
-INIT_MAX = -1e30  # the running maximum before anything was seen: above MASK_VALUE, so that what is forbidden weighs nothing
+MASK_VALUE = -2e38  # the score of a pair that is not allowed
+INIT_MAX = -1e30  # initial running maximum: above MASK_VALUE, so that masked scores have weight zero
 
 NN = (((1,), (0,)), ((), ()))  # a b
 NT = (((1,), (1,)), ((), ()))  # a b^T
@@ -32,13 +32,13 @@ TN = (((0,), (0,)), ((), ()))  # a^T b
 
 
 def product(a: Array, b: Array, form: Any = NN, exact: bool = False) -> Array:
-    """A matrix product accumulated in float32; ``exact`` also multiplies in float32."""
+    """Multiplies two matrices with accumulation in float32; ``exact`` also multiplies in float32."""
     precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(a, b, form, precision=precision, preferred_element_type=jnp.float32)
 
 
 def matmul_bf16x3(a: Array, b: Array, form: Any, exact: bool) -> Array:
-    """A product of float32 numbers: in float32, or, not ``exact``, of 16 bits of each. bfloat16 numbers have but 8."""
+    """Multiplies two matrices in float32 if ``exact``, else with 16 bits of each float32 and the 8 bits of each bfloat16 number."""
     if exact:
         return product(a, b, form, exact)
 
@@ -53,13 +53,13 @@ def matmul_bf16x3(a: Array, b: Array, form: Any, exact: bool) -> Array:
 
 
 def column(row: Array, width: int) -> Array:
-    """[1, s] as [s, width], the same in every lane."""
+    """Transposes and broadcasts [1, s] to [s, width], the same in every lane."""
     square = jnp.broadcast_to(row, (LANES, row.shape[1])).T
     return square if width == LANES else jnp.tile(square, (1, width // LANES))
 
 
 def to_sublanes(x: Array) -> Array:
-    """The sum over groups of eight rows, [s, t] -> [8, t]."""
+    """Sums the blocks of eight rows, [s, t] -> [8, t]."""
     return x.reshape(x.shape[0] // SUBLANES, SUBLANES, x.shape[1]).sum(0)
 
 
@@ -67,13 +67,13 @@ def to_sublanes(x: Array) -> Array:
 
 
 class Counting(NamedTuple):
-    """What is known of a counting term before compilation.
+    """Holds the static properties of a CoPE term.
 
     Attributes:
-      last: P - 1, where counts stop to matter.
-      rows: P up to whole sublanes.
-      exact: sums of gates in full float32, for float32 calls; otherwise gates are cut into two bfloat16 halves, 16 bits in all.
-      has_sublane_gather: the chip looks up along sublanes in one operation (all but the v4 do).
+      last: P - 1, where counts saturate.
+      rows: P rounded up to whole sublanes.
+      exact: whether gates are summed in full float32, for float32 calls; if not, gates are split into two bfloat16 parts, 16 bits.
+      has_sublane_gather: whether the chip gathers along sublanes in one operation (all but the v4 do).
     """
 
     last: int
@@ -83,22 +83,25 @@ class Counting(NamedTuple):
 
 
 def sums_to_the_right(gates: Array, counting: Counting) -> Array:
-    """For each key of [s, t], of which ``doubled_gates`` are given, the sum of the gates of itself and of later keys: a product
-    with a triangle, exact in its float32 sums."""
+    """Returns for each key of [s, t] the sum of the gates of itself and of later keys, from ``doubled_gates``.
+
+    The sum is a product with a triangular matrix, exact in its float32 sums.
+    """
     return _sums(gates, True, 3 if counting.exact else 2, 0.5)
 
 
 def sums_to_the_left(gradient: Array, counting: Counting) -> Array:
-    """For each key of [s, t] the sum over itself and earlier keys; of bfloat16 calls rounded like every other gradient."""
+    """Returns for each key of [s, t] the sum over itself and earlier keys; bfloat16 calls round it like every other gradient."""
     return _sums(gradient, False, 3 if counting.exact else 1, 1.0)
 
 
 def _sums(x: Array, later: bool, parts: int, factor: float) -> Array:
-    """x is cut into bfloat16 parts, 8 bits each, which the triangle, of a power of two, multiplies without rounding.
+    """Sums x cumulatively by a product with a triangular matrix.
 
-    One product sums two parts. Three are summed apart, since the least would drown in the sums of the greatest.
+    x is split into bfloat16 parts of 8 bits. The entries of the triangle are a power of two, so no product is rounded. One product
+    sums two parts. Three parts take one product each, since the smallest would be lost in the sums of the largest.
     """
-    if x.shape[0] > LANES:  # a triangle of twice the size is four times the work
+    if x.shape[0] > LANES:  # a triangle of twice the size takes four times the work
         pieces = [_sums(x[at : at + LANES], later, parts, factor) for at in range(0, x.shape[0], LANES)]
         for n in range(1, len(pieces)):
             if later:
@@ -118,24 +121,24 @@ def _sums(x: Array, later: bool, parts: int, factor: float) -> Array:
 
 
 def doubled_gates(logits: Array, exact: bool) -> Array:
-    """Twice the sigmoid of scores in units of log2 e; zero where they are MASK_VALUE. Sums take the factor off again."""
+    """Returns twice the sigmoid of scores in units of log2 e; zero where they are MASK_VALUE. The sums remove the factor two."""
     return 2.0 / (1.0 + jnp.exp2(-logits)) if exact else jnp.tanh(logits * (0.5 / LOG2E)) + 1.0
 
 
 def gate_slope(doubled: Array) -> Array:
-    """The derivative of the gates by their logits in units of log2 e."""
+    """Returns the derivative of the gates with respect to their logits in units of log2 e."""
     return doubled * (0.5 / LOG2E - (0.25 / LOG2E) * doubled)
 
 
 def two_sum(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
-    """(high + low) + x in two floats: what x loses to high is kept in low, so that subtracting x later undoes it."""
+    """Adds x to high + low with compensation: low keeps the rounding error of high, so that subtracting x later undoes the sum."""
     total = high + x
     part = total - high
     return total, low + ((high - (total - part)) + (x - part))
 
 
 def gathered(table: Array, index: Array, axis: int) -> Array:
-    """``jnp.take_along_axis`` of one register [8, 128], in the one form that the chip has, and none of its many operations."""
+    """Applies ``jnp.take_along_axis`` to a register [8, 128] in the only form that the chip supports, without extra operations."""
     numbers = jax.lax.GatherDimensionNumbers(
         offset_dims=(),
         collapsed_slice_dims=(axis,),
@@ -147,7 +150,7 @@ def gathered(table: Array, index: Array, axis: int) -> Array:
 
 
 def pick(table: Array, index: Array, has_sublane_gather: bool) -> Array:
-    """table [8, t] at the sublane ``index`` [r, t] of the same lane."""
+    """Gathers from a table [8, t] at the sublanes ``index`` [r, t] of the same lane."""
     if not has_sublane_gather:
         found = jnp.broadcast_to(table[:1], index.shape)
         for n in range(1, SUBLANES):
@@ -166,12 +169,12 @@ def joined(parts: list[Array], axis: int) -> Array:
 
 
 def eights(table: Array) -> list[Array]:
-    """A table [P, t] by eight rows."""
+    """Splits a table [P, t] into blocks of eight rows."""
     return [table[at : at + SUBLANES] for at in range(0, table.shape[0], SUBLANES)]
 
 
 def moved_down(rows: list[Array], by: Array, keep: int) -> list[Array]:
-    """``keep`` of ``rows`` [8, t] from number ``by`` [1, t] on, in each lane its own; what is past the last is any of them."""
+    """Returns blocks ``by`` .. ``by + keep - 1`` of ``rows`` [8, t], per lane (``by`` is [1, t]); past the last, any block."""
     for bit in reversed(range((len(rows) - 1).bit_length())):
         step = 1 << bit
         there, needed = (by & step) != 0, min(len(rows), keep + step - 1)
@@ -180,7 +183,7 @@ def moved_down(rows: list[Array], by: Array, keep: int) -> list[Array]:
 
 
 def moved_up(rows: list[Array], by: Array, most: int, keep: int) -> list[Array]:
-    """``keep`` rows [8, t], those of ``rows`` from number ``by`` [1, t] on, at most ``most``, and zeros."""
+    """Returns ``keep`` blocks [8, t] of zeros with ``rows`` placed from block ``by`` on, per lane: [1, t], at most ``most``."""
     rows = rows[:keep]
     for bit in range(most.bit_length()):
         step = 1 << bit
@@ -190,7 +193,7 @@ def moved_up(rows: list[Array], by: Array, most: int, keep: int) -> list[Array]:
 
 
 def eight_from(table: Array, start: Array, counting: Counting) -> Array:
-    """Rows start .. start + 7 of a table [P, t], each lane from its own start [1, t]; past the last, the last."""
+    """Returns rows start .. start + 7 of a table [P, t], with one start [1, t] per lane; rows past the last repeat the last."""
     start = jnp.minimum(start, counting.last)
     at = jnp.minimum(start + jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, table.shape[1]), 0), counting.last)
     here = jnp.maximum(start, 0) >> 3
@@ -198,46 +201,48 @@ def eight_from(table: Array, start: Array, counting: Counting) -> Array:
     return jnp.where(at >> 3 == here, first, second)
 
 
-# A cell is found by rounding to the nearest whole number, in one addition. So counts are given from half a cell above the base of a
-# window, and a little less, because a tie rounds to the even number.
+# Adding a large constant rounds a count to the nearest integer. Subtracting 1/2 first makes that the floor, the cell. The offset is
+# a little less than 1/2, because ties round to even.
 OFFSET = 0.5 - 2.0**-19
-_WHOLE = 1.5 * 2.0**23  # here floats are whole numbers, and the last bits of theirs are those of what was added
+_WHOLE = 1.5 * 2.0**23  # floats of this size are integers; their last bits are those of the added number
 
 
 def cell(inside: Array) -> Array:
-    """The cell from the base on, for counts ``inside`` + ``OFFSET`` from the base on."""
+    """Returns the cell relative to the base of the window, for counts ``inside`` + ``OFFSET`` above the base."""
     return (inside + _WHOLE) - _WHOLE
 
 
 def cells_passed(inside: Array) -> Array:
-    """From the first to the last of rows of counts, [1, t]."""
+    """Returns the number of cells that each query crosses from the first to the last key, [1, t], from counts in a window."""
     return cell(inside[:1]) - cell(inside[-1:])
 
 
 class Window(NamedTuple):
-    """The straight lines of eight cells from a base on: start + slope * inside."""
+    """Holds the bias in eight cells from a base on, linear in each: start + slope * inside."""
 
     start: Array  # [8, t]
     slope: Array
 
 
 def window(z: Array, slope: Array, base: Array, counting: Counting) -> Window:
-    """From z and its steps [P, t]; below no cell and above the last, cells are whatever they are, or the last."""
+    """Builds the window at ``base`` from z and its steps [P, t]; cells below 0 are arbitrary, cells past the last repeat it."""
     row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, z.shape[1]), 0).astype(jnp.float32)
     steep = eight_from(slope, base, counting)
     return Window(eight_from(z, base, counting) - (row - OFFSET) * steep, steep)
 
 
 def within(window: Window, inside: Array, counting: Counting) -> tuple[Array, Array]:
-    """The bias and its slope at counts ``inside``, [s, t], all in the window's eight cells."""
+    """Returns the bias and its slope at counts ``inside`` [s, t], which all lie in the window's eight cells."""
     at = jax.lax.bitcast_convert_type(inside + _WHOLE, jnp.int32) & (SUBLANES - 1)
     slope = pick(window.slope, at, counting.has_sublane_gather)
     return pick(window.start, at, counting.has_sublane_gather) + inside * slope, slope
 
 
 def staggered(pieces: int, stages: list[Any]) -> None:
-    """Calls each stage for each piece, every stage a piece behind the one before it, so that in a program without branches the
-    stages of neighbours, which wait for nothing of each other, stand side by side."""
+    """Calls each stage for each piece in software-pipelined order: every stage runs one piece behind the stage before it.
+
+    In branch-free code, independent stages of neighboring pieces are then adjacent and can overlap.
+    """
     for n in range(pieces + len(stages) - 1):
         for behind, stage in enumerate(stages):
             if 0 <= n - behind < pieces:
@@ -245,20 +250,20 @@ def staggered(pieces: int, stages: list[Any]) -> None:
 
 
 def positions(counts: Array, counting: Counting) -> Array:
-    """Counts, clamped. From the last position on there is one more cell, whose slope is zero, which stops the gradient as well."""
+    """Clamps counts to the last position. The cell that begins there has slope zero, which stops the gradient as well."""
     return jnp.minimum(counts, counting.last)
 
 
 def spans(positions: Array) -> Array:
-    """The number of cells that each query passes from the first to the last of keys, [1, t] int32."""
+    """Returns the number of cells that each query crosses from the first to the last key, [1, t] int32."""
     return positions[:1].astype(jnp.int32) - positions[-1:].astype(jnp.int32)
 
 
 def interpolated(positions: Array, z: Array, slope: Array, counting: Counting, few: bool) -> tuple[Array, Array]:
-    """The bias and its slope, [s, t] each, at positions [s, t], from z and its steps [P, t].
+    """Interpolates the bias and its slope, [s, t] each, at positions [s, t], from z and its steps [P, t].
 
     Args:
-      few: each query passes fewer than eight cells here: all of its are among eight from the least on, which are fetched first.
+      few: each query crosses fewer than eight cells here, so that one fetch of eight cells from the smallest on covers them all.
     """
     if few:
         base = positions[-1:].astype(jnp.int32)
@@ -270,11 +275,11 @@ def interpolated(positions: Array, z: Array, slope: Array, counting: Counting, f
     return joined([bias for bias, _ in found], 0), joined([steep for _, steep in found], 0)
 
 
-_ROWS = 2 * SUBLANES  # that pass fewer than 16 cells, as no gate is more than one: three eights hold them
+_ROWS = 2 * SUBLANES  # keys; they cross fewer than 16 cells, as no gate exceeds one, so three blocks of eight hold them
 
 
 def _by_eights(positions: Array, z: Array, slope: Array, counting: Counting) -> tuple[Array, Array]:
-    """``interpolated`` for ``_ROWS`` keys."""
+    """Interpolates at ``_ROWS`` keys, for any number of cells."""
     cells = positions.astype(jnp.int32)
     first = cells[-1:] >> 3
     row, number = cells & (SUBLANES - 1), (cells >> 3) - first
@@ -287,7 +292,10 @@ def _by_eights(positions: Array, z: Array, slope: Array, counting: Counting) -> 
 
 
 def spread_within(inside: Array, gradient: Array) -> Array:
-    """``spread`` for 64 keys, as far as they pass ``FEW`` cells: the gradient [8, t] of a window's nodes, for counts ``inside``."""
+    """Applies the transpose of the interpolation in a window: gradients of 64 keys to those of the window's nodes, [8, t].
+
+    It covers counts ``inside`` that cross up to ``FEW`` cells; ``spread_beyond`` adds the rest.
+    """
     total = to_sublanes(gradient).sum(0, keepdims=True)
     first = cell(inside[-1:])
     nodes = [first + (n - OFFSET) for n in range(FEW + 1)]
@@ -302,7 +310,7 @@ def spread_within(inside: Array, gradient: Array) -> Array:
 
 
 def spread_beyond(inside: Array, gradient: Array, most: Array) -> Array:
-    """What ``spread_within`` leaves out where a query passes more than ``FEW`` cells: ``most``, a scalar."""
+    """Returns the part that ``spread_within`` omits where a query crosses more than ``FEW`` cells, up to ``most`` (a scalar)."""
     first = cell(inside[-1:])
     row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, inside.shape[1]), 0) - first.astype(jnp.int32)
 
@@ -315,7 +323,7 @@ def spread_beyond(inside: Array, gradient: Array, most: Array) -> Array:
 
 
 def placed(nodes: Array, base: Array, counting: Counting) -> Array:
-    """The gradient [8, t] of a window's nodes as that of z, [P, t]: what is past the last position belongs to the last."""
+    """Places the gradient [8, t] of a window's nodes in that of z, [P, t]; nodes past the last position add to the last."""
     row = jax.lax.broadcasted_iota(jnp.int32, nodes.shape, 0)
     past = jnp.where(row + base >= counting.last, nodes, 0.0).sum(0, keepdims=True)
     every = jax.lax.broadcasted_iota(jnp.int32, (counting.rows, nodes.shape[1]), 0)
@@ -326,22 +334,22 @@ def placed(nodes: Array, base: Array, counting: Counting) -> Array:
 
 
 def spread(positions: Array, gradient: Array, most: Any, counting: Counting) -> Array:
-    """The transpose of interpolation where few cells are passed: the gradient [P, t] of z, from positions and gradients [s, t].
+    """Applies the transpose of the interpolation where few cells are crossed: gradients [s, t] of the bias to [P, t] of z.
 
-    A gradient g at position u beyond the least cell gives node m the part g max(0, 1 - |u - m|), which is the second difference of
-    sums of g max(0, u - m): one product and one sum a node.
+    A gradient g at position u, relative to the smallest cell, contributes g max(0, 1 - |u - m|) to node m. That is the second
+    difference of sums of g max(0, u - m), which take one product and one sum per node.
 
     Args:
       positions: [s, t], clamped.
       gradient: [s, t], of the bias.
-      most: the greatest number of cells that a query passes, a scalar below 8.
+      most: the greatest number of cells that a query crosses, a scalar below 8.
     """
     base = positions[-1:].astype(jnp.int32)
     inside = positions - base.astype(jnp.float32)
     row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, positions.shape[1]), 0)
 
     def ramps(m: Any, sums: Array) -> Array:
-        """Row m: the sum of g max(0, u - m)."""
+        """Sets row m to the sum of g max(0, u - m)."""
         found = to_sublanes(jnp.maximum(inside - m.astype(jnp.float32), 0.0) * gradient).sum(0, keepdims=True)
         return jnp.where(row == m, found, sums)
 
@@ -352,16 +360,16 @@ def spread(positions: Array, gradient: Array, most: Any, counting: Counting) -> 
 
 
 def spread_widely(positions: Any, gradient: Any, counting: Counting) -> Array:
-    """``spread`` for any number of cells, from references: a row of memory is read into eight at once.
+    """Computes ``spread`` for any number of cells, from references, since a load broadcasts a row of memory to eight sublanes.
 
-    Eight keys pass at most eight nodes; their windows are joined two by two, up to those of 32 keys.
+    Eight keys cross at most eight nodes. Their windows are merged in pairs, up to windows of 32 keys.
     """
     size, total = min(32, positions.shape[0]), None
     for end in range(size, positions.shape[0] + 1, size):
         windows, below = [], None
-        for at in range(end - SUBLANES, end - size - 1, -SUBLANES):  # from the least counts on
+        for at in range(end - SUBLANES, end - size - 1, -SUBLANES):  # smallest counts first
             base = positions[at + SUBLANES - 1 : at + SUBLANES, :].astype(jnp.int32)
-            if below is not None:  # what rounding has made more than a gate of one a key
+            if below is not None:  # rounding can make counts grow by more than one per key
                 base = jnp.minimum(base, below + SUBLANES)
             below = base
             windows.append((base >> 3, _window_of_eight(positions, gradient, at, base, counting)))
@@ -375,7 +383,7 @@ def spread_widely(positions: Any, gradient: Any, counting: Counting) -> Array:
 
 
 def _window_of_eight(positions: Any, gradient: Any, at: int, base: Array, counting: Counting) -> list[Array]:
-    """The gradients of the nodes from ``base`` on that come from eight keys."""
+    """Returns the gradients of the nodes from ``base`` on that come from eight keys."""
     node = (jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, base.shape[1]), 0) + base).astype(jnp.float32)
     before = sums = None
     for n in range(at, at + SUBLANES):
@@ -386,9 +394,11 @@ def _window_of_eight(positions: Any, gradient: Any, at: int, base: Array, counti
 
 
 def _nodes(sums: Array, before: Array, base: Array, counting: Counting) -> list[Array]:
-    """Second differences of ramps, ``before`` [1, t] and [8, t], from the node before ``base`` [1, t] on: the gradients of nine
-    nodes, from the eight on that the base is in."""
-    beyond = sums[SUBLANES - 1 :]  # the ramp from node 7 on is all that reaches node 8
+    """Returns the gradients of nine nodes from ``base`` [1, t] on, as two blocks of eight rows from the block that contains base.
+
+    They are the second differences of the ramp sums: ``before`` [1, t] at the node before base, ``sums`` [8, t] from base on.
+    """
+    beyond = sums[SUBLANES - 1 :]  # only the ramp from node 7 on reaches node 8
     left = jnp.concatenate([before, sums[:-1]], 0)
     right = jnp.concatenate([sums[1:], jnp.zeros_like(before)], 0)
     row, own = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0), base & (SUBLANES - 1)
@@ -398,13 +408,13 @@ def _nodes(sums: Array, before: Array, base: Array, counting: Counting) -> list[
 
 
 def _together(low: tuple[Array, list[Array]], high: tuple[Array, list[Array]], rows: int) -> tuple[Array, list[Array]]:
-    """Two windows of neighbouring keys, ``rows`` together, as one."""
+    """Merges the windows of two adjacent runs of keys, ``rows`` keys in total, into one."""
     (first, window), (first_high, moved) = low, high
     moved = moved_up(moved, first_high - first, rows // 2 // SUBLANES, 1 + rows // SUBLANES)
     return first, [a + b for a, b in zip(window, moved, strict=False)] + moved[len(window) :]
 
 
 def _in_table(first: Array, window: list[Array], counting: Counting) -> Array:
-    """A window from eight number ``first`` [1, t] on in a table [P, t] of zeros."""
+    """Places a window in a table [P, t] of zeros, from the block of eight rows ``first`` [1, t] on."""
     size = counting.rows // SUBLANES
     return joined(moved_up(window, first, size - 1, size), 0)

@@ -1,13 +1,12 @@
-"""How much VMEM the TPU kernel takes, estimated before anything is compiled, and the block sizes to try where it is too much;
-and how much SMEM.
+"""Estimates of the VMEM and SMEM that the TPU kernels take, before anything is compiled, and smaller block sizes to try.
 
-The backward pass takes more than the forward pass in everything, so its need is the call's:
+The backward pass takes more of everything than the forward pass, so the estimate of a call is that of its backward pass:
 
-    windows   blocks of operands and results, twice each: one is computed with while the next arrives or the last leaves
-    scratch   what both passes keep, and what the backward pass keeps besides: gradients of the same, sums for queries and keys
-    spilled   values of a tile that the registers do not hold; only the compiler knows, this is an upper bound of what it reported
+    windows   blocks of operands and results, double-buffered: one is in use while the next is loaded or the last is stored
+    scratch   the buffers of both passes, and those of the backward pass alone: their gradients, and sums for queries and keys
+    spilled   values of a tile that do not fit the registers; only the compiler can say, so this bounds the amounts it reported
 
-A compiler may do better, with operands that lie in VMEM altogether or blocks that never change.
+The compiler may need less, where operands fit VMEM as a whole or blocks never change.
 """
 
 import math
@@ -21,16 +20,16 @@ from posjax.attention.backends.tpu.blocks import Blocks
 from posjax.attention.backends.tpu.step import Operands, Plan, inputs_of, make_scalars, queries_of, scratch_of
 from posjax.attention.backends.tpu.tiles import LANES, SUBLANES
 
-SMEM = 2**20 - 2**14  # bytes; all generations have 1 MiB
-# Bytes by the size of a number: for each pair of a tile, each channel of its queries and keys, and for each of its queries and each
-# position of CoPE or key of a strip. Fitted to what ``posjax.compile.aot`` reports as ``Kernel.vmem``, on the safe side of it.
+SMEM = 2**20 - 2**14  # bytes; every generation has 1 MiB
+# Bytes by itemsize: per pair of a tile, per channel of its queries and keys, and per query and position of CoPE or key of a strip.
+# Fitted as upper bounds to the ``Kernel.vmem`` that ``posjax.compile.aot`` reports.
 _SPILLED = {2: (11, 5, 8), 4: (16, 16, 24)}
-_SPILLED_BY_ROTATION = 12  # for each channel of the queries
-_SPILLED_BY_COMPARING = 40  # for each query and position, on chips that do not look up
+_SPILLED_BY_ROTATION = 12  # per query and channel
+_SPILLED_BY_COMPARING = 40  # per query and position, on chips without a sublane gather
 
 
 def size(shape: tuple[int | None, ...], dtype: Any) -> int:
-    """Bytes of an array in VMEM, whose last two axes are padded to whole registers; None is an axis left out."""
+    """Returns the bytes of an array in VMEM, its last two axes padded to whole registers; axes that are None are omitted."""
     item = jnp.dtype(dtype).itemsize
     *outer, rows, columns = (1, 1, *(n for n in shape if n is not None))
     return math.prod(outer) * _up(rows, SUBLANES * 4 // item) * _up(columns, LANES) * item
@@ -41,12 +40,12 @@ def _up(n: int, to: int) -> int:
 
 
 def needed(plan: Plan, x: Operands) -> int:
-    """Bytes of VMEM that a call takes at most, from its plan and the shapes of its operands."""
+    """Returns an upper estimate of the VMEM of a call in bytes, from its plan and the shapes of its operands."""
     return buffers(plan, x) + _spilled(plan, x)
 
 
 def buffers(plan: Plan, x: Operands) -> int:
-    """Bytes of windows and scratch of the backward pass."""
+    """Returns the bytes of the windows and scratch buffers of the backward pass."""
     blocks, width, value_width = plan.blocks, x.query.shape[-1], x.value.shape[-1]
     held = min(blocks.resident, x.key.shape[2])
     names, arrays, specs = inputs_of(plan, x, lambda *_: 0)
@@ -54,7 +53,7 @@ def buffers(plan: Plan, x: Operands) -> int:
     windows |= {f"d_{name}": windows[name] for name in ("key", "value", "embedding") if name in windows}
     windows["d_out"] = size((blocks.queries, value_width), x.value.dtype)
     for name in queries_of(x):
-        dtype = x.query.dtype if held == x.key.shape[2] else jnp.float32  # of all keys at once, or added to what was found before
+        dtype = x.query.dtype if held == x.key.shape[2] else jnp.float32  # float32 if summed over blocks of keys
         windows[f"d_{name}"] = size((blocks.queries, getattr(x, name).shape[-1]), dtype)
     windows["rows"] = 14 * size((plan.groups, LANES), jnp.float32)  # statistics and the state of counts
     scratch = {name: size(a.shape, a.dtype) for name, a in scratch_of(plan, x).items() if "vmem" in str(a.memory_space)}
@@ -79,7 +78,7 @@ def _spilled(plan: Plan, x: Operands) -> int:
 
 
 def scalars(plan: Plan, x: Operands, parts: int) -> int:
-    """Bytes of SMEM that the extents of tiles take where ``parts`` devices share the batch."""
+    """Returns the bytes of SMEM that the results of ``make_scalars`` take where ``parts`` devices share the batch."""
     shapes = jax.eval_shape(lambda x: make_scalars(plan, x), x)
     given = [x.query_positions, x.key_positions, x.query_segments, x.key_segments]
     rows = max(array.shape[0] for array in given if array is not None)
@@ -87,7 +86,7 @@ def scalars(plan: Plan, x: Operands, parts: int) -> int:
 
 
 def smaller(blocks: Blocks) -> Iterator[Blocks]:
-    """The blocks and what to try where they do not fit: fewer keys held at once, down to a tile's, then a smaller tile."""
+    """Yields the blocks, then ever smaller ones: fewer resident keys, down to those of a tile, then a smaller tile."""
     while True:
         yield from (blocks._replace(resident=blocks.keys * n) for n in _halved(blocks.resident // blocks.keys))
         if max(blocks.queries, blocks.keys) <= LANES:
@@ -105,5 +104,5 @@ def _halved(n: int) -> list[int]:
 
 
 def _half(n: int) -> int:
-    """Half of a multiple of 128, and such a one too."""
+    """Halves a multiple of 128, rounding down to a multiple of 128 (at least 128)."""
     return max(1, n // LANES // 2) * LANES
