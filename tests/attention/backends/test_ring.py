@@ -120,7 +120,7 @@ def test_keys_in_several_pieces(encoding, monkeypatch):
 
 @pytest.mark.thorough
 def test_keys_with_padding_go_around_in_one_piece(monkeypatch):
-    """Chunks of 52 keys in tiles of eight: four places of the last tile are padding, so equal pieces hold unequal numbers of keys."""
+    """Chunks of 52 keys in tiles of eight have four places of padding, so equal pieces hold unequal numbers of keys."""
     monkeypatch.setattr(xla_chunked, "_ROWS", 8)
     monkeypatch.setattr(xla_chunked, "_COLUMNS", 8)
     monkeypatch.setattr(ring, "_PIECE", 7)
