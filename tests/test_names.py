@@ -35,7 +35,11 @@ assert bool(jnp.allclose(pj.attention(ones, ones, ones, is_causal=True), 1.0))
 """
 
 
-@pytest.mark.parametrize("order", ORDERS)
+QUICK = ("dotted", "the module under a name")  # each order is a process of its own, which imports jax anew
+SLOW = [pytest.param(order, marks=pytest.mark.thorough) for order in ORDERS if order not in QUICK]
+
+
+@pytest.mark.parametrize("order", [*QUICK, *SLOW])
 def test_attention_is_the_function_after_every_import(order):
     done = subprocess.run([sys.executable, "-c", PROGRAM.format(order=ORDERS[order])], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
