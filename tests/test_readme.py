@@ -21,7 +21,7 @@ def test_examples_run(number):
 def test_the_map_has_every_module_in_its_folder():
     """A line that begins with a folder names what is in it, and so do the lines below it; what is indented deeper lies deeper."""
     root = Path(__file__).resolve().parents[1]
-    code_map = README.split("## A map of the code")[1].split("Data goes one way")[0]
+    code_map = README.split("## A map of the code")[1].split("Data flows one way")[0]
     folders: dict[int, Path] = {-1: root}  # by how far they are indented
     listed = set()
     for line in filter(str.strip, code_map.splitlines()):

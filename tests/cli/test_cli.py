@@ -387,7 +387,7 @@ WRONG = [
     (("train", "raises.py"), 1, "config raises.py does not run: KeyError: 'workdirr'"),
     (("train", "none.py"), 1, "none.py must return a posjax.lab.config.Config, got NoneType"),
     ((*TINY, "--stepz", "3"), 2, "Unrecognized options: --stepz.*Perhaps you meant.*--steps INT"),
-    ((*TINY, "--steps", "many"), 2, "--steps.*'many'.*optimiser steps"),
+    ((*TINY, "--steps", "many"), 2, "--steps.*'many'.*optimizer steps"),
     ((*TINY, "--tie_embeddings", "perhaps"), 2, "'perhaps' for argument '--tie-embeddings'.*'True', 'False'"),
     ((*TINY, "--task", "lmm"), 2, "'lmm' for argument '--task'.*'lm', 'mlm', 'flip_flop'"),
     ((*TINY, "--steps", "0"), 2, "steps must be an integer of at least 1, got 0"),
