@@ -23,9 +23,9 @@ from common import write  # beside this one
 from jax.sharding import NamedSharding, PartitionSpec
 
 import posjax as pj
-from posjax.attention.api import prepare
 from posjax.attention.backends.ring import attention as ring
 from posjax.attention.backends.shards import ShardSpec
+from posjax.attention.call import prepare
 from posjax.bench.results import print_table
 from posjax.compile import aot
 from posjax.parallel.mesh import make_mesh
@@ -67,7 +67,7 @@ def step(
             if is_ring and context == 1:  # which nobody asks for but here
                 prepared = prepare(*args[:3], applied, args[3], is_causal=True, rotated=False)
                 kernel = "xla" if is_chunked else "tpu"
-                return ring.attention(value=args[2], context=ring.Context(ShardSpec(mesh), "context"), kernel=kernel, **prepared)
+                return ring.attention(prepared, ring.Context(ShardSpec(mesh), "context"), kernel=kernel)
             return pj.attention(*args[:3], applied, args[3], is_causal=True, implementation=implementation)
 
         out, back = jax.vjp(call, query, key, value, params)

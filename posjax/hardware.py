@@ -48,7 +48,9 @@ _PASS = 4 * 128**2 * 2
 GENERATIONS = {
     "v4": Generation("v4:2x2x1", "v4-8", 2, 275e12 / 2, 1228e9 / 2, 16 * _MIB, 32 * _GIB // 2, 600e9 / 6, 1.05e9, 1),
     "v5e": Generation("v5e:2x2", "v5litepod-4", 1, 197e12, 819e9, 128 * _MIB, 16 * _GIB, 400e9 / 4, 197e12 / _PASS, 4),
-    "v5p": Generation("v5p:2x2x1", "v5p-8", 2, 459e12 / 2, 2765e9 / 2, 64 * _MIB, 95 * _GIB // 2, 1200e9 / 6, 459e12 / 2 / _PASS, 4),
+    "v5p": Generation(
+        "v5p:2x2x1", "v5p-8", 2, 459e12 / 2, 2765e9 / 2, 64 * _MIB, 95 * _GIB // 2, 1200e9 / 6, 459e12 / 2 / _PASS, 4
+    ),
     "v6e": Generation("v6e:2x2", "v6e-4", 1, 918e12, 1640e9, 128 * _MIB, 32 * _GIB, 800e9 / 4, 918e12 / (4 * _PASS), 4),
     "tpu7x": Generation(
         "tpu7x:2x2x1", "tpu7x-8", 2, 2307e12 / 2, 7380e9 / 2, 64 * _MIB, 192 * _GIB // 2, 1200e9 / 6, 2307e12 / 2 / (4 * _PASS), 6

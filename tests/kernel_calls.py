@@ -53,7 +53,7 @@ def compiled(encoding, static, kernel=None):
     """(operands, hidden, weight, arrays) -> output and gradients, of dense attention for ``kernel=None``.
 
     Args:
-      kernel: in the form of ``reference.attention``, and hashable; ``kernel.rotates`` is true where it does rotations itself.
+      kernel: a function of an ``AttentionCall``, and hashable; ``kernel.rotates`` is true where it does rotations itself.
     """
     rest = {"rotated": False} if getattr(kernel, "rotates", False) else {}
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import posjax as pj
-from posjax.attention.api import prepare
-from posjax.attention.backends import xla_chunked
+from posjax.attention.backends.xla_chunked import attention as xla_chunked
+from posjax.attention.call import prepare
 
 # D is not N * H, so that a table of the wrong width cannot pass. One length and its half nearly everywhere: operations are compiled
 # once a shape, which is most of the time that these tests take.
@@ -239,7 +239,7 @@ def output_and_gradients(kernel, encoding, operands, hidden, weight, **options) 
     """A kernel's output under "out", and the gradient of sum(weight * out) in every operand under its name.
 
     Args:
-      kernel: ``reference.attention`` or one with its signature.
+      kernel: ``reference.attention`` or another function of an ``AttentionCall``.
       operands: a dict of query, key, value, params, and scale where it is an array.
       hidden: [B, S, D], for the encodings that act on hidden states; what they add to it goes into keys and values.
       weight: like the output.
@@ -254,7 +254,7 @@ def output_and_gradients(kernel, encoding, operands, hidden, weight, **options) 
         params = encoding.condition(params, embedded)
         if embedded is not hidden:
             key, value = (x + jnp.mean(embedded, -1)[..., None, None] for x in (key, value))
-        out = kernel(value=value, **prepare(query, key, value, encoding, params, **rest, **options))
+        out = kernel(prepare(query, key, value, encoding, params, **rest, **options))
         return (out * weight).sum(), out
 
     (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(operands)

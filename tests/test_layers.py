@@ -28,7 +28,10 @@ EXCEPTIONS = {
     ("posjax.plots.seeds", "posjax.lab.statistics"): "the intervals that are drawn are the laboratory's; pure functions of arrays",
 }
 # What the backends of attention may know: structures, and never what an encoding is.
-BACKENDS = ("posjax.typing", "posjax.hardware", "posjax.core.bias", "posjax.core.masks", "posjax.attention.backends")
+BACKENDS = (
+    "posjax.typing", "posjax.hardware", "posjax.core.bias", "posjax.core.masks", "posjax.attention.call",
+    "posjax.attention.backends",
+)  # fmt: skip
 MOST_MODULES = 12  # in a folder, __init__ not counted
 
 

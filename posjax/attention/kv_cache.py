@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.attention.api import Implementation, check_encoding, check_operands, prepare, run
+from posjax.attention.call import check_encoding, check_operands, prepare
+from posjax.attention.dispatch import Implementation, run
 from posjax.attention.linear import LinearCache
 from posjax.checks import check_at_least, is_traced
 from posjax.core.encoding import Dims, PositionalEncoding
@@ -166,25 +167,26 @@ def attend(
     )
     new = dataclasses.replace(
         cache,
-        key=call["key"],
+        key=call.key,
         value=value,
-        columns=tuple(term.columns for term in call["terms"]),
+        columns=tuple(term.columns for term in call.terms),
         positions=positions,
         segments=segments,
         next_position=after(positions, segments, cache.next_position),
     )
-    seen = _join(cache, new)
-    call |= dict(
-        key=seen.key,
-        terms=tuple(dataclasses.replace(term, columns=c) for term, c in zip(call["terms"], seen.columns, strict=True)),
-        mask=dataclasses.replace(call["mask"], key_segments=seen.segments),
-        key_positions=seen.positions,
+    full = _join(cache, new)
+    call = call.replace(
+        key=full.key,
+        value=full.value,
+        terms=tuple(dataclasses.replace(term, columns=c) for term, c in zip(call.terms, full.columns, strict=True)),
+        mask=dataclasses.replace(call.mask, key_segments=full.segments),
+        key_positions=full.positions,
     )
-    out = run(call, seen.value, implementation)
+    out = run(call, implementation)
     if cache.window is None:
-        out = jnp.where(seen.used <= seen.key.shape[1], out, jnp.nan)  # past the end, new tokens overwrite others
-        return out, seen
-    return out, _last(seen, cache.window, has_padding=segment_ids is not None)
+        out = jnp.where(full.used <= full.key.shape[1], out, jnp.nan)  # past the end, new tokens overwrite others
+        return out, full
+    return out, _last(full, cache.window, has_padding=segment_ids is not None)
 
 
 def check_room(cache: LayerCache, tokens: int) -> None:
@@ -243,11 +245,11 @@ def _join(cache: Cache, new: Cache) -> Cache:
     return dataclasses.replace(new, **_slots(join, cache, new), used=cache.used + new.key.shape[1])
 
 
-def _last(seen: Cache, count: int, has_padding: bool) -> Cache:
+def _last(full: Cache, count: int, has_padding: bool) -> Cache:
     """Returns a cache of the last ``count`` keys of each row, in order and without padding."""
-    total = seen.key.shape[1]
+    total = full.key.shape[1]
     # A stable sort puts padding and empty slots first.
-    order = jnp.argsort(seen.segments != 0, axis=1, stable=True)[:, total - count :] if has_padding else None
+    order = jnp.argsort(full.segments != 0, axis=1, stable=True)[:, total - count :] if has_padding else None
 
     def take(axis: int, x: Array) -> Array:
         if order is None:
@@ -255,7 +257,7 @@ def _last(seen: Cache, count: int, has_padding: bool) -> Cache:
         index = order.reshape(order.shape[0], *(1,) * (axis - 1), count, *(1,) * (x.ndim - axis - 1))
         return jnp.take_along_axis(x, index, axis=axis)
 
-    return dataclasses.replace(seen, **_slots(take, seen), used=jnp.zeros_like(seen.used))
+    return dataclasses.replace(full, **_slots(take, full), used=jnp.zeros_like(full.used))
 
 
 def store(stacked: Any, layer: Array, one: LayerCache, tokens: int) -> Any:
@@ -347,4 +349,4 @@ def _kept(
         query_positions=position,
         key_positions=position,
     )
-    return (raw, value), (call["key"], value, tuple(term.columns for term in call["terms"]))
+    return (raw, value), (call.key, value, tuple(term.columns for term in call.terms))

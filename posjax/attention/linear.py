@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from posjax.attention.api import check_encoding, check_operands, place
+from posjax.attention.call import canonicalize_positions, check_encoding, check_operands
 from posjax.core.encoding import AttentionInputs, PositionalEncoding
 from posjax.typing import Array, Bool, Float, Params
 
@@ -64,8 +64,8 @@ def linear_attention(
         raise ValueError(f"query and key must have one length for causal or segmented linear attention, got {length} and {keys}")
     if segment_ids is not None and (segment_ids.shape != (batch, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
         raise ValueError(f"segment_ids must be integers [{batch}, {length}], got {segment_ids.dtype}{list(segment_ids.shape)}")
-    query_positions = place("query_positions", query_positions, batch, length)
-    key_positions = place("key_positions", key_positions, batch, keys)
+    query_positions = canonicalize_positions("query_positions", query_positions, batch, length)
+    key_positions = canonicalize_positions("key_positions", key_positions, batch, keys)
     inputs = AttentionInputs(query, key, value, query_positions, key_positions, 1.0)
     query_features, key_features, rotated_query, rotated_key = _features(inputs, encoding, params, feature_map)
     values = jnp.repeat(value.astype(jnp.float32), group, axis=2)

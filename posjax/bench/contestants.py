@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.attention.api import attention
-from posjax.attention.api import prepare as prepare_call
 from posjax.attention.backends.gpu.attention import default_blocks
+from posjax.attention.call import prepare as prepare_call
 from posjax.bench.inputs import flatten, unflatten
 from posjax.bench.oracle import PLAIN, Options, members
 from posjax.encodings.spec import parse_encoding
@@ -168,8 +168,7 @@ def _jax_function(contestant: Contestant, options: Options) -> Callable[[dict[st
         args = inputs["query"], inputs["key"], inputs["value"], encoding, inputs["params"]
         blocks = None
         if contestant.lowering:
-            call = prepare_call(*args, is_causal=True)
-            blocks = default_blocks(call["query"], inputs["value"], call["terms"], (contestant.lowering,))
+            blocks = default_blocks(prepare_call(*args, is_causal=True), (contestant.lowering,))
         segments = _segments(options, inputs["query"])
         return attention(*args, **asked, segment_ids=segments, implementation=contestant.implementation, block_sizes=blocks)
 

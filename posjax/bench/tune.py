@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 
 from posjax.attention.api import attention
-from posjax.attention.api import prepare as prepare_call
 from posjax.attention.backends.gpu import attention as gpu
 from posjax.attention.backends.gpu import blocks as gpu_blocks
 from posjax.attention.backends.gpu.blocks import LOWERINGS, GpuBlocks, blocks_for, capability, check_gpu_blocks
+from posjax.attention.call import AttentionCall
+from posjax.attention.call import prepare as prepare_call
 from posjax.bench import inputs, results
 from posjax.bench.attention import Row, make_folder, show_progress, versions
 from posjax.bench.contestants import Prepared, counts
@@ -300,14 +301,14 @@ class _Bench:
         program = jax.jit(both if with_gradients else forward).lower(*args).compile()
         return lambda: program(*args)
 
-    def _call(self, given: Row) -> Row:
+    def _call(self, given: Row) -> AttentionCall:
         return prepare_call(given["query"], given["key"], given["value"], self.encoding, given["params"], is_causal=True)
 
     def _refused(self, blocks: GpuBlocks) -> str | None:
-        return gpu.refusal(value=self.args[0]["value"], block_sizes=blocks, **self._call(self.args[0]))
+        return gpu.unsupported_reason(self._call(self.args[0]), block_sizes=blocks)
 
     def _in_kernel(self, blocks: GpuBlocks, given: Row) -> Any:
-        return gpu.attention(value=given["value"], tile=blocks, **self._call(given))
+        return gpu.attention(self._call(given), block_sizes=blocks)
 
     def _in_tiles(self, given: Row) -> Any:
         return attention(**given, encoding=self.encoding, is_causal=True, implementation="xla_chunked")

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from posjax.attention import kv_cache
 from posjax.attention.api import attention
-from posjax.attention.backends.xla_chunked import SAVED
+from posjax.attention.backends.xla_chunked.attention import SAVED
 from posjax.attention.linear import LinearCache, linear_attend, linear_attention
 from posjax.checks import check_at_least
 from posjax.core.encoding import Dims, PositionalEncoding

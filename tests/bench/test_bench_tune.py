@@ -52,10 +52,10 @@ def planted(monkeypatch):
     """Sets the factor by which blocks are wrong, of a kernel that is dense attention otherwise."""
     factors = {}
 
-    def attention(value, tile, **call):
-        if math.isinf(factors.get(tile, 1.0)):
+    def attention(call, block_sizes):
+        if math.isinf(factors.get(block_sizes, 1.0)):
             raise RuntimeError("RESOURCE_EXHAUSTED: Shared memory size limit exceeded\nmore")
-        return factors.get(tile, 1.0) * reference.attention(value=value, **call)
+        return factors.get(block_sizes, 1.0) * reference.attention(call)
 
     monkeypatch.setattr(tune.gpu, "attention", attention)
     return factors

@@ -26,7 +26,8 @@ from suite import (
 )
 
 import posjax as pj
-from posjax.attention.backends import reference, xla_chunked
+from posjax.attention.backends import reference
+from posjax.attention.backends.xla_chunked import attention as xla_chunked
 from posjax.core.bias import Interpolation
 
 pytestmark = pytest.mark.thorough  # test_ablation.py trains with traced settings in the README's command too

@@ -3,58 +3,48 @@
 scores = scale * q.k + bias;  scores = cap * tanh(scores / cap);  weights = softmax of the allowed scores;  out = weights v
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from posjax.core.bias import BiasTerm, Tile
+from posjax.attention.backends.constants import MASK_VALUE
+from posjax.attention.call import AttentionCall
+from posjax.core.bias import Tile
 from posjax.core.masks import Mask
-from posjax.typing import Array, Float, Int
+from posjax.typing import Array, Float
 
-_MASK_VALUE = -1e30  # finite, not -inf, so that rows with no allowed key have no NaN in the result or the gradient
+NAME = "xla"
 
 
-def attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K V"],
-    terms: tuple[BiasTerm, ...],
-    mask: Mask,
-    query_positions: Int[Array, "_ T"],
-    key_positions: Int[Array, "_ S"],
-    scale: Array | float,
-    logits_soft_cap: float | None = None,
-) -> Float[Array, "B T N V"]:
+def unsupported_reason(call: AttentionCall, **_: Any) -> None:
+    """Returns None: every call is supported."""
+
+
+def attention(call: AttentionCall) -> Float[Array, "B T N V"]:
     """Computes attention from the full matrix of scores.
 
     The softmax statistics are float32, and the result has the dtype of ``value``. A row with no allowed key gives zeros.
     """
-    probabilities = weights(query, key, terms, mask, query_positions, key_positions, scale, logits_soft_cap)
+    probabilities, value = weights(call), call.value
     batch, heads, length, keys = probabilities.shape
     grouped = probabilities.reshape(batch, value.shape[2], -1, length, keys).astype(value.dtype)
     out = jnp.einsum("bkgts,bskv->btkgv", grouped, value, preferred_element_type=jnp.float32)
     return out.reshape(batch, length, heads, value.shape[3]).astype(value.dtype)
 
 
-def weights(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    terms: tuple[BiasTerm, ...],
-    mask: Mask,
-    query_positions: Int[Array, "_ T"],
-    key_positions: Int[Array, "_ S"],
-    scale: Array | float,
-    logits_soft_cap: float | None = None,
-) -> Float[Array, "B N T S"]:
+def weights(call: AttentionCall) -> Float[Array, "B N T S"]:
     """Returns the attention probabilities in float32. Each row sums to one, or is zero where no key is allowed."""
-    tile = whole_tile(query, key, mask, query_positions, key_positions, scale)
-    scores = tile.logits + sum(term.dense(tile) for term in terms)
-    if logits_soft_cap is not None:
-        scores = logits_soft_cap * jnp.tanh(scores / logits_soft_cap)
-    scores = jnp.where(tile.allowed, scores, _MASK_VALUE)
-    highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    unnormalised = jnp.where(tile.allowed, jnp.exp(scores - highest), 0.0)
-    total = unnormalised.sum(-1, keepdims=True)
-    return unnormalised / jnp.where(total == 0.0, 1.0, total)
+    call = call.rotated()
+    tile = whole_tile(call.query, call.key, call.mask, call.query_positions, call.key_positions, call.scale)
+    scores = tile.logits + sum(term.dense(tile) for term in call.terms)
+    if call.logits_soft_cap is not None:
+        scores = call.logits_soft_cap * jnp.tanh(scores / call.logits_soft_cap)
+    scores = jnp.where(tile.allowed, scores, MASK_VALUE)
+    m = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    unnormalized = jnp.where(tile.allowed, jnp.exp(scores - m), 0.0)
+    l = unnormalized.sum(-1, keepdims=True)
+    return unnormalized / jnp.where(l == 0.0, 1.0, l)
 
 
 def whole_tile(query: Array, key: Array, mask: Mask, query_positions: Array, key_positions: Array, scale: Array | float) -> Tile:

@@ -15,8 +15,8 @@ class KernelRefused(RuntimeError):
 def naming_refusals(implementation: str | None) -> Iterator[None]:
     """Translates compiler errors about the attention kernel into KernelRefused.
 
-    ``tpu.refusal`` detects most unsupported calls before compilation. A compiler of another version may still have less memory
-    available or more bugs.
+    ``tpu.unsupported_reason`` detects most unsupported calls before compilation. A compiler of another version may still have less
+    memory available or more bugs.
 
     Args:
       implementation: the implementation of attention that the enclosed code uses. Errors are translated only for None and

@@ -5,21 +5,20 @@ are available during tracing, so the axes named in ``HEAD_AXES`` shard the heads
 all others shard the batch. If this guess differs from the actual sharding of the arrays, they are resharded; the result is the
 same.
 
-``per_shard`` runs a kernel on local shards, and ``on_parts`` runs attention in plain XLA on them. Partitioned by the compiler, a
+``per_shard`` runs a kernel on local shards, and ``on_shards`` runs attention in plain XLA on them. Partitioned by the compiler, a
 walk over tiles would communicate between all devices at every tile to find out whether any row needs it, and lookups in per-query
 tables would gather the tables of all devices. On local rows and heads no communication is needed.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from posjax.attention.call import AttentionCall
 from posjax.core.bias import BiasTerm
 from posjax.typing import Array
 
@@ -46,7 +45,7 @@ class ShardSpec:
         return math.prod(self.mesh.shape[name] for name in self.heads) if self.heads else 1
 
     @property
-    def batch_parts(self) -> int:
+    def num_batch_shards(self) -> int:
         return math.prod(self.mesh.shape[name] for name in self.batch) if self.batch else 1
 
 
@@ -70,12 +69,12 @@ def infer_shard_spec(query: Array) -> ShardSpec:
     return ShardSpec(mesh, tuple(batch), tuple(heads))
 
 
-def per_shard(function: Callable[..., Any], cut: ShardSpec, inputs: Any, results: Any) -> Callable[..., Any]:
+def per_shard(function: Callable[..., Any], spec: ShardSpec, inputs: Any, results: Any) -> Callable[..., Any]:
     """Wraps ``function`` so that it runs on each device's local shard of its arguments.
 
     Args:
       function: a function from arrays to arrays. It receives local shards: B and K (N) are those of one device.
-      cut: the axes that shard the call, from ``infer_shard_spec``.
+      spec: the axes that shard the call, from ``infer_shard_spec``.
       inputs: for each argument a string with one letter per axis, such as "b...": b is the batch, n the heads (query or key heads),
         and an axis with any other letter is not sharded. One string may stand for every leaf of a pytree, and None for an argument
         without arrays. An axis of length 1 is not sharded.
@@ -85,19 +84,19 @@ def per_shard(function: Callable[..., Any], cut: ShardSpec, inputs: Any, results
     Returns:
       A function of global arrays.
     """
-    if cut.mesh is None:
+    if spec.mesh is None:
         return function
 
     def names(letter: str) -> tuple[str, ...]:
-        return {"b": cut.batch, "n": cut.heads}.get(letter, ())
+        return {"b": spec.batch, "n": spec.heads}.get(letter, ())
 
-    def spec(letters: str, leaf: Any) -> PartitionSpec:
+    def partition(letters: str, leaf: Any) -> PartitionSpec:
         return PartitionSpec(*(names(x) if size > 1 and names(x) else None for x, size in zip(letters, leaf.shape, strict=True)))
 
-    def specs(letters: Any, tree: Any) -> Any:
+    def partitions(letters: Any, tree: Any) -> Any:
         if letters is None or isinstance(letters, str):
-            return jax.tree.map(lambda leaf: spec(letters, leaf), tree)
-        return tuple(specs(part, leaf) for part, leaf in zip(letters, tree, strict=True))
+            return jax.tree.map(lambda leaf: partition(letters, leaf), tree)
+        return tuple(partitions(part, leaf) for part, leaf in zip(letters, tree, strict=True))
 
     def total(letters: Any, tree: Any) -> Any:
         if isinstance(letters, tuple):
@@ -112,12 +111,12 @@ def per_shard(function: Callable[..., Any], cut: ShardSpec, inputs: Any, results
 
     def whole(*args: Any) -> Any:
         context = jax.sharding.get_abstract_mesh()  # from set_mesh, auto_axes or an outer shard_map; shard_map requires this mesh
-        mesh = cut.mesh if context.empty else context
+        mesh = spec.mesh if context.empty else context
         free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
         return jax.shard_map(
             lambda *args: total(results, function(*args)),
             mesh=mesh,
-            in_specs=specs(inputs, args),
+            in_specs=partitions(inputs, args),
             out_specs=result_specs(results),
             axis_names=free,
             check_vma=False,  # a kernel's results carry no varying-axes type
@@ -131,75 +130,73 @@ def exact(letters: str, x: Array) -> str:
     return "".join(letter if size > 1 else "." for letter, size in zip(letters, x.shape, strict=True))
 
 
-Function = Callable[..., Array]
-
-
-def on_parts(function: Function, cut: ShardSpec, along: str | None = None) -> Function:
-    """Wraps an attention function so that it runs on each device's local shard of its arguments.
+def on_shards(
+    function: Callable[[AttentionCall], Array], spec: ShardSpec, sequence_axis: str | None = None
+) -> Callable[[AttentionCall], Array]:
+    """Wraps an attention function so that it runs on each device's local shard of a call.
 
     Heads are sharded only if the number of head shards divides the number of key heads, and every term declares which axes of its
     tables are head axes (``BiasTerm.heads``) or has no tables.
 
     Args:
-      function: takes query, key, value, terms, mask, positions, rotation and scale by name, as local shards, and returns
-        [B, T, N, V] for its queries.
-      cut: the axes that shard batch and heads.
-      along: the mesh axis that shards T and S; None leaves them unsharded.
+      function: takes a call of local shards and returns [B, T, N, V] for its queries.
+      spec: the axes that shard batch and heads.
+      sequence_axis: the mesh axis that shards T and S; None leaves them unsharded.
 
     Returns:
-      A function of the same arguments as global arrays.
+      A function of a call of global arrays.
     """
-    if cut.mesh is None or not (cut.batch or cut.heads or along):
+    if spec.mesh is None or not (spec.batch or spec.heads or sequence_axis):
         return function
 
-    def whole(query: Array, key: Array, terms: tuple[BiasTerm, ...], scale: Any, **rest: Any) -> Array:
-        call = dict(query=query, key=key, terms=terms, scale=jnp.asarray(scale, jnp.float32)) | rest
-        static = {name: x for name, x in rest.items() if x is None or isinstance(x, float | int)}
-        call = {name: x for name, x in call.items() if name not in static}
-        heads = cut.heads if key.shape[2] % cut.num_head_shards == 0 and all(_tells(term) for term in terms) else ()
-        of = {"b": cut.batch or None, "n": heads or None, "t": along}
+    def on_mesh(call: AttentionCall) -> Array:
+        shards_heads = call.key.shape[2] % spec.num_head_shards == 0 and all(_declares_heads(term) for term in call.terms)
+        heads = spec.heads if shards_heads else ()
+        axes_of = {"b": spec.batch or None, "n": heads or None, "t": sequence_axis}
 
-        def spec(letters: str, x: Array) -> PartitionSpec:
-            """Returns the spec of an array whose first axes have these letters. An axis of length 1 is not sharded."""
-            return PartitionSpec(*(of.get(letter) if size > 1 else None for letter, size in zip(letters, x.shape, strict=False)))
+        def partition(letters: str, tree: Any) -> Any:
+            """Returns the specs of arrays whose first axes have these letters. An axis of length 1 is not sharded."""
 
-        def specs(letters: str, tree: Any) -> Any:
-            return jax.tree.map(functools.partial(spec, letters), tree)
+            def of_leaf(x: Array) -> PartitionSpec:
+                return PartitionSpec(*(axes_of.get(c) if size > 1 else None for c, size in zip(letters, x.shape, strict=False)))
+
+            return jax.tree.map(of_leaf, tree)
 
         def of_term(term: BiasTerm) -> BiasTerm:
             tables, structure = jax.tree.flatten(term.tables)
-            axes = term.heads if heads else [None] * len(tables)
-            cuts = [PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, heads) for axis in axes]
-            along = {name: specs("bnt", getattr(term, name)) for name in ("rows", "columns", "carry")}
-            return dataclasses.replace(term, tables=jax.tree.unflatten(structure, cuts), **along)
+            head_axes = term.heads if heads else [None] * len(tables)
+            specs = [PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, heads) for axis in head_axes]
+            by_token = {name: partition("bnt", getattr(term, name)) for name in ("rows", "columns", "carry")}
+            return dataclasses.replace(term, tables=jax.tree.unflatten(structure, specs), **by_token)
 
-        of_call = {name: specs("btn", x) for name, x in call.items() if name not in ("terms", "scale", "mask")}
-        mask = call["mask"]
-        of_call["mask"] = dataclasses.replace(
-            mask,
-            boolean=specs("bn", mask.boolean),
-            query_segments=specs("bt", mask.query_segments),
-            key_segments=specs("bt", mask.key_segments),
+        specs = call.replace(
+            **{name: partition("btn", getattr(call, name)) for name in ("query", "key", "value")},
+            **{name: partition("bt", getattr(call, name)) for name in ("query_positions", "key_positions", "rotation")},
+            terms=tuple(map(of_term, call.terms)),
+            mask=dataclasses.replace(
+                call.mask,
+                boolean=partition("bn", call.mask.boolean),
+                query_segments=partition("bt", call.mask.query_segments),
+                key_segments=partition("bt", call.mask.key_segments),
+            ),
+            scale=PartitionSpec(),
         )
-        if "rotation" in call:
-            of_call["rotation"] = specs("bt", call["rotation"])
-        of_call |= dict(terms=tuple(map(of_term, terms)), scale=PartitionSpec())
-        around = jax.sharding.get_abstract_mesh()  # from set_mesh, auto_axes or an outer shard_map; shard_map requires this mesh
-        mesh = cut.mesh if around.empty else around
-        names = {*cut.batch, *heads}
-        if along:  # ``function`` may contain a kernel, and then no axis can be left to the compiler
+        context = jax.sharding.get_abstract_mesh()  # from set_mesh, auto_axes or an outer shard_map; shard_map requires this mesh
+        mesh = spec.mesh if context.empty else context
+        names = {*spec.batch, *heads}
+        if sequence_axis:  # ``function`` may contain a kernel, and then no axis can be left to the compiler
             names = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
         return jax.shard_map(
-            lambda call: function(**call, **static),
+            function,
             mesh=mesh,
-            in_specs=(of_call,),
-            out_specs=spec("btn", query),
+            in_specs=(specs,),
+            out_specs=partition("btn", call.query),
             axis_names=names,
             check_vma=False,  # the sums in the loops over tiles carry no varying-axes type
         )(call)
 
-    return whole
+    return on_mesh
 
 
-def _tells(term: BiasTerm) -> bool:
+def _declares_heads(term: BiasTerm) -> bool:
     return term.heads is not None or not jax.tree.leaves(term.tables)

@@ -36,12 +36,12 @@ from suite import (
 )
 
 import posjax as pj
-from posjax.attention.api import prepare
 from posjax.attention.backends.gpu import attention as gpu
 from posjax.attention.backends.gpu import blocks as gpu_blocks
 from posjax.attention.backends.gpu import triton
 from posjax.attention.backends.gpu.blocks import GpuBlocks, blocks_for, check_gpu_blocks
 from posjax.attention.backends.gpu.plan import longest_run
+from posjax.attention.call import prepare
 
 SMALL = GpuBlocks(queries=32, keys=32, strip=16, rows=16, warps=4, stages=2)
 UNEVEN = GpuBlocks(64, 32, 32, 64, 4, 2)
@@ -55,8 +55,8 @@ class Interpreted:
 
     tile: GpuBlocks = SMALL
 
-    def __call__(self, *args, **call):
-        return gpu.attention(*args, **call, tile=self.tile, interpret=True)
+    def __call__(self, call):
+        return gpu.attention(call, block_sizes=self.tile, interpret=True)
 
 
 def check(encoding, tile=SMALL, **call):
@@ -138,7 +138,7 @@ def test_other_devices_are_refused(told, capability, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu", compute_capability=told)])
     assert gpu_blocks.capability() == capability
     x = jnp.zeros((1, 4, 2, 8))
-    reason = gpu.refusal(query=x, value=x, terms=(), mask=pj.Mask())
+    reason = gpu.unsupported_reason(prepare(x, x, x, None, None))
     assert reason is None if capability >= 80 else f"compute capability {capability / 10}" in reason
 
 
@@ -205,9 +205,9 @@ def test_cope_where_gates_saturate(last, per_head, gates):
     check(saturating(last, per_head), gates=gates, length=200, heads=(2, 2, 16, 16), is_causal=True)
 
 
-def anyhow(*args, tile, **call):
+def anyhow(call, tile):
     """The kernels in the form that random calls have, whose tiles are of another kernel."""
-    return gpu.attention(*args, **call, tile=SMALL, interpret=True)
+    return gpu.attention(call, block_sizes=SMALL, interpret=True)
 
 
 @thorough
@@ -262,7 +262,7 @@ def one_loss(operands, segments):
     """Through the kernels, interpreted on a CPU."""
     query, key, value, params = (operands[name] for name in ("query", "key", "value", "params"))
     call = prepare(query, key, value, GATED, params, is_causal=True, segment_ids=segments)
-    return (gpu.attention(value=value, **call, tile=SMALL) * normal(4, *query.shape)).sum()
+    return (gpu.attention(call, block_sizes=SMALL) * normal(4, *query.shape)).sum()
 
 
 @thorough
@@ -285,7 +285,7 @@ def test_gradients_inside_a_scan_and_through_a_checkpoint():
 @pytest.mark.parametrize(("kind", "kv_heads"), [(AxisType.Auto, 1), (AxisType.Explicit, 4)], ids=str)
 def test_a_mesh_of_data_and_tensor_axes(kind, kv_heads, monkeypatch):
     """A mesh that cuts four heads in two parts, of which there is one key head, or two for each part."""
-    monkeypatch.setattr(gpu, "default_blocks", lambda query, value, terms: SMALL)
+    monkeypatch.setattr(gpu, "default_blocks", lambda call: SMALL)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     kernel_calls.on_a_mesh(kind, pj.chain(pj.tupe(), pj.cope(6, per_head=kv_heads == 4)), kv_heads, 40)
 

@@ -16,10 +16,10 @@ from suite import (
 )
 
 import posjax as pj
-from posjax.attention.api import prepare
 from posjax.attention.backends.gpu import attention as gpu
 from posjax.attention.backends.gpu import blocks as gpu_blocks
 from posjax.attention.backends.gpu.blocks import GpuBlocks, blocks_for, check_gpu_blocks, mosaic_refusal
+from posjax.attention.call import prepare
 
 TILE = GpuBlocks(queries=128, keys=128, strip=32, rows=64, warps=8, stages=2, lowering="mosaic")
 thorough = pytest.mark.thorough
@@ -32,10 +32,10 @@ class Interpreted:
 
     tile: GpuBlocks = TILE
 
-    def __call__(self, *args: Any, **call: Any) -> Any:
+    def __call__(self, call: Any) -> Any:
         from jax.experimental.pallas import mosaic_gpu
 
-        return gpu.attention(*args, **call, tile=self.tile, interpret=mosaic_gpu.InterpretGPUParams(detect_races=True))
+        return gpu.attention(call, block_sizes=self.tile, interpret=mosaic_gpu.InterpretGPUParams(detect_races=True))
 
 
 def check(encoding, dtype="float16", tile=TILE, **call):
@@ -121,7 +121,7 @@ def test_vmap():
     def one_loss(operands, segments):
         query, key, value = (operands[name].astype(jnp.float16) for name in ("query", "key", "value"))
         call = prepare(query, key, value, GATED, operands["params"], is_causal=True, segment_ids=segments)
-        return (Interpreted()(value=value, **call).astype(jnp.float32) * normal(4, *query.shape)).sum()
+        return (Interpreted()(call).astype(jnp.float32) * normal(4, *query.shape)).sum()
 
     operands, segments, want = stacked()
     all_agree(jax.jit(jax.vmap(jax.grad(one_loss)))(operands, segments), operands, want, 2.0**-6)

@@ -25,8 +25,8 @@ from suite import (
 )
 
 import posjax as pj
-from posjax.attention.api import prepare
 from posjax.attention.backends import reference
+from posjax.attention.call import prepare
 from posjax.parallel.mesh import make_mesh
 
 B, T, N, K, H = 2, 24, 4, 2, 8
@@ -48,7 +48,7 @@ def random_operands(encoding=None, length=T, batch=B, heads=N, kv_heads=K):
 def run(kernel, encoding, operands, tile=TILE, **options):
     """The output of a kernel, or of dense attention for ``tile=None``."""
     query, key, value, params = (operands[name] for name in ("query", "key", "value", "params"))
-    return kernel(value=value, **prepare(query, key, value, encoding, params, **options), **({"tile": tile} if tile else {}))
+    return kernel(prepare(query, key, value, encoding, params, **options), **({"tile": tile} if tile else {}))
 
 
 def answers(kernel, encoding, operands, **options):
@@ -386,16 +386,16 @@ def test_equal_encodings_made_twice_compile_once_and_stay_on_the_device(kernel, 
     traced = []
 
     @jax.jit
-    def compiled(call, value):
+    def compiled(call):
         traced.append(1)
-        return kernel(value=value, tile=TILE, **call)
+        return kernel(call, tile=TILE)
 
     operands = random_operands(make(), batch=1)
     params, scale = operands.pop("params"), jnp.float32(0.4)
     calls = [prepare(**operands, encoding=make(), params=params, is_causal=True, scale=scale) for _ in range(2)]
-    first = compiled(calls[0], operands["value"])
+    first = compiled(calls[0])
     with jax.transfer_guard("disallow"):
-        second = compiled(calls[1], operands["value"]).block_until_ready()
+        second = compiled(calls[1]).block_until_ready()
     assert len(traced) == 1
     np.testing.assert_array_equal(first, second)
 

@@ -26,8 +26,8 @@ from suite import (
 )
 
 import posjax as pj
-from posjax.attention.api import prepare
 from posjax.attention.backends import reference
+from posjax.attention.call import prepare
 
 B, D, LONGEST, TABLE = 2, 6, 40, 128  # batch; model width; length of all arrays; positions of the encodings that have a table
 
@@ -179,20 +179,19 @@ def allowed(form: Form, options: dict, longest: int) -> np.ndarray:
 def compiled(kernel):
     """The kernel on the first queries and keys of a call, zeros where queries are left out. Alike calls compile once."""
 
-    def cut(length, keys, value, query, key, terms, mask, query_positions, key_positions, **rest):
-        out = kernel(
-            query=query[:, :length],
-            key=key[:, :keys],
-            value=value[:, :keys],
-            terms=tuple(term.cut(0, length, 0, keys) for term in terms),
-            mask=mask.cut(0, length, 0, keys),
-            query_positions=query_positions[:, :length],
-            key_positions=key_positions[:, :keys],
-            **rest,
+    def cut(length, keys, call, **tile):
+        first = call.replace(
+            query=call.query[:, :length],
+            key=call.key[:, :keys],
+            value=call.value[:, :keys],
+            terms=tuple(term.cut(0, length, 0, keys) for term in call.terms),
+            mask=call.mask.cut(0, length, 0, keys),
+            query_positions=call.query_positions[:, :length],
+            key_positions=call.key_positions[:, :keys],
         )
-        return jnp.pad(out, [(0, 0), (0, query.shape[1] - length), (0, 0), (0, 0)])
+        return jnp.pad(kernel(first, **tile), [(0, 0), (0, call.query.shape[1] - length), (0, 0), (0, 0)])
 
-    return jax.jit(cut, static_argnames=("length", "keys", "tile", "logits_soft_cap"))
+    return jax.jit(cut, static_argnums=(0, 1), static_argnames="tile")
 
 
 def random_params(encoding, dims: pj.Dims, size: float, rng: np.random.Generator):

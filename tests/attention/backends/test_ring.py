@@ -16,10 +16,10 @@ from suite import (
 )
 
 import posjax as pj
-from posjax.attention.api import prepare
-from posjax.attention.backends import xla_chunked
 from posjax.attention.backends.ring import attention as ring
 from posjax.attention.backends.shards import ShardSpec
+from posjax.attention.backends.xla_chunked import forward, layout
+from posjax.attention.call import prepare
 
 HEADS = (4, 2, 16, 16)
 GATED = pj.chain(pj.rope(theta=1e6), pj.cope(12))
@@ -34,7 +34,7 @@ def mesh_of(data: int, context: int, tensor: int = 1) -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """``ring.attention`` on a mesh, in the form of ``reference.attention``."""
+    """``ring.attention`` on a mesh, as a function of an ``AttentionCall``."""
 
     data: int
     context: int
@@ -46,13 +46,13 @@ class Ring:
     def rotates(self) -> bool:
         return self.kernel == "tpu"
 
-    def __call__(self, **call):
+    def __call__(self, call):
         mesh = mesh_of(self.data, self.context, self.tensor)
         if self.bare:
             mesh = Mesh(mesh.devices.ravel(), ("context",), axis_types=(AxisType.Auto,))
         cut = ShardSpec(mesh, ("data",) if self.data > 1 else (), ("tensor",) if self.tensor > 1 else ())
         context = ring.Context(cut, "context")
-        return ring.attention(**call, context=context, kernel=self.kernel)
+        return ring.attention(call, context, kernel=self.kernel)
 
 
 def packed_rows(batch: int, length: int):
@@ -108,8 +108,8 @@ def test_packed_rows_windows_soft_caps_and_a_learned_scale(encoding):
 @pytest.mark.parametrize("encoding", [pytest.param(pj.t5(8, 32), id="t5", marks=pytest.mark.thorough), GATED])
 def test_keys_in_several_pieces(encoding, monkeypatch):
     """Packed documents that end in any piece; tiles of eight, of which a chunk has three or four and both as one six or eight."""
-    monkeypatch.setattr(xla_chunked, "_ROWS", 8)
-    monkeypatch.setattr(xla_chunked, "_COLUMNS", 8)
+    monkeypatch.setattr(layout, "ROWS", 8)
+    monkeypatch.setattr(layout, "COLUMNS", 8)
     monkeypatch.setattr(ring, "_PIECE", 8)
     pieces, stacked = set(), ring._stacked
     monkeypatch.setattr(ring, "_stacked", lambda plan, slots: pieces.add(plan.pieces) or stacked(plan, slots))
@@ -121,8 +121,8 @@ def test_keys_in_several_pieces(encoding, monkeypatch):
 @pytest.mark.thorough
 def test_keys_with_padding_go_around_in_one_piece(monkeypatch):
     """Chunks of 52 keys in tiles of eight have four places of padding, so equal pieces hold unequal numbers of keys."""
-    monkeypatch.setattr(xla_chunked, "_ROWS", 8)
-    monkeypatch.setattr(xla_chunked, "_COLUMNS", 8)
+    monkeypatch.setattr(layout, "ROWS", 8)
+    monkeypatch.setattr(layout, "COLUMNS", 8)
     monkeypatch.setattr(ring, "_PIECE", 7)
     check(Ring(1, 2), pj.alibi(), length=104, heads=HEADS, is_causal=True)
 
@@ -277,14 +277,14 @@ def test_what_cannot_go_around_the_ring_is_refused_by_name(encoding, options, wo
     operands = make_operands(encoding, 1, 64, 64, HEADS)
     call = prepare(operands["query"], operands["key"], operands["value"], encoding, operands["params"], **options)
     with pytest.raises(NotImplementedError, match=words):
-        Ring(1, 4)(value=operands["value"], **call)
+        Ring(1, 4)(call)
 
 
 def test_lengths_that_do_not_divide_are_refused_by_name():
     operands = make_operands(pj.identity(), 1, 60, 60, HEADS)
     call = prepare(operands["query"], operands["key"], operands["value"], None, {}, is_causal=True)
     with pytest.raises(NotImplementedError, match="multiples of 8, twice its devices, got 60 and 60"):
-        Ring(1, 4)(value=operands["value"], **call)
+        Ring(1, 4)(call)
 
 
 # What it costs --------------------------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def test_chunks_past_which_every_row_is_saturated_are_plain(monkeypatch):
     operands = make_operands(GATED, 1, 1024, 1024, (2, 1, 16, 16), gates="near 1")
     query, key, value, params = (operands[name] for name in ("query", "key", "value", "params"))
     call = prepare(query, key, value, GATED, params, is_causal=True)
-    seen, outputs = [], xla_chunked.outputs
+    seen, outputs = [], forward.outputs
 
     def spy(plan, x):
         out, saved = outputs(plan, x)
@@ -338,9 +338,9 @@ def test_chunks_past_which_every_row_is_saturated_are_plain(monkeypatch):
         jax.debug.callback(lambda plain, *at: seen.append((*map(int, at), int(tiles - plain.min()))), saved[1], *places)
         return out, saved
 
-    monkeypatch.setattr(xla_chunked, "outputs", spy)
+    monkeypatch.setattr(forward, "outputs", spy)
     around = Ring(1, 2, bare=True)  # callbacks want it so
-    jax.block_until_ready(jax.jit(lambda call: around(value=value, **call))(call))
+    jax.block_until_ready(jax.jit(around)(call))
     jax.effects_barrier()
     counted = {(queries // 256, keys // 256): tiles for queries, keys, tiles in seen if keys <= queries}
     assert len(counted) == 4 + 3 + 2 + 1

@@ -72,8 +72,8 @@ class Interpreted:
     interpret: pltpu.InterpretParams = ONE_CORE
     rotates = True  # no field
 
-    def __call__(self, *args, **call):
-        return tpu.attention(*args, **call, tile=self.tile, chip=CHIPS[self.chip], interpret=self.interpret)
+    def __call__(self, call):
+        return tpu.attention(call, block_sizes=self.tile, chip=CHIPS[self.chip], interpret=self.interpret)
 
 
 def check(encoding, tile=SMALL, chip="v6e", interpret=ONE_CORE, **call):

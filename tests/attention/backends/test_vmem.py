@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import posjax as pj
-from posjax.attention.api import prepare
 from posjax.attention.backends.shards import ShardSpec
 from posjax.attention.backends.tpu import attention as tpu
 from posjax.attention.backends.tpu import vmem
 from posjax.attention.backends.tpu.backward import backward
 from posjax.attention.backends.tpu.blocks import CHIPS, Blocks, Chip, check_blocks
 from posjax.attention.backends.tpu.forward import forward
+from posjax.attention.call import prepare
 
 MIB = 2**20
 GATED = pj.chain(pj.rope(), pj.cope(64))
@@ -51,10 +51,10 @@ class Taken(Exception):
 
 
 @pytest.fixture
-def laid_out(monkeypatch):
+def operands_of(monkeypatch):
     """(encoding, length, width, dtype, **options) -> plan and operands' shapes, as the kernel would get them."""
 
-    def stop(plan, cut, x):
+    def stop(plan, spec, x):
         raise Taken(plan, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x))
 
     def find(encoding, *sizes, **options):
@@ -110,9 +110,9 @@ def buffers_of(equation):
     ],
     ids=lambda x: getattr(x, "name", str(x)),
 )
-def test_windows_and_scratch_are_counted_as_the_kernels_have_them(encoding, width, dtype, sizes, laid_out):
+def test_windows_and_scratch_are_counted_as_the_kernels_have_them(encoding, width, dtype, sizes, operands_of):
     with on("TPU v6 lite"):
-        plan, x = laid_out(encoding, 4096, width, dtype, block_sizes=sizes)
+        plan, x = operands_of(encoding, 4096, width, dtype, block_sizes=sizes)
     assert plan.blocks == sizes
     out, *saved = jax.eval_shape(functools.partial(forward, plan), x)
     kernels = [taken_by(functools.partial(forward, plan), x), taken_by(functools.partial(backward, plan), x, saved, out, saved[0])]
@@ -142,33 +142,33 @@ COMPILED = [
     ("generation", "encoding", "width", "dtype", "sizes", "taken"), COMPILED, ids=lambda x: getattr(x, "name", str(x))
 )
 def test_the_estimate_is_just_above_what_the_compiler_takes(
-    generation, encoding, width, dtype, sizes, taken, laid_out, monkeypatch
+    generation, encoding, width, dtype, sizes, taken, operands_of, monkeypatch
 ):
     roomy = dataclasses.replace(CHIPS[generation], vmem=2**40)
     monkeypatch.setattr(tpu, "chip_at_hand", lambda x=None: roomy)
-    needed = vmem.needed(*laid_out(encoding, 8192, width, dtype, block_sizes=Blocks(*sizes)))
+    needed = vmem.needed(*operands_of(encoding, 8192, width, dtype, block_sizes=Blocks(*sizes)))
     assert taken <= needed / MIB <= 1.3 * taken
 
 
 # What is done about it -----------------------------------------------------------------------------------------------
 
 
-def test_blocks_shrink_where_those_of_the_chip_would_not_fit(laid_out):
+def test_blocks_shrink_where_those_of_the_chip_would_not_fit(operands_of):
     """In 15 MiB; the compiler needs 7.0 for the first, and 16.4 for the tile of 512 x 512 of the second."""
     with on("TPU v4"):
-        assert laid_out(pj.identity(), 4096, 128, "bfloat16")[0].blocks == CHIPS["v4"].sizes
-        assert laid_out(pj.identity(), 4096, 256, "float32")[0].blocks[:2] == (256, 512)
+        assert operands_of(pj.identity(), 4096, 128, "bfloat16")[0].blocks == CHIPS["v4"].sizes
+        assert operands_of(pj.identity(), 4096, 256, "float32")[0].blocks[:2] == (256, 512)
     with on("TPU v6 lite"):
-        assert laid_out(pj.identity(), 4096, 256, "float32")[0].blocks[:2] == (1024, 512)
+        assert operands_of(pj.identity(), 4096, 256, "float32")[0].blocks[:2] == (1024, 512)
 
 
 @pytest.mark.parametrize("generation", ["v4", "v5e", "tpu7x"])
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_common_heads_fit_every_chip(generation, width, dtype, laid_out, monkeypatch):
+def test_common_heads_fit_every_chip(generation, width, dtype, operands_of, monkeypatch):
     monkeypatch.setattr(tpu, "chip_at_hand", lambda x=None: CHIPS[generation])
     for encoding in (pj.identity(), GATED, pj.t5(), pj.tupe(relative=True), pj.cope(128)):
-        plan, _ = laid_out(encoding, 1024, width, dtype)
+        plan, _ = operands_of(encoding, 1024, width, dtype)
         assert plan.blocks.queries >= 256
 
 
@@ -203,7 +203,7 @@ TINY = Chip("tiny", 3 * MIB, True, CHIPS["v6e"].sizes)
     ],
     ids=["heads", "rotated heads", "positions", "block sizes"],
 )
-def test_what_does_not_fit_is_refused_by_name_and_done_by_another(chip, encoding, width, sizes, reason, laid_out, monkeypatch):
+def test_what_does_not_fit_is_refused_by_name_and_done_by_another(chip, encoding, width, sizes, reason, operands_of, monkeypatch):
     monkeypatch.setattr(tpu, "chip_at_hand", lambda x=None: chip)
     shapes = shapes_of(encoding, 65536, width, "float32")
     with pytest.raises(NotImplementedError, match=f"implementation='pallas' cannot .*{reason}; implementation='xla_chunked' can"):
@@ -212,29 +212,29 @@ def test_what_does_not_fit_is_refused_by_name_and_done_by_another(chip, encoding
         patch.setattr(tpu, "attention", None)
         jax.eval_shape(gradients(encoding, None, sizes), *shapes)
     monkeypatch.setattr(tpu, "chip_at_hand", lambda x=None: dataclasses.replace(chip, vmem=2**40))
-    assert laid_out(encoding, 65536, width, "float32", implementation=None, block_sizes=sizes)
+    assert operands_of(encoding, 65536, width, "float32", implementation=None, block_sizes=sizes)
 
 
 def test_more_extents_than_scalar_memory_holds_are_refused():
     """The compiler said of the first: 2.75 MiB on a v4, and took a quarter of it."""
 
-    def refusal(rows, mesh=None, **options):
+    def unsupported_reason(rows, mesh=None, **options):
         arrays = {name: jax.ShapeDtypeStruct((rows, 131072), jnp.int32) for name in options}
         x = jax.ShapeDtypeStruct((rows, 131072, 1, 128), jnp.bfloat16)
         found = []
 
         def call(x, arrays):
-            found.append(tpu.refusal(**prepare(x, x, x, None, None, is_causal=True, rotated=False, **arrays), value=x, cut=mesh))
+            found.append(tpu.unsupported_reason(prepare(x, x, x, None, None, is_causal=True, rotated=False, **arrays), spec=mesh))
 
         with on("TPU v4"):
             jax.eval_shape(call, x, arrays)
         return found[0]
 
     reason = "segment_ids of 64 x 131072 tokens takes 2.8 MiB of 1 MiB of SMEM (fewer on a device fit)"
-    assert refusal(64, segment_ids=True) == reason
-    both = refusal(64, query_positions=True, key_positions=True)
+    assert unsupported_reason(64, segment_ids=True) == reason
+    both = unsupported_reason(64, query_positions=True, key_positions=True)
     assert both.startswith("query_positions and key_positions of 64 x 131072 tokens takes 2.8 MiB")
-    assert refusal(16, segment_ids=True) is None
-    assert refusal(64) is None  # rows that are all alike take no more than one
+    assert unsupported_reason(16, segment_ids=True) is None
+    assert unsupported_reason(64) is None  # rows that are all alike take no more than one
     mesh = jax.sharding.AbstractMesh((4, 2), ("data", "tensor"))
-    assert refusal(64, ShardSpec(mesh, ("data",), ("tensor",)), segment_ids=True) is None
+    assert unsupported_reason(64, ShardSpec(mesh, ("data",), ("tensor",)), segment_ids=True) is None

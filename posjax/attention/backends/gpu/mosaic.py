@@ -21,7 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from posjax.attention.backends.gpu.plan import INIT_MAX, LOG2E, MASK_VALUE, Operands, Plan, Visits, below
+from posjax.attention.backends.constants import INIT_MAX, LOG2E, MASK_VALUE
+from posjax.attention.backends.gpu.plan import Operands, Plan, Visits, below
 from posjax.attention.backends.gpu.scores import Keys, Rows, biased, ends_of, gradient_of, walk, weights_of
 from posjax.typing import Array
 

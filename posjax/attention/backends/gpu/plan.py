@@ -16,10 +16,6 @@ from posjax.attention.backends.gpu.blocks import GpuBlocks
 from posjax.core.masks import Extent, Rules, extents
 from posjax.typing import Array
 
-LOG2E = 1.4426950408889634
-MASK_VALUE = -2e38  # the score of a masked pair
-INIT_MAX = -1e30  # the initial running maximum: above MASK_VALUE, so that masked pairs have weight zero
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:

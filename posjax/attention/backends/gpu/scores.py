@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from posjax.attention.backends.gpu.plan import LOG2E, MASK_VALUE, Plan
+from posjax.attention.backends.constants import LOG2E, MASK_VALUE
+from posjax.attention.backends.gpu.plan import Plan
 from posjax.typing import Array
 
 

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from posjax.attention.backends.gpu.plan import INIT_MAX, LOG2E, MASK_VALUE, Operands, Plan, Visits, below
+from posjax.attention.backends.constants import INIT_MAX, LOG2E, MASK_VALUE
+from posjax.attention.backends.gpu.plan import Operands, Plan, Visits, below
 from posjax.attention.backends.gpu.scores import Rows, biased, capped, ends_of, gradient_of, hidden, masked_scores, walk, weights_of
 from posjax.attention.backends.gpu.tiles import (
     Channels,

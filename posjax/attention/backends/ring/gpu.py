@@ -5,27 +5,31 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from posjax.attention.backends import kernel_call
+from posjax.attention.backends.constants import LOG2E
 from posjax.attention.backends.gpu import attention as gpu
 from posjax.attention.backends.gpu import triton
 from posjax.attention.backends.gpu.blocks import GpuBlocks
-from posjax.attention.backends.gpu.plan import LOG2E, MASK_VALUE, Operands, Plan, visits
+from posjax.attention.backends.gpu.plan import Operands, Plan, visits
+from posjax.attention.backends.ring.kernels import by_key, carried, natural_lse, split_by_key, with_keys
 from posjax.attention.backends.ring.xla_chunked import added
 from posjax.attention.backends.shards import ShardSpec
-from posjax.attention.backends.xla_chunked import EMPTY_LSE
+from posjax.attention.call import AttentionCall
 from posjax.typing import Array
 
+__all__ = ["by_key", "carried", "with_keys"]  # of the interface, beside what is defined here
 BY_KEY = dict(key=1, value=1, segments=1, positions=1)
 
 
-def cut_up(call: dict[str, Any], blocks: GpuBlocks | None) -> tuple[Plan, Operands]:
-    if blocks is not None and blocks.lowering != "triton":
-        what = f"block_sizes has lowering={blocks.lowering!r}"
+def to_operands(call: AttentionCall, block_sizes: GpuBlocks | None) -> tuple[Plan, Operands]:
+    if block_sizes is not None and block_sizes.lowering != "triton":
+        what = f"block_sizes has lowering={block_sizes.lowering!r}"
         raise NotImplementedError(f"{what}, which does not go around a ring of devices; lowering='triton' does")
-    blocks = blocks or gpu.default_blocks(call["query"], call["value"], call["terms"], ("triton",))
-    plan, _, x = gpu.laid_out(blocks, ShardSpec(), None, **call)
+    call = call.rotated()
+    plan, x = gpu.to_operands(call, block_sizes or gpu.default_blocks(call, ("triton",)), ShardSpec())
     if plan.last is not None:
-        nothing = jnp.zeros(x.z.shape[:-1], jnp.float32)
-        x = dataclasses.replace(x, high=nothing, low=nothing)
+        zeros = jnp.zeros(x.z.shape[:-1], jnp.float32)
+        x = dataclasses.replace(x, high=zeros, low=zeros)
     return plan, x
 
 
@@ -33,22 +37,8 @@ def in_parts(plan: Plan, x: Operands, parts: int) -> Plan | None:
     return None if x.key.shape[1] % (parts * plan.blocks.keys) else plan
 
 
-def by_key(x: Operands) -> dict[str, Any]:
-    return dict(key=x.key, value=x.value, segments=x.key_segments, positions=x.key_positions)
-
-
-def carried(x: Operands) -> Any:
-    return [] if x.high is None else [x.high, x.low]
-
-
-def with_keys(x: Operands, there: dict[str, Any], carried: Any) -> Operands:
-    high, low = carried or (None, None)
-    keys = dict(key_segments=there["segments"], key_positions=there["positions"])
-    return dataclasses.replace(x, key=there["key"], value=there["value"], **keys, high=high, low=low)
-
-
-def joined(out: Array, length: int, width: int) -> Array:
-    return gpu.joined(jnp.swapaxes(out, 1, 2), length, width)
+def from_blocks(out: Array, length: int, width: int) -> Array:
+    return gpu.from_blocks(jnp.swapaxes(out, 1, 2), length, width)
 
 
 def _outputs(plan: Plan, x: Operands) -> tuple[Array, ...]:
@@ -56,9 +46,8 @@ def _outputs(plan: Plan, x: Operands) -> tuple[Array, ...]:
 
 
 def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
-    out, lse, *state = gpu.sharded(_outputs, plan, ShardSpec(), x, (), (), None)
-    lse = jnp.where(lse < -0.5 * MASK_VALUE, lse / LOG2E, EMPTY_LSE)
-    return jnp.swapaxes(out, 1, 2), lse, state[2:], state[:2]
+    out, lse, *state = kernel_call.run(_outputs, plan, ShardSpec(), x, gpu.LETTERS)
+    return jnp.swapaxes(out, 1, 2), natural_lse(lse), state[2:], state[:2]
 
 
 def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, lse: Array, *counts: Array) -> tuple[Array, ...]:
@@ -74,8 +63,7 @@ def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, lse: Array, 
 
 
 def _found(x: Operands) -> list[str]:
-    names = [name for name in gpu.LEARNED if getattr(x, name) is not None]
-    return names + ([] if x.z is None else ["gathered"])
+    return gpu.learned(x) + ([] if x.z is None else ["gathered"])
 
 
 def gradients(
@@ -83,20 +71,20 @@ def gradients(
     x: Operands,
     lse: Array,
     kept: Any,
-    handed_on: Any,
+    carries_out: Any,
     d_out: Array,
     delta: Array,
-    d_handed_on: list[Array],
-    so_far: dict[str, Any] | None,
+    d_carries_out: list[Array],
+    acc: dict[str, Any] | None,
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
-    counts = (*handed_on, *kept, d_handed_on[0]) if d_handed_on else ()
+    counts = (*carries_out, *kept, d_carries_out[0]) if d_carries_out else ()
     more = jnp.swapaxes(d_out, 1, 2), delta, lse * LOG2E, *counts
-    found = dict(zip(_found(x), gpu.sharded(_gradients, plan, ShardSpec(), x, more, (), None), strict=True))
-    received = [found.pop("gathered"), d_handed_on[1]] if counts else []
-    of_keys = dict(key=[found.pop("key")], value=[found.pop("value")], segments=[], positions=[])
-    return of_keys, added(so_far, found), received
+    found = dict(zip(_found(x), kernel_call.run(_gradients, plan, ShardSpec(), x, gpu.LETTERS, *more), strict=True))
+    received = [found.pop("gathered"), d_carries_out[1]] if counts else []
+    of_keys, rest = split_by_key(found)
+    return of_keys, added(acc, rest), received
 
 
-def gradient_of(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:
+def cotangent(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:
     (key,), (value,) = of_keys["key"], of_keys["value"]
-    return gpu.gradient_of(x, rest | dict(key=key, value=value))
+    return kernel_call.cotangent(x, rest | dict(key=key, value=value))

@@ -5,25 +5,29 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from posjax.attention.backends import kernel_call
+from posjax.attention.backends.constants import LOG2E
+from posjax.attention.backends.ring.kernels import by_key, carried, natural_lse, split_by_key, with_keys
 from posjax.attention.backends.shards import ShardSpec
 from posjax.attention.backends.tpu import attention as tpu
 from posjax.attention.backends.tpu.backward import backward
 from posjax.attention.backends.tpu.blocks import Blocks, chip_at_hand
 from posjax.attention.backends.tpu.forward import forward
 from posjax.attention.backends.tpu.step import Operands, Plan, queries_of
-from posjax.attention.backends.tpu.tiles import LANES, LOG2E, MASK_VALUE
-from posjax.attention.backends.xla_chunked import EMPTY_LSE
+from posjax.attention.backends.tpu.tiles import LANES
+from posjax.attention.call import AttentionCall
 from posjax.typing import Array
 
+__all__ = ["by_key", "carried", "with_keys"]  # of the interface, beside what is defined here
 BY_KEY = dict(key=2, value=2, segments=2, positions=2)
 
 
-def cut_up(call: dict[str, Any], blocks: Blocks | None) -> tuple[Plan, Operands]:
-    chip = chip_at_hand(call["query"])
-    plan, x = tpu.laid_out(blocks or tpu.fitting(chip, call), chip, ShardSpec(), None, **call)
+def to_operands(call: AttentionCall, block_sizes: Blocks | None) -> tuple[Plan, Operands]:
+    chip = chip_at_hand(call.query)
+    plan, x = tpu.to_operands(call, block_sizes or tpu.fitting(chip, call), chip, ShardSpec())
     if plan.counting is not None:
-        nothing = jnp.zeros((*x.query.shape[:3], *x.query_positions.shape[1:]), jnp.float32)
-        x = dataclasses.replace(x, high=nothing, low=nothing)
+        zeros = jnp.zeros((*x.query.shape[:3], *x.query_positions.shape[1:]), jnp.float32)
+        x = dataclasses.replace(x, high=zeros, low=zeros)
     return plan, x
 
 
@@ -33,22 +37,8 @@ def in_parts(plan: Plan, x: Operands, parts: int) -> Plan | None:
     return plan if fits and (size <= resident or size % resident == 0) else None
 
 
-def by_key(x: Operands) -> dict[str, Any]:
-    return dict(key=x.key, value=x.value, segments=x.key_segments, positions=x.key_positions)
-
-
-def carried(x: Operands) -> Any:
-    return [] if x.high is None else [x.high, x.low]
-
-
-def with_keys(x: Operands, there: dict[str, Any], carried: Any) -> Operands:
-    high, low = carried or (None, None)
-    keys = dict(key_segments=there["segments"], key_positions=there["positions"])
-    return dataclasses.replace(x, key=there["key"], value=there["value"], **keys, high=high, low=low)
-
-
-def joined(out: Array, length: int, width: int) -> Array:
-    return tpu.joined(out, length)
+def from_blocks(out: Array, length: int, width: int) -> Array:
+    return tpu.from_blocks(out, length)
 
 
 def _outputs(plan: Plan, x: Operands) -> tuple[Array, ...]:
@@ -56,9 +46,8 @@ def _outputs(plan: Plan, x: Operands) -> tuple[Array, ...]:
 
 
 def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
-    out, lse, *state = tpu.sharded(_outputs, plan, ShardSpec(), x, (), (), None)
-    lse = jnp.where(lse < -0.5 * MASK_VALUE, lse / LOG2E, EMPTY_LSE).reshape(out.shape[:-1])
-    return out, lse, _numbers(*state[2:]) if state else (), state[:2]
+    out, lse, *state = kernel_call.run(_outputs, plan, ShardSpec(), x, tpu.LETTERS)
+    return out, natural_lse(lse).reshape(out.shape[:-1]), _numbers(*state[2:]) if state else (), state[:2]
 
 
 def _numbers(limit: Array, wide_steps: Array) -> Array:
@@ -87,8 +76,8 @@ def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, lse: Array, 
     """
     counts, own = (more[:5], more[5:]) if plan.counting is not None else ((), more)
     saved, gathered = (lse, *counts[:4]), counts[4] if counts else None
-    so_far = dict(zip(queries_of(x), own, strict=False))
-    found = tpu.summed_up(x, backward(plan, x, saved, d_out, delta, gathered, is_part=True, so_far=so_far))
+    acc = dict(zip(queries_of(x), own, strict=False))
+    found = tpu.summed_up(x, backward(plan, x, saved, d_out, delta, gathered, is_part=True, so_far=acc))
     return tuple(found[name] for name in _found(x))
 
 
@@ -101,25 +90,25 @@ def gradients(
     x: Operands,
     lse: Array,
     kept: Any,
-    handed_on: Any,
+    carries_out: Any,
     d_out: Array,
     delta: Array,
-    d_handed_on: list[Array],
-    so_far: dict[str, Any] | None,
+    d_carries_out: list[Array],
+    acc: dict[str, Any] | None,
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
-    counts = (*handed_on, *_to_rows(plan, kept), d_handed_on[0]) if d_handed_on else ()
+    counts = (*carries_out, *_to_rows(plan, kept), d_carries_out[0]) if d_carries_out else ()
     more = d_out, *(tpu.by_tile(plan, row) for row in (delta, lse * LOG2E)), *counts
     own = queries_of(x)  # the kernel accumulates these gradients itself
-    if so_far is not None:
-        more += tuple(so_far[name] for name in own)
-    found = dict(zip(_found(x), tpu.sharded(_gradients, plan, ShardSpec(), x, more, (), None), strict=True))
-    received = [found.pop("gathered"), d_handed_on[1]] if counts else []
-    of_keys = dict(key=[found.pop("key")], value=[found.pop("value")], segments=[], positions=[])
-    if so_far is not None:
-        found |= {name: so_far[name] + part for name, part in found.items() if name not in own}
-    return of_keys, found, received
+    if acc is not None:
+        more += tuple(acc[name] for name in own)
+    found = dict(zip(_found(x), kernel_call.run(_gradients, plan, ShardSpec(), x, tpu.LETTERS, *more), strict=True))
+    received = [found.pop("gathered"), d_carries_out[1]] if counts else []
+    of_keys, rest = split_by_key(found)
+    if acc is not None:
+        rest |= {name: acc[name] + part for name, part in rest.items() if name not in own}
+    return of_keys, rest, received
 
 
-def gradient_of(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:
+def cotangent(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:
     (key,), (value,) = of_keys["key"], of_keys["value"]
-    return tpu.gradient_of(x, rest | dict(key=key, value=value))
+    return kernel_call.cotangent(x, rest | dict(key=key, value=value))

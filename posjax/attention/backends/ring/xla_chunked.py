@@ -1,13 +1,13 @@
-"""The walk in plain XLA over one part of the keys, and the interface that ``ring.attention`` requires of every such walk.
+"""The tile walk in plain XLA over one part of the keys, and the interface that ``ring.attention`` requires of every backend.
 
-A walk is a module with these functions:
+A backend of the ring is a module with these functions:
 
-    cut_up               converts a call to a Plan and Operands
-    in_parts             returns the Plan for one of several equal parts of the keys
-    by_key, carried      return the per-key arrays and the carries of operands
-    with_keys            replaces both
-    outputs, gradients   run the forward and the backward pass over one part of the keys
-    joined, gradient_of  convert the result and the gradients to those of the call
+    to_operands            converts a call to a Plan and Operands
+    in_parts               returns the Plan for one of several equal parts of the keys
+    by_key, carried        return the per-key arrays and the carries of operands
+    with_keys              replaces both
+    outputs, gradients     run the forward and the backward pass over one part of the keys
+    from_blocks, cotangent convert the result and the gradients to those of the call
 
 Per-key arrays are a dict of pytrees, and BY_KEY holds the axis of the keys in each of them. Carries are passed from one part of the
 keys to the next, from right to left.
@@ -19,15 +19,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from posjax.attention.backends import xla_chunked
-from posjax.attention.backends.xla_chunked import Operands, Plan, whole_rows
+from posjax.attention.backends.xla_chunked import backward, forward, layout
+from posjax.attention.backends.xla_chunked.layout import Operands, Plan, block, unblock
+from posjax.attention.call import AttentionCall
 from posjax.typing import Array
 
 BY_KEY = dict(key=0, value=0, columns=2, segments=1, positions=1)
 
 
-def cut_up(call: dict[str, Any], _: Any) -> tuple[Plan, Operands]:
-    return xla_chunked.cut_up(**call, is_part=True)
+def to_operands(call: AttentionCall, block_sizes: None) -> tuple[Plan, Operands]:
+    return layout.to_operands(call.rotated(), is_part=True)
 
 
 def in_parts(plan: Plan, x: Operands, parts: int) -> Plan | None:
@@ -63,9 +64,9 @@ def with_keys(x: Operands, there: dict[str, Any], carried: Any) -> Operands:
     )
 
 
-def joined(out: Array, length: int, width: int) -> Array:
+def from_blocks(out: Array, length: int, width: int) -> Array:
     """Converts a result to [B, T, N, V] and removes the padding of T and V."""
-    return xla_chunked.joined(out, length)
+    return layout.from_blocks(out, length)
 
 
 def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
@@ -75,8 +76,8 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
       The result in float32, the log-sum-exp of its rows (``EMPTY_LSE`` where a row has no allowed key), the other residuals that
       ``gradients`` needs, and the carries for the next part.
     """
-    out, (lse, first, final) = xla_chunked.outputs(plan, x)
-    return out, lse, first, jax.tree.map(whole_rows, final)
+    out, (lse, first, final) = forward.outputs(plan, x)
+    return out, lse, first, jax.tree.map(unblock, final)
 
 
 def gradients(
@@ -84,39 +85,39 @@ def gradients(
     x: Operands,
     lse: Array,
     kept: Any,
-    handed_on: Any,
+    carries_out: Any,
     d_out: Array,
     delta: Array,
-    d_handed_on: list[Array],
-    so_far: dict[str, Any] | None,
+    d_carries_out: list[Array],
+    acc: dict[str, Any] | None,
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
     """Computes the gradients for one part of the keys, in float32.
 
     Args:
       plan, x: as in ``outputs``.
       lse, d_out, delta: the log-sum-exp, the gradient of the result and rowsum(d_out * out) of the complete rows, over all keys.
-      kept, handed_on: the residuals and the carries that ``outputs`` returned for this part.
-      d_handed_on: the gradients of ``handed_on``.
-      so_far: the gradients that other parts have accumulated for everything that is not per key; None for none.
+      kept, carries_out: the residuals and the carries that ``outputs`` returned for this part.
+      d_carries_out: the gradients of ``carries_out``.
+      acc: the gradients that other parts have accumulated for everything that is not per key; None for none.
 
     Returns:
-      The gradients of the floating-point per-key arrays, the gradients of everything else added to ``so_far``, and the gradients of
+      The gradients of the floating-point per-key arrays, the gradients of everything else added to ``acc``, and the gradients of
       the carries that this part received.
     """
-    final = jax.tree.map(lambda rows: xla_chunked.tiles_of(rows, plan.rows), handed_on)
-    d_final = [xla_chunked.tiles_of(rows, plan.rows) for rows in d_handed_on]
-    found = xla_chunked.gradients(plan, x, (lse, kept, final), d_out, delta, d_final)
+    final = jax.tree.map(lambda rows: block(rows, plan.rows), carries_out)
+    d_final = [block(rows, plan.rows) for rows in d_carries_out]
+    found = backward.gradients(plan, x, (lse, kept, final), d_out, delta, d_final)
     of_keys = dict(key=[found["key"]], value=[found["value"]], columns=found["columns"], segments=[], positions=[])
     rest = {name: found[name] for name in ("query", "rows", "tables", "scale")}
-    return of_keys, added(so_far, rest), [whole_rows(tiles) for tiles in found["carries"]]
+    return of_keys, added(acc, rest), [unblock(tiles) for tiles in found["carries"]]
 
 
-def added(so_far: Any, found: Any) -> Any:
-    """Adds the gradients ``found`` to ``so_far``, which is None if there are none yet."""
-    return found if so_far is None else jax.tree.map(jnp.add, so_far, found)
+def added(acc: Any, found: Any) -> Any:
+    """Adds the gradients ``found`` to ``acc``, which is None if there are none yet."""
+    return found if acc is None else jax.tree.map(jnp.add, acc, found)
 
 
-def gradient_of(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:
+def cotangent(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:
     """Assembles the three results of ``gradients`` into the gradient of the operands."""
     (key,), (value,) = of_keys["key"], of_keys["value"]
-    return xla_chunked.gradient_of(x, rest | dict(key=key, value=value, columns=of_keys["columns"], carries=received))
+    return backward.cotangent(x, rest | dict(key=key, value=value, columns=of_keys["columns"], carries=received))

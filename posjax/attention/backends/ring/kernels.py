@@ -1,0 +1,36 @@
+"""What the two kinds of kernels share as backends of the ring; see ``ring.xla_chunked`` for the interface."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+
+from posjax.attention.backends.constants import EMPTY_LSE, LOG2E, MASK_VALUE
+from posjax.typing import Array
+
+OperandsT = TypeVar("OperandsT")
+
+
+def by_key(x: Any) -> dict[str, Any]:
+    return dict(key=x.key, value=x.value, segments=x.key_segments, positions=x.key_positions)
+
+
+def carried(x: Any) -> list[Array]:
+    return [] if x.high is None else [x.high, x.low]
+
+
+def with_keys(x: OperandsT, there: dict[str, Any], carries: Any) -> OperandsT:
+    high, low = carries or (None, None)
+    keys = dict(key_segments=there["segments"], key_positions=there["positions"])
+    return dataclasses.replace(x, key=there["key"], value=there["value"], **keys, high=high, low=low)
+
+
+def natural_lse(lse: Array) -> Array:
+    """Converts a kernel's log-sum-exp from base 2 to base e, with ``EMPTY_LSE`` for rows with no allowed key."""
+    return jnp.where(lse < -0.5 * MASK_VALUE, lse / LOG2E, EMPTY_LSE)
+
+
+def split_by_key(found: dict[str, Array]) -> tuple[dict[str, list[Array]], dict[str, Array]]:
+    """Splits gradients by name into those of per-key arrays, in the form of ``by_key``, and the rest."""
+    rest = dict(found)
+    return dict(key=[rest.pop("key")], value=[rest.pop("value")], segments=[], positions=[]), rest

@@ -1,0 +1,71 @@
+"""The zig-zag layout of a sequence on a ring of devices, which balances the work under a causal mask."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from posjax.attention.call import AttentionCall
+from posjax.core.bias import BiasTerm
+from posjax.typing import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """The two chunks of device d: 2 d and 2 d + 1 in natural order, d and 2 C - 1 - d in the zig-zag layout.
+
+    Its methods run inside a ``shard_map``.
+
+    Attributes:
+      axis: the mesh axis of the ring.
+      parts: C, its number of devices.
+      is_zigzag: False leaves the chunks where they are.
+    """
+
+    axis: str
+    parts: int
+    is_zigzag: bool
+
+    def _moves(self, odd: int) -> list[tuple[int, int]]:
+        """Returns the (source, destination) devices of the first chunks, or the second if ``odd`` is 1, of all devices."""
+        chunks = [2 * d + odd for d in range(self.parts)]
+        return [(d, min(chunk, 2 * self.parts - 1 - chunk)) for d, chunk in enumerate(chunks)]
+
+    def _spread(self, x: Array, axis: int) -> list[Array]:
+        """Moves the two chunks of x to their devices, and returns the two that this device receives."""
+        halves = jnp.split(x, 2, axis=axis)
+        if not self.is_zigzag:
+            return halves
+        even, odd = (jax.lax.ppermute(half, self.axis, self._moves(i)) for i, half in enumerate(halves))
+        is_even = jax.lax.axis_index(self.axis) % 2 == 0
+        return [jnp.where(is_even, even, odd), jnp.where(is_even, odd, even)]
+
+    def split(self, call: AttentionCall, apart: bool) -> list[AttentionCall]:
+        """Returns the call of each chunk of this device if ``apart``, else that of both chunks as one."""
+
+        def pieces(axis: int, tree: Any) -> list[Any]:
+            leaves, structure = jax.tree.flatten(tree)
+            spread = [self._spread(leaf, axis) for leaf in leaves]
+            if not apart:
+                return [jax.tree.unflatten(structure, [jnp.concatenate(both, axis) for both in spread])]
+            return [jax.tree.unflatten(structure, [both[i] for both in spread]) for i in range(2)]
+
+        def of_term(term: BiasTerm) -> list[BiasTerm]:
+            parts = [pieces(2, part) for part in (term.rows, term.columns, term.carry)]
+            return [dataclasses.replace(term, rows=r, columns=c, carry=k) for r, c, k in zip(*parts, strict=True)]
+
+        terms = list(zip(*map(of_term, call.terms), strict=True)) or [(), ()]
+        by_token = ("query", "key", "value", "query_positions", "key_positions", "rotation", "mask")
+        along = {name: pieces(1, getattr(call, name)) for name in by_token}
+        return [call.replace(terms=terms[i], **{name: x[i] for name, x in along.items()}) for i in range(2 if apart else 1)]
+
+    def unsplit(self, out: list[Array]) -> Array:
+        """Converts the results of this device's chunks to [B, T / C, N, V] of the sequence in natural order."""
+        low, high = out if len(out) == 2 else jnp.split(out[0], 2, axis=1)
+        if self.is_zigzag:
+            is_even = jax.lax.axis_index(self.axis) % 2 == 0
+            halves = jnp.where(is_even, low, high), jnp.where(is_even, high, low)
+            back = [[(there, here) for here, there in self._moves(i)] for i in range(2)]
+            low, high = (jax.lax.ppermute(half, self.axis, moves) for half, moves in zip(halves, back, strict=True))
+        return jnp.concatenate([low, high], axis=1)

@@ -1,0 +1,1 @@
+"""Attention as a walk over tiles, in plain XLA."""

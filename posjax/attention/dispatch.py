@@ -1,0 +1,132 @@
+"""Chooses the backend of a prepared call: the one that was named, or the fastest that supports the call where it is lowered.
+
+A backend is a module with the functions of ``Backend``. The kernels of a platform also have ``BLOCK_SIZES_CLS``, and join a program
+by ``jax.lax.platform_dependent`` under their ``NAME``, whichever devices this process has.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import jax
+
+from posjax.attention.backends import reference
+from posjax.attention.backends.gpu import attention as gpu
+from posjax.attention.backends.gpu.blocks import GpuBlocks, check_gpu_blocks
+from posjax.attention.backends.kernel_call import block_sizes_for
+from posjax.attention.backends.ring import attention as ring
+from posjax.attention.backends.shards import ShardSpec, infer_shard_spec, on_shards
+from posjax.attention.backends.tpu import attention as tpu
+from posjax.attention.backends.tpu.blocks import Blocks, check_blocks
+from posjax.attention.backends.xla_chunked import attention as xla_chunked
+from posjax.attention.call import AttentionCall
+from posjax.typing import Array, Float
+
+Implementation = Literal["xla", "xla_chunked", "pallas"]
+_SMALL = 128 * 128  # query-key pairs; up to here tiled attention is a single tile, and dense attention compiles faster
+
+
+class Backend(Protocol):
+    """The interface of a backend's module."""
+
+    NAME: str
+
+    @staticmethod
+    def unsupported_reason(call: AttentionCall, **options: Any) -> str | None:
+        """Returns why the backend does not support a call, naming the argument at fault, or None if it does."""
+
+    @staticmethod
+    def attention(call: AttentionCall, **options: Any) -> Float[Array, "B T N V"]:
+        """Computes attention, differentiably in every floating-point array of the call; rows without an allowed key are zero."""
+
+
+_XLA: dict[str, Backend] = {backend.NAME: backend for backend in (reference, xla_chunked)}
+_KERNELS: dict[str, Backend] = {backend.NAME: backend for backend in (tpu, gpu)}
+
+
+def run(
+    call: AttentionCall,
+    implementation: Implementation | None = None,
+    *,
+    spec: ShardSpec | None = None,
+    context: ring.Context | None = None,
+    block_sizes: Blocks | GpuBlocks | None = None,
+) -> Float[Array, "B T N V"]:
+    """Runs attention on a prepared call with one of the backends.
+
+    Args:
+      call: result of ``prepare``.
+      implementation, block_sizes: as in ``posjax.attention``.
+      spec: how a mesh shards the call's batch and heads, for backends that run on each device's shard; None infers it from the
+        query's type.
+      context: mesh axis that shards sequences; None if there is none.
+
+    Raises:
+      ValueError: the implementation is unknown, or has no block sizes although some are given.
+      TypeError: ``block_sizes`` is neither Blocks nor GpuBlocks.
+      NotImplementedError: the implementation does not support the call; the message names one that does.
+    """
+    if implementation not in (None, "xla", "xla_chunked", "pallas"):
+        raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
+    _check_block_sizes(block_sizes, implementation)
+    spec = infer_shard_spec(call.query) if spec is None else spec
+    rings = context is not None and ring.unsupported_reason(call, context) is None
+    if implementation == "pallas":
+        kernel = gpu if platform_at_hand() == "gpu" else tpu
+        reason = kernel.unsupported_reason(call, block_sizes=block_sizes_for(kernel, block_sizes), spec=spec)
+        if reason is not None:
+            raise NotImplementedError(
+                f"implementation='pallas' cannot run this call: {reason}; implementation='xla_chunked' can"
+            )
+        if rings:
+            return ring.attention(call, context, kernel=kernel.NAME, block_sizes=block_sizes)
+        return _by_platform(call, spec, block_sizes, elsewhere=kernel)
+    if implementation is None:
+        if rings:
+            return ring.attention(call, context, block_sizes=block_sizes)
+        if call.query.shape[1] * call.key.shape[1] > _SMALL:
+            return _by_platform(call, spec, block_sizes)
+        implementation = "xla"
+    if implementation == "xla_chunked" and context is not None:
+        return ring.attention(call, context, kernel="xla")
+    return on_shards(_XLA[implementation].attention, spec)(call.rotated())
+
+
+def platform_at_hand() -> str:
+    """Returns the platform of the mesh in context, or else of this process: "cpu", "tpu" or "gpu"."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def _check_block_sizes(block_sizes: Any, implementation: Implementation | None) -> None:
+    if block_sizes is None:
+        return
+    (check_gpu_blocks if isinstance(block_sizes, GpuBlocks) else check_blocks)(block_sizes)
+    if implementation not in (None, "pallas"):
+        raise ValueError(
+            f"block_sizes must be None with implementation={implementation!r}, got {block_sizes}; "
+            "implementation='pallas' has block sizes"
+        )
+
+
+def _by_platform(call: AttentionCall, spec: ShardSpec, block_sizes: Any, elsewhere: Backend | None = None) -> Array:
+    """Runs the kernel of the platform that the program is lowered for.
+
+    Args:
+      elsewhere: kernel that runs in interpret mode on other platforms; None runs "xla_chunked" there.
+    """
+
+    def runner(kernel: Backend, sizes: Any) -> Callable[[AttentionCall], Array]:
+        return lambda call: kernel.attention(call, block_sizes=sizes, spec=spec)
+
+    branches = {}
+    for name, kernel in _KERNELS.items():
+        sizes = block_sizes_for(kernel, block_sizes)
+        if kernel.unsupported_reason(call, block_sizes=sizes, spec=spec) is None:
+            branches[name] = runner(kernel, sizes)
+
+    def walk(call: AttentionCall) -> Array:
+        return on_shards(xla_chunked.attention, spec)(call.rotated())
+
+    default = walk if elsewhere is None else runner(elsewhere, block_sizes_for(elsewhere, block_sizes))
+    return jax.lax.platform_dependent(call, **branches, default=default) if branches else default(call)
