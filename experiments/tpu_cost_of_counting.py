@@ -181,7 +181,7 @@ def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
     pair(walks[2].working(), "plain")
     if counts:
         walks[3].name, (*straight, bending) = "step", walks[3].working()
-        together = size_of_passage(blocks) // LANES  # the backward pass takes some passages at a time: tpu_backward's ``straight``
+        together = size_of_passage(blocks) // LANES  # backward takes some passages at a time: ``BackwardCounting.in_windows``
         passages = blocks.queries // LANES // together
         turns = [passages // math.gcd(passages, most // together) for most in (8, 4)]
         pair(straight, "straight", (1, 1) if is_forward else (turns[0], turns[1]), beyond=not is_forward)
@@ -329,7 +329,7 @@ def walk_over(gates: Gates | None, length: int, blocks: Blocks) -> tuple[Turns, 
 
 
 def cell_span_of(first: np.ndarray, last: np.ndarray, before: np.ndarray) -> int:
-    """``Piece.cell_span`` from the counts [t, quarters] at the first and last key of each quarter, and right of the strip."""
+    """``WindowedCounts.cell_span`` from counts [t, quarters] at the first and last key of each quarter, and right of the strip."""
     base, margin = np.floor(before)[:, None], 2.0**-10
 
     def cell(counts: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from posjax.attention.backends.tpu.step import Groups, Step, as_row
 from posjax.attention.backends.tpu.tiles import (
     LANES,
+    MASK_VALUE,
     MEDIUM,
     NARROW,
     OFFSET,
@@ -27,6 +28,7 @@ from posjax.attention.backends.tpu.tiles import (
     WIDE,
     Window,
     cell,
+    doubled_gates,
     joined,
     positions,
     spans,
@@ -52,8 +54,8 @@ class StripCursor(NamedTuple):
     whole: Array
 
 
-class Piece(NamedTuple):
-    """Holds the counts of a pair of query groups at 128 keys.
+class WindowedCounts(NamedTuple):
+    """Holds the counts of a pair of query groups at 128 keys, relative to windows of eight cells.
 
     Attributes:
       base: [1, t] int32, the first cell of the windows.
@@ -129,6 +131,7 @@ class QueryGroupState:
       base, now: [1, t]; their sum is the current counts minus ``OFFSET`` in ``through``.
       windows: the current windows, one for each group.
       sums: [1, t] for each processed piece, the sum of its gates.
+      gathered: [1, t], in the backward pass: the sum of the gradients of the counts at all keys to the left.
     """
 
     step: Step
@@ -140,6 +143,7 @@ class QueryGroupState:
     now: Array | None = None
     windows: list[Window] = dataclasses.field(default_factory=list)
     sums: list[Array] = dataclasses.field(default_factory=list)
+    gathered: Array | None = None
 
     def past(self, later: Array) -> Array:
         """Returns the counts [128, t] of a piece with the gate sums ``later``, and advances past the piece."""
@@ -148,7 +152,7 @@ class QueryGroupState:
         self.sums.append(later[:1])
         return later + (self.high + self.low if self.back else before)
 
-    def through(self, later: Array) -> Piece:
+    def through(self, later: Array) -> WindowedCounts:
         """Does the same as ``past``, but returns counts relative to windows of eight cells."""
         if self.now is None:
             self.base = self.high.astype(jnp.int32)
@@ -161,7 +165,48 @@ class QueryGroupState:
         right = self.now - later[:1] if self.back else self.now
         self.now = right if self.back else right + later[:1]
         self.sums.append(later[:1])
-        return Piece(self.base, later + right, self.windows)
+        return WindowedCounts(self.base, later + right, self.windows)
+
+
+@dataclasses.dataclass
+class StripPiece:
+    """Holds 128 keys of the strip of a pair of query groups, and the values that the stages of a counting step compute for them.
+
+    Attributes:
+      passage: the running counts of the pair, which the pieces of its strip share.
+      half: index of the piece in the strip.
+      start: index of its first key in the resident block.
+      logits: [128, t], the scores before any bias.
+      gates: [128, t], ``doubled_gates`` of the logits.
+      counts: the counts, where a step looks up their biases in windows.
+    """
+
+    passage: QueryGroupState
+    half: int
+    start: Array | None = None
+    logits: Array | None = None
+    gates: Array | None = None
+    counts: WindowedCounts | None = None
+
+    @property
+    def groups(self) -> Groups:
+        return self.passage.spot.groups
+
+    @property
+    def rows(self) -> Any:
+        """Returns the keys' slice of a buffer that holds a strip."""
+        return pl.ds(self.half * LANES, LANES)
+
+    def locate(self) -> None:
+        """Computes ``start``."""
+        self.start = pl.multiple_of(self.passage.step.start_of(self.passage.spot.strip) + self.half * LANES, LANES)
+
+    def open_gates(self, logits: Array, masked: bool) -> None:
+        """Stores scores [128, t] and computes the gates; ``masked`` applies the mask, which sets gates to zero."""
+        s, spot = self.passage.step, self.passage.spot
+        if masked:
+            logits = jnp.where(s.pairs(self.start, LANES, spot.groups, spot.here), logits, MASK_VALUE)
+        self.logits, self.gates = logits, doubled_gates(logits, s.plan.counting.exact)
 
 
 @dataclasses.dataclass

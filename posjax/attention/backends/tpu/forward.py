@@ -20,6 +20,7 @@ steps, all [T]. It walks through the counting region from the left to the right 
 ``tiles.py`` holds the mathematics of a tile, ``step.py`` the code that both passes share, ``band.py`` the counting region.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from posjax.attention.backends.tpu.band import CountingRegion, GatherWorklist, QueryGroupState, StripCursor, strip_of
+from posjax.attention.backends.tpu.band import CountingRegion, GatherWorklist, QueryGroupState, StripCursor, StripPiece, strip_of
 from posjax.attention.backends.tpu.step import (
     OPTIONAL,
     Groups,
@@ -54,7 +55,6 @@ from posjax.attention.backends.tpu.tiles import (
     SUBLANES,
     TN,
     WIDE,
-    doubled_gates,
     interpolated,
     joined,
     product,
@@ -65,193 +65,255 @@ from posjax.attention.backends.tpu.tiles import (
 from posjax.typing import Array
 
 
-def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) -> None:
-    if plan.interpret is None:  # only the shapes of the results are needed
-        return
-    scalars, scale, rest = Scalars(*refs[:6]), refs[6], dict(zip(names, refs[7:], strict=True))
-    rest = dict.fromkeys(OPTIONAL) | rest
-    batch, _, group, tile, turn = (pl.program_id(n) for n in range(5))
-    row = batch if rows > 1 else 0
-    blocks, counting = plan.blocks, plan.counting
-    s = Step(plan, scalars, rest, row, rows, tile, 0)
-    first_block, last_block = blocks_of(*s.entry("visits", tile), held)
-    s.key_block = jnp.maximum(last_block - turn, first_block)
-    band = CountingRegion(s, lambda a: band.seen(a)[0])
-    factor, every = scale[0] * LOG2E, Groups(0, plan.groups)
+@dataclasses.dataclass(frozen=True)
+class ForwardTile:
+    """Computes the output of one query tile of one head from one resident block of keys, by an online softmax.
 
-    if plan.turn_keys:  # all keys stay in VMEM
+    Scratch holds the state of the softmax between blocks, in float32: the running maximum ``m`` [1, t], the denominator ``l``
+    [1, t] and the accumulator ``acc`` [V, t].
 
-        @pl.when((group == 0) & (tile == 0))
-        def _() -> None:
-            s.prepare_keys()
+    Attributes:
+      step: the query tile, with the references to operands, results and scratch.
+      factor: the scale of the scores in units of log2 e, a scalar.
+    """
 
-    @pl.when(turn == 0)
-    def _() -> None:
+    step: Step
+    factor: Array
+
+    @property
+    def every(self) -> Groups:
+        return Groups(0, self.step.plan.groups)
+
+    def initialise(self) -> None:
+        """Rotates the queries, multiplies them with the embedding, and empties the softmax."""
+        s = self.step
         s.prepare_queries()
-        s.highest[...] = jnp.full(s.highest.shape, INIT_MAX, jnp.float32)
-        s.total[...] = jnp.zeros(s.total.shape, jnp.float32)
-        s.sums[...] = jnp.zeros(s.sums.shape, jnp.float32)
-        if counting is not None:
-            for name in ("high", "low"):
-                own, given = getattr(s, name), rest.get(f"in_{name}")
-                own[...] = jnp.zeros(own.shape, jnp.float32) if given is None else given[...]
-            s.wide_steps[0] = s.wide_steps[1] = -1
-            for a in range(band.passages):
-                s.limit[a] = band.seen(a)[1]
+        s.m[...] = jnp.full(s.m.shape, INIT_MAX, jnp.float32)
+        s.l[...] = jnp.zeros(s.l.shape, jnp.float32)
+        s.acc[...] = jnp.zeros(s.acc.shape, jnp.float32)
 
-            @pl.when(tile == 0)
-            def _() -> None:
-                s.cell_span[0] = NARROW
+    def logits(self, start: Array, size: int, groups: Groups | None = None) -> Array:
+        """Computes the scores of ``size`` keys from ``start`` on before any bias, [s, t]."""
+        key = self.step.keys(start, size)
+        return product(key, self.step.queries(groups), NT, key.dtype == jnp.float32) * self.factor
 
-    def logits(start: Array, size: int, groups: Groups | None = None) -> Array:
-        key = s.keys(start, size)
-        return product(key, s.queries(groups), NT, key.dtype == jnp.float32) * factor
+    def update_softmax(self, scores: list[Array], start: Array, size: int, groups: Groups) -> None:
+        """Updates the softmax with ``size`` keys from ``start`` on.
 
-    def softmax(scores: list[Array], start: Array, size: int, groups: Groups) -> None:
-        """Updates the online softmax with ``size`` keys from ``start`` on; scores [s, t], split along t, include CoPE and T5."""
-        weights, lane = [], 0
-        penalty = s.penalty(start, size, groups) if plan.penalised else None
+        Args:
+          scores: [s, t], split along t; they include CoPE and T5 biases and are masked.
+          start, size: the keys.
+          groups: the query groups.
+        """
+        s, weights, lane = self.step, [], 0
+        penalty = s.penalty(start, size, groups) if s.plan.penalised else None
         for piece in scores:
             part = slice(lane, lane := lane + piece.shape[1])
             at = pl.ds(groups.first * LANES + part.start, piece.shape[1])
             piece = piece if penalty is None else piece + penalty[:, part]
-            piece = soft(plan, piece)
-            highest = s.highest[:, at]
-            new = jnp.maximum(highest, piece.max(0, keepdims=True))
-            weight, shrink = jnp.exp2(piece - new), jnp.exp2(highest - new)
-            s.total[:, at] = s.total[:, at] * shrink + weight.sum(0, keepdims=True)
-            s.highest[:, at] = new
-            s.sums[:, at] = s.sums[:, at] * shrink
+            piece = soft(s.plan, piece)
+            m_prev = s.m[:, at]
+            m_next = jnp.maximum(m_prev, piece.max(0, keepdims=True))
+            weight, alpha = jnp.exp2(piece - m_next), jnp.exp2(m_prev - m_next)
+            s.l[:, at] = s.l[:, at] * alpha + weight.sum(0, keepdims=True)
+            s.m[:, at] = m_next
+            s.acc[:, at] = s.acc[:, at] * alpha
             weights.append(weight.astype(s.value.dtype))
         value = s.value[pl.ds(start, size), :]
-        s.sums[:, groups.lanes] += product(value, joined(weights, 1), TN, value.dtype == jnp.float32)
+        s.acc[:, groups.lanes] += product(value, joined(weights, 1), TN, value.dtype == jnp.float32)
 
-    def pieces_of(passages: list[QueryGroupState], masked: bool) -> tuple[list, dict, Any]:
-        """Returns the strips in pieces of 128 keys, right to left, a dict of values per piece, and the stage that fills it."""
-        live: dict[int, Any] = {}
-        pieces = [(passage, half) for passage in passages for half in reversed(range(blocks.strip // LANES))]
+    def key_tiles(self) -> None:
+        """Processes the keys of the block outside the counting region."""
+        self.step.for_tiles(lambda j, whole: self.step.choose(j, whole, self.plain_tile, self.lookup_tile))
 
-        def products(n: int) -> None:
-            spot, half = pieces[n][0].spot, pieces[n][1]
-            at = pl.multiple_of(s.start_of(spot.strip) + half * LANES, LANES)
-            raw = logits(at, LANES, spot.groups)
-            if masked:
-                raw = jnp.where(s.pairs(at, LANES, spot.groups, spot.here), raw, MASK_VALUE)
-            live[n] = raw, doubled_gates(raw, counting.exact)
+    def plain_tile(self, j: Array, masked: bool) -> None:
+        """Processes key tile j, in which the bias is constant along a row."""
+        s, size = self.step, self.step.plan.blocks.keys
+        start = pl.multiple_of(j * size, size)
+        scores, constant = self.logits(start, size), s.constant(s.query_extent(), s.key_extent(j))
+        if constant is not None:
+            scores = scores + constant
+        self.update_softmax([s.left(scores, start) if masked else scores], start, size, self.every)
 
-        return pieces, live, products
+    def lookup_tile(self, j: Array, whole: Array) -> None:
+        """Processes key tile j strip by strip, with T5 lookups; ``whole`` is True if its pairs need no mask."""
+        s, size = self.step, self.step.plan.blocks.strip
 
-    def straight(spots: list[StripCursor], masked: bool) -> None:
-        """Computes the scores of a step with CoPE biases, for queries that cross at most eight cells.
+        def one(n: Array, _: None) -> None:
+            strip = j * s.plan.per_tile + n
+            start = s.start_of(strip)
+            scores = self.logits(start, size) + s.lookups(lambda g: strip)
+            scores = scores if s.plan.counting is None else scores + s.last_bias()
 
-        Sets ``s.cell_span`` to the actual span. If it is WIDE, the scores are invalid and the counts are unchanged.
-        """
-        passages, cell_span = [band.passage(spot) for spot in spots], []
-        pieces, live, products = pieces_of(passages, masked)
+            def take(masked: bool) -> None:
+                self.update_softmax([s.left(scores, start) if masked else scores], start, size, self.every)
 
-        def counts(n: int) -> None:
-            raw, gates = live[n]
-            live[n] = raw, pieces[n][0].through(sums_to_the_right(gates, counting))
-            cell_span.append(live[n][1].cell_span(counting.last))
+            masked_or_not(take, whole)
 
-        def biases(n: int) -> None:
-            (passage, half), (raw, piece) = pieces[n], live.pop(n)
-            for (g, part), lines in zip(passage.spot.groups.apart(), piece.windows, strict=True):
-                bias, _ = within(lines, piece.inside[:, part], counting)
-                s.scores[g, pl.ds(half * LANES, LANES), :] = raw[:, part] + bias
+        jax.lax.fori_loop(0, s.plan.per_tile, one, None)
 
-        staggered(len(pieces), [products, counts, biases])
-        most = jnp.max(functools.reduce(jnp.maximum, cell_span))
-        s.cell_span[0] = most
-        band.leave(passages, most < WIDE)
+    def finish(self) -> None:
+        """Writes the output, the log-sum-exp and, with CoPE, what the backward pass needs to walk back through the counts."""
+        s, plan = self.step, self.step.plan
+        denominator = s.l[...]
+        is_empty = denominator == 0.0
+        denominator = jnp.where(is_empty, 1.0, denominator)
+        s.out[...] = (s.acc[...] / denominator).T.astype(s.out.dtype)
+        lse = jnp.where(is_empty, -MASK_VALUE, s.m[...] + jnp.log2(denominator))
+        for g in range(plan.groups):
+            s.lse[pl.ds(g, 1), :] = lse[:, g * LANES : (g + 1) * LANES]
+            if plan.counting is not None:
+                s.out_limit[pl.ds(g, 1), :] = jnp.full((1, LANES), s.limit[g // plan.groups_side_by_side], jnp.int32)
+                lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+                s.out_wide_steps[pl.ds(g, 1), :] = jnp.where(lane == 0, s.wide_steps[0], s.wide_steps[1])
+        if plan.counting is not None:
+            s.out_high[...], s.out_low[...] = s.high[...], s.low[...]
 
-    def bending(spots: list[StripCursor]) -> None:
-        """Computes the scores of a step with CoPE biases for any counts, group by group."""
-        passages, last, needs = [band.passage(spot) for spot in spots], s.last_bias(), GatherWorklist(band)
-        pieces, live, products = pieces_of(passages, True)
 
-        def counts(n: int) -> None:
-            (passage, half), (raw, gates) = pieces[n], live.pop(n)
-            needs.note(passage.spot, half, passage.past(sums_to_the_right(gates, counting)))
-            for g, part in passage.spot.groups.apart():
-                s.scores[g, pl.ds(half * LANES, LANES), :] = raw[:, part] + last[:, g * LANES : (g + 1) * LANES]
+@dataclasses.dataclass(frozen=True)
+class ForwardCounting:
+    """Processes the counting region of a query tile in the resident block, from the diagonal to the left.
 
-        def add(g: Any, at: Any, few: bool) -> None:
-            bias, _ = interpolated(s.positions[g, at, :], s.z[g], s.slope[g], counting, few)
-            s.scores[g, at, :] += bias - s.z[g, pl.ds(counting.last, 1), :]
+    Attributes:
+      tile: the query tile.
+      band: its counting region in the block.
+    """
 
-        staggered(len(pieces), [products, counts])
-        s.cell_span[0] = jnp.where(needs.close(spots) < SUBLANES, MEDIUM, WIDE)
-        band.leave(passages)
-        if plan.index is not None:
-            s.by_group(s.scores, s.all_groups(s.scores) + s.lookups(strip_of(spots)))
-        band.by_need(add)
+    tile: ForwardTile
+    band: CountingRegion
 
-    def count(n: Array) -> Array:
+    def initialise(self) -> None:
+        """Sets the counts to those of other calls, or to zero, before the first block of a query tile."""
+        s = self.tile.step
+        for name in ("high", "low"):
+            own, given = getattr(s, name), s.refs.get(f"in_{name}")
+            own[...] = jnp.zeros(own.shape, jnp.float32) if given is None else given[...]
+        s.wide_steps[0] = s.wide_steps[1] = -1
+        for a in range(self.band.passages):
+            s.limit[a] = self.band.seen(a)[1]
+
+        @pl.when(s.tile == 0)
+        def _() -> None:
+            s.cell_span[0] = NARROW
+
+    def count(self) -> None:
+        """Processes counting steps until all counts have reached the last position, or no strip is left."""
+        begin, _ = self.band.steps()
+        jax.lax.while_loop(lambda x: x[1], lambda x: (x[0] + 1, self.count_step(x[0])), (begin, self.band.goes_on(begin)))
+
+    def count_step(self, n: Array) -> Array:
         """Processes counting step n; returns whether there is another."""
-        spots = band.spots(n)
+        s, spots = self.tile.step, self.band.spots(n)
         whole = functools.reduce(jnp.logical_and, [spot.whole for spot in spots])
-        if plan.index is None:
-            masked_or_not(functools.partial(straight, spots), whole, s.cell_span[0] < WIDE)  # span of the previous step
-            pl.when(s.cell_span[0] == WIDE)(lambda: bending(spots))
+        if s.plan.index is None:
+            masked_or_not(functools.partial(self.in_windows, spots), whole, s.cell_span[0] < WIDE)  # span of the previous step
+            pl.when(s.cell_span[0] == WIDE)(lambda: self.by_gathers(spots))
 
             @pl.when(s.cell_span[0] > NARROW)
             def _() -> None:
                 s.wide_steps[0] = jnp.where(s.wide_steps[0] < 0, n, s.wide_steps[0])
                 s.wide_steps[1] = n
         else:
-            bending(spots)
+            self.by_gathers(spots)
 
         for a, spot in enumerate(spots):
-            softmax([s.scores[g] for g, _ in spot.groups.apart()], s.start_of(spot.strip), blocks.strip, spot.groups)
+            scores = [s.scores[g] for g, _ in spot.groups.apart()]
+            self.tile.update_softmax(scores, s.start_of(spot.strip), s.plan.blocks.strip, spot.groups)
             s.limit[a] = jnp.where(spot.here, s.key_block * s.strips + spot.strip, s.limit[a])
-        return band.goes_on(n + 1)
+        return self.band.goes_on(n + 1)
 
-    def plain(j: Array, masked: bool) -> None:
-        start = pl.multiple_of(j * blocks.keys, blocks.keys)
-        scores, constant = logits(start, blocks.keys), s.constant(s.query_extent(), s.key_extent(j))
-        if constant is not None:
-            scores = scores + constant
-        softmax([s.left(scores, start) if masked else scores], start, blocks.keys, every)
+    def in_windows(self, spots: list[StripCursor], masked: bool) -> None:
+        """Computes the scores of a step with CoPE biases, for queries that cross at most eight cells.
 
-    def looking(j: Array, whole: Array) -> None:
-        """Processes a tile strip by strip, with T5 lookups."""
+        Sets ``s.cell_span`` to the actual span. If it is WIDE, the scores are invalid and the counts are unchanged.
+        """
+        passages, spans = [self.band.passage(spot) for spot in spots], []
+        count = functools.partial(self.count_in_window, spans)
+        staggered(self.pieces_of(passages), [functools.partial(self.open_gates, masked), count, self.add_window_bias])
+        most = jnp.max(functools.reduce(jnp.maximum, spans))
+        self.tile.step.cell_span[0] = most
+        self.band.leave(passages, most < WIDE)
 
-        def one(n: Array, _: None) -> None:
-            strip = j * plan.per_tile + n
-            start = s.start_of(strip)
-            scores = logits(start, blocks.strip) + s.lookups(lambda g: strip)
-            scores = scores if counting is None else scores + s.last_bias()
+    def by_gathers(self, spots: list[StripCursor]) -> None:
+        """Computes the scores of a step with CoPE biases for any counts, group by group."""
+        s, passages = self.tile.step, [self.band.passage(spot) for spot in spots]
+        last, needs = s.last_bias(), GatherWorklist(self.band)
+        staggered(self.pieces_of(passages), [functools.partial(self.open_gates, True), functools.partial(self.note, needs, last)])
+        s.cell_span[0] = jnp.where(needs.close(spots) < SUBLANES, MEDIUM, WIDE)
+        self.band.leave(passages)
+        if s.plan.index is not None:
+            s.by_group(s.scores, s.all_groups(s.scores) + s.lookups(strip_of(spots)))
+        self.band.by_need(self.add_bias)
 
-            def take(masked: bool) -> None:
-                softmax([s.left(scores, start) if masked else scores], start, blocks.strip, every)
+    # Stages of a step, for one piece of 128 keys
 
-            masked_or_not(take, whole)
+    def pieces_of(self, passages: list[QueryGroupState]) -> list[StripPiece]:
+        """Returns the strips in pieces, each strip from the right to the left."""
+        halves = self.tile.step.plan.blocks.strip // LANES
+        return [StripPiece(passage, half) for passage in passages for half in reversed(range(halves))]
 
-        jax.lax.fori_loop(0, plan.per_tile, one, None)
+    def open_gates(self, masked: bool, piece: StripPiece) -> None:
+        """Computes the logits and gates."""
+        piece.locate()
+        piece.open_gates(self.tile.logits(piece.start, LANES, piece.groups), masked)
+
+    def count_in_window(self, spans: list[Array], piece: StripPiece) -> None:
+        """Adds the gates to the counts, relative to windows of eight cells, and appends the cell span of the piece to ``spans``."""
+        counting = self.tile.step.plan.counting
+        piece.counts = piece.passage.through(sums_to_the_right(piece.gates, counting))
+        spans.append(piece.counts.cell_span(counting.last))
+
+    def add_window_bias(self, piece: StripPiece) -> None:
+        """Writes the scores with the biases from the windows."""
+        s = self.tile.step
+        for (g, part), lines in zip(piece.groups.apart(), piece.counts.windows, strict=True):
+            bias, _ = within(lines, piece.counts.inside[:, part], s.plan.counting)
+            s.scores[g, piece.rows, :] = piece.logits[:, part] + bias
+
+    def note(self, needs: GatherWorklist, last: Array, piece: StripPiece) -> None:
+        """Writes the scores with the bias of saturated counts, ``last`` [1, t], and lists the counts that are not saturated."""
+        s = self.tile.step
+        needs.note(piece.passage.spot, piece.half, piece.passage.past(sums_to_the_right(piece.gates, s.plan.counting)))
+        for g, part in piece.groups.apart():
+            s.scores[g, piece.rows, :] = piece.logits[:, part] + last[:, g * LANES : (g + 1) * LANES]
+
+    def add_bias(self, g: Any, at: Any, few: bool) -> None:
+        """Replaces the bias of saturated counts by that of the stored positions, for query group g and the keys ``at``."""
+        s = self.tile.step
+        bias, _ = interpolated(s.positions[g, at, :], s.z[g], s.slope[g], s.plan.counting, few)
+        s.scores[g, at, :] += bias - s.z[g, pl.ds(s.plan.counting.last, 1), :]
+
+
+def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) -> None:
+    """Runs one grid step of the kernel."""
+    if plan.interpret is None:  # only the shapes of the results are needed
+        return
+    scalars, scale, rest = Scalars(*refs[:6]), refs[6], dict(zip(names, refs[7:], strict=True))
+    rest = dict.fromkeys(OPTIONAL) | rest
+    batch, _, group, tile, turn = (pl.program_id(n) for n in range(5))
+    s = Step(plan, scalars, rest, batch if rows > 1 else 0, rows, tile, 0)
+    first_block, last_block = blocks_of(*s.entry("visits", tile), held)
+    s.key_block = jnp.maximum(last_block - turn, first_block)
+    band = CountingRegion(s, lambda a: band.seen(a)[0])
+    query_tile = ForwardTile(s, scale[0] * LOG2E)
+    counting = ForwardCounting(query_tile, band) if plan.counting is not None else None
+
+    if plan.turn_keys:  # all keys stay in VMEM
+        pl.when((group == 0) & (tile == 0))(s.prepare_keys)
+
+    @pl.when(turn == 0)
+    def _() -> None:
+        query_tile.initialise()
+        if counting is not None:
+            counting.initialise()
 
     @pl.when(last_block - turn >= first_block)
     def _() -> None:
         if counting is not None:
-            begin, _ = band.steps()
-            jax.lax.while_loop(lambda x: x[1], lambda x: (x[0] + 1, count(x[0])), (begin, band.goes_on(begin)))
-        s.for_tiles(lambda j, whole: s.choose(j, whole, plain, looking))
+            counting.count()
+        query_tile.key_tiles()
 
-    @pl.when(turn == pl.num_programs(4) - 1)
-    def _() -> None:
-        total = s.total[...]
-        nothing = total == 0.0
-        total = jnp.where(nothing, 1.0, total)
-        s.out[...] = (s.sums[...] / total).T.astype(s.out.dtype)
-        lse = jnp.where(nothing, -MASK_VALUE, s.highest[...] + jnp.log2(total))
-        for g in range(plan.groups):
-            s.lse[pl.ds(g, 1), :] = lse[:, g * LANES : (g + 1) * LANES]
-            if counting is not None:
-                s.out_limit[pl.ds(g, 1), :] = jnp.full((1, LANES), s.limit[g // plan.groups_side_by_side], jnp.int32)
-                lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-                s.out_wide_steps[pl.ds(g, 1), :] = jnp.where(lane == 0, s.wide_steps[0], s.wide_steps[1])
-        if counting is not None:
-            s.out_high[...], s.out_low[...] = s.high[...], s.low[...]
+    pl.when(turn == pl.num_programs(4) - 1)(query_tile.finish)
 
 
 def forward(plan: Plan, x: Operands, dtype: Any = None) -> tuple[Array, ...]:
@@ -291,9 +353,9 @@ def forward(plan: Plan, x: Operands, dtype: Any = None) -> tuple[Array, ...]:
     out_specs = [row_spec] * len(outs)
     out_specs[0] = pl.BlockSpec((None,) * 3 + (blocks.queries, width), lambda b, k, g, i, r, *_: (b, k, g, i, 0))
     scratch = scratch_of(plan, x) | {
-        "highest": pltpu.VMEM((1, blocks.queries), jnp.float32),
-        "total": pltpu.VMEM((1, blocks.queries), jnp.float32),
-        "sums": pltpu.VMEM((width, blocks.queries), jnp.float32),
+        "m": pltpu.VMEM((1, blocks.queries), jnp.float32),
+        "l": pltpu.VMEM((1, blocks.queries), jnp.float32),
+        "acc": pltpu.VMEM((width, blocks.queries), jnp.float32),
     }
     if plan.counting is not None:
         scratch |= {name: pltpu.SMEM((n,), jnp.int32) for name, n in (("cell_span", 1), ("wide_steps", 2))}

@@ -11,6 +11,7 @@ window of eight. The window is fetched once, into one register for 128 queries, 
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from posjax.typing import Array
 
 SUBLANES, LANES = 8, 128
-NARROW, MEDIUM, WIDE = range(3)  # how many cells the queries cross in a strip: see ``Piece.cell_span``
+NARROW, MEDIUM, WIDE = range(3)  # how many cells the queries cross in a strip: see ``WindowedCounts.cell_span``
 FEW = 2  # crossed cells per quarter of a strip for which ``spread_within`` suffices
 QUARTER = 64  # keys
 LOG2E = math.log2(math.e)
@@ -238,15 +239,15 @@ def within(window: Window, inside: Array, counting: Counting) -> tuple[Array, Ar
     return pick(window.start, at, counting.has_sublane_gather) + inside * slope, slope
 
 
-def staggered(pieces: int, stages: list[Any]) -> None:
+def staggered(pieces: Sequence[Any], stages: Sequence[Callable[[Any], None]]) -> None:
     """Calls each stage for each piece in software-pipelined order: every stage runs one piece behind the stage before it.
 
     In branch-free code, independent stages of neighboring pieces are then adjacent and can overlap.
     """
-    for n in range(pieces + len(stages) - 1):
+    for n in range(len(pieces) + len(stages) - 1):
         for behind, stage in enumerate(stages):
-            if 0 <= n - behind < pieces:
-                stage(n - behind)
+            if 0 <= n - behind < len(pieces):
+                stage(pieces[n - behind])
 
 
 def positions(counts: Array, counting: Counting) -> Array:

@@ -58,10 +58,10 @@ def buffers(plan: Plan, x: Operands) -> int:
     windows["rows"] = 14 * size((plan.groups, LANES), jnp.float32)  # statistics and the state of counts
     scratch = {name: size(a.shape, a.dtype) for name, a in scratch_of(plan, x).items() if "vmem" in str(a.memory_space)}
     scratch |= {f"d_{name}": n for name, n in scratch.items() if not name.startswith("turned")}
-    for name, shape in {"key": (held, width), "value": (held, value_width), "query": (width, blocks.queries)}.items():
-        scratch[f"{name}_sums"] = size(shape, jnp.float32)
+    for name, shape in {"dk_acc": (held, width), "dv_acc": (held, value_width), "dq_acc": (width, blocks.queries)}.items():
+        scratch[name] = size(shape, jnp.float32)
     if plan.index is not None:
-        windows["d_table"], scratch["table_sums"] = (size((*n, LANES, LANES), jnp.float32) for n in ((), (SUBLANES,)))
+        windows["d_table"], scratch["d_table_acc"] = (size((*n, LANES, LANES), jnp.float32) for n in ((), (SUBLANES,)))
     return 2 * sum(windows.values()) + sum(scratch.values())
 
 
