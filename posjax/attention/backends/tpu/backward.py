@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from posjax.attention.backends.constants import LOG2E
 from posjax.attention.backends.tpu.backward_counting import BackwardCounting
 from posjax.attention.backends.tpu.backward_tile import BackwardTile
 from posjax.attention.backends.tpu.band import CountingRegion
@@ -31,7 +32,7 @@ from posjax.attention.backends.tpu.step import (
     queries_of,
     scratch_of,
 )
-from posjax.attention.backends.tpu.tiles import LANES, LOG2E, SUBLANES
+from posjax.attention.backends.tpu.tiles import LANES, SUBLANES
 from posjax.typing import Array
 
 

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from posjax.attention.backends.constants import MASK_VALUE
 from posjax.attention.backends.tpu.step import Groups, Step, as_row
 from posjax.attention.backends.tpu.tiles import (
     LANES,
-    MASK_VALUE,
     MEDIUM,
     NARROW,
     OFFSET,

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from posjax.attention.backends.constants import INIT_MAX, LOG2E, MASK_VALUE
 from posjax.attention.backends.tpu.band import CountingRegion, GatherWorklist, QueryGroupState, StripCursor, StripPiece, strip_of
 from posjax.attention.backends.tpu.step import (
     OPTIONAL,
@@ -45,10 +46,7 @@ from posjax.attention.backends.tpu.step import (
     soft,
 )
 from posjax.attention.backends.tpu.tiles import (
-    INIT_MAX,
     LANES,
-    LOG2E,
-    MASK_VALUE,
     MEDIUM,
     NARROW,
     NT,

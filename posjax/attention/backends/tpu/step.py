@@ -10,12 +10,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from posjax.attention.backends.constants import INIT_MAX, LOG2E, MASK_VALUE
 from posjax.attention.backends.tpu.blocks import Blocks
 from posjax.attention.backends.tpu.tiles import (
-    INIT_MAX,
     LANES,
-    LOG2E,
-    MASK_VALUE,
     NN,
     NT,
     QUARTER,

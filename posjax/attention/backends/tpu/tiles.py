@@ -10,22 +10,19 @@ window of eight. The window is fetched once, into one register for 128 queries, 
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from posjax.attention.backends.constants import LOG2E
 from posjax.typing import Array
 
 SUBLANES, LANES = 8, 128
 NARROW, MEDIUM, WIDE = range(3)  # how many cells the queries cross in a strip: see ``WindowedCounts.cell_span``
 FEW = 2  # crossed cells per quarter of a strip for which ``spread_within`` suffices
 QUARTER = 64  # keys
-LOG2E = math.log2(math.e)
-MASK_VALUE = -2e38  # the score of a pair that is not allowed
-INIT_MAX = -1e30  # initial running maximum: above MASK_VALUE, so that masked scores have weight zero
 
 NN = (((1,), (0,)), ((), ()))  # a b
 NT = (((1,), (1,)), ((), ()))  # a b^T
