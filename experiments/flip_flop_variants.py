@@ -11,10 +11,9 @@ import argparse
 import dataclasses
 from collections.abc import Mapping
 
-import flip_flop
 from common import markdown
 from contrasts import Claim, cell
-from flip_flop import LONGER, MARGIN, SETS, recipe, tests
+from flip_flop import LONGER, MARGIN, RATES, SETS, recipe, tests
 from trained import Found, Part, main, tuned
 
 from posjax.lab.config import Config
@@ -28,7 +27,6 @@ PUBLISHED = {  # dimension 256, 4 layers, 4 heads: in and out of the distributio
     "cope_alibi, learned": (0.0, 11.4),
 }
 MAIN = ("rope", "alibi", "cope_alibi(slope=1.0)")
-RATES: Mapping[str, float] = {}
 
 
 def variants(config: Config) -> dict[str, str]:
@@ -53,7 +51,7 @@ def parts(options: argparse.Namespace) -> dict[str, Part]:
     claims += [Claim(alibi, rope, column, MARGIN) for column in LONGER]
     shorter = dataclasses.replace(config, steps=700)
     return {
-        "main": Part(tuned(config, MAIN, flip_flop.RATES | RATES), tests, seeds=8, claims=claims),
+        "main": Part(tuned(config, MAIN, RATES), tests, seeds=8, claims=claims),
         "variants": Part(tuned(shorter, others), tests, seeds=4),
     }
 

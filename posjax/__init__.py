@@ -7,7 +7,7 @@ from posjax.attention.kv_cache import Cache, attend, cached, init_cache
 from posjax.attention.linear import linear_attention
 from posjax.core.bias import BiasTerm, Tile, position_bias
 from posjax.core.chain import chain
-from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, identity
+from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, encoding, identity, register
 from posjax.core.masks import Mask
 from posjax.encodings.absolute import learned, sinusoidal
 from posjax.encodings.cope import cope, cope_alibi, cope_mlp
@@ -37,11 +37,13 @@ __all__ = [
     "cope",
     "cope_alibi",
     "cope_mlp",
+    "encoding",
     "identity",
     "init_cache",
     "learned",
     "linear_attention",
     "position_bias",
+    "register",
     "rope",
     "sinusoidal",
     "t5",

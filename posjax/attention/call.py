@@ -14,7 +14,7 @@ import numpy as np
 
 from posjax.checks import is_traced
 from posjax.core.bias import BiasTerm, Rotation
-from posjax.core.encoding import AttentionInputs, PositionalEncoding, identity
+from posjax.core.encoding import AttentionInputs, PositionalEncoding, identity, what_is
 from posjax.core.masks import Mask
 from posjax.typing import Array, Float, Int, Params
 
@@ -116,7 +116,7 @@ def prepare(
     )
     params = {} if params is None else params
     terms = encoding.bias(params, inputs)
-    rotation = encoding.rotation(params, inputs) if encoding.rotation is not None and not rotated else None
+    rotation = None if rotated else encoding.rotation(params, inputs)
     if rotation is None:
         query, key = encoding.rotate(params, query, key, inputs)
     return AttentionCall(
@@ -130,7 +130,7 @@ def prepare(
         scale=jnp.asarray(scale, jnp.float32),
         rotation=rotation,
         logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
-        query_is_unrotated=not rotated and (rotation is not None or not encoding.turns),
+        query_is_unrotated=not rotated and (rotation is not None or not encoding.changes_query),
     )
 
 
@@ -139,7 +139,7 @@ def check_encoding(encoding: Any) -> PositionalEncoding:
     if encoding is None:
         return _NONE
     if not isinstance(encoding, PositionalEncoding):
-        raise TypeError(f"encoding must be a PositionalEncoding such as rope(), got {encoding!r}")
+        raise TypeError(f"encoding must be a PositionalEncoding such as rope(), got {what_is(encoding)}")
     return encoding
 
 

@@ -5,16 +5,15 @@ process with 64-bit jax, for gradients of the same code. A block of query rows i
 is that of a block.
 """
 
-import ast
 import dataclasses
 import functools
-import inspect
 import math
 from typing import Any
 
 import numpy as np
 
-from posjax.encodings.spec import CONSTRUCTORS
+from posjax.core.chain import Chain
+from posjax.encodings.spec import parse_encoding
 
 _CELLS = 2**21  # scores in memory at once; gradients need about twenty arrays of that size
 
@@ -90,19 +89,9 @@ def _blocks(shape: tuple[int, ...], first: int) -> list[tuple[int, int]]:
 
 def members(spec: str) -> list[tuple[str, dict[str, Any]]]:
     """Parses the text of an encoding into its members, each as ("cope", {"max_position": 64, ...})."""
-    node, found = ast.parse(spec.strip(), mode="eval").body, []
-    while isinstance(node, ast.BinOp):
-        found.insert(0, node.right)
-        node = node.left
-    result = []
-    for part in (node, *found):
-        call = part if isinstance(part, ast.Call) else ast.Call(part, [], [])
-        bound = inspect.signature(CONSTRUCTORS[call.func.id]).bind(
-            *map(ast.literal_eval, call.args), **{k.arg: ast.literal_eval(k.value) for k in call.keywords}
-        )
-        bound.apply_defaults()
-        result.append((call.func.id, dict(bound.arguments)))
-    return result
+    encoding = parse_encoding(spec)
+    encodings = encoding.encodings if isinstance(encoding, Chain) else (encoding,)
+    return [(e.registered_name, {f.name: getattr(e, f.name) for f in dataclasses.fields(e)}) for e in encodings]
 
 
 def _rows(xp: Any, spec: str, arrays: dict[str, Any], start: int, stop: int, options: Options) -> tuple[Any, Any]:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 def list_all() -> None:
     """Runs posjax list: prints the encodings and the configs."""
-    from posjax.encodings.spec import CONSTRUCTORS, one_line
+    from posjax.core.encoding import registered
+    from posjax.encodings.spec import one_line
 
     print("encodings (join with +, alternate layers with /):")
-    for name in CONSTRUCTORS:
+    for name in registered():
         print(f"  {name:<12} {one_line(name)}")
     print("configs:")
     for path in sorted(Path("configs").glob("*.py")):

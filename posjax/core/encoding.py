@@ -1,4 +1,4 @@
-"""The interface of a positional encoding: a value made of pure functions.
+"""The interface of a positional encoding, a value made of pure functions, and the registry of encodings by name.
 
 An encoding may act at four points of a model, and most act at one:
 
@@ -8,15 +8,19 @@ An encoding may act at four points of a model, and most act at one:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+import importlib.metadata
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from posjax.checks import check_at_least
+from posjax.checks import check_at_least, is_traced
 from posjax.core.bias import BiasTerm, Rotation
-from posjax.typing import Array, Float, Params
+from posjax.typing import Array, Float, Int, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,77 +79,263 @@ class AttentionInputs:
     scale: Any
 
 
-def _no_params(key: Array, dims: Dims) -> Params:
-    return {}
-
-
-def _same_embedding(params: Params, x: Array, positions: Array) -> Array:
-    return x
-
-
-def _same_params(params: Params, hidden: Array) -> Params:
-    return params
-
-
-def _no_rotation(params: Params, query: Array, key: Array, inputs: AttentionInputs) -> tuple[Array, Array]:
-    return query, key
-
-
-def _no_bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-    return ()
-
-
-def _no_limit(dims: Dims) -> int | None:
-    return None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class PositionalEncoding:
-    """A positional encoding: a bundle of pure functions whose parameters are a dict of learned arrays and nothing else.
+    """Base class of positional encodings: immutable values made of pure functions.
+
+    An encoding is a frozen dataclass that ``register`` has decorated, and overrides the methods of the points where it acts. Its
+    fields are its arguments. Those that hold arrays, such as a swept theta, are leaves of the encoding as a pytree, and all others
+    are static: an encoding can be an argument of ``jax.jit``, mapped over by ``jax.vmap`` and scanned over. Encodings with equal
+    arguments are equal, hash alike, can be pickled, and share one compiled program.
+
+        @pj.register("constant")
+        class Constant(pj.PositionalEncoding):
+            value: float = 1.0
+
+            def embed(self, params, x, positions):
+                return x + self.value
 
     Attributes:
-      name: name in tables and messages.
-      init: (key, dims) -> params, the learned arrays, float32; {} if nothing is learned.
-      embed: (params, x [B, T, D], positions [B, T]) -> x with the encoding of its positions added.
-      condition: (params, hidden [B, T, D]) -> params extended by per-token arrays computed from the input of an attention layer
-        (CoPE's separate gate keys). Models call it once per layer, before attention.
-      rotate: (params, query, key, inputs) -> (query, key), rotated or widened. Both have the same new width.
-      rotation: (params, inputs) -> ``rotate`` in structured form, for kernels that apply the rotation themselves. None if
-        ``rotate`` is not a pairwise rotation of channels.
-      bias: (params, inputs) -> bias terms.
+      name: name in tables and messages, and key in the params of ``chain``; by default that of ``register``.
+      registered_name: the name in the registry.
       per_layer: True if every layer learns its own params, False if all layers share one set; or a dict with the structure of
         params, down to the level below which one value holds.
-      max_length: dims -> the longest sequence that the parameters support, in tokens; None for no limit.
       is_contextual: True if the bias counts over the keys between key and query, so that attention must be causal or masked.
     """
 
-    name: str
-    init: Callable[[Array, Dims], Params] = _no_params
-    embed: Callable[[Params, Array, Array], Array] = _same_embedding
-    condition: Callable[[Params, Array], Params] = _same_params
-    rotate: Callable[[Params, Array, Array, AttentionInputs], tuple[Array, Array]] = _no_rotation
-    rotation: Callable[[Params, AttentionInputs], Rotation] | None = None
-    bias: Callable[[Params, AttentionInputs], tuple[BiasTerm, ...]] = _no_bias
+    name: str = "encoding"
+    registered_name: ClassVar[str] = "encoding"
     per_layer: bool | Mapping[str, Any] = False
-    max_length: Callable[[Dims], int | None] = _no_limit
     is_contextual: bool = False
 
+    def init(self, key: Array, dims: Dims) -> Params:
+        """Returns the learned arrays, float32; {} if nothing is learned."""
+        return {}
+
+    def embed(self, params: Params, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Returns x with the encoding of its positions added."""
+        return x
+
+    def condition(self, params: Params, hidden: Float[Array, "B T D"]) -> Params:
+        """Returns params extended by per-token arrays computed from the input of an attention layer (CoPE's separate gate keys).
+
+        Models call it once per layer, before attention.
+        """
+        return params
+
+    def rotate(self, params: Params, query: Array, key: Array, inputs: AttentionInputs) -> tuple[Array, Array]:
+        """Returns query and key rotated or widened. Both have the same new width."""
+        rotation = self.rotation(params, inputs)
+        return (query, key) if rotation is None else rotation.applied(query, key)
+
+    def rotation(self, params: Params, inputs: AttentionInputs) -> Rotation | None:
+        """Returns ``rotate`` in structured form, for backends that apply it themselves; None if it is not a pairwise rotation."""
+        return None
+
+    def bias(self, params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+        """Returns the biases that are added to the scores."""
+        return ()
+
+    def max_length(self, dims: Dims) -> int | None:
+        """Returns the longest sequence that the parameters support, in tokens; None for no limit."""
+        return None
+
     @property
-    def turns(self) -> bool:
+    def changes_query(self) -> bool:
         """Returns whether ``rotate`` may change query and key."""
-        return self.rotate is not _no_rotation
+        own, base = type(self), PositionalEncoding
+        return own.rotate is not base.rotate or own.rotation is not base.rotation
+
+    def _key(self) -> tuple[Any, ...]:
+        """Returns what equality and the hash go by: arrays by their bytes, traced ones by identity."""
+        return type(self), *(_comparable(getattr(self, field.name)) for field in dataclasses.fields(self))
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (type(other) is type(self) and other._key() == self._key())
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        """Returns the call that makes the encoding, without arguments at their defaults."""
+        given = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return f"{self.registered_name}({', '.join(f'{f.name}={x!r}' for f, x in given if _is_array(x) or x != f.default)})"
 
 
-def identity() -> PositionalEncoding:
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def _comparable(x: Any) -> Any:
+    if is_traced(x):
+        return "traced", id(x)
+    if _is_array(x):
+        x = np.asarray(x)
+        return x.dtype, x.shape, x.tobytes()
+    return tuple(map(_comparable, x)) if isinstance(x, tuple) else x
+
+
+def hyperparameter(default: Any) -> Any:
+    """Declares a field whose numbers change no shapes and may be traced, so that one compiled program serves many values."""
+    return dataclasses.field(default=default, metadata={"traced": True})
+
+
+EncodingClass = TypeVar("EncodingClass", bound=type[PositionalEncoding])
+_REGISTRY: dict[str, type[PositionalEncoding]] = {}
+ENTRY_POINTS = "posjax.encodings"  # group of the entry points by which packages offer encodings
+
+
+def register(name: str) -> Callable[[EncodingClass], EncodingClass]:
+    """Makes a subclass of PositionalEncoding an encoding: a frozen dataclass, a pytree, and an entry of the registry.
+
+    Texts such as ``rope + mine(3)``, in configurations and on the command line, then know it by its name. A package offers its
+    encodings to every user by an entry point of the group ``posjax.encodings``, whose name is that of the encoding.
+
+    Args:
+      name: a Python identifier, lower case by convention.
+
+    Raises:
+      ValueError: the name is not an identifier, or another class has it.
+      TypeError: the class is not a subclass of PositionalEncoding.
+    """
+
+    def decorate(cls: EncodingClass) -> EncodingClass:
+        if not (isinstance(cls, type) and issubclass(cls, PositionalEncoding)):
+            raise TypeError(f"register must decorate a subclass of PositionalEncoding, got {cls!r}")
+        if not name.isidentifier():
+            raise ValueError(f"the name of an encoding must be a Python identifier, got {name!r}")
+        there = _REGISTRY.get(name)
+        if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"the name {name!r} is that of {there.__module__}.{there.__qualname__}; take another one")
+        cls = as_value(cls)
+        cls.registered_name = name
+        if "name" not in vars(cls):
+            cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return decorate
+
+
+def as_value(cls: EncodingClass) -> EncodingClass:
+    """Makes a class a frozen dataclass and a pytree, whose leaves are the fields that hold arrays or encodings."""
+    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+
+    def is_child(x: Any) -> bool:
+        return _is_array(x) or isinstance(x, PositionalEncoding) or (isinstance(x, tuple) and any(map(is_child, x)))
+
+    def flatten(encoding: PositionalEncoding) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        values = {name: getattr(encoding, name) for name in names}
+        children = [(jax.tree_util.GetAttrKey(name), x) for name, x in values.items() if is_child(x)]
+        return children, tuple((name, None if is_child(x) else (x,)) for name, x in values.items())
+
+    def unflatten(static: tuple[Any, ...], children: Iterable[Any]) -> PositionalEncoding:
+        encoding, remaining = object.__new__(cls), iter(children)
+        for name, x in static:  # no checks: leaves may be anything while jax builds trees
+            object.__setattr__(encoding, name, next(remaining) if x is None else x[0])
+        return encoding
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+    return cls
+
+
+def registered() -> Mapping[str, type[PositionalEncoding]]:
+    """Returns the registry: classes by name, those of posjax first, then a user's and those of installed packages."""
+    for entry in _entry_points():
+        if entry.name not in _REGISTRY:
+            cls = entry.load()
+            if _REGISTRY.get(entry.name) is not cls:
+                raise ValueError(
+                    f"the entry point {entry.name!r} = {entry.value!r} of the group {ENTRY_POINTS!r} must name a class that "
+                    f"register({entry.name!r}) decorates, got {cls!r}"
+                )
+    return types.MappingProxyType(_REGISTRY)
+
+
+@functools.cache
+def _entry_points() -> tuple[importlib.metadata.EntryPoint, ...]:
+    return tuple(importlib.metadata.entry_points(group=ENTRY_POINTS))
+
+
+@register("identity")
+class Identity(PositionalEncoding):
     """Adds no positional encoding (NoPE): scores are scale * q.k.
 
     A causal decoder can still distinguish positions through its mask; a bidirectional model is symmetric under permutation.
     Kazemnejad et al., arXiv:2305.19466.
     """
-    return PositionalEncoding(name="identity")
 
 
-def leaf(params: Params, name: str, encoding: str, shape: tuple[int | None, ...] | None = None) -> Array:
+identity = Identity
+
+
+def encoding(
+    name: str,
+    *,
+    init: Callable[[Array, Dims], Params] | None = None,
+    embed: Callable[[Params, Array, Array], Array] | None = None,
+    condition: Callable[[Params, Array], Params] | None = None,
+    rotate: Callable[[Params, Array, Array, AttentionInputs], tuple[Array, Array]] | None = None,
+    rotation: Callable[[Params, AttentionInputs], Rotation] | None = None,
+    bias: Callable[[Params, AttentionInputs], tuple[BiasTerm, ...]] | None = None,
+    max_length: Callable[[Dims], int | None] | None = None,
+    per_layer: bool = False,
+    is_contextual: bool = False,
+) -> PositionalEncoding:
+    """Makes an encoding of functions, for people who prefer these to a class.
+
+    Two encodings are equal if their functions are the same objects: define functions at the level of a module.
+
+    Args:
+      name: name in tables and messages.
+      init, embed, condition, rotate, rotation, bias, max_length: methods of PositionalEncoding without ``self``. None is the
+        method of the base class. With ``rotation``, ``rotate`` is not needed.
+      per_layer, is_contextual: as in PositionalEncoding.
+    """
+    given = dict(init=init, embed=embed, condition=condition, rotate=rotate, rotation=rotation, bias=bias, max_length=max_length)
+    functions = tuple((point, function) for point, function in given.items() if function is not None)
+    return _OfFunctions(name, functions, per_layer, is_contextual)
+
+
+def _delegate(point: str) -> Callable[..., Any]:
+    base = getattr(PositionalEncoding, point)
+
+    @functools.wraps(base)
+    def method(self: "_OfFunctions", *args: Any) -> Any:
+        function = dict(self.functions).get(point)
+        return base(self, *args) if function is None else function(*args)
+
+    return method
+
+
+@as_value
+class _OfFunctions(PositionalEncoding):
+    name: str = ""
+    functions: tuple[tuple[str, Callable[..., Any]], ...] = ()
+    per_layer: bool = False
+    is_contextual: bool = False
+
+    init, embed, condition, rotate, rotation, bias, max_length = map(
+        _delegate, ("init", "embed", "condition", "rotate", "rotation", "bias", "max_length")
+    )
+
+    @property
+    def changes_query(self) -> bool:
+        return any(point in ("rotate", "rotation") for point, _ in self.functions)
+
+    def __repr__(self) -> str:
+        points = [f"{point}={getattr(function, '__name__', function)}" for point, function in self.functions]
+        return f"encoding({', '.join([repr(self.name), *points])})"
+
+
+def what_is(value: Any) -> str:
+    """Describes, for a message, a value that should be an encoding."""
+    if isinstance(value, type) and issubclass(value, PositionalEncoding):
+        return f"the class {value.__name__}; call it: {value.registered_name}(...)"
+    return repr(value)
+
+
+def get_param(params: Params, name: str, encoding: str, shape: tuple[int | None, ...] | None = None) -> Array:
     """Returns params[name] after checking that it exists and has the right shape.
 
     Args:
@@ -170,7 +360,7 @@ def leaf(params: Params, name: str, encoding: str, shape: tuple[int | None, ...]
 # Traced hyperparameters: numbers that change no shapes, so that one compiled program serves many values -----------------
 
 
-def setting(value: Array | float | int) -> Float[Array, ""]:
+def traced_hparam(value: Array | float | int) -> Float[Array, ""]:
     """Converts a hyperparameter to a float32 scalar with gradient zero.
 
     Some kernels do not compute a gradient for it, so no implementation does.

@@ -1,1 +1,5 @@
-"""The positional encodings and their text form."""
+"""The encodings, a module for each family. All of them are in the registry, ``posjax.core.encoding.registered()``."""
+
+from posjax.encodings import absolute, cope, relative, rotary, tupe
+
+__all__ = ["absolute", "cope", "relative", "rotary", "tupe"]

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.checks import check_at_least, check_positive, is_traced
-from posjax.core.encoding import Dims, PositionalEncoding, leaf
+from posjax.core.encoding import Dims, PositionalEncoding, get_param, hyperparameter, register
 from posjax.encodings.phases import angles, geometric_frequencies
 from posjax.typing import Array, Params
 
 
-def sinusoidal(theta: Array | float = 10_000.0) -> PositionalEncoding:
+@register("sinusoidal")
+class Sinusoidal(PositionalEncoding):
     """Adds sinusoids of geometrically spaced wavelengths to the embeddings.
 
         PE[p, 2m] = sin(p / theta^(2m/D)),    PE[p, 2m+1] = cos(p / theta^(2m/D))
@@ -24,20 +25,23 @@ def sinusoidal(theta: Array | float = 10_000.0) -> PositionalEncoding:
 
     Vaswani et al., arXiv:1706.03762, section 3.5.
     """
-    check_theta(theta)
 
-    def embed(params: Params, x: Array, positions: Array) -> Array:
+    theta: Array | float = hyperparameter(10_000.0)
+
+    def __post_init__(self) -> None:
+        check_theta(self.theta)
+
+    def embed(self, params: Params, x: Array, positions: Array) -> Array:
         width = x.shape[-1]
         if width % 2:
             raise ValueError(f"embed_dim must be even for sinusoidal, got {width}")
-        phase = angles(positions, geometric_frequencies(theta, width))
+        phase = angles(positions, geometric_frequencies(self.theta, width))
         table = jnp.stack([jnp.sin(phase), jnp.cos(phase)], axis=-1).reshape(*phase.shape[:-1], width)
         return x + table.astype(x.dtype)
 
-    return PositionalEncoding(name="sinusoidal", embed=embed)
 
-
-def learned(init_scale: float = 0.02) -> PositionalEncoding:
+@register("learned")
+class Learned(PositionalEncoding):
     """Adds a learned vector per position to the embeddings: x_p + E[p].
 
     params["embedding"] is E, [max_length, D].
@@ -51,16 +55,22 @@ def learned(init_scale: float = 0.02) -> PositionalEncoding:
     Gehring et al., arXiv:1705.03122; Devlin et al., arXiv:1810.04805.
     """
 
-    def init(key: Array, dims: Dims) -> Params:
-        length = require_max_length("learned", dims)
-        return {"embedding": init_scale * jax.random.normal(key, (length, dims.embed_dim), jnp.float32)}
+    init_scale: float = 0.02
 
-    def embed(params: Params, x: Array, positions: Array) -> Array:
-        table = leaf(params, "embedding", "learned", (None, x.shape[-1]))
+    def init(self, key: Array, dims: Dims) -> Params:
+        length = require_max_length("learned", dims)
+        return {"embedding": self.init_scale * jax.random.normal(key, (length, dims.embed_dim), jnp.float32)}
+
+    def embed(self, params: Params, x: Array, positions: Array) -> Array:
+        table = get_param(params, "embedding", "learned", (None, x.shape[-1]))
         check_within("learned", positions, table.shape[0])
         return x + jnp.take(table, positions, axis=0).astype(x.dtype)
 
-    return PositionalEncoding(name="learned", init=init, embed=embed, max_length=lambda dims: dims.max_length)
+    def max_length(self, dims: Dims) -> int | None:
+        return dims.max_length
+
+
+sinusoidal, learned = Sinusoidal, Learned
 
 
 def check_theta(theta: Array | float) -> None:

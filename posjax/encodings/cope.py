@@ -18,22 +18,30 @@ import jax.numpy as jnp
 
 from posjax.checks import check_at_least, check_finite, is_traced
 from posjax.core.bias import BiasTerm, Interpolation, Tile
-from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, leaf, setting
+from posjax.core.encoding import (
+    AttentionInputs,
+    Dims,
+    PositionalEncoding,
+    get_param,
+    hyperparameter,
+    register,
+    traced_hparam,
+)
 from posjax.encodings.relative import check_slope, slopes_of_heads
 from posjax.typing import Array, Float, Params
 
 Gates = Literal["logits", "content", "keys", "values"]
 
 
-def cope(
-    max_position: int,
-    gates: Gates = "logits",
-    scaled: bool = False,
-    per_head: bool = False,
-    shared: bool = True,
-    gate_bias: Array | float = 0.0,
-    clamp: Array | int | None = None,
-) -> PositionalEncoding:
+def _condition(self: PositionalEncoding, params: Params, hidden: Float[Array, "B T D"]) -> Params:
+    if self.gates != "keys":
+        return params
+    kernel = get_param(params, "gate_kernel", self.name)
+    return params | {"gate_key": jnp.einsum("btd,dkh->btkh", hidden, kernel.astype(hidden.dtype))}
+
+
+@register("cope")
+class Cope(PositionalEncoding):
     """Adds a bias q_i.e(p_ij) for a contextual position p_ij, the sum of gates from key to query (CoPE).
 
         p_ij = min(sum_{k=j..i} g_ik, P - 1)
@@ -65,32 +73,43 @@ def cope(
 
     Golovneva et al., arXiv:2405.18719, equations 3 to 6 and Listing 1.
     """
-    check_at_least("max_position", max_position, 2)
-    _check_gates(gates, gate_bias)
-    _check_clamp(clamp, max_position)
 
-    def init(key: Array, dims: Dims) -> Params:
-        heads = (dims.num_heads,) if per_head else ()
-        return _gate_params(gates, key, dims) | {"embedding": jnp.zeros((*heads, max_position, dims.head_dim), jnp.float32)}
+    max_position: int
+    gates: Gates = "logits"
+    scaled: bool = False
+    per_head: bool = False
+    shared: bool = True
+    gate_bias: Array | float = hyperparameter(0.0)
+    clamp: Array | int | None = hyperparameter(None)
 
-    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+    is_contextual = True
+    condition = _condition
+
+    def __post_init__(self) -> None:
+        check_at_least("max_position", self.max_position, 2)
+        _check_gates(self.gates, self.gate_bias)
+        _check_clamp(self.clamp, self.max_position)
+
+    @property
+    def per_layer(self) -> bool:
+        return not self.shared
+
+    def init(self, key: Array, dims: Dims) -> Params:
+        heads = (dims.num_heads,) if self.per_head else ()
+        embedding = jnp.zeros((*heads, self.max_position, dims.head_dim), jnp.float32)
+        return _gate_params(self.gates, key, dims) | {"embedding": embedding}
+
+    def bias(self, params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
         heads, head_dim = inputs.query.shape[2:]
-        shape = (heads, max_position, head_dim) if per_head else (max_position, head_dim)
-        embedding = leaf(params, "embedding", "cope", shape)
-        embedding = embedding * inputs.scale if scaled else embedding
-        embedding = embedding if clamp is None else _clamped(embedding, clamp)
-        return (_counting_term("cope", gates, gate_bias, params, inputs, embedding, (0 if per_head else None,)),)
-
-    return _contextual("cope", gates, shared, init, bias)
+        shape = (heads, self.max_position, head_dim) if self.per_head else (self.max_position, head_dim)
+        embedding = get_param(params, "embedding", "cope", shape)
+        embedding = embedding * inputs.scale if self.scaled else embedding
+        embedding = embedding if self.clamp is None else _clamped(embedding, self.clamp)
+        return (_counting_term("cope", self.gates, self.gate_bias, params, inputs, embedding, (0 if self.per_head else None,)),)
 
 
-def cope_alibi(
-    slope: Array | float | None = None,
-    learned: bool = False,
-    gates: Gates = "logits",
-    shared: bool = True,
-    gate_bias: Array | float = 0.0,
-) -> PositionalEncoding:
+@register("cope_alibi")
+class CopeAlibi(PositionalEncoding):
     """Penalizes scores linearly in the contextual position of CoPE: bias_ij = -m_n p_ij.
 
     p_ij is counted as in ``cope`` and is not clamped.
@@ -107,23 +126,36 @@ def cope_alibi(
 
     Golovneva et al., arXiv:2405.18719, the CoPE_ALiBi rows.
     """
-    check_slope(slope)
-    _check_gates(gates, gate_bias)
 
-    def init(key: Array, dims: Dims) -> Params:
-        return _gate_params(gates, key, dims) | ({"slope": slopes_of_heads(slope, dims.num_heads)} if learned else {})
+    slope: Array | float | None = hyperparameter(None)
+    learned: bool = False
+    gates: Gates = "logits"
+    shared: bool = True
+    gate_bias: Array | float = hyperparameter(0.0)
 
-    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+    is_contextual = True
+    condition = _condition
+
+    def __post_init__(self) -> None:
+        check_slope(self.slope)
+        _check_gates(self.gates, self.gate_bias)
+
+    @property
+    def per_layer(self) -> bool:
+        return not self.shared
+
+    def init(self, key: Array, dims: Dims) -> Params:
+        slopes = {"slope": slopes_of_heads(self.slope, dims.num_heads)} if self.learned else {}
+        return _gate_params(self.gates, key, dims) | slopes
+
+    def bias(self, params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
         heads = inputs.query.shape[2]
-        slopes = leaf(params, "slope", "cope_alibi", (heads,)) if learned else slopes_of_heads(slope, heads)
-        return (_counting_term("cope_alibi", gates, gate_bias, params, inputs, slopes, (0,)),)
-
-    return _contextual("cope_alibi", gates, shared, init, bias)
+        slopes = get_param(params, "slope", "cope_alibi", (heads,)) if self.learned else slopes_of_heads(self.slope, heads)
+        return (_counting_term("cope_alibi", self.gates, self.gate_bias, params, inputs, slopes, (0,)),)
 
 
-def cope_mlp(
-    hidden_dim: int = 64, gates: Gates = "logits", scaled: bool = False, shared: bool = True, gate_bias: Array | float = 0.0
-) -> PositionalEncoding:
+@register("cope_mlp")
+class CopeMlp(PositionalEncoding):
     """Adds the bias of CoPE with position embeddings from a small network: bias_ij = q_i.e(p_ij), e(p) = W_2 relu(w_1 p + b_1).
 
     Positions are not clamped. There is no b_2, because it would add the same number to every key of a row, which softmax cancels.
@@ -142,27 +174,44 @@ def cope_mlp(
 
     Golovneva et al., arXiv:2405.18719, the CoPE_MLP row. The paper does not give the network's shape; this one is ours.
     """
-    check_at_least("hidden_dim", hidden_dim, 1)
-    _check_gates(gates, gate_bias)
 
-    def init(key: Array, dims: Dims) -> Params:
+    hidden_dim: int = 64
+    gates: Gates = "logits"
+    scaled: bool = False
+    shared: bool = True
+    gate_bias: Array | float = hyperparameter(0.0)
+
+    is_contextual = True
+    condition = _condition
+
+    def __post_init__(self) -> None:
+        check_at_least("hidden_dim", self.hidden_dim, 1)
+        _check_gates(self.gates, self.gate_bias)
+
+    @property
+    def per_layer(self) -> bool:
+        return not self.shared
+
+    def init(self, key: Array, dims: Dims) -> Params:
         gate_key, key = jax.random.split(key)
         # The kinks -b/w cover positions 0 .. 64: with gates of 1/2, most of the first hundred tokens are there.
-        kinks = jnp.linspace(0.0, 64.0, hidden_dim, endpoint=False)
-        weight = jnp.abs(jax.random.normal(key, (hidden_dim,))) * 0.1 + 0.01
-        return _gate_params(gates, gate_key, dims) | {
+        kinks = jnp.linspace(0.0, 64.0, self.hidden_dim, endpoint=False)
+        weight = jnp.abs(jax.random.normal(key, (self.hidden_dim,))) * 0.1 + 0.01
+        return _gate_params(self.gates, gate_key, dims) | {
             "weight_in": weight,
             "bias_in": -weight * kinks,
-            "weight_out": jnp.zeros((hidden_dim, dims.head_dim)),
+            "weight_out": jnp.zeros((self.hidden_dim, dims.head_dim)),
         }
 
-    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        weight_out = leaf(params, "weight_out", "cope_mlp", (hidden_dim, inputs.query.shape[3]))
-        weight_out = weight_out * inputs.scale if scaled else weight_out
-        first = tuple(leaf(params, name, "cope_mlp", (hidden_dim,)) for name in ("weight_in", "bias_in"))
-        return (_counting_term("cope_mlp", gates, gate_bias, params, inputs, (*first, weight_out), (None, None, None)),)
+    def bias(self, params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+        weight_out = get_param(params, "weight_out", "cope_mlp", (self.hidden_dim, inputs.query.shape[3]))
+        weight_out = weight_out * inputs.scale if self.scaled else weight_out
+        first = tuple(get_param(params, name, "cope_mlp", (self.hidden_dim,)) for name in ("weight_in", "bias_in"))
+        tables = (*first, weight_out)
+        return (_counting_term("cope_mlp", self.gates, self.gate_bias, params, inputs, tables, (None, None, None)),)
 
-    return _contextual("cope_mlp", gates, shared, init, bias)
+
+cope, cope_alibi, cope_mlp = Cope, CopeAlibi, CopeMlp
 
 
 # Bias as a function of the count -------------------------------------------------------------------------------------
@@ -341,7 +390,7 @@ def _counting_term(
         function=_CountingTile(name, bias_of_count),
         rows=rows,
         columns=columns,
-        tables=(jnp.asarray(inputs.scale, jnp.float32), tables, *((setting(gate_bias),) if biased else ())),
+        tables=(jnp.asarray(inputs.scale, jnp.float32), tables, *((traced_hparam(gate_bias),) if biased else ())),
         carry=jnp.zeros((batch, num_heads, length), jnp.float32),
         load=load,
         saturate=saturate,
@@ -355,7 +404,7 @@ def _clamped(embedding: Array, clamp: Array | int) -> Array:
 
     All values are NaN if clamp is out of range.
     """
-    clamp, last = setting(clamp), embedding.shape[-2] - 1
+    clamp, last = traced_hparam(clamp), embedding.shape[-2] - 1
     row = jnp.minimum(jnp.arange(last + 1), jnp.round(clamp).astype(jnp.int32))
     row = jnp.where((clamp >= 1) & (clamp <= last), row, last + 1)
     return embedding.at[..., row, :].get(mode="fill", fill_value=jnp.nan)
@@ -365,23 +414,13 @@ def _gate_key(gates: Gates, params: Params, inputs: AttentionInputs) -> Array:
     if gates == "content":
         return inputs.key
     if gates == "keys":
-        return leaf(params, "gate_key", "cope after condition(params, hidden)", inputs.key.shape)
+        return get_param(params, "gate_key", "cope after condition(params, hidden)", inputs.key.shape)
     if inputs.value is None:
         raise ValueError("value must be given to attention_weights for gates='values', got None")
     width = inputs.query.shape[-1]
     if inputs.value.shape[-1] != width:
         raise ValueError(f"value must have the head dimension of query, {width}, for gates='values', got {inputs.value.shape[-1]}")
     return inputs.value
-
-
-def _contextual(name: str, gates: Gates, shared: bool, init, bias) -> PositionalEncoding:
-    def condition(params: Params, hidden: Float[Array, "B T D"]) -> Params:
-        if gates != "keys":
-            return params
-        kernel = leaf(params, "gate_kernel", name)
-        return params | {"gate_key": jnp.einsum("btd,dkh->btkh", hidden, kernel.astype(hidden.dtype))}
-
-    return PositionalEncoding(name=name, init=init, condition=condition, bias=bias, per_layer=not shared, is_contextual=True)
 
 
 def _gate_params(gates: Gates, key: Array, dims: Dims) -> Params:

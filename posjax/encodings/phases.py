@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.checks import is_traced
-from posjax.core.encoding import setting
+from posjax.core.encoding import traced_hparam
 from posjax.typing import Array, Float
 
 
@@ -28,7 +28,7 @@ def _traced_power(theta: Array, ratio: np.ndarray) -> Float[Array, " F"]:
     remainder, which goes through exp2, is small, and so is its rounding error.
     """
     leading = np.round(ratio * 2.0**12) / 2.0**12
-    theta = setting(theta)
+    theta = traced_hparam(theta)
     exponent = jnp.frexp(theta * math.sqrt(2.0))[1] - 1  # brings f as close to 1 as possible
     product = exponent * jnp.asarray(leading, jnp.float32)
     whole = jnp.round(product)

@@ -9,11 +9,12 @@ import numpy as np
 
 from posjax.checks import check_at_least, check_positive
 from posjax.core.bias import BiasTerm, Lookup, Penalty, position_bias
-from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, leaf, setting
+from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, get_param, hyperparameter, register, traced_hparam
 from posjax.typing import Array, Float, Int, Params
 
 
-def alibi(slope: Array | float | None = None) -> PositionalEncoding:
+@register("alibi")
+class Alibi(PositionalEncoding):
     """Penalizes scores linearly in distance, with a fixed slope per head (ALiBi): bias = -m_n |i - j|.
 
     The bias is not divided by sqrt(H). Slopes form a geometric sequence with first element and ratio 2^(-8/N); if N is not a power
@@ -28,12 +29,52 @@ def alibi(slope: Array | float | None = None) -> PositionalEncoding:
 
     Press et al., arXiv:2108.12409.
     """
-    check_slope(slope)
 
-    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        return (position_bias(_linear_penalty, slopes_of_heads(slope, inputs.query.shape[2]), Penalty(), heads=(0,)),)
+    slope: Array | float | None = hyperparameter(None)
 
-    return PositionalEncoding(name="alibi", bias=bias)
+    def __post_init__(self) -> None:
+        check_slope(self.slope)
+
+    def bias(self, params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+        slopes = slopes_of_heads(self.slope, inputs.query.shape[2])
+        return (position_bias(_linear_penalty, slopes, Penalty(), heads=(0,)),)
+
+
+@register("t5")
+class T5(PositionalEncoding):
+    """Adds a learned bias per head and bucket of relative position (T5): bias = b_n[bucket(j - i)].
+
+    Short distances have a bucket each; beyond, bucket widths grow logarithmically. params["bias"] is [num_buckets, N], initially
+    zero. The bias is added to the scores unscaled. T5 itself does not scale q.k, so a T5 checkpoint also needs ``scale=1``.
+
+    Args:
+      num_buckets: number of buckets; if bidirectional, half of them for each direction. The last one holds all longer distances.
+      max_distance: distance, in positions, from which on all pairs share the last bucket.
+      bidirectional: True gives keys after the query their own buckets (encoders); False puts them into bucket 0 (decoders).
+
+    Raises:
+      ValueError: num_buckets is too small, or odd although bidirectional, or max_distance does not exceed the exact buckets.
+
+    Raffel et al., arXiv:1910.10683, section 2.1.
+    """
+
+    num_buckets: int = 32
+    max_distance: int = 128
+    bidirectional: bool = False
+
+    def __post_init__(self) -> None:
+        check_buckets(self.num_buckets, self.max_distance, self.bidirectional)
+
+    def init(self, key: Array, dims: Dims) -> Params:
+        return {"bias": jnp.zeros((self.num_buckets, dims.num_heads), jnp.float32)}
+
+    def bias(self, params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+        function, lookup = _bucket_function(self.num_buckets, self.max_distance, self.bidirectional)
+        table = get_param(params, "bias", "t5", (self.num_buckets, inputs.query.shape[2]))
+        return (position_bias(function, table, lookup, heads=(1,)),)
+
+
+alibi, t5 = Alibi, T5
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
@@ -64,40 +105,12 @@ def slopes_of_heads(slope: Array | float | None, num_heads: int) -> Float[Array,
     """
     if slope is None:
         return jnp.asarray(alibi_slopes(num_heads))
-    return jnp.full(num_heads, jnp.where(setting(slope) > 0, setting(slope), jnp.nan))
+    return jnp.full(num_heads, jnp.where(traced_hparam(slope) > 0, traced_hparam(slope), jnp.nan))
 
 
 def _linear_penalty(query_positions: Array, key_positions: Array, slopes: Array) -> Array:
     distance = jnp.abs(query_positions - key_positions).astype(jnp.float32)
     return -slopes[None, :, None, None] * distance
-
-
-def t5(num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = False) -> PositionalEncoding:
-    """Adds a learned bias per head and bucket of relative position (T5): bias = b_n[bucket(j - i)].
-
-    Short distances have a bucket each; beyond, bucket widths grow logarithmically. params["bias"] is [num_buckets, N], initially
-    zero. The bias is added to the scores unscaled. T5 itself does not scale q.k, so a T5 checkpoint also needs ``scale=1``.
-
-    Args:
-      num_buckets: number of buckets; if bidirectional, half of them for each direction. The last one holds all longer distances.
-      max_distance: distance, in positions, from which on all pairs share the last bucket.
-      bidirectional: True gives keys after the query their own buckets (encoders); False puts them into bucket 0 (decoders).
-
-    Raises:
-      ValueError: num_buckets is too small, or odd although bidirectional, or max_distance does not exceed the exact buckets.
-
-    Raffel et al., arXiv:1910.10683, section 2.1.
-    """
-    check_buckets(num_buckets, max_distance, bidirectional)
-    function, lookup = _bucket_function(num_buckets, max_distance, bidirectional)
-
-    def init(key: Array, dims: Dims) -> Params:
-        return {"bias": jnp.zeros((num_buckets, dims.num_heads), jnp.float32)}
-
-    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        return (position_bias(function, leaf(params, "bias", "t5", (num_buckets, inputs.query.shape[2])), lookup, heads=(1,)),)
-
-    return PositionalEncoding(name="t5", init=init, bias=bias)
 
 
 def check_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> None:

@@ -3,13 +3,14 @@
 import jax.numpy as jnp
 
 from posjax.core.bias import Pairing, Rotation
-from posjax.core.encoding import AttentionInputs, PositionalEncoding
+from posjax.core.encoding import AttentionInputs, PositionalEncoding, hyperparameter, register
 from posjax.encodings.absolute import check_theta
 from posjax.encodings.phases import angles, geometric_frequencies
 from posjax.typing import Array, Float, Int, Params
 
 
-def rope(theta: Array | float = 10_000.0, fraction: float = 1.0, pairing: Pairing = "half") -> PositionalEncoding:
+@register("rope")
+class Rope(PositionalEncoding):
     """Rotates pairs of query and key channels by their position (RoPE), so that q.k depends on the positions' difference alone.
 
     With R = fraction * H rotated channels and phase p * theta^(-2m/R) for m = 0 .. R/2 - 1, pair m at position p becomes
@@ -30,19 +31,23 @@ def rope(theta: Array | float = 10_000.0, fraction: float = 1.0, pairing: Pairin
 
     Su et al., arXiv:2104.09864, equation 34.
     """
-    check_theta(theta)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must lie in (0, 1], got {fraction!r}")
-    check_pairing(pairing)
 
-    def rotation(params: Params, inputs: AttentionInputs) -> Rotation:
-        frequencies = geometric_frequencies(theta, rotated_width(inputs.query.shape[-1], fraction))
-        return Rotation(angles(inputs.query_positions, frequencies), angles(inputs.key_positions, frequencies), pairing)
+    theta: Array | float = hyperparameter(10_000.0)
+    fraction: float = 1.0
+    pairing: Pairing = "half"
 
-    def rotate(params: Params, query: Array, key: Array, inputs: AttentionInputs) -> tuple[Array, Array]:
-        return rotation(params, inputs).applied(query, key)
+    def __post_init__(self) -> None:
+        check_theta(self.theta)
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], got {self.fraction!r}")
+        check_pairing(self.pairing)
 
-    return PositionalEncoding(name="rope", rotate=rotate, rotation=rotation)
+    def rotation(self, params: Params, inputs: AttentionInputs) -> Rotation:
+        frequencies = geometric_frequencies(self.theta, rotated_width(inputs.query.shape[-1], self.fraction))
+        return Rotation(angles(inputs.query_positions, frequencies), angles(inputs.key_positions, frequencies), self.pairing)
+
+
+rope = Rope
 
 
 def rotated_width(head_dim: int, fraction: float) -> int:

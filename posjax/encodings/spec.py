@@ -8,38 +8,31 @@ cope(64) / identity / identity         layer by layer, repeated down the stack
 
 import ast
 import copy
+import dataclasses
 import difflib
 import functools
 import inspect
 import numbers
 import re
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from posjax.core.chain import chain
-from posjax.core.encoding import PositionalEncoding, identity
-from posjax.encodings.absolute import learned, sinusoidal
-from posjax.encodings.cope import cope, cope_alibi, cope_mlp
-from posjax.encodings.relative import alibi, t5
-from posjax.encodings.rotary import rope
-from posjax.encodings.tupe import tupe
+from posjax.core.encoding import PositionalEncoding, registered
 
-CONSTRUCTORS: types.MappingProxyType[str, Callable[..., PositionalEncoding]] = types.MappingProxyType(
-    {f.__name__: f for f in (identity, sinusoidal, learned, rope, alibi, t5, tupe, cope, cope_alibi, cope_mlp)}
-)
 
-# Arguments that may be traced numbers: encodings that differ only in these share one compiled program.
-TRACED: types.MappingProxyType[str, tuple[str, ...]] = types.MappingProxyType(
-    {
-        "sinusoidal": ("theta",),
-        "rope": ("theta",),
-        "alibi": ("slope",),
-        "cope": ("gate_bias", "clamp"),
-        "cope_alibi": ("slope", "gate_bias"),
-        "cope_mlp": ("gate_bias",),
-    }
-)
+def constructor(name: str) -> type[PositionalEncoding]:
+    """Returns the class of an encoding by its name in the registry.
+
+    Raises:
+      KeyError: there is none of this name.
+    """
+    return registered()[name]
+
+
+def traced_arguments(name: str) -> tuple[str, ...]:
+    """Returns the arguments of an encoding that may be traced numbers; encodings that differ only in these share one program."""
+    return tuple(field.name for field in dataclasses.fields(constructor(name)) if field.metadata.get("traced"))
 
 
 def parse_encoding(spec: str, settings: Sequence[Any] = ()) -> PositionalEncoding | tuple[PositionalEncoding, ...]:
@@ -88,11 +81,11 @@ def _call(node: ast.expr, spec: str) -> ast.Call:
     if not isinstance(call.func, ast.Name) or any(keyword.arg is None for keyword in call.keywords):
         raise ValueError(f"encoding must look like 'rope' or 'rope + cope(64)', got {spec!r}")
     name = call.func.id
-    if name not in CONSTRUCTORS:
-        near = difflib.get_close_matches(name, CONSTRUCTORS, n=1)
+    if name not in registered():
+        near = difflib.get_close_matches(name, registered(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"encoding must be made of {', '.join(CONSTRUCTORS)}, got {name!r} in {spec!r}; {hint}posjax list shows all"
+            f"encoding must be made of {', '.join(registered())}, got {name!r} in {spec!r}; {hint}posjax list shows all"
         )
     return call
 
@@ -110,13 +103,13 @@ def _construct(call: ast.Call, spec: str, settings: Sequence[Any]) -> Positional
     except ValueError:
         raise ValueError(f"arguments of {name} must be plain values such as 64 or 'keys', got {spec!r}") from None
     try:
-        inspect.signature(CONSTRUCTORS[name]).bind(*args, **keywords)
+        inspect.signature(constructor(name)).bind(*args, **keywords)
     except TypeError as error:
-        raise ValueError(f"{name} takes {name}{inspect.signature(CONSTRUCTORS[name])}, got {spec!r}: {error}") from None
+        raise ValueError(f"{name} takes {name}{inspect.signature(constructor(name))}, got {spec!r}: {error}") from None
     try:
-        return CONSTRUCTORS[name](*args, **keywords)
+        return constructor(name)(*args, **keywords)
     except TypeError as error:  # such as 8 < "a"
-        usage = f"{name}{inspect.signature(CONSTRUCTORS[name])}"
+        usage = f"{name}{inspect.signature(constructor(name))}"
         raise ValueError(f"{name} takes {usage}, got {spec!r}: {error}") from None
 
 
@@ -136,8 +129,8 @@ def blanked(spec: str) -> tuple[str, tuple[float, ...]]:
     settings: list[float] = []
 
     def blank(call: ast.Call) -> ast.Call:
-        signature = inspect.signature(CONSTRUCTORS[call.func.id])
-        for argument in TRACED.get(call.func.id, ()):
+        signature = inspect.signature(constructor(call.func.id))
+        for argument in traced_arguments(call.func.id):
             given = _argument(call, argument)
             value = signature.parameters[argument].default if given is None else ast.literal_eval(given)
             if isinstance(value, numbers.Real) and not isinstance(value, bool):
@@ -176,10 +169,10 @@ def with_argument(spec: str, name: str, argument: str, value: Any) -> str:
     Raises:
       ValueError: the encoding is unknown (the message suggests the closest one), or it has no such argument.
     """
-    if name not in CONSTRUCTORS:
-        near = difflib.get_close_matches(name, CONSTRUCTORS, n=1)
+    if name not in registered():
+        near = difflib.get_close_matches(name, registered(), n=1)
         raise ValueError(f"{name!r} is no encoding" + (f"; did you mean {near[0]!r}?" if near else ""))
-    known = list(inspect.signature(CONSTRUCTORS[name]).parameters)
+    known = list(inspect.signature(constructor(name)).parameters)
     if argument not in known:
         takes = f"takes {', '.join(known)}" if known else "takes no arguments"
         raise ValueError(f"{name} has no argument {argument!r}; it {takes}")
@@ -202,7 +195,7 @@ def _rewritten(spec: str, change: Callable[[ast.Call], ast.Call]) -> str:
 
 
 def _place(call: ast.Call, argument: str) -> int:
-    return list(inspect.signature(CONSTRUCTORS[call.func.id]).parameters).index(argument)
+    return list(inspect.signature(constructor(call.func.id)).parameters).index(argument)
 
 
 def _argument(call: ast.Call, argument: str) -> ast.expr | None:
@@ -228,4 +221,4 @@ def slug(spec: str) -> str:
 @functools.cache
 def one_line(name: str) -> str:
     """Returns the first line of an encoding's docstring."""
-    return (inspect.getdoc(CONSTRUCTORS[name]) or "").split("\n")[0]
+    return (inspect.getdoc(constructor(name)) or "").split("\n")[0]

@@ -16,19 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from posjax.core.bias import BiasTerm, Lookup, position_bias
-from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, leaf
+from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, get_param, register
 from posjax.encodings.absolute import check_within, require_max_length
 from posjax.encodings.relative import check_buckets, one_bucket, t5_bucket
 from posjax.typing import Array, Params
 
 
-def tupe(
-    relative: bool = False,
-    untie_cls: bool = True,
-    released: bool = False,
-    num_buckets: int = 32,
-    max_distance: int = 128,
-) -> PositionalEncoding:
+@register("tupe")
+class Tupe(PositionalEncoding):
     """Adds a correlation of absolute positions, with projections of their own, to the scores (TUPE-A; TUPE-R with ``relative``).
 
         score_ij = (q_i.k_j) / sqrt(2H) + reset((p_i U^Q).(p_j U^K) / sqrt(2H) [+ b_{j-i} with ``relative``])
@@ -52,75 +47,94 @@ def tupe(
 
     Ke et al., arXiv:2006.15595, section 3.
     """
-    check_buckets(num_buckets, max_distance, bidirectional=True)
-    extra_row = int(released and untie_cls)  # the released table begins with p_0, which no token uses
 
-    def init(key: Array, dims: Dims) -> Params:
+    relative: bool = False
+    untie_cls: bool = True
+    released: bool = False
+    num_buckets: int = 32
+    max_distance: int = 128
+
+    def __post_init__(self) -> None:
+        check_buckets(self.num_buckets, self.max_distance, bidirectional=True)
+
+    @property
+    def name(self) -> str:
+        return "tupe-r" if self.relative else "tupe"
+
+    @property
+    def _extra_row(self) -> int:
+        return int(self.released and self.untie_cls)  # the released table begins with p_0, which no token uses
+
+    def max_length(self, dims: Dims) -> int | None:
+        return dims.max_length
+
+    def init(self, key: Array, dims: Dims) -> Params:
         length = require_max_length("tupe", dims)
         keys = jax.random.split(key, 4)
-        width = dims.embed_dim
+        width, size = dims.embed_dim, 0.02 if self.released else 1.0
         params = {
-            "position": jax.random.normal(keys[0], (length + extra_row, width), jnp.float32) * (0.02 if released else 1.0),
+            "position": jax.random.normal(keys[0], (length + self._extra_row, width), jnp.float32) * size,
             "query_kernel": jax.random.normal(keys[1], (width, dims.num_heads, dims.head_dim)) * width**-0.5,
             "key_kernel": jax.random.normal(keys[2], (width, dims.num_kv_heads, dims.head_dim)) * width**-0.5,
         }
-        if released:
+        if self.released:
             params |= {
                 "norm_scale": jnp.ones(width),
                 "norm_bias": jnp.zeros(width),
                 "query_bias": jnp.zeros((dims.num_heads, dims.head_dim)),
                 "key_bias": jnp.zeros((dims.num_kv_heads, dims.head_dim)),
             }
-        elif untie_cls:
+        elif self.untie_cls:
             params["reset"] = jnp.zeros((2, dims.num_heads))
-        if relative:
-            extra = extra_row  # the bucket of a key that is [CLS]
-            params["bias"] = jnp.zeros((num_buckets + extra, dims.num_heads))
+        if self.relative:
+            extra = self._extra_row  # the bucket of a key that is [CLS]
+            params["bias"] = jnp.zeros((self.num_buckets + extra, dims.num_heads))
         return params
 
-    def project(params: Params, positions: Array) -> tuple[Array, Array]:
+    def _project(self, params: Params, positions: Array) -> tuple[Array, Array]:
         """Returns p U^Q and p U^K of the given positions, [..., N, H] and [..., K, H] float32."""
-        table = leaf(params, "position", "tupe", (None, None))
-        if released:
+        table = get_param(params, "position", "tupe", (None, None))
+        if self.released:
             centred = table - table.mean(-1, keepdims=True)
             table = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
             width = table.shape[1:]
-            table = table * leaf(params, "norm_scale", "tupe", width) + leaf(params, "norm_bias", "tupe", width)
+            table = table * get_param(params, "norm_scale", "tupe", width) + get_param(params, "norm_bias", "tupe", width)
         rows = jnp.take(table, positions, axis=0)
         width = table.shape[1]
-        query = jnp.einsum("...d,dnh->...nh", rows, leaf(params, "query_kernel", "tupe", (width, None, None)))
-        key = jnp.einsum("...d,dkh->...kh", rows, leaf(params, "key_kernel", "tupe", (width, None, None)))
-        if not released:
+        query = jnp.einsum("...d,dnh->...nh", rows, get_param(params, "query_kernel", "tupe", (width, None, None)))
+        key = jnp.einsum("...d,dkh->...kh", rows, get_param(params, "key_kernel", "tupe", (width, None, None)))
+        if not self.released:
             return query, key
-        return query + leaf(params, "query_bias", "tupe", query.shape[-2:]), key + leaf(params, "key_bias", "tupe", key.shape[-2:])
+        query_bias = get_param(params, "query_bias", "tupe", query.shape[-2:])
+        return query + query_bias, key + get_param(params, "key_bias", "tupe", key.shape[-2:])
 
-    def thetas(params: Params, scale: Array | float) -> tuple[Array, Array]:
+    def _thetas(self, params: Params, scale: Array | float) -> tuple[Array, Array]:
         """Returns theta_1 and theta_2, [N] each, as they appear in the score."""
-        if not extra_row:
-            return tuple(leaf(params, "reset", "tupe", (2, None)))
-        query, key = project(params, jnp.arange(2))
+        if not self._extra_row:
+            return tuple(get_param(params, "reset", "tupe", (2, None)))
+        query, key = self._project(params, jnp.arange(2))
         key = jnp.repeat(key, query.shape[1] // key.shape[1], axis=1)
         return tuple((query * key).sum(-1) * scale / math.sqrt(2))
 
-    def rotate(params: Params, query: Array, key: Array, inputs: AttentionInputs) -> tuple[Array, Array]:
-        length = leaf(params, "position", "tupe").shape[0] - extra_row
+    def rotate(self, params: Params, query: Array, key: Array, inputs: AttentionInputs) -> tuple[Array, Array]:
+        length = get_param(params, "position", "tupe").shape[0] - self._extra_row
         check_within("tupe", inputs.query_positions, length)
         check_within("tupe", inputs.key_positions, length)
         heads, kv_heads, head_dim = query.shape[2], key.shape[2], inputs.query.shape[3]
         (
-            leaf(params, "query_kernel", "tupe", (None, heads, head_dim)),
-            leaf(params, "key_kernel", "tupe", (None, kv_heads, head_dim)),
+            get_param(params, "query_kernel", "tupe", (None, heads, head_dim)),
+            get_param(params, "key_kernel", "tupe", (None, kv_heads, head_dim)),
         )
         # Attention scales by 1/sqrt(H) of the unwidened head; the query supplies the other factor 1/sqrt(2) of 1/sqrt(2H).
-        position_query = project(params, inputs.query_positions + extra_row)[0]
-        position_key = project(params, inputs.key_positions + extra_row)[1]
+        position_query = self._project(params, inputs.query_positions + self._extra_row)[0]
+        position_key = self._project(params, inputs.key_positions + self._extra_row)[1]
         query_parts, key_parts = [query.astype(jnp.float32) / math.sqrt(2)], [key]
-        if untie_cls:
+        if self.untie_cls:
             query_is_cls = (inputs.query_positions == 0)[..., None, None]
             key_is_cls = (inputs.key_positions == 0)[..., None, None]
             position_query = jnp.where(query_is_cls, 0.0, position_query)
             position_key = jnp.where(key_is_cls, 0.0, position_key)
-            row, column = (theta[None, None, :, None] / inputs.scale for theta in thetas(params, inputs.scale))
+            row, column = (theta[None, None, :, None] / inputs.scale for theta in self._thetas(params, inputs.scale))
             query_parts += [
                 position_query / math.sqrt(2),
                 jnp.where(query_is_cls, row, 0.0),
@@ -136,15 +150,15 @@ def tupe(
             key_parts.append(position_key)
         return _join(query_parts, query), _join(key_parts, key)
 
-    def bias(params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        if not relative:
+    def bias(self, params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+        if not self.relative:
             return ()
-        function, lookup = _relative_function(num_buckets, max_distance, untie_cls, released)
-        buckets = num_buckets + extra_row
-        return (position_bias(function, leaf(params, "bias", "tupe", (buckets, inputs.query.shape[2])), lookup, heads=(1,)),)
+        function, lookup = _relative_function(self.num_buckets, self.max_distance, self.untie_cls, self.released)
+        buckets = self.num_buckets + self._extra_row
+        return (position_bias(function, get_param(params, "bias", "tupe", (buckets, inputs.query.shape[2])), lookup, heads=(1,)),)
 
-    name = "tupe-r" if relative else "tupe"
-    return PositionalEncoding(name=name, init=init, rotate=rotate, bias=bias, max_length=lambda dims: dims.max_length)
+
+tupe = Tupe
 
 
 def _join(parts: list[Array], like: Array) -> Array:

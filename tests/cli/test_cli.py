@@ -24,7 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from posjax import cli
 from posjax.attention.backends.refused import naming_refusals
-from posjax.encodings.spec import CONSTRUCTORS
+from posjax.core.encoding import registered
 from posjax.lab import config, prompting, source
 from posjax.lab import run as runs
 from posjax.training.checkpoints import Checkpoints
@@ -347,7 +347,7 @@ def test_list_and_help(run, monkeypatch):
     monkeypatch.chdir(ROOT)
     code, out, _ = run("list")
     assert code == 0
-    assert all(re.search(rf"^  {name} +\S.{{10}}", out, re.MULTILINE) for name in CONSTRUCTORS)
+    assert all(re.search(rf"^  {name} +\S.{{10}}", out, re.MULTILINE) for name in registered())
     assert "configs/quickstart.py" in out
     code, out, _ = run("--help")
     assert code == 0 and all(f"  {verb} " in out for verb in cli.VERBS)

@@ -135,9 +135,9 @@ BAD = {
     "chain: a function": (
         lambda: pj.chain(pj.rope),
         TypeError,
-        r"chain takes PositionalEncoding values, got <function rope.*; call",
+        r"chain takes PositionalEncoding values such as rope\(\), got the class Rope; call it: rope",
     ),
-    "chain: a list": (lambda: pj.chain([pj.rope()]), TypeError, r"chain takes PositionalEncoding values, got \["),
+    "chain: a list": (lambda: pj.chain([pj.rope()]), TypeError, r"chain takes PositionalEncoding values such as rope\(\), got \["),
     # parameters of an encoding
     "learned: no length": (
         lambda: pj.learned().init(jax.random.key(0), pj.Dims(2, 4)),
@@ -312,7 +312,7 @@ BAD = {
     ),
     # the call
     "encoding: a name": (lambda: call("rope"), TypeError, r"encoding must be a PositionalEncoding such as rope\(\), got 'rope'"),
-    "encoding: not called": (lambda: call(pj.alibi), TypeError, r"encoding must be a PositionalEncoding .*got <function alibi"),
+    "encoding: not called": (lambda: call(pj.alibi), TypeError, r"got the class Alibi; call it: alibi"),
     "implementation: unknown": (
         lambda: call(implementation="cudnn"),
         ValueError,
@@ -452,7 +452,7 @@ BAD = {
     "attention_fn: not an encoding": (
         lambda: pj.attention_fn(pj.rope)(*[ones(B, T, N, H)] * 3),
         TypeError,
-        r"encoding must be a PositionalEncoding .*got <function rope",
+        r"encoding must be a PositionalEncoding .*got the class Rope; call it: rope",
     ),
     "attention_fn: a bias": (
         lambda: pj.attention_fn(pj.rope())(*[ones(B, T, N, H)] * 3, bias=ones(1, 1, T, T)),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from posjax.core.encoding import PositionalEncoding
-from posjax.encodings.spec import CONSTRUCTORS, one_line, parse_encoding, slug
+from posjax.core.encoding import PositionalEncoding, registered
+from posjax.encodings.spec import one_line, parse_encoding, slug
 from posjax.lab import report
 from posjax.lab.config import RUN_ONLY, Config, init_or_check_workdir, load_config, run_fingerprint
 
@@ -162,7 +162,7 @@ def test_encodings_as_text():
     assert parse_encoding("cope(max_position=8, gates='keys', scaled=True)").name == "cope"
     layers = parse_encoding("cope(8) / identity / cope(8)")
     assert [layer.name for layer in layers] == ["cope", "identity", "cope"] and layers[0] is layers[2]
-    for name in CONSTRUCTORS:
+    for name in registered():
         text = f"{name}(8)" if name.startswith("cope") else name
         assert isinstance(parse_encoding(text), PositionalEncoding)
         assert one_line(name).endswith(".") or one_line(name).endswith(":") or len(one_line(name)) > 20

@@ -169,7 +169,7 @@ def plain_answers(operands, bias_of, mask):
 
 @every_kernel
 def test_a_position_bias_with_a_learned_table(kernel):
-    encoding = pj.PositionalEncoding("mine", bias=lambda params, inputs: (pj.position_bias(table_of_distance, params["table"]),))
+    encoding = pj.encoding("mine", bias=lambda params, inputs: (pj.position_bias(table_of_distance, params["table"]),))
     operands = random_operands() | {"params": {"table": normal(5, 6, N)}}
     distance = np.minimum(np.abs(np.subtract.outer(np.arange(T), np.arange(T))), 5)
 
@@ -181,7 +181,7 @@ def test_a_position_bias_with_a_learned_table(kernel):
 
 @every_kernel
 def test_a_hand_written_term_that_carries(kernel):
-    encoding = pj.PositionalEncoding("forgetting", bias=forgetting_terms)
+    encoding = pj.encoding("forgetting", bias=forgetting_terms)
     operands = random_operands() | {"params": {"query": normal(5, H), "key": normal(6, H), "slope": jnp.arange(1.0, N + 1) / N}}
 
     def bias(params, query, key):
