@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import posjax as pj
 from posjax.attention.backends.ring import attention as ring
+from posjax.attention.backends.ring.context import Context
 from posjax.attention.backends.shards import ShardSpec
 from posjax.attention.call import prepare
 from posjax.bench.results import print_table
@@ -67,7 +68,7 @@ def step(
             if is_ring and context == 1:  # which nobody asks for but here
                 prepared = prepare(*args[:3], applied, args[3], is_causal=True, rotated=False)
                 kernel = "xla" if is_chunked else "tpu"
-                return ring.attention(prepared, ring.Context(ShardSpec(mesh), "context"), kernel=kernel)
+                return ring.attention(prepared, Context(ShardSpec(mesh), "context"), kernel=kernel)
             return pj.attention(*args[:3], applied, args[3], is_causal=True, implementation=implementation)
 
         out, back = jax.vjp(call, query, key, value, params)

@@ -56,3 +56,12 @@ def test_the_function_has_all_modules_of_its_package():
 def test_no_other_public_name_is_a_package_too():
     modules = {module.name for module in pkgutil.iter_modules(pj.__path__)}
     assert set(pj.__all__) & modules == {"attention"}
+
+
+def test_importing_the_package_loads_jax_and_nothing_heavier():
+    heavy = "jax.experimental.pallas", "flax", "optax", "orbax", "grain", "tyro", "matplotlib", "posjax.models", "posjax.lab"
+    done = subprocess.run([sys.executable, "-c", "import sys, posjax; print(*sys.modules)"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.split()
+    assert "posjax.attention.api" in loaded
+    assert not [name for name in loaded if any(name == h or name.startswith(f"{h}.") for h in heavy)]

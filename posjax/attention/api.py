@@ -10,7 +10,7 @@ import jax
 
 from posjax.attention.backends import reference
 from posjax.attention.backends.gpu.blocks import GpuBlocks
-from posjax.attention.backends.ring.attention import find_context
+from posjax.attention.backends.ring.context import find_context
 from posjax.attention.backends.shards import infer_shard_spec
 from posjax.attention.backends.tpu.blocks import Blocks
 from posjax.attention.call import check_encoding, check_operands, prepare

@@ -10,12 +10,10 @@ from typing import Any, Literal, Protocol
 import jax
 
 from posjax.attention.backends import reference
-from posjax.attention.backends.gpu import attention as gpu
 from posjax.attention.backends.gpu.blocks import GpuBlocks, check_gpu_blocks
 from posjax.attention.backends.kernel_call import block_sizes_for
-from posjax.attention.backends.ring import attention as ring
+from posjax.attention.backends.ring.context import Context
 from posjax.attention.backends.shards import ShardSpec, infer_shard_spec, on_shards
-from posjax.attention.backends.tpu import attention as tpu
 from posjax.attention.backends.tpu.blocks import Blocks, check_blocks
 from posjax.attention.backends.xla_chunked import attention as xla_chunked
 from posjax.attention.call import AttentionCall
@@ -40,7 +38,14 @@ class Backend(Protocol):
 
 
 _XLA: dict[str, Backend] = {backend.NAME: backend for backend in (reference, xla_chunked)}
-_KERNELS: dict[str, Backend] = {backend.NAME: backend for backend in (tpu, gpu)}
+
+
+def _kernels() -> dict[str, Backend]:
+    """Returns the backends of platforms. They import Pallas, which would make up a quarter of the time of ``import posjax``."""
+    from posjax.attention.backends.gpu import attention as gpu
+    from posjax.attention.backends.tpu import attention as tpu
+
+    return {backend.NAME: backend for backend in (tpu, gpu)}
 
 
 def run(
@@ -48,7 +53,7 @@ def run(
     implementation: Implementation | None = None,
     *,
     spec: ShardSpec | None = None,
-    context: ring.Context | None = None,
+    context: Context | None = None,
     block_sizes: Blocks | GpuBlocks | None = None,
 ) -> Float[Array, "B T N V"]:
     """Runs attention on a prepared call with one of the backends.
@@ -69,9 +74,11 @@ def run(
         raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
     _check_block_sizes(block_sizes, implementation)
     spec = infer_shard_spec(call.query) if spec is None else spec
+    if context is not None:
+        from posjax.attention.backends.ring import attention as ring
     rings = context is not None and ring.unsupported_reason(call, context) is None
     if implementation == "pallas":
-        kernel = gpu if platform_at_hand() == "gpu" else tpu
+        kernel = _kernels()["cuda" if platform_at_hand() == "gpu" else "tpu"]
         reason = kernel.unsupported_reason(call, block_sizes=block_sizes_for(kernel, block_sizes), spec=spec)
         if reason is not None:
             raise NotImplementedError(
@@ -120,7 +127,7 @@ def _by_platform(call: AttentionCall, spec: ShardSpec, block_sizes: Any, elsewhe
         return lambda call: kernel.attention(call, block_sizes=sizes, spec=spec)
 
     branches = {}
-    for name, kernel in _KERNELS.items():
+    for name, kernel in _kernels().items():
         sizes = block_sizes_for(kernel, block_sizes)
         if kernel.unsupported_reason(call, block_sizes=sizes, spec=spec) is None:
             branches[name] = runner(kernel, sizes)

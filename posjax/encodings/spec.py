@@ -4,6 +4,7 @@ rope                                   an encoding with its defaults
 cope(max_position=64, gates="keys")    with arguments, as in Python
 rope + cope(64)                        chain
 cope(64) / identity / identity         layer by layer, repeated down the stack
+my_package.mine:encoding(3)            a class or a function of a module that can be imported, or an encoding that stands there
 """
 
 import ast
@@ -11,28 +12,47 @@ import copy
 import dataclasses
 import difflib
 import functools
+import importlib
 import inspect
 import numbers
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from posjax.core.chain import chain
+from posjax.core.chain import Chain, chain
 from posjax.core.encoding import PositionalEncoding, registered
 
 
-def constructor(name: str) -> type[PositionalEncoding]:
-    """Returns the class of an encoding by its name in the registry.
+def traced_arguments(make: Callable[..., Any]) -> tuple[str, ...]:
+    """Returns the arguments of a constructor that may be traced numbers; encodings that differ only in these share one program."""
+    fields = dataclasses.fields(make) if dataclasses.is_dataclass(make) else ()
+    return tuple(field.name for field in fields if field.metadata.get("traced"))
+
+
+def spec_of(encoding: PositionalEncoding | Sequence[PositionalEncoding]) -> str:
+    """Returns the text form of an encoding, or of one for each of several layers: what ``parse_encoding`` turns into an equal one.
+
+    >>> spec_of(chain(rope(), cope(64)))
+    'rope + cope(max_position=64)'
 
     Raises:
-      KeyError: there is none of this name.
+      ValueError: an encoding has no text form, because it is not registered or holds an array.
     """
-    return registered()[name]
-
-
-def traced_arguments(name: str) -> tuple[str, ...]:
-    """Returns the arguments of an encoding that may be traced numbers; encodings that differ only in these share one program."""
-    return tuple(field.name for field in dataclasses.fields(constructor(name)) if field.metadata.get("traced"))
+    if isinstance(encoding, Sequence):
+        return " / ".join(map(spec_of, encoding))
+    if isinstance(encoding, Chain):
+        return " + ".join(map(spec_of, encoding.encodings))
+    text = repr(encoding)
+    try:
+        is_same = parse_encoding(text) == encoding
+    except ValueError:
+        is_same = False
+    if not is_same:
+        raise ValueError(
+            f"encoding must have a text form, got {text}: give it a name by pj.register and plain arguments, "
+            "or put it into a module and write package.module:name"
+        )
+    return text.removesuffix("()")
 
 
 def parse_encoding(spec: str, settings: Sequence[Any] = ()) -> PositionalEncoding | tuple[PositionalEncoding, ...]:
@@ -66,7 +86,7 @@ def _parse(part: str, spec: str, settings: Sequence[Any]) -> PositionalEncoding:
 def _calls(part: str, spec: str) -> list[ast.Call]:
     """Returns the members of a chain, each as a call of a known encoding."""
     try:
-        tree = ast.parse(part, mode="eval").body
+        tree = ast.parse(_IMPORTED.sub(rf"\1.{_MARK}\2", part), mode="eval").body
     except SyntaxError as error:
         raise ValueError(f"encoding must look like 'rope' or 'rope + cope(64)', got {spec!r}: {error.msg}") from None
     members: list[ast.expr] = []
@@ -78,10 +98,10 @@ def _calls(part: str, spec: str) -> list[ast.Call]:
 
 def _call(node: ast.expr, spec: str) -> ast.Call:
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
-    if not isinstance(call.func, ast.Name) or any(keyword.arg is None for keyword in call.keywords):
+    name = _name(call)
+    if name is None or any(keyword.arg is None for keyword in call.keywords):
         raise ValueError(f"encoding must look like 'rope' or 'rope + cope(64)', got {spec!r}")
-    name = call.func.id
-    if name not in registered():
+    if ":" not in name and name not in registered():
         near = difflib.get_close_matches(name, registered(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
@@ -90,8 +110,38 @@ def _call(node: ast.expr, spec: str) -> ast.Call:
     return call
 
 
+# While a text is a Python expression, module:name is an attribute with a mark in its name.
+_IMPORTED = re.compile(r"(?<![\w.'\"])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
+_MARK = "_imported_"
+
+
+def _unmarked(text: str) -> str:
+    return text.replace(f".{_MARK}", ":")
+
+
+def _name(call: ast.Call) -> str | None:
+    """Returns what a call names, "rope" or "module:name"; None if it is neither."""
+    is_imported = isinstance(call.func, ast.Attribute) and call.func.attr.startswith(_MARK)
+    return _unmarked(ast.unparse(call.func)) if isinstance(call.func, ast.Name) or is_imported else None
+
+
+def _maker(call: ast.Call) -> Any:
+    """Returns what a member of a chain names: a registered class, or an object of a module.
+
+    Raises:
+      ValueError: the module cannot be imported or has no such object.
+    """
+    module, _, attribute = _name(call).rpartition(":")
+    if not module:
+        return registered()[attribute]
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"encoding {module}:{attribute} cannot be imported: {error}") from None
+
+
 def _construct(call: ast.Call, spec: str, settings: Sequence[Any]) -> PositionalEncoding:
-    name = call.func.id
+    name, make = _name(call), _maker(call)
 
     def value(node: ast.expr) -> Any:
         blank = _BLANK.fullmatch(node.id) if isinstance(node, ast.Name) else None
@@ -102,15 +152,23 @@ def _construct(call: ast.Call, spec: str, settings: Sequence[Any]) -> Positional
         keywords = {keyword.arg: value(keyword.value) for keyword in call.keywords}
     except ValueError:
         raise ValueError(f"arguments of {name} must be plain values such as 64 or 'keys', got {spec!r}") from None
+    if isinstance(make, PositionalEncoding) and not (args or keywords):
+        return make
+    if not callable(make):
+        raise ValueError(f"{name} must be an encoding, or a class or function that makes one, got {make!r} in {spec!r}")
+    signature = inspect.signature(make)
+    usage = f"{name}{signature.replace(return_annotation=inspect.Signature.empty)}"
     try:
-        inspect.signature(constructor(name)).bind(*args, **keywords)
+        signature.bind(*args, **keywords)
     except TypeError as error:
-        raise ValueError(f"{name} takes {name}{inspect.signature(constructor(name))}, got {spec!r}: {error}") from None
-    try:
-        return constructor(name)(*args, **keywords)
-    except TypeError as error:  # such as 8 < "a"
-        usage = f"{name}{inspect.signature(constructor(name))}"
         raise ValueError(f"{name} takes {usage}, got {spec!r}: {error}") from None
+    try:
+        encoding = make(*args, **keywords)
+    except TypeError as error:  # such as 8 < "a"
+        raise ValueError(f"{name} takes {usage}, got {spec!r}: {error}") from None
+    if not isinstance(encoding, PositionalEncoding):
+        raise ValueError(f"{name} must make a PositionalEncoding, got {encoding!r} in {spec!r}")
+    return encoding
 
 
 # Encodings that differ only in numbers -------------------------------------------------------------------------------
@@ -129,10 +187,11 @@ def blanked(spec: str) -> tuple[str, tuple[float, ...]]:
     settings: list[float] = []
 
     def blank(call: ast.Call) -> ast.Call:
-        signature = inspect.signature(constructor(call.func.id))
-        for argument in traced_arguments(call.func.id):
+        make = _maker(call)
+        for argument in traced_arguments(make):
             given = _argument(call, argument)
-            value = signature.parameters[argument].default if given is None else ast.literal_eval(given)
+            default = inspect.signature(make).parameters[argument].default
+            value = default if given is None else ast.literal_eval(given)
             if isinstance(value, numbers.Real) and not isinstance(value, bool):
                 call = _with(call, argument, ast.Name(f"_{len(settings)}"))
                 settings.append(float(value))
@@ -172,13 +231,13 @@ def with_argument(spec: str, name: str, argument: str, value: Any) -> str:
     if name not in registered():
         near = difflib.get_close_matches(name, registered(), n=1)
         raise ValueError(f"{name!r} is no encoding" + (f"; did you mean {near[0]!r}?" if near else ""))
-    known = list(inspect.signature(constructor(name)).parameters)
+    known = list(inspect.signature(registered()[name]).parameters)
     if argument not in known:
         takes = f"takes {', '.join(known)}" if known else "takes no arguments"
         raise ValueError(f"{name} has no argument {argument!r}; it {takes}")
 
     def change(call: ast.Call) -> ast.expr:
-        return _with(call, argument, ast.Constant(value)) if call.func.id == name else call
+        return _with(call, argument, ast.Constant(value)) if _name(call) == name else call
 
     return _rewritten(spec, change)
 
@@ -187,7 +246,7 @@ def _rewritten(spec: str, change: Callable[[ast.Call], ast.Call]) -> str:
     """Applies ``change`` to every encoding of a spec; equal layers are changed once, so that they stay equal."""
 
     def text(call: ast.Call) -> str:
-        return ast.unparse(call if call.args or call.keywords else call.func)
+        return _unmarked(ast.unparse(call if call.args or call.keywords else call.func))
 
     parts = _parts(spec)
     made = {part: " + ".join(text(change(copy.deepcopy(call))) for call in _calls(part, spec)) for part in dict.fromkeys(parts)}
@@ -195,7 +254,7 @@ def _rewritten(spec: str, change: Callable[[ast.Call], ast.Call]) -> str:
 
 
 def _place(call: ast.Call, argument: str) -> int:
-    return list(inspect.signature(constructor(call.func.id)).parameters).index(argument)
+    return list(inspect.signature(_maker(call)).parameters).index(argument)
 
 
 def _argument(call: ast.Call, argument: str) -> ast.expr | None:
@@ -221,4 +280,4 @@ def slug(spec: str) -> str:
 @functools.cache
 def one_line(name: str) -> str:
     """Returns the first line of an encoding's docstring."""
-    return (inspect.getdoc(constructor(name)) or "").split("\n")[0]
+    return (inspect.getdoc(registered()[name]) or "").split("\n")[0]

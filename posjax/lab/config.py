@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 
 from posjax.checks import check_at_least
+from posjax.encodings.spec import spec_of
 from posjax.models.transformer import TransformerConfig
 from posjax.parallel.mesh import parse_mesh
 
@@ -29,7 +30,8 @@ class Config:
       num_variables: number of variables in the counting task, 1 to 26.
       num_examples: size of a fixed training set for a synthetic task; None draws new examples at every step.
       batch_size: sequences per step, over all devices.
-      encoding: encoding for train and evaluate, e.g. rope, "rope + cope(64)", or "cope(64) / identity" for alternating layers.
+      encoding: encoding for train and evaluate, e.g. rope, "rope + cope(64)", or "cope(64) / identity" for alternating layers;
+        package.module:name is an encoding of your own. In Python it may be the value itself, which becomes text.
       encodings: encodings for compare.
       seeds: seeds for compare; train uses the first.
       num_layers: number of Transformer layers.
@@ -136,6 +138,9 @@ class Config:
     eval_tokens: int = 32_768
 
     def __post_init__(self) -> None:
+        if not isinstance(self.encoding, str):
+            object.__setattr__(self, "encoding", spec_of(self.encoding))
+        object.__setattr__(self, "encodings", tuple(e if isinstance(e, str) else spec_of(e) for e in self.encodings))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             choices = getattr(field.type, "__args__", ()) if getattr(field.type, "__origin__", None) is Literal else ()

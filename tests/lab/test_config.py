@@ -6,10 +6,12 @@ import json
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
+import posjax as pj
 from posjax.core.encoding import PositionalEncoding, registered
-from posjax.encodings.spec import one_line, parse_encoding, slug
+from posjax.encodings.spec import blanked, one_line, parse_encoding, slug, spec_of
 from posjax.lab import report
 from posjax.lab.config import RUN_ONLY, Config, init_or_check_workdir, load_config, run_fingerprint
 
@@ -166,6 +168,43 @@ def test_encodings_as_text():
         text = f"{name}(8)" if name.startswith("cope") else name
         assert isinstance(parse_encoding(text), PositionalEncoding)
         assert one_line(name).endswith(".") or one_line(name).endswith(":") or len(one_line(name)) > 20
+
+
+def test_text_of_encodings():
+    """And back; in a configuration, the value itself becomes text."""
+    for text in ("rope", "rope(theta=500.0) + cope(max_position=64, gates='keys')", "cope(max_position=8) / identity"):
+        assert spec_of(parse_encoding(text)) == text
+    values = Config(encoding=pj.chain(pj.rope(), pj.cope(64)), encodings=(pj.rope(), "alibi", [pj.t5(), pj.identity()]))
+    assert values.encoding == "rope + cope(max_position=64)"
+    assert values.encodings == ("rope", "alibi", "t5 / identity")
+    for encoding in (pj.encoding("mine", bias=pj.alibi().bias), pj.rope(jnp.float32(3.0))):
+        with pytest.raises(ValueError, match=r"encoding must have a text form, got .*package.module:name"):
+            Config(encoding=encoding)
+
+
+def test_encodings_of_a_module(tmp_path, monkeypatch):
+    lines = (
+        "import posjax as pj",
+        "value = pj.chain(pj.rope(), pj.alibi())",
+        "def made(theta=3.0): return pj.rope(theta)",
+        "number = 7",
+        "def wrong(): return 7",
+    )
+    (tmp_path / "my_encodings.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert parse_encoding("my_encodings:value + cope(4)") == pj.chain(pj.chain(pj.rope(), pj.alibi()), pj.cope(4))
+    assert parse_encoding("my_encodings:made(5.0) / my_encodings:made") == (pj.rope(5.0), pj.rope(3.0))
+    assert parse_encoding("posjax.encodings.rotary:Rope(theta=5.0)") == pj.rope(5.0)
+    assert blanked("my_encodings:made(5.0) + rope") == ("my_encodings:made(5.0) + rope(theta=_0)", (10_000.0,))
+    for spec, message in {
+        "my_encodings:absent": "encoding my_encodings:absent cannot be imported: .*absent",
+        "no_such_module:x": "encoding no_such_module:x cannot be imported: No module named",
+        "my_encodings:number": "my_encodings:number must be an encoding, or a class or function that makes one, got 7",
+        "my_encodings:wrong": "my_encodings:wrong must make a PositionalEncoding, got 7",
+        "my_encodings:made(1, 2)": r"my_encodings:made takes my_encodings:made\(theta=3.0\)",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            parse_encoding(spec)
 
 
 WRONG_SPECS = [

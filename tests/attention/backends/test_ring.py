@@ -17,6 +17,7 @@ from suite import (
 
 import posjax as pj
 from posjax.attention.backends.ring import attention as ring
+from posjax.attention.backends.ring.context import Context, find_context
 from posjax.attention.backends.shards import ShardSpec
 from posjax.attention.backends.xla_chunked import forward, layout
 from posjax.attention.call import prepare
@@ -51,7 +52,7 @@ class Ring:
         if self.bare:
             mesh = Mesh(mesh.devices.ravel(), ("context",), axis_types=(AxisType.Auto,))
         cut = ShardSpec(mesh, ("data",) if self.data > 1 else (), ("tensor",) if self.tensor > 1 else ())
-        context = ring.Context(cut, "context")
+        context = Context(cut, "context")
         return ring.attention(call, context, kernel=self.kernel)
 
 
@@ -257,7 +258,7 @@ def test_which_calls_have_a_context_axis():
     def axis(length):
         query = jax.ShapeDtypeStruct((1, length, 4, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
         found = []
-        jax.eval_shape(lambda q: found.append(ring.find_context(q)), query)
+        jax.eval_shape(lambda q: found.append(find_context(q)), query)
         return found[0] and found[0].axis
 
     assert axis(64) == "context"

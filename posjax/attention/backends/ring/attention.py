@@ -31,7 +31,8 @@ gradient of the carry flows from left to right. The forward pass saves the carri
 step.
 
 The modules ``ring.xla_chunked``, ``ring.tpu`` and ``ring.gpu`` process one part of the keys on a device. They share one interface,
-which ``ring.xla_chunked`` documents. ``ring.layout`` converts to the zig-zag layout and back.
+which ``ring.xla_chunked`` documents. ``ring.layout`` converts to the zig-zag layout and back, and
+``ring.context`` finds the axis of the mesh.
 """
 
 import dataclasses
@@ -42,7 +43,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType
 
 from posjax.attention.backends.constants import EMPTY_LSE
 from posjax.attention.backends.gpu import attention as gpu
@@ -50,8 +50,9 @@ from posjax.attention.backends.kernel_call import block_sizes_for
 from posjax.attention.backends.ring import gpu as ring_gpu
 from posjax.attention.backends.ring import tpu as ring_tpu
 from posjax.attention.backends.ring import xla_chunked as ring_xla_chunked
+from posjax.attention.backends.ring.context import Context
 from posjax.attention.backends.ring.layout import Chunks
-from posjax.attention.backends.shards import ShardSpec, infer_shard_spec, on_shards
+from posjax.attention.backends.shards import ShardSpec, on_shards
 from posjax.attention.backends.tpu import attention as tpu
 from posjax.attention.backends.xla_chunked.attention import SAVED
 from posjax.attention.backends.xla_chunked.backward import delta_of, floats, runtime_zero
@@ -59,48 +60,11 @@ from posjax.attention.call import AttentionCall
 from posjax.core.bias import apply_rotation
 from posjax.typing import Array, Float
 
-CONTEXT_AXES = ("context", "sequence", "seq", "cp", "sp")  # names by which an automatic mesh axis shards sequences
 _PIECES = 8  # per chunk of keys, at most
 _PIECE = 2048  # keys per piece, at least: the setup of a query tile (expensive for CoPE) is repeated for every piece
 _KERNELS = (tpu, gpu)
 _PARTS = {tpu.NAME: ring_tpu, gpu.NAME: ring_gpu, "xla": ring_xla_chunked}
 _NO_KEYS_LSE = -EMPTY_LSE  # the log-sum-exp over no keys, while the partial results of a row are merged
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """Holds the mesh axes that shard a context-parallel call.
-
-    Attributes:
-      spec: the axes that shard B and the heads. Its mesh has more than one device along ``axis``.
-      axis: the name of the axis that shards T and S.
-    """
-
-    spec: ShardSpec
-    axis: str
-
-    @property
-    def parts(self) -> int:
-        return self.spec.mesh.shape[self.axis]
-
-
-def find_context(query: Array) -> Context | None:
-    """Returns the Context of a call with this query [B, T, N, H]; None if no axis of the mesh shards the sequence.
-
-    As in ``shards.infer_shard_spec``, an explicit axis is taken from the query's type, and an automatic axis is recognized by its
-    name. A length that is not a multiple of twice the number of devices, such as the single token of a decoder, is not sharded.
-    """
-    spec = infer_shard_spec(query)
-    if spec.mesh is None:
-        return None
-    types = dict(zip(spec.mesh.axis_names, spec.mesh.axis_types, strict=True))
-    along = jax.typeof(query).sharding.spec[1:2]
-    given = [name for part in along if part is not None for name in ((part,) if isinstance(part, str) else part)]
-    names = [name for name in types if types[name] == AxisType.Auto and name in CONTEXT_AXES]
-    names += [name for name in given if types[name] == AxisType.Explicit]
-    fits = (n for n in names if spec.mesh.shape[n] > 1 and query.shape[1] % (2 * spec.mesh.shape[n]) == 0)
-    axis = next(fits, None)
-    return None if axis is None else Context(spec, axis)
 
 
 def attention(
