@@ -22,6 +22,8 @@ from typing import Any
 
 import jax
 
+from posjax.parallel.jax_private import coordinator_client, detect_cluster
+
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HEARTBEAT = "POSJAX_HEARTBEAT_SECONDS"
 RESTART = 75  # EX_TEMPFAIL: the exit code of a run that rerunning the same command resumes
@@ -29,7 +31,7 @@ RESTART = 75  # EX_TEMPFAIL: the exit code of a run that rerunning the same comm
 _MEETING_SECONDS = 300
 _POLL_SECONDS = 0.5  # how often a process polls whether another one has received a signal
 _LONG_MS = 24 * 3600 * 1000  # timeout of waits that end anyway if a process is lost, through its missing heartbeat
-_numbers = itertools.count()  # barriers and agreements need unique names; all processes reach them in the same order
+_numbers = itertools.count()  # barriers and syncs need unique names; all processes reach them in the same order
 
 
 class ProcessLost(RuntimeError):
@@ -58,7 +60,7 @@ def join() -> None:
         return
     where = f" at {ADDRESS}={given[ADDRESS]}" if ADDRESS in given else ""
     try:
-        cluster = None if len(given) == 3 else _cluster()
+        cluster = None if len(given) == 3 else detect_cluster()
         if cluster is None and 0 < len(given) < 3:
             missing = " and ".join(name for name in (ADDRESS, COUNT, INDEX) if name not in given)
             raise ValueError(f"{missing} must be set too, as {', '.join(given)} is: no cluster was found that would tell")
@@ -66,7 +68,7 @@ def join() -> None:
             return
         # JAX's preemption service would replace Python's SIGTERM handler, and nothing would end the process before the loop runs.
         jax.config.update("jax_enable_preemption_service", False)
-        with _abort_told(lambda: f"the processes of this run did not meet within {_MEETING_SECONDS} s{where}", 1):
+        with _abort_message(lambda: f"the processes of this run did not meet within {_MEETING_SECONDS} s{where}", 1):
             jax.distributed.initialize(
                 given.get(ADDRESS),
                 count,
@@ -87,28 +89,13 @@ def _integer(name: str) -> int:
         raise ValueError(f"{name} must be an integer, got {os.environ[name]!r}") from None
 
 
-def _cluster() -> Any:
-    """Returns the cluster environment that JAX would query for the processes, or None."""
-    from jax._src import clusters
-
-    left_out: list[Any] = []
-    if "JOB_COMPLETION_INDEX" not in os.environ:  # only indexed jobs have several processes; querying other pods fails
-        left_out += [clusters.K8sCluster]
-    if jax.config.jax_platforms == "cpu":  # a test run on one machine of a pod
-        left_out += [clusters.GkeTpuCluster, clusters.GceTpuCluster]
-    kinds = (kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method and kind not in left_out)
-    return next((kind for kind in kinds if kind.is_env_present()), None)
-
-
 def _client() -> Any:
-    """Returns the client of the coordinator, whose key-value store and barriers need no device. JAX has no public name for it."""
-    from jax._src import distributed
-
-    if distributed.global_state.client is None:
+    client = coordinator_client()
+    if client is None:
         raise ValueError(
             f"{jax.process_count()} processes must meet through jax.distributed.initialize() or posjax.parallel.distributed.join()"
         )
-    return distributed.global_state.client
+    return client
 
 
 def wait_for_all() -> None:
@@ -132,7 +119,7 @@ def first_process_first() -> Iterator[None]:
 # Stopping at the same step -------------------------------------------------------------------------------------------
 
 
-class Agreement:
+class PreemptionSync:
     """Makes all processes stop after the same step, soon after one of them has received a signal.
 
     Steps are dispatched asynchronously, so a process may be some steps ahead of another, but all must have run the same steps when
@@ -150,7 +137,7 @@ class Agreement:
         self._step, self._asked, self._answer = step, False, None
         self._lock, self._agreed, self._closed = threading.Lock(), threading.Event(), threading.Event()
 
-    def __enter__(self) -> "Agreement":
+    def __enter__(self) -> "PreemptionSync":
         if jax.process_count() > 1:
             self._client, self._name = _client(), f"posjax/stop/{next(_numbers)}"
             self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -205,29 +192,29 @@ class Agreement:
 # Substrings of the XLA errors that mean a broken connection to another process, as opposed to a failure in this one.
 _BROKEN = ("gloo", "nccl", "coordination", "connection reset", "connection closed", "socket closed", "unavailable:")
 
-_tellings: list[tuple[Callable[[], str], int]] = []  # (message callback, exit code) of an abort, innermost last
+_abort_messages: list[tuple[Callable[[], str], int]] = []  # (message callback, exit code) of an abort, innermost last
 _leaving: int | None = None
 
 
 @contextlib.contextmanager
-def peer_loss_reported(telling: Callable[[], str]) -> Iterator[None]:
-    """Ends this process with the message `telling()` if another process is lost within the body.
+def on_peer_loss(message: Callable[[], str]) -> Iterator[None]:
+    """Ends this process with the message `message()` if another process is lost within the body.
 
     If a collective fails, ProcessLost is raised. If the coordinator is gone, or reports a process without heartbeat, JAX logs that
     and aborts from one of its threads, and offers no callback before it does. The abort is therefore caught: its handler prints the
     same message and the process exits with RESTART.
 
     Args:
-      telling: returns the state of the run and how to resume it, for the message.
+      message: returns the state of the run and how to resume it, for the message.
     """
     if not jax.distributed.is_initialized():
         yield
         return
 
     def loss() -> str:
-        return f"another process of this run was lost; {telling()}"
+        return f"another process of this run was lost; {message()}"
 
-    with _abort_told(loss, RESTART):
+    with _abort_message(loss, RESTART):
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
@@ -237,14 +224,14 @@ def peer_loss_reported(telling: Callable[[], str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _abort_told(telling: Callable[[], str], code: int) -> Iterator[None]:
-    _tellings.append((telling, code))
+def _abort_message(message: Callable[[], str], code: int) -> Iterator[None]:
+    _abort_messages.append((message, code))
     _on_abort(_HANDLER)
     try:
         yield
     finally:
-        _tellings.pop()
-        if not _tellings:
+        _abort_messages.pop()
+        if not _abort_messages:
             _on_abort(None)
 
 
@@ -252,9 +239,9 @@ def _abort_told(telling: Callable[[], str], code: int) -> Iterator[None]:
 def _HANDLER(number: int) -> None:  # Python's handlers run in the main thread, which may wait for the lost process
     if _leaving is not None:
         os._exit(_leaving)
-    telling, code = _tellings[-1]
+    message, code = _abort_messages[-1]
     try:
-        print(f"posjax: {telling()}", file=sys.stderr, flush=True)
+        print(f"posjax: {message()}", file=sys.stderr, flush=True)
     finally:
         os._exit(code)
 

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from posjax.hardware import peak_flops
-from posjax.parallel.distributed import RESTART, Agreement, peer_loss_reported
+from posjax.parallel.distributed import RESTART, PreemptionSync, on_peer_loss
 from posjax.training.checkpoints import Checkpoints
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -125,12 +125,12 @@ def fit(
         checkpoints.save(step, state, data_state, config, prune=prune)
         saved = step
 
-    def telling() -> str:
+    def state_message() -> str:
         done = checkpoints.steps()
         return f"{workdir} is {_saved_at(done[-1] if done else 0)}. To go on, run:\n  {_command(resume_command)}"
 
     log = _Log(workdir, step, steps, quiet, flops_per_token)
-    with noted_signals() as caught, log, Agreement(step) as agreement, peer_loss_reported(telling):
+    with noted_signals() as caught, log, PreemptionSync(step) as sync, on_peer_loss(state_message):
         clock, streaks, save_due = _Clock(jax.process_count() if shares is None else shares), [], False
         while step < steps:
             try:
@@ -146,7 +146,7 @@ def fit(
             save_due = save_due or step % checkpoint_every == 0
             evaluating = evaluate is not None and (last or (evaluate_every and step % evaluate_every == 0))
             logging = step % log_every == 0 or evaluating or last
-            stopping = None if last else agreement.signal_after(step, caught)
+            stopping = None if last else sync.signal_after(step, caught)
             if not (logging or save_due or stopping):
                 continue
 

@@ -253,11 +253,11 @@ PAIR = """
     with hosts.first_process_first():
         print("ready", flush=True)
     caught, step = [2] if index else [], 0
-    with hosts.Agreement(0) as agreement:
+    with hosts.PreemptionSync(0) as sync:
         while True:
             step += 1
             time.sleep(0.02 + 0.05 * index)  # one is ahead of the other
-            number = agreement.signal_after(step, caught if step > 3 else [])
+            number = sync.signal_after(step, caught if step > 3 else [])
             if number:
                 break
     print("stopped", number, step)
