@@ -14,7 +14,7 @@ LAYERS = (
     ("typing", "checks", "hardware"),
     ("core", "parallel", "data"),
     ("encodings", "attention"),
-    ("models",),
+    ("models", "testing"),
     ("inference", "training"),
     ("plots",),
     ("lab",),

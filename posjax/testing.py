@@ -1,0 +1,277 @@
+"""Checks of an encoding's behaviour, for the tests of anybody who writes one.
+
+    from posjax.testing import check_encoding
+
+    def test_mine():
+        check_encoding(mine(size=3), shift=7)
+
+Every rule is a function whose docstring says what must hold. ``check_encoding`` runs all that apply.
+"""
+
+import copy
+import functools
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posjax.attention import kv_cache
+from posjax.attention.api import attention
+from posjax.attention.backends import reference
+from posjax.attention.backends.xla_chunked import attention as xla_chunked
+from posjax.attention.call import prepare
+from posjax.core.encoding import Dims, PositionalEncoding
+from posjax.typing import Array, Params
+
+_BATCH, _LENGTH, _PAST = 2, 12, 5  # sequences, their tokens, and those that count as the past
+_DIMS = Dims(num_heads=4, head_dim=8, embed_dim=24, max_length=64, num_kv_heads=2)
+_FAR = 1e-3  # outputs that should differ do so by more than this
+
+
+class _Layer:
+    """One attention layer with fixed projections around an encoding, and random tokens.
+
+    Attributes:
+      params: of the encoding, with noise on every leaf: tables that start at zero would hide any fault.
+      x: tokens [B, T, D].
+    """
+
+    def __init__(self, encoding: PositionalEncoding, dims: Dims, tolerance: float):
+        self.encoding, self.dims, self.tolerance = encoding, dims, tolerance
+        draw = np.random.default_rng(0).normal
+        noise = functools.partial(jax.tree.map, lambda leaf: leaf + 0.3 * jnp.asarray(draw(size=leaf.shape), leaf.dtype))
+        self.params: Params = noise(encoding.init(jax.random.key(0), dims))
+        self.x = jnp.asarray(draw(size=(_BATCH, _LENGTH, dims.embed_dim)), jnp.float32)
+        heads = dims.num_heads, dims.num_kv_heads, dims.num_kv_heads
+        size = (dims.embed_dim, dims.head_dim)
+        self.kernels = [jnp.asarray(draw(size=(size[0], n, size[1])) / math.sqrt(size[0]), jnp.float32) for n in heads]
+
+    def operands(self, params: Params, x: Array, positions: Array) -> tuple[Array, Array, Array, Params]:
+        """Returns query, key, value and params after ``embed``, the projections and ``condition``."""
+        hidden = self.encoding.embed(params, x, jnp.broadcast_to(positions, x.shape[:2]))
+        query, key, value = (jnp.einsum("btd,dnh->btnh", hidden, kernel.astype(hidden.dtype)) for kernel in self.kernels)
+        return query, key, value, self.encoding.condition(params, hidden)
+
+    def __call__(self, params: Params, x: Array, positions: Array | None = None, backend: Any = None, **options: Any) -> Array:
+        """Computes causal attention [B, T, N, H] of tokens x, with a backend's function or with ``posjax.attention``."""
+        positions = jnp.arange(x.shape[1])[None] if positions is None else positions
+        *operands, params = self.operands(params, x, positions)
+        options = dict(is_causal=True, query_positions=positions, key_positions=positions) | options
+        if backend is None:
+            return attention(*operands, self.encoding, params, **options)
+        return backend(prepare(*operands, self.encoding, params, **options))
+
+    @functools.cached_property
+    def out(self) -> Array:
+        return self(self.params, self.x, backend=reference.attention)
+
+    def same(self, got: Any, want: Any) -> None:
+        """Raises AssertionError if two trees of arrays differ by more than rounding."""
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+            a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+            assert a.shape == b.shape, f"{jax.tree_util.keystr(path)} has shape {a.shape}, not {b.shape}"
+            off = float(np.abs(a - b).max(initial=0.0)) if np.isfinite(a).all() and np.isfinite(b).all() else math.nan
+            assert off <= self.tolerance * max(1.0, float(np.abs(b).max(initial=0.0))), (
+                f"{jax.tree_util.keystr(path) or 'the output'} differs by {off:.1e}"
+            )
+
+
+def values(layer: _Layer) -> None:
+    """An encoding equals its copies, hashes as they do, and can be pickled; equal encodings share one compiled program."""
+    encoding = layer.encoding
+    copies = [copy.deepcopy(encoding), pickle.loads(pickle.dumps(encoding))]
+    for one in copies:
+        assert one == encoding, f"{one!r} is not equal to what it is a copy of"
+        assert hash(one) == hash(encoding), "the hash of a copy differs"
+    program = jax.jit(lambda encoding, x: encoding.embed(layer.params, x, jnp.arange(_LENGTH)[None]))
+    for one in (encoding, *copies):
+        program(one, layer.x)
+    assert program._cache_size() == 1, f"{program._cache_size()} programs were compiled for equal encodings"
+
+
+def parameters(layer: _Layer) -> None:
+    """Params are a dict of float32 arrays, whose shapes do not depend on the key and whose values depend on nothing else."""
+    first, second, other = (layer.encoding.init(jax.random.key(seed), layer.dims) for seed in (0, 0, 1))
+    assert isinstance(first, dict), f"init returned {type(first).__name__}"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(first):
+        assert leaf.dtype == jnp.float32, f"{jax.tree_util.keystr(path)} is {leaf.dtype}"
+    assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, other), "shapes depend on the key"
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def dtypes(layer: _Layer) -> None:
+    """Embeddings and outputs keep the dtype of their inputs; in bfloat16 the output is near that in float32."""
+    low = layer.x.astype(jnp.bfloat16)
+    embedded = layer.encoding.embed(layer.params, low, jnp.arange(_LENGTH)[None])
+    assert embedded.dtype == low.dtype and embedded.shape == low.shape, f"embed returned {embedded.dtype}{list(embedded.shape)}"
+    out = layer(layer.params, low)
+    assert out.dtype == low.dtype, f"attention returned {out.dtype} for bfloat16"
+    off = float(jnp.abs(out.astype(jnp.float32) - layer.out).mean() / jnp.abs(layer.out).mean())
+    assert off < 0.1, f"the output in bfloat16 is off by {100 * off:.0f} % in the mean"
+
+
+def causality(layer: _Layer) -> None:
+    """Under a causal mask no output depends on a later token."""
+    later = layer.x.at[:, _PAST:].add(1.0)
+    layer.same(layer(layer.params, later)[:, :_PAST], layer.out[:, :_PAST])
+
+
+def transformations(layer: _Layer) -> None:
+    """Calls under jit and vmap equal plain ones."""
+    layer.same(jax.jit(layer)(layer.params, layer.x), layer.out)
+    rows = jax.vmap(lambda row: layer(layer.params, row[None])[0])(layer.x)
+    layer.same(rows, layer.out)
+
+
+def tiles(layer: _Layer) -> None:
+    """The walk over tiles equals dense attention, forward and backward; all gradients are finite."""
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=layer.out.shape), jnp.float32)
+
+    def results(backend: Callable[..., Array]) -> Any:
+        def loss(params: Params, x: Array) -> tuple[Array, Array]:
+            out = layer(params, x, backend=backend)
+            return (out * weight).sum(), out
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(layer.params, layer.x)
+
+    dense = results(reference.attention)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dense):
+        assert np.isfinite(leaf).all(), f"{jax.tree_util.keystr(path)} of dense attention is not finite"
+    layer.same(results(functools.partial(xla_chunked.attention, tile=(5, 4))), dense)
+
+
+def masks(layer: _Layer) -> None:
+    """Keys that are masked out have no influence, even on counts, and a query without any key gets zeros."""
+    allowed = np.tril(np.random.default_rng(2).random((1, 1, _LENGTH, _LENGTH)) < 0.6)
+    allowed[..., 7, :] = False
+    mask = jnp.asarray(allowed)
+    for backend in (reference.attention, functools.partial(xla_chunked.attention, tile=(5, 4))):
+        out = layer(layer.params, layer.x, backend=backend, mask=mask)
+        assert not np.asarray(out[:, 7]).any(), "a query without any key does not get zeros"
+    visible = jnp.asarray(np.arange(_LENGTH) != 3)[None, None, None]
+    changed = layer.x.at[:, 3].add(1.0)
+    others = np.arange(_LENGTH) != 3
+    want = layer(layer.params, layer.x, mask=visible)[:, others]
+    layer.same(layer(layer.params, changed, mask=visible)[:, others], want)
+
+
+def packing(layer: _Layer) -> None:
+    """Sequences that are packed into one row, with positions that restart, give what each gives alone."""
+    lengths = _PAST, _LENGTH - _PAST
+    segments = jnp.broadcast_to(jnp.repeat(jnp.arange(2), np.asarray(lengths)), (_BATCH, _LENGTH))
+    positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
+    packed = layer(layer.params, layer.x, positions, segment_ids=segments)
+    alone = [layer(layer.params, part) for part in jnp.split(layer.x, [_PAST], axis=1)]
+    layer.same(packed, jnp.concatenate(alone, axis=1))
+
+
+def decoding(layer: _Layer) -> None:
+    """Decoding in chunks of any size matches one full-sequence call."""
+    for sizes in ((_LENGTH,), (_PAST, 1, 1, _LENGTH - _PAST - 2)):
+        cache = kv_cache.init_cache(layer.encoding, layer.dims, _BATCH, max_length=_LENGTH)
+        outs, start = [], 0
+        for size in sizes:
+            positions = jnp.arange(start, start + size)[None]
+            *operands, params = layer.operands(layer.params, layer.x[:, start : start + size], positions)
+            out, cache = kv_cache.attend(*operands, layer.encoding, params, cache, positions=positions)
+            outs.append(out)
+            start += size
+        layer.same(jnp.concatenate(outs, axis=1), layer.out)
+
+
+def columns(layer: _Layer) -> None:
+    """What a key's token contributes to a bias depends on that token alone, because a decoder caches it."""
+    positions = jnp.arange(_LENGTH)[None]
+
+    def made(x: Array) -> Any:
+        *operands, params = layer.operands(layer.params, x, positions[:, : x.shape[1]])
+        return [term.columns for term in prepare(*operands, layer.encoding, params, is_causal=True).terms]
+
+    layer.same(made(layer.x[:, :_PAST]), jax.tree.map(lambda column: column[:, :, :_PAST], made(layer.x)))
+
+
+def heads(layer: _Layer) -> None:
+    """Bias terms that declare the head axes of their tables give each head what they give it among all heads."""
+    *operands, params = layer.operands(layer.params, layer.x, jnp.arange(_LENGTH)[None])
+    call = prepare(*operands, layer.encoding, params, is_causal=True)
+    if any(term.heads is None and jax.tree.leaves(term.tables) for term in call.terms):
+        return  # such a call is not sharded over heads
+    kv_heads, group = layer.dims.num_kv_heads, layer.dims.num_heads // layer.dims.num_kv_heads
+
+    def part(x: Array, axis: int, size: int) -> Array:
+        return jax.lax.slice_in_dim(x, 0, size, axis=axis) if x.shape[axis] > 1 else x
+
+    def of_term(term: Any) -> Any:
+        leaves, structure = jax.tree.flatten(term.tables)
+        sliced = [x if axis is None else part(x, axis, group) for x, axis in zip(leaves, term.heads or (), strict=True)]
+        first = {name: jax.tree.map(lambda x: part(x, 1, group), getattr(term, name)) for name in ("rows", "carry")}
+        first["columns"] = jax.tree.map(lambda x: part(x, 1, 1), term.columns)
+        return term.__class__(**{f: getattr(term, f) for f in ("function", "load", "saturate", "fused", "heads")}, **first,
+                              tables=jax.tree.unflatten(structure, sliced))  # fmt: skip
+
+    if kv_heads == 1:
+        return
+    first = call.replace(
+        query=call.query[:, :, :group], key=call.key[:, :, :1], value=call.value[:, :, :1], terms=tuple(map(of_term, call.terms))
+    )
+    layer.same(reference.attention(first), reference.attention(call)[:, :, :group])
+
+
+def order(layer: _Layer) -> None:
+    """Exchanging two earlier tokens changes the last output."""
+    swapped = layer.x.at[:, jnp.asarray([1, 4])].set(layer.x[:, jnp.asarray([4, 1])])
+    off = float(jnp.abs(layer(layer.params, swapped)[:, -1] - layer.out[:, -1]).max())
+    assert off > _FAR, f"the last output changes by {off:.1e}"
+
+
+RULES = (values, parameters, dtypes, causality, columns, heads, transformations, tiles, masks, packing, decoding)
+
+
+def check_encoding(
+    encoding: PositionalEncoding,
+    dims: Dims = _DIMS,
+    *,
+    shift: int | None = None,
+    sees_order: bool = True,
+    tolerance: float = 1e-4,
+) -> None:
+    """Checks that an encoding behaves as models, backends, caches and meshes expect of it. It takes seconds.
+
+    Args:
+      encoding: what is checked.
+      dims: sizes of the layer that it is checked in; max_length must be at least 12, and num_kv_heads should be 2 or more, less
+        than num_heads.
+      shift: a number of positions; adding it to all of them must change nothing. None if the encoding does not claim that.
+      sees_order: whether the order of the tokens before a query changes its output, as it does for every encoding but NoPE.
+      tolerance: largest difference, relative to the largest number, between results that should be equal.
+
+    Raises:
+      AssertionError: a rule does not hold; the message quotes it and says by how much.
+      TypeError: ``encoding`` is not a PositionalEncoding.
+    """
+    if not isinstance(encoding, PositionalEncoding):
+        raise TypeError(f"encoding must be a PositionalEncoding such as rope(), got {encoding!r}")
+    layer = _Layer(encoding, dims, tolerance)
+    for rule in RULES + ((order,) if sees_order else ()):
+        _check(rule, layer)
+    if shift is not None:
+
+        def shifted(layer: _Layer) -> None:
+            layer.same(layer(layer.params, layer.x, shift + jnp.arange(_LENGTH)[None]), layer.out)
+
+        shifted.__doc__ = f"Adding {shift} to all positions changes nothing."
+        _check(shifted, layer)
+
+
+def _check(rule: Callable[[_Layer], None], layer: _Layer) -> None:
+    said = f"{layer.encoding!r} breaks the rule {rule.__name__!r}: {(rule.__doc__ or '').strip()}"
+    try:
+        rule(layer)
+    except AssertionError as error:
+        raise AssertionError(f"{said} Here {error}.") from None
+    except Exception as error:
+        raise AssertionError(f"{said} Here an error was raised: {type(error).__name__}: {error}") from error
