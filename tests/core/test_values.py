@@ -40,7 +40,9 @@ def test_every_encoding_differs_from_every_other():
 
 
 @pytest.mark.parametrize(
-    "make", [pj.rope, lambda: pj.chain(pj.rope(), pj.alibi()), lambda: pj.chain(pj.cope_alibi(), pj.rope(500.0))], ids=str
+    "make",
+    [pj.rope, lambda: pj.chain(pj.rope(), pj.alibi()), lambda: pj.chain(pj.cope_alibi(), pj.rope(500.0))],
+    ids=lambda make: make().name,
 )
 def test_equal_encodings_share_a_program(make):
     x, function = normal(0, 1, 6, 2, 4), jax.jit(lambda encoding, x: call(encoding, x))  # with a cache of its own

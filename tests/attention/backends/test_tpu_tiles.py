@@ -8,13 +8,14 @@ from suite import (
     quick_compilation,  # noqa: F401, a fixture
 )
 
+from posjax.attention.backends.constants import INIT_MAX, LOG2E, MASK_VALUE
 from posjax.attention.backends.tpu.backward_counting import BackwardCounting, GradientPiece
 from posjax.attention.backends.tpu.backward_tile import BackwardTile
 from posjax.attention.backends.tpu.band import CountingRegion, QueryGroupState, StripCursor
 from posjax.attention.backends.tpu.blocks import Blocks
 from posjax.attention.backends.tpu.forward import ForwardTile
 from posjax.attention.backends.tpu.step import Groups, Plan, Step
-from posjax.attention.backends.tpu.tiles import INIT_MAX, LANES, LOG2E, MASK_VALUE, Counting, doubled_gates
+from posjax.attention.backends.tpu.tiles import LANES, Counting, doubled_gates
 from posjax.core.masks import Rules
 
 EVERY = Groups(0, 2)
