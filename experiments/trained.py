@@ -27,7 +27,7 @@ from contrasts import Claim, Rows, adjusted, claims_table, measured_claims, step
 from scoring import majority, text_digest
 
 from posjax import plots
-from posjax.attention.backends.refused import KernelRefused
+from posjax.attention.backends.compile_errors import KernelCompileError
 from posjax.lab import run as runs
 from posjax.lab.ablation.engine import BatchedRuns, spread_over_cores
 from posjax.lab.ablation.grids import read_rows, run_grid
@@ -125,7 +125,7 @@ def main(
         found = stored(result) | {part: _run(result, part, own) for part, own in grids.items()}
     except Interrupted as stopped:  # which has said how to go on
         sys.exit(stopped.exit_code)
-    except (ValueError, CheckpointError, KernelRefused) as error:
+    except (ValueError, CheckpointError, KernelCompileError) as error:
         sys.exit(f"{name}: {error}")
     found = {part: found[part] for part in parts(options) if part in found}
     text = table(found)

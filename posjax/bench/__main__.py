@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from posjax.attention.backends.refused import naming_refusals
+from posjax.attention.backends.compile_errors import translate_compile_errors
 from posjax.bench import inputs, oracle
 from posjax.bench.contestants import Contestant, prepare
 
@@ -24,7 +24,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     task = {"device": device, "inputs": write_inputs, "oracle": write_oracle, "measure": measure}[job["task"]]
     try:
-        with naming_refusals(job.get("contestant", {}).get("implementation")):
+        with translate_compile_errors(job.get("contestant", {}).get("implementation")):
             answer = task(job)
     except Exception as error:  # the parent reports it; a contestant may raise anything
         lines = str(error).strip().split("\n")

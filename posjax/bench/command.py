@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from posjax.attention.backends.refused import KernelRefused
+from posjax.attention.backends.compile_errors import KernelCompileError
 
 
 def parse(options: type, prog: str, argv: Sequence[str]) -> Any:
@@ -54,7 +54,7 @@ def main(what: Any, options: type, argv: Sequence[str] | None = None) -> None:
         rows = what.run(config)
     except KeyboardInterrupt:
         _leave(f"interrupted; what was measured stands in {config.out}", 130)
-    except (ValueError, ImportError, OSError, NotImplementedError, KernelRefused) as error:
+    except (ValueError, ImportError, OSError, NotImplementedError, KernelCompileError) as error:
         if os.environ.get("POSJAX_TRACEBACK"):
             raise
         _leave(str(error), 1)

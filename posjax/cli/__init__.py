@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from posjax.cli.list_all import list_all
 
         return list_all()
-    from posjax.attention.backends.refused import KernelRefused
+    from posjax.attention.backends.compile_errors import KernelCompileError
     from posjax.parallel import distributed
     from posjax.training.checkpoints import CheckpointError
     from posjax.training.loop import Interrupted, NonFiniteLoss
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(f"interrupted. To go on, run:\n  {shlex.join(['posjax', *argv])}", code, distributed.leave)
     except distributed.ProcessLost as error:
         fail(str(error), distributed.RESTART, functools.partial(distributed.leave, together=False))
-    except (ValueError, ImportError, OSError, NotImplementedError, CheckpointError, NonFiniteLoss, KernelRefused) as error:
+    except (ValueError, ImportError, OSError, NotImplementedError, CheckpointError, NonFiniteLoss, KernelCompileError) as error:
         if os.environ.get("POSJAX_TRACEBACK"):
             raise
         fail(str(error), 1, distributed.leave)

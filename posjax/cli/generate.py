@@ -8,7 +8,7 @@ from posjax.cli.common import parse
 
 def generate(args: Sequence[str]) -> None:
     """Runs posjax generate: completes prompts with a trained model and streams the text to the terminal."""
-    from posjax.attention.backends.refused import naming_refusals
+    from posjax.attention.backends.compile_errors import translate_compile_errors
     from posjax.lab.prompting import Prompting, continue_prompts
 
     prompting, config = parse(args, Prompting)
@@ -20,7 +20,7 @@ def generate(args: Sequence[str]) -> None:
         sys.stdout.flush()
 
     try:
-        with naming_refusals(config.implementation):
+        with translate_compile_errors(config.implementation):
             continue_prompts(config, prompting, write)
     except KeyboardInterrupt:
         write("\n")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from posjax.attention.backends.refused import naming_refusals
+from posjax.attention.backends.compile_errors import translate_compile_errors
 from posjax.data.corpus import NUM_BYTES, NUM_SPECIAL
 from posjax.encodings.spec import parse_encoding, slug
 from posjax.lab.config import Config, load_config
@@ -208,7 +208,7 @@ def train(
     The average is returned where ``config.ema_decay`` is set.
 
     Raises:
-      KernelRefused: the attention kernel failed to compile on this device.
+      KernelCompileError: the attention kernel failed to compile on this device.
     """
     with_params, state, mesh = _start(config, spec, seed, source)
     step = make_train_step(
@@ -227,7 +227,7 @@ def train(
     share = row_share(mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     sized = config if source.task is None else dataclasses.replace(config, seq_length=source.task.length)
-    with naming_refusals(config.implementation):
+    with translate_compile_errors(config.implementation):
         state = fit(
             pmap_train_step(step) if config.parallel == "pmap" else jit_train_step(step, mesh, _rules(mesh)),
             state,
@@ -286,9 +286,9 @@ def evaluate_params(config: Config, spec: str, params: Params, source: Source) -
     """Evaluates ``params`` in the model that a configuration and an encoding describe; see ``evaluate``.
 
     Raises:
-      KernelRefused: the attention kernel failed to compile on this device.
+      KernelCompileError: the attention kernel failed to compile on this device.
     """
-    with naming_refusals(config.implementation):
+    with translate_compile_errors(config.implementation):
         return evaluate(config, abstract_model(config, spec, source)[0], params, source)
 
 

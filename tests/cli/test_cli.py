@@ -23,7 +23,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from posjax import cli
-from posjax.attention.backends.refused import naming_refusals
+from posjax.attention.backends.compile_errors import translate_compile_errors
 from posjax.core.encoding import registered
 from posjax.lab import config, prompting, source
 from posjax.lab import run as runs
@@ -283,7 +283,7 @@ def test_a_kernel_that_the_compiler_refuses(run, straight, home, monkeypatch, ve
     [("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.", "pallas"), (NO_ROOM, "xla_chunked")],
 )
 def test_errors_that_are_not_about_the_kernel_stay_what_they_are(said, implementation):
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), naming_refusals(implementation):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), translate_compile_errors(implementation):
         raise jax.errors.JaxRuntimeError(said)
 
 

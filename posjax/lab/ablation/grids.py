@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from posjax.attention.backends.refused import naming_refusals
+from posjax.attention.backends.compile_errors import translate_compile_errors
 from posjax.encodings.spec import parse_encoding, slug
 from posjax.lab.ablation.engine import BatchedRuns
 from posjax.lab.ablation.sweeps import Group, Point, groups
@@ -66,7 +66,7 @@ def run_grid(
     Raises:
       ValueError: there are several processes.
       Interrupted: SIGINT or SIGTERM arrived; the current piece was finished and saved.
-      KernelRefused: the attention kernel failed to compile on this device.
+      KernelCompileError: the attention kernel failed to compile on this device.
     """
     if jax.process_count() > 1:
         raise ValueError(f"a grid must run in one process, over all of its devices, got {jax.process_count()} processes")
@@ -101,7 +101,7 @@ def _rows(
             progress.skipped(group.config.steps * len(group.runs))
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            with naming_refusals(group.config.implementation):
+            with translate_compile_errors(group.config.implementation):
                 found = _train_group(group, source, folder, at_once, tests, caught, progress)
             part = done.with_suffix(".part")
             part.write_text(json.dumps(found))

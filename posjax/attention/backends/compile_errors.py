@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import jax
 
 
-class KernelRefused(RuntimeError):
+class KernelCompileError(RuntimeError):
     """Raised when the device's compiler rejects the attention kernel. The message quotes the compiler and names an alternative."""
 
 
 @contextlib.contextmanager
-def naming_refusals(implementation: str | None) -> Iterator[None]:
-    """Translates compiler errors about the attention kernel into KernelRefused.
+def translate_compile_errors(implementation: str | None) -> Iterator[None]:
+    """Translates compiler errors about the attention kernel into KernelCompileError.
 
     ``tpu.unsupported_reason`` detects most unsupported calls before compilation. A compiler of another version may still have less
     memory available or more bugs.
@@ -23,7 +23,7 @@ def naming_refusals(implementation: str | None) -> Iterator[None]:
         "pallas", which may run the kernel.
 
     Raises:
-      KernelRefused: in place of a JaxRuntimeError that mentions the kernel. All other errors pass through unchanged.
+      KernelCompileError: in place of a JaxRuntimeError that mentions the kernel. All other errors pass through unchanged.
     """
     try:
         yield
@@ -33,7 +33,7 @@ def naming_refusals(implementation: str | None) -> Iterator[None]:
         if not of_kernel or implementation not in (None, "pallas"):
             raise
         why = str(told).strip().split("\n")[0][:300]
-        raise KernelRefused(
+        raise KernelCompileError(
             f"implementation must be 'xla_chunked', got {implementation!r}, with which the compiler of the chip refuses "
             f"the attention kernel: {why}"
         ) from error
