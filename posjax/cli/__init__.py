@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return run(rest, shlex.join(["posjax", *argv]))
         config = parse(rest)
         distributed.join()
-        with _terminable(), distributed.peer_loss_reported(lambda: f"to go on, run:\n  {shlex.join(['posjax', *argv])}"):
+        with _terminable(), distributed.on_peer_loss(lambda: f"to go on, run:\n  {shlex.join(['posjax', *argv])}"):
             run(config, shlex.join(["posjax", *argv]))
             distributed.wait_for_all()  # the first process may still draw figures
     except Interrupted as stopped:  # the training loop has printed how to resume
