@@ -3,7 +3,7 @@
 from posjax.attention.api import attention, attention_fn, attention_weights
 from posjax.attention.backends.gpu.blocks import GpuBlocks
 from posjax.attention.backends.tpu.blocks import Blocks
-from posjax.attention.kv_cache import Cache, attend, cached, init_cache
+from posjax.attention.kv_cache import Cache, attend, cache_layout, init_cache
 from posjax.attention.linear import linear_attention
 from posjax.core.bias import BiasTerm, Tile, position_bias
 from posjax.core.chain import chain
@@ -31,7 +31,7 @@ __all__ = [
     "attention",
     "attention_fn",
     "attention_weights",
-    "cached",
+    "cache_layout",
     "chain",
     "convert_pairing",
     "cope",

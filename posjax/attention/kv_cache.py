@@ -8,7 +8,7 @@ A new token is prepared like any other, by ``prepare(query, key, value, encoding
 
 The functions of an encoding thus determine what a decoder caches: rotated keys for RoPE, widened keys for TUPE, and unrotated
 keys as well for CoPE with gates="content". Keys are in the order of their positions, which encodings that count along the keys
-require. ``cached`` lists what is cached under an encoding.
+require. ``cache_layout`` lists what is cached under an encoding.
 """
 
 import dataclasses
@@ -91,7 +91,7 @@ def init_cache(
     check_at_least("batch_size", batch_size, 1)
 
     def one_token(key: Array) -> tuple[Array, Array, tuple[Any, ...]]:
-        return _kept(encoding, encoding.init(key, dims), dims, jnp.zeros((batch_size, 1, dims.embed_dim), dtype), key)[1]
+        return _cached_arrays(encoding, encoding.init(key, dims), dims, jnp.zeros((batch_size, 1, dims.embed_dim), dtype), key)[1]
 
     def widen(axis: int) -> Callable[[Any], Array]:
         return lambda x: jnp.zeros((*x.shape[:axis], slots, *x.shape[axis + 1 :]), x.dtype)
@@ -150,7 +150,7 @@ def attend(
             f"got {key.shape[0]} and {key.dtype}"
         )
     check_room(cache, query.shape[1])
-    positions, segments = place_next(cache, key.shape[1], positions, segment_ids)
+    positions, segments = next_positions(cache, key.shape[1], positions, segment_ids)
     call = prepare(
         query,
         key,
@@ -172,7 +172,7 @@ def attend(
         columns=tuple(term.columns for term in call.terms),
         positions=positions,
         segments=segments,
-        next_position=after(positions, segments, cache.next_position),
+        next_position=position_after(positions, segments, cache.next_position),
     )
     full = _join(cache, new)
     call = call.replace(
@@ -198,7 +198,7 @@ def check_room(cache: LayerCache, tokens: int) -> None:
         raise ValueError(f"max_length of the cache must be at least {used + tokens} to hold {tokens} more tokens, got {slots}")
 
 
-def place_next(cache: LayerCache, tokens: int, positions: Array | None, segment_ids: Array | None) -> tuple[Array, Array]:
+def next_positions(cache: LayerCache, tokens: int, positions: Array | None, segment_ids: Array | None) -> tuple[Array, Array]:
     """Returns positions and segments [B, T] of the next tokens, with defaults for what the caller did not give.
 
     Raises:
@@ -217,7 +217,7 @@ def place_next(cache: LayerCache, tokens: int, positions: Array | None, segment_
     return jnp.broadcast_to(jnp.asarray(positions, jnp.int32), (batch, tokens)), segments
 
 
-def after(positions: Array, segments: Array, before: Array) -> Array:
+def position_after(positions: Array, segments: Array, before: Array) -> Array:
     """Returns one past the position of each row's last token that is not padding, or ``before`` if all are padding."""
     real = segments != 0
     last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
@@ -260,28 +260,30 @@ def _last(full: Cache, count: int, has_padding: bool) -> Cache:
     return dataclasses.replace(full, **_slots(take, full), used=jnp.zeros_like(full.used))
 
 
-def store(stacked: Any, layer: Array, one: LayerCache, tokens: int) -> Any:
+def store(stacked: Any, layer: Array, cache: LayerCache, tokens: int) -> Any:
     """Writes the updated cache of one layer into the stacked caches of several layers [L, ...].
 
     For a full cache, only the slots of the new tokens are written.
     """
-    whole = jax.tree.map(lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, layer, 0), stacked, one)
-    if isinstance(one, LinearCache) or one.window is not None:
-        return whole
-    begin = one.used - tokens
+    updated = jax.tree.map(lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0), stacked, cache)
+    if isinstance(cache, LinearCache) or cache.window is not None:
+        return updated
+    begin = cache.used - tokens
 
-    def put(axis: int, all: Array, x: Array) -> Array:
+    def write(axis: int, stack: Array, x: Array) -> Array:
         new = jax.lax.dynamic_slice_in_dim(x, begin, tokens, axis)[None]
-        return jax.lax.dynamic_update_slice(all, new, [layer if a == 0 else begin if a == axis + 1 else 0 for a in range(all.ndim)])
+        return jax.lax.dynamic_update_slice(
+            stack, new, [layer if a == 0 else begin if a == axis + 1 else 0 for a in range(stack.ndim)]
+        )
 
-    return dataclasses.replace(whole, **_slots(put, stacked, one))
+    return dataclasses.replace(updated, **_slots(write, stacked, cache))
 
 
 # What is cached under an encoding -----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Cached:
+class CacheEntry:
     """An array that a cache stores for every token and layer.
 
     Attributes:
@@ -302,10 +304,10 @@ class Cached:
         return f"{self.name}: {self.holds}, {self.dtype}{list(self.shape)}, {self.bytes:,} bytes a token"
 
 
-def cached(encoding: PositionalEncoding | None, dims: Dims, dtype: Any = jnp.float32) -> tuple[Cached, ...]:
+def cache_layout(encoding: PositionalEncoding | None, dims: Dims, dtype: Any = jnp.float32) -> tuple[CacheEntry, ...]:
     """Lists what a decoder caches per token in one layer under an encoding.
 
-        for line in cached(chain(rope(), cope(64, gates="content")), dims): print(line)
+        for line in cache_layout(chain(rope(), cope(64, gates="content")), dims): print(line)
 
     The list comes from running the encoding on one random token.
 
@@ -315,33 +317,38 @@ def cached(encoding: PositionalEncoding | None, dims: Dims, dtype: Any = jnp.flo
     encoding = check_encoding(encoding)
     params_key, hidden_key, key = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(hidden_key, (1, 1, dims.embed_dim), dtype)
-    (raw, _), (rotated, value, columns) = _kept(encoding, encoding.init(params_key, dims), dims, hidden, key)
+    (unrotated, _), (rotated, value, columns) = _cached_arrays(encoding, encoding.init(params_key, dims), dims, hidden, key)
 
     def holds(x: Array) -> str:
-        known = {"raw keys": raw, "values": value, "rotated keys": rotated}
-        same = [what for what, y in known.items() if x.shape == y.shape and bool((x == y).all())]
-        return same[0] if same else "made by the encoding"
+        contents = {"raw keys": unrotated, "values": value, "rotated keys": rotated}
+        matches = [content for content, array in contents.items() if x.shape == array.shape and bool((x == array).all())]
+        return matches[0] if matches else "made by the encoding"
 
-    found = {"key": (rotated, "widened keys" if rotated.shape[-1] > raw.shape[-1] else holds(rotated)), "value": (value, "values")}
+    entries = {
+        "key": (rotated, "widened keys" if rotated.shape[-1] > unrotated.shape[-1] else holds(rotated)),
+        "value": (value, "values"),
+    }
     for number, column in enumerate(columns):
         for path, x in jax.tree_util.tree_leaves_with_path(column):
             x = jnp.moveaxis(x, 2, 1)
-            found[f"bias term {number} {jax.tree_util.keystr(path, simple=True, separator='.')}".strip()] = (x, holds(x))
-    return tuple(Cached(name, what, x.shape[2:], x.dtype.name, x[0, 0].nbytes) for name, (x, what) in found.items())
+            entries[f"bias term {number} {jax.tree_util.keystr(path, simple=True, separator='.')}".strip()] = (x, holds(x))
+    return tuple(CacheEntry(name, content, x.shape[2:], x.dtype.name, x[0, 0].nbytes) for name, (x, content) in entries.items())
 
 
-def _kept(
+def _cached_arrays(
     encoding: PositionalEncoding, params: Params, dims: Dims, hidden: Array, key: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, tuple[Any, ...]]]:
     """Returns the unrotated key and value of one random token [B, 1, K, H], and what is cached for it: key, value, columns."""
     keys = jax.random.split(key, 3)
     batch, heads = hidden.shape[0], (dims.num_heads, dims.num_kv_heads, dims.num_kv_heads)
-    query, raw, value = (jax.random.normal(k, (batch, 1, n, dims.head_dim), hidden.dtype) for k, n in zip(keys, heads, strict=True))
+    query, unrotated, value = (
+        jax.random.normal(k, (batch, 1, n, dims.head_dim), hidden.dtype) for k, n in zip(keys, heads, strict=True)
+    )
     limit = encoding.max_length(dims)
     position = jnp.full((1, 1), 1 if limit is None else min(1, limit - 1), jnp.int32)  # at position 0 a rotation is the identity
     call = prepare(
         query,
-        raw,
+        unrotated,
         value,
         encoding,
         encoding.condition(params, hidden),
@@ -349,4 +356,4 @@ def _kept(
         query_positions=position,
         key_positions=position,
     )
-    return (raw, value), (call.key, value, tuple(term.columns for term in call.terms))
+    return (unrotated, value), (call.key, value, tuple(term.columns for term in call.terms))

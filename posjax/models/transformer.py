@@ -188,9 +188,9 @@ class _Layer(nnx.Module):
         shared = dict(is_causal=config.is_causal, segment_ids=segment_ids, query_positions=positions, key_positions=positions)
         how = dict(logits_soft_cap=config.logits_soft_cap, implementation=config.implementation)
         if config.attention == "linear" and cache is not None:
-            positions, segments = kv_cache.place_next(cache, x.shape[1], positions, segment_ids)
+            positions, segments = kv_cache.next_positions(cache, x.shape[1], positions, segment_ids)
             mixed, cache = linear_attend(query, key, value, encoding, params, cache, positions=positions, real=segments != 0)
-            after = kv_cache.after(positions, segments, cache.next_position)
+            after = kv_cache.position_after(positions, segments, cache.next_position)
             cache = dataclasses.replace(cache, next_position=after)
         elif config.attention == "linear":
             mixed = linear_attention(query, key, value, encoding, params, **shared)
@@ -353,7 +353,7 @@ class Transformer(nnx.Module):
             raise ValueError(f"cache must be what init_cache of this model returned, got {len(cache)} runs of layers")
         kv_cache.check_room(cache[0], tokens.shape[1])
         first = jax.tree.map(lambda x: x[0], cache[0])
-        positions, segments = kv_cache.place_next(first, tokens.shape[1], positions, segment_ids)
+        positions, segments = kv_cache.next_positions(first, tokens.shape[1], positions, segment_ids)
         segments = None if segment_ids is None else segments
         hidden, _, cache = self._hidden(tokens, positions, segments, None, cache=cache)
         return self._logits(hidden), cache

@@ -44,7 +44,7 @@ def through_cache(encoding, x, cache, cuts, positions=None, segment_ids=None, **
         piece = slice(begin, end)
         place, segments = (None if a is None else jnp.broadcast_to(a, x.shape[:2])[:, piece] for a in (positions, segment_ids))
         given = dict(positions=None if positions is None else place, segment_ids=segments)
-        place = kv_cache.place_next(cache, end - begin, place, segments)[0]
+        place = kv_cache.next_positions(cache, end - begin, place, segments)[0]
         hidden = encoding.embed(params, x[:, piece], place)
         mixed, cache = kv_cache.attend(*project(hidden), encoding, encoding.condition(params, hidden), cache, **given, **options)
         out.append(mixed)
@@ -136,7 +136,7 @@ def test_scale_soft_cap_and_the_tiled_kernel():
 
 def test_what_each_encoding_caches():
     def held(spec):
-        return {entry.name: entry.holds for entry in pj.cached(parse_encoding(spec), DIMS)}
+        return {entry.name: entry.holds for entry in pj.cache_layout(parse_encoding(spec), DIMS)}
 
     plain = {"key": "raw keys", "value": "values"}
     assert held("identity") == held("alibi") == held("cope(4)") == plain
@@ -145,14 +145,14 @@ def test_what_each_encoding_caches():
     assert held("rope + cope(4, gates='content')") == {"key": "rotated keys", "value": "values", "bias term 0 gate_key": "raw keys"}
     assert held("alibi + cope(4, gates='values')") == plain | {"bias term 1 gate_key": "values"}
     assert held("cope(4, gates='keys')") == plain | {"bias term 0 gate_key": "made by the encoding"}
-    key = pj.cached(pj.tupe(), DIMS, jnp.bfloat16)[0]
+    key = pj.cache_layout(pj.tupe(), DIMS, jnp.bfloat16)[0]
     assert str(key) == f"key: widened keys, bfloat16[{K}, {2 * H + 2}], {K * (2 * H + 2) * 2} bytes a token"
 
 
 @pytest.mark.parametrize("spec", ["tupe", "rope + cope(4, gates='content')"])
 def test_the_listing_adds_up_to_the_cache(spec):
     encoding = parse_encoding(spec)
-    listed = sum(entry.bytes for entry in pj.cached(encoding, DIMS))
+    listed = sum(entry.bytes for entry in pj.cache_layout(encoding, DIMS))
     cache = kv_cache.init_cache(encoding, DIMS, 3, max_length=7)
     assert sum(x.nbytes for x in jax.tree.leaves((cache.key, cache.value, cache.columns))) == 3 * 7 * listed
 
