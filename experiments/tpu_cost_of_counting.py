@@ -381,7 +381,7 @@ def trained(workdir: str) -> tuple[list[Gates], dict[str, Any]]:
     """(gates of every layer and head over one context, what the model is)."""
     from posjax.bench.inputs import workdir_config
     from posjax.lab import run as runs
-    from posjax.lab.source import held_out, open_source
+    from posjax.lab.source import eval_batches, open_source
 
     config, spec = workdir_config(workdir)
     about = {"encoding": spec, "layers": config.num_layers, "heads": config.num_heads, "context_of_training": config.seq_length}
@@ -391,7 +391,7 @@ def trained(workdir: str) -> tuple[list[Gates], dict[str, Any]]:
     source = open_source(config)
     params = runs.restore_params(config, spec, config.seed, Path(workdir), source)
     with_params, _ = runs.abstract_model(config, spec, source)
-    batch = next(iter(held_out(config, source, CONTEXT)))
+    batch = next(iter(eval_batches(config, source, CONTEXT)))
     segments = batch["segment_ids"][:1]
     about |= {"context": CONTEXT, "documents": int(segments.max()), "padding": int((segments == 0).sum())}
 

@@ -195,14 +195,14 @@ def _time(name: str, grids: Mapping[str, Part]) -> None:
             devices = jax.local_devices()
             runs_ = (group.runs * len(devices))[: len(devices)]
             one = dataclasses.replace(group, config=dataclasses.replace(group.config, log_every=count), runs=runs_)
-            fleet = BatchedRuns(one, source, devices, at_once=1)
-            state, _ = fleet.move_on(fleet.start(), 0)
+            batched_runs = BatchedRuns(one, source, devices, at_once=1)
+            state, _ = batched_runs.advance(batched_runs.start(), 0)
             labels = [own.points[run.point].label for run in group.runs]
-            measured.append((part, (labels, group, fleet, [state]), []))
+            measured.append((part, (labels, group, batched_runs, [state]), []))
     for piece in range(pieces):
-        for _, (_, _, fleet, state), seconds in measured:
+        for _, (_, _, batched_runs, state), seconds in measured:
             began = time.perf_counter()
-            state[0], _ = fleet.move_on(state[0], count * (piece + 1))
+            state[0], _ = batched_runs.advance(state[0], count * (piece + 1))
             seconds.append((time.perf_counter() - began) / count)
     rows = [
         {"part": part, "label": label, "steps": group.config.steps, "seconds_a_step": round(min(seconds), 5)}

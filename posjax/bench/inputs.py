@@ -87,7 +87,7 @@ def recorded_inputs(workdir: str, layer: int, tokens: int) -> dict[str, Any]:
       CheckpointError: no checkpoint is intact.
     """
     from posjax.lab import run as runs
-    from posjax.lab.source import held_out, open_source
+    from posjax.lab.source import eval_batches, open_source
 
     config, spec = workdir_config(workdir)
     source = open_source(config)
@@ -100,7 +100,7 @@ def recorded_inputs(workdir: str, layer: int, tokens: int) -> dict[str, Any]:
         return {name: getattr(record, name) for name in ("query", "key", "value")}, record.params
 
     found: list[dict[str, np.ndarray]] = []
-    for batch in held_out(config, source, config.seq_length):
+    for batch in eval_batches(config, source, config.seq_length):
         arrays, used = jax.device_get(attend(params, {name: batch[name] for name in ("tokens", "positions", "segment_ids")}))
         repeat = arrays["query"].shape[2] // arrays["key"].shape[2]
         found.append({name: np.repeat(x, 1 if name == "query" else repeat, axis=2) for name, x in arrays.items()})

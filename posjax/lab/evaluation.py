@@ -14,7 +14,7 @@ from posjax.attention.api import attention_weights
 from posjax.core.encoding import PositionalEncoding
 from posjax.lab import probes
 from posjax.lab.config import Config
-from posjax.lab.source import Source, held_out, test_rows
+from posjax.lab.source import Source, eval_batches, test_rows
 from posjax.models.losses import cross_entropy
 from posjax.models.transformer import Transformer
 from posjax.parallel.steps import jit_for_all
@@ -33,7 +33,7 @@ def evaluate(config: Config, with_params: Callable[[Params], Transformer], param
       in tokens for text and test sets for synthetic tasks; the value is None where the encoding cannot represent that length.
       loss_by_index, attention_distance, decay, line: the data of the figures (text only).
     """
-    limit = longest(config, with_params(params).encodings, source)
+    limit = max_eval_length(config, with_params(params).encodings, source)
     metrics: dict[str, Any] = {"limit": limit, "parameters": sum(x.size for x in jax.tree.leaves(params))}
     if source.task is not None:
         return {"metrics": {"error": _task_errors(config, with_params, params, source)} | metrics}
@@ -56,7 +56,7 @@ def evaluate(config: Config, with_params: Callable[[Params], Transformer], param
     return result | _probe(config, with_params, params, source)
 
 
-def longest(config: Config, encodings: Iterable[PositionalEncoding], source: Source) -> int | None:
+def max_eval_length(config: Config, encodings: Iterable[PositionalEncoding], source: Source) -> int | None:
     """Returns the longest sequence length that all these encodings can represent; None: no limit."""
     dims = dataclasses.replace(config.transformer(source.vocab_size).dims, max_length=source.max_length)
     return min((n for e in encodings if (n := e.max_length(dims)) is not None), default=None)
@@ -90,11 +90,14 @@ def test_sets(config: Config, source: Source, limit: int | None) -> dict[str, It
     """
     if source.task is not None:
         variants = {"in distribution": source.task, **source.task.variants}
-        drawn = {name: test_rows(config, source, task) for name, task in variants.items()}
+        by_column = {name: test_rows(config, source, task) for name, task in variants.items()}
     else:
         lengths = (config.seq_length * multiple for multiple in config.eval_lengths)
-        drawn = {str(n): None if limit is not None and n > limit else held_out(config, source, n) for n in lengths}
-    return {column: None if found is None else take_tokens(found, config.eval_tokens) for column, found in drawn.items()}
+        by_column = {str(n): None if limit is not None and n > limit else eval_batches(config, source, n) for n in lengths}
+    return {
+        column: None if batch_iterator is None else take_tokens(batch_iterator, config.eval_tokens)
+        for column, batch_iterator in by_column.items()
+    }
 
 
 def take_tokens(batch_iterator: Iterator[dict[str, np.ndarray]], tokens: int) -> Iterator[dict[str, np.ndarray]]:
@@ -176,7 +179,7 @@ def _probe(config: Config, with_params: Callable[[Params], Transformer], params:
     probed: dict[str, Any] = {"decay": _decay(config, with_params, params, source)}
     if config.attention == "linear":
         return probed
-    batch = next(held_out(config, source, config.seq_length))
+    batch = next(eval_batches(config, source, config.seq_length))
     tokens, segments, positions = (jnp.asarray(batch[name][:8]) for name in ("tokens", "segment_ids", "positions"))
 
     @jit_for_all
@@ -218,13 +221,13 @@ def _cope_line(
     model = with_params(params)
     counting = [layer for layer, index in enumerate(model.layout) if model.encodings[index].is_contextual]
     text = bytes(source.validation.tokens[:200_000]) if config.tokenizer == "bytes" else b""
-    longest = min(70, config.seq_length)  # in bytes, with the end of the line
-    shortest = min(40, longest // 2)
-    line_form = rb"\n((?=.{%d,%d}\n) *\w[ -~]*\n)" % (shortest - 1, longest - 1)
-    found = re.search(line_form, text[config.seq_length :])
-    if found is None or not counting:
+    max_bytes = min(70, config.seq_length)  # in bytes, with the end of the line
+    min_bytes = min(40, max_bytes // 2)
+    line_form = rb"\n((?=.{%d,%d}\n) *\w[ -~]*\n)" % (min_bytes - 1, max_bytes - 1)
+    line_match = re.search(line_form, text[config.seq_length :])
+    if line_match is None or not counting:
         return None
-    end = config.seq_length + found.end(1)
+    end = config.seq_length + line_match.end(1)
     tokens = np.frombuffer(text[end - config.seq_length : end], np.uint8)[None].astype(np.int32)
 
     @jit_for_all
@@ -232,8 +235,8 @@ def _cope_line(
         record = with_params(params).records(tokens)[counting[-1]]
         return probes.cope_positions(record.query, record.key, record.value, record.encoding, record.params)
 
-    gates, positions = (x[0, :, -1, -len(found[1]) :].tolist() for x in jax.device_get(counted(params)))
-    return {"layer": counting[-1], "text": found[1].decode(), "gates": gates, "positions": positions}
+    gates, positions = (x[0, :, -1, -len(line_match[1]) :].tolist() for x in jax.device_get(counted(params)))
+    return {"layer": counting[-1], "text": line_match[1].decode(), "gates": gates, "positions": positions}
 
 
 def _decay(config: Config, with_params: Callable[[Params], Transformer], params: Params, source: Source) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from posjax.encodings.spec import parse_encoding, slug
 from posjax.lab.config import Config, load_config
 from posjax.lab.evaluation import evaluate, mean_loss, take_tokens, token_losses
 from posjax.lab.flops import model_flops
-from posjax.lab.source import Source, held_out, open_source, train_batches
+from posjax.lab.source import Source, eval_batches, open_source, train_batches
 from posjax.models.losses import cross_entropy, z_loss
 from posjax.models.transformer import Transformer, functional
 from posjax.parallel.mesh import ROWS, make_mesh, parse_mesh, row_share
@@ -72,7 +72,7 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
     lengths = [] if source.task is not None else [config.seq_length * multiple for multiple in config.eval_lengths]
     for length in lengths:
         try:
-            held_out(config, source, length)
+            eval_batches(config, source, length)
         except ValueError as error:
             what = f"eval_lengths={config.eval_lengths} times seq_length={config.seq_length}"
             raise ValueError(f"{what} must fit the validation split of {config.data!r}: {error}") from error
@@ -221,7 +221,7 @@ def train(
     losses = jit_for_all(token_losses(with_params))
 
     def evaluate_now(state: TrainState) -> dict[str, float]:
-        test_batches = take_tokens(held_out(config, source, config.seq_length), config.eval_tokens)
+        test_batches = take_tokens(eval_batches(config, source, config.seq_length), config.eval_tokens)
         return {"loss": mean_loss(losses, state.eval_params, test_batches)[0]}
 
     share = row_share(mesh)

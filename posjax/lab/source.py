@@ -14,7 +14,7 @@ from posjax.data.pipeline import batches
 from posjax.lab.config import Config
 from posjax.typing import Array
 
-EVAL_SEED, _EXAMPLES = 2**31, 2**31 + 1  # seeds of the evaluation data and of fixed training sets
+EVAL_SEED, _EXAMPLES_SEED = 2**31, 2**31 + 1  # seeds of the evaluation data and of fixed training sets
 _EVAL_BATCH_TOKENS = 4096  # minimum tokens per evaluation batch: small batches cost more to dispatch than to compute
 
 
@@ -54,8 +54,8 @@ def open_source(config: Config) -> Source:
         except ValueError as error:
             raise ValueError(f"data {config.data!r} cannot be used: {error}") from error
         # The longest rows begin with a BOS token, so an excerpt has one token less.
-        longest = config.seq_length * max(config.eval_lengths) - 1
-        validation = excerpts(validation, longest, max(1, config.eval_tokens // longest))
+        excerpt_length = config.seq_length * max(config.eval_lengths) - 1
+        validation = excerpts(validation, excerpt_length, max(1, config.eval_tokens // excerpt_length))
         return Source(train.vocab_size, config.seq_length, train=train, validation=validation)
     length = config.seq_length
     task = {
@@ -96,7 +96,7 @@ def on_device(config: Config, source: Source) -> tuple[Any, Callable[[Any, Array
 
 def _examples(config: Config, task: synthetic.Task) -> dict[str, Array]:
     """Draws the fixed training set of a run with ``num_examples``; it does not depend on the run's seed."""
-    return jax.jit(lambda: task.batch(jax.random.key(_EXAMPLES), config.num_examples))()
+    return jax.jit(lambda: task.batch(jax.random.key(_EXAMPLES_SEED), config.num_examples))()
 
 
 class TaskBatches:
@@ -117,11 +117,11 @@ class TaskBatches:
         self.drawn += 1
         index, count = self.share
 
-        def own(leaf: np.ndarray) -> np.ndarray:
+        def rows_of_share(leaf: np.ndarray) -> np.ndarray:
             rows = len(leaf) // count
             return leaf[index * rows : (index + 1) * rows]
 
-        return jax.tree.map(own, jax.device_get(self.draw(self.data, self.drawn - 1)))
+        return jax.tree.map(rows_of_share, jax.device_get(self.draw(self.data, self.drawn - 1)))
 
     def get_state(self) -> dict[str, int]:
         return {"drawn": self.drawn}
@@ -144,13 +144,13 @@ def test_rows(config: Config, source: Source, task: synthetic.Task) -> Iterator[
 
 
 def _without(drawn: Iterator[dict[str, np.ndarray]], trained: set[bytes], size: int) -> Iterator[dict[str, np.ndarray]]:
-    kept: dict[str, np.ndarray] = {}
+    remaining: dict[str, np.ndarray] = {}
     for batch in drawn:
-        new = np.asarray([row.tobytes() not in trained for row in batch["tokens"]])
-        kept = {name: np.concatenate([kept[name], x[new]]) if kept else x[new] for name, x in batch.items()}
-        if len(kept["tokens"]) >= size:
-            yield {name: x[:size] for name, x in kept.items()}
-            kept = {name: x[size:] for name, x in kept.items()}
+        is_new = np.asarray([row.tobytes() not in trained for row in batch["tokens"]])
+        remaining = {name: np.concatenate([remaining[name], x[is_new]]) if remaining else x[is_new] for name, x in batch.items()}
+        if len(remaining["tokens"]) >= size:
+            yield {name: x[:size] for name, x in remaining.items()}
+            remaining = {name: x[size:] for name, x in remaining.items()}
 
 
 def train_batches(
@@ -181,7 +181,7 @@ def train_batches(
     )
 
 
-def held_out(config: Config, source: Source, length: int) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(config: Config, source: Source, length: int) -> Iterator[dict[str, np.ndarray]]:
     """Returns an iterator over the validation data.
 
     A text is read in its own order, so that every ``length`` covers the same text; a task yields its test rows.

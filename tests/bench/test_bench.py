@@ -347,7 +347,7 @@ def test_torch_and_x_transformers_compute_the_same(encoding):
 def test_gates_of_a_trained_model(tmp_path, monkeypatch):
     from posjax.lab import run as runs
     from posjax.lab.config import Config, init_or_check_workdir
-    from posjax.lab.source import held_out, open_source
+    from posjax.lab.source import eval_batches, open_source
 
     config = Config(
         workdir=str(tmp_path / "run"), task="flip_flop", encoding="cope(4)", encodings=("cope(4)",), seq_length=8, batch_size=8,
@@ -362,7 +362,7 @@ def test_gates_of_a_trained_model(tmp_path, monkeypatch):
     recorded = inputs.recorded_inputs(config.workdir, 0, 100)
     assert recorded["query"].shape == recorded["key"].shape == (16, 8, 2, 4)
     np.testing.assert_array_equal(recorded["key"][:, :, 0], recorded["key"][:, :, 1])  # shared heads, repeated
-    batch = next(held_out(config, source, 8))
+    batch = next(eval_batches(config, source, 8))
     (record,) = with_params(params).records(batch["tokens"])
     np.testing.assert_allclose(recorded["query"][:8], record.query, atol=1e-5)
 

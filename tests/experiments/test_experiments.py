@@ -326,9 +326,9 @@ def test_the_same_tokens_are_scored_at_every_length_and_a_window_leaves_out_what
 
     whole = dataclasses.replace(scoring.ends_of_excerpts(config, source, 128), local_window_size=16)
     (group,) = groups(grid(dataclasses.replace(config, encodings=("sinusoidal + cope(8)",)), []), [0])
-    fleet = BatchedRuns(group, source, jax.local_devices()[:1], None)
-    state = fleet.start()
-    np.testing.assert_allclose(fleet.scores(state, tests), fleet.scores(state, whole), rtol=1e-5)
+    batched_runs = BatchedRuns(group, source, jax.local_devices()[:1], None)
+    state = batched_runs.start()
+    np.testing.assert_allclose(batched_runs.scores(state, tests), batched_runs.scores(state, whole), rtol=1e-5)
 
 
 def test_programs_that_were_trained_on_are_no_tests():

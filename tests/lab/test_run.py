@@ -13,7 +13,7 @@ from posjax.encodings.spec import parse_encoding, slug
 from posjax.lab import run as runs
 from posjax.lab.config import Config
 from posjax.lab.evaluation import mean_loss, take_tokens, token_losses
-from posjax.lab.source import held_out, open_source, train_batches
+from posjax.lab.source import eval_batches, open_source, train_batches
 from posjax.parallel.mesh import make_mesh
 from posjax.parallel.steps import jit_train_step, pmap_train_step
 from posjax.training.checkpoints import Checkpoints
@@ -162,7 +162,7 @@ def test_muon_learns_and_the_average_is_what_is_evaluated_and_restored(tiny, tmp
             np.testing.assert_array_equal(leaf, average)
     score = jax.jit(token_losses(with_params))
     expected, other = (
-        mean_loss(score, p, take_tokens(held_out(config, source, 16), config.eval_tokens))[0] for p in (state.ema, state.params)
+        mean_loss(score, p, take_tokens(eval_batches(config, source, 16), config.eval_tokens))[0] for p in (state.ema, state.params)
     )
     (line,) = [x for x in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if x["step"] == 40]
     assert line["evaluation/loss"] == pytest.approx(expected, rel=1e-6) and abs(other - expected) > 1e-4

@@ -72,8 +72,8 @@ def over_runs(function: Callable[[Any, Any], Any], devices: Sequence[Any], at_on
     """
 
     def local(runs: Any, shared: Any) -> Any:
-        own = jax.tree.leaves(runs)[0].shape[0]
-        if at_once >= own > 1:
+        runs_per_device = jax.tree.leaves(runs)[0].shape[0]
+        if at_once >= runs_per_device > 1:
             return jax.vmap(lambda run: function(run, shared))(runs)
         return jax.lax.map(lambda run: function(run, shared), runs, batch_size=at_once if at_once > 1 else None)
 
@@ -127,8 +127,8 @@ def programs_of(group: Group, source: Source) -> Programs:
     config = group.config
 
     def parts(traced: Mapping[str, Array]) -> tuple[list[Array], dict[str, Array]]:
-        blanks = sorted((name for name in traced if name.startswith("_")), key=lambda name: int(name[1:]))
-        return [traced[name] for name in blanks], {name: x for name, x in traced.items() if name not in blanks}
+        placeholders = sorted((name for name in traced if name.startswith("_")), key=lambda name: int(name[1:]))
+        return [traced[name] for name in placeholders], {name: x for name, x in traced.items() if name not in placeholders}
 
     def init(seed: Array, traced: Mapping[str, Array]) -> TrainState:
         settings, fields = parts(traced)
@@ -142,8 +142,8 @@ def programs_of(group: Group, source: Source) -> Programs:
         return make_train_step(loss, optimizer, accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay)
 
     def scored(params: Params, traced: Mapping[str, Array], batch: Any, window: int | None) -> tuple[Array, Array]:
-        seen = config if window is None else dataclasses.replace(config, local_window_size=window)
-        return score(seen, abstract_model(seen, group.spec, source, parts(traced)[0])[0])(params, batch)
+        scored_config = config if window is None else dataclasses.replace(config, local_window_size=window)
+        return score(scored_config, abstract_model(scored_config, group.spec, source, parts(traced)[0])[0])(params, batch)
 
     data, draw = on_device(config, source)
     return Programs(init, step, lambda data, seed, number: draw(data, batch_key(seed, number)), data, scored)
@@ -162,11 +162,11 @@ class BatchedRuns:
         self.fixed = self._place((seeds, traced), "runs")
         self.data = self._place(self.programs.data)
         # On a CPU, batched runs are no faster than sequential ones and use more memory.
-        own, is_cpu = len(runs) // len(devices), devices[0].platform == "cpu"
-        self.at_once = min(own, at_once or (1 if is_cpu else own))
+        runs_per_device, is_cpu = len(runs) // len(devices), devices[0].platform == "cpu"
+        self.at_once = min(runs_per_device, at_once or (1 if is_cpu else runs_per_device))
         self.may_shrink = at_once is None
         self.compilations = {"train": 0, "evaluate": 0}
-        self.advance: Callable[..., Any] | None = None
+        self.advance_program: Callable[..., Any] | None = None
         self.scorers: dict[int | None, Callable[..., Any]] = {}  # by local_window_size
         self.scored: set[Any] = set()
 
@@ -183,7 +183,7 @@ class BatchedRuns:
         places = np.minimum(np.arange(len(self.fixed[0])), self.size - 1)
         return self._place(jax.tree.map(lambda x: x[places], state), "runs")
 
-    def move_on(self, state: TrainState, first: int) -> tuple[TrainState, dict[str, np.ndarray]]:
+    def advance(self, state: TrainState, first: int) -> tuple[TrainState, dict[str, np.ndarray]]:
         """Trains all runs for the next ``log_every`` steps at most; returns the new state and the metrics, [R, steps]."""
         config = self.group.config
         count = min(config.log_every, config.steps)
@@ -194,11 +194,11 @@ class BatchedRuns:
             return scan_steps(step, lambda number: draw(data, seed, number), state, first, count, last)
 
         shared = (self.data, *self._place((np.int32(first), np.int32(config.steps))))
-        if self.advance is None:
-            self.advance = self._compiled(run_piece, (state, self.fixed), shared)
-        state, metrics = self.advance(state, self.fixed, shared)
-        taken = min(count, config.steps - first)
-        return state, {name: np.asarray(x)[: self.size, :taken] for name, x in metrics.items()}
+        if self.advance_program is None:
+            self.advance_program = self._compiled(run_piece, (state, self.fixed), shared)
+        state, metrics = self.advance_program(state, self.fixed, shared)
+        num_steps = min(count, config.steps - first)
+        return state, {name: np.asarray(x)[: self.size, :num_steps] for name, x in metrics.items()}
 
     def scores(self, state: TrainState, tests: EvalSet) -> np.ndarray:
         """Scores all runs on a test set; returns the numerator and the denominator of every item, [2, R, I]."""
@@ -213,8 +213,8 @@ class BatchedRuns:
         stacked = jax.tree.map(lambda *parts: np.stack(parts), *tests.batches)
         self.scored.add((window, stacked["tokens"].shape))
         self.compilations["evaluate"] = len(self.scored)
-        found = self.scorers[window]((state.eval_params, self.fixed), self._place(stacked))
-        by_row = np.stack([np.asarray(x, np.float64)[: self.size].reshape(self.size, -1) for x in found])
+        row_scores = self.scorers[window]((state.eval_params, self.fixed), self._place(stacked))
+        by_row = np.stack([np.asarray(x, np.float64)[: self.size].reshape(self.size, -1) for x in row_scores])
         if tests.by_row:
             by_row = np.stack([by_row[0] > 0, np.ones_like(by_row[1])]).astype(np.float64)
         if tests.items is None:

@@ -24,7 +24,7 @@ from posjax.encodings.spec import parse_encoding, slug
 from posjax.lab.ablation.engine import BatchedRuns
 from posjax.lab.ablation.sweeps import Group, Point, groups
 from posjax.lab.config import Config, run_fingerprint
-from posjax.lab.evaluation import MEASURES, TASK_MEASURE, EvalSet, longest, metric_scale, test_sets
+from posjax.lab.evaluation import MEASURES, TASK_MEASURE, EvalSet, max_eval_length, metric_scale, test_sets
 from posjax.lab.source import Source
 from posjax.training.checkpoints import Checkpoints
 from posjax.training.loop import MAX_SKIPPED_IN_A_ROW, Interrupted, forget_after, json_number, noted_signals
@@ -163,17 +163,17 @@ def _train_group(
     # Before anything is compiled: importing Orbax clears JAX's caches of compiled programs.
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
     began = time.perf_counter()
-    fleet = BatchedRuns(group, source, jax.local_devices()[: len(group.runs)], at_once)
-    state, step = fleet.start(), 0
-    found = checkpoints.restore_latest(fleet.unpad(state))
+    batched_runs = BatchedRuns(group, source, jax.local_devices()[: len(group.runs)], at_once)
+    state, step = batched_runs.start(), 0
+    found = checkpoints.restore_latest(batched_runs.unpad(state))
     if found is not None:
-        state, step = fleet.restored(found.state), found.step
+        state, step = batched_runs.restored(found.state), found.step
         began -= found.data_state["seconds"]
     saved = step
     forget_after(log, step)
     progress.skipped(step * len(group.runs))
     encodings = parse_encoding(group.spec, [1.0] * len(group.runs[0].traced))
-    limit = longest(config, encodings if isinstance(encodings, tuple) else (encodings,), source)
+    limit = max_eval_length(config, encodings if isinstance(encodings, tuple) else (encodings,), source)
     sets = tests(config, limit)
 
     def due(before: int) -> dict[str, EvalSet | None]:
@@ -182,7 +182,7 @@ def _train_group(
 
     def evaluate(asked: Mapping[str, EvalSet | None]) -> dict[str, list[float] | None]:
         scale = metric_scale(config, source)
-        sums = {column: None if one is None else fleet.scores(state, one) for column, one in asked.items()}
+        sums = {column: None if one is None else batched_runs.scores(state, one) for column, one in asked.items()}
         _write_items(folder, step, sums)
         return {c: None if s is None else (scale * s[0].sum(1) / s[1].sum(1)).tolist() for c, s in sums.items()}
 
@@ -190,7 +190,7 @@ def _train_group(
     paces = []  # seconds per step, one entry per piece; the first includes compilation
     while step < config.steps:
         piece_began = time.perf_counter()
-        state, metrics = fleet.move_on(state, step)
+        state, metrics = batched_runs.advance(state, step)
         before, step = step, step + metrics["loss"].shape[1]
         paces.append((time.perf_counter() - piece_began) / (step - before))
         line = {"step": step} | _line(metrics)
@@ -201,7 +201,7 @@ def _train_group(
             file.write(json.dumps(line) + "\n")
         progress.moved((step - before) * len(group.runs), f"loss {np.mean(metrics['loss'][:, -1]):.4f}")
         if caught or step == config.steps or step - saved >= config.checkpoint_every:
-            checkpoints.save(step, fleet.unpad(state), {"seconds": time.perf_counter() - began})
+            checkpoints.save(step, batched_runs.unpad(state), {"seconds": time.perf_counter() - began})
             saved = step
         if caught and step < config.steps:
             name = signal.Signals(caught[0]).name
@@ -218,8 +218,8 @@ def _train_group(
         history = {line["step"]: _evaluated(line, index) for line in lines if _evaluated(line, index)}
         found = {"metrics": {measure: own} | about, "diverged": _diverged(lines, index), "curve": curve}
         rows.append(found | {"evaluations": history | {config.steps: own}})
-    how = {"compilations": fleet.compilations, "at_once": fleet.at_once, "devices": len(fleet.devices)}
-    pace = float(np.median(paces[1:])) * len(fleet.devices) / len(fleet.fixed[0]) if len(paces) > 1 else None
+    how = {"compilations": batched_runs.compilations, "at_once": batched_runs.at_once, "devices": len(batched_runs.devices)}
+    pace = float(np.median(paces[1:])) * len(batched_runs.devices) / len(batched_runs.fixed[0]) if len(paces) > 1 else None
     how |= {"seconds_a_step": pace}  # for one run on one device
     return {"spec": group.spec, "rows": rows, "seconds": time.perf_counter() - began} | how
 

@@ -170,10 +170,10 @@ def test_runs_that_do_not_fit_the_memory_wait(monkeypatch):
     source, metrics = open_source(CONFIG), []
     for fits, at_once in ((True, 4), (False, 1)):
         monkeypatch.setattr("posjax.lab.ablation.engine._fits", lambda compiled, device, fits=fits: fits)
-        fleet = BatchedRuns(group, source, jax.local_devices()[:1], None)
-        fleet.at_once = 4  # as it begins on an accelerator
-        metrics.append(fleet.move_on(fleet.start(), 0)[1]["loss"])
-        assert fleet.at_once == at_once and fleet.compilations["train"] == (1 if fits else 3)
+        batched_runs = BatchedRuns(group, source, jax.local_devices()[:1], None)
+        batched_runs.at_once = 4  # as it begins on an accelerator
+        metrics.append(batched_runs.advance(batched_runs.start(), 0)[1]["loss"])
+        assert batched_runs.at_once == at_once and batched_runs.compilations["train"] == (1 if fits else 3)
     np.testing.assert_allclose(metrics[0], metrics[1], rtol=1e-4)
 
 
