@@ -86,7 +86,7 @@ def measured(chips: int, fields: dict[str, Any]) -> dict[str, Any]:
     numbers = dataclasses.asdict(plan)
     numbers["collectives"] = [{k: v for k, v in one.items() if k != "op_names"} for one in numbers["collectives"]]
     if plan.failed is None:
-        numbers |= dict(shares=plan.shares(), step=plan.step, best=plan.best, mfu=plan.mfu(plan.step))
+        numbers |= dict(shares=plan.shares(), step=plan.step_s, best=plan.step_s_lower, mfu=plan.mfu(plan.step_s))
     return numbers
 
 

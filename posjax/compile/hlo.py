@@ -28,7 +28,7 @@ class Collective:
       count: how many a device takes part in.
       bytes: total bytes on a device, of their results (all-gather) or of their operands (all others).
       largest: bytes of the largest one.
-      beside: the part of ``bytes`` whose communication the compiler overlaps with computation.
+      overlapped_bytes: the part of ``bytes`` whose communication the compiler overlaps with computation.
       op_names: the places in the program that they come from.
     """
 
@@ -37,7 +37,7 @@ class Collective:
     count: int
     bytes: int
     largest: int
-    beside: int = 0
+    overlapped_bytes: int = 0
     op_names: tuple[str, ...] = ()
 
 
@@ -150,7 +150,7 @@ def read_cost(text: str, mesh: Mapping[str, int] | None = None) -> Cost:
                 count=sum(times for times, *_ in ones.values()),
                 bytes=sum(times * size for times, size, *_ in ones.values()),
                 largest=max(size for _, size, *_ in ones.values()),
-                beside=sum(times * size for times, size, beside, _ in ones.values() if beside),
+                overlapped_bytes=sum(times * size for times, size, is_overlapped, _ in ones.values() if is_overlapped),
                 op_names=tuple(dict.fromkeys(op_name for *_, op_name in ones.values() if op_name)),
             )
             for (kind, axes), ones in sorted(collectives.items())

@@ -57,7 +57,7 @@ class Plan:
       uncounted: the number of such loops; loops over tiles in plain XLA are among them.
       collectives: communication by kind and axes.
       seconds: times by resource: compute, memory, and the axes of the mesh joined by "+".
-      beside: seconds of communication that the compiler overlaps with computation.
+      overlapped_s: seconds of communication that the compiler overlaps with computation.
       failed: why there is no program; None if there is one. Without a program, fields that depend on it are zero or empty.
     """
 
@@ -79,7 +79,7 @@ class Plan:
     uncounted: int = 0
     collectives: tuple[Collective, ...] = ()
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    beside: float = 0.0
+    overlapped_s: float = 0.0
     failed: str | None = None
 
     @property
@@ -91,24 +91,24 @@ class Plan:
         return self.failed is None and self.used <= self.capacity
 
     @property
-    def computing(self) -> float:
+    def compute_s(self) -> float:
         """Returns the seconds of computation or of memory access at peak rates, whichever takes longer."""
         return max(self.seconds["compute"], self.seconds["memory"])
 
     @property
-    def moving(self) -> float:
+    def comm_s(self) -> float:
         return sum(time for name, time in self.seconds.items() if name not in ("compute", "memory"))
 
     @property
-    def best(self) -> float:
+    def step_s_lower(self) -> float:
         """Returns the seconds of a step in which computation, memory access and communication overlap fully."""
         return max(self.seconds.values())
 
     @property
-    def step(self) -> float:
+    def step_s(self) -> float:
         """Returns the seconds of a step in which communication overlaps computation only where the compiler has arranged it."""
-        hidden = min(self.beside, self.computing)
-        return self.computing + self.moving - hidden
+        overlap = min(self.overlapped_s, self.compute_s)
+        return self.compute_s + self.comm_s - overlap
 
     def shares(self) -> dict[str, float]:
         """Returns each resource's share of a step in which communication overlaps nothing.
@@ -194,13 +194,13 @@ def _plan(path: str, config: Config, topology: str, report: aot.Report, note: di
     flops = dict(model=model_flops(config, note["parameters"]) / math.prod(mesh.values()), products=cost.flops)
     flops |= dict(attention=_kernel_flops(config, mesh, counts))
     seconds = {"compute": (flops["products"] + flops["attention"]) / chip.flops, "memory": cost.bytes / chip.bandwidth}
-    beside = 0.0
-    for one in cost.collectives:
-        if one.axes:
-            time = seconds_of(one, mesh, note["places"], chip, topology)
-            name = "+".join(one.axes)
+    overlapped_s = 0.0
+    for collective in cost.collectives:
+        if collective.axes:
+            time = seconds_of(collective, mesh, note["places"], chip, topology)
+            name = "+".join(collective.axes)
             seconds[name] = seconds.get(name, 0.0) + time
-            beside += time * one.beside / max(one.bytes, 1)
+            overlapped_s += time * collective.overlapped_bytes / max(collective.bytes, 1)
     of_weights = [c for c in cost.collectives if "fsdp" in c.axes or (c.kind != "collective-permute" and "context" in c.axes)]
     return Plan(
         **common,
@@ -212,7 +212,7 @@ def _plan(path: str, config: Config, topology: str, report: aot.Report, note: di
         uncounted=cost.uncounted,
         collectives=cost.collectives,
         seconds=seconds,
-        beside=beside,
+        overlapped_s=overlapped_s,
     )
 
 
@@ -221,12 +221,12 @@ def _bytes_asked_for(failure: str, arguments: int) -> int | None:
 
     None if the message states no size.
     """
-    alone = re.search(r"temporaries \(([\d.]+)([KMGT])\) exceeds", failure)
-    whole = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ", failure)
-    if (match := alone or whole) is None:
+    temporaries = re.search(r"temporaries \(([\d.]+)([KMGT])\) exceeds", failure)
+    total = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ", failure)
+    if (match := temporaries or total) is None:
         return None
     size = int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]])
-    return size if alone else max(0, size - arguments)
+    return size if temporaries else max(0, size - arguments)
 
 
 # What to change ----------------------------------------------------------------------------------------------------------

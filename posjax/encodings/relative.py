@@ -155,7 +155,7 @@ def _bucket_thresholds(span: int, exact: int, max_distance: int) -> tuple[int, .
     return tuple(int(e) for e in np.where(np.abs(edges - rounded) < 1e-9 * edges, rounded, np.ceil(edges)))
 
 
-def one_bucket(num_buckets: int, max_distance: int, bidirectional: bool) -> Callable[[Array, Array, Array, Array], Array]:
+def same_bucket_test(num_buckets: int, max_distance: int, bidirectional: bool) -> Callable[[Array, Array, Array, Array], Array]:
     """Returns a test of whether all pairs in a range of queries and a range of keys share one bucket.
 
     The test maps (first query position, last, first key position, last) to True if all pairs are in the furthest bucket of their
@@ -164,10 +164,10 @@ def one_bucket(num_buckets: int, max_distance: int, bidirectional: bool) -> Call
     span = num_buckets // 2 if bidirectional else num_buckets
     furthest = max((span // 2, *_bucket_thresholds(span, span // 2, max_distance)))
 
-    def uniform(first_query: Array, last_query: Array, first_key: Array, last_key: Array) -> Array:
+    def all_in_one_bucket(first_query: Array, last_query: Array, first_key: Array, last_key: Array) -> Array:
         return (first_query - last_key >= furthest) | (first_key - last_query >= (furthest if bidirectional else 0))
 
-    return uniform
+    return all_in_one_bucket
 
 
 @functools.cache
@@ -183,4 +183,4 @@ def _bucket_function(num_buckets: int, max_distance: int, bidirectional: bool):
     def function(query_positions: Array, key_positions: Array, table: Array) -> Array:
         return jnp.moveaxis(jnp.take(table.astype(jnp.float32), index(query_positions, key_positions)[:, 0], axis=0), -1, 1)
 
-    return function, Lookup(index, one_bucket(num_buckets, max_distance, bidirectional))
+    return function, Lookup(index, same_bucket_test(num_buckets, max_distance, bidirectional))

@@ -60,7 +60,7 @@ def parse_encoding(spec: str, settings: Sequence[Any] = ()) -> PositionalEncodin
 
     Args:
       spec: names of posjax's encodings with literal arguments, joined by ``+`` (chain) and ``/`` (next layer).
-      settings: values of ``_0``, ``_1``, ... in the text, which ``blanked`` writes; they may be traced.
+      settings: values of ``_0``, ``_1``, ... in the text, which ``parametrize_spec`` writes; they may be traced.
 
     Returns:
       One encoding, or, with ``/``, a tuple in which equal parts are the same object.
@@ -70,8 +70,8 @@ def parse_encoding(spec: str, settings: Sequence[Any] = ()) -> PositionalEncodin
         its arguments.
     """
     parts = _parts(spec)
-    made = {part: _parse(part, spec, settings) for part in parts}
-    return made[parts[0]] if len(parts) == 1 else tuple(made[part] for part in parts)
+    encodings = {part: _parse(part, spec, settings) for part in parts}
+    return encodings[parts[0]] if len(parts) == 1 else tuple(encodings[part] for part in parts)
 
 
 def _parts(spec: str) -> list[str]:
@@ -144,8 +144,8 @@ def _construct(call: ast.Call, spec: str, settings: Sequence[Any]) -> Positional
     name, make = _name(call), _maker(call)
 
     def value(node: ast.expr) -> Any:
-        blank = _BLANK.fullmatch(node.id) if isinstance(node, ast.Name) else None
-        return settings[int(blank[1])] if blank and int(blank[1]) < len(settings) else ast.literal_eval(node)
+        placeholder = _PLACEHOLDER.fullmatch(node.id) if isinstance(node, ast.Name) else None
+        return settings[int(placeholder[1])] if placeholder and int(placeholder[1]) < len(settings) else ast.literal_eval(node)
 
     try:
         args = [value(arg) for arg in call.args]
@@ -173,20 +173,20 @@ def _construct(call: ast.Call, spec: str, settings: Sequence[Any]) -> Positional
 
 # Encodings that differ only in numbers -------------------------------------------------------------------------------
 
-_BLANK = re.compile(r"_(\d+)")
+_PLACEHOLDER = re.compile(r"_(\d+)")
 
 
-def blanked(spec: str) -> tuple[str, tuple[float, ...]]:
+def parametrize_spec(spec: str) -> tuple[str, tuple[float, ...]]:
     """Replaces the numbers of a spec that may be traced by ``_0``, ``_1``, ... and returns the result and the numbers.
 
     Defaults are written out.
 
-    >>> blanked("rope + cope(64)")
+    >>> parametrize_spec("rope + cope(64)")
     ('rope(theta=_0) + cope(64, gate_bias=_1)', (10000.0, 0.0))
     """
     settings: list[float] = []
 
-    def blank(call: ast.Call) -> ast.Call:
+    def parametrize(call: ast.Call) -> ast.Call:
         make = _maker(call)
         for argument in traced_arguments(make):
             given = _argument(call, argument)
@@ -197,26 +197,26 @@ def blanked(spec: str) -> tuple[str, tuple[float, ...]]:
                 settings.append(float(value))
         return call
 
-    return _rewritten(spec, blank), tuple(settings)
+    return _rewritten(spec, parametrize), tuple(settings)
 
 
-def filled(spec: str, settings: dict[int, float]) -> str:
+def substitute(spec: str, settings: dict[int, float]) -> str:
     """Substitutes numbers for some placeholders of a spec; the others are renumbered from ``_0``.
 
-    >>> filled("rope(theta=_0) + cope(64, gate_bias=_1)", {0: 500.0})
+    >>> substitute("rope(theta=_0) + cope(64, gate_bias=_1)", {0: 500.0})
     'rope(theta=500.0) + cope(64, gate_bias=_0)'
     """
-    left: list[int] = []
+    remaining: list[int] = []
 
-    def fill(match: re.Match) -> str:
+    def replace(match: re.Match) -> str:
         index = int(match[1])
         if index in settings:
             return repr(settings[index])
-        if index not in left:
-            left.append(index)
-        return f"_{left.index(index)}"
+        if index not in remaining:
+            remaining.append(index)
+        return f"_{remaining.index(index)}"
 
-    return re.sub(rf"\b{_BLANK.pattern}\b", fill, spec)
+    return re.sub(rf"\b{_PLACEHOLDER.pattern}\b", replace, spec)
 
 
 def with_argument(spec: str, name: str, argument: str, value: Any) -> str:
@@ -249,25 +249,27 @@ def _rewritten(spec: str, change: Callable[[ast.Call], ast.Call]) -> str:
         return _unmarked(ast.unparse(call if call.args or call.keywords else call.func))
 
     parts = _parts(spec)
-    made = {part: " + ".join(text(change(copy.deepcopy(call))) for call in _calls(part, spec)) for part in dict.fromkeys(parts)}
-    return " / ".join(made[part] for part in parts)
+    new_parts = {
+        part: " + ".join(text(change(copy.deepcopy(call))) for call in _calls(part, spec)) for part in dict.fromkeys(parts)
+    }
+    return " / ".join(new_parts[part] for part in parts)
 
 
-def _place(call: ast.Call, argument: str) -> int:
+def _parameter_index(call: ast.Call, argument: str) -> int:
     return list(inspect.signature(_maker(call)).parameters).index(argument)
 
 
 def _argument(call: ast.Call, argument: str) -> ast.expr | None:
-    place = _place(call, argument)
-    if place < len(call.args):
-        return call.args[place]
+    index = _parameter_index(call, argument)
+    if index < len(call.args):
+        return call.args[index]
     return next((keyword.value for keyword in call.keywords if keyword.arg == argument), None)
 
 
 def _with(call: ast.Call, argument: str, value: ast.expr) -> ast.Call:
-    place = _place(call, argument)
-    if place < len(call.args):
-        return ast.Call(call.func, [*call.args[:place], value, *call.args[place + 1 :]], call.keywords)
+    index = _parameter_index(call, argument)
+    if index < len(call.args):
+        return ast.Call(call.func, [*call.args[:index], value, *call.args[index + 1 :]], call.keywords)
     keywords = {keyword.arg: keyword.value for keyword in call.keywords} | {argument: value}
     return ast.Call(call.func, call.args, [ast.keyword(name, given) for name, given in keywords.items()])
 

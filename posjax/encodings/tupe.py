@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from posjax.core.bias import BiasTerm, Lookup, position_bias
 from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, get_param, register
 from posjax.encodings.absolute import check_within, require_max_length
-from posjax.encodings.relative import check_buckets, one_bucket, t5_bucket
+from posjax.encodings.relative import check_buckets, same_bucket_test, t5_bucket
 from posjax.typing import Array, Params
 
 
@@ -172,7 +172,7 @@ def _relative_function(num_buckets: int, max_distance: int, untie_cls: bool, rel
 
     Pairs with [CLS] have no bias in the paper, and buckets of their own in the released code.
     """
-    in_one_bucket = one_bucket(num_buckets, max_distance, True)
+    have_same_bucket = same_bucket_test(num_buckets, max_distance, True)
 
     def index(query_positions: Array, key_positions: Array) -> Array:
         bucket = t5_bucket(key_positions - query_positions, num_buckets, max_distance, True)
@@ -182,13 +182,13 @@ def _relative_function(num_buckets: int, max_distance: int, untie_cls: bool, rel
         return jnp.where(query_positions == 0, of_row, jnp.where(key_positions == 0, of_column, bucket))
 
     def uniform(first_query: Array, last_query: Array, first_key: Array, last_key: Array) -> Array:
-        one = in_one_bucket(first_query, last_query, first_key, last_key)
-        return one & (first_query > 0) & (first_key > 0) if untie_cls else one
+        is_same = have_same_bucket(first_query, last_query, first_key, last_key)
+        return is_same & (first_query > 0) & (first_key > 0) if untie_cls else is_same
 
     def function(query_positions: Array, key_positions: Array, table: Array) -> Array:
         if untie_cls and not released:
             table = jnp.concatenate([table, jnp.zeros_like(table[:1])])
-        found = jnp.take(table.astype(jnp.float32), index(query_positions, key_positions)[:, 0], axis=0)
-        return jnp.moveaxis(found, -1, 1)
+        biases = jnp.take(table.astype(jnp.float32), index(query_positions, key_positions)[:, 0], axis=0)
+        return jnp.moveaxis(biases, -1, 1)
 
     return function, Lookup(index, uniform)

@@ -230,9 +230,9 @@ def test_what_a_program_for_tpus_moves():
     cost = read_cost(PROGRAM, {"data": 2, "tensor": 2})
     gathered, permuted = 16 * 4 * 4, 40 * 4 * 2
     assert cost.collectives == (
-        Collective("all-gather", ("tensor",), 22, 22 * gathered, gathered, beside=22 * gathered),
+        Collective("all-gather", ("tensor",), 22, 22 * gathered, gathered, overlapped_bytes=22 * gathered),
         Collective("all-reduce", ("data",), 1, 3 + 64, 3 + 64),
-        Collective("collective-permute", ("tensor",), 1, permuted, permuted, beside=permuted),
+        Collective("collective-permute", ("tensor",), 1, permuted, permuted, overlapped_bytes=permuted),
         Collective("reduce-scatter", ("tensor",), 1, 64, 64, op_names=("jit(f)/g",)),
     )
     assert cost.uncounted == 0

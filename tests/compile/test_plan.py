@@ -203,13 +203,15 @@ def test_a_plan_says_what_the_compiler_says(config, on_cpus):
     assert gathered == 4 * 512 * 64  # the embedding, and twice its gradient, with that of the last norm and a few numbers
     assert 2 * gathered <= found.largest < 2.1 * gathered
     assert sum(found.shares().values()) == pytest.approx(1.0)
-    assert found.best <= found.step and found.mfu(found.step) == pytest.approx(found.flops["model"] / 989e12 / found.step)
+    assert found.step_s_lower <= found.step_s and found.mfu(found.step_s) == pytest.approx(
+        found.flops["model"] / 989e12 / found.step_s
+    )
 
 
 def test_what_is_beside_computation_is_not_waited_for():
     some = dict(config="", topology="", mesh={}, remat="none", accumulate_steps=1, batch_size=1, seq_length=1)
-    one = Plan(**some, seconds={"compute": 2.0, "memory": 3.0, "fsdp": 1.0, "tensor": 0.5}, beside=0.75)
-    assert (one.computing, one.moving, one.best, one.step) == (3.0, 1.5, 3.0, 3.0 + 1.5 - 0.75)
+    one = Plan(**some, seconds={"compute": 2.0, "memory": 3.0, "fsdp": 1.0, "tensor": 0.5}, overlapped_s=0.75)
+    assert (one.compute_s, one.comm_s, one.step_s_lower, one.step_s) == (3.0, 1.5, 3.0, 3.0 + 1.5 - 0.75)
     assert one.shares() == {"memory": 3 / 4.5, "fsdp": 1 / 4.5, "tensor": 0.5 / 4.5}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import posjax as pj
 from posjax.core.encoding import PositionalEncoding, registered
-from posjax.encodings.spec import blanked, one_line, parse_encoding, slug, spec_of
+from posjax.encodings.spec import one_line, parametrize_spec, parse_encoding, slug, spec_of
 from posjax.lab import report
 from posjax.lab.config import RUN_ONLY, Config, init_or_check_workdir, load_config, run_fingerprint
 
@@ -195,7 +195,7 @@ def test_encodings_of_a_module(tmp_path, monkeypatch):
     assert parse_encoding("my_encodings:value + cope(4)") == pj.chain(pj.chain(pj.rope(), pj.alibi()), pj.cope(4))
     assert parse_encoding("my_encodings:made(5.0) / my_encodings:made") == (pj.rope(5.0), pj.rope(3.0))
     assert parse_encoding("posjax.encodings.rotary:Rope(theta=5.0)") == pj.rope(5.0)
-    assert blanked("my_encodings:made(5.0) + rope") == ("my_encodings:made(5.0) + rope(theta=_0)", (10_000.0,))
+    assert parametrize_spec("my_encodings:made(5.0) + rope") == ("my_encodings:made(5.0) + rope(theta=_0)", (10_000.0,))
     for spec, message in {
         "my_encodings:absent": "encoding my_encodings:absent cannot be imported: .*absent",
         "no_such_module:x": "encoding no_such_module:x cannot be imported: No module named",

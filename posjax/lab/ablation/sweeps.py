@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from posjax.encodings.spec import blanked, filled, parse_encoding, with_argument
+from posjax.encodings.spec import parametrize_spec, parse_encoding, substitute, with_argument
 from posjax.lab.config import RUN_ONLY, Config
 from posjax.lab.run import TRACED_FIELDS
 
@@ -145,7 +145,7 @@ def groups(points: Sequence[Point], seeds: Sequence[int]) -> list[Group]:
     """Groups the runs of a grid: runs that differ only in seeds and traceable numbers share a group."""
     together: dict[Any, list[tuple[int, str, tuple[float, ...]]]] = {}
     for index, point in enumerate(points):
-        spec, numbers = blanked(point.config.encoding)
+        spec, numbers = parametrize_spec(point.config.encoding)
         neutral = {name: 0 for name in TRACED_FIELDS if name != "clip_norm"} | {"learning_rate": 1.0}
         if point.config.clip_norm is not None:
             neutral["clip_norm"] = 1.0
@@ -174,7 +174,7 @@ def _group(points: Sequence[Point], members: Sequence[tuple[int, str, tuple[floa
         for seed in seeds
     ]
     # If nothing is traced, keep the encoding as it was written: blanks would write out its defaults.
-    spec = filled(members[0][1], shared) if free else configs[0].encoding
+    spec = substitute(members[0][1], shared) if free else configs[0].encoding
     return Group(configs[0], spec, tuple(runs))
 
 

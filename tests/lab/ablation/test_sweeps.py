@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from posjax.encodings.spec import blanked, filled, parse_encoding, with_argument
+from posjax.encodings.spec import parametrize_spec, parse_encoding, substitute, with_argument
 from posjax.lab.ablation.sweeps import grid, groups, parse_sweep
 from posjax.lab.config import Config
 
@@ -12,16 +12,16 @@ CONFIG = Config(task="flip_flop", seq_length=16, encodings=("rope", "alibi", "ro
 
 
 def test_numbers_that_may_be_traced_are_blanked_and_filled_again():
-    spec, numbers = blanked("rope(theta=500) + cope(64, gates='keys', clamp=15) / identity")
+    spec, numbers = parametrize_spec("rope(theta=500) + cope(64, gates='keys', clamp=15) / identity")
     assert spec == "rope(theta=_0) + cope(64, gates='keys', clamp=_2, gate_bias=_1) / identity"
     assert numbers == (500.0, 0.0, 15.0)
-    assert filled(spec, {1: -2.0}) == "rope(theta=_0) + cope(64, gates='keys', clamp=_1, gate_bias=-2.0) / identity"
-    assert blanked("rope(500.0, 0.5)") == ("rope(_0, 0.5)", (500.0,))
-    assert blanked("t5 / alibi") == ("t5 / alibi", ())
+    assert substitute(spec, {1: -2.0}) == "rope(theta=_0) + cope(64, gates='keys', clamp=_1, gate_bias=-2.0) / identity"
+    assert parametrize_spec("rope(500.0, 0.5)") == ("rope(_0, 0.5)", (500.0,))
+    assert parametrize_spec("t5 / alibi") == ("t5 / alibi", ())
 
 
 def test_equal_layers_stay_equal_when_they_are_blanked():
-    spec, numbers = blanked("rope / cope(8) / rope")
+    spec, numbers = parametrize_spec("rope / cope(8) / rope")
     assert spec == "rope(theta=_0) / cope(8, gate_bias=_1) / rope(theta=_0)" and numbers == (10_000.0, 0.0)
     first, _, last = parse_encoding(spec, numbers)
     assert first is last
