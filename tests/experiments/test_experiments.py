@@ -27,6 +27,7 @@ import flip_flop_variants  # noqa: E402
 import language_code  # noqa: E402
 import language_text  # noqa: E402
 import learning_rates  # noqa: E402
+import more_steps  # noqa: E402
 import readme  # noqa: E402
 import roformer_decay  # noqa: E402
 import roformer_linear  # noqa: E402
@@ -361,6 +362,7 @@ TRAINED = {
         counting,
         selective_copy,
         extrapolation,
+        more_steps,
         language_text,
         language_code,
         tupe,
