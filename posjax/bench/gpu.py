@@ -86,7 +86,7 @@ class GpuBench:
             raise ValueError(f"seconds must be positive, got {self.seconds}")
         for spec in self.encodings:
             if isinstance(parse_encoding(spec), tuple):
-                raise ValueError(f"encodings must each be of one layer, got {spec!r}; name its parts one by one")
+                raise ValueError(f"encodings must each be for one layer, got {spec!r}; give its layers one by one")
         if self.workdir:
             check_workdir(self.workdir, self.layer, self.heads, self.head_dim)
 

@@ -89,7 +89,7 @@ class ScheduleBench:
             raise ValueError(f"tile must be a multiple of 128, got {self.tile}")
         for spec in self.encodings:
             if isinstance(parse_encoding(spec), tuple):
-                raise ValueError(f"encodings must each be of one layer, got {spec!r}; name its parts one by one")
+                raise ValueError(f"encodings must each be for one layer, got {spec!r}; give its layers one by one")
 
 
 def run(config: ScheduleBench, quiet: bool = False) -> list[Row]:

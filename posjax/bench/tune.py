@@ -80,7 +80,7 @@ class Tune:
                 raise ValueError(f"channels must be of {', '.join(map(str, CHANNELS))}, got {size}")
         for spec in self.encodings:
             if isinstance(parse_encoding(spec), tuple):
-                raise ValueError(f"encodings must each be of one layer, got {spec!r}; name its parts one by one")
+                raise ValueError(f"encodings must each be for one layer, got {spec!r}; give its layers one by one")
         if len(set(map(counts, self.encodings))) < len(self.encodings):
             raise ValueError(f"encodings must be at most one that counts and one that does not, got {self.encodings}")
         check_at_least("length", self.length, 2)

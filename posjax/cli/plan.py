@@ -125,7 +125,7 @@ def _print_plan(plan: Plan, config: Config) -> None:
     if not plan.fits:
         why = plan.failed or "it does not fit"
         hints = "".join(f"\n  {hint}" for hint in advice(plan, dataclasses.replace(config, remat=plan.remat)))
-        print(f"Does not fit: {plan.used / _GIB:.2f} GiB of {plan.capacity / _GIB:.1f} ({why}). What would make it smaller:{hints}")
+        print(f"Does not fit: {plan.used / _GIB:.2f} GiB of {plan.capacity / _GIB:.1f} ({why}). To make it smaller:{hints}")
         return
     cut = plan.mesh["fsdp"] * plan.mesh["context"] * plan.mesh["tensor"]
     rows = plan.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])

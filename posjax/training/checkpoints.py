@@ -253,7 +253,7 @@ def _check_same(saved: dict[str, list], wanted: dict[str, list], path: Path) -> 
         there, here = saved.get(name), wanted.get(name)
         if there != here:
             raise CheckpointError(
-                f"checkpoint {path} is of another model or optimizer: {name} {words(there)} there, "
+                f"checkpoint {path} belongs to another model or optimizer: {name} {words(there)} there, "
                 f"but {words(here)} in this run. Use another directory, or the config that it was made with."
             )
 
@@ -277,7 +277,7 @@ def _own(data_states: list[Any], path: Path) -> Any:
     if len(data_states) != jax.process_count():
         raise CheckpointError(
             f"checkpoint {path} was saved by {len(data_states)} processes that stood at different places in their data, so that "
-            f"{jax.process_count()} cannot go on from it: run as many as before"
+            f"{jax.process_count()} cannot resume from it; run as many as before"
         )
     return data_states[jax.process_index()]
 

@@ -174,7 +174,7 @@ def _restore_iterator(batches: Iterator[Any], restored: Any) -> None:
         return
     for _ in range(restored.step):
         if next(batches, None) is None:
-            raise ValueError(f"batches ended before step {restored.step}, from where the run goes on: repeat the data")
+            raise ValueError(f"batches ended before step {restored.step}, where the run resumes: repeat the data")
 
 
 def _check_streaks(streaks: list[np.ndarray], step: int, checkpoints: Checkpoints) -> int:

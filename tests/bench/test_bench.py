@@ -409,7 +409,7 @@ def test_help_explains_every_field_and_near_flags_are_named(run):
         (["--lengths", "64", "64"], "lengths must all differ, got (64, 64)"),
         (["--lengths"], "lengths must not be empty"),
         (["--encodings", "roap"], "did you mean 'rope'?"),
-        (["--encodings", "cope(64) / identity"], "encodings must each be of one layer, got 'cope(64) / identity'"),
+        (["--encodings", "cope(64) / identity"], "encodings must each be for one layer, got 'cope(64) / identity'"),
         (["--repeats", "0"], "repeats must be an integer of at least 1, got 0"),
         (["--peer-limit-seconds", "0"], "peer_limit_seconds must be positive, got 0.0"),
         (["--workdir", "nowhere"], "workdir must hold checkpoints"),

@@ -492,7 +492,7 @@ def test_flags_are_read_like_the_fields():
         ({"contexts": (8, 8)}, r"contexts must all differ, got \(8, 8\)"),
         ({"embed_dim": 200}, "embed_dim must be a multiple of 128, got 200"),
         ({"seconds": 0.0}, "seconds must be positive, got 0.0"),
-        ({"encodings": ("rope / alibi",)}, "encodings must each be of one layer, got 'rope / alibi'"),
+        ({"encodings": ("rope / alibi",)}, "encodings must each be for one layer, got 'rope / alibi'"),
         ({"workdir": "nowhere"}, "workdir must hold checkpoints"),
     ],
 )

@@ -261,7 +261,7 @@ def test_what_does_not_fit_says_what_to_change(config, monkeypatch, capsys):
     cli.main(["plan", config, "--topology", "h200:1x1x8", "--mesh", "data=8"])
     said = capsys.readouterr().out
     assert "Does not fit: 20.50 GiB of 141.0" in said
-    advised = [line.strip() for line in said[said.index("What would make it smaller:") :].splitlines()[1:] if line.strip()]
+    advised = [line.strip() for line in said[said.index("To make it smaller:") :].splitlines()[1:] if line.strip()]
     assert advised[0].startswith("--remat full") and advised[1].startswith("--accumulate_steps 2 has 1 of a device's 2 sequences")
     assert any(line.startswith("--mesh fsdp=8 cuts the state over all devices") for line in advised)
     assert advised[-1] == "a topology with more devices"

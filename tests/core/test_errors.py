@@ -332,12 +332,12 @@ BAD = {
     "block_sizes: no lanes": (
         lambda: blocks(pj.Blocks(200, 256, 128, 512)),
         ValueError,
-        r"block_sizes must have as queries a positive multiple of 128, such as 256, got Blocks\(queries=200",
+        r"queries of block_sizes must be a positive multiple of 128, such as 256, got Blocks\(queries=200",
     ),
     "block_sizes: zero": (
         lambda: blocks(pj.Blocks(128, 0, 128, 512)),
         ValueError,
-        r"block_sizes must have as keys a positive multiple of strip, 128, such as 128, got .*keys=0",
+        r"keys of block_sizes must be a positive multiple of strip, 128, such as 128, got .*keys=0",
     ),
     "block_sizes: a float": (
         lambda: blocks(pj.Blocks(128, 128, 128.0, 128)),
@@ -348,12 +348,12 @@ BAD = {
     "block_sizes: keys that are no strips": (
         lambda: blocks(pj.Blocks(128, 384, 256, 768)),
         ValueError,
-        r"block_sizes must have as keys a positive multiple of strip, 256, such as 512, got .*keys=384",
+        r"keys of block_sizes must be a positive multiple of strip, 256, such as 512, got .*keys=384",
     ),
     "block_sizes: resident that is no tiles": (
         lambda: blocks(pj.Blocks(128, 256, 128, 640)),
         ValueError,
-        r"block_sizes must have as resident a positive multiple of keys, 256, such as 768, got .*resident=640",
+        r"resident of block_sizes must be a positive multiple of keys, 256, such as 768, got .*resident=640",
     ),
     "block_sizes: many queries": (
         lambda: blocks(pj.Blocks(4096, 128, 128, 128)),

@@ -64,5 +64,5 @@ def test_the_tile_that_costs_least_with_the_most_keys_that_compile(script, tmp_p
 
 def test_tiles_that_are_none_are_told_before_anything_is_compiled(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script.costs, "compiled", None)
-    with pytest.raises(ValueError, match="block_sizes must have as keys a positive multiple of strip, 256"):
+    with pytest.raises(ValueError, match="keys of block_sizes must be a positive multiple of strip, 256"):
         script.search(script.Search(("v6e",), ((512, 384, 256),), tmp_path / "a", tmp_path / "b"))

@@ -370,7 +370,7 @@ def test_a_checkpoint_of_processes_at_different_places_is_for_as_many(tmp_path, 
     with monkeypatch.context() as two:
         two.setattr("posjax.training.checkpoints._gather", lambda own: [own, {"json": {"at": 8}}])
         checkpoints.save(1, state, {"at": 7})
-    words = "saved by 2 processes that stood at different places in their data, so that 1 cannot go on from it: run as many"
+    words = "saved by 2 processes that stood at different places in their data, so that 1 cannot resume from it; run as many"
     with pytest.raises(CheckpointError, match=words):
         checkpoints.restore_latest(state)
 

@@ -34,6 +34,6 @@ def translate_compile_errors(implementation: str | None) -> Iterator[None]:
             raise
         why = str(told).strip().split("\n")[0][:300]
         raise KernelCompileError(
-            f"implementation must be 'xla_chunked', got {implementation!r}, with which the compiler of the chip refuses "
-            f"the attention kernel: {why}"
+            f"the attention kernel failed to compile on this device with implementation={implementation!r}; "
+            f"rerun with implementation='xla_chunked'. Compiler error: {why}"
         ) from error

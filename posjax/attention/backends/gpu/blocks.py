@@ -43,16 +43,16 @@ class GpuBlocks(NamedTuple):
 def check_gpu_blocks(blocks: GpuBlocks) -> None:
     """Raises ValueError for block sizes that no kernel supports, before anything is compiled."""
     if blocks.lowering not in LOWERINGS:
-        raise ValueError(f"block_sizes must have as lowering {' or '.join(LOWERINGS)}, got {blocks}")
+        raise ValueError(f"lowering of block_sizes must be {' or '.join(LOWERINGS)}, got {blocks}")
     for name in GpuBlocks._fields[:-1]:
         size, (least, most) = getattr(blocks, name), {"warps": (1, 16), "stages": (1, 8)}.get(name, (16, 256))
         fits = isinstance(size, int) and not isinstance(size, bool) and least <= size <= most
         if not fits or (name != "stages" and size & (size - 1)):
             what = "a number" if name == "stages" else "a power of two"
-            raise ValueError(f"block_sizes must have as {name} {what} from {least} to {most}, got {blocks}")
+            raise ValueError(f"{name} of block_sizes must be {what} from {least} to {most}, got {blocks}")
     for part, of in (("strip", "keys"), ("rows", "queries")):
         if getattr(blocks, part) > getattr(blocks, of):
-            raise ValueError(f"block_sizes must have as {part} at most its {of}, got {blocks}")
+            raise ValueError(f"{part} of block_sizes must be at most {of}, got {blocks}")
     if blocks.lowering == "mosaic" and (blocks.queries, blocks.keys, blocks.rows) != (128, 128, 64):
         raise ValueError(f"block_sizes must have queries=128, keys=128 and rows=64 with lowering='mosaic', got {blocks}")
 

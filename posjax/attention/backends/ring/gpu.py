@@ -24,7 +24,7 @@ BY_KEY = dict(key=1, value=1, segments=1, positions=1)
 def to_operands(call: AttentionCall, block_sizes: GpuBlocks | None) -> tuple[Plan, Operands]:
     if block_sizes is not None and block_sizes.lowering != "triton":
         what = f"block_sizes has lowering={block_sizes.lowering!r}"
-        raise NotImplementedError(f"{what}, which does not go around a ring of devices; lowering='triton' does")
+        raise NotImplementedError(f"{what}, which ring attention does not support; lowering='triton' does")
     call = call.rotated()
     plan, x = gpu.to_operands(call, block_sizes or gpu.default_blocks(call, ("triton",)), ShardSpec())
     if plan.last is not None:

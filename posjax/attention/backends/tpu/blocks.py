@@ -43,7 +43,7 @@ def check_blocks(blocks: Any) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % unit:
             near = max(1, -(-size // unit)) * unit if isinstance(size, int) else unit
             what = f"{of}, {unit}" if of else unit
-            raise ValueError(f"block_sizes must have as {name} a positive multiple of {what}, such as {near}, got {blocks}")
+            raise ValueError(f"{name} of block_sizes must be a positive multiple of {what}, such as {near}, got {blocks}")
     if blocks.queries > 2048:  # the kernel keeps one bit per 128 queries
         raise ValueError(f"block_sizes must have at most 2048 queries, got {blocks}")
 
