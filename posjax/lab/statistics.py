@@ -213,5 +213,5 @@ def _checked(name: str, values: Sequence[float] | Array) -> np.ndarray:
     if values.ndim != 1:
         raise ValueError(f"{name} must have one axis, a value for each seed, got shape {values.shape}")
     if not np.isfinite(values).all():
-        raise ValueError(f"{name} must be finite, got {values[~np.isfinite(values)][0]}; leave diverged seeds out and report how many")
+        raise ValueError(f"{name} must be finite, got {values[~np.isfinite(values)][0]}; leave diverged seeds out")
     return values

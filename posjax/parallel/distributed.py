@@ -63,7 +63,7 @@ def join() -> None:
         cluster = None if len(given) == 3 else detect_cluster()
         if cluster is None and 0 < len(given) < 3:
             missing = " and ".join(name for name in (ADDRESS, COUNT, INDEX) if name not in given)
-            raise ValueError(f"{missing} must be set too, as {', '.join(given)} is: no cluster environment was found that provides it")
+            raise ValueError(f"{missing} must be set too, as {', '.join(given)} is: no cluster environment provides it")
         if not given and (cluster is None or cluster.get_process_count() == 1):
             return
         # JAX's preemption service would replace Python's SIGTERM handler, and nothing would end the process before the loop runs.

@@ -273,8 +273,9 @@ def test_a_kernel_that_the_compiler_refuses(run, straight, home, monkeypatch, ve
     workdir = "straight" if verb in ("evaluate", "generate") else "refused"
     code, _, err = run(verb, "tiny.py", "--workdir", workdir)
     assert code == 1
-    what = r"the attention kernel failed to compile on this device with implementation=None; rerun with implementation='xla_chunked'\."
-    assert re.fullmatch(rf"posjax: {what} Compiler error: RESOURCE_EXHAUSTED: .* 16.00M vmem.\n", err)
+    what = "the attention kernel failed to compile on this device with implementation=None"
+    how = r"rerun with implementation='xla_chunked'\."
+    assert re.fullmatch(rf"posjax: {what}; {how} Compiler error: RESOURCE_EXHAUSTED: .* 16.00M vmem.\n", err)
     shutil.rmtree(home / "refused", ignore_errors=True)
 
 
