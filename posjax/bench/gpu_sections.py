@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from posjax.attention.backends.gpu.blocks import LOWERINGS, capability, mosaic_refusal
+from posjax.attention.backends.gpu.blocks import LOWERINGS, capability, mosaic_unsupported_reason
 from posjax.bench import inputs
 from posjax.bench.attention import ORACLE_ENVIRONMENT, Jobs, Row, errors
 from posjax.bench.contestants import Contestant, Prepared, counts, gpu_peers, prepare
@@ -93,7 +93,7 @@ def lowerings_of(implementation: str, dtype: str) -> tuple[str, ...]:
     """Returns the lowerings of the kernels that the GPU supports for a dtype; ("",) for other implementations."""
     if implementation != "pallas":
         return ("",)
-    return LOWERINGS if mosaic_refusal(capability(), dtype, 1, 0) is None else ("triton",)
+    return LOWERINGS if mosaic_unsupported_reason(capability(), dtype, 1, 0) is None else ("triton",)
 
 
 def _first_call(prepared: Prepared) -> str | None:

@@ -18,7 +18,7 @@ from suite import (
 import posjax as pj
 from posjax.attention.backends.gpu import attention as gpu
 from posjax.attention.backends.gpu import blocks as gpu_blocks
-from posjax.attention.backends.gpu.blocks import GpuBlocks, blocks_for, check_gpu_blocks, mosaic_refusal
+from posjax.attention.backends.gpu.blocks import GpuBlocks, blocks_for, check_gpu_blocks, mosaic_unsupported_reason
 from posjax.attention.call import prepare
 
 TILE = GpuBlocks(queries=128, keys=128, strip=32, rows=64, warps=8, stages=2, lowering="mosaic")
@@ -155,10 +155,10 @@ REFUSED = {
 def test_what_they_cannot_do(call, monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
     *call, reason = call
-    assert reason in mosaic_refusal(*call)
-    assert mosaic_refusal(90, "bfloat16", 144, 64, TILE) is None
+    assert reason in mosaic_unsupported_reason(*call)
+    assert mosaic_unsupported_reason(90, "bfloat16", 144, 64, TILE) is None
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
-    assert "jax 0.11.2 or later" in mosaic_refusal(90, "bfloat16", 64, 0, TILE)
+    assert "jax 0.11.2 or later" in mosaic_unsupported_reason(90, "bfloat16", 64, 0, TILE)
 
 
 @pytest.mark.parametrize("counts", [False, True])
@@ -178,7 +178,7 @@ def test_the_log_says_once_which_kernels_run_and_why(dtype, why, caplog, monkeyp
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
     monkeypatch.setattr(gpu, "capability", lambda: 90)
     caplog.set_level("INFO", logger="posjax")
-    gpu._say.cache_clear()
+    gpu._log_lowering.cache_clear()
     for length in (200, 210):
         program = jax.jit(functools.partial(loss, encoding=pj.alibi(), implementation="pallas"))
         program.trace(shapes(pj.alibi(), length, dtype=dtype)).lower(lowering_platforms=("cuda",))

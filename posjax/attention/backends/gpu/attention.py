@@ -16,8 +16,8 @@ import numpy as np
 
 from posjax.attention.backends import kernel_call
 from posjax.attention.backends.gpu import triton
-from posjax.attention.backends.gpu.blocks import LEAST, LOWERINGS, GpuBlocks, blocks_for, capability, mosaic_refusal
-from posjax.attention.backends.gpu.plan import Operands, Plan, visits
+from posjax.attention.backends.gpu.blocks import LEAST, LOWERINGS, GpuBlocks, blocks_for, capability, mosaic_unsupported_reason
+from posjax.attention.backends.gpu.plan import Operands, Plan, make_block_mask
 from posjax.attention.backends.kernel_call import pad_to_multiple, terms_by_form
 from posjax.attention.backends.shards import ShardSpec, infer_shard_spec
 from posjax.attention.call import AttentionCall
@@ -45,7 +45,9 @@ def unsupported_reason(call: AttentionCall, *, block_sizes: GpuBlocks | None = N
     if (reason := kernel_call.unsupported_terms(call.terms)) is not None:
         return reason
     if block_sizes is not None and block_sizes.lowering == "mosaic":
-        reason = mosaic_refusal(capability(), query.dtype, _channels(query, call.value), _entries(call.terms), block_sizes)
+        reason = mosaic_unsupported_reason(
+            capability(), query.dtype, _channels(query, call.value), _entries(call.terms), block_sizes
+        )
         return None if reason is None else f"block_sizes has lowering='mosaic': {reason} (lowering='triton' can)"
     return None
 
@@ -107,15 +109,15 @@ def to_operands(call: AttentionCall, blocks: GpuBlocks, spec: ShardSpec, interpr
         interpret=interpret,
     )
     operands = Operands(
-        query=_widened(by_query(query)),
-        key=_widened(pad_to_multiple(key, blocks.keys, 1)),
-        value=_widened(pad_to_multiple(value, blocks.keys, 1)),
+        query=_pad_channels(by_query(query)),
+        key=_pad_channels(pad_to_multiple(key, blocks.keys, 1)),
+        value=_pad_channels(pad_to_multiple(value, blocks.keys, 1)),
         scale=call.scale.reshape(1),
         query_positions=by_query(call.query_positions),
         key_positions=key_positions,
         query_segments=by_query(query_segments),
         key_segments=key_segments,
-        z=None if counts is None else by_query(_products(counts), 2),
+        z=None if counts is None else by_query(_embedding_products(counts), 2),
         table=None if looks is None else looks.tables.astype(jnp.float32).T,
         slopes=None if penalty is None else penalty.tables.astype(jnp.float32),
     )
@@ -129,14 +131,14 @@ def default_blocks(call: AttentionCall, lowerings: tuple[str, ...] = LOWERINGS) 
     return blocks_for(capability(), call.query.dtype, channels, counts is not None, entries, lowerings)
 
 
-def _products(counts: BiasTerm) -> Array:
+def _embedding_products(counts: BiasTerm) -> Array:
     """Computes z [B, N, T, P] in float32, the products of each query with the position embedding."""
     query, embedding = counts.rows["query"].astype(jnp.float32), counts.tables[1].astype(jnp.float32)
     form = "bnth,nph->bntp" if embedding.ndim == 3 else "bnth,ph->bntp"
     return jnp.einsum(form, query, embedding, precision=jax.lax.Precision.HIGHEST)
 
 
-def _widened(x: Array) -> Array:
+def _pad_channels(x: Array) -> Array:
     """Pads x with zeros to a multiple of 16 channels."""
     more = -x.shape[-1] % 16
     return jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) if more else x
@@ -161,7 +163,7 @@ LETTERS = dict(  # the axis letters of each operand, for ``per_shard``
 )
 
 
-def learned(x: Operands) -> list[str]:
+def differentiable_operands(x: Operands) -> list[str]:
     """Returns the names of the operands that have gradients."""
     return [name for name in ("query", "key", "value", "scale", "z", "table") if getattr(x, name) is not None]
 
@@ -174,36 +176,36 @@ def _attend(plan: Plan, spec: ShardSpec, x: Operands) -> Array:
 
 def _forward(plan: Plan, spec: ShardSpec, x: Operands) -> tuple[Array, Any]:
     rows = 1 if plan.last is None else 4
-    out, *saved = kernel_call.run(_attended, plan, spec, x, LETTERS, results=("b.n.", *["bn."] * rows))
+    out, *saved = kernel_call.run(_run_forward, plan, spec, x, LETTERS, results=("b.n.", *["bn."] * rows))
     return out, (x, out, tuple(saved))
 
 
-def _attended(plan: Plan, x: Operands) -> tuple[Array, ...]:
+def _run_forward(plan: Plan, x: Operands) -> tuple[Array, ...]:
     """Runs the forward kernels of the plan's lowering on one shard; returns what ``triton.forward`` returns."""
-    seen = visits(plan, x)
+    block_mask = make_block_mask(plan, x)
     if plan.interpret is False:
-        _say(plan.blocks.lowering, _why(plan, x))
+        _log_lowering(plan.blocks.lowering, _lowering_reason(plan, x))
     if plan.blocks.lowering == "triton":
-        return triton.forward(plan, x, seen)
+        return triton.forward(plan, x, block_mask)
     from posjax.attention.backends.gpu import mosaic  # not available in every version of jax
 
-    counted = {} if plan.last is None else triton.forward_band(plan, x, seen)
+    counted = {} if plan.last is None else triton.forward_band(plan, x, block_mask)
     state = [counted.pop(name) for name in ("high", "low") if counted]
-    return *mosaic.forward(plan, x, seen, counted), *state, *([counted["limit"]] if counted else [])
+    return *mosaic.forward(plan, x, block_mask, counted), *state, *([counted["limit"]] if counted else [])
 
 
-def _why(plan: Plan, x: Operands) -> str:
+def _lowering_reason(plan: Plan, x: Operands) -> str:
     if plan.blocks.lowering == "mosaic":
         return "its block sizes name it"
     entries = 0 if x.table is None else x.table.shape[1]
-    refused = mosaic_refusal(capability(), x.query.dtype, _channels(x.query, x.value), entries)
-    return f"mosaic cannot: {refused}" if refused else "its block sizes name it; mosaic could, too"
+    reason = mosaic_unsupported_reason(capability(), x.query.dtype, _channels(x.query, x.value), entries)
+    return f"mosaic cannot: {reason}" if reason else "its block sizes name it; mosaic could, too"
 
 
 @functools.cache
-def _say(lowering: str, why: str) -> None:
+def _log_lowering(lowering: str, reason: str) -> None:
     """Logs which lowering is used and why, once for each reason."""
-    _log.info("attention on a GPU of compute capability %s takes lowering=%r: %s", capability() / 10, lowering, why)
+    _log.info("attention on a GPU of compute capability %s takes lowering=%r: %s", capability() / 10, lowering, reason)
 
 
 def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, *saved: Array) -> tuple[Array, ...]:
@@ -211,31 +213,31 @@ def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, *saved: Arra
         kernels: Any = triton
     else:
         from posjax.attention.backends.gpu import mosaic as kernels
-    seen, (lse, *counts) = visits(plan, x), saved
-    found = kernels.backward(plan, x, seen, lse, counts[-1] if counts else None, d_out, delta)
-    tables = [found["d_table"]] if plan.index is not None else []
+    block_mask, (lse, *counts) = make_block_mask(plan, x), saved
+    grads = kernels.backward(plan, x, block_mask, lse, counts[-1] if counts else None, d_out, delta)
+    tables = [grads["d_table"]] if plan.index is not None else []
     if counts:
-        found = triton.backward_band(plan, x, seen, saved, d_out, delta, found)
-        tables += [found["d_table"]] if tables else []
-    found = summed_up(x, found, tables)
-    return tuple(found[name] for name in learned(x))
+        grads = triton.backward_band(plan, x, block_mask, saved, d_out, delta, grads)
+        tables += [grads["d_table"]] if tables else []
+    grads = reduce_gradients(x, grads, tables)
+    return tuple(grads[name] for name in differentiable_operands(x))
 
 
-def summed_up(x: Operands, found: dict[str, Array], tables: list[Array]) -> dict[str, Array]:
+def reduce_gradients(x: Operands, grads: dict[str, Array], tables: list[Array]) -> dict[str, Array]:
     """Converts the backward kernels' outputs to gradients of the operands; ``tables`` are parts of a lookup table's gradient."""
-    d_query = found["d_query"]
-    found |= {"d_query": d_query * x.scale, "d_key": found["d_key"] * x.scale}
-    found["d_scale"] = (d_query * x.query.astype(jnp.float32)).sum().reshape(1)
+    d_query = grads["d_query"]
+    grads |= {"d_query": d_query * x.scale, "d_key": grads["d_key"] * x.scale}
+    grads["d_scale"] = (d_query * x.query.astype(jnp.float32)).sum().reshape(1)
     if tables:
-        found["d_table"] = sum(table.sum((0, 2))[:, : x.table.shape[1]] for table in tables)
-    return {name.removeprefix("d_"): x for name, x in found.items()}
+        grads["d_table"] = sum(table.sum((0, 2))[:, : x.table.shape[1]] for table in tables)
+    return {name.removeprefix("d_"): x for name, x in grads.items()}
 
 
-def _backward(plan: Plan, spec: ShardSpec, kept: Any, d_out: Array) -> tuple[Operands]:
-    x, out, saved = kept
+def _backward(plan: Plan, spec: ShardSpec, residuals: Any, d_out: Array) -> tuple[Operands]:
+    x, out, saved = residuals
     delta = jnp.swapaxes((d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), 1, 2)
-    names = learned(x)
-    found = kernel_call.run(
+    names = differentiable_operands(x)
+    grads = kernel_call.run(
         _gradients,
         plan,
         spec,
@@ -247,7 +249,7 @@ def _backward(plan: Plan, spec: ShardSpec, kept: Any, d_out: Array) -> tuple[Ope
         more_letters=("b.n.", *["bn."] * (1 + len(saved))),
         results=kernel_call.gradient_letters(x, names, LETTERS),
     )
-    return (kernel_call.cotangent(x, dict(zip(names, found, strict=True))),)
+    return (kernel_call.cotangent(x, dict(zip(names, grads, strict=True))),)
 
 
 _attend.defvjp(_forward, _backward)

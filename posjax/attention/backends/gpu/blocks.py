@@ -57,7 +57,9 @@ def check_gpu_blocks(blocks: GpuBlocks) -> None:
         raise ValueError(f"block_sizes must have queries=128, keys=128 and rows=64 with lowering='mosaic', got {blocks}")
 
 
-def mosaic_refusal(capability: int, dtype: Any, channels: int, entries: int, blocks: GpuBlocks | None = None) -> str | None:
+def mosaic_unsupported_reason(
+    capability: int, dtype: Any, channels: int, entries: int, blocks: GpuBlocks | None = None
+) -> str | None:
     """Returns why a call cannot use lowering "mosaic", with the given blocks or with any; None if it can.
 
     Args:
@@ -74,9 +76,9 @@ def mosaic_refusal(capability: int, dtype: Any, channels: int, entries: int, blo
         return f"it takes heads of at most {_WIDEST} channels, and these have {channels}"
     if entries > 64:
         return f"it takes tables of at most 64 biases, and this one has {entries}"
-    taken = 0 if blocks is None else 4 * (-(-channels // 16) * 16) * (blocks.queries + blocks.stages * blocks.keys)
-    if taken > _SHARED:
-        return f"its tiles take {taken // 1024} of {_SHARED // 1024} KiB of shared memory; fewer stages would fit"
+    smem_bytes = 0 if blocks is None else 4 * (-(-channels // 16) * 16) * (blocks.queries + blocks.stages * blocks.keys)
+    if smem_bytes > _SHARED:
+        return f"its tiles take {smem_bytes // 1024} of {_SHARED // 1024} KiB of shared memory; fewer stages would fit"
     return None
 
 
@@ -95,11 +97,11 @@ def capability() -> int:
     if device is not None:
         gpu = gpu_by_kind(device.device_kind)
         return LEAST if gpu is None else 10 * gpu.capability[0] + gpu.capability[1]
-    here = jax.devices()[0]
-    if here.platform != "gpu":
+    local_device = jax.devices()[0]
+    if local_device.platform != "gpu":
         return LEAST
-    told = str(here.compute_capability)  # such as 9.0, or gfx942 on AMD
-    return round(10 * float(told)) if re.fullmatch(r"\d+\.\d+", told) else 0
+    version = str(local_device.compute_capability)  # such as 9.0, or gfx942 on AMD
+    return round(10 * float(version)) if re.fullmatch(r"\d+\.\d+", version) else 0
 
 
 def blocks_for(
@@ -108,7 +110,7 @@ def blocks_for(
     """Returns the block sizes for a call, from the table's lines for the newest capability that is not newer than the device's.
 
     Among these lines, the first lowering that supports the call is used, with the fewest channels that suffice. Arguments as in
-    ``mosaic_refusal``.
+    ``mosaic_unsupported_reason``.
 
     Raises:
       ValueError: none of the ``lowerings`` supports the call. "triton" supports every call that the kernels do.
@@ -120,7 +122,9 @@ def blocks_for(
     preferred = list(dict.fromkeys(line["lowering"] for line in lines))
     for line in sorted(lines, key=lambda line: (preferred.index(line["lowering"]), line["channels"])):
         blocks = GpuBlocks(*(line[name] for name in GpuBlocks._fields))
-        able = blocks.lowering == "triton" or mosaic_refusal(capability, dtype, channels, entries, blocks) is None
-        if able and blocks.lowering in lowerings:
+        is_supported = (
+            blocks.lowering == "triton" or mosaic_unsupported_reason(capability, dtype, channels, entries, blocks) is None
+        )
+        if is_supported and blocks.lowering in lowerings:
             return blocks
     raise ValueError(f"lowerings must name one that has blocks for {channels} channels of {dtype}, got {lowerings}")

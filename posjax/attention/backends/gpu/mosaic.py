@@ -22,8 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from posjax.attention.backends.constants import INIT_MAX, LOG2E, MASK_VALUE
-from posjax.attention.backends.gpu.plan import Operands, Plan, Visits, below
-from posjax.attention.backends.gpu.scores import Keys, Rows, biased, ends_of, gradient_of, walk, weights_of
+from posjax.attention.backends.gpu.plan import BlockMask, Operands, Plan, query_tile_bounds
+from posjax.attention.backends.gpu.scores import Keys, Rows, biased, gradient_of, index_range, walk, weights_of
 from posjax.typing import Array
 
 GROUP = 64  # rows of a warpgroup, as wgmma requires
@@ -32,16 +32,16 @@ _REGISTERS = {"compute": 232, "load": 40}  # per thread; a warpgroup has 128 thr
 
 
 class ScoreLayout(NamedTuple):
-    """Describes the layout of a tile of scores: [queries, keys] or, if ``turned``, [keys, queries]."""
+    """Describes the layout of a tile of scores: [queries, keys] or, if ``transposed``, [keys, queries]."""
 
-    turned: bool
+    transposed: bool
     shape: tuple[int, int]
 
     def queries(self, x: Array) -> Array:
-        return lax.broadcast_in_dim(x, self.shape, [int(self.turned)])
+        return lax.broadcast_in_dim(x, self.shape, [int(self.transposed)])
 
     def keys(self, x: Array) -> Array:
-        return lax.broadcast_in_dim(x, self.shape, [int(not self.turned)])
+        return lax.broadcast_in_dim(x, self.shape, [int(not self.transposed)])
 
 
 # Within a warpgroup: matrices are in wgmma's register layout, vectors of rows or columns in that of its reductions ----------
@@ -69,61 +69,63 @@ def _filled(shape: tuple[int, ...], value: float) -> Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def _inner(a: Any, b: Any) -> Array:
+def _matmul_nt(a: Any, b: Any) -> Array:
     """Computes a b^T of two tiles in shared memory."""
 
-    def multiply(total: Any) -> Array:
-        plgpu.wgmma(total, a, b.transpose((1, 0)))
-        return total[...]
+    def multiply(acc: Any) -> Array:
+        plgpu.wgmma(acc, a, b.transpose((1, 0)))
+        return acc[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
 
-def _added(plan: Plan, total: Array, weights: Array, x: Any) -> Array:
+def _accumulate(plan: Plan, acc: Array, weights: Array, x: Any) -> Array:
     """Returns total + weights x, with weights cast to the dtype of the tile x in shared memory."""
     weights = weights.astype(x.dtype)
     if plan.interpret:  # the interpreter supports neither operands in registers nor accumulating into a sum
         x = x[...]
         plgpu.commit_smem()  # wgmma would read x in the way that copies write it; this read does not
-        return total + jnp.dot(weights, x, preferred_element_type=jnp.float32)
-    return pl.run_state(lambda sums: plgpu.wgmma(sums, weights, x))(plgpu.ACC.init(total))
+        return acc + jnp.dot(weights, x, preferred_element_type=jnp.float32)
+    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, weights, x))(plgpu.ACC.init(acc))
 
 
 def _rows_of(plan: Plan, r: Any, load: Callable[..., Array], b: Array, head: Array, at: Any) -> Rows:
     slope = r.slopes[head] if plan.penalised else None
-    segments = load(r.query_segments, _own(r.query_segments, b), at) if plan.rules.segmented else None
-    entries = 0 if plan.index is None else r.table.shape[-1]
-    return Rows(load(r.query_positions, _own(r.query_positions, b), at), segments, slope, lambda n: r.table[head, n], entries)
+    segments = load(r.query_segments, _batch_row(r.query_segments, b), at) if plan.rules.segmented else None
+    num_entries = 0 if plan.index is None else r.table.shape[-1]
+    return Rows(
+        load(r.query_positions, _batch_row(r.query_positions, b), at), segments, slope, lambda n: r.table[head, n], num_entries
+    )
 
 
 def _keys_of(plan: Plan, r: Any, load: Callable[..., Array], b: Array, at: Any, is_full_block: bool) -> Keys | None:
     """Loads keys; returns None if the block is full and no bias depends on the keys' positions."""
     if is_full_block and not plan.penalised:
         return None
-    segments = load(r.key_segments, _own(r.key_segments, b), at) if plan.rules.segmented else None
-    return Keys(load(r.key_positions, _own(r.key_positions, b), at), segments)
+    segments = load(r.key_segments, _batch_row(r.key_segments, b), at) if plan.rules.segmented else None
+    return Keys(load(r.key_positions, _batch_row(r.key_positions, b), at), segments)
 
 
-def _own(ref: Any, b: Array) -> Array | int:
+def _batch_row(ref: Any, b: Array) -> Array | int:
     """Returns the row of ``ref`` for batch row b: row 0 if the batch shares one row."""
     return b if ref.shape[0] > 1 else 0
 
 
-def _common(plan: Plan, r: Any, b: Array, first: Any, last: Any) -> Array | None:
+def _common_index(plan: Plan, r: Any, b: Array, first: Any, last: Any) -> Array | None:
     """Returns the table index that all pairs of query tile ``first`` and key tile ``last`` share if their block is full."""
     if plan.index is None:
         return None
-    return plan.index(r.query_first[_own(r.query_first, b), first], r.key_last[_own(r.key_last, b), last])
+    return plan.index(r.query_first[_batch_row(r.query_first, b), first], r.key_last[_batch_row(r.key_last, b), last])
 
 
 def _query_tile(plan: Plan, r: Any) -> tuple[Array, Array, Array, Array, tuple[Array, ...]]:
     """Returns the batch row, head, query tile and warpgroup of this thread, and the bounds of the key tiles that were not counted.
 
-    The bounds are first, plain, detailed and last as in ``plan.py``.
+    The bounds are first, full_begin, full_end and last as in ``plan.py``.
     """
     b, head, i, group = (lax.axis_index(name) for name in ("batch", "heads", "tiles", "group"))
     i = r.query.shape[1] // plan.blocks.queries - 1 - i  # under a causal mask the last tiles take longest, so they run first
-    *others, last = (r.by_queries[_own(r.by_queries, b), i, n] for n in range(4))
+    *others, last = (r.by_queries[_batch_row(r.by_queries, b), i, n] for n in range(4))
     return b, head, i, group, (*others, last if plan.last is None else jnp.minimum(r.limit[b, head, i], last))
 
 
@@ -142,69 +144,69 @@ def _forward(plan: Plan, r: Any) -> None:
     @pl.when(group < GROUPS)
     def _compute() -> None:
         plgpu.set_max_registers(_REGISTERS["compute"], action="increase")
-        own = r.queries.at[group]
+        query_smem = r.queries.at[group]
         at = _rows_at(plan, i, group)
-        plgpu.copy_gmem_to_smem(r.query.at[b, at, head], own, r.arrived.at[group])
+        plgpu.copy_gmem_to_smem(r.query.at[b, at, head], query_smem, r.arrived.at[group])
         rows, factor = _rows_of(plan, r, _row, b, head, at), r.scale[0] * LOG2E
         if plan.last is None:
-            kept = _filled((GROUP,), INIT_MAX), _filled((GROUP,), 0.0), _filled((GROUP, r.value.shape[-1]), 0.0)
+            carry = _filled((GROUP,), INIT_MAX), _filled((GROUP,), 0.0), _filled((GROUP, r.value.shape[-1]), 0.0)
             constant = None
         else:
-            sums = plgpu.load(r.sums.at[b, at, head], layout=plgpu.Layout.WGMMA, optimized=False)
-            kept = _row(r.highest, b, head, at), _row(r.total, b, head, at), sums
+            acc = plgpu.load(r.acc.at[b, at, head], layout=plgpu.Layout.WGMMA, optimized=False)
+            carry = _row(r.m, b, head, at), _row(r.l, b, head, at), acc
             constant = _row(r.z_last, b, head, at) * LOG2E
         plgpu.barrier_wait(r.arrived.at[group])
 
-        def tile(is_full_block: bool, j: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
+        def tile(is_full_block: bool, j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             slot = lax.rem(j - first, plan.blocks.stages)
             size = plan.blocks.keys if is_full_block or plan.index is None else GROUP  # table indices take registers, too
-            score_layout, pieces = ScoreLayout(False, (GROUP, size)), plan.blocks.keys // size
+            layout, pieces = ScoreLayout(False, (GROUP, size)), plan.blocks.keys // size
 
-            def piece(n: Array | int, kept: tuple[Array, ...]) -> tuple[Array, ...]:
-                highest, total, sums = kept
+            def piece(n: Array | int, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+                m, l, acc = carry
                 here = pl.ds(n * size, size)
                 keys = _keys_of(plan, r, _column, b, pl.ds(j * plan.blocks.keys + n * size, size), is_full_block)
-                scores = _inner(own, r.keys.at[slot, here]) * factor
+                scores = _matmul_nt(query_smem, r.keys.at[slot, here]) * factor
                 if pieces == 1:
                     plgpu.barrier_arrive(r.key_done.at[slot])
-                scores = scores if constant is None else scores + score_layout.queries(constant)
-                scores, _ = biased(plan, score_layout, rows, keys, scores, _common(plan, r, b, i, j), is_full_block)
-                new = jnp.maximum(highest, scores.max(1))
-                weights, shrink = jnp.exp2(scores - score_layout.queries(new)), jnp.exp2(highest - new)
-                total = total * shrink + weights.sum(1)
-                sums = sums * lax.broadcast_in_dim(shrink, sums.shape, [0])
+                scores = scores if constant is None else scores + layout.queries(constant)
+                scores, _ = biased(plan, layout, rows, keys, scores, _common_index(plan, r, b, i, j), is_full_block)
+                m_new = jnp.maximum(m, scores.max(1))
+                weights, alpha = jnp.exp2(scores - layout.queries(m_new)), jnp.exp2(m - m_new)
+                l = l * alpha + weights.sum(1)
+                acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
                 if pieces == 1:
                     plgpu.barrier_wait(r.value_here.at[slot])
-                return new, total, _added(plan, sums, weights, r.values.at[slot, here])
+                return m_new, l, _accumulate(plan, acc, weights, r.values.at[slot, here])
 
             plgpu.barrier_wait(r.key_here.at[slot])
             if pieces == 1:
-                kept = piece(0, kept)
+                carry = piece(0, carry)
             else:
                 plgpu.barrier_wait(r.value_here.at[slot])
-                kept = lax.fori_loop(0, pieces, piece, kept)
+                carry = lax.fori_loop(0, pieces, piece, carry)
                 plgpu.barrier_arrive(r.key_done.at[slot])
             plgpu.barrier_arrive(r.value_done.at[slot])
-            return kept
+            return carry
 
-        highest, total, sums = walk(tile, *bounds, kept)
-        nothing = total == 0.0
-        total = jnp.where(nothing, 1.0, total)
-        out = (sums / lax.broadcast_in_dim(total, sums.shape, [0])).astype(r.out.dtype)
+        m, l, acc = walk(tile, *bounds, carry)
+        is_empty = l == 0.0
+        l = jnp.where(is_empty, 1.0, l)
+        out = (acc / lax.broadcast_in_dim(l, acc.shape, [0])).astype(r.out.dtype)
         _write(r.out.at[b, at, head], out)
-        _write(r.lse.at[b, head, at], jnp.where(nothing, -MASK_VALUE, highest + jnp.log2(total)))
+        _write(r.lse.at[b, head, at], jnp.where(is_empty, -MASK_VALUE, m + jnp.log2(l)))
 
     @pl.when(group == GROUPS)
     def _load() -> None:
         plgpu.set_max_registers(_REGISTERS["load"], action="decrease")
-        _bring_keys(plan, r, b, head, first, bounds[-1])
+        _copy_keys(plan, r, b, head, first, bounds[-1])
 
 
-def _bring_keys(plan: Plan, r: Any, b: Array, head: Array, first: Array, last: Array) -> None:
+def _copy_keys(plan: Plan, r: Any, b: Array, head: Array, first: Array, last: Array) -> None:
     """Copies key and value tiles to shared memory, alternately."""
     kv_head = lax.div(head, r.query.shape[2] // r.key.shape[2])
 
-    def bring(j: Array, _: None) -> None:
+    def copy_tile(j: Array, _: None) -> None:
         slot, again = lax.rem(j - first, plan.blocks.stages), j - first >= plan.blocks.stages
         from_ = b, pl.ds(j * plan.blocks.keys, plan.blocks.keys), kv_head
         pl.when(again)(lambda: plgpu.barrier_wait(r.key_done.at[slot]))
@@ -212,7 +214,7 @@ def _bring_keys(plan: Plan, r: Any, b: Array, head: Array, first: Array, last: A
         pl.when(again)(lambda: plgpu.barrier_wait(r.value_done.at[slot]))
         plgpu.copy_gmem_to_smem(r.value.at[from_], r.values.at[slot], r.value_here.at[slot])
 
-    lax.fori_loop(first, last, bring, None)
+    lax.fori_loop(first, last, copy_tile, None)
 
 
 def _query_plain(plan: Plan, r: Any) -> None:
@@ -222,125 +224,127 @@ def _query_plain(plan: Plan, r: Any) -> None:
     @pl.when(group < GROUPS)
     def _compute() -> None:
         plgpu.set_max_registers(_REGISTERS["compute"], action="increase")
-        own, d_own = r.queries.at[group], r.d_outs.at[group]
+        query_smem, d_out_smem = r.queries.at[group], r.d_outs.at[group]
         at = _rows_at(plan, i, group)
-        plgpu.copy_gmem_to_smem(r.query.at[b, at, head], own, r.arrived.at[group])
-        plgpu.copy_gmem_to_smem(r.d_out.at[b, at, head], d_own, r.arrived.at[group])
+        plgpu.copy_gmem_to_smem(r.query.at[b, at, head], query_smem, r.arrived.at[group])
+        plgpu.copy_gmem_to_smem(r.d_out.at[b, at, head], d_out_smem, r.arrived.at[group])
         rows, factor = _rows_of(plan, r, _row, b, head, at), r.scale[0] * LOG2E
         lse, delta = _row(r.lse, b, head, at), _row(r.delta, b, head, at)
-        score_layout = ScoreLayout(False, (GROUP, GROUP))  # a key tile is processed in pieces to save registers
-        constant = None if plan.last is None else score_layout.queries(_row(r.z_last, b, head, at) * LOG2E)
-        kept = {"d_query": _filled((GROUP, r.query.shape[-1]), 0.0)}
+        layout = ScoreLayout(False, (GROUP, GROUP))  # a key tile is processed in pieces to save registers
+        constant = None if plan.last is None else layout.queries(_row(r.z_last, b, head, at) * LOG2E)
+        carry = {"d_query": _filled((GROUP, r.query.shape[-1]), 0.0)}
         if plan.last is not None:
-            kept["d_last"] = _filled((GROUP,), 0.0)
+            carry["d_last"] = _filled((GROUP,), 0.0)
         if plan.index is not None:
-            kept["d_table"] = _filled((GROUP, r.d_table.shape[-1]), 0.0)
+            carry["d_table"] = _filled((GROUP, r.d_table.shape[-1]), 0.0)
         plgpu.barrier_wait(r.arrived.at[group])
 
-        def tile(is_full_block: bool, j: Array, kept: dict[str, Array]) -> dict[str, Array]:
-            slot, common = lax.rem(j - first, plan.blocks.stages), _common(plan, r, b, i, j)
+        def tile(is_full_block: bool, j: Array, carry: dict[str, Array]) -> dict[str, Array]:
+            slot, common_index = lax.rem(j - first, plan.blocks.stages), _common_index(plan, r, b, i, j)
             plgpu.barrier_wait(r.key_here.at[slot])
             plgpu.barrier_wait(r.value_here.at[slot])
 
-            def piece(n: Array, kept: dict[str, Array]) -> dict[str, Array]:
+            def piece(n: Array, carry: dict[str, Array]) -> dict[str, Array]:
                 here = pl.ds(n * GROUP, GROUP)
                 key = r.keys.at[slot, here]
                 keys = _keys_of(plan, r, _column, b, pl.ds(j * plan.blocks.keys + n * GROUP, GROUP), is_full_block)
-                scores, d_weights = _inner(own, key) * factor, _inner(d_own, r.values.at[slot, here])
+                scores, d_weights = _matmul_nt(query_smem, key) * factor, _matmul_nt(d_out_smem, r.values.at[slot, here])
                 scores = scores if constant is None else scores + constant
-                scores, index = biased(plan, score_layout, rows, keys, scores, common, is_full_block)
-                gradient = gradient_of(plan, score_layout, scores, weights_of(score_layout, scores, lse), d_weights, delta)
-                found = {"d_query": _added(plan, kept["d_query"], gradient, key)}
+                scores, index = biased(plan, layout, rows, keys, scores, common_index, is_full_block)
+                gradient = gradient_of(plan, layout, scores, weights_of(layout, scores, lse), d_weights, delta)
+                grads = {"d_query": _accumulate(plan, carry["d_query"], gradient, key)}
                 if constant is not None:
-                    found["d_last"] = kept["d_last"] + gradient.sum(1)
-                if common is not None:
-                    found["d_table"] = _into_table(rows, kept["d_table"], index, common, gradient)
-                return found
+                    grads["d_last"] = carry["d_last"] + gradient.sum(1)
+                if common_index is not None:
+                    grads["d_table"] = _into_table(rows, carry["d_table"], index, common_index, gradient)
+                return grads
 
-            kept = lax.fori_loop(0, plan.blocks.keys // GROUP, piece, kept)
+            carry = lax.fori_loop(0, plan.blocks.keys // GROUP, piece, carry)
             plgpu.barrier_arrive(r.key_done.at[slot])
             plgpu.barrier_arrive(r.value_done.at[slot])
-            return kept
+            return carry
 
-        found = walk(tile, *bounds, kept)
-        _write(r.d_query.at[b, at, head], found["d_query"])
+        grads = walk(tile, *bounds, carry)
+        _write(r.d_query.at[b, at, head], grads["d_query"])
         if plan.last is not None:
-            _write(r.d_last.at[b, head, at], found["d_last"])
+            _write(r.d_last.at[b, head, at], grads["d_last"])
         if plan.index is not None:
-            _write(r.d_table.at[b, head, at], found["d_table"])
+            _write(r.d_table.at[b, head, at], grads["d_table"])
 
     @pl.when(group == GROUPS)
     def _load() -> None:
         plgpu.set_max_registers(_REGISTERS["load"], action="decrease")
-        _bring_keys(plan, r, b, head, first, bounds[-1])
+        _copy_keys(plan, r, b, head, first, bounds[-1])
 
 
-def _into_table(rows: Rows, found: Array, index: Array | None, common: Array, gradient: Array) -> Array:
-    """Adds each row's gradients with equal indices to ``found`` [rows, entries]; if ``index`` is None, all have ``common``."""
-    place = plgpu.broadcasted_iota(jnp.int32, found.shape, 1, layout=plgpu.Layout.WGMMA)
+def _into_table(rows: Rows, d_table: Array, index: Array | None, common_index: Array, gradient: Array) -> Array:
+    """Adds each row's gradients with equal indices to ``d_table`` [rows, entries]; without ``index`` all have ``common_index``."""
+    entry = plgpu.broadcasted_iota(jnp.int32, d_table.shape, 1, layout=plgpu.Layout.WGMMA)
 
-    def add(n: Array, own: Array, found: Array) -> Array:
-        return found + jnp.where(place == n, lax.broadcast_in_dim(own.sum(1), found.shape, [0]), 0.0)
+    def add(n: Array, selected: Array, d_table: Array) -> Array:
+        return d_table + jnp.where(entry == n, lax.broadcast_in_dim(selected.sum(1), d_table.shape, [0]), 0.0)
 
     if index is None:
-        return add(common, gradient, found)
-    return lax.fori_loop(*ends_of(rows, index), lambda n, found: add(n, jnp.where(index == n, gradient, 0.0), found), found)
+        return add(common_index, gradient, d_table)
+    return lax.fori_loop(
+        *index_range(rows, index), lambda n, d_table: add(n, jnp.where(index == n, gradient, 0.0), d_table), d_table
+    )
 
 
 def _key_plain(plan: Plan, r: Any) -> None:
     b, kv_head, j, group = (lax.axis_index(name) for name in ("batch", "heads", "tiles", "group"))
-    first, plain, detailed, last = (r.by_keys[_own(r.by_keys, b), j, n] for n in range(4))
+    first, full_begin, full_end, last = (r.by_keys[_batch_row(r.by_keys, b), j, n] for n in range(4))
     heads = r.query.shape[2] // r.key.shape[2]
     of_tile = plan.blocks.queries // GROUP
 
     def begin(head: Array) -> Array:
         """Returns the first piece of queries that did not count this key tile."""
-        return first if plan.last is None else jnp.clip(r.begun[b, head, j] * of_tile, first, last)
+        return first if plan.last is None else jnp.clip(r.first_uncounted[b, head, j] * of_tile, first, last)
 
     @pl.when(group < GROUPS)
     def _compute() -> None:
         plgpu.set_max_registers(_REGISTERS["compute"], action="increase")
-        own, own_value = r.keys.at[group], r.values.at[group]
+        key_smem, value_smem = r.keys.at[group], r.values.at[group]
         at = pl.ds(j * plan.blocks.keys + group * GROUP, GROUP)
-        plgpu.copy_gmem_to_smem(r.key.at[b, at, kv_head], own, r.arrived.at[group])
-        plgpu.copy_gmem_to_smem(r.value.at[b, at, kv_head], own_value, r.arrived.at[group])
-        factor, score_layout = r.scale[0] * LOG2E, ScoreLayout(True, (GROUP, GROUP))
+        plgpu.copy_gmem_to_smem(r.key.at[b, at, kv_head], key_smem, r.arrived.at[group])
+        plgpu.copy_gmem_to_smem(r.value.at[b, at, kv_head], value_smem, r.arrived.at[group])
+        factor, layout = r.scale[0] * LOG2E, ScoreLayout(True, (GROUP, GROUP))
         of_keys = {is_full_block: _keys_of(plan, r, _row, b, at, is_full_block) for is_full_block in (False, True)}
         plgpu.barrier_wait(r.arrived.at[group])
 
-        def one_head(g: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
+        def one_head(g: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             head = kv_head * heads + g
-            start, base = begin(head), kept[0]
+            start, base = begin(head), carry[0]
 
-            def tile(is_full_block: bool, i: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
-                d_key, d_value = kept
+            def tile(is_full_block: bool, i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+                d_key, d_value = carry
                 slot = lax.rem(base + i - start, plan.blocks.stages)
                 at = pl.ds(i * GROUP, GROUP)
                 rows = _rows_of(plan, r, _column, b, head, at)
-                common = _common(plan, r, b, i, j)
+                common_index = _common_index(plan, r, b, i, j)
                 plgpu.barrier_wait(r.query_here.at[slot])
-                scores = _inner(own, r.queries.at[slot]) * factor
+                scores = _matmul_nt(key_smem, r.queries.at[slot]) * factor
                 if plan.last is not None:
-                    scores += score_layout.queries(_column(r.z_last, b, head, at) * LOG2E)
-                scores, _ = biased(plan, score_layout, rows, of_keys[is_full_block], scores, common, is_full_block)
+                    scores += layout.queries(_column(r.z_last, b, head, at) * LOG2E)
+                scores, _ = biased(plan, layout, rows, of_keys[is_full_block], scores, common_index, is_full_block)
                 if plan.last is not None:
                     counted = r.limit[b, head, lax.div(i, of_tile)] <= j
                     scores = jnp.minimum(scores, jnp.where(counted, MASK_VALUE, -MASK_VALUE))
                 plgpu.barrier_wait(r.d_out_here.at[slot])
-                weights = weights_of(score_layout, scores, _column(r.lses, slot))
-                d_value = _added(plan, d_value, weights, r.d_outs.at[slot])
-                d_weights = _inner(own_value, r.d_outs.at[slot])
-                gradient = gradient_of(plan, score_layout, scores, weights, d_weights, _column(r.deltas, slot))
-                d_key = _added(plan, d_key, gradient, r.queries.at[slot])
+                weights = weights_of(layout, scores, _column(r.lses, slot))
+                d_value = _accumulate(plan, d_value, weights, r.d_outs.at[slot])
+                d_weights = _matmul_nt(value_smem, r.d_outs.at[slot])
+                gradient = gradient_of(plan, layout, scores, weights, d_weights, _column(r.deltas, slot))
+                d_key = _accumulate(plan, d_key, gradient, r.queries.at[slot])
                 plgpu.commit_smem()  # lse and delta are read in another way than the next copy writes them
                 plgpu.barrier_arrive(r.query_done.at[slot])
                 return d_key, d_value
 
-            bounds = start, jnp.maximum(plain, start), jnp.maximum(detailed, start), last
-            return base + last - start, *walk(tile, *bounds, kept[1:])
+            bounds = start, jnp.maximum(full_begin, start), jnp.maximum(full_end, start), last
+            return base + last - start, *walk(tile, *bounds, carry[1:])
 
-        kept = jnp.int32(0), _filled((GROUP, r.key.shape[-1]), 0.0), _filled((GROUP, r.value.shape[-1]), 0.0)
-        _, d_key, d_value = lax.fori_loop(0, heads, one_head, kept)
+        carry = jnp.int32(0), _filled((GROUP, r.key.shape[-1]), 0.0), _filled((GROUP, r.value.shape[-1]), 0.0)
+        _, d_key, d_value = lax.fori_loop(0, heads, one_head, carry)
         _write(r.d_key.at[b, at, kv_head], d_key)
         _write(r.d_value.at[b, at, kv_head], d_value)
 
@@ -352,7 +356,7 @@ def _key_plain(plan: Plan, r: Any) -> None:
             head = kv_head * heads + g
             start = begin(head)
 
-            def bring(i: Array, _: None) -> None:
+            def copy_tile(i: Array, _: None) -> None:
                 number, at = base + i - start, pl.ds(i * GROUP, GROUP)
                 slot = lax.rem(number, plan.blocks.stages)
                 pl.when(number >= plan.blocks.stages)(lambda: plgpu.barrier_wait(r.query_done.at[slot]))
@@ -361,7 +365,7 @@ def _key_plain(plan: Plan, r: Any) -> None:
                 plgpu.copy_gmem_to_smem(r.lse.at[b, head, at], r.lses.at[slot], r.d_out_here.at[slot])
                 plgpu.copy_gmem_to_smem(r.delta.at[b, head, at], r.deltas.at[slot], r.d_out_here.at[slot])
 
-            lax.fori_loop(start, last, bring, None)
+            lax.fori_loop(start, last, copy_tile, None)
             return base + last - start
 
         lax.fori_loop(0, heads, one_head, jnp.int32(0))
@@ -387,7 +391,7 @@ def _call(
         body(plan, types.SimpleNamespace(**dict(zip((*inputs, *outputs, *scratch), refs, strict=True))))
 
     run.__name__ = f"posjax_attention_mosaic{body.__name__}"
-    found = plgpu.kernel(
+    results = plgpu.kernel(
         run,
         out_type=list(outputs.values()),
         scratch_types=list(scratch.values()),
@@ -398,15 +402,15 @@ def _call(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if plan.interpret is True else plan.interpret or None,
     )(*inputs.values())
-    return dict(zip(outputs, found, strict=True))
+    return dict(zip(outputs, results, strict=True))
 
 
-def _inputs(plan: Plan, x: Operands, seen: Visits) -> dict[str, Any]:
+def _inputs(plan: Plan, x: Operands, block_mask: BlockMask) -> dict[str, Any]:
     """Returns the inputs that every kernel reads."""
     inputs = {field.name: getattr(x, field.name) for field in dataclasses.fields(x) if field.name not in ("z", "high", "low")}
     if plan.last is not None:
         inputs["z_last"] = x.z[..., plan.last]
-    return inputs | ({"key_last": seen.key_last} if plan.index is not None else {})
+    return inputs | ({"key_last": block_mask.key_last} if plan.index is not None else {})
 
 
 def _key_memory(plan: Plan, x: Operands) -> dict[str, Any]:
@@ -417,26 +421,26 @@ def _key_memory(plan: Plan, x: Operands) -> dict[str, Any]:
     return tiles | {"key_here": here, "value_here": here, "key_done": done, "value_done": done}
 
 
-def forward(plan: Plan, x: Operands, seen: Visits, counted: dict[str, Array]) -> tuple[Array, Array]:
+def forward(plan: Plan, x: Operands, block_mask: BlockMask, counted: dict[str, Array]) -> tuple[Array, Array]:
     """Runs the forward kernel; returns the output [B, T, N, V] and [B, N, T] log2 of the softmax's denominator.
 
     Args:
-      counted: highest, total [B, N, T] and sums [B, T, N, V], the softmax state of the keys that were counted, and ``limit``
+      counted: m, l [B, N, T] and acc [B, T, N, V], the softmax state of the keys that were counted, and ``limit``
         [B, N, I], the first key tile that each query tile counted. Empty if no term counts.
     """
     batch, length, heads, _ = x.query.shape
     out = jax.ShapeDtypeStruct((batch, length, heads, x.value.shape[-1]), x.value.dtype)
     outputs = {"out": out, "lse": jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)}
-    inputs = _inputs(plan, x, seen) | {"by_queries": seen.by_queries} | counted
+    inputs = _inputs(plan, x, block_mask) | {"by_queries": block_mask.by_queries} | counted
     if plan.index is not None:
-        inputs["query_first"] = seen.query_first
+        inputs["query_first"] = block_mask.query_first
     scratch = {"queries": _tiles(x.query, GROUPS, GROUP), "arrived": plgpu.Barrier(num_barriers=GROUPS)} | _key_memory(plan, x)
     grid = heads, length // plan.blocks.queries, batch
     return tuple(_call(_forward, plan, grid, inputs, outputs, scratch).values())
 
 
 def backward(
-    plan: Plan, x: Operands, seen: Visits, lse: Array, limit: Array | None, d_out: Array, delta: Array
+    plan: Plan, x: Operands, block_mask: BlockMask, lse: Array, limit: Array | None, d_out: Array, delta: Array
 ) -> dict[str, Array]:
     """Computes gradients in float32 from all pairs that were not counted. Arguments as in ``triton.backward``.
 
@@ -445,24 +449,24 @@ def backward(
       the gradient of z at the last position.
     """
     batch, length, heads, _ = x.query.shape
-    given = {"d_out": d_out, "lse": lse, "delta": delta} | ({} if limit is None else {"limit": limit})
+    residuals = {"d_out": d_out, "lse": lse, "delta": delta} | ({} if limit is None else {"limit": limit})
     like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    inputs = _inputs(plan, x, seen) | given
+    inputs = _inputs(plan, x, block_mask) | residuals
 
     outputs: dict[str, Any] = {"d_query": like(x.query.shape)}
     if plan.last is not None:
         outputs["d_last"] = like(lse.shape)
     if plan.index is not None:
         outputs["d_table"] = like((batch, heads, length, -(-x.table.shape[1] // 8) * 8))
-    own = _tiles(x.query, GROUPS, GROUP), _tiles(d_out, GROUPS, GROUP), plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS)
-    scratch = dict(zip(("queries", "d_outs", "arrived"), own, strict=True)) | _key_memory(plan, x)
-    of_queries = {"by_queries": seen.by_queries} | ({} if plan.index is None else {"query_first": seen.query_first})
+    query_smem = _tiles(x.query, GROUPS, GROUP), _tiles(d_out, GROUPS, GROUP), plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS)
+    scratch = dict(zip(("queries", "d_outs", "arrived"), query_smem, strict=True)) | _key_memory(plan, x)
+    of_queries = {"by_queries": block_mask.by_queries} | ({} if plan.index is None else {"query_first": block_mask.query_first})
     grid = heads, length // plan.blocks.queries, batch
-    found = _call(_query_plain, plan, grid, inputs | of_queries, outputs, scratch)
+    grads = _call(_query_plain, plan, grid, inputs | of_queries, outputs, scratch)
 
-    of_keys = {"by_keys": seen.by_keys} | ({} if plan.index is None else {"query_first": seen.row_first})
+    of_keys = {"by_keys": block_mask.by_keys} | ({} if plan.index is None else {"query_first": block_mask.row_first})
     if plan.last is not None:
-        of_keys["begun"] = below(limit, x.key.shape[1] // plan.blocks.keys, first=True)
+        of_keys["first_uncounted"] = query_tile_bounds(limit, x.key.shape[1] // plan.blocks.keys, first=True)
     stages = plan.blocks.stages
     numbers = plgpu.SMEM((stages, GROUP), jnp.float32)
     scratch = {
@@ -479,4 +483,4 @@ def backward(
     }
     grid = x.key.shape[2], x.key.shape[1] // plan.blocks.keys, batch
     outputs = {"d_key": like(x.key.shape), "d_value": like(x.value.shape)}
-    return found | _call(_key_plain, plan, grid, inputs | of_keys, outputs, scratch)
+    return grads | _call(_key_plain, plan, grid, inputs | of_keys, outputs, scratch)

@@ -1,8 +1,8 @@
 """Inputs of the GPU kernels: the static plan and operands of a call, and which key tiles each query tile visits.
 
-A query tile visits the key tiles from ``first`` to ``last``. Those in [plain, detailed) are *full blocks*: every pair is allowed
-and all pairs have the same lookup index, so the kernel evaluates neither per pair. If there are several runs of full blocks, the
-longest is used; the kernel treats the tiles of the others as partial blocks.
+A query tile visits the key tiles from ``first`` to ``last``. Those in [full_begin, full_end) are *full blocks*: every pair is
+allowed and all pairs have the same lookup index, so the kernel evaluates neither per pair. If there are several runs of full
+blocks, the longest is used; the kernel treats the tiles of the others as partial blocks.
 """
 
 import dataclasses
@@ -67,11 +67,11 @@ class Operands:
     low: Array | None = None
 
 
-class Visits(NamedTuple):
+class BlockMask(NamedTuple):
     """Holds the block mask. Letters: I query tiles, J key tiles, R pieces of ``rows`` queries.
 
     Attributes:
-      by_queries: [B or 1, I, 4] int32: first, plain, detailed and last as in the module docstring, in key tiles.
+      by_queries: [B or 1, I, 4] int32: first, full_begin, full_end and last as in the module docstring, in key tiles.
       by_keys: [B or 1, J, 4]: the same with queries and keys exchanged, in pieces of ``rows`` queries.
       query_first: [B or 1, I], the lowest position in each query tile.
       row_first: [B or 1, R], the lowest position in each piece.
@@ -85,46 +85,46 @@ class Visits(NamedTuple):
     key_last: Array
 
 
-def visits(plan: Plan, x: Operands) -> Visits:
+def make_block_mask(plan: Plan, x: Operands) -> BlockMask:
     def of_queries(size: int) -> Array:
         return extents(x.query_positions, x.query_segments, size)
 
     queries, pieces = of_queries(plan.blocks.queries), of_queries(plan.blocks.rows)
     keys = extents(x.key_positions, x.key_segments, plan.blocks.keys)
-    by_keys = _walk(*(jnp.swapaxes(flags, 1, 2) for flags in _flags(plan, pieces, keys)))
-    return Visits(_walk(*_flags(plan, queries, keys)), by_keys, queries[..., 0], pieces[..., 0], keys[..., 1])
+    by_keys = _tile_ranges(*(jnp.swapaxes(flags, 1, 2) for flags in _flags(plan, pieces, keys)))
+    return BlockMask(_tile_ranges(*_flags(plan, queries, keys)), by_keys, queries[..., 0], pieces[..., 0], keys[..., 1])
 
 
 def _flags(plan: Plan, queries: Array, keys: Array) -> tuple[Array, Array]:
     """Computes two flags [B or 1, I, J] from ``extents``: whether any pair of a block is allowed, and whether the block is full."""
     rows, columns = (jnp.moveaxis(e, -1, 0) for e in (queries, keys))
     rows, columns = Extent(*rows[..., None]), Extent(*columns[:, :, None])
-    live, plain = ~plan.rules.none(rows, columns), plan.rules.all(rows, columns)
+    is_visible, is_full = ~plan.rules.none(rows, columns), plan.rules.all(rows, columns)
     if plan.uniform is not None:
-        plain &= plan.uniform(rows.first, rows.last, columns.first, columns.last)
+        is_full &= plan.uniform(rows.first, rows.last, columns.first, columns.last)
     shape = max(len(queries), len(keys)), queries.shape[1], keys.shape[1]
-    return jnp.broadcast_to(live, shape), jnp.broadcast_to(plain, shape)
+    return jnp.broadcast_to(is_visible, shape), jnp.broadcast_to(is_full, shape)
 
 
-def _walk(live: Array, plain: Array) -> Array:
-    """Computes first, plain, detailed and last from flags along the last axis."""
-    found = live.any(-1)
-    first, last = live.argmax(-1), live.shape[-1] - live[..., ::-1].argmax(-1)
-    begin, end = longest_run(plain)
-    return jnp.stack([jnp.where(found, n, 0) for n in (first, begin, end, last)], -1).astype(jnp.int32)
+def _tile_ranges(is_visible: Array, is_full: Array) -> Array:
+    """Computes first, full_begin, full_end and last from flags along the last axis."""
+    any_visible = is_visible.any(-1)
+    first, last = is_visible.argmax(-1), is_visible.shape[-1] - is_visible[..., ::-1].argmax(-1)
+    begin, end = longest_run(is_full)
+    return jnp.stack([jnp.where(any_visible, n, 0) for n in (first, begin, end, last)], -1).astype(jnp.int32)
 
 
 def longest_run(flags: Array) -> tuple[Array, Array]:
     """Returns the start of the longest run of True along the last axis, and one past its end; they are equal if there is none."""
-    place = jnp.broadcast_to(jnp.arange(flags.shape[-1]), flags.shape)
-    begin = jax.lax.cummax(jnp.where(flags, 0, place + 1), axis=flags.ndim - 1)
-    length = jnp.where(flags, place + 1 - begin, 0)
+    index = jnp.broadcast_to(jnp.arange(flags.shape[-1]), flags.shape)
+    begin = jax.lax.cummax(jnp.where(flags, 0, index + 1), axis=flags.ndim - 1)
+    length = jnp.where(flags, index + 1 - begin, 0)
     end = length.argmax(-1)
     size = jnp.take_along_axis(length, end[..., None], -1)[..., 0]
     return end + 1 - size, end + 1
 
 
-def below(border: Array, count: int, first: bool = False) -> Array:
+def query_tile_bounds(border: Array, count: int, first: bool = False) -> Array:
     """Computes a bound on the query tiles for each of ``count`` key tiles or strips, from the query tiles' borders [B, N, I].
 
     For key tile j this is one past the last query tile whose border is at most j or, if ``first``, the first query tile whose
@@ -132,5 +132,5 @@ def below(border: Array, count: int, first: bool = False) -> Array:
     """
     hull = jax.lax.cummax(border, axis=2) if first else jax.lax.cummin(border, axis=2, reverse=True)
     search = functools.partial(jnp.searchsorted, side="right")
-    found = jax.vmap(jax.vmap(search, (0, None)), (0, None))(hull, jnp.arange(count))
-    return found.astype(jnp.int32)
+    bounds = jax.vmap(jax.vmap(search, (0, None)), (0, None))(hull, jnp.arange(count))
+    return bounds.astype(jnp.int32)

@@ -22,9 +22,9 @@ class Rows(NamedTuple):
     positions: Array
     segments: Array | None
     slope: Array | None  # the head's slope
-    look: Callable[[Array], Array]  # looks up indices in the head's table
-    entries: int  # the length of that table
-    number: Array | None = None  # row numbers within a program's arrays
+    lookup: Callable[[Array], Array]  # looks up indices in the head's table
+    num_entries: int  # the length of that table
+    row_index: Array | None = None  # row numbers within a program's arrays
 
 
 class Keys(NamedTuple):
@@ -42,43 +42,45 @@ class MaskedScores(NamedTuple):
     index: Array | None  # into the table
 
 
-def penalised(plan: Plan, score_layout: Any, rows: Rows, keys: Keys | None, scores: Array) -> Array:
+def penalised(plan: Plan, layout: Any, rows: Rows, keys: Keys | None, scores: Array) -> Array:
     if not plan.penalised:
         return scores
-    distance = jnp.abs(score_layout.queries(rows.positions) - score_layout.keys(keys.positions)).astype(jnp.float32)
+    distance = jnp.abs(layout.queries(rows.positions) - layout.keys(keys.positions)).astype(jnp.float32)
     return scores - (rows.slope * LOG2E) * distance
 
 
-def masked_scores(plan: Plan, score_layout: Any, rows: Rows, keys: Keys, scores: Array) -> MaskedScores:
+def masked_scores(plan: Plan, layout: Any, rows: Rows, keys: Keys, scores: Array) -> MaskedScores:
     """Adds the position biases to the scores of a partial block, and computes its mask and table indices."""
-    of_queries, of_keys = score_layout.queries(rows.positions), score_layout.keys(keys.positions)
-    segments = (score_layout.queries(rows.segments), score_layout.keys(keys.segments)) if plan.rules.segmented else (None, None)
+    of_queries, of_keys = layout.queries(rows.positions), layout.keys(keys.positions)
+    segments = (layout.queries(rows.segments), layout.keys(keys.segments)) if plan.rules.segmented else (None, None)
     allowed = jnp.broadcast_to(plan.rules.pairs(of_queries, of_keys, *segments), scores.shape)
-    scores = penalised(plan, score_layout, rows, keys, scores)
+    scores = penalised(plan, layout, rows, keys, scores)
     if plan.index is None:
         return MaskedScores(scores, allowed, None)
     index = jnp.broadcast_to(plan.index(of_queries, of_keys), scores.shape)
 
     def add(n: Array, scores: Array) -> Array:
-        return scores + jnp.where(index == n, rows.look(n) * LOG2E, 0.0)
+        return scores + jnp.where(index == n, rows.lookup(n) * LOG2E, 0.0)
 
-    return MaskedScores(jax.lax.fori_loop(*ends_of(rows, index), add, scores), allowed, index)
+    return MaskedScores(jax.lax.fori_loop(*index_range(rows, index), add, scores), allowed, index)
 
 
-def ends_of(rows: Rows, index: Array) -> tuple[Array, Array]:
+def index_range(rows: Rows, index: Array) -> tuple[Array, Array]:
     """Returns the range [from, to) of table entries that contains the indices."""
-    return index.min(1).min(0), jnp.minimum(index.max(1).max(0) + 1, rows.entries)
+    return index.min(1).min(0), jnp.minimum(index.max(1).max(0) + 1, rows.num_entries)
 
 
-def full_block_scores(plan: Plan, score_layout: Any, rows: Rows, keys: Keys | None, scores: Array, common: Array | None) -> Array:
-    """Adds the position biases to the scores of a full block; ``common`` is the table index of all its pairs."""
-    scores = penalised(plan, score_layout, rows, keys, scores)
-    if common is not None:  # an index past the end of the table adds zero
-        scores += jnp.where(common < rows.entries, rows.look(jnp.minimum(common, rows.entries - 1)) * LOG2E, 0.0)
+def full_block_scores(plan: Plan, layout: Any, rows: Rows, keys: Keys | None, scores: Array, common_index: Array | None) -> Array:
+    """Adds the position biases to the scores of a full block; ``common_index`` is the table index of all its pairs."""
+    scores = penalised(plan, layout, rows, keys, scores)
+    if common_index is not None:  # an index past the end of the table adds zero
+        scores += jnp.where(
+            common_index < rows.num_entries, rows.lookup(jnp.minimum(common_index, rows.num_entries - 1)) * LOG2E, 0.0
+        )
     return scores
 
 
-def capped(plan: Plan, scores: Array) -> Array:
+def apply_soft_cap(plan: Plan, scores: Array) -> Array:
     if plan.soft_cap is None:
         return scores
     cap = plan.soft_cap * LOG2E
@@ -94,35 +96,35 @@ def tanh(x: Array) -> Array:
     return 1.0 - 2.0 / (1.0 + jnp.exp2(x * (2.0 * LOG2E)))
 
 
-def hidden(masked: MaskedScores, scores: Array) -> Array:
+def apply_mask(masked: MaskedScores, scores: Array) -> Array:
     return scores if masked.allowed is None else jnp.where(masked.allowed, scores, MASK_VALUE)
 
 
 def biased(
-    plan: Plan, score_layout: Any, rows: Rows, keys: Keys | None, scores: Array, common: Array | None, is_full_block: bool
+    plan: Plan, layout: Any, rows: Rows, keys: Keys | None, scores: Array, common_index: Array | None, is_full_block: bool
 ) -> tuple[Array, Array | None]:
-    """Computes scores as softmax takes them, and the table index of each pair; None for a full block, whose index is ``common``."""
+    """Computes scores as softmax takes them, and the table index of each pair, or None for a full block: ``common_index``."""
     if is_full_block:
-        return capped(plan, full_block_scores(plan, score_layout, rows, keys, scores, common)), None
-    masked = masked_scores(plan, score_layout, rows, keys, scores)
-    return hidden(masked, capped(plan, masked.scores)), masked.index
+        return apply_soft_cap(plan, full_block_scores(plan, layout, rows, keys, scores, common_index)), None
+    masked = masked_scores(plan, layout, rows, keys, scores)
+    return apply_mask(masked, apply_soft_cap(plan, masked.scores)), masked.index
 
 
-def weights_of(score_layout: Any, scores: Array, lse: Array) -> Array:
+def weights_of(layout: Any, scores: Array, lse: Array) -> Array:
     """Computes the softmax weights from scores that ``biased`` returned."""
-    return jnp.exp2(scores - score_layout.queries(lse))
+    return jnp.exp2(scores - layout.queries(lse))
 
 
-def gradient_of(plan: Plan, score_layout: Any, scores: Array, weights: Array, d_weights: Array, delta: Array) -> Array:
+def gradient_of(plan: Plan, layout: Any, scores: Array, weights: Array, d_weights: Array, delta: Array) -> Array:
     """Computes the gradient of the scores before the soft cap, from ``scores`` that ``biased`` returned."""
-    return weights * (d_weights - score_layout.queries(delta)) * soft_cap_derivative(plan, scores)
+    return weights * (d_weights - layout.queries(delta)) * soft_cap_derivative(plan, scores)
 
 
-def walk(tile: Any, first: Array, plain: Array, detailed: Array, last: Array, kept: Any) -> Any:
-    """Calls ``kept = tile(is_full_block, n, kept)`` for each tile from first to last, and returns the last ``kept``.
+def walk(tile: Any, first: Array, full_begin: Array, full_end: Array, last: Array, carry: Any) -> Any:
+    """Calls ``carry = tile(is_full_block, n, carry)`` for each tile from first to last, and returns the last ``carry``.
 
-    Tiles in [plain, detailed) are full blocks. This range may extend past ``last`` and, if it is empty, may lie anywhere.
+    Tiles in [full_begin, full_end) are full blocks. This range may extend past ``last`` and, if it is empty, may lie anywhere.
     """
-    kept = jax.lax.fori_loop(first, jnp.minimum(plain, last), functools.partial(tile, False), kept)
-    kept = jax.lax.fori_loop(plain, jnp.minimum(detailed, last), functools.partial(tile, True), kept)
-    return jax.lax.fori_loop(jnp.maximum(detailed, first), last, functools.partial(tile, False), kept)
+    carry = jax.lax.fori_loop(first, jnp.minimum(full_begin, last), functools.partial(tile, False), carry)
+    carry = jax.lax.fori_loop(full_begin, jnp.minimum(full_end, last), functools.partial(tile, True), carry)
+    return jax.lax.fori_loop(jnp.maximum(full_end, first), last, functools.partial(tile, False), carry)

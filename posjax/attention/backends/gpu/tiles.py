@@ -31,18 +31,18 @@ def product(plan: Plan, a: Array, b: Array, form: Any = NN) -> Array:
 Channels = tuple[Array, ...]  # [t, C] split into pieces whose widths are powers of two, the only sizes that Triton has
 
 
-def pieces_of(channels: int) -> list[Any]:
+def channel_slices(channels: int) -> list[Any]:
     """Splits a number of channels, a multiple of 16, into slices of powers of two up to 128, the largest first."""
     sizes = [128] * (channels // 128) + [1 << n for n in (6, 5, 4) if channels >> n & 1]
     return [pl.ds(sum(sizes[:n]), size) for n, size in enumerate(sizes)]
 
 
-def taken(ref: Any, *at: Any) -> Channels:
-    return tuple(ref[(*at, piece)] for piece in pieces_of(ref.shape[-1]))
+def load_channels(ref: Any, *at: Any) -> Channels:
+    return tuple(ref[(*at, piece)] for piece in channel_slices(ref.shape[-1]))
 
 
-def put(ref: Any, x: Channels) -> None:
-    for piece, part in zip(pieces_of(ref.shape[-1]), x, strict=True):
+def store_channels(ref: Any, x: Channels) -> None:
+    for piece, part in zip(channel_slices(ref.shape[-1]), x, strict=True):
         ref[:, piece] = part
 
 
@@ -50,15 +50,15 @@ def zeros_like(x: Channels) -> Channels:
     return tuple(jnp.zeros(part.shape, jnp.float32) for part in x)
 
 
-def inner(plan: Plan, a: Channels, b: Channels) -> Array:
+def matmul_nt(plan: Plan, a: Channels, b: Channels) -> Array:
     """Computes a b^T."""
     return functools.reduce(jnp.add, [product(plan, p, q, NT) for p, q in zip(a, b, strict=True)])
 
 
-def added(plan: Plan, total: Channels, weights: Array, x: Channels) -> Channels:
+def accumulate(plan: Plan, acc: Channels, weights: Array, x: Channels) -> Channels:
     """Returns total + weights x, with weights cast to the dtype of x."""
     weights = weights.astype(x[0].dtype)
-    return tuple(sums + product(plan, weights, part) for sums, part in zip(total, x, strict=True))
+    return tuple(part_acc + product(plan, weights, part) for part_acc, part in zip(acc, x, strict=True))
 
 
 def two_sum(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
@@ -69,38 +69,38 @@ def two_sum(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
 
 
 class ScoreLayout(NamedTuple):
-    """Describes the layout of a tile of scores: [queries, keys] or, if ``turned``, [keys, queries]."""
+    """Describes the layout of a tile of scores: [queries, keys] or, if ``transposed``, [keys, queries]."""
 
-    turned: bool
+    transposed: bool
 
     @property
     def keys_axis(self) -> int:
-        return 0 if self.turned else 1
+        return 0 if self.transposed else 1
 
     def queries(self, x: Array) -> Array:
         """Reshapes x, a number per query, to broadcast over keys."""
-        return x[None, :] if self.turned else x[:, None]
+        return x[None, :] if self.transposed else x[:, None]
 
     def keys(self, x: Array) -> Array:
-        return x[:, None] if self.turned else x[None, :]
+        return x[:, None] if self.transposed else x[None, :]
 
-    def sums(self, plan: Plan, x: Array, later: bool, parts: int) -> Array:
+    def cumsum(self, plan: Plan, x: Array, later: bool, parts: int) -> Array:
         """Sums x, for each key, over that key and all later ones or, if not ``later``, over that key and all earlier ones.
 
         The sum is a product with a triangular matrix of ones. x is split into bfloat16 parts of 8 bits each, so that this product
         does not round.
         """
         size = x.shape[self.keys_axis]
-        one, other = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-        own, from_ = (one, other) if self.turned else (other, one)
-        ones = jnp.where((from_ >= own) if later else (from_ <= own), 1.0, 0.0).astype(jnp.bfloat16)
-        total = None
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+        target, source = (row, column) if self.transposed else (column, row)
+        ones = jnp.where((source >= target) if later else (source <= target), 1.0, 0.0).astype(jnp.bfloat16)
+        acc = None
         for n in range(parts):
             part = x.astype(jnp.bfloat16)
             x = x - part.astype(jnp.float32) if n < parts - 1 else x
-            found = product(plan, ones, part) if self.turned else product(plan, part, ones)
-            total = found if total is None else total + found
-        return total
+            part_sums = product(plan, ones, part) if self.transposed else product(plan, part, ones)
+            acc = part_sums if acc is None else acc + part_sums
+        return acc
 
 
 def rows_of(plan: Plan, r: Any, start: Any, size: int, head: Any = None) -> Rows:
@@ -108,12 +108,12 @@ def rows_of(plan: Plan, r: Any, start: Any, size: int, head: Any = None) -> Rows
     at = pl.ds(start, size)
     segments = r.query_segments[at] if plan.rules.segmented else None
     slope = r.slope[0 if head is None else head] if plan.penalised else None
-    entries = 0 if plan.index is None else r.table.shape[-1]
+    num_entries = 0 if plan.index is None else r.table.shape[-1]
 
-    def look(n: Array) -> Array:
+    def lookup(n: Array) -> Array:
         return r.table[n if head is None else (head, n)]
 
-    return Rows(r.query_positions[at], segments, slope, look, entries, number=start + jnp.arange(size))
+    return Rows(r.query_positions[at], segments, slope, lookup, num_entries, row_index=start + jnp.arange(size))
 
 
 def keys_of(plan: Plan, r: Any, start: Any, size: int, is_full_block: bool = False) -> Keys | None:
@@ -148,26 +148,26 @@ def gates_of(scores: Array, allowed: Array) -> Array:
     return jnp.where(allowed, 1.0 / (1.0 + jnp.exp2(-scores)), 0.0)
 
 
-def counted(plan: Plan, score_layout: ScoreLayout, high: Array, low: Array, later: Array) -> Counts:
+def counts_in_strip(plan: Plan, layout: ScoreLayout, high: Array, low: Array, later: Array) -> Counts:
     """Computes the counts in a strip: high + low [t], the counts to its right, plus ``later``, the sums of its own gates."""
     before = jnp.clip(high + low, 0.0, plan.last)
     base = before.astype(jnp.int32)
     offset = (high - base.astype(jnp.float32)) + low
-    inside = jnp.minimum(score_layout.queries(offset) + later, score_layout.queries((plan.last - base).astype(jnp.float32)))
+    inside = jnp.minimum(layout.queries(offset) + later, layout.queries((plan.last - base).astype(jnp.float32)))
     inside = jnp.maximum(inside, 0.0)
     cells = inside.astype(jnp.int32)
     return Counts(base, inside, cells, cells.max(1).max(0))
 
 
-def interpolated(plan: Plan, score_layout: ScoreLayout, height: Callable[[Array], Array], counts: Counts) -> tuple[Array, Array]:
-    """Interpolates the bias at the counts, and returns it with its slope; ``height(n)`` is z [t] at positions n [t]."""
+def interpolate(plan: Plan, layout: ScoreLayout, z_at: Callable[[Array], Array], counts: Counts) -> tuple[Array, Array]:
+    """Interpolates the bias at the counts, and returns it with its slope; ``z_at(n)`` is z [t] at positions n [t]."""
 
-    def choose(n: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
-        start, slope, here = found
-        beyond = height(jnp.minimum(counts.base + n + 1, plan.last))
-        own = counts.cells == n
-        return jnp.where(own, score_layout.queries(here), start), jnp.where(own, score_layout.queries(beyond - here), slope), beyond
+    def choose(n: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        start, slope, here = carry
+        beyond = z_at(jnp.minimum(counts.base + n + 1, plan.last))
+        is_cell = counts.cells == n
+        return jnp.where(is_cell, layout.queries(here), start), jnp.where(is_cell, layout.queries(beyond - here), slope), beyond
 
     zeros = jnp.zeros_like(counts.inside)
-    start, slope, _ = jax.lax.fori_loop(0, counts.most + 1, choose, (zeros, zeros, height(counts.base)))
+    start, slope, _ = jax.lax.fori_loop(0, counts.most + 1, choose, (zeros, zeros, z_at(counts.base)))
     return start + slope * (counts.inside - counts.cells.astype(jnp.float32)), slope

@@ -24,22 +24,32 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from posjax.attention.backends.constants import INIT_MAX, LOG2E, MASK_VALUE
-from posjax.attention.backends.gpu.plan import Operands, Plan, Visits, below
-from posjax.attention.backends.gpu.scores import Rows, biased, capped, ends_of, gradient_of, hidden, masked_scores, walk, weights_of
+from posjax.attention.backends.gpu.plan import BlockMask, Operands, Plan, query_tile_bounds
+from posjax.attention.backends.gpu.scores import (
+    Rows,
+    apply_mask,
+    apply_soft_cap,
+    biased,
+    gradient_of,
+    index_range,
+    masked_scores,
+    walk,
+    weights_of,
+)
 from posjax.attention.backends.gpu.tiles import (
     Channels,
     Counts,
     ScoreLayout,
-    added,
-    counted,
+    accumulate,
+    channel_slices,
+    counts_in_strip,
     gates_of,
-    inner,
-    interpolated,
+    interpolate,
     keys_of,
-    pieces_of,
-    put,
+    load_channels,
+    matmul_nt,
     rows_of,
-    taken,
+    store_channels,
     two_sum,
     zeros_like,
 )
@@ -54,84 +64,84 @@ ROUND = 32  # strips of keys that a query tile records at a time
 def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     if plan.interpret is None:  # only the output shapes are needed
         return
-    r, blocks, score_layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(turned=False)
-    first, plain, detailed, last = (r.by_queries[n] for n in range(4))
+    r, blocks, layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(transposed=False)
+    first, full_begin, full_end, last = (r.by_queries[n] for n in range(4))
     rows = rows_of(plan, r, 0, blocks.queries)
-    query, factor = taken(r.query, slice(None)), r.scale[0] * LOG2E
-    height = None if plan.last is None else lambda n: r.z[rows.number, n]
+    query, factor = load_channels(r.query, slice(None)), r.scale[0] * LOG2E
+    z_at = None if plan.last is None else lambda n: r.z[rows.row_index, n]
 
     def logits(start: Any, size: int) -> Array:
-        return inner(plan, query, taken(r.key, pl.ds(start, size))) * factor
+        return matmul_nt(plan, query, load_channels(r.key, pl.ds(start, size))) * factor
 
-    def softmax(kept: tuple[Array, ...], scores: Array, start: Any) -> tuple[Array, ...]:
-        highest, total, sums = kept
-        value = taken(r.value, pl.ds(start, scores.shape[1]))
-        new = jnp.maximum(highest, scores.max(1))
-        weights, shrink = jnp.exp2(scores - new[:, None]), jnp.exp2(highest - new)
-        sums = tuple(part * shrink[:, None] for part in sums)
-        return new, total * shrink + weights.sum(1), added(plan, sums, weights, value)
+    def softmax(carry: tuple[Array, ...], scores: Array, start: Any) -> tuple[Array, ...]:
+        m, l, acc = carry
+        value = load_channels(r.value, pl.ds(start, scores.shape[1]))
+        m_new = jnp.maximum(m, scores.max(1))
+        weights, alpha = jnp.exp2(scores - m_new[:, None]), jnp.exp2(m - m_new)
+        acc = tuple(part * alpha[:, None] for part in acc)
+        return m_new, l * alpha + weights.sum(1), accumulate(plan, acc, weights, value)
 
-    def strip(kept: tuple[Array, ...], start: Any) -> tuple[Array, ...]:
+    def strip(carry: tuple[Array, ...], start: Any) -> tuple[Array, ...]:
         """Processes a strip of the band: counts its gates and adds its keys to the softmax."""
-        *kept, high, low = kept
-        raw = logits(start, blocks.strip)
-        masked = masked_scores(plan, score_layout, rows, keys_of(plan, r, start, blocks.strip), raw)
-        gates = gates_of(raw, masked.allowed)
+        *carry, high, low = carry
+        raw_logits = logits(start, blocks.strip)
+        masked = masked_scores(plan, layout, rows, keys_of(plan, r, start, blocks.strip), raw_logits)
+        gates = gates_of(raw_logits, masked.allowed)
         parts = 3 if r.query.dtype == jnp.float32 else 2
-        counts = counted(plan, score_layout, high, low, score_layout.sums(plan, gates, later=True, parts=parts))
-        bias, _ = interpolated(plan, score_layout, height, counts)
-        kept = softmax(tuple(kept), hidden(masked, capped(plan, masked.scores + bias * LOG2E)), start)
-        return *kept, *two_sum(high, low, gates.sum(1))
+        counts = counts_in_strip(plan, layout, high, low, layout.cumsum(plan, gates, later=True, parts=parts))
+        bias, _ = interpolate(plan, layout, z_at, counts)
+        carry = softmax(tuple(carry), apply_mask(masked, apply_soft_cap(plan, masked.scores + bias * LOG2E)), start)
+        return *carry, *two_sum(high, low, gates.sum(1))
 
-    def band(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        tile, *kept = state
+    def count_key_tile(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        tile, *carry = state
         for n in reversed(range(plan.strips)):
-            kept = strip(tuple(kept), (tile - 1) * blocks.keys + n * blocks.strip)
-        return tile - 1, *kept
+            carry = strip(tuple(carry), (tile - 1) * blocks.keys + n * blocks.strip)
+        return tile - 1, *carry
 
     def unsaturated(state: tuple[Array, ...]) -> Array:
         tile, *_, high, low = state
         return (tile > first) & ((high + low).min(0) < plan.last)
 
     size = blocks.queries
-    sums = tuple(jnp.zeros((size, piece.size), jnp.float32) for piece in pieces_of(r.value.shape[-1]))
-    kept = jnp.full((size,), INIT_MAX, jnp.float32), jnp.zeros((size,), jnp.float32), sums
+    acc = tuple(jnp.zeros((size, piece.size), jnp.float32) for piece in channel_slices(r.value.shape[-1]))
+    carry = jnp.full((size,), INIT_MAX, jnp.float32), jnp.zeros((size,), jnp.float32), acc
     constant, limit = None, last
     if plan.last is not None:
         received = [r.old_high[...], r.old_low[...]] if "old_high" in names else [jnp.zeros((size,), jnp.float32)] * 2
-        state = (last, *kept, *received)
-        limit, *kept, r.high[...], r.low[...] = jax.lax.while_loop(unsaturated, band, state)
-        r.limit[0], kept = limit, tuple(kept)
-        if "sums" in names:  # another kernel processes the remaining keys
-            r.highest[...], r.total[...] = kept[:2]
-            put(r.sums, kept[2])
+        state = (last, *carry, *received)
+        limit, *carry, r.high[...], r.low[...] = jax.lax.while_loop(unsaturated, count_key_tile, state)
+        r.limit[0], carry = limit, tuple(carry)
+        if "acc" in names:  # another kernel processes the remaining keys
+            r.m[...], r.l[...] = carry[:2]
+            store_channels(r.acc, carry[2])
             return
-        constant = height(jnp.full((size,), plan.last)) * LOG2E
+        constant = z_at(jnp.full((size,), plan.last)) * LOG2E
 
-    def part(is_full_block: bool, start: Array, size: int, kept: tuple[Array, ...]) -> tuple[Array, ...]:
+    def part(is_full_block: bool, start: Array, size: int, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         scores = logits(start, size)
         scores = scores if constant is None else scores + constant[:, None]
-        keys, common = keys_of(plan, r, start, size, is_full_block), _common(plan, r, start // blocks.keys)
-        return softmax(kept, biased(plan, score_layout, rows, keys, scores, common, is_full_block)[0], start)
+        keys, common_index = keys_of(plan, r, start, size, is_full_block), _common_index(plan, r, start // blocks.keys)
+        return softmax(carry, biased(plan, layout, rows, keys, scores, common_index, is_full_block)[0], start)
 
-    def tile(is_full_block: bool, j: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:
+    def tile(is_full_block: bool, j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         start = j * blocks.keys
         if is_full_block or plan.index is None:
-            return part(is_full_block, start, blocks.keys, kept)
+            return part(is_full_block, start, blocks.keys, carry)
 
-        def by_strips(n: Array, kept: tuple[Array, ...]) -> tuple[Array, ...]:  # table indices take registers, too
-            return part(False, start + n * blocks.strip, blocks.strip, kept)
+        def by_strips(n: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:  # table indices take registers, too
+            return part(False, start + n * blocks.strip, blocks.strip, carry)
 
-        return jax.lax.fori_loop(0, plan.strips, by_strips, kept)
+        return jax.lax.fori_loop(0, plan.strips, by_strips, carry)
 
-    highest, total, sums = walk(tile, first, plain, detailed, limit, kept)
-    nothing = total == 0.0
-    total = jnp.where(nothing, 1.0, total)
-    put(r.out, tuple((part / total[:, None]).astype(r.out.dtype) for part in sums))
-    r.lse[...] = jnp.where(nothing, -MASK_VALUE, highest + jnp.log2(total))
+    m, l, acc = walk(tile, first, full_begin, full_end, limit, carry)
+    is_empty = l == 0.0
+    l = jnp.where(is_empty, 1.0, l)
+    store_channels(r.out, tuple((part / l[:, None]).astype(r.out.dtype) for part in acc))
+    r.lse[...] = jnp.where(is_empty, -MASK_VALUE, m + jnp.log2(l))
 
 
-def _common(plan: Plan, r: Any, j: Array) -> Array | None:
+def _common_index(plan: Plan, r: Any, j: Array) -> Array | None:
     """Returns the table index that all pairs of the query tile and key tile j share if their block is full."""
     return None if plan.index is None else plan.index(r.query_first[0], r.key_last[j])
 
@@ -139,136 +149,136 @@ def _common(plan: Plan, r: Any, j: Array) -> Array | None:
 # Backward ----------------------------------------------------------------------------------------------------------------
 
 
-def into_table(rows: Rows, found: Array, index: Array, gradient: Array) -> Array:
-    """Adds to each entry of ``found`` the sum of the gradients with its index; ``found`` has at least the table's length."""
-    place = jnp.arange(found.shape[0])
+def into_table(rows: Rows, d_table: Array, index: Array, gradient: Array) -> Array:
+    """Adds to each entry of ``d_table`` the sum of the gradients with its index; ``d_table`` has at least the table's length."""
+    entry = jnp.arange(d_table.shape[0])
 
-    def add(n: Array, found: Array) -> Array:
-        return found + jnp.where(place == n, jnp.where(index == n, gradient, 0.0).sum(1).sum(0), 0.0)
+    def add(n: Array, d_table: Array) -> Array:
+        return d_table + jnp.where(entry == n, jnp.where(index == n, gradient, 0.0).sum(1).sum(0), 0.0)
 
-    return jax.lax.fori_loop(*ends_of(rows, index), add, found)
+    return jax.lax.fori_loop(*index_range(rows, index), add, d_table)
 
 
 def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     if plan.interpret is None:
         return
-    r, blocks, score_layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(turned=False)
-    first, plain, detailed, last = (r.by_queries[n] for n in range(4))
+    r, blocks, layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(transposed=False)
+    first, full_begin, full_end, last = (r.by_queries[n] for n in range(4))
     rows = rows_of(plan, r, 0, blocks.queries)
-    query, d_out, lse, delta = taken(r.query, slice(None)), taken(r.d_out, slice(None)), r.lse[...], r.delta[...]
+    query, d_out, lse, delta = load_channels(r.query, slice(None)), load_channels(r.d_out, slice(None)), r.lse[...], r.delta[...]
     factor, size = r.scale[0] * LOG2E, blocks.queries
-    constant = None if plan.last is None else r.z[rows.number, jnp.full((size,), plan.last)] * LOG2E
+    constant = None if plan.last is None else r.z[rows.row_index, jnp.full((size,), plan.last)] * LOG2E
     limit = last if plan.last is None else jnp.minimum(r.limit[0], last)
 
-    def tile(is_full_block: bool, j: Array, kept: dict[str, Array]) -> dict[str, Array]:
+    def tile(is_full_block: bool, j: Array, carry: dict[str, Array]) -> dict[str, Array]:
         start = j * blocks.keys
         at = pl.ds(start, blocks.keys)
-        key = taken(r.key, at)
-        scores, d_weights = inner(plan, query, key) * factor, inner(plan, d_out, taken(r.value, at))
+        key = load_channels(r.key, at)
+        scores, d_weights = matmul_nt(plan, query, key) * factor, matmul_nt(plan, d_out, load_channels(r.value, at))
         scores = scores if constant is None else scores + constant[:, None]
-        common = _common(plan, r, j)
+        common_index = _common_index(plan, r, j)
         keys = keys_of(plan, r, start, blocks.keys, is_full_block)
-        scores, index = biased(plan, score_layout, rows, keys, scores, common, is_full_block)
-        gradient = gradient_of(plan, score_layout, scores, weights_of(score_layout, scores, lse), d_weights, delta)
-        found = {"d_query": added(plan, kept["d_query"], gradient, key)}
+        scores, index = biased(plan, layout, rows, keys, scores, common_index, is_full_block)
+        gradient = gradient_of(plan, layout, scores, weights_of(layout, scores, lse), d_weights, delta)
+        grads = {"d_query": accumulate(plan, carry["d_query"], gradient, key)}
         if constant is not None:
-            found["d_last"] = kept["d_last"] + gradient.sum(1)
-        if common is not None and is_full_block:
-            place = jnp.arange(kept["d_table"].shape[0])
-            found["d_table"] = kept["d_table"] + jnp.where(place == common, gradient.sum(1).sum(0), 0.0)
-        elif common is not None:
-            found["d_table"] = into_table(rows, kept["d_table"], index, gradient)
-        return found
+            grads["d_last"] = carry["d_last"] + gradient.sum(1)
+        if common_index is not None and is_full_block:
+            entry = jnp.arange(carry["d_table"].shape[0])
+            grads["d_table"] = carry["d_table"] + jnp.where(entry == common_index, gradient.sum(1).sum(0), 0.0)
+        elif common_index is not None:
+            grads["d_table"] = into_table(rows, carry["d_table"], index, gradient)
+        return grads
 
-    kept = {"d_query": zeros_like(query)}
+    carry = {"d_query": zeros_like(query)}
     if constant is not None:
-        kept["d_last"] = jnp.zeros((size,), jnp.float32)
+        carry["d_last"] = jnp.zeros((size,), jnp.float32)
     if plan.index is not None:
-        kept["d_table"] = jnp.zeros(r.d_table.shape, jnp.float32)
-    found = walk(tile, first, plain, detailed, limit, kept)
-    put(r.d_query, found.pop("d_query"))
-    for name, x in found.items():
+        carry["d_table"] = jnp.zeros(r.d_table.shape, jnp.float32)
+    grads = walk(tile, first, full_begin, full_end, limit, carry)
+    store_channels(r.d_query, grads.pop("d_query"))
+    for name, x in grads.items():
         getattr(r, name)[...] = x
 
 
 def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     if plan.interpret is None:
         return
-    r, blocks, score_layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(turned=True)
-    first, plain, detailed, last = (r.by_keys[n] for n in range(4))
+    r, blocks, layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(transposed=True)
+    first, full_begin, full_end, last = (r.by_keys[n] for n in range(4))
     j = pl.program_id(0)
-    key, value, factor = taken(r.key, slice(None)), taken(r.value, slice(None)), r.scale[0] * LOG2E
+    key, value, factor = load_channels(r.key, slice(None)), load_channels(r.value, slice(None)), r.scale[0] * LOG2E
 
-    def head(g: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
-        def tile(is_full_block: bool, i: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
+    def head(g: Array, carry: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
+        def tile(is_full_block: bool, i: Array, carry: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
             rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, g), pl.ds(i * blocks.rows, blocks.rows)
-            query, d_out = taken(r.query, at, g), taken(r.d_out, at, g)
-            scores, d_weights = inner(plan, key, query) * factor, inner(plan, value, d_out)
+            query, d_out = load_channels(r.query, at, g), load_channels(r.d_out, at, g)
+            scores, d_weights = matmul_nt(plan, key, query) * factor, matmul_nt(plan, value, d_out)
             if plan.last is not None:
-                scores += score_layout.queries(r.z[g, rows.number, jnp.full(rows.number.shape, plan.last)]) * LOG2E
-            common = None if plan.index is None else plan.index(r.row_first[i], r.key_last[0])
+                scores += layout.queries(r.z[g, rows.row_index, jnp.full(rows.row_index.shape, plan.last)]) * LOG2E
+            common_index = None if plan.index is None else plan.index(r.row_first[i], r.key_last[0])
             keys = keys_of(plan, r, 0, blocks.keys, is_full_block)
-            scores, _ = biased(plan, score_layout, rows, keys, scores, common, is_full_block)
-            weights = weights_of(score_layout, scores, r.lse[g, at])
-            gradient = gradient_of(plan, score_layout, scores, weights, d_weights, r.delta[g, at])
-            return added(plan, kept[0], gradient, query), added(plan, kept[1], weights, d_out)
+            scores, _ = biased(plan, layout, rows, keys, scores, common_index, is_full_block)
+            weights = weights_of(layout, scores, r.lse[g, at])
+            gradient = gradient_of(plan, layout, scores, weights, d_weights, r.delta[g, at])
+            return accumulate(plan, carry[0], gradient, query), accumulate(plan, carry[1], weights, d_out)
 
-        def unless_counted(i: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
-            return jax.lax.cond(r.limit[g, i // plan.pieces] > j, lambda kept: tile(False, i, kept), lambda kept: kept, kept)
+        def unless_counted(i: Array, carry: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
+            return jax.lax.cond(r.limit[g, i // plan.pieces] > j, lambda carry: tile(False, i, carry), lambda carry: carry, carry)
 
         if plan.last is None:
-            return walk(tile, first, plain, detailed, last, kept)
-        saturated = jnp.clip(r.saturated[g] * plan.pieces, first, last)  # no query from this piece on has counted this key tile
-        kept = jax.lax.fori_loop(first, saturated, unless_counted, kept)
-        return walk(tile, saturated, jnp.maximum(plain, saturated), jnp.maximum(detailed, saturated), last, kept)
+            return walk(tile, first, full_begin, full_end, last, carry)
+        counted_end = jnp.clip(r.counted_end[g] * plan.pieces, first, last)  # no query from this piece on has counted this key tile
+        carry = jax.lax.fori_loop(first, counted_end, unless_counted, carry)
+        return walk(tile, counted_end, jnp.maximum(full_begin, counted_end), jnp.maximum(full_end, counted_end), last, carry)
 
     d_key, d_value = jax.lax.fori_loop(0, r.query.shape[1], head, (zeros_like(key), zeros_like(value)))
-    put(r.d_key, d_key)
-    put(r.d_value, d_value)
+    store_channels(r.d_key, d_key)
+    store_channels(r.d_value, d_value)
 
 
-def _taken(plan: Plan, limit: Array, last: Array, turn: Array) -> tuple[Array, Array]:
-    """Returns the range [from, to) of strips that a query tile processes in round ``turn``; it counted key tiles [limit, last)."""
+def _strips_of_round(plan: Plan, limit: Array, last: Array, round_index: Array) -> tuple[Array, Array]:
+    """Returns the range [from, to) of strips that a query tile processes in a round; it counted key tiles [limit, last)."""
     end = last * plan.strips
-    return jnp.maximum(limit * plan.strips, end - (turn + 1) * ROUND), end - turn * ROUND
+    return jnp.maximum(limit * plan.strips, end - (round_index + 1) * ROUND), end - round_index * ROUND
 
 
 def _query_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     if plan.interpret is None:
         return
-    r, blocks, score_layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(turned=False)
-    begin, end = _taken(plan, r.limit[0], r.by_queries[3], r.turn[0])
+    r, blocks, layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(transposed=False)
+    begin, end = _strips_of_round(plan, r.limit[0], r.by_queries[3], r.round_index[0])
     rows = rows_of(plan, r, 0, blocks.queries)
-    query, d_out, lse, delta = taken(r.query, slice(None)), taken(r.d_out, slice(None)), r.lse[...], r.delta[...]
+    query, d_out, lse, delta = load_channels(r.query, slice(None)), load_channels(r.d_out, slice(None)), r.lse[...], r.delta[...]
     factor, exact = r.scale[0] * LOG2E, r.query.dtype == jnp.float32
 
-    def strip(t: Array, kept: dict[str, Array]) -> dict[str, Array]:
+    def strip(t: Array, carry: dict[str, Array]) -> dict[str, Array]:
         start = t * blocks.strip
-        at, gathered = pl.ds(start, blocks.strip), kept["gathered"]
-        key = taken(r.key, at)
-        raw, d_weights = inner(plan, query, key) * factor, inner(plan, d_out, taken(r.value, at))
-        masked = masked_scores(plan, score_layout, rows, keys_of(plan, r, start, blocks.strip), raw)
-        gates = gates_of(raw, masked.allowed)
-        high, low = two_sum(kept["high"], kept["low"], -gates.sum(1))
+        at, gathered = pl.ds(start, blocks.strip), carry["gathered"]
+        key = load_channels(r.key, at)
+        raw_logits, d_weights = matmul_nt(plan, query, key) * factor, matmul_nt(plan, d_out, load_channels(r.value, at))
+        masked = masked_scores(plan, layout, rows, keys_of(plan, r, start, blocks.strip), raw_logits)
+        gates = gates_of(raw_logits, masked.allowed)
+        high, low = two_sum(carry["high"], carry["low"], -gates.sum(1))
         slot = end - 1 - t
-        r.counts_there[slot, :], r.gathered_there[slot, :] = high + low, gathered
-        counts = counted(plan, score_layout, high, low, score_layout.sums(plan, gates, later=True, parts=3 if exact else 2))
-        bias, slope = interpolated(plan, score_layout, lambda n: r.z[rows.number, n], counts)
-        scores = hidden(masked, capped(plan, masked.scores + bias * LOG2E))
-        gradient = gradient_of(plan, score_layout, scores, weights_of(score_layout, scores, lse), d_weights, delta)
+        r.recorded_counts[slot, :], r.recorded_gathered[slot, :] = high + low, gathered
+        counts = counts_in_strip(plan, layout, high, low, layout.cumsum(plan, gates, later=True, parts=3 if exact else 2))
+        bias, slope = interpolate(plan, layout, lambda n: r.z[rows.row_index, n], counts)
+        scores = apply_mask(masked, apply_soft_cap(plan, masked.scores + bias * LOG2E))
+        gradient = gradient_of(plan, layout, scores, weights_of(layout, scores, lse), d_weights, delta)
         spread(plan, r, rows, counts, gradient)
-        steps = gradient * slope
-        reach = gathered[:, None] + score_layout.sums(plan, steps, later=False, parts=3 if exact else 1)
-        found = dict(high=high, low=low, gathered=gathered + steps.sum(1))
+        d_counts = gradient * slope
+        d_gates = gathered[:, None] + layout.cumsum(plan, d_counts, later=False, parts=3 if exact else 1)
+        grads = dict(high=high, low=low, gathered=gathered + d_counts.sum(1))
         if plan.index is not None:
-            found["d_table"] = into_table(rows, kept["d_table"], masked.index, gradient)
-        gradient += reach * gates * (1.0 - gates)
-        return found | {"d_query": added(plan, kept["d_query"], gradient, key)}
+            grads["d_table"] = into_table(rows, carry["d_table"], masked.index, gradient)
+        gradient += d_gates * gates * (1.0 - gates)
+        return grads | {"d_query": accumulate(plan, carry["d_query"], gradient, key)}
 
     state = {name: getattr(r, name)[...] for name in ("high", "low", "gathered", *(["d_table"] if plan.index is not None else []))}
-    found = jax.lax.fori_loop(begin, end, strip, state | {"d_query": taken(r.d_query, slice(None))})
-    put(r.d_query, found.pop("d_query"))
-    for name, x in found.items():
+    grads = jax.lax.fori_loop(begin, end, strip, state | {"d_query": load_channels(r.d_query, slice(None))})
+    store_channels(r.d_query, grads.pop("d_query"))
+    for name, x in grads.items():
         getattr(r, name)[...] = x
 
 
@@ -278,11 +288,11 @@ def spread(plan: Plan, r: Any, rows: Rows, counts: Counts, gradient: Array) -> N
         plgpu.debug_barrier()  # the thread that reads a node may not be the one that wrote it for the previous strip
 
     def node(n: Array, _: None) -> None:
-        there, at = counts.base + n <= plan.last, jnp.minimum(counts.base + n, plan.last)
-        place = r.d_z.at[rows.number, at]
+        is_valid, at = counts.base + n <= plan.last, jnp.minimum(counts.base + n, plan.last)
+        node_ref = r.d_z.at[rows.row_index, at]
         hat = jnp.maximum(1.0 - jnp.abs(counts.inside - n.astype(jnp.float32)), 0.0)
-        sums = (gradient * hat).sum(1)
-        plgpu.store(place, plgpu.load(place, mask=there, other=0.0) + sums, mask=there)
+        increment = (gradient * hat).sum(1)
+        plgpu.store(node_ref, plgpu.load(node_ref, mask=is_valid, other=0.0) + increment, mask=is_valid)
 
     jax.lax.fori_loop(0, counts.most + 2, node, None)
 
@@ -290,41 +300,41 @@ def spread(plan: Plan, r: Any, rows: Rows, counts: Counts, gradient: Array) -> N
 def _key_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     if plan.interpret is None:
         return
-    r, blocks, score_layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(turned=True)
-    t, turn = pl.program_id(0), r.turn[0]
-    key, value, factor = taken(r.key, slice(None)), taken(r.value, slice(None)), r.scale[0] * LOG2E
+    r, blocks, layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(transposed=True)
+    t, round_index = pl.program_id(0), r.round_index[0]
+    key, value, factor = load_channels(r.key, slice(None)), load_channels(r.value, slice(None)), r.scale[0] * LOG2E
     exact = r.key.dtype == jnp.float32
 
-    def head(g: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
-        def tile(i: Array, slot: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
+    def head(g: Array, carry: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
+        def tile(i: Array, slot: Array, carry: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
             rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, g), pl.ds(i * blocks.rows, blocks.rows)
-            query, d_out = taken(r.query, at, g), taken(r.d_out, at, g)
-            raw, d_weights = inner(plan, key, query) * factor, inner(plan, value, d_out)
-            masked = masked_scores(plan, score_layout, rows, keys_of(plan, r, 0, blocks.strip), raw)
-            gates = gates_of(raw, masked.allowed)
-            before, gathered = r.counts_there[g, slot, at], r.gathered_there[g, slot, at]
-            later = score_layout.sums(plan, gates, later=True, parts=3 if exact else 2)
-            counts = counted(plan, score_layout, before, jnp.zeros_like(before), later)
-            bias, slope = interpolated(plan, score_layout, lambda n: r.z[g, rows.number, n], counts)
-            scores = hidden(masked, capped(plan, masked.scores + bias * LOG2E))
-            weights = weights_of(score_layout, scores, r.lse[g, at])
-            gradient = gradient_of(plan, score_layout, scores, weights, d_weights, r.delta[g, at])
-            reach = score_layout.queries(gathered) + score_layout.sums(plan, gradient * slope, later=False, parts=3 if exact else 1)
-            gradient += reach * gates * (1.0 - gates)
-            return added(plan, kept[0], gradient, query), added(plan, kept[1], weights, d_out)
+            query, d_out = load_channels(r.query, at, g), load_channels(r.d_out, at, g)
+            raw_logits, d_weights = matmul_nt(plan, key, query) * factor, matmul_nt(plan, value, d_out)
+            masked = masked_scores(plan, layout, rows, keys_of(plan, r, 0, blocks.strip), raw_logits)
+            gates = gates_of(raw_logits, masked.allowed)
+            count_before, gathered = r.recorded_counts[g, slot, at], r.recorded_gathered[g, slot, at]
+            later = layout.cumsum(plan, gates, later=True, parts=3 if exact else 2)
+            counts = counts_in_strip(plan, layout, count_before, jnp.zeros_like(count_before), later)
+            bias, slope = interpolate(plan, layout, lambda n: r.z[g, rows.row_index, n], counts)
+            scores = apply_mask(masked, apply_soft_cap(plan, masked.scores + bias * LOG2E))
+            weights = weights_of(layout, scores, r.lse[g, at])
+            gradient = gradient_of(plan, layout, scores, weights, d_weights, r.delta[g, at])
+            d_gates = layout.queries(gathered) + layout.cumsum(plan, gradient * slope, later=False, parts=3 if exact else 1)
+            gradient += d_gates * gates * (1.0 - gates)
+            return accumulate(plan, carry[0], gradient, query), accumulate(plan, carry[1], weights, d_out)
 
-        def if_taken(i: Array, kept: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
+        def if_taken(i: Array, carry: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
             tile_of_piece = i // plan.pieces
-            begin, end = _taken(plan, r.limit[g, tile_of_piece], r.by_queries[tile_of_piece, 3], turn)
-            there = (begin <= t) & (t < end)
-            return jax.lax.cond(there, lambda kept: tile(i, end - 1 - t, kept), lambda kept: kept, kept)
+            begin, end = _strips_of_round(plan, r.limit[g, tile_of_piece], r.by_queries[tile_of_piece, 3], round_index)
+            is_in_round = (begin <= t) & (t < end)
+            return jax.lax.cond(is_in_round, lambda carry: tile(i, end - 1 - t, carry), lambda carry: carry, carry)
 
-        return jax.lax.fori_loop(r.tile_first[g] * plan.pieces, r.tile_last[g] * plan.pieces, if_taken, kept)
+        return jax.lax.fori_loop(r.tile_first[g] * plan.pieces, r.tile_last[g] * plan.pieces, if_taken, carry)
 
-    before = taken(r.d_key, slice(None)), taken(r.d_value, slice(None))
-    d_key, d_value = jax.lax.fori_loop(0, r.query.shape[1], head, before)
-    put(r.d_key, d_key)
-    put(r.d_value, d_value)
+    d_kv_before = load_channels(r.d_key, slice(None)), load_channels(r.d_value, slice(None))
+    d_key, d_value = jax.lax.fori_loop(0, r.query.shape[1], head, d_kv_before)
+    store_channels(r.d_key, d_key)
+    store_channels(r.d_value, d_value)
 
 
 # Calls -------------------------------------------------------------------------------------------------------------------
@@ -337,8 +347,8 @@ def _of_queries(plan: Plan, x: Operands) -> tuple[tuple[int, ...], dict[str, tup
     size = plan.blocks.queries
     tiles = length // size
     rows = (None, None, size), lambda i, n, b: (b, n, i)
-    notes = (None, None, ROUND, size), lambda i, n, b: (b, n, 0, i)
-    made = {
+    record = (None, None, ROUND, size), lambda i, n, b: (b, n, 0, i)
+    specs = {
         "query": ((None, size, None, width), lambda i, n, b: (b, i, n, 0)),
         "out": ((None, size, None, value_width), lambda i, n, b: (b, i, n, 0)),
         "key": ((None, span, None, width), lambda i, n, b: (b, 0, n // group, 0)),
@@ -352,15 +362,15 @@ def _of_queries(plan: Plan, x: Operands) -> tuple[tuple[int, ...], dict[str, tup
         "query_first": ((None, 1), lambda i, n, b: (b, i)),
         "key_last": ((None, span // plan.blocks.keys), lambda i, n, b: (b, 0)),
     }
-    made |= dict(query_segments=made["query_positions"], key_segments=made["key_positions"], turn=made["scale"])
-    made |= dict(d_query=made["query"], d_out=made["out"], sums=made["out"], counts_there=notes, gathered_there=notes)
-    made |= dict.fromkeys(("lse", "delta", "high", "low", "gathered", "d_last", "highest", "total"), rows)
+    specs |= dict(query_segments=specs["query_positions"], key_segments=specs["key_positions"], round_index=specs["scale"])
+    specs |= dict(d_query=specs["query"], d_out=specs["out"], acc=specs["out"], recorded_counts=record, recorded_gathered=record)
+    specs |= dict.fromkeys(("lse", "delta", "high", "low", "gathered", "d_last", "m", "l"), rows)
     if x.z is not None:
-        made["z"] = made["d_z"] = (None, None, size, x.z.shape[-1]), lambda i, n, b: (b, n, i, 0)
+        specs["z"] = specs["d_z"] = (None, None, size, x.z.shape[-1]), lambda i, n, b: (b, n, i, 0)
     if x.table is not None:
-        made["table"] = (None, x.table.shape[1]), lambda i, n, b: (n, 0)
-        made["d_table"] = (None, None, None, _table_size(x)), lambda i, n, b: (b, n, i, 0)
-    return (tiles, heads, batch), {name: (block, _late_first(tiles, index)) for name, (block, index) in made.items()}
+        specs["table"] = (None, x.table.shape[1]), lambda i, n, b: (n, 0)
+        specs["d_table"] = (None, None, None, _table_size(x)), lambda i, n, b: (b, n, i, 0)
+    return (tiles, heads, batch), {name: (block, _late_first(tiles, index)) for name, (block, index) in specs.items()}
 
 
 def _late_first(tiles: int, index: Callable[..., tuple]) -> Callable[..., tuple]:
@@ -374,9 +384,9 @@ def _of_keys(plan: Plan, x: Operands, size: int) -> tuple[tuple[int, ...], dict[
     kv_heads, value_width = x.key.shape[2], x.value.shape[-1]
     group, tiles = heads // kv_heads, length // plan.blocks.queries
     rows = (None, group, length), lambda j, k, b: (b, k, 0)
-    notes = (None, group, ROUND, length), lambda j, k, b: (b, k, 0, 0)
+    record = (None, group, ROUND, length), lambda j, k, b: (b, k, 0, 0)
     one = (None, group, None), lambda j, k, b: (b, k, j)
-    made = {
+    specs = {
         "query": ((None, length, group, width), lambda j, k, b: (b, 0, k, 0)),
         "d_out": ((None, length, group, value_width), lambda j, k, b: (b, 0, k, 0)),
         "key": ((None, size, None, width), lambda j, k, b: (b, j, k, 0)),
@@ -391,14 +401,14 @@ def _of_keys(plan: Plan, x: Operands, size: int) -> tuple[tuple[int, ...], dict[
         "row_first": ((None, tiles * plan.pieces), lambda j, k, b: (b, 0)),
         "key_last": ((None, 1), lambda j, k, b: (b, j)),
     }
-    made |= dict(query_segments=made["query_positions"], key_segments=made["key_positions"], turn=made["scale"])
-    made |= dict(d_key=made["key"], d_value=made["value"], counts_there=notes, gathered_there=notes)
-    made |= dict.fromkeys(("lse", "delta"), rows) | dict.fromkeys(("saturated", "tile_first", "tile_last"), one)
+    specs |= dict(query_segments=specs["query_positions"], key_segments=specs["key_positions"], round_index=specs["scale"])
+    specs |= dict(d_key=specs["key"], d_value=specs["value"], recorded_counts=record, recorded_gathered=record)
+    specs |= dict.fromkeys(("lse", "delta"), rows) | dict.fromkeys(("counted_end", "tile_first", "tile_last"), one)
     if x.z is not None:
-        made["z"] = (None, group, length, x.z.shape[-1]), lambda j, k, b: (b, k, 0, 0)
+        specs["z"] = (None, group, length, x.z.shape[-1]), lambda j, k, b: (b, k, 0, 0)
     if x.table is not None:
-        made["table"] = (group, x.table.shape[1]), lambda j, k, b: (k, 0)
-    return (x.key.shape[1] // size, kv_heads, batch), made
+        specs["table"] = (group, x.table.shape[1]), lambda j, k, b: (k, 0)
+    return (x.key.shape[1] // size, kv_heads, batch), specs
 
 
 _PER_ROW = ("query_positions", "key_positions", "query_segments", "key_segments")  # one row per batch row, or one for all
@@ -418,42 +428,42 @@ def _call(
             return pl.BlockSpec(block, lambda i, n, b: index(i, n, 0))
         return pl.BlockSpec(block, index)
 
-    changed = [name for name in outputs if name in inputs]
-    names = [name if name not in changed else f"old_{name}" for name in inputs]
-    found = pl.pallas_call(
+    updated = [name for name in outputs if name in inputs]
+    names = [name if name not in updated else f"old_{name}" for name in inputs]
+    results = pl.pallas_call(
         functools.partial(body, plan, (*names, *outputs)),
         grid=grid,
         in_specs=[spec(name, array.shape) for name, array in inputs.items()],
         out_specs=[spec(name, shape.shape) for name, shape in outputs.items()],
         out_shape=list(outputs.values()),
-        input_output_aliases={list(inputs).index(name): list(outputs).index(name) for name in changed},
+        input_output_aliases={list(inputs).index(name): list(outputs).index(name) for name in updated},
         compiler_params=plgpu.CompilerParams(num_warps=plan.blocks.warps, num_stages=plan.blocks.stages),
         interpret=bool(plan.interpret),
         name=f"posjax_attention{body.__name__}",
     )(*inputs.values())
-    return dict(zip(outputs, found, strict=True))
+    return dict(zip(outputs, results, strict=True))
 
 
 def _table_size(x: Operands) -> int:
     return max(16, pl.next_power_of_2(x.table.shape[1]))
 
 
-def _inputs(plan: Plan, x: Operands, visits: dict[str, Array]) -> dict[str, Any]:
-    """Returns the inputs that every kernel reads, with ``visits`` by name; only lookups read the positions among them."""
+def _inputs(plan: Plan, x: Operands, ranges: dict[str, Array]) -> dict[str, Any]:
+    """Returns the inputs that every kernel reads, with ``ranges`` by name; only lookups read the positions among them."""
     names = ("query", "key", "value", "scale", "query_positions", "key_positions", "query_segments", "key_segments", "z", "table")
-    visits = {name: n for name, n in visits.items() if plan.index is not None or name.startswith("by_")}
-    return {name: getattr(x, name) for name in names} | {"slope": x.slopes} | visits
+    ranges = {name: n for name, n in ranges.items() if plan.index is not None or name.startswith("by_")}
+    return {name: getattr(x, name) for name in names} | {"slope": x.slopes} | ranges
 
 
-def _of_tiles(seen: Visits) -> dict[str, Array]:
-    return {"by_queries": seen.by_queries, "query_first": seen.query_first, "key_last": seen.key_last}
+def _of_tiles(block_mask: BlockMask) -> dict[str, Array]:
+    return {"by_queries": block_mask.by_queries, "query_first": block_mask.query_first, "key_last": block_mask.key_last}
 
 
 def _like(*arrays: Array, dtype: Any = None) -> Any:
     return [jax.ShapeDtypeStruct(array.shape, dtype or array.dtype) for array in arrays]
 
 
-def forward(plan: Plan, x: Operands, seen: Visits, dtype: Any = None) -> tuple[Array, ...]:
+def forward(plan: Plan, x: Operands, block_mask: BlockMask, dtype: Any = None) -> tuple[Array, ...]:
     """Runs the forward kernel on all keys.
 
     Args:
@@ -466,32 +476,32 @@ def forward(plan: Plan, x: Operands, seen: Visits, dtype: Any = None) -> tuple[A
     batch, length, heads, _ = x.query.shape
     out = jax.ShapeDtypeStruct((batch, length, heads, x.value.shape[-1]), dtype or x.value.dtype)
     outputs = {"out": out, "lse": jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)}
-    outputs |= {} if plan.last is None else _counted(plan, x)
-    inputs = _inputs(plan, x, _of_tiles(seen)) | dict(high=x.high, low=x.low)
+    outputs |= {} if plan.last is None else _count_outputs(plan, x)
+    inputs = _inputs(plan, x, _of_tiles(block_mask)) | dict(high=x.high, low=x.low)
     return tuple(_call(_forward, plan, _of_queries(plan, x), inputs, outputs).values())
 
 
-def forward_band(plan: Plan, x: Operands, seen: Visits) -> dict[str, Array]:
+def forward_band(plan: Plan, x: Operands, block_mask: BlockMask) -> dict[str, Array]:
     """Runs the forward kernel on the counted keys alone, for another kernel to continue with the others.
 
     Returns:
-      By name, the state of the softmax: highest [B, N, T], its running maximum, total [B, N, T], its denominator, and sums
+      By name, the state of the softmax: m [B, N, T], its running maximum, l [B, N, T], its denominator, and acc
       [B, T, N, V], its accumulator. Also high, low and limit as ``forward`` returns them.
     """
-    outputs = _counted(plan, x)
-    outputs |= dict.fromkeys(("highest", "total"), outputs["high"])
-    outputs["sums"] = jax.ShapeDtypeStruct((*x.query.shape[:3], x.value.shape[-1]), jnp.float32)
-    return _call(_forward, plan, _of_queries(plan, x), _inputs(plan, x, _of_tiles(seen)), outputs)
+    outputs = _count_outputs(plan, x)
+    outputs |= dict.fromkeys(("m", "l"), outputs["high"])
+    outputs["acc"] = jax.ShapeDtypeStruct((*x.query.shape[:3], x.value.shape[-1]), jnp.float32)
+    return _call(_forward, plan, _of_queries(plan, x), _inputs(plan, x, _of_tiles(block_mask)), outputs)
 
 
-def _counted(plan: Plan, x: Operands) -> dict[str, Any]:
+def _count_outputs(plan: Plan, x: Operands) -> dict[str, Any]:
     batch, length, heads, _ = x.query.shape
     row = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
     return {"high": row, "low": row, "limit": jax.ShapeDtypeStruct((batch, heads, length // plan.blocks.queries), jnp.int32)}
 
 
 def backward(
-    plan: Plan, x: Operands, seen: Visits, lse: Array, limit: Array | None, d_out: Array, delta: Array
+    plan: Plan, x: Operands, block_mask: BlockMask, lse: Array, limit: Array | None, d_out: Array, delta: Array
 ) -> dict[str, Array]:
     """Computes gradients in float32 from all pairs that were not counted.
 
@@ -505,41 +515,41 @@ def backward(
       By name d_query (before the scale), d_key, d_value and, where they apply, d_table [B, N, I, W or more] and d_last [B, N, T],
       the gradient of z at the last position.
     """
-    given = {"d_out": d_out, "lse": lse, "delta": delta}
+    residuals = {"d_out": d_out, "lse": lse, "delta": delta}
     of_queries, of_keys = _of_queries(plan, x), _of_keys(plan, x, plan.blocks.keys)
     batch, length, heads, _ = x.query.shape
     tiles = length // plan.blocks.queries
 
-    inputs, (query,) = _inputs(plan, x, _of_tiles(seen)) | given, _like(x.query, dtype=jnp.float32)
+    inputs, (query,) = _inputs(plan, x, _of_tiles(block_mask)) | residuals, _like(x.query, dtype=jnp.float32)
     outputs: dict[str, Any] = {"d_query": query}
     if plan.last is not None:
         inputs["limit"], outputs["d_last"] = limit, jax.ShapeDtypeStruct(lse.shape, jnp.float32)
     if plan.index is not None:
         outputs["d_table"] = jax.ShapeDtypeStruct((batch, heads, tiles, _table_size(x)), jnp.float32)
-    found = _call(_query_plain, plan, of_queries, inputs, outputs)
+    grads = _call(_query_plain, plan, of_queries, inputs, outputs)
 
-    of_pieces = {"by_keys": seen.by_keys, "row_first": seen.row_first, "key_last": seen.key_last}
-    inputs, key_and_value = _inputs(plan, x, of_pieces) | given, _like(x.key, x.value, dtype=jnp.float32)
+    of_pieces = {"by_keys": block_mask.by_keys, "row_first": block_mask.row_first, "key_last": block_mask.key_last}
+    inputs, key_and_value = _inputs(plan, x, of_pieces) | residuals, _like(x.key, x.value, dtype=jnp.float32)
     if plan.last is not None:
-        inputs |= {"limit": limit, "saturated": below(limit, x.key.shape[1] // plan.blocks.keys)}
-    return found | _call(_key_plain, plan, of_keys, inputs, dict(zip(("d_key", "d_value"), key_and_value, strict=True)))
+        inputs |= {"limit": limit, "counted_end": query_tile_bounds(limit, x.key.shape[1] // plan.blocks.keys)}
+    return grads | _call(_key_plain, plan, of_keys, inputs, dict(zip(("d_key", "d_value"), key_and_value, strict=True)))
 
 
 def backward_band(
     plan: Plan,
     x: Operands,
-    seen: Visits,
+    block_mask: BlockMask,
     saved: tuple[Array, ...],
     d_out: Array,
     delta: Array,
-    found: dict[str, Array],
+    grads: dict[str, Array],
     gathered: Array | None = None,
 ) -> dict[str, Array]:
     """Adds the gradients from the counted pairs to those of ``backward``.
 
     Args:
       saved: lse, high, low and limit, as ``forward`` returned them.
-      found: the result of ``backward``.
+      grads: the result of ``backward``.
       gathered: [B, N, T], the gradient of the counts that this call passed on, from other calls on keys to the left; None for zero.
 
     Returns:
@@ -547,32 +557,36 @@ def backward_band(
       the counts that this call received.
     """
     lse, high, low, limit = saved
-    given = {"d_out": d_out, "lse": lse, "delta": delta}
-    d_z = jnp.zeros_like(x.z).at[..., plan.last].set(found["d_last"])
-    found = {name: found[name] for name in ("d_query", "d_key", "d_value")}
+    residuals = {"d_out": d_out, "lse": lse, "delta": delta}
+    d_z = jnp.zeros_like(x.z).at[..., plan.last].set(grads["d_last"])
+    grads = {name: grads[name] for name in ("d_query", "d_key", "d_value")}
     gathered = jnp.zeros_like(high) if gathered is None else gathered
-    found |= {"d_z": d_z, "high": high, "low": low, "gathered": gathered}
+    grads |= {"d_z": d_z, "high": high, "low": low, "gathered": gathered}
     if plan.index is not None:
-        found["d_table"] = jnp.zeros((*limit.shape, _table_size(x)), jnp.float32)
-    ends = jnp.broadcast_to(seen.by_queries[:, None, :, 3], limit.shape)
+        grads["d_table"] = jnp.zeros((*limit.shape, _table_size(x)), jnp.float32)
+    ends = jnp.broadcast_to(block_mask.by_queries[:, None, :, 3], limit.shape)
     strips = (ends - limit) * plan.strips
     rounds = (strips.max() + ROUND - 1) // ROUND
     of_queries, of_keys = _of_queries(plan, x), _of_keys(plan, x, plan.blocks.strip)
-    notes = jax.ShapeDtypeStruct((*limit.shape[:2], ROUND, x.query.shape[1]), jnp.float32)
+    record = jax.ShapeDtypeStruct((*limit.shape[:2], ROUND, x.query.shape[1]), jnp.float32)
 
-    def round_(n: Array, found: dict[str, Any]) -> dict[str, Any]:
-        turn = rounds - 1 - n
-        inputs = _inputs(plan, x, {"by_queries": seen.by_queries}) | given | {"limit": limit, "turn": turn.reshape(1)}
-        changed = [name for name in found if name not in ("d_key", "d_value")]
-        outputs = dict(zip(changed, _like(*(found[name] for name in changed)), strict=True))
-        both = {"counts_there": notes, "gathered_there": notes}
-        made = _call(_query_band, plan, of_queries, inputs | {name: found[name] for name in changed}, outputs | both)
-        found, kept = found | {name: made[name] for name in changed}, {name: made[name] for name in both}
+    def run_round(n: Array, grads: dict[str, Any]) -> dict[str, Any]:
+        round_index = rounds - 1 - n
+        inputs = (
+            _inputs(plan, x, {"by_queries": block_mask.by_queries})
+            | residuals
+            | {"limit": limit, "round_index": round_index.reshape(1)}
+        )
+        updated = [name for name in grads if name not in ("d_key", "d_value")]
+        outputs = dict(zip(updated, _like(*(grads[name] for name in updated)), strict=True))
+        records_out = {"recorded_counts": record, "recorded_gathered": record}
+        outs = _call(_query_band, plan, of_queries, inputs | {name: grads[name] for name in updated}, outputs | records_out)
+        grads, records = grads | {name: outs[name] for name in updated}, {name: outs[name] for name in records_out}
 
-        begin, end = _taken(plan, limit, ends, turn)
-        inputs |= {"tile_first": below(end, x.key.shape[1] // plan.blocks.strip, first=True)}
-        inputs |= {"tile_last": below(begin, x.key.shape[1] // plan.blocks.strip)}
-        outputs = dict(zip(("d_key", "d_value"), _like(found["d_key"], found["d_value"]), strict=True))
-        return found | _call(_key_band, plan, of_keys, inputs | kept | {name: found[name] for name in outputs}, outputs)
+        begin, end = _strips_of_round(plan, limit, ends, round_index)
+        inputs |= {"tile_first": query_tile_bounds(end, x.key.shape[1] // plan.blocks.strip, first=True)}
+        inputs |= {"tile_last": query_tile_bounds(begin, x.key.shape[1] // plan.blocks.strip)}
+        outputs = dict(zip(("d_key", "d_value"), _like(grads["d_key"], grads["d_value"]), strict=True))
+        return grads | _call(_key_band, plan, of_keys, inputs | records | {name: grads[name] for name in outputs}, outputs)
 
-    return jax.lax.fori_loop(0, rounds, round_, found)
+    return jax.lax.fori_loop(0, rounds, run_round, grads)

@@ -10,7 +10,7 @@ from posjax.attention.backends.constants import LOG2E
 from posjax.attention.backends.gpu import attention as gpu
 from posjax.attention.backends.gpu import triton
 from posjax.attention.backends.gpu.blocks import GpuBlocks
-from posjax.attention.backends.gpu.plan import Operands, Plan, visits
+from posjax.attention.backends.gpu.plan import Operands, Plan, make_block_mask
 from posjax.attention.backends.ring.kernels import by_key, carried, natural_lse, split_by_key, with_keys
 from posjax.attention.backends.ring.xla_chunked import added
 from posjax.attention.backends.shards import ShardSpec
@@ -42,7 +42,7 @@ def from_blocks(out: Array, length: int, width: int) -> Array:
 
 
 def _outputs(plan: Plan, x: Operands) -> tuple[Array, ...]:
-    return triton.forward(plan, x, visits(plan, x), jnp.float32)
+    return triton.forward(plan, x, make_block_mask(plan, x), jnp.float32)
 
 
 def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
@@ -52,18 +52,18 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Array, Any, Any]:
 
 def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, lse: Array, *counts: Array) -> tuple[Array, ...]:
     """Computes the gradients in the kernels. ``counts`` holds high, low, limit and gathered, or nothing."""
-    seen = visits(plan, x)
-    found = triton.backward(plan, x, seen, lse, counts[2] if counts else None, d_out, delta)
-    tables = [found["d_table"]] if plan.index is not None else []
+    block_mask = make_block_mask(plan, x)
+    grads = triton.backward(plan, x, block_mask, lse, counts[2] if counts else None, d_out, delta)
+    tables = [grads["d_table"]] if plan.index is not None else []
     if counts:
-        found = triton.backward_band(plan, x, seen, (lse, *counts[:3]), d_out, delta, found, counts[3])
-        tables += [found["d_table"]] if tables else []
-    found = gpu.summed_up(x, found, tables)
-    return tuple(found[name] for name in _found(x))
+        grads = triton.backward_band(plan, x, block_mask, (lse, *counts[:3]), d_out, delta, grads, counts[3])
+        tables += [grads["d_table"]] if tables else []
+    grads = gpu.reduce_gradients(x, grads, tables)
+    return tuple(grads[name] for name in _gradient_names(x))
 
 
-def _found(x: Operands) -> list[str]:
-    return gpu.learned(x) + ([] if x.z is None else ["gathered"])
+def _gradient_names(x: Operands) -> list[str]:
+    return gpu.differentiable_operands(x) + ([] if x.z is None else ["gathered"])
 
 
 def gradients(
@@ -79,9 +79,9 @@ def gradients(
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
     counts = (*carries_out, *kept, d_carries_out[0]) if d_carries_out else ()
     more = jnp.swapaxes(d_out, 1, 2), delta, lse * LOG2E, *counts
-    found = dict(zip(_found(x), kernel_call.run(_gradients, plan, ShardSpec(), x, gpu.LETTERS, *more), strict=True))
-    received = [found.pop("gathered"), d_carries_out[1]] if counts else []
-    of_keys, rest = split_by_key(found)
+    grads = dict(zip(_gradient_names(x), kernel_call.run(_gradients, plan, ShardSpec(), x, gpu.LETTERS, *more), strict=True))
+    received = [grads.pop("gathered"), d_carries_out[1]] if counts else []
+    of_keys, rest = split_by_key(grads)
     return of_keys, added(acc, rest), received
 
 
