@@ -181,9 +181,9 @@ def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
     pair(walks[2].working(), "plain")
     if counts:
         walks[3].name, (*straight, bending) = "step", walks[3].working()
-        together = size_of_passage(blocks) // LANES  # backward takes some passages at a time: ``BackwardCounting.in_windows``
-        passages = blocks.queries // LANES // together
-        turns = [passages // math.gcd(passages, most // together) for most in (8, 4)]
+        together = queries_of_pair(blocks) // LANES  # backward takes some pairs at a time: ``BackwardCounting.in_windows``
+        pairs = blocks.queries // LANES // together
+        turns = [pairs // math.gcd(pairs, most // together) for most in (8, 4)]
         pair(straight, "straight", (1, 1) if is_forward else (turns[0], turns[1]), beyond=not is_forward)
         bending.name, loops = "bending", bending.loops()
         expect(len(loops) == (1 if is_forward else 2), "loops over quarters, forward and back", len(loops))
@@ -213,7 +213,7 @@ def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
 
 
 class Step(NamedTuple):
-    """A step of the band in which passages of a query tile count.
+    """A step of the band in which pairs of groups of a query tile count.
 
     Attributes:
       number: the distance from the diagonal, in strips.
@@ -237,7 +237,7 @@ class Tile(NamedTuple):
     Attributes:
       forward: turns of the parts.
       steps: in the order of the forward pass.
-      limit: of each passage, the strip from which on it counted.
+      limit: of each pair, the strip from which on it counted.
       counts: of each query.
       cell_span: for the next tile.
     """
@@ -249,7 +249,7 @@ class Tile(NamedTuple):
     cell_span: int
 
 
-def size_of_passage(blocks: Blocks) -> int:
+def queries_of_pair(blocks: Blocks) -> int:
     """Queries."""
     return 2 * LANES if blocks.queries % (2 * LANES) == 0 else LANES
 
@@ -257,8 +257,8 @@ def size_of_passage(blocks: Blocks) -> int:
 def count_tile(gates: Gates | None, tile: int, length: int, blocks: Blocks, cell_span: int) -> Tile:
     """The band of a query tile, as the forward kernel walks through it."""
     strip, held = blocks.strip, min(blocks.resident, length) // blocks.strip
-    size = size_of_passage(blocks)
-    queries = (tile * blocks.queries + np.arange(blocks.queries)).reshape(-1, size)  # of each passage
+    size = queries_of_pair(blocks)
+    queries = (tile * blocks.queries + np.arange(blocks.queries)).reshape(-1, size)  # of each pair
     quarters, last = np.arange(0, strip, QUARTER), queries[:, -1] // strip + 1
     forward, steps, limit, counts = Turns(), [], last.copy(), np.zeros(blocks.queries)
     for begins in reversed(range(0, int(last.max()), held)) if gates is not None else ():

@@ -126,16 +126,16 @@ class Rules(NamedTuple):
             allowed &= query_segments == key_segments
         return allowed
 
-    def seen(self, queries: Array, keys: Array) -> Array:
+    def visible_range(self, queries: Array, keys: Array) -> Array:
         """Returns the range of key blocks that each query block may attend to, [B, Q, 2]: the first, and one past the last.
 
         ``queries`` and ``keys`` are results of ``extents``.
         """
         by_queries, by_keys = (Extent(*jnp.moveaxis(e, -1, 0)) for e in (queries, keys))
-        live = ~self.none(Extent(*(e[:, :, None] for e in by_queries)), Extent(*(e[:, None] for e in by_keys)))
-        live = jnp.broadcast_to(live, (max(len(queries), len(keys)), queries.shape[1], keys.shape[1]))
-        first, last = live.argmax(-1), live.shape[-1] - live[..., ::-1].argmax(-1)
-        return jnp.stack([first, jnp.where(live.any(-1), last, first)], -1)
+        is_visible = ~self.none(Extent(*(e[:, :, None] for e in by_queries)), Extent(*(e[:, None] for e in by_keys)))
+        is_visible = jnp.broadcast_to(is_visible, (max(len(queries), len(keys)), queries.shape[1], keys.shape[1]))
+        first, last = is_visible.argmax(-1), is_visible.shape[-1] - is_visible[..., ::-1].argmax(-1)
+        return jnp.stack([first, jnp.where(is_visible.any(-1), last, first)], -1)
 
 
 def extents(positions: Array, segments: Array | None, size: int) -> Array:

@@ -55,7 +55,7 @@ def test_the_tile_that_costs_least_with_the_most_keys_that_compile(script, tmp_p
     assert rows[1]["rejected"] == [f"{s}, (1024, 512, 256, 8192): Used 70.0M of 64.0M vmem" for s in ("identity", spec)]
     # 8,192 queries in tiles of 1,024 visit 2, 4, ... 16 tiles of 512 keys.
     assert rows[1]["bundles"]["identity"] == [n * sum(range(2, 17, 2)) for n in (1800, 1900)]
-    # Gates of one half have passed 63 after 127 keys: two strips of 256 for each passage but the first, which has one. The border
+    # Gates of one half have passed 63 after 127 keys: two strips of 256 for each pair but the first, which has one. The border
     # between the keys that are held cuts one query tile's band into three steps.
     assert rows[1]["bundles"]["half"] == rows[1]["bundles"]["small"] == [7 * 17, 11 * 17]
     assert rows[1]["cost"] == pytest.approx(sum(map(sum, rows[1]["bundles"].values())) / 3)

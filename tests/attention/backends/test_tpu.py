@@ -250,7 +250,7 @@ def test_groups_strips_and_blocks_of_several_tiles(gates):
 @thorough
 @pytest.mark.parametrize(("last", "gates"), [(4, None), (4, "small"), (40, "small and large"), (40, "by group")])
 def test_strips_in_which_queries_pass_few_cells_and_many(last, gates):
-    """Two pieces to a strip, two groups to a passage; counts that stop to matter within small gates, or go on."""
+    """Two pieces to a strip, two groups to a pair; counts that stop to matter within small gates, or go on."""
     tile = Blocks(256, 512, 256, 512)
     check(counted(last), tile=tile, length=600, keys=700, gates=gates, is_causal=True, arrays=packed(1, 600, 700))
 

@@ -31,7 +31,7 @@ def step_with(soft_cap=None, counting=None, **arrays):
         index=None,
         uniform=None,
         penalised=False,
-        turn_keys=False,
+        rotates_keys=False,
         vmem=2**27,
         interpret=False,
     )
@@ -113,15 +113,15 @@ def test_gradients_of_counts_reach_the_gates_of_all_keys_from_their_own_on():
     @jax.jit
     def walked(logits, d_scores, d_counts, gathered):
         s = step_with(key=jnp.zeros((256, 16)), counting=Counting(last=11, rows=16, exact=True, has_sublane_gather=True))
-        passage = QueryGroupState(s, StripCursor(EVERY, 0, True, True), True, None, None, gathered=gathered * LOG2E)
-        walk, found = BackwardCounting(BackwardTile(s, None, None), CountingRegion(s, None, back=True)), []
-        for half in range(2):
-            at = slice(half * LANES, (half + 1) * LANES)
+        state = QueryGroupState(s, StripCursor(EVERY, 0, True, True), True, None, None, gathered=gathered * LOG2E)
+        walk, found = BackwardCounting(BackwardTile(s, None, None), CountingRegion(s, None, is_backward=True)), []
+        for index in range(2):
+            at = slice(index * LANES, (index + 1) * LANES)
             gates = doubled_gates(logits[at] * LOG2E, exact=True)
-            piece = GradientPiece(passage, half, gates=gates, d_scores=d_scores[at], d_counts=d_counts[at] * LOG2E)
-            walk.through_gates(piece)
+            piece = GradientPiece(state, index, gates=gates, d_scores=d_scores[at], d_counts=d_counts[at] * LOG2E)
+            walk.backprop_gates(piece)
             found.append(piece.d_logits)
-        return jnp.concatenate(found), passage.gathered / LOG2E
+        return jnp.concatenate(found), state.gathered / LOG2E
 
     found, left = walked(logits, d_scores, d_counts, gathered)
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)

@@ -92,7 +92,7 @@ def attention(
         key = apply_rotation(call.key, rotation.key_phase, rotation.pairing)
         call = call.replace(key=key, rotation=dataclasses.replace(rotation, key_phase=None))
     chunks = Chunks(context.axis, context.parts, call.mask.is_causal)
-    split = functools.partial(chunks.split, apart=any(term.carry is not None for term in call.terms))
+    split = functools.partial(chunks.split, separate=any(term.carry is not None for term in call.terms))
 
     def with_kernel(name: str) -> Callable[[AttentionCall], Array]:
         sizes = next((block_sizes_for(k, block_sizes) for k in _KERNELS if name == k.NAME), None)

@@ -41,13 +41,13 @@ class Chunks:
         is_even = jax.lax.axis_index(self.axis) % 2 == 0
         return [jnp.where(is_even, even, odd), jnp.where(is_even, odd, even)]
 
-    def split(self, call: AttentionCall, apart: bool) -> list[AttentionCall]:
-        """Returns the call of each chunk of this device if ``apart``, else that of both chunks as one."""
+    def split(self, call: AttentionCall, separate: bool) -> list[AttentionCall]:
+        """Returns the call of each chunk of this device if ``separate``, else that of both chunks as one."""
 
         def pieces(axis: int, tree: Any) -> list[Any]:
             leaves, structure = jax.tree.flatten(tree)
             spread = [self._spread(leaf, axis) for leaf in leaves]
-            if not apart:
+            if not separate:
                 return [jax.tree.unflatten(structure, [jnp.concatenate(both, axis) for both in spread])]
             return [jax.tree.unflatten(structure, [both[i] for both in spread]) for i in range(2)]
 
@@ -58,7 +58,7 @@ class Chunks:
         terms = list(zip(*map(of_term, call.terms), strict=True)) or [(), ()]
         by_token = ("query", "key", "value", "query_positions", "key_positions", "rotation", "mask")
         along = {name: pieces(1, getattr(call, name)) for name in by_token}
-        return [call.replace(terms=terms[i], **{name: x[i] for name, x in along.items()}) for i in range(2 if apart else 1)]
+        return [call.replace(terms=terms[i], **{name: x[i] for name, x in along.items()}) for i in range(2 if separate else 1)]
 
     def unsplit(self, out: list[Array]) -> Array:
         """Converts the results of this device's chunks to [B, T / C, N, V] of the sequence in natural order."""

@@ -74,15 +74,15 @@ def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, lse: Array, 
     Args:
       more: high, low, limit, wide_steps and gathered if a term counts, then the accumulated gradients of the queries, if any.
     """
-    counts, own = (more[:5], more[5:]) if plan.counting is not None else ((), more)
+    counts, query_grads = (more[:5], more[5:]) if plan.counting is not None else ((), more)
     saved, gathered = (lse, *counts[:4]), counts[4] if counts else None
-    acc = dict(zip(queries_of(x), own, strict=False))
-    found = tpu.summed_up(x, backward(plan, x, saved, d_out, delta, gathered, is_part=True, so_far=acc))
-    return tuple(found[name] for name in _found(x))
+    acc = dict(zip(queries_of(x), query_grads, strict=False))
+    grads = tpu.reduce_gradients(x, backward(plan, x, saved, d_out, delta, gathered, is_part=True, acc=acc))
+    return tuple(grads[name] for name in _gradient_names(x))
 
 
-def _found(x: Operands) -> list[str]:
-    return tpu.learned(x) + ([] if x.embedding is None else ["gathered"])
+def _gradient_names(x: Operands) -> list[str]:
+    return tpu.differentiable_operands(x) + ([] if x.embedding is None else ["gathered"])
 
 
 def gradients(
@@ -98,14 +98,14 @@ def gradients(
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
     counts = (*carries_out, *_to_rows(plan, kept), d_carries_out[0]) if d_carries_out else ()
     more = d_out, *(tpu.by_tile(plan, row) for row in (delta, lse * LOG2E)), *counts
-    own = queries_of(x)  # the kernel accumulates these gradients itself
+    query_names = queries_of(x)  # the kernel accumulates these gradients itself
     if acc is not None:
-        more += tuple(acc[name] for name in own)
-    found = dict(zip(_found(x), kernel_call.run(_gradients, plan, ShardSpec(), x, tpu.LETTERS, *more), strict=True))
-    received = [found.pop("gathered"), d_carries_out[1]] if counts else []
-    of_keys, rest = split_by_key(found)
+        more += tuple(acc[name] for name in query_names)
+    grads = dict(zip(_gradient_names(x), kernel_call.run(_gradients, plan, ShardSpec(), x, tpu.LETTERS, *more), strict=True))
+    received = [grads.pop("gathered"), d_carries_out[1]] if counts else []
+    of_keys, rest = split_by_key(grads)
     if acc is not None:
-        rest |= {name: acc[name] + part for name, part in rest.items() if name not in own}
+        rest |= {name: acc[name] + part for name, part in rest.items() if name not in query_names}
     return of_keys, rest, received
 
 

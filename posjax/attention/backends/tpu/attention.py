@@ -43,9 +43,9 @@ def unsupported_reason(call: AttentionCall, *, block_sizes: Blocks | None = None
     if (reason := kernel_call.unsupported_terms(call.terms)) is not None:
         return reason
     counts, looks, _ = terms_by_form(call.terms)
-    most = _MOST_POSITIONS if chip.has_sublane_gather else _MOST_COMPARED
-    if counts is not None and (positions := counts.tables[1].shape[-2]) > most:
-        return f"max_position={positions} of cope (at most {most} on this chip)"
+    max_positions = _MOST_POSITIONS if chip.has_sublane_gather else _MOST_COMPARED
+    if counts is not None and (positions := counts.tables[1].shape[-2]) > max_positions:
+        return f"max_position={positions} of cope (at most {max_positions} on this chip)"
     if looks is not None and (width := looks.tables.shape[0]) >= LANES:
         return f"num_buckets={width} (fewer than {LANES})"
     spec = infer_shard_spec(query) if spec is None else spec
@@ -54,30 +54,30 @@ def unsupported_reason(call: AttentionCall, *, block_sizes: Blocks | None = None
 
 def _exceeds_smem(chip: Chip, block_sizes: Blocks | None, spec: ShardSpec, call: AttentionCall) -> str | None:
     """Returns why the scalars of a call do not fit the chip's SMEM, or None if they do."""
-    taken = scalars(*_shapes(call, block_sizes or fitting(chip, call), chip), spec.num_batch_shards)
-    if taken <= SMEM:
+    smem_bytes = scalars(*_shapes(call, block_sizes or fitting(chip, call), chip), spec.num_batch_shards)
+    if smem_bytes <= SMEM:
         return None
-    of = dict(segment_ids=call.mask.query_segments, query_positions=call.query_positions, key_positions=call.key_positions)
-    rows = {name: array.shape[0] for name, array in of.items() if array is not None and array.shape[0] > 1} or {"query": 1}
+    arrays = dict(segment_ids=call.mask.query_segments, query_positions=call.query_positions, key_positions=call.key_positions)
+    rows = {name: array.shape[0] for name, array in arrays.items() if array is not None and array.shape[0] > 1} or {"query": 1}
     tokens = f"{max(rows.values())} x {call.query.shape[1]} tokens"
-    return f"{' and '.join(rows)} of {tokens} takes {taken / 2**20:.1f} MiB of 1 MiB of SMEM (fewer on a device fit)"
+    return f"{' and '.join(rows)} of {tokens} takes {smem_bytes / 2**20:.1f} MiB of 1 MiB of SMEM (fewer on a device fit)"
 
 
 def _exceeds_vmem(chip: Chip, block_sizes: Blocks | None, call: AttentionCall) -> str | None:
     """Returns why a call does not fit the chip's VMEM, or None if it does."""
-    if block_sizes is not None and (taken := _vmem_of(call, block_sizes, chip)) <= chip.vmem:
+    if block_sizes is not None and (vmem_bytes := _vmem_of(call, block_sizes, chip)) <= chip.vmem:
         return None
-    smaller_ones = fitting(chip, call)
-    width, there = call.query.shape[-1], f"{chip.vmem / 2**20:.0f} MiB of VMEM"
-    if smaller_ones is None:
+    fitting_blocks = fitting(chip, call)
+    width, vmem = call.query.shape[-1], f"{chip.vmem / 2**20:.0f} MiB of VMEM"
+    if fitting_blocks is None:
         counts, _, _ = terms_by_form(call.terms)
-        others = tuple(term for term in call.terms if term is not counts)
-        if counts is not None and fitting(chip, call.replace(terms=others)) is not None:
-            return f"max_position={counts.tables[1].shape[-2]} of cope on heads of {width} channels does not fit {there}"
-        return f"query has {width} channels and value {call.value.shape[-1]}, of which no tile fits {there}"
+        other_terms = tuple(term for term in call.terms if term is not counts)
+        if counts is not None and fitting(chip, call.replace(terms=other_terms)) is not None:
+            return f"max_position={counts.tables[1].shape[-2]} of cope on heads of {width} channels does not fit {vmem}"
+        return f"query has {width} channels and value {call.value.shape[-1]}, of which no tile fits {vmem}"
     if block_sizes is None:
         return None
-    return f"block_sizes={block_sizes} takes about {taken / 2**20:.0f} MiB of {there}; block_sizes={smaller_ones} fits"
+    return f"block_sizes={block_sizes} takes about {vmem_bytes / 2**20:.0f} MiB of {vmem}; block_sizes={fitting_blocks} fits"
 
 
 def fitting(chip: Chip, call: AttentionCall) -> Blocks | None:
@@ -152,8 +152,8 @@ def to_operands(
     if repeats > 1:
         key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
     kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
-    keys = _up(key.shape[1], blocks.keys)
-    keys = _up(keys, min(blocks.resident, keys))
+    keys = _round_up(key.shape[1], blocks.keys)
+    keys = _round_up(keys, min(blocks.resident, keys))
 
     def by_query(x: Array) -> Array:
         x = pad_to_multiple(x, blocks.queries, 1)
@@ -181,7 +181,7 @@ def to_operands(
         positions = counts.tables[1].shape[-2]
         counting = Counting(
             last=positions - 1,
-            rows=_up(positions, SUBLANES),
+            rows=_round_up(positions, SUBLANES),
             exact=query.dtype == jnp.float32,
             has_sublane_gather=chip.has_sublane_gather,
         )
@@ -193,7 +193,7 @@ def to_operands(
         index=looks.fused.index if looks else None,
         uniform=looks.fused.uniform if looks else None,
         penalised=penalty is not None,
-        turn_keys=rotates_keys,
+        rotates_keys=rotates_keys,
         vmem=chip.vmem,
         interpret=interpret,
     )
@@ -213,29 +213,29 @@ def to_operands(
         embedding=None if counts is None else _embedding(counts.tables[1], counting.rows, by_head),
         table=None if looks is None else lanes(looks.tables.astype(jnp.float32).T),
         slopes=slopes,
-        query_turn=None if rotation is None else _cos_sin(rotation, rotation.query_phase, width, blocks.queries),
-        key_turn=_cos_sin(rotation, rotation.key_phase, width, keys) if rotates_keys else None,
-        partner=None if rotation is None else _rotate_half_matrix(rotation, width).astype(query.dtype),
+        query_cos_sin=None if rotation is None else _cos_sin(rotation, rotation.query_phase, width, blocks.queries),
+        key_cos_sin=_cos_sin(rotation, rotation.key_phase, width, keys) if rotates_keys else None,
+        rotate_half_matrix=None if rotation is None else _rotate_half_matrix(rotation, width).astype(query.dtype),
     )
     return plan, operands
 
 
-def _up(n: int, to: int) -> int:
+def _round_up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
 def _fitted(blocks: Blocks, queries: int, keys: int) -> Blocks:
     """Shrinks block sizes to the lengths of the call, so that little is padding."""
-    rows = _up(-(-queries // -(-queries // blocks.queries)), LANES)
-    columns = _up(-(-keys // -(-keys // blocks.keys)), blocks.strip)
+    rows = _round_up(-(-queries // -(-queries // blocks.queries)), LANES)
+    columns = _round_up(-(-keys // -(-keys // blocks.keys)), blocks.strip)
     strip = blocks.strip
     if columns >= keys + LANES:  # short calls: the shortest strips
         strip = LANES
-        columns = _up(-(-keys // -(-keys // blocks.keys)), strip)
+        columns = _round_up(-(-keys // -(-keys // blocks.keys)), strip)
     tiles = -(-keys // columns)
-    held = max(1, blocks.resident // columns)
-    held = -(-tiles // -(-tiles // held))
-    return Blocks(rows, columns, strip, held * columns)
+    tiles_per_block = max(1, blocks.resident // columns)
+    tiles_per_block = -(-tiles // -(-tiles // tiles_per_block))
+    return Blocks(rows, columns, strip, tiles_per_block * columns)
 
 
 def _embedding(embedding: Array, rows: int, by_head: Any) -> Array:
@@ -280,9 +280,9 @@ LETTERS = dict(  # axes of the operands, as in ``per_shard``
     embedding="n....",
     table="n...",
     slopes="n...",
-    query_turn="b...",
-    key_turn="b...",
-    partner="..",
+    query_cos_sin="b...",
+    key_cos_sin="b...",
+    rotate_half_matrix="..",
     high="bn....",
     low="bn....",
 )
@@ -305,35 +305,35 @@ def _forward(plan: Plan, spec: ShardSpec, x: Operands) -> tuple[Array, Any]:
     return out, (x, out, tuple(saved))
 
 
-def learned(x: Operands) -> list[str]:
+def differentiable_operands(x: Operands) -> list[str]:
     """Returns the names of the operands that have gradients."""
     names = ["query", "key", "value", "scale"]
     return names + [name for name in ("counted_query", "embedding", "table") if getattr(x, name) is not None]
 
 
 def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, *saved: Array) -> tuple[Array, ...]:
-    found = summed_up(x, backward(plan, x, saved, d_out, delta))
-    return tuple(found[name] for name in learned(x))
+    grads = reduce_gradients(x, backward(plan, x, saved, d_out, delta))
+    return tuple(grads[name] for name in differentiable_operands(x))
 
 
-def summed_up(x: Operands, found: dict[str, Array]) -> dict[str, Array]:
+def reduce_gradients(x: Operands, grads: dict[str, Array]) -> dict[str, Array]:
     """Reduces the results of ``backward`` to the shapes of the operands."""
-    found["scale"] = found["scale"].sum().reshape(1)
-    if "embedding" in found:
+    grads["scale"] = grads["scale"].sum().reshape(1)
+    if "embedding" in grads:
         over = tuple(n for n, size in enumerate(x.embedding.shape[:2]) if size == 1)
-        of_positions = found["embedding"].sum(0).sum(over, keepdims=True)
+        of_positions = grads["embedding"].sum(0).sum(over, keepdims=True)
         # The whole gradient goes to the positions and none to the steps, which are differences of positions.
-        found["embedding"] = jnp.stack([of_positions, jnp.zeros_like(of_positions)], 2)
-    if "table" in found:  # by table index and query lane
-        found["table"] = found["table"].sum((0, -1))[:, :, None]
-    return found
+        grads["embedding"] = jnp.stack([of_positions, jnp.zeros_like(of_positions)], 2)
+    if "table" in grads:  # by table index and query lane
+        grads["table"] = grads["table"].sum((0, -1))[:, :, None]
+    return grads
 
 
-def _backward(plan: Plan, spec: ShardSpec, kept: Any, d_out: Array) -> tuple[Operands]:
-    x, out, saved = kept
+def _backward(plan: Plan, spec: ShardSpec, residuals: Any, d_out: Array) -> tuple[Operands]:
+    x, out, saved = residuals
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    names = learned(x)
-    found = kernel_call.run(
+    names = differentiable_operands(x)
+    grads = kernel_call.run(
         _gradients,
         plan,
         spec,
@@ -345,7 +345,7 @@ def _backward(plan: Plan, spec: ShardSpec, kept: Any, d_out: Array) -> tuple[Ope
         more_letters=("bn...", *[_ROWS] * (1 + len(saved))),
         results=kernel_call.gradient_letters(x, names, LETTERS),
     )
-    return (kernel_call.cotangent(x, dict(zip(names, found, strict=True))),)
+    return (kernel_call.cotangent(x, dict(zip(names, grads, strict=True))),)
 
 
 def by_tile(plan: Plan, rows: Array) -> Array:

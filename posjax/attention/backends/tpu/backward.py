@@ -45,7 +45,7 @@ def _body(plan: Plan, names: tuple[str, ...], rows: int, *refs: Any) -> None:
     batch, head, group, tile, _ = (pl.program_id(n) for n in range(5))
     s = Step(plan, scalars, rest, batch if rows > 1 else 0, rows, tile, block[0])
     query_tile = BackwardTile(s, scale, scale[0] * LOG2E)
-    region = CountingRegion(s, lambda a: s.limit[a], back=True)
+    region = CountingRegion(s, lambda a: s.limit[a], is_backward=True)
     counting = BackwardCounting(query_tile, region) if plan.counting is not None else None
 
     pl.when((group == 0) & (tile == 0))(query_tile.initialise_keys)
@@ -69,7 +69,7 @@ def backward(
     delta: Array,
     gathered: Array | None = None,
     is_part: bool = False,
-    so_far: dict[str, Array] | None = None,
+    acc: dict[str, Array] | None = None,
 ) -> dict[str, Array]:
     """Runs the backward kernel, once for each resident block of keys.
 
@@ -81,36 +81,36 @@ def backward(
       gathered: the gradient of the counts that this call hands on, in the same layout, from keys to the left in other calls; None:
         zero.
       is_part: whether the gradients will be summed with those of other calls, and are thus float32.
-      so_far: with ``is_part``, float32 gradients of the queries from other calls, by name, to which those of this call are added in
+      acc: with ``is_part``, float32 gradients of the queries from other calls, by name, to which those of this call are added in
         place; None: zero.
 
     Returns:
       The gradients by the names of the operands, ``table`` and ``embedding`` by head, ``scale`` by head and channel; with CoPE also
       ``gathered``, the gradient of the counts that this call received.
     """
-    turns = x.key.shape[2] // min(plan.blocks.resident, x.key.shape[2])
+    num_blocks = x.key.shape[2] // min(plan.blocks.resident, x.key.shape[2])
     state = (*saved[1:], jnp.zeros_like(saved[0]) if gathered is None else gathered) if plan.counting is not None else ()
     x = dataclasses.replace(x, high=None, low=None)  # the walk begins at the left, with the counts in ``saved``
     call = functools.partial(_backward_of_block, plan, x, saved[0], d_out, delta, is_part)
-    if (turns > 1 or is_part) and not so_far:
-        so_far = {name: jnp.zeros(getattr(x, name).shape, jnp.float32) for name in queries_of(x)}
-    if turns == 1:
-        found, state = call(jnp.zeros(1, jnp.int32), state, so_far or {})
-        return found | (dict(gathered=state[-1]) if state else {})
-    blocks = jnp.arange(turns, dtype=jnp.int32)[:, None]
+    if (num_blocks > 1 or is_part) and not acc:
+        acc = {name: jnp.zeros(getattr(x, name).shape, jnp.float32) for name in queries_of(x)}
+    if num_blocks == 1:
+        grads, state = call(jnp.zeros(1, jnp.int32), state, acc or {})
+        return grads | (dict(gathered=state[-1]) if state else {})
+    blocks = jnp.arange(num_blocks, dtype=jnp.int32)[:, None]
     by_key = ("key", "value")
 
-    def one(carry: Any, block: Array) -> Any:
-        state, so_far, sums = carry
-        found, state = call(block, state, so_far)
-        of_keys, of_queries = ([found.pop(name) for name in names] for names in (by_key, so_far))
-        return (state, dict(zip(so_far, of_queries, strict=True)), jax.tree.map(jnp.add, sums, found)), of_keys
+    def block_step(carry: Any, block: Array) -> Any:
+        state, acc, grad_sums = carry
+        grads, state = call(block, state, acc)
+        of_keys, of_queries = ([grads.pop(name) for name in names] for names in (by_key, acc))
+        return (state, dict(zip(acc, of_queries, strict=True)), jax.tree.map(jnp.add, grad_sums, grads)), of_keys
 
-    shapes = jax.eval_shape(call, blocks[0], state, so_far)[0]
-    sums = {name: jnp.zeros(a.shape, a.dtype) for name, a in shapes.items() if name not in (*by_key, *so_far)}
-    (state, so_far, sums), found = jax.lax.scan(one, (state, so_far, sums), blocks)
-    joined = [jnp.moveaxis(a, 0, 2).reshape(*a.shape[1:3], -1, a.shape[-1]) for a in found]
-    return so_far | sums | dict(zip(by_key, joined, strict=True)) | (dict(gathered=state[-1]) if state else {})
+    shapes = jax.eval_shape(call, blocks[0], state, acc)[0]
+    grad_sums = {name: jnp.zeros(a.shape, a.dtype) for name, a in shapes.items() if name not in (*by_key, *acc)}
+    (state, acc, grad_sums), grads = jax.lax.scan(block_step, (state, acc, grad_sums), blocks)
+    key_grads = [jnp.moveaxis(a, 0, 2).reshape(*a.shape[1:3], -1, a.shape[-1]) for a in grads]
+    return acc | grad_sums | dict(zip(by_key, key_grads, strict=True)) | (dict(gathered=state[-1]) if state else {})
 
 
 def _backward_of_block(
@@ -122,9 +122,9 @@ def _backward_of_block(
     is_part: bool,
     block: Array,
     state: tuple[Array, ...],
-    so_far: dict[str, Array],
+    acc: dict[str, Array],
 ) -> tuple[dict[str, Array], tuple[Array, ...]]:
-    """Computes the gradients from one resident block of keys, adding those of queries to ``so_far``, and the state for the next."""
+    """Computes the gradients from one resident block of keys, adding those of queries to ``acc``, and the state for the next."""
     batch, kv_heads, group, length, _ = x.query.shape
     tiles = length // plan.blocks.queries
     scalars = make_scalars(plan, x)
@@ -134,10 +134,10 @@ def _backward_of_block(
     row_arrays = {"lse": lse, "delta": delta}
     if plan.counting is not None:
         row_arrays |= dict(zip(("in_high", "in_low", "in_limit", "in_wide_steps", "in_gathered"), state, strict=True))
-    before = {f"before_{name}": array for name, array in so_far.items()}
-    outs, scratch = _results_of(plan, x, is_part, bool(so_far)), _scratch_of_backward(plan, x, len(before))
+    before = {f"before_{name}": array for name, array in acc.items()}
+    outs, scratch = _results_of(plan, x, is_part, bool(acc)), _scratch_of_backward(plan, x, len(before))
     first = len(scalars) + 2 + len(names) + 1 + len(row_arrays)  # index of the first of ``before`` among the kernel's arguments
-    found = pl.pallas_call(
+    grads = pl.pallas_call(
         functools.partial(_body, plan, (*names, "d_out", *row_arrays, *before, *outs, *scratch), rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=8,
@@ -156,14 +156,14 @@ def _backward_of_block(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=plan.vmem
         ),
         interpret=plan.interpret,
-        input_output_aliases={first + n: list(outs).index(f"d_{name}") for n, name in enumerate(so_far)},
+        input_output_aliases={first + n: list(outs).index(f"d_{name}") for n, name in enumerate(acc)},
         name="posjax_attention_backward",
     )(*scalars, x.scale, block, *arrays, d_out, *row_arrays.values(), *before.values())
-    found = dict(zip(outs, found, strict=True))
-    state = tuple(found.pop(f"out_{name}") for name in ("high", "low", "gathered")) if plan.counting is not None else ()
+    grads = dict(zip(outs, grads, strict=True))
+    state = tuple(grads.pop(f"out_{name}") for name in ("high", "low", "gathered")) if plan.counting is not None else ()
     if plan.counting is not None:
         state = (*state[:2], row_arrays["in_limit"], row_arrays["in_wide_steps"], state[2])
-    return {name.removeprefix("d_"): array for name, array in found.items()}, state
+    return {name.removeprefix("d_"): array for name, array in grads.items()}, state
 
 
 _Result = tuple[jax.ShapeDtypeStruct, pl.BlockSpec]
@@ -192,13 +192,13 @@ def _results_of(plan: Plan, x: Operands, is_part: bool, adds: bool) -> dict[str,
     resident = min(plan.blocks.resident, x.key.shape[2])
 
     def by_head(shape: tuple) -> _Result:
-        whole = jax.ShapeDtypeStruct((batch, kv_heads, group, *shape), jnp.float32)
-        return whole, pl.BlockSpec((None,) * 3 + shape, lambda b, k, g, *_: (b, k, g) + (0,) * len(shape))
+        struct = jax.ShapeDtypeStruct((batch, kv_heads, group, *shape), jnp.float32)
+        return struct, pl.BlockSpec((None,) * 3 + shape, lambda b, k, g, *_: (b, k, g) + (0,) * len(shape))
 
     def by_key(array: Array) -> _Result:
         shape = (batch, kv_heads, resident, array.shape[-1])
-        made = jax.ShapeDtypeStruct(shape, jnp.float32 if is_part else array.dtype)
-        return made, pl.BlockSpec((None, None, *shape[2:]), lambda b, k, *_: (b, k, 0, 0))
+        grad_struct = jax.ShapeDtypeStruct(shape, jnp.float32 if is_part else array.dtype)
+        return grad_struct, pl.BlockSpec((None, None, *shape[2:]), lambda b, k, *_: (b, k, 0, 0))
 
     def of_queries(name: str) -> _Result:
         array = getattr(x, name)
@@ -231,7 +231,7 @@ def _scratch_of_backward(plan: Plan, x: Operands, copies: int) -> dict[str, Any]
     }
     if counting is not None:
         scratch["bases"] = pltpu.VMEM((plan.groups, blocks.strip // LANES, LANES), jnp.int32)
-        scratch["slopes_there"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
+        scratch["bias_slopes"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
         scratch["d_z"] = pltpu.VMEM((plan.groups, counting.rows, LANES), jnp.float32)
         scratch |= {name: pltpu.VMEM((plan.groups, LANES), jnp.float32) for name in ("gathered", "d_last")}
         scratch["wide_steps"] = pltpu.SMEM((2,), jnp.int32)

@@ -4,11 +4,11 @@ As in the forward pass, a counting step is branch-free code with lookups in wind
 forward pass reports as wide and with T5, gathers for any counts, group by group (``by_gathers``). Both process the strips in pieces
 of 128 keys, and every piece goes through five stages:
 
-    open gates         the logits, the gradient of the weights, and the gates
+    compute gates      the logits, the gradient of the weights, and the gates
     count              the counts, after subtraction of the gates
     differentiate      the weights, the gradient of the scores, and its products with the slopes of the biases, which are the
                        gradients of the counts
-    through the gates  the gradient of the logits: that of a count reaches the gates of all keys from its own to the query
+    backprop gates     the gradient of the logits: that of a count reaches the gates of all keys from its own to the query
     accumulate         the gradients of key, value and query, once for all pieces of a strip
 """
 
@@ -37,20 +37,20 @@ from posjax.attention.backends.tpu.tiles import (
     FEW,
     LANES,
     QUARTER,
-    cells_passed,
+    cells_crossed,
+    concatenate,
     gate_slope,
-    interpolated,
-    joined,
-    placed,
+    interpolate,
+    interpolate_in_window,
+    prefix_sums,
+    software_pipeline,
     spans,
     spread,
     spread_beyond,
     spread_widely,
     spread_within,
-    staggered,
-    sums_to_the_left,
-    sums_to_the_right,
-    within,
+    suffix_sums,
+    window_to_table,
 )
 from posjax.typing import Array
 
@@ -82,11 +82,11 @@ class BackwardCounting:
 
     Attributes:
       tile: the query tile.
-      band: its counting region in the block.
+      region: its counting region in the block.
     """
 
     tile: BackwardTile
-    band: CountingRegion
+    region: CountingRegion
 
     def initialise(self) -> None:
         """Loads the state in which the last block left the rows, and clears the gradients of z."""
@@ -95,25 +95,25 @@ class BackwardCounting:
             getattr(s, name)[...] = getattr(s, f"in_{name}")[...]
         s.d_z[...] = jnp.zeros(s.d_z.shape, jnp.float32)
         s.d_last[...] = jnp.zeros(s.d_last.shape, jnp.float32)
-        for a in range(self.band.passages):
+        for a in range(self.region.num_pairs):
             s.limit[a] = jnp.min(s.in_limit[pl.ds(a * s.plan.groups_side_by_side, 1), :])
         s.wide_steps[0], s.wide_steps[1] = jnp.min(s.in_wide_steps[...]), jnp.max(s.in_wide_steps[...])
 
     def uncount(self) -> None:
         """Processes the counting steps of the forward pass in reverse order."""
-        begin, end = self.band.steps()
+        begin, end = self.region.step_range()
         jax.lax.fori_loop(0, end - begin, lambda n, _: self.uncount_step(end - 1 - n), None)
 
     def uncount_step(self, n: Array) -> None:
         """Processes counting step n."""
-        s, spots = self.tile.step, self.band.spots(n)
+        s, cursors = self.tile.step, self.region.cursors(n)
         if s.plan.index is None:
             wide_steps = (n >= s.wide_steps[0]) & (n <= s.wide_steps[1])
-            whole = functools.reduce(jnp.logical_and, [spot.whole for spot in spots])
-            masked_or_not(functools.partial(self.in_windows, n), whole, ~wide_steps)
-            pl.when(wide_steps)(lambda: self.by_gathers(spots))
+            is_full = functools.reduce(jnp.logical_and, [cursor.is_full for cursor in cursors])
+            masked_or_not(functools.partial(self.in_windows, n), is_full, ~wide_steps)
+            pl.when(wide_steps)(lambda: self.by_gathers(cursors))
         else:
-            self.by_gathers(spots)
+            self.by_gathers(cursors)
 
     # Where no query crosses many cells
 
@@ -123,33 +123,33 @@ class BackwardCounting:
         With few pairs, operations wait for each other; many take long to compile, which pays off in the code without a mask, which
         runs most.
         """
-        band = self.band
-        most = math.gcd(band.passages, (4 if masked else 8) // self.tile.step.plan.groups_side_by_side)
+        region = self.region
+        pairs_at_once = math.gcd(region.num_pairs, (4 if masked else 8) // self.tile.step.plan.groups_side_by_side)
 
-        def some(turn: Array, _: None) -> None:
-            self.some_in_windows([band.spot(n, turn * most + a) for a in range(most)], masked)
+        def process_chunk(chunk: Array, _: None) -> None:
+            self.pairs_in_windows([region.cursor(n, chunk * pairs_at_once + a) for a in range(pairs_at_once)], masked)
 
-        jax.lax.fori_loop(0, band.passages // most, some, None)
+        jax.lax.fori_loop(0, region.num_pairs // pairs_at_once, process_chunk, None)
 
-    def some_in_windows(self, spots: list[StripCursor], masked: bool) -> None:
+    def pairs_in_windows(self, cursors: list[StripCursor], masked: bool) -> None:
         """Processes the strips of some pairs of query groups in which no query crosses many cells."""
-        passages = [self.band.passage(spot) for spot in spots]
-        pieces = self.pieces_of(passages)
+        states = [self.region.load_state(cursor) for cursor in cursors]
+        pieces = self.pieces_of(states)
         beyond: list[list[Array]] = [[] for _ in range(0, self.tile.step.plan.blocks.strip, QUARTER)]
         stages = [
-            functools.partial(self.open_gates, masked),
+            functools.partial(self.compute_gates, masked),
             self.count_in_window,
             functools.partial(self.differentiate_in_window, beyond),
-            self.through_gates,
+            self.backprop_gates,
             functools.partial(self.accumulate, pieces),
         ]
-        staggered(pieces, stages)
-        for_each(beyond, functools.partial(self.add_beyond, spots[0].groups.first))
-        self.band.leave(passages)
+        software_pipeline(pieces, stages)
+        for_each(beyond, functools.partial(self.add_beyond, cursors[0].groups.first))
+        self.region.store_counts(states)
 
     def count_in_window(self, piece: GradientPiece) -> None:
         """Subtracts the gates from the counts, relative to windows of eight cells."""
-        piece.counts = piece.passage.through(sums_to_the_right(piece.gates, self.tile.step.plan.counting))
+        piece.counts = piece.state.advance_in_window(suffix_sums(piece.gates, self.tile.step.plan.counting))
 
     def differentiate_in_window(self, beyond: list[list[Array]], piece: GradientPiece) -> None:
         """Computes weights and gradients with the biases of the windows, and adds the gradient of z for up to ``FEW`` cells.
@@ -158,113 +158,115 @@ class BackwardCounting:
           beyond: for each 64 keys of the strips, flags [1, 128] by query group: whether a query crosses more cells.
           piece: the piece.
         """
-        s, counting, found = self.tile.step, self.tile.step.plan.counting, []
+        s, counting, per_group = self.tile.step, self.tile.step.plan.counting, []
         quarters = range(0, LANES, QUARTER)
-        for (g, part), lines in zip(piece.groups.apart(), piece.counts.windows, strict=True):
+        for (g, part), window in zip(piece.groups.lane_slices(), piece.counts.windows, strict=True):
             inside = piece.counts.inside[:, part]
-            bias, slope = within(lines, inside, counting)
+            bias, slope = interpolate_in_window(window, inside, counting)
             scores, d_weights = piece.logits[:, part] + bias, piece.d_weights[:, part]
             weights, d_scores = self.tile.score_gradients(scores, d_weights, piece.start, LANES, Groups(g, 1))
             nodes = [spread_within(inside[row : row + QUARTER], d_scores[row : row + QUARTER]) for row in quarters]
-            s.d_z[g] += placed(functools.reduce(jnp.add, nodes), piece.counts.base[:, part], counting)
+            s.d_z[g] += window_to_table(functools.reduce(jnp.add, nodes), piece.counts.base[:, part], counting)
             s.positions[g, piece.rows, :], s.d_scores[g, piece.rows, :] = inside, d_scores
-            s.bases[g, pl.ds(piece.half, 1), :] = piece.counts.base[:, part]
+            s.bases[g, pl.ds(piece.index, 1), :] = piece.counts.base[:, part]
             for row in quarters:
-                beyond[(piece.half * LANES + row) // QUARTER].append(cells_passed(inside[row : row + QUARTER]) > FEW)
-            found.append((weights.astype(s.value.dtype), d_scores, d_scores * slope))
-        piece.weights, piece.d_scores, piece.d_counts = (joined([one[k] for one in found], 1) for k in range(3))
+                beyond[(piece.index * LANES + row) // QUARTER].append(cells_crossed(inside[row : row + QUARTER]) > FEW)
+            per_group.append((weights.astype(s.value.dtype), d_scores, d_scores * slope))
+        piece.weights, piece.d_scores, piece.d_counts = (concatenate([values[k] for values in per_group], 1) for k in range(3))
 
     def add_beyond(self, first: Array, quarter: Array, n: Array) -> None:
         """Adds the gradient of z for more than ``FEW`` cells: of 64 keys, and the n-th query group from ``first`` on."""
         s, counting = self.tile.step, self.tile.step.plan.counting
         g, at = first + n, pl.ds(pl.multiple_of(quarter * QUARTER, QUARTER), QUARTER)
         inside, base = s.positions[g, at, :], s.bases[g, pl.ds(jax.lax.div(quarter, np.int32(LANES // QUARTER)), 1), :]
-        nodes = spread_beyond(inside, s.d_scores[g, at, :], jnp.max(cells_passed(inside)).astype(jnp.int32))
-        s.d_z[g] += placed(nodes, base, counting)
+        nodes = spread_beyond(inside, s.d_scores[g, at, :], jnp.max(cells_crossed(inside)).astype(jnp.int32))
+        s.d_z[g] += window_to_table(nodes, base, counting)
 
     # For any counts
 
-    def by_gathers(self, spots: list[StripCursor]) -> None:
+    def by_gathers(self, cursors: list[StripCursor]) -> None:
         """Processes a step for any counts, group by group."""
-        s, passages = self.tile.step, [self.band.passage(spot) for spot in spots]
-        last, needs = s.last_bias(), GatherWorklist(self.band)
-        pieces = self.pieces_of(passages)
-        staggered(pieces, [functools.partial(self.open_gates, True), functools.partial(self.note, needs, last)])
-        needs.close(spots)
+        s, states = self.tile.step, [self.region.load_state(cursor) for cursor in cursors]
+        last, worklist = s.last_bias(), GatherWorklist(self.region)
+        pieces = self.pieces_of(states)
+        software_pipeline(
+            pieces, [functools.partial(self.compute_gates, True), functools.partial(self.add_to_worklist, worklist, last)]
+        )
+        worklist.write(cursors)
         if s.plan.index is not None:
-            s.by_group(s.scores, s.all_groups(s.scores) + s.lookups(strip_of(spots)))
-        self.band.by_need(self.add_bias)
-        staggered(pieces, [self.differentiate, self.through_gates, functools.partial(self.accumulate, pieces)])
-        self.band.by_need(self.add_gathered)
+            s.by_group(s.scores, s.all_groups(s.scores) + s.lookup_biases(strip_of(cursors)))
+        self.region.for_each_gather(self.add_bias)
+        software_pipeline(pieces, [self.differentiate, self.backprop_gates, functools.partial(self.accumulate, pieces)])
+        self.region.for_each_gather(self.add_gathered)
         if s.plan.index is not None:
-            self.tile.add_strips_to_table(strip_of(spots))
-        self.band.leave(passages)
+            self.tile.add_strips_to_table(strip_of(cursors))
+        self.region.store_counts(states)
 
-    def note(self, needs: GatherWorklist, last: Array, piece: GradientPiece) -> None:
+    def add_to_worklist(self, worklist: GatherWorklist, last: Array, piece: GradientPiece) -> None:
         """Writes the scores with the bias of saturated counts, ``last`` [1, t], and lists the counts that are not saturated."""
         s = self.tile.step
-        needs.note(piece.passage.spot, piece.half, piece.passage.past(sums_to_the_right(piece.gates, s.plan.counting)))
-        for g, part in piece.groups.apart():
+        worklist.add(piece.state.cursor, piece.index, piece.state.advance(suffix_sums(piece.gates, s.plan.counting)))
+        for g, part in piece.groups.lane_slices():
             s.scores[g, piece.rows, :] = piece.logits[:, part] + last[:, g * LANES : (g + 1) * LANES]
-            s.slopes_there[g, piece.rows, :] = jnp.zeros((LANES, LANES), jnp.float32)
+            s.bias_slopes[g, piece.rows, :] = jnp.zeros((LANES, LANES), jnp.float32)
 
     def add_bias(self, g: Any, at: Any, few: bool) -> None:
         """Replaces bias and slope of saturated counts by those at the stored positions, for query group g and the keys ``at``."""
         s, counting = self.tile.step, self.tile.step.plan.counting
-        bias, slope = interpolated(s.positions[g, at, :], s.z[g], s.slope[g], counting, few)
+        bias, slope = interpolate(s.positions[g, at, :], s.z[g], s.slope[g], counting, few)
         s.scores[g, at, :] += bias - s.z[g, pl.ds(counting.last, 1), :]
-        s.slopes_there[g, at, :] = slope
+        s.bias_slopes[g, at, :] = slope
 
     def differentiate(self, piece: GradientPiece) -> None:
         """Computes weights and gradients from the stored scores and slopes, as if the bias was that of saturated counts."""
-        s, found = self.tile.step, []
-        for g, part in piece.groups.apart():
+        s, per_group = self.tile.step, []
+        for g, part in piece.groups.lane_slices():
             scores, d_weights = s.scores[g, piece.rows, :], piece.d_weights[:, part]
             weights, d_scores = self.tile.score_gradients(scores, d_weights, piece.start, LANES, Groups(g, 1))
             s.d_scores[g, piece.rows, :] = d_scores
             s.d_last[pl.ds(g, 1), :] += d_scores.sum(0, keepdims=True)
-            found.append((weights.astype(s.value.dtype), d_scores, d_scores * s.slopes_there[g, piece.rows, :]))
-        piece.weights, piece.d_scores, piece.d_counts = (joined([one[k] for one in found], 1) for k in range(3))
+            per_group.append((weights.astype(s.value.dtype), d_scores, d_scores * s.bias_slopes[g, piece.rows, :]))
+        piece.weights, piece.d_scores, piece.d_counts = (concatenate([values[k] for values in per_group], 1) for k in range(3))
 
     def add_gathered(self, g: Any, at: Any, few: bool) -> None:
         """Moves the gradient of z from the last position to the stored positions, for query group g and keys ``at``."""
         s, counting = self.tile.step, self.tile.step.plan.counting
-        where, part = s.positions[g, at, :], s.d_scores[g, at, :]
+        positions, d_scores = s.positions[g, at, :], s.d_scores[g, at, :]
         if few:
-            s.d_z[g] += spread(where, part, jnp.max(spans(where)), counting)
+            s.d_z[g] += spread(positions, d_scores, jnp.max(spans(positions)), counting)
         else:
             s.d_z[g] += spread_widely(s.positions.at[g, at], s.d_scores.at[g, at], counting)
-        s.d_last[pl.ds(g, 1), :] -= part.sum(0, keepdims=True)
+        s.d_last[pl.ds(g, 1), :] -= d_scores.sum(0, keepdims=True)
 
     # For both
 
-    def pieces_of(self, passages: list[QueryGroupState]) -> list[GradientPiece]:
+    def pieces_of(self, states: list[QueryGroupState]) -> list[GradientPiece]:
         """Returns the strips in pieces, each strip from the left to the right, and loads ``gathered`` of each pair."""
         s = self.tile.step
-        for passage in passages:
-            passage.gathered = as_row(s.gathered, passage.spot.groups)
-        return [GradientPiece(passage, half) for passage in passages for half in range(s.plan.blocks.strip // LANES)]
+        for state in states:
+            state.gathered = as_row(s.gathered, state.cursor.groups)
+        return [GradientPiece(state, index) for state in states for index in range(s.plan.blocks.strip // LANES)]
 
-    def open_gates(self, masked: bool, piece: GradientPiece) -> None:
+    def compute_gates(self, masked: bool, piece: GradientPiece) -> None:
         """Computes the logits, the gradient of the weights, and the gates."""
         piece.locate()
         logits, piece.d_weights = self.tile.products(piece.start, LANES, piece.groups)
-        piece.open_gates(logits, masked)
+        piece.compute_gates(logits, masked)
 
-    def through_gates(self, piece: GradientPiece) -> None:
+    def backprop_gates(self, piece: GradientPiece) -> None:
         """Adds the gradients through the gates: that of a count reaches the gates of all keys from its own to the query."""
-        s, passage = self.tile.step, piece.passage
-        d_gates = sums_to_the_left(piece.d_counts, s.plan.counting) + passage.gathered
-        passage.gathered = d_gates[LANES - 1 :]
+        s, state = self.tile.step, piece.state
+        d_gates = prefix_sums(piece.d_counts, s.plan.counting) + state.gathered
+        state.gathered = d_gates[LANES - 1 :]
         piece.d_logits = (piece.d_scores + d_gates * gate_slope(piece.gates)).astype(s.key.dtype)
 
     def accumulate(self, pieces: list[GradientPiece], piece: GradientPiece) -> None:
         """Adds the gradients of the strip that ends with ``piece``, one of ``pieces``, and stores ``gathered`` of its pair."""
-        s, passage = self.tile.step, piece.passage
-        strip = [other for other in pieces if other.passage is passage]
+        s, state = self.tile.step, piece.state
+        strip = [other for other in pieces if other.state is state]
         if piece is not strip[-1]:
             return
-        weights, d_logits = (joined([getattr(one, name) for one in strip], 0) for name in ("weights", "d_logits"))
-        self.tile.accumulate(s.start_of(passage.spot.strip), s.plan.blocks.strip, weights, d_logits, piece.groups)
-        for g, part in piece.groups.apart():
-            s.gathered[pl.ds(g, 1), :] = passage.gathered[:, part]
+        weights, d_logits = (concatenate([getattr(member, name) for member in strip], 0) for name in ("weights", "d_logits"))
+        self.tile.accumulate(s.start_of(state.cursor.strip), s.plan.blocks.strip, weights, d_logits, piece.groups)
+        for g, part in piece.groups.lane_slices():
+            s.gathered[pl.ds(g, 1), :] = state.gathered[:, part]

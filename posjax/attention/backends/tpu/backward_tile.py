@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from posjax.attention.backends.tpu.step import Groups, Step, as_row, masked_or_not, soft, soft_cap_derivative, turned
+from posjax.attention.backends.tpu.step import (
+    Groups,
+    Step,
+    apply_rotary,
+    apply_soft_cap,
+    as_row,
+    masked_or_not,
+    soft_cap_derivative,
+)
 from posjax.attention.backends.tpu.tiles import NN, NT, TN, matmul_bf16x3, product, to_sublanes
 from posjax.typing import Array
 
@@ -41,7 +49,7 @@ class BackwardTile:
     def initialise_keys(self) -> None:
         """Rotates the keys and clears their gradients, before the first query tile that they meet."""
         s = self.step
-        if s.plan.turn_keys:
+        if s.plan.rotates_keys:
             s.prepare_keys()
         s.dk_acc[...] = jnp.zeros(s.dk_acc.shape, jnp.float32)
         s.dv_acc[...] = jnp.zeros(s.dv_acc.shape, jnp.float32)
@@ -93,7 +101,7 @@ class BackwardTile:
         s = self.step
         if s.plan.penalised:
             scores = scores + s.penalty(start, size, groups)
-        scores = soft(s.plan, scores)
+        scores = apply_soft_cap(s.plan, scores)
         weights = jnp.exp2(scores - as_row(s.lse, groups))
         d_scores = weights * (d_weights - as_row(s.delta, groups))
         return weights, d_scores if s.plan.soft_cap is None else d_scores * soft_cap_derivative(s.plan, scores)
@@ -110,7 +118,7 @@ class BackwardTile:
 
     def add_past_last(self, d_bias: Array) -> None:
         """Adds the gradient of the bias of saturated counts, [1, t], to that of the last position."""
-        for g, part in self.every.apart():
+        for g, part in self.every.lane_slices():
             self.step.d_last[pl.ds(g, 1), :] += d_bias[:, part]
 
     def add_to_table(self, index: Array, gradient: Array) -> None:
@@ -135,7 +143,7 @@ class BackwardTile:
 
     def key_tiles(self) -> None:
         """Processes the keys of the block outside the counting region."""
-        self.step.for_tiles(lambda j, whole: self.step.choose(j, whole, self.plain_tile, self.lookup_tile))
+        self.step.for_key_tiles(lambda j, is_full: self.step.dispatch_tile(j, is_full, self.plain_tile, self.lookup_tile))
 
     def plain_tile(self, j: Array, masked: bool) -> None:
         """Processes key tile j, in which the bias is constant along a row."""
@@ -146,23 +154,23 @@ class BackwardTile:
         constant = s.constant(queries, keys)
         if constant is not None:
             scores = scores + constant
-        scores = s.left(scores, start) if masked else scores
+        scores = s.apply_mask(scores, start) if masked else scores
         weights, d_scores = self.score_gradients(scores, d_weights, start, size, self.every)
         if constant is not None:
             d_constant = d_scores.sum(0, keepdims=True)
             if s.plan.counting is not None:
                 self.add_past_last(d_constant)
             if s.plan.index is not None:
-                for _, part in self.every.apart():
+                for _, part in self.every.lane_slices():
                     s.d_table_acc[s.common_index(queries, keys), pl.ds(0, 1), :] += d_constant[:, part]
         self.accumulate(start, size, weights, d_scores, self.every)
 
-    def lookup_tile(self, j: Array, whole: Array) -> None:
-        """Processes key tile j strip by strip, with T5 lookups; ``whole`` is True if its pairs need no mask."""
+    def lookup_tile(self, j: Array, is_full: Array) -> None:
+        """Processes key tile j strip by strip, with T5 lookups; ``is_full`` is True if its pairs need no mask."""
 
         def one(n: Array, _: None) -> None:
             strip = j * self.step.plan.per_tile + n
-            masked_or_not(functools.partial(self.lookup_strip, strip), whole)
+            masked_or_not(functools.partial(self.lookup_strip, strip), is_full)
 
         jax.lax.fori_loop(0, self.step.plan.per_tile, one, None)
 
@@ -171,9 +179,9 @@ class BackwardTile:
         s, size = self.step, self.step.plan.blocks.strip
         start = s.start_of(strip)
         scores, d_weights = self.products(start, size, self.every)
-        scores = scores + s.lookups(lambda g: strip)
+        scores = scores + s.lookup_biases(lambda g: strip)
         scores = scores if s.plan.counting is None else scores + s.last_bias()
-        scores = s.left(scores, start) if masked else scores
+        scores = s.apply_mask(scores, start) if masked else scores
         weights, d_scores = self.score_gradients(scores, d_weights, start, size, self.every)
         if s.plan.counting is not None:
             self.add_past_last(d_scores.sum(0, keepdims=True))
@@ -193,8 +201,8 @@ class BackwardTile:
         d_rotated = s.dq_acc[...].T
         s.d_scale[...] += (d_rotated * s.queries().astype(jnp.float32)).sum(0, keepdims=True)
         d_query = d_rotated * self.scale[0]
-        if s.query_turn is not None:
-            d_query = turned(d_query, s.query_turn, s.partner[...], back=True)
+        if s.query_cos_sin is not None:
+            d_query = apply_rotary(d_query, s.query_cos_sin, s.rotate_half_matrix[...], inverse=True)
         if plan.counting is not None:
             d_counted = self.embedding_gradients()
             if s.counted_query is None:
@@ -235,8 +243,10 @@ class BackwardTile:
         def one(n: Array, _: None) -> None:
             at = pl.ds(pl.multiple_of(n * size, size), size)
             d_key = s.dk_acc[at, :] * self.scale[0]
-            if s.plan.turn_keys:
-                d_key = turned(d_key, (s.key_turn[0, at, :], s.key_turn[1, at, :]), s.partner[...], back=True)
+            if s.plan.rotates_keys:
+                d_key = apply_rotary(
+                    d_key, (s.key_cos_sin[0, at, :], s.key_cos_sin[1, at, :]), s.rotate_half_matrix[...], inverse=True
+                )
             s.d_key[at, :] = d_key.astype(s.d_key.dtype)
 
         jax.lax.fori_loop(0, s.key.shape[0] // size, one, None)

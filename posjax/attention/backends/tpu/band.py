@@ -1,9 +1,9 @@
 """The counting region: the keys left of the diagonal that CoPE counts, and the running counts of the queries.
 
-A pair of query groups (``passage`` in the code) is two groups of 128 queries, or one where a tile has an odd number of groups. In
-each counting step, every pair processes one strip of keys, starting at the rightmost strip that its mask allows. All pairs are then
-equally far from the diagonal, and need equally many steps where their gates are alike. The kernel stores the strip at which a pair
-stopped; the keys to its left are processed in plain key tiles.
+A pair of query groups is two groups of 128 queries, or one where a tile has an odd number of groups. In each counting step, every
+pair processes one strip of keys, starting at the rightmost strip that its mask allows. All pairs are then equally far from the
+diagonal, and need equally many steps where their gates are alike. The kernel stores the strip at which a pair stopped; the keys to
+its left are processed in plain key tiles.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ from posjax.attention.backends.tpu.tiles import (
     WIDE,
     Window,
     cell,
+    concatenate,
     doubled_gates,
-    joined,
     positions,
     spans,
     two_sum,
@@ -43,15 +43,15 @@ class StripCursor(NamedTuple):
 
     Attributes:
       groups: the query groups.
-      strip: index of the strip in the resident block; arbitrary where ``here`` is False.
-      here: whether there is a strip in this step and in this block.
-      whole: whether the mask allows all pairs of the strip.
+      strip: index of the strip in the resident block; arbitrary where ``is_active`` is False.
+      is_active: whether there is a strip in this step and in this block.
+      is_full: whether the mask allows all pairs of the strip.
     """
 
     groups: Groups
     strip: Array
-    here: Array
-    whole: Array
+    is_active: Array
+    is_full: Array
 
 
 class WindowedCounts(NamedTuple):
@@ -76,47 +76,49 @@ class WindowedCounts(NamedTuple):
         margin = 2.0**-10
         medium = cell(self.inside[:1] + margin) - cell(self.inside[LANES - 1 :] - margin) >= SUBLANES - 1
         wide = (cell(self.inside[:1] + margin) >= SUBLANES) & (self.base < last)
-        found = jnp.where(wide, WIDE, jnp.where(medium, MEDIUM, NARROW))
-        return functools.reduce(jnp.maximum, jnp.split(found, found.shape[1] // LANES, 1))
+        span = jnp.where(wide, WIDE, jnp.where(medium, MEDIUM, NARROW))
+        return functools.reduce(jnp.maximum, jnp.split(span, span.shape[1] // LANES, 1))
 
 
-def strip_of(spots: list[StripCursor]) -> Callable[[Array], Array]:
+def strip_of(cursors: list[StripCursor]) -> Callable[[Array], Array]:
     """Returns a function from the index of a query group to its strip."""
 
-    def find(g: Array) -> Array:
-        a = jax.lax.div(g, np.int32(spots[0].groups.count))
-        return functools.reduce(lambda found, n: jnp.where(a == n, spots[n].strip, found), range(len(spots)), spots[0].strip)
+    def strip_of_group(g: Array) -> Array:
+        pair = jax.lax.div(g, np.int32(cursors[0].groups.count))
+        return functools.reduce(
+            lambda strip, n: jnp.where(pair == n, cursors[n].strip, strip), range(len(cursors)), cursors[0].strip
+        )
 
-    return find
+    return strip_of_group
 
 
 def bits(flags: list[Array]) -> Array:
     """Packs flags [1, 128] into an integer: bit n is 1 if any entry of ``flags[n]`` is set."""
-    most = joined([flag.astype(jnp.int32) for flag in flags], 0).max(1, keepdims=True)
-    return jnp.sum(jnp.where(most > 0, 1 << jax.lax.broadcasted_iota(jnp.int32, most.shape, 0), 0))
+    is_set = concatenate([flag.astype(jnp.int32) for flag in flags], 0).max(1, keepdims=True)
+    return jnp.sum(jnp.where(is_set > 0, 1 << jax.lax.broadcasted_iota(jnp.int32, is_set.shape, 0), 0))
 
 
-def for_bits(found: Array, do: Any) -> None:
-    """Calls ``do(n)`` for the index n of each bit that is set."""
+def for_bits(bitset: Array, body: Any) -> None:
+    """Calls ``body(n)`` for the index n of each bit that is set."""
 
-    def lowest(left: Array) -> Array:
-        do(31 - jax.lax.clz(left & -left))
-        return left & (left - 1)
+    def clear_lowest(remaining: Array) -> Array:
+        body(31 - jax.lax.clz(remaining & -remaining))
+        return remaining & (remaining - 1)
 
-    jax.lax.while_loop(lambda left: left != 0, lowest, found)
+    jax.lax.while_loop(lambda remaining: remaining != 0, clear_lowest, bitset)
 
 
-def for_each(flags: list[list[Array]], do: Any) -> None:
-    """Calls ``do(row, n)`` where any entry of ``flags[row][n]`` [1, 128] is set; a row has at most 16 flags."""
+def for_each(flags: list[list[Array]], body: Any) -> None:
+    """Calls ``body(row, n)`` where any entry of ``flags[row][n]`` [1, 128] is set; a row has at most 16 flags."""
     size, rows = len(flags[0]), 32 // len(flags[0])
     for first in range(0, len(flags), rows):
-        found = [bits(row) << (n * size) for n, row in enumerate(flags[first : first + rows])]
+        bitsets = [bits(row) << (n * size) for n, row in enumerate(flags[first : first + rows])]
 
         def one(n: Array, first: int = first) -> None:
             row = jax.lax.div(n, np.int32(size))
-            do(first + row, n - row * size)
+            body(first + row, n - row * size)
 
-        for_bits(functools.reduce(jnp.bitwise_or, found), one)
+        for_bits(functools.reduce(jnp.bitwise_or, bitsets), one)
 
 
 @dataclasses.dataclass
@@ -125,47 +127,47 @@ class QueryGroupState:
 
     Attributes:
       step: the query tile, with the tables.
-      spot: the strip.
-      back: True subtracts gates from the counts, from the left; False adds them, from the right.
-      high, low: [1, t]; their sum is the counts where the walk enters the strip, and ``past`` updates it.
-      base, now: [1, t]; their sum is the current counts minus ``OFFSET`` in ``through``.
+      cursor: the strip.
+      is_backward: True subtracts gates from the counts, from the left; False adds them, from the right.
+      high, low: [1, t]; their sum is the counts where the walk enters the strip, and ``advance`` updates it.
+      base, offset: [1, t]; their sum is the current counts minus ``OFFSET`` in ``advance_in_window``.
       windows: the current windows, one for each group.
-      sums: [1, t] for each processed piece, the sum of its gates.
+      gate_sums: [1, t] for each processed piece, the sum of its gates.
       gathered: [1, t], in the backward pass: the sum of the gradients of the counts at all keys to the left.
     """
 
     step: Step
-    spot: StripCursor
-    back: bool
+    cursor: StripCursor
+    is_backward: bool
     high: Array
     low: Array
     base: Array | None = None
-    now: Array | None = None
+    offset: Array | None = None
     windows: list[Window] = dataclasses.field(default_factory=list)
-    sums: list[Array] = dataclasses.field(default_factory=list)
+    gate_sums: list[Array] = dataclasses.field(default_factory=list)
     gathered: Array | None = None
 
-    def past(self, later: Array) -> Array:
-        """Returns the counts [128, t] of a piece with the gate sums ``later``, and advances past the piece."""
-        before = self.high + self.low
-        self.high, self.low = two_sum(self.high, self.low, -later[:1] if self.back else later[:1])
-        self.sums.append(later[:1])
-        return later + (self.high + self.low if self.back else before)
+    def advance(self, suffix_sums: Array) -> Array:
+        """Returns the counts [128, t] of a piece with the gate sums ``suffix_sums``, and advances past the piece."""
+        counts_before = self.high + self.low
+        self.high, self.low = two_sum(self.high, self.low, -suffix_sums[:1] if self.is_backward else suffix_sums[:1])
+        self.gate_sums.append(suffix_sums[:1])
+        return suffix_sums + (self.high + self.low if self.is_backward else counts_before)
 
-    def through(self, later: Array) -> WindowedCounts:
-        """Does the same as ``past``, but returns counts relative to windows of eight cells."""
-        if self.now is None:
+    def advance_in_window(self, suffix_sums: Array) -> WindowedCounts:
+        """Does the same as ``advance``, but returns counts relative to windows of eight cells."""
+        if self.offset is None:
             self.base = self.high.astype(jnp.int32)
-            self.now = (self.high - self.base.astype(jnp.float32)) + self.low - OFFSET
-        if self.back or not self.sums:  # the forward pass uses one window for all pieces
-            cells = cell(self.now + 2.0**-10) - (SUBLANES - 2) if self.back else cell(self.now)
-            self.base, self.now = self.base + cells.astype(jnp.int32), self.now - cells
+            self.offset = (self.high - self.base.astype(jnp.float32)) + self.low - OFFSET
+        if self.is_backward or not self.gate_sums:  # the forward pass uses one window for all pieces
+            shift = cell(self.offset + 2.0**-10) - (SUBLANES - 2) if self.is_backward else cell(self.offset)
+            self.base, self.offset = self.base + shift.astype(jnp.int32), self.offset - shift
             z, slope, counting = self.step.z, self.step.slope, self.step.plan.counting
-            self.windows = [window(z[g], slope[g], self.base[:, part], counting) for g, part in self.spot.groups.apart()]
-        right = self.now - later[:1] if self.back else self.now
-        self.now = right if self.back else right + later[:1]
-        self.sums.append(later[:1])
-        return WindowedCounts(self.base, later + right, self.windows)
+            self.windows = [window(z[g], slope[g], self.base[:, part], counting) for g, part in self.cursor.groups.lane_slices()]
+        right_offset = self.offset - suffix_sums[:1] if self.is_backward else self.offset
+        self.offset = right_offset if self.is_backward else right_offset + suffix_sums[:1]
+        self.gate_sums.append(suffix_sums[:1])
+        return WindowedCounts(self.base, suffix_sums + right_offset, self.windows)
 
 
 @dataclasses.dataclass
@@ -173,16 +175,16 @@ class StripPiece:
     """Holds 128 keys of the strip of a pair of query groups, and the values that the stages of a counting step compute for them.
 
     Attributes:
-      passage: the running counts of the pair, which the pieces of its strip share.
-      half: index of the piece in the strip.
+      state: the running counts of the pair, which the pieces of its strip share.
+      index: index of the piece in the strip.
       start: index of its first key in the resident block.
       logits: [128, t], the scores before any bias.
       gates: [128, t], ``doubled_gates`` of the logits.
       counts: the counts, where a step looks up their biases in windows.
     """
 
-    passage: QueryGroupState
-    half: int
+    state: QueryGroupState
+    index: int
     start: Array | None = None
     logits: Array | None = None
     gates: Array | None = None
@@ -190,22 +192,22 @@ class StripPiece:
 
     @property
     def groups(self) -> Groups:
-        return self.passage.spot.groups
+        return self.state.cursor.groups
 
     @property
     def rows(self) -> Any:
         """Returns the keys' slice of a buffer that holds a strip."""
-        return pl.ds(self.half * LANES, LANES)
+        return pl.ds(self.index * LANES, LANES)
 
     def locate(self) -> None:
         """Computes ``start``."""
-        self.start = pl.multiple_of(self.passage.step.start_of(self.passage.spot.strip) + self.half * LANES, LANES)
+        self.start = pl.multiple_of(self.state.step.start_of(self.state.cursor.strip) + self.index * LANES, LANES)
 
-    def open_gates(self, logits: Array, masked: bool) -> None:
+    def compute_gates(self, logits: Array, masked: bool) -> None:
         """Stores scores [128, t] and computes the gates; ``masked`` applies the mask, which sets gates to zero."""
-        s, spot = self.passage.step, self.passage.spot
+        s, cursor = self.state.step, self.state.cursor
         if masked:
-            logits = jnp.where(s.pairs(self.start, LANES, spot.groups, spot.here), logits, MASK_VALUE)
+            logits = jnp.where(s.pairs(self.start, LANES, cursor.groups, cursor.is_active), logits, MASK_VALUE)
         self.logits, self.gates = logits, doubled_gates(logits, s.plan.counting.exact)
 
 
@@ -215,86 +217,88 @@ class CountingRegion:
 
     Attributes:
       step: the query tile.
-      lowest: index of a pair of query groups -> the leftmost strip that it may count.
-      back: True subtracts gates from the counts, from the left; False adds them, from the right.
+      first_strip: index of a pair of query groups -> the leftmost strip that it may count.
+      is_backward: True subtracts gates from the counts, from the left; False adds them, from the right.
     """
 
     step: Step
-    lowest: Callable[[Any], Array]
-    back: bool = False
+    first_strip: Callable[[Any], Array]
+    is_backward: bool = False
 
     @property
-    def passages(self) -> int:
+    def num_pairs(self) -> int:
         return self.step.plan.groups // self.step.plan.groups_side_by_side
 
-    def seen(self, a: Array | int) -> list[Array]:
+    def visible_strips(self, a: Array | int) -> list[Array]:
         """Returns the first strip that the mask allows for pair a of query groups, and one past the last."""
-        return self.step.entry("bands", self.step.tile * self.passages + a)
+        return self.step.entry("visible_strips", self.step.tile * self.num_pairs + a)
 
-    def steps(self) -> tuple[Array, Array]:
+    def step_range(self) -> tuple[Array, Array]:
         """Returns the range (begin, end) of steps in which some pair of query groups may have a strip in this block."""
-        begins, strips = self.step.key_block * self.step.strips, self.step.strips
-        last = [self.seen(a)[1] for a in range(self.passages)]
-        first = functools.reduce(jnp.minimum, [n - (begins + strips) for n in last])
-        end = functools.reduce(jnp.maximum, [n - jnp.maximum(self.lowest(a), begins) for a, n in enumerate(last)])
+        begin, strips = self.step.key_block * self.step.strips, self.step.strips
+        last = [self.visible_strips(a)[1] for a in range(self.num_pairs)]
+        first = functools.reduce(jnp.minimum, [n - (begin + strips) for n in last])
+        end = functools.reduce(jnp.maximum, [n - jnp.maximum(self.first_strip(a), begin) for a, n in enumerate(last)])
         return jnp.maximum(first, 0), end
 
-    def spot(self, n: Array, a: Array | int) -> StripCursor:
+    def cursor(self, n: Array, a: Array | int) -> StripCursor:
         """Returns the strip of pair a of query groups in step n."""
         s, size = self.step, self.step.plan.groups_side_by_side
-        strip = self.seen(a)[1] - 1 - n
-        here = strip >= self.lowest(a)
+        strip = self.visible_strips(a)[1] - 1 - n
+        is_active = strip >= self.first_strip(a)
         strip = strip - s.key_block * s.strips
-        here &= (strip >= 0) & (strip < s.strips)
+        is_active &= (strip >= 0) & (strip < s.strips)
         strip = jnp.clip(strip, 0, s.strips - 1)
-        whole = here
+        is_full = is_active
         for g in range(size):
-            whole &= s.plan.rules.all(s.group_extent(a * size + g), s.strip_extent(strip))
-        return StripCursor(Groups(a * size, size), strip, here, whole)
+            is_full &= s.plan.rules.all(s.group_extent(a * size + g), s.strip_extent(strip))
+        return StripCursor(Groups(a * size, size), strip, is_active, is_full)
 
-    def spots(self, n: Array) -> list[StripCursor]:
-        return [self.spot(n, a) for a in range(self.passages)]
+    def cursors(self, n: Array) -> list[StripCursor]:
+        return [self.cursor(n, a) for a in range(self.num_pairs)]
 
-    def passage(self, spot: StripCursor) -> QueryGroupState:
+    def load_state(self, cursor: StripCursor) -> QueryGroupState:
         """Returns the counts of a pair of query groups at the start of its strip."""
-        return QueryGroupState(self.step, spot, self.back, *(as_row(ref, spot.groups) for ref in (self.step.high, self.step.low)))
+        return QueryGroupState(
+            self.step, cursor, self.is_backward, *(as_row(ref, cursor.groups) for ref in (self.step.high, self.step.low))
+        )
 
-    def leave(self, passages: list[QueryGroupState], valid: Array | bool = True) -> None:
-        """Adds the gates of the processed strips to the stored counts, or subtracts them if ``back``; only if ``valid``."""
+    def store_counts(self, states: list[QueryGroupState], valid: Array | bool = True) -> None:
+        """Adds the gates of the processed strips to the stored counts, or subtracts them if ``is_backward``; only if ``valid``."""
         high, low = self.step.high, self.step.low
-        for passage in passages:
-            sums = functools.reduce(jnp.add, passage.sums[::-1] if passage.back else passage.sums)
-            sums = jnp.where(valid, -sums if passage.back else sums, 0.0)
-            for g, part in passage.spot.groups.apart():
+        for state in states:
+            gate_sums = functools.reduce(jnp.add, state.gate_sums[::-1] if state.is_backward else state.gate_sums)
+            gate_sums = jnp.where(valid, -gate_sums if state.is_backward else gate_sums, 0.0)
+            for g, part in state.cursor.groups.lane_slices():
                 row = pl.ds(g, 1)
-                high[row, :], low[row, :] = two_sum(high[row, :], low[row, :], sums[:, part])
+                high[row, :], low[row, :] = two_sum(high[row, :], low[row, :], gate_sums[:, part])
 
-    def goes_on(self, n: Array) -> Array:
+    def has_next(self, n: Array) -> Array:
         """Returns whether queries with unsaturated counts have a strip in step n or later."""
-        unsaturated, begins, size = self.unsaturated(), self.step.key_block * self.step.strips, self.step.plan.groups_side_by_side
-        found = jnp.zeros((), bool)
-        for a in range(self.passages):
-            own = ((1 << size) - 1) << (a * size)
-            found |= (self.seen(a)[1] - 1 - n >= jnp.maximum(self.lowest(a), begins)) & (unsaturated & own != 0)
-        return found
+        unsaturated, begin, size = self.unsaturated(), self.step.key_block * self.step.strips, self.step.plan.groups_side_by_side
+        has_next = jnp.zeros((), bool)
+        for a in range(self.num_pairs):
+            mask = ((1 << size) - 1) << (a * size)
+            has_next |= (self.visible_strips(a)[1] - 1 - n >= jnp.maximum(self.first_strip(a), begin)) & (unsaturated & mask != 0)
+        return has_next
 
     def unsaturated(self) -> Array:
         """Returns an integer with a bit for each query group, 1 if a count of the group is below the last position."""
         s = self.step
         return bits([s.high[...] + s.low[...] < s.plan.counting.last])
 
-    def by_need(self, add: Any) -> None:
-        """Calls ``add(g, at, few)`` for each entry of the work-list: query group g and the slice ``at`` of 64 keys of its strip.
+    def for_each_gather(self, body: Any) -> None:
+        """Calls ``body(g, at, few)`` for each entry of the work-list: query group g and the slice ``at`` of 64 keys of its strip.
 
         ``few`` is True if every query crosses fewer than eight cells there.
         """
 
-        def one(quarter: Array, _: None) -> None:
+        def one_quarter(quarter: Array, _: None) -> None:
             at = pl.ds(pl.multiple_of(quarter * QUARTER, QUARTER), QUARTER)
             for many in (0, 1):
-                for_bits(self.step.need[2 * quarter + many], lambda g, few=not many: add(g, at, few))
+                for_bits(self.step.worklist[2 * quarter + many], lambda g, few=not many: body(g, at, few))
 
-        jax.lax.fori_loop(0, self.step.plan.blocks.strip // QUARTER, one, None)
+        jax.lax.fori_loop(0, self.step.plan.blocks.strip // QUARTER, one_quarter, None)
 
 
 @dataclasses.dataclass
@@ -302,42 +306,42 @@ class GatherWorklist:
     """Lists the gathers of a step: for each ``QUARTER`` (64 keys) of the strips, the query groups with unsaturated counts.
 
     Attributes:
-      band: the counting region.
+      region: the counting region.
       groups: (quarter, group) -> [1, 128], 0 if all counts are saturated, 1 if few and 2 if many (eight or more) cells are crossed.
       ends: first group of a pair -> the cells of the first and last key of each piece, [1, t].
     """
 
-    band: CountingRegion
+    region: CountingRegion
     groups: dict[tuple[int, int], Array] = dataclasses.field(default_factory=dict)
     ends: dict[int, list[Array]] = dataclasses.field(default_factory=dict)
 
-    def note(self, spot: StripCursor, half: int, counts: Array) -> None:
-        """Stores the positions of piece ``half`` (128 keys) of a strip, and adds the piece to the list."""
-        s, last = self.band.step, self.band.step.plan.counting.last
-        where = positions(counts, s.plan.counting)
-        ends = self.ends.setdefault(spot.groups.first, [])
-        ends += [where[:1].astype(jnp.int32), where[-1:].astype(jnp.int32)]
-        for g, part in spot.groups.apart():
-            s.positions[g, pl.ds(half * LANES, LANES), :] = where[:, part]
+    def add(self, cursor: StripCursor, index: int, counts: Array) -> None:
+        """Stores the positions of piece ``index`` (128 keys) of a strip, and adds the piece to the list."""
+        s, last = self.region.step, self.region.step.plan.counting.last
+        clamped = positions(counts, s.plan.counting)
+        ends = self.ends.setdefault(cursor.groups.first, [])
+        ends += [clamped[:1].astype(jnp.int32), clamped[-1:].astype(jnp.int32)]
+        for g, part in cursor.groups.lane_slices():
+            s.positions[g, pl.ds(index * LANES, LANES), :] = clamped[:, part]
             for at in range(0, LANES, QUARTER):
-                quarter = where[at : at + QUARTER, part]
+                quarter = clamped[at : at + QUARTER, part]
                 many = 1 + (spans(quarter) >= SUBLANES).astype(jnp.int32)
-                self.groups[(half * LANES + at) // QUARTER, g] = jnp.where(quarter[-1:] >= last, 0, many)
+                self.groups[(index * LANES + at) // QUARTER, g] = jnp.where(quarter[-1:] >= last, 0, many)
 
-    def close(self, spots: list[StripCursor]) -> Array:
-        """Writes the list to SMEM for ``by_need``.
+    def write(self, cursors: list[StripCursor]) -> Array:
+        """Writes the list to SMEM for ``for_each_gather``.
 
         Returns:
           The greatest number of cells that a query crosses in the step, a scalar.
         """
-        s, seen = self.band.step, jnp.zeros((), jnp.int32)
-        for spot in spots:
-            for g, _ in spot.groups.apart():
-                unseen = s.plan.rules.none(s.group_extent(g), s.strip_extent(spot.strip))
-                seen |= jnp.where(spot.here & ~unseen, 1 << g, 0)
+        s, visible = self.region.step, jnp.zeros((), jnp.int32)
+        for cursor in cursors:
+            for g, _ in cursor.groups.lane_slices():
+                is_masked = s.plan.rules.none(s.group_extent(g), s.strip_extent(cursor.strip))
+                visible |= jnp.where(cursor.is_active & ~is_masked, 1 << g, 0)
         for n in range(s.plan.blocks.strip // QUARTER):
-            own = [self.groups[n, g] for g in range(s.plan.groups)]
-            many = bits([need > 1 for need in own]) & seen
-            s.need[2 * n], s.need[2 * n + 1] = (bits(own) & seen) ^ many, many
+            kinds = [self.groups[n, g] for g in range(s.plan.groups)]
+            many = bits([kind > 1 for kind in kinds]) & visible
+            s.worklist[2 * n], s.worklist[2 * n + 1] = (bits(kinds) & visible) ^ many, many
         cells = [functools.reduce(jnp.maximum, ends) - functools.reduce(jnp.minimum, ends) for ends in self.ends.values()]
-        return jnp.max(joined(cells, 1))
+        return jnp.max(concatenate(cells, 1))

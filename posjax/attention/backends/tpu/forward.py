@@ -38,12 +38,12 @@ from posjax.attention.backends.tpu.step import (
     Plan,
     Scalars,
     Step,
+    apply_soft_cap,
     blocks_of,
     inputs_of,
     make_scalars,
     masked_or_not,
     scratch_of,
-    soft,
 )
 from posjax.attention.backends.tpu.tiles import (
     LANES,
@@ -53,12 +53,12 @@ from posjax.attention.backends.tpu.tiles import (
     SUBLANES,
     TN,
     WIDE,
-    interpolated,
-    joined,
+    concatenate,
+    interpolate,
+    interpolate_in_window,
     product,
-    staggered,
-    sums_to_the_right,
-    within,
+    software_pipeline,
+    suffix_sums,
 )
 from posjax.typing import Array
 
@@ -109,7 +109,7 @@ class ForwardTile:
             part = slice(lane, lane := lane + piece.shape[1])
             at = pl.ds(groups.first * LANES + part.start, piece.shape[1])
             piece = piece if penalty is None else piece + penalty[:, part]
-            piece = soft(s.plan, piece)
+            piece = apply_soft_cap(s.plan, piece)
             m_prev = s.m[:, at]
             m_next = jnp.maximum(m_prev, piece.max(0, keepdims=True))
             weight, alpha = jnp.exp2(piece - m_next), jnp.exp2(m_prev - m_next)
@@ -118,11 +118,11 @@ class ForwardTile:
             s.acc[:, at] = s.acc[:, at] * alpha
             weights.append(weight.astype(s.value.dtype))
         value = s.value[pl.ds(start, size), :]
-        s.acc[:, groups.lanes] += product(value, joined(weights, 1), TN, value.dtype == jnp.float32)
+        s.acc[:, groups.lanes] += product(value, concatenate(weights, 1), TN, value.dtype == jnp.float32)
 
     def key_tiles(self) -> None:
         """Processes the keys of the block outside the counting region."""
-        self.step.for_tiles(lambda j, whole: self.step.choose(j, whole, self.plain_tile, self.lookup_tile))
+        self.step.for_key_tiles(lambda j, is_full: self.step.dispatch_tile(j, is_full, self.plain_tile, self.lookup_tile))
 
     def plain_tile(self, j: Array, masked: bool) -> None:
         """Processes key tile j, in which the bias is constant along a row."""
@@ -131,22 +131,22 @@ class ForwardTile:
         scores, constant = self.logits(start, size), s.constant(s.query_extent(), s.key_extent(j))
         if constant is not None:
             scores = scores + constant
-        self.update_softmax([s.left(scores, start) if masked else scores], start, size, self.every)
+        self.update_softmax([s.apply_mask(scores, start) if masked else scores], start, size, self.every)
 
-    def lookup_tile(self, j: Array, whole: Array) -> None:
-        """Processes key tile j strip by strip, with T5 lookups; ``whole`` is True if its pairs need no mask."""
+    def lookup_tile(self, j: Array, is_full: Array) -> None:
+        """Processes key tile j strip by strip, with T5 lookups; ``is_full`` is True if its pairs need no mask."""
         s, size = self.step, self.step.plan.blocks.strip
 
         def one(n: Array, _: None) -> None:
             strip = j * s.plan.per_tile + n
             start = s.start_of(strip)
-            scores = self.logits(start, size) + s.lookups(lambda g: strip)
+            scores = self.logits(start, size) + s.lookup_biases(lambda g: strip)
             scores = scores if s.plan.counting is None else scores + s.last_bias()
 
             def take(masked: bool) -> None:
-                self.update_softmax([s.left(scores, start) if masked else scores], start, size, self.every)
+                self.update_softmax([s.apply_mask(scores, start) if masked else scores], start, size, self.every)
 
-            masked_or_not(take, whole)
+            masked_or_not(take, is_full)
 
         jax.lax.fori_loop(0, s.plan.per_tile, one, None)
 
@@ -174,21 +174,21 @@ class ForwardCounting:
 
     Attributes:
       tile: the query tile.
-      band: its counting region in the block.
+      region: its counting region in the block.
     """
 
     tile: ForwardTile
-    band: CountingRegion
+    region: CountingRegion
 
     def initialise(self) -> None:
         """Sets the counts to those of other calls, or to zero, before the first block of a query tile."""
         s = self.tile.step
         for name in ("high", "low"):
-            own, given = getattr(s, name), s.refs.get(f"in_{name}")
-            own[...] = jnp.zeros(own.shape, jnp.float32) if given is None else given[...]
+            ref, given = getattr(s, name), s.refs.get(f"in_{name}")
+            ref[...] = jnp.zeros(ref.shape, jnp.float32) if given is None else given[...]
         s.wide_steps[0] = s.wide_steps[1] = -1
-        for a in range(self.band.passages):
-            s.limit[a] = self.band.seen(a)[1]
+        for a in range(self.region.num_pairs):
+            s.limit[a] = self.region.visible_strips(a)[1]
 
         @pl.when(s.tile == 0)
         def _() -> None:
@@ -196,122 +196,125 @@ class ForwardCounting:
 
     def count(self) -> None:
         """Processes counting steps until all counts have reached the last position, or no strip is left."""
-        begin, _ = self.band.steps()
-        jax.lax.while_loop(lambda x: x[1], lambda x: (x[0] + 1, self.count_step(x[0])), (begin, self.band.goes_on(begin)))
+        begin, _ = self.region.step_range()
+        jax.lax.while_loop(lambda x: x[1], lambda x: (x[0] + 1, self.count_step(x[0])), (begin, self.region.has_next(begin)))
 
     def count_step(self, n: Array) -> Array:
         """Processes counting step n; returns whether there is another."""
-        s, spots = self.tile.step, self.band.spots(n)
-        whole = functools.reduce(jnp.logical_and, [spot.whole for spot in spots])
+        s, cursors = self.tile.step, self.region.cursors(n)
+        is_full = functools.reduce(jnp.logical_and, [cursor.is_full for cursor in cursors])
         if s.plan.index is None:
-            masked_or_not(functools.partial(self.in_windows, spots), whole, s.cell_span[0] < WIDE)  # span of the previous step
-            pl.when(s.cell_span[0] == WIDE)(lambda: self.by_gathers(spots))
+            masked_or_not(functools.partial(self.in_windows, cursors), is_full, s.cell_span[0] < WIDE)  # span of the previous step
+            pl.when(s.cell_span[0] == WIDE)(lambda: self.by_gathers(cursors))
 
             @pl.when(s.cell_span[0] > NARROW)
             def _() -> None:
                 s.wide_steps[0] = jnp.where(s.wide_steps[0] < 0, n, s.wide_steps[0])
                 s.wide_steps[1] = n
         else:
-            self.by_gathers(spots)
+            self.by_gathers(cursors)
 
-        for a, spot in enumerate(spots):
-            scores = [s.scores[g] for g, _ in spot.groups.apart()]
-            self.tile.update_softmax(scores, s.start_of(spot.strip), s.plan.blocks.strip, spot.groups)
-            s.limit[a] = jnp.where(spot.here, s.key_block * s.strips + spot.strip, s.limit[a])
-        return self.band.goes_on(n + 1)
+        for a, cursor in enumerate(cursors):
+            scores = [s.scores[g] for g, _ in cursor.groups.lane_slices()]
+            self.tile.update_softmax(scores, s.start_of(cursor.strip), s.plan.blocks.strip, cursor.groups)
+            s.limit[a] = jnp.where(cursor.is_active, s.key_block * s.strips + cursor.strip, s.limit[a])
+        return self.region.has_next(n + 1)
 
-    def in_windows(self, spots: list[StripCursor], masked: bool) -> None:
+    def in_windows(self, cursors: list[StripCursor], masked: bool) -> None:
         """Computes the scores of a step with CoPE biases, for queries that cross at most eight cells.
 
         Sets ``s.cell_span`` to the actual span. If it is WIDE, the scores are invalid and the counts are unchanged.
         """
-        passages, spans = [self.band.passage(spot) for spot in spots], []
+        states, spans = [self.region.load_state(cursor) for cursor in cursors], []
         count = functools.partial(self.count_in_window, spans)
-        staggered(self.pieces_of(passages), [functools.partial(self.open_gates, masked), count, self.add_window_bias])
-        most = jnp.max(functools.reduce(jnp.maximum, spans))
-        self.tile.step.cell_span[0] = most
-        self.band.leave(passages, most < WIDE)
+        software_pipeline(self.pieces_of(states), [functools.partial(self.compute_gates, masked), count, self.add_window_bias])
+        span = jnp.max(functools.reduce(jnp.maximum, spans))
+        self.tile.step.cell_span[0] = span
+        self.region.store_counts(states, span < WIDE)
 
-    def by_gathers(self, spots: list[StripCursor]) -> None:
+    def by_gathers(self, cursors: list[StripCursor]) -> None:
         """Computes the scores of a step with CoPE biases for any counts, group by group."""
-        s, passages = self.tile.step, [self.band.passage(spot) for spot in spots]
-        last, needs = s.last_bias(), GatherWorklist(self.band)
-        staggered(self.pieces_of(passages), [functools.partial(self.open_gates, True), functools.partial(self.note, needs, last)])
-        s.cell_span[0] = jnp.where(needs.close(spots) < SUBLANES, MEDIUM, WIDE)
-        self.band.leave(passages)
+        s, states = self.tile.step, [self.region.load_state(cursor) for cursor in cursors]
+        last, worklist = s.last_bias(), GatherWorklist(self.region)
+        software_pipeline(
+            self.pieces_of(states),
+            [functools.partial(self.compute_gates, True), functools.partial(self.add_to_worklist, worklist, last)],
+        )
+        s.cell_span[0] = jnp.where(worklist.write(cursors) < SUBLANES, MEDIUM, WIDE)
+        self.region.store_counts(states)
         if s.plan.index is not None:
-            s.by_group(s.scores, s.all_groups(s.scores) + s.lookups(strip_of(spots)))
-        self.band.by_need(self.add_bias)
+            s.by_group(s.scores, s.all_groups(s.scores) + s.lookup_biases(strip_of(cursors)))
+        self.region.for_each_gather(self.add_bias)
 
     # Stages of a step, for one piece of 128 keys
 
-    def pieces_of(self, passages: list[QueryGroupState]) -> list[StripPiece]:
+    def pieces_of(self, states: list[QueryGroupState]) -> list[StripPiece]:
         """Returns the strips in pieces, each strip from the right to the left."""
-        halves = self.tile.step.plan.blocks.strip // LANES
-        return [StripPiece(passage, half) for passage in passages for half in reversed(range(halves))]
+        num_pieces = self.tile.step.plan.blocks.strip // LANES
+        return [StripPiece(state, index) for state in states for index in reversed(range(num_pieces))]
 
-    def open_gates(self, masked: bool, piece: StripPiece) -> None:
+    def compute_gates(self, masked: bool, piece: StripPiece) -> None:
         """Computes the logits and gates."""
         piece.locate()
-        piece.open_gates(self.tile.logits(piece.start, LANES, piece.groups), masked)
+        piece.compute_gates(self.tile.logits(piece.start, LANES, piece.groups), masked)
 
     def count_in_window(self, spans: list[Array], piece: StripPiece) -> None:
         """Adds the gates to the counts, relative to windows of eight cells, and appends the cell span of the piece to ``spans``."""
         counting = self.tile.step.plan.counting
-        piece.counts = piece.passage.through(sums_to_the_right(piece.gates, counting))
+        piece.counts = piece.state.advance_in_window(suffix_sums(piece.gates, counting))
         spans.append(piece.counts.cell_span(counting.last))
 
     def add_window_bias(self, piece: StripPiece) -> None:
         """Writes the scores with the biases from the windows."""
         s = self.tile.step
-        for (g, part), lines in zip(piece.groups.apart(), piece.counts.windows, strict=True):
-            bias, _ = within(lines, piece.counts.inside[:, part], s.plan.counting)
+        for (g, part), window in zip(piece.groups.lane_slices(), piece.counts.windows, strict=True):
+            bias, _ = interpolate_in_window(window, piece.counts.inside[:, part], s.plan.counting)
             s.scores[g, piece.rows, :] = piece.logits[:, part] + bias
 
-    def note(self, needs: GatherWorklist, last: Array, piece: StripPiece) -> None:
+    def add_to_worklist(self, worklist: GatherWorklist, last: Array, piece: StripPiece) -> None:
         """Writes the scores with the bias of saturated counts, ``last`` [1, t], and lists the counts that are not saturated."""
         s = self.tile.step
-        needs.note(piece.passage.spot, piece.half, piece.passage.past(sums_to_the_right(piece.gates, s.plan.counting)))
-        for g, part in piece.groups.apart():
+        worklist.add(piece.state.cursor, piece.index, piece.state.advance(suffix_sums(piece.gates, s.plan.counting)))
+        for g, part in piece.groups.lane_slices():
             s.scores[g, piece.rows, :] = piece.logits[:, part] + last[:, g * LANES : (g + 1) * LANES]
 
     def add_bias(self, g: Any, at: Any, few: bool) -> None:
         """Replaces the bias of saturated counts by that of the stored positions, for query group g and the keys ``at``."""
         s = self.tile.step
-        bias, _ = interpolated(s.positions[g, at, :], s.z[g], s.slope[g], s.plan.counting, few)
+        bias, _ = interpolate(s.positions[g, at, :], s.z[g], s.slope[g], s.plan.counting, few)
         s.scores[g, at, :] += bias - s.z[g, pl.ds(s.plan.counting.last, 1), :]
 
 
-def _body(plan: Plan, names: tuple[str, ...], rows: int, held: int, *refs: Any) -> None:
+def _body(plan: Plan, names: tuple[str, ...], rows: int, tiles_per_block: int, *refs: Any) -> None:
     """Runs one grid step of the kernel."""
     if plan.interpret is None:  # only the shapes of the results are needed
         return
     scalars, scale, rest = Scalars(*refs[:6]), refs[6], dict(zip(names, refs[7:], strict=True))
     rest = dict.fromkeys(OPTIONAL) | rest
-    batch, _, group, tile, turn = (pl.program_id(n) for n in range(5))
+    batch, _, group, tile, block_step = (pl.program_id(n) for n in range(5))
     s = Step(plan, scalars, rest, batch if rows > 1 else 0, rows, tile, 0)
-    first_block, last_block = blocks_of(*s.entry("visits", tile), held)
-    s.key_block = jnp.maximum(last_block - turn, first_block)
-    band = CountingRegion(s, lambda a: band.seen(a)[0])
+    first_block, last_block = blocks_of(*s.entry("visible_tiles", tile), tiles_per_block)
+    s.key_block = jnp.maximum(last_block - block_step, first_block)
+    region = CountingRegion(s, lambda a: region.visible_strips(a)[0])
     query_tile = ForwardTile(s, scale[0] * LOG2E)
-    counting = ForwardCounting(query_tile, band) if plan.counting is not None else None
+    counting = ForwardCounting(query_tile, region) if plan.counting is not None else None
 
-    if plan.turn_keys:  # all keys stay in VMEM
+    if plan.rotates_keys:  # all keys stay in VMEM
         pl.when((group == 0) & (tile == 0))(s.prepare_keys)
 
-    @pl.when(turn == 0)
+    @pl.when(block_step == 0)
     def _() -> None:
         query_tile.initialise()
         if counting is not None:
             counting.initialise()
 
-    @pl.when(last_block - turn >= first_block)
+    @pl.when(last_block - block_step >= first_block)
     def _() -> None:
         if counting is not None:
             counting.count()
         query_tile.key_tiles()
 
-    pl.when(turn == pl.num_programs(4) - 1)(query_tile.finish)
+    pl.when(block_step == pl.num_programs(4) - 1)(query_tile.finish)
 
 
 def forward(plan: Plan, x: Operands, dtype: Any = None) -> tuple[Array, ...]:
@@ -330,13 +333,13 @@ def forward(plan: Plan, x: Operands, dtype: Any = None) -> tuple[Array, ...]:
     batch, kv_heads, group, length, _ = x.query.shape
     blocks, keys = plan.blocks, x.key.shape[2]
     resident = min(blocks.resident, keys)
-    held, turns, tiles = resident // blocks.keys, keys // resident, length // blocks.queries
+    tiles_per_block, num_blocks, tiles = resident // blocks.keys, keys // resident, length // blocks.queries
     scalars = make_scalars(plan, x)
     rows = scalars[0].shape[0] // (tiles * 2)
 
-    def key_block(b, i, r, visits, *_):
+    def key_block(b, i, r, visible_tiles, *_):
         at = ((b if rows > 1 else 0) * tiles + i) * 2
-        first, last = blocks_of(visits[at], visits[at + 1], held)
+        first, last = blocks_of(visible_tiles[at], visible_tiles[at + 1], tiles_per_block)
         return jnp.maximum(last - r, first)
 
     names, arrays, specs = inputs_of(plan, x, key_block)
@@ -358,10 +361,10 @@ def forward(plan: Plan, x: Operands, dtype: Any = None) -> tuple[Array, ...]:
     if plan.counting is not None:
         scratch |= {name: pltpu.SMEM((n,), jnp.int32) for name, n in (("cell_span", 1), ("wide_steps", 2))}
     return pl.pallas_call(
-        functools.partial(_body, plan, (*names, *outs, *scratch), rows, held),
+        functools.partial(_body, plan, (*names, *outs, *scratch), rows, tiles_per_block),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=7,
-            grid=(batch, kv_heads, group, tiles, turns),
+            grid=(batch, kv_heads, group, tiles, num_blocks),
             in_specs=specs,
             out_specs=out_specs,
             scratch_shapes=list(scratch.values()),

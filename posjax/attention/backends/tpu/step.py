@@ -20,10 +20,10 @@ from posjax.attention.backends.tpu.tiles import (
     SUBLANES,
     Counting,
     column,
-    gathered,
-    joined,
+    concatenate,
     matmul_bf16x3,
     product,
+    register_gather,
 )
 from posjax.core.masks import Extent, Rules, extents
 from posjax.typing import Array
@@ -40,7 +40,7 @@ class Plan:
     index: Any  # of a lookup: positions -> index in the table
     uniform: Any  # of a lookup: first and last positions -> whether all pairs have the same index
     penalised: bool
-    turn_keys: bool  # keys are rotated when they arrive in VMEM
+    rotates_keys: bool  # keys are rotated when they arrive in VMEM
     vmem: int
     interpret: Any
 
@@ -76,9 +76,9 @@ class Operands:
     embedding: Array | None  # [K or 1, G or 1, 2, P, H]: each position, and its step to the next
     table: Array | None  # [K, G, 1, 128]
     slopes: Array | None  # [K, G, 1, 128]
-    query_turn: Array | None  # [B or 1, 2, T, C], cosines and sines
-    key_turn: Array | None  # [B or 1, 2, S, C]
-    partner: Array | None  # [C, C], the rotate-half matrix
+    query_cos_sin: Array | None  # [B or 1, 2, T, C], cosines and sines
+    key_cos_sin: Array | None  # [B or 1, 2, S, C]
+    rotate_half_matrix: Array | None  # [C, C], the rotate-half matrix
     high: Array | None = None  # [B, K, G, I, t / 128, 128]: counts over the keys to the right, from other calls: high + low
     low: Array | None = None
 
@@ -106,16 +106,16 @@ def make_scalars(plan: Plan, x: Operands) -> tuple[Array, ...]:
         return extents(x.key_positions, x.key_segments, size)
 
     q_tiles, k_tiles, strips = of_queries(blocks.queries), of_keys(blocks.keys), of_keys(blocks.strip)
-    bands = plan.rules.seen(of_queries(plan.groups_side_by_side * LANES), strips)
-    found = (plan.rules.seen(q_tiles, k_tiles), bands, q_tiles, k_tiles, of_queries(LANES), strips)
-    return tuple(a.astype(jnp.int32).reshape(-1) for a in found)
+    visible_strips = plan.rules.visible_range(of_queries(plan.groups_side_by_side * LANES), strips)
+    arrays = (plan.rules.visible_range(q_tiles, k_tiles), visible_strips, q_tiles, k_tiles, of_queries(LANES), strips)
+    return tuple(a.astype(jnp.int32).reshape(-1) for a in arrays)
 
 
 class Scalars(NamedTuple):
     """Holds references to the results of ``make_scalars`` inside the kernel."""
 
-    visits: Any
-    bands: Any
+    visible_tiles: Any
+    visible_strips: Any
     query_tiles: Any
     key_tiles: Any
     query_groups: Any
@@ -135,7 +135,7 @@ class Groups(NamedTuple):
     def lanes(self) -> Any:
         return pl.ds(self.first * LANES, self.count * LANES)
 
-    def apart(self) -> list[tuple[Array | int, slice]]:
+    def lane_slices(self) -> list[tuple[Array | int, slice]]:
         """Returns each group's index in the tile and its lanes within the range."""
         return [(self.first + n, slice(n * LANES, (n + 1) * LANES)) for n in range(self.count)]
 
@@ -146,16 +146,16 @@ def as_row(ref: Any, groups: Groups | None = None) -> Array:
     return jnp.concatenate([ref[pl.ds(first + n, 1), :] for n in range(count)], axis=1)
 
 
-def turned(x: Array, turn: Any, partner: Array, back: bool = False) -> Array:
-    """Rotates x [s, C] by the cosines and sines of ``turn`` [2, s, C], or rotates it back; the result is float32."""
-    cos, sin = turn[0], turn[1]
-    exact = partner.dtype == jnp.float32
-    if back:
-        return x * cos + matmul_bf16x3(x * sin, partner, NT, exact)
-    return x.astype(jnp.float32) * cos + product(x, partner, NN, exact) * sin
+def apply_rotary(x: Array, cos_sin: Any, rotate_half_matrix: Array, inverse: bool = False) -> Array:
+    """Rotates x [s, C] by the cosines and sines of ``cos_sin`` [2, s, C], or rotates it back; the result is float32."""
+    cos, sin = cos_sin[0], cos_sin[1]
+    exact = rotate_half_matrix.dtype == jnp.float32
+    if inverse:
+        return x * cos + matmul_bf16x3(x * sin, rotate_half_matrix, NT, exact)
+    return x.astype(jnp.float32) * cos + product(x, rotate_half_matrix, NN, exact) * sin
 
 
-def soft(plan: Plan, x: Array) -> Array:
+def apply_soft_cap(plan: Plan, x: Array) -> Array:
     """Applies the soft cap to scores; masked scores stay MASK_VALUE."""
     if plan.soft_cap is None:
         return x
@@ -168,10 +168,10 @@ def soft_cap_derivative(plan: Plan, x: Array) -> Array:
     return 1.0 - jnp.square(jnp.maximum(x / (plan.soft_cap * LOG2E), -1.0))
 
 
-def masked_or_not(do: Any, whole: Array, here: Array | bool = True) -> None:
-    """Calls ``do(masked)`` if ``here``; masked is False if the mask allows all pairs (``whole``)."""
-    pl.when(whole & here)(lambda: do(False))
-    pl.when(~whole & here)(lambda: do(True))
+def masked_or_not(body: Any, is_full: Array, is_active: Array | bool = True) -> None:
+    """Calls ``body(masked)`` if ``is_active``; masked is False if the mask allows all pairs (``is_full``)."""
+    pl.when(is_full & is_active)(lambda: body(False))
+    pl.when(~is_full & is_active)(lambda: body(True))
 
 
 @dataclasses.dataclass
@@ -191,7 +191,7 @@ class Step:
 
     def entry(self, which: str, index: Array) -> list[Array]:
         """Reads one entry of ``scalars``: a range (two numbers) or an extent (four numbers)."""
-        ref, size = getattr(self.scalars, which), 2 if which in ("visits", "bands") else 4
+        ref, size = getattr(self.scalars, which), 2 if which in ("visible_tiles", "visible_strips") else 4
         start = (self.row * (ref.shape[0] // self.rows // size) + index) * size
         return [ref[start + n] for n in range(size)]
 
@@ -212,28 +212,30 @@ class Step:
         """Returns the number of strips in the resident block."""
         return self.key.shape[0] // self.plan.blocks.strip
 
-    def for_tiles(self, visit: Any) -> None:
-        """Calls ``visit(j, whole)`` for each key tile of this block that has pairs outside the counting region, right to left.
+    def for_key_tiles(self, body: Any) -> None:
+        """Calls ``body(j, is_full)`` for each key tile of this block that has pairs outside the counting region, right to left.
 
-        ``whole`` is True if all pairs of the tile are outside the counting region and allowed.
+        ``is_full`` is True if all pairs of the tile are outside the counting region and allowed.
         """
-        per_tile, held = self.plan.per_tile, self.strips // self.plan.per_tile
-        first, last = (jnp.clip(n - self.key_block * held, 0, held) for n in self.entry("visits", self.tile))
-        limits = [] if self.plan.counting is None else [self.limit_here(a) for a in range(self.limit.shape[0])]
+        per_tile, tiles_per_block = self.plan.per_tile, self.strips // self.plan.per_tile
+        first, last = (
+            jnp.clip(n - self.key_block * tiles_per_block, 0, tiles_per_block) for n in self.entry("visible_tiles", self.tile)
+        )
+        limits = [] if self.plan.counting is None else [self.limit_in_block(a) for a in range(self.limit.shape[0])]
         if limits:
             most = functools.reduce(jnp.maximum, limits)
             last = jnp.minimum(last, jax.lax.div(most + (per_tile - 1), np.int32(per_tile)))
 
         def one(n: Array, _: None) -> None:
             j = last - 1 - n
-            whole = self.plan.rules.all(self.query_extent(), self.key_extent(j))
+            is_full = self.plan.rules.all(self.query_extent(), self.key_extent(j))
             for limit in limits:
-                whole &= limit >= (j + 1) * per_tile
-            visit(j, whole)
+                is_full &= limit >= (j + 1) * per_tile
+            body(j, is_full)
 
         jax.lax.fori_loop(0, last - first, one, None)
 
-    def limit_here(self, a: Array | int) -> Array:
+    def limit_in_block(self, a: Array | int) -> Array:
         """Returns the first strip of this block that pair a of query groups has counted; ``strips`` if it has counted none."""
         return jnp.clip(self.limit[a] - self.key_block * self.strips, 0, self.strips)
 
@@ -250,15 +252,15 @@ class Step:
         """Returns the bias of saturated counts, [1, t]."""
         return jnp.concatenate([self.z[g, pl.ds(self.plan.counting.last, 1), :] for g in range(self.plan.groups)], axis=1)
 
-    def choose(self, j: Array, whole: Array, plain: Any, detailed: Any) -> None:
-        """Calls ``detailed(j, whole)`` on a tile with more than one table index, ``plain(j, masked)`` on any other."""
-        fine: Array | bool = False
+    def dispatch_tile(self, j: Array, is_full: Array, uniform_tile: Any, lookup_tile: Any) -> None:
+        """Calls ``lookup_tile(j, is_full)`` on a tile with more than one table index, ``uniform_tile(j, masked)`` on any other."""
+        needs_lookup: Array | bool = False
         if self.plan.index is not None:
-            fine = ~self.is_uniform(self.query_extent(), self.key_extent(j))
-            pl.when(fine)(lambda: detailed(j, whole))
-        masked_or_not(functools.partial(plain, j), whole, True if self.plan.index is None else ~fine)
+            needs_lookup = ~self.is_uniform(self.query_extent(), self.key_extent(j))
+            pl.when(needs_lookup)(lambda: lookup_tile(j, is_full))
+        masked_or_not(functools.partial(uniform_tile, j), is_full, True if self.plan.index is None else ~needs_lookup)
 
-    def lookups(self, strip_of: Any) -> Array:
+    def lookup_biases(self, strip_of: Any) -> Array:
         """Returns the T5 bias of each query group g in its strip ``strip_of(g)``, [s, t]."""
 
         def one_group(g: Array, _: None) -> None:
@@ -268,25 +270,25 @@ class Step:
 
             @pl.when(uniform)
             def _() -> None:
-                found = self.looked_up(jnp.full((SUBLANES, LANES), self.common_index(queries, keys), jnp.int32))
-                self.found[g] = jnp.broadcast_to(found[:1], self.found.shape[1:])
+                bias = self.look_up(jnp.full((SUBLANES, LANES), self.common_index(queries, keys), jnp.int32))
+                self.lookup_bias[g] = jnp.broadcast_to(bias[:1], self.lookup_bias.shape[1:])
 
             @pl.when(~uniform)
             def _() -> None:
-                self.found[g] = self.looked_up(self.index_of(strip, g))
+                self.lookup_bias[g] = self.look_up(self.index_of(strip, g))
 
         jax.lax.fori_loop(0, self.plan.groups, one_group, None)
-        return self.all_groups(self.found)
+        return self.all_groups(self.lookup_bias)
 
     def start_of(self, strip: Array) -> Array:
         return pl.multiple_of(strip * self.plan.blocks.strip, self.plan.blocks.strip)
 
     def keys(self, start: Array, size: int) -> Array:
-        ref = self.turned_key if self.plan.turn_keys else self.key
+        ref = self.rotated_key if self.plan.rotates_keys else self.key
         return ref[pl.ds(start, size), :]
 
-    def pairs(self, start: Array, size: int, groups: Groups | None = None, here: Array | None = None) -> Array:
-        """Returns the mask of ``size`` keys and the queries, or some groups of them: bool [size, t], all False if not ``here``."""
+    def pairs(self, start: Array, size: int, groups: Groups | None = None, is_active: Array | None = None) -> Array:
+        """Returns the mask of ``size`` keys and the queries, or some groups of them: bool [size, t], False if not ``is_active``."""
         rules = self.plan.rules
 
         def both(queries: Any, keys: Any) -> list[Array]:
@@ -294,20 +296,20 @@ class Step:
             return [row, column(keys[:, pl.ds(start, size)], row.shape[1])]
 
         positions = both(self.query_positions, self.key_positions)
-        if here is not None and rules.is_causal:  # a query position before all keys allows none
-            positions[0] = jnp.where(here, positions[0], jnp.iinfo(jnp.int32).min)
+        if is_active is not None and rules.is_causal:  # a query position before all keys allows none
+            positions[0] = jnp.where(is_active, positions[0], jnp.iinfo(jnp.int32).min)
         segments = both(self.query_segments, self.key_segments) if rules.segmented else (None, None)
         allowed = rules.pairs(*positions, *segments)
-        return allowed if here is None or rules.is_causal else allowed & here
+        return allowed if is_active is None or rules.is_causal else allowed & is_active
 
-    def left(self, scores: Array, start: Array) -> Array:
+    def apply_mask(self, scores: Array, start: Array) -> Array:
         """Masks scores [s, t] of the keys from ``start`` on: MASK_VALUE for pairs that are not allowed or already counted."""
         size = scores.shape[0]
         allowed = self.pairs(start, size)
         if self.plan.counting is None:
             return jnp.where(allowed, scores, MASK_VALUE)
-        limits = [self.limit_here(a) * self.plan.blocks.strip - start for a in range(self.limit.shape[0])]
-        row = joined([jnp.full((1, self.plan.groups_side_by_side * LANES), limit, jnp.int32) for limit in limits], 1)
+        limits = [self.limit_in_block(a) * self.plan.blocks.strip - start for a in range(self.limit.shape[0])]
+        row = concatenate([jnp.full((1, self.plan.groups_side_by_side * LANES), limit, jnp.int32) for limit in limits], 1)
         allowed &= jax.lax.broadcasted_iota(jnp.int32, allowed.shape, 0) < row
         return jnp.where(allowed, scores, MASK_VALUE)
 
@@ -317,10 +319,10 @@ class Step:
         slope = jnp.tile(self.slopes[...] * -LOG2E, (1, row.shape[1] // LANES))
         return slope * jnp.abs(distance).astype(jnp.float32)
 
-    def looked_up(self, index: Array) -> Array:
+    def look_up(self, index: Array) -> Array:
         """Returns the table's entries at the given indices, [s, 128]."""
         table = jnp.broadcast_to(self.table[...] * LOG2E, (SUBLANES, LANES))
-        rows = [gathered(table, index[at : at + SUBLANES], 1) for at in range(0, index.shape[0], SUBLANES)]
+        rows = [register_gather(table, index[at : at + SUBLANES], 1) for at in range(0, index.shape[0], SUBLANES)]
         return jnp.concatenate(rows, axis=0)
 
     def index_of(self, strip: Array, group: Array) -> Array:
@@ -336,27 +338,27 @@ class Step:
 
     def constant(self, queries: Extent, keys: Extent) -> Array | None:
         """Returns the bias that is constant along a row, [1, t]: of saturated counts and of the T5 index common to all pairs."""
-        total = None
+        bias = None
         if self.plan.counting is not None:
-            total = self.last_bias()
+            bias = self.last_bias()
         if self.plan.index is not None:
-            found = self.looked_up(jnp.full((SUBLANES, LANES), self.common_index(queries, keys), jnp.int32))[:1]
-            found = jnp.tile(found, (1, self.plan.groups))
-            total = found if total is None else total + found
-        return total
+            table_bias = self.look_up(jnp.full((SUBLANES, LANES), self.common_index(queries, keys), jnp.int32))[:1]
+            table_bias = jnp.tile(table_bias, (1, self.plan.groups))
+            bias = table_bias if bias is None else bias + table_bias
+        return bias
 
     def prepare_queries(self) -> None:
         """Rotates the query tile and multiplies the query with the embedding, once for all key tiles."""
-        raw = self.query[...]
-        if self.query_turn is not None:
-            self.turned_query[...] = turned(raw, self.query_turn, self.partner[...]).astype(raw.dtype)
+        query = self.query[...]
+        if self.query_cos_sin is not None:
+            self.rotated_query[...] = apply_rotary(query, self.query_cos_sin, self.rotate_half_matrix[...]).astype(query.dtype)
         if self.plan.counting is not None:
-            counted = raw if self.counted_query is None else self.counted_query[...]
+            counted = query if self.counted_query is None else self.counted_query[...]
             for n, ref in enumerate((self.z, self.slope)):
                 self.by_group(ref, matmul_bf16x3(self.embedding[n], counted, NT, self.plan.counting.exact) * LOG2E)
 
     def queries(self, groups: Groups | None = None) -> Array:
-        ref = self.query if self.query_turn is None else self.turned_query
+        ref = self.query if self.query_cos_sin is None else self.rotated_query
         return ref[...] if groups is None else ref[groups.lanes, :]
 
     def prepare_keys(self) -> None:
@@ -365,9 +367,9 @@ class Step:
 
         def one(n: Array, _: None) -> None:
             at = pl.ds(pl.multiple_of(n * size, size), size)
-            raw = self.key[at, :]
-            turn = self.key_turn[0, at, :], self.key_turn[1, at, :]
-            self.turned_key[at, :] = turned(raw, turn, self.partner[...]).astype(raw.dtype)
+            key = self.key[at, :]
+            cos_sin = self.key_cos_sin[0, at, :], self.key_cos_sin[1, at, :]
+            self.rotated_key[at, :] = apply_rotary(key, cos_sin, self.rotate_half_matrix[...]).astype(key.dtype)
 
         jax.lax.fori_loop(0, self.key.shape[0] // size, one, None)
 
@@ -375,23 +377,23 @@ class Step:
 OPTIONAL = tuple(field.name for field in dataclasses.fields(Operands) if "None" in str(field.type))
 
 
-def blocks_of(first: Array, last: Array, held: int) -> tuple[Array, Array]:
+def blocks_of(first: Array, last: Array, tiles: int) -> tuple[Array, Array]:
     """Returns the first and the last resident block of the key tiles first .. last - 1."""
-    return jax.lax.div(first, np.int32(held)), jax.lax.div(jnp.maximum(last - 1, first), np.int32(held))  # // queries the chip
+    return jax.lax.div(first, np.int32(tiles)), jax.lax.div(jnp.maximum(last - 1, first), np.int32(tiles))  # // queries the chip
 
 
 def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[Array], list[pl.BlockSpec]]:
     """Returns the names, arrays and block specs of the operands; ``key_block(b, i, r, *scalars)`` is the resident block's index."""
     blocks = plan.blocks
-    held = min(blocks.resident, x.key.shape[2])
-    made: list[tuple[str, Array, tuple, Any]] = []
+    resident = min(blocks.resident, x.key.shape[2])
+    operands: list[tuple[str, Array, tuple, Any]] = []
 
     def varies(array: Array, b: Any) -> Any:
         return b if array.shape[0] > 1 else 0
 
     def add(name: str, array: Array | None, shape: tuple, index: Any) -> None:
         if array is not None:
-            made.append((name, array, shape, index))
+            operands.append((name, array, shape, index))
 
     def by_query(b, k, g, i, r, *scalars):
         return b, k, g, i, 0
@@ -407,57 +409,62 @@ def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[
 
     none = (None,) * 3
     add("query", x.query, (*none, blocks.queries, x.query.shape[-1]), by_query)
-    add("key", x.key, (None, None, held, x.key.shape[-1]), by_key)
-    add("value", x.value, (None, None, held, x.value.shape[-1]), by_key)
+    add("key", x.key, (None, None, resident, x.key.shape[-1]), by_key)
+    add("value", x.value, (None, None, resident, x.value.shape[-1]), by_key)
     for name in ("query_positions", "query_segments"):
         array = getattr(x, name)
         add(name, array, (None, None, plan.groups, LANES), array is not None and tiles(array))
     for name in ("key_positions", "key_segments"):
         array = getattr(x, name)
-        add(name, array, (None, 1, held), array is not None and flat(array))
+        add(name, array, (None, 1, resident), array is not None and flat(array))
     if x.counted_query is not None:
         add("counted_query", x.counted_query, (*none, blocks.queries, x.counted_query.shape[-1]), by_query)
     if x.embedding is not None:
-        own = x.embedding.shape[0] > 1 or x.embedding.shape[1] > 1
-        head = (lambda b, k, g, *_: (k, g, 0, 0, 0)) if own else (lambda *_: (0,) * 5)
+        per_head = x.embedding.shape[0] > 1 or x.embedding.shape[1] > 1
+        head = (lambda b, k, g, *_: (k, g, 0, 0, 0)) if per_head else (lambda *_: (0,) * 5)
         add("embedding", x.embedding, (None, None, *x.embedding.shape[2:]), head)
     for name in ("table", "slopes"):
         add(name, getattr(x, name), (None, None, 1, LANES), lambda b, k, g, *_: (k, g, 0, 0))
-    if x.query_turn is not None:
-        turn = x.query_turn
-        add("query_turn", turn, (None, 2, blocks.queries, turn.shape[-1]), lambda b, k, g, i, *_: (varies(turn, b), 0, i, 0))
-        if plan.turn_keys:
+    if x.query_cos_sin is not None:
+        cos_sin = x.query_cos_sin
+        add(
+            "query_cos_sin",
+            cos_sin,
+            (None, 2, blocks.queries, cos_sin.shape[-1]),
+            lambda b, k, g, i, *_: (varies(cos_sin, b), 0, i, 0),
+        )
+        if plan.rotates_keys:
             add(
-                "key_turn",
-                x.key_turn,
-                (None, 2, held, turn.shape[-1]),
-                lambda b, k, g, i, r, *scalars: (varies(x.key_turn, b), 0, key_block(b, i, r, *scalars), 0),
+                "key_cos_sin",
+                x.key_cos_sin,
+                (None, 2, resident, cos_sin.shape[-1]),
+                lambda b, k, g, i, r, *scalars: (varies(x.key_cos_sin, b), 0, key_block(b, i, r, *scalars), 0),
             )
-        add("partner", x.partner, x.partner.shape, lambda *_: (0, 0))
+        add("rotate_half_matrix", x.rotate_half_matrix, x.rotate_half_matrix.shape, lambda *_: (0, 0))
     for name in ("high", "low"):
         by_tile = (None,) * 4 + (plan.groups, LANES)
         add(f"in_{name}", getattr(x, name), by_tile, lambda b, k, g, i, *_: (b, k, g, i, 0, 0))
-    specs = [pl.BlockSpec(shape, index) for _, _, shape, index in made]
-    return [name for name, *_ in made], [array for _, array, *_ in made], specs
+    specs = [pl.BlockSpec(shape, index) for _, _, shape, index in operands]
+    return [name for name, *_ in operands], [array for _, array, *_ in operands], specs
 
 
 def scratch_of(plan: Plan, x: Operands) -> dict[str, Any]:
     """Returns the scratch buffers that both passes use, by name."""
     blocks, width = plan.blocks, x.query.shape[-1]
-    made = {}
-    if x.query_turn is not None:
-        made["turned_query"] = pltpu.VMEM((blocks.queries, width), x.query.dtype)
-    if plan.turn_keys:
-        made["turned_key"] = pltpu.VMEM((min(blocks.resident, x.key.shape[2]), width), x.key.dtype)
+    scratch = {}
+    if x.query_cos_sin is not None:
+        scratch["rotated_query"] = pltpu.VMEM((blocks.queries, width), x.query.dtype)
+    if plan.rotates_keys:
+        scratch["rotated_key"] = pltpu.VMEM((min(blocks.resident, x.key.shape[2]), width), x.key.dtype)
     if plan.counting is not None:
         for name in ("z", "slope"):
-            made[name] = pltpu.VMEM((plan.groups, plan.counting.rows, LANES), jnp.float32)
+            scratch[name] = pltpu.VMEM((plan.groups, plan.counting.rows, LANES), jnp.float32)
         for name in ("high", "low"):
-            made[name] = pltpu.VMEM((plan.groups, LANES), jnp.float32)
+            scratch[name] = pltpu.VMEM((plan.groups, LANES), jnp.float32)
         for name in ("scores", "positions"):
-            made[name] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
-        made["limit"] = pltpu.SMEM((plan.groups // plan.groups_side_by_side,), jnp.int32)
-        made["need"] = pltpu.SMEM((2 * blocks.strip // QUARTER,), jnp.int32)
+            scratch[name] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
+        scratch["limit"] = pltpu.SMEM((plan.groups // plan.groups_side_by_side,), jnp.int32)
+        scratch["worklist"] = pltpu.SMEM((2 * blocks.strip // QUARTER,), jnp.int32)
     if plan.index is not None:
-        made["found"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
-    return made
+        scratch["lookup_bias"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
+    return scratch

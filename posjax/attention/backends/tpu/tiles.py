@@ -80,35 +80,35 @@ class Counting(NamedTuple):
     has_sublane_gather: bool
 
 
-def sums_to_the_right(gates: Array, counting: Counting) -> Array:
+def suffix_sums(gates: Array, counting: Counting) -> Array:
     """Returns for each key of [s, t] the sum of the gates of itself and of later keys, from ``doubled_gates``.
 
     The sum is a product with a triangular matrix, exact in its float32 sums.
     """
-    return _sums(gates, True, 3 if counting.exact else 2, 0.5)
+    return _cumulative_sums(gates, True, 3 if counting.exact else 2, 0.5)
 
 
-def sums_to_the_left(gradient: Array, counting: Counting) -> Array:
+def prefix_sums(gradient: Array, counting: Counting) -> Array:
     """Returns for each key of [s, t] the sum over itself and earlier keys; bfloat16 calls round it like every other gradient."""
-    return _sums(gradient, False, 3 if counting.exact else 1, 1.0)
+    return _cumulative_sums(gradient, False, 3 if counting.exact else 1, 1.0)
 
 
-def _sums(x: Array, later: bool, parts: int, factor: float) -> Array:
+def _cumulative_sums(x: Array, is_suffix: bool, parts: int, factor: float) -> Array:
     """Sums x cumulatively by a product with a triangular matrix.
 
     x is split into bfloat16 parts of 8 bits. The entries of the triangle are a power of two, so no product is rounded. One product
     sums two parts. Three parts take one product each, since the smallest would be lost in the sums of the largest.
     """
     if x.shape[0] > LANES:  # a triangle of twice the size takes four times the work
-        pieces = [_sums(x[at : at + LANES], later, parts, factor) for at in range(0, x.shape[0], LANES)]
+        pieces = [_cumulative_sums(x[at : at + LANES], is_suffix, parts, factor) for at in range(0, x.shape[0], LANES)]
         for n in range(1, len(pieces)):
-            if later:
+            if is_suffix:
                 pieces[-n - 1] = pieces[-n - 1] + pieces[-n][:1]
             else:
                 pieces[n] = pieces[n] + pieces[n - 1][-1:]
         return jnp.concatenate(pieces, 0)
     row, col = (jax.lax.broadcasted_iota(jnp.int32, (x.shape[0],) * 2, axis) for axis in (0, 1))
-    ones = jnp.where((col >= row) if later else (col <= row), factor, 0.0).astype(jnp.bfloat16)
+    ones = jnp.where((col >= row) if is_suffix else (col <= row), factor, 0.0).astype(jnp.bfloat16)
     pieces = []
     for n in range(parts):
         pieces.append(x.astype(jnp.bfloat16))
@@ -135,7 +135,7 @@ def two_sum(high: Array, low: Array, x: Array) -> tuple[Array, Array]:
     return total, low + ((high - (total - part)) + (x - part))
 
 
-def gathered(table: Array, index: Array, axis: int) -> Array:
+def register_gather(table: Array, index: Array, axis: int) -> Array:
     """Applies ``jnp.take_along_axis`` to a register [8, 128] in the only form that the chip supports, without extra operations."""
     numbers = jax.lax.GatherDimensionNumbers(
         offset_dims=(),
@@ -147,56 +147,61 @@ def gathered(table: Array, index: Array, axis: int) -> Array:
     return jax.lax.gather(table, index[..., None], numbers, (1, 1), mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
 
-def pick(table: Array, index: Array, has_sublane_gather: bool) -> Array:
+def sublane_gather(table: Array, index: Array, has_sublane_gather: bool) -> Array:
     """Gathers from a table [8, t] at the sublanes ``index`` [r, t] of the same lane."""
     if not has_sublane_gather:
-        found = jnp.broadcast_to(table[:1], index.shape)
+        result = jnp.broadcast_to(table[:1], index.shape)
         for n in range(1, SUBLANES):
-            found = jnp.where(index == n, table[n : n + 1], found)
-        return found
+            result = jnp.where(index == n, table[n : n + 1], result)
+        return result
 
-    def one(row: int, lane: int) -> Array:
-        return gathered(table[:, lane : lane + LANES], index[row : row + SUBLANES, lane : lane + LANES], 0)
+    def gather_block(row: int, lane: int) -> Array:
+        return register_gather(table[:, lane : lane + LANES], index[row : row + SUBLANES, lane : lane + LANES], 0)
 
     lanes = range(0, index.shape[1], LANES)
-    return joined([joined([one(row, lane) for lane in lanes], 1) for row in range(0, index.shape[0], SUBLANES)], 0)
+    return concatenate(
+        [concatenate([gather_block(row, lane) for lane in lanes], 1) for row in range(0, index.shape[0], SUBLANES)], 0
+    )
 
 
-def joined(parts: list[Array], axis: int) -> Array:
+def concatenate(parts: list[Array], axis: int) -> Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
 
 
-def eights(table: Array) -> list[Array]:
+def sublane_groups(table: Array) -> list[Array]:
     """Splits a table [P, t] into blocks of eight rows."""
     return [table[at : at + SUBLANES] for at in range(0, table.shape[0], SUBLANES)]
 
 
-def moved_down(rows: list[Array], by: Array, keep: int) -> list[Array]:
+def barrel_shift_down(rows: list[Array], by: Array, keep: int) -> list[Array]:
     """Returns blocks ``by`` .. ``by + keep - 1`` of ``rows`` [8, t], per lane (``by`` is [1, t]); past the last, any block."""
     for bit in reversed(range((len(rows) - 1).bit_length())):
         step = 1 << bit
-        there, needed = (by & step) != 0, min(len(rows), keep + step - 1)
-        rows = [jnp.where(there, rows[n + step], rows[n]) if n + step < len(rows) else rows[n] for n in range(needed)]
+        is_set, needed = (by & step) != 0, min(len(rows), keep + step - 1)
+        rows = [jnp.where(is_set, rows[n + step], rows[n]) if n + step < len(rows) else rows[n] for n in range(needed)]
     return [rows[min(n, len(rows) - 1)] for n in range(keep)]
 
 
-def moved_up(rows: list[Array], by: Array, most: int, keep: int) -> list[Array]:
+def barrel_shift_up(rows: list[Array], by: Array, most: int, keep: int) -> list[Array]:
     """Returns ``keep`` blocks [8, t] of zeros with ``rows`` placed from block ``by`` on, per lane: [1, t], at most ``most``."""
     rows = rows[:keep]
     for bit in range(most.bit_length()):
         step = 1 << bit
-        there, padded = (by & step) != 0, [*rows, *[jnp.zeros_like(rows[0])] * step]
-        rows = [jnp.where(there, padded[n - step] if n >= step else 0.0, row) for n, row in enumerate(padded[:keep])]
+        is_set, padded = (by & step) != 0, [*rows, *[jnp.zeros_like(rows[0])] * step]
+        rows = [jnp.where(is_set, padded[n - step] if n >= step else 0.0, row) for n, row in enumerate(padded[:keep])]
     return [*rows, *[jnp.zeros_like(rows[0])] * (keep - len(rows))]
 
 
-def eight_from(table: Array, start: Array, counting: Counting) -> Array:
+def window_rows(table: Array, start: Array, counting: Counting) -> Array:
     """Returns rows start .. start + 7 of a table [P, t], with one start [1, t] per lane; rows past the last repeat the last."""
     start = jnp.minimum(start, counting.last)
-    at = jnp.minimum(start + jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, table.shape[1]), 0), counting.last)
-    here = jnp.maximum(start, 0) >> 3
-    first, second = (pick(rows, at & (SUBLANES - 1), counting.has_sublane_gather) for rows in moved_down(eights(table), here, 2))
-    return jnp.where(at >> 3 == here, first, second)
+    index = jnp.minimum(start + jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, table.shape[1]), 0), counting.last)
+    block = jnp.maximum(start, 0) >> 3
+    first, second = (
+        sublane_gather(rows, index & (SUBLANES - 1), counting.has_sublane_gather)
+        for rows in barrel_shift_down(sublane_groups(table), block, 2)
+    )
+    return jnp.where(index >> 3 == block, first, second)
 
 
 # Adding a large constant rounds a count to the nearest integer. Subtracting 1/2 first makes that the floor, the cell. The offset is
@@ -210,7 +215,7 @@ def cell(inside: Array) -> Array:
     return (inside + _WHOLE) - _WHOLE
 
 
-def cells_passed(inside: Array) -> Array:
+def cells_crossed(inside: Array) -> Array:
     """Returns the number of cells that each query crosses from the first to the last key, [1, t], from counts in a window."""
     return cell(inside[:1]) - cell(inside[-1:])
 
@@ -225,18 +230,18 @@ class Window(NamedTuple):
 def window(z: Array, slope: Array, base: Array, counting: Counting) -> Window:
     """Builds the window at ``base`` from z and its steps [P, t]; cells below 0 are arbitrary, cells past the last repeat it."""
     row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, z.shape[1]), 0).astype(jnp.float32)
-    steep = eight_from(slope, base, counting)
-    return Window(eight_from(z, base, counting) - (row - OFFSET) * steep, steep)
+    steep = window_rows(slope, base, counting)
+    return Window(window_rows(z, base, counting) - (row - OFFSET) * steep, steep)
 
 
-def within(window: Window, inside: Array, counting: Counting) -> tuple[Array, Array]:
+def interpolate_in_window(window: Window, inside: Array, counting: Counting) -> tuple[Array, Array]:
     """Returns the bias and its slope at counts ``inside`` [s, t], which all lie in the window's eight cells."""
     at = jax.lax.bitcast_convert_type(inside + _WHOLE, jnp.int32) & (SUBLANES - 1)
-    slope = pick(window.slope, at, counting.has_sublane_gather)
-    return pick(window.start, at, counting.has_sublane_gather) + inside * slope, slope
+    slope = sublane_gather(window.slope, at, counting.has_sublane_gather)
+    return sublane_gather(window.start, at, counting.has_sublane_gather) + inside * slope, slope
 
 
-def staggered(pieces: Sequence[Any], stages: Sequence[Callable[[Any], None]]) -> None:
+def software_pipeline(pieces: Sequence[Any], stages: Sequence[Callable[[Any], None]]) -> None:
     """Calls each stage for each piece in software-pipelined order: every stage runs one piece behind the stage before it.
 
     In branch-free code, independent stages of neighboring pieces are then adjacent and can overlap.
@@ -257,7 +262,7 @@ def spans(positions: Array) -> Array:
     return positions[:1].astype(jnp.int32) - positions[-1:].astype(jnp.int32)
 
 
-def interpolated(positions: Array, z: Array, slope: Array, counting: Counting, few: bool) -> tuple[Array, Array]:
+def interpolate(positions: Array, z: Array, slope: Array, counting: Counting, few: bool) -> tuple[Array, Array]:
     """Interpolates the bias and its slope, [s, t] each, at positions [s, t], from z and its steps [P, t].
 
     Args:
@@ -266,27 +271,32 @@ def interpolated(positions: Array, z: Array, slope: Array, counting: Counting, f
     if few:
         base = positions[-1:].astype(jnp.int32)
         inside = positions - base.astype(jnp.float32)
-        here = inside.astype(jnp.int32)
-        start, steep = (pick(eight_from(table, base, counting), here, counting.has_sublane_gather) for table in (z, slope))
-        return start + (inside - here.astype(jnp.float32)) * steep, steep
-    found = [_by_eights(positions[at : at + _ROWS], z, slope, counting) for at in range(0, positions.shape[0], _ROWS)]
-    return joined([bias for bias, _ in found], 0), joined([steep for _, steep in found], 0)
+        cells = inside.astype(jnp.int32)
+        start, steep = (
+            sublane_gather(window_rows(table, base, counting), cells, counting.has_sublane_gather) for table in (z, slope)
+        )
+        return start + (inside - cells.astype(jnp.float32)) * steep, steep
+    parts = [_interpolate_wide(positions[at : at + _ROWS], z, slope, counting) for at in range(0, positions.shape[0], _ROWS)]
+    return concatenate([bias for bias, _ in parts], 0), concatenate([steep for _, steep in parts], 0)
 
 
 _ROWS = 2 * SUBLANES  # keys; they cross fewer than 16 cells, as no gate exceeds one, so three blocks of eight hold them
 
 
-def _by_eights(positions: Array, z: Array, slope: Array, counting: Counting) -> tuple[Array, Array]:
+def _interpolate_wide(positions: Array, z: Array, slope: Array, counting: Counting) -> tuple[Array, Array]:
     """Interpolates at ``_ROWS`` keys, for any number of cells."""
     cells = positions.astype(jnp.int32)
     first = cells[-1:] >> 3
     row, number = cells & (SUBLANES - 1), (cells >> 3) - first
-    start, steep = (moved_down(eights(table), first, 1 + _ROWS // SUBLANES) for table in (z, slope))
-    found = [pick(start[0], row, counting.has_sublane_gather), pick(steep[0], row, counting.has_sublane_gather)]
+    start, steep = (barrel_shift_down(sublane_groups(table), first, 1 + _ROWS // SUBLANES) for table in (z, slope))
+    values = [
+        sublane_gather(start[0], row, counting.has_sublane_gather),
+        sublane_gather(steep[0], row, counting.has_sublane_gather),
+    ]
     for n in range(1, len(start)):
-        new = [pick(table[n], row, counting.has_sublane_gather) for table in (start, steep)]
-        found = [jnp.where(number == n, a, b) for a, b in zip(new, found, strict=True)]
-    return found[0] + (positions - cells.astype(jnp.float32)) * found[1], found[1]
+        next_values = [sublane_gather(table[n], row, counting.has_sublane_gather) for table in (start, steep)]
+        values = [jnp.where(number == n, a, b) for a, b in zip(next_values, values, strict=True)]
+    return values[0] + (positions - cells.astype(jnp.float32)) * values[1], values[1]
 
 
 def spread_within(inside: Array, gradient: Array) -> Array:
@@ -294,17 +304,17 @@ def spread_within(inside: Array, gradient: Array) -> Array:
 
     It covers counts ``inside`` that cross up to ``FEW`` cells; ``spread_beyond`` adds the rest.
     """
-    total = to_sublanes(gradient).sum(0, keepdims=True)
+    gradient_sum = to_sublanes(gradient).sum(0, keepdims=True)
     first = cell(inside[-1:])
     nodes = [first + (n - OFFSET) for n in range(FEW + 1)]
     ramps = [gradient * (jnp.maximum(inside, node) if n else inside) for n, node in enumerate(nodes)]
-    ramps = [to_sublanes(ramp).sum(0, keepdims=True) - node * total for ramp, node in zip(ramps, nodes, strict=True)]
-    ramps = [total + ramps[0], *ramps, 0.0, 0.0]
+    ramps = [to_sublanes(ramp).sum(0, keepdims=True) - node * gradient_sum for ramp, node in zip(ramps, nodes, strict=True)]
+    ramps = [gradient_sum + ramps[0], *ramps, 0.0, 0.0]
     row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, inside.shape[1]), 0) - first.astype(jnp.int32)
-    found = jnp.zeros((SUBLANES, inside.shape[1]), jnp.float32)
+    d_nodes = jnp.zeros((SUBLANES, inside.shape[1]), jnp.float32)
     for n in range(FEW + 2):
-        found = jnp.where(row == n, ramps[n] - 2.0 * ramps[n + 1] + ramps[n + 2], found)
-    return found
+        d_nodes = jnp.where(row == n, ramps[n] - 2.0 * ramps[n + 1] + ramps[n + 2], d_nodes)
+    return d_nodes
 
 
 def spread_beyond(inside: Array, gradient: Array, most: Array) -> Array:
@@ -312,23 +322,23 @@ def spread_beyond(inside: Array, gradient: Array, most: Array) -> Array:
     first = cell(inside[-1:])
     row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, inside.shape[1]), 0) - first.astype(jnp.int32)
 
-    def ramp(m: Array, found: Array) -> Array:
+    def ramp(m: Array, d_nodes: Array) -> Array:
         node = first + (m.astype(jnp.float32) - OFFSET)
-        sums = to_sublanes(jnp.maximum(inside - node, 0.0) * gradient).sum(0, keepdims=True)
-        return found + jnp.where(row == m, -2.0 * sums, jnp.where(jnp.abs(row - m) == 1, sums, 0.0))
+        ramp_sum = to_sublanes(jnp.maximum(inside - node, 0.0) * gradient).sum(0, keepdims=True)
+        return d_nodes + jnp.where(row == m, -2.0 * ramp_sum, jnp.where(jnp.abs(row - m) == 1, ramp_sum, 0.0))
 
     return jax.lax.fori_loop(FEW + 1, most + 1, ramp, jnp.zeros((SUBLANES, inside.shape[1]), jnp.float32))
 
 
-def placed(nodes: Array, base: Array, counting: Counting) -> Array:
+def window_to_table(nodes: Array, base: Array, counting: Counting) -> Array:
     """Places the gradient [8, t] of a window's nodes in that of z, [P, t]; nodes past the last position add to the last."""
     row = jax.lax.broadcasted_iota(jnp.int32, nodes.shape, 0)
-    past = jnp.where(row + base >= counting.last, nodes, 0.0).sum(0, keepdims=True)
-    every = jax.lax.broadcasted_iota(jnp.int32, (counting.rows, nodes.shape[1]), 0)
-    place = every - base
-    found = pick(nodes, place & (SUBLANES - 1), counting.has_sublane_gather)
-    found = jnp.where(((place & -SUBLANES) == 0) & (every < counting.last), found, 0.0)
-    return found + jnp.where(every == counting.last, past, 0.0)
+    saturated = jnp.where(row + base >= counting.last, nodes, 0.0).sum(0, keepdims=True)
+    table_row = jax.lax.broadcasted_iota(jnp.int32, (counting.rows, nodes.shape[1]), 0)
+    offset = table_row - base
+    d_table = sublane_gather(nodes, offset & (SUBLANES - 1), counting.has_sublane_gather)
+    d_table = jnp.where(((offset & -SUBLANES) == 0) & (table_row < counting.last), d_table, 0.0)
+    return d_table + jnp.where(table_row == counting.last, saturated, 0.0)
 
 
 def spread(positions: Array, gradient: Array, most: Any, counting: Counting) -> Array:
@@ -348,13 +358,13 @@ def spread(positions: Array, gradient: Array, most: Any, counting: Counting) -> 
 
     def ramps(m: Any, sums: Array) -> Array:
         """Sets row m to the sum of g max(0, u - m)."""
-        found = to_sublanes(jnp.maximum(inside - m.astype(jnp.float32), 0.0) * gradient).sum(0, keepdims=True)
-        return jnp.where(row == m, found, sums)
+        ramp_sum = to_sublanes(jnp.maximum(inside - m.astype(jnp.float32), 0.0) * gradient).sum(0, keepdims=True)
+        return jnp.where(row == m, ramp_sum, sums)
 
     first = to_sublanes(inside * gradient).sum(0, keepdims=True)
     sums = jax.lax.fori_loop(1, most + 1, ramps, jnp.where(row == 0, first, 0.0))
     window = _nodes(sums, first + to_sublanes(gradient).sum(0, keepdims=True), base, counting)
-    return _in_table(base >> 3, window, counting)
+    return _place_in_table(base >> 3, window, counting)
 
 
 def spread_widely(positions: Any, gradient: Any, counting: Counting) -> Array:
@@ -362,25 +372,25 @@ def spread_widely(positions: Any, gradient: Any, counting: Counting) -> Array:
 
     Eight keys cross at most eight nodes. Their windows are merged in pairs, up to windows of 32 keys.
     """
-    size, total = min(32, positions.shape[0]), None
+    size, d_table = min(32, positions.shape[0]), None
     for end in range(size, positions.shape[0] + 1, size):
-        windows, below = [], None
+        windows, previous_base = [], None
         for at in range(end - SUBLANES, end - size - 1, -SUBLANES):  # smallest counts first
             base = positions[at + SUBLANES - 1 : at + SUBLANES, :].astype(jnp.int32)
-            if below is not None:  # rounding can make counts grow by more than one per key
-                base = jnp.minimum(base, below + SUBLANES)
-            below = base
-            windows.append((base >> 3, _window_of_eight(positions, gradient, at, base, counting)))
+            if previous_base is not None:  # rounding can make counts grow by more than one per key
+                base = jnp.minimum(base, previous_base + SUBLANES)
+            previous_base = base
+            windows.append((base >> 3, _window_of_eight_keys(positions, gradient, at, base, counting)))
         rows = SUBLANES
         while len(windows) > 1:
             pairs, rows = zip(windows[::2], windows[1::2], strict=True), 2 * rows
-            windows = [_together(low, high, rows) for low, high in pairs]
-        found = _in_table(*windows[0], counting)
-        total = found if total is None else total + found
-    return total
+            windows = [_merge_windows(low, high, rows) for low, high in pairs]
+        part = _place_in_table(*windows[0], counting)
+        d_table = part if d_table is None else d_table + part
+    return d_table
 
 
-def _window_of_eight(positions: Any, gradient: Any, at: int, base: Array, counting: Counting) -> list[Array]:
+def _window_of_eight_keys(positions: Any, gradient: Any, at: int, base: Array, counting: Counting) -> list[Array]:
     """Returns the gradients of the nodes from ``base`` on that come from eight keys."""
     node = (jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, base.shape[1]), 0) + base).astype(jnp.float32)
     before = sums = None
@@ -399,20 +409,20 @@ def _nodes(sums: Array, before: Array, base: Array, counting: Counting) -> list[
     beyond = sums[SUBLANES - 1 :]  # only the ramp from node 7 on reaches node 8
     left = jnp.concatenate([before, sums[:-1]], 0)
     right = jnp.concatenate([sums[1:], jnp.zeros_like(before)], 0)
-    row, own = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0), base & (SUBLANES - 1)
-    turned = pick(left - 2.0 * sums + right, (row - own) & (SUBLANES - 1), counting.has_sublane_gather)
-    here = row >= own
-    return [jnp.where(here, turned, 0.0), jnp.where(row == own, beyond, jnp.where(here, 0.0, turned))]
+    row, offset = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0), base & (SUBLANES - 1)
+    rolled = sublane_gather(left - 2.0 * sums + right, (row - offset) & (SUBLANES - 1), counting.has_sublane_gather)
+    is_first_group = row >= offset
+    return [jnp.where(is_first_group, rolled, 0.0), jnp.where(row == offset, beyond, jnp.where(is_first_group, 0.0, rolled))]
 
 
-def _together(low: tuple[Array, list[Array]], high: tuple[Array, list[Array]], rows: int) -> tuple[Array, list[Array]]:
+def _merge_windows(low: tuple[Array, list[Array]], high: tuple[Array, list[Array]], rows: int) -> tuple[Array, list[Array]]:
     """Merges the windows of two adjacent runs of keys, ``rows`` keys in total, into one."""
-    (first, window), (first_high, moved) = low, high
-    moved = moved_up(moved, first_high - first, rows // 2 // SUBLANES, 1 + rows // SUBLANES)
-    return first, [a + b for a, b in zip(window, moved, strict=False)] + moved[len(window) :]
+    (first, window), (first_high, shifted) = low, high
+    shifted = barrel_shift_up(shifted, first_high - first, rows // 2 // SUBLANES, 1 + rows // SUBLANES)
+    return first, [a + b for a, b in zip(window, shifted, strict=False)] + shifted[len(window) :]
 
 
-def _in_table(first: Array, window: list[Array], counting: Counting) -> Array:
+def _place_in_table(first: Array, window: list[Array], counting: Counting) -> Array:
     """Places a window in a table [P, t] of zeros, from the block of eight rows ``first`` [1, t] on."""
     size = counting.rows // SUBLANES
-    return joined(moved_up(window, first, size - 1, size), 0)
+    return concatenate(barrel_shift_up(window, first, size - 1, size), 0)

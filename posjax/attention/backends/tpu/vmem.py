@@ -32,10 +32,10 @@ def size(shape: tuple[int | None, ...], dtype: Any) -> int:
     """Returns the bytes of an array in VMEM, its last two axes padded to whole registers; axes that are None are omitted."""
     item = jnp.dtype(dtype).itemsize
     *outer, rows, columns = (1, 1, *(n for n in shape if n is not None))
-    return math.prod(outer) * _up(rows, SUBLANES * 4 // item) * _up(columns, LANES) * item
+    return math.prod(outer) * _round_up(rows, SUBLANES * 4 // item) * _round_up(columns, LANES) * item
 
 
-def _up(n: int, to: int) -> int:
+def _round_up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
@@ -47,18 +47,18 @@ def needed(plan: Plan, x: Operands) -> int:
 def buffers(plan: Plan, x: Operands) -> int:
     """Returns the bytes of the windows and scratch buffers of the backward pass."""
     blocks, width, value_width = plan.blocks, x.query.shape[-1], x.value.shape[-1]
-    held = min(blocks.resident, x.key.shape[2])
+    resident = min(blocks.resident, x.key.shape[2])
     names, arrays, specs = inputs_of(plan, x, lambda *_: 0)
     windows = {name: size(spec.block_shape, array.dtype) for name, array, spec in zip(names, arrays, specs, strict=True)}
     windows |= {f"d_{name}": windows[name] for name in ("key", "value", "embedding") if name in windows}
     windows["d_out"] = size((blocks.queries, value_width), x.value.dtype)
     for name in queries_of(x):
-        dtype = x.query.dtype if held == x.key.shape[2] else jnp.float32  # float32 if summed over blocks of keys
+        dtype = x.query.dtype if resident == x.key.shape[2] else jnp.float32  # float32 if summed over blocks of keys
         windows[f"d_{name}"] = size((blocks.queries, getattr(x, name).shape[-1]), dtype)
     windows["rows"] = 14 * size((plan.groups, LANES), jnp.float32)  # statistics and the state of counts
     scratch = {name: size(a.shape, a.dtype) for name, a in scratch_of(plan, x).items() if "vmem" in str(a.memory_space)}
-    scratch |= {f"d_{name}": n for name, n in scratch.items() if not name.startswith("turned")}
-    for name, shape in {"dk_acc": (held, width), "dv_acc": (held, value_width), "dq_acc": (width, blocks.queries)}.items():
+    scratch |= {f"d_{name}": n for name, n in scratch.items() if not name.startswith("rotated")}
+    for name, shape in {"dk_acc": (resident, width), "dv_acc": (resident, value_width), "dq_acc": (width, blocks.queries)}.items():
         scratch[name] = size(shape, jnp.float32)
     if plan.index is not None:
         windows["d_table"], scratch["d_table_acc"] = (size((*n, LANES, LANES), jnp.float32) for n in ((), (SUBLANES,)))
@@ -69,7 +69,7 @@ def _spilled(plan: Plan, x: Operands) -> int:
     blocks, width = plan.blocks, x.query.shape[-1]
     by_pair, by_channel, by_count = _SPILLED[jnp.dtype(x.query.dtype).itemsize]
     spilled = by_pair * blocks.queries * blocks.keys + by_channel * (blocks.queries + blocks.keys) * width
-    if x.query_turn is not None:
+    if x.query_cos_sin is not None:
         spilled += _SPILLED_BY_ROTATION * blocks.queries * width
     if plan.counting is not None:
         by_position = by_count if plan.counting.has_sublane_gather else _SPILLED_BY_COMPARING
