@@ -102,9 +102,9 @@ def auto_sharded(compute: Callable[..., Array], query: Array, *args: Any) -> Arr
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
     def automatic(query: Array, *arrays: Array) -> Array:
-        these = iter(arrays)
-        filled = [next(these) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
-        return compute(query, *jax.tree.unflatten(structure, filled))
+        remaining_arrays = iter(arrays)
+        new_leaves = [next(remaining_arrays) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+        return compute(query, *jax.tree.unflatten(structure, new_leaves))
 
     return jax.sharding.auto_axes(automatic, out_sharding=out)(query, *arrays)
 

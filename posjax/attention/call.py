@@ -196,10 +196,10 @@ def _mask(inputs: AttentionInputs, is_causal: bool, mask: Any, segment_ids: Any,
             raise ValueError(
                 f"mask must be boolean, True where attention is allowed, got {getattr(mask, 'dtype', type(mask).__name__)}"
             )
-        whole = (batch, heads, length, keys)
+        full_shape = (batch, heads, length, keys)
         mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
-        if mask.ndim != 4 or any(m not in (1, w) for m, w in zip(mask.shape, whole, strict=True)):
-            raise ValueError(f"mask must broadcast to [B, N, T, S] = {whole}, got {mask.shape}")
+        if mask.ndim != 4 or any(m not in (1, w) for m, w in zip(mask.shape, full_shape, strict=True)):
+            raise ValueError(f"mask must broadcast to [B, N, T, S] = {full_shape}, got {mask.shape}")
     query_segments, key_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
     if segment_ids is not None:
         for name, ids, size in (("queries", query_segments, length), ("keys", key_segments, keys)):

@@ -142,8 +142,8 @@ class PositionalEncoding:
     @property
     def changes_query(self) -> bool:
         """Returns whether ``rotate`` may change query and key."""
-        own, base = type(self), PositionalEncoding
-        return own.rotate is not base.rotate or own.rotation is not base.rotation
+        cls, base = type(self), PositionalEncoding
+        return cls.rotate is not base.rotate or cls.rotation is not base.rotation
 
     def _key(self) -> tuple[Any, ...]:
         """Returns what equality and the hash go by: arrays by their bytes, traced ones by identity."""
@@ -350,11 +350,11 @@ def get_param(params: Params, name: str, encoding: str, shape: tuple[int | None,
     if not params or name not in params:
         have = sorted(params) if params else params
         raise ValueError(f"params of {encoding} must hold {name!r}, got {have}; pass what encoding.init(key, dims) returned")
-    found = params[name]
-    if shape is not None and (found.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, found.shape, strict=True))):
+    param = params[name]
+    if shape is not None and (param.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, param.shape, strict=True))):
         wanted = str(shape).replace("None", "any")
-        raise ValueError(f"params[{name!r}] of {encoding} must have shape {wanted}, got {found.shape}")
-    return found
+        raise ValueError(f"params[{name!r}] of {encoding} must have shape {wanted}, got {param.shape}")
+    return param
 
 
 # Traced hyperparameters: numbers that change no shapes, so that one compiled program serves many values -----------------

@@ -232,8 +232,8 @@ def _interpolated(counts: Array, rows: dict[str, Array], embedding: Array) -> Ar
     """Interpolates z at fractional positions, [B, N, t, s], clamped to the last position."""
     position = jnp.minimum(counts, rows["z"].shape[-2] - 1)
     floor = jnp.floor(position)
-    found = _looked_up(rows["z"], floor.astype(jnp.int32))
-    return found[..., 0] + (position - floor) * found[..., 1]
+    value_and_slope = _looked_up(rows["z"], floor.astype(jnp.int32))
+    return value_and_slope[..., 0] + (position - floor) * value_and_slope[..., 1]
 
 
 def _saturate_interpolated(rows: dict[str, Array], tables: tuple, carry: Array) -> tuple[Array, Array]:
@@ -280,8 +280,8 @@ def _network(counts: Array, rows: dict[str, Array], tables: tuple[Array, Array, 
     at = jax.lax.stop_gradient(counts)
     none = jnp.zeros(counts.shape, jnp.int32)
     piece, _ = jax.lax.scan(lambda n, kink: (n + (at >= kink), None), none, kinks, unroll=min(kinks.size, 64))
-    found = _looked_up(rows["z"], piece)
-    return found[..., 0] * counts + found[..., 1]
+    line = _looked_up(rows["z"], piece)
+    return line[..., 0] * counts + line[..., 1]
 
 
 def _looked_up(table: Array, index: Array) -> Array:

@@ -31,10 +31,10 @@ def _traced_power(theta: Array, ratio: np.ndarray) -> Float[Array, " F"]:
     theta = traced_hparam(theta)
     exponent = jnp.frexp(theta * math.sqrt(2.0))[1] - 1  # brings f as close to 1 as possible
     product = exponent * jnp.asarray(leading, jnp.float32)
-    whole = jnp.round(product)
-    rest = exponent * jnp.asarray(ratio - leading, jnp.float32)
-    rest = rest + jnp.log2(jnp.ldexp(theta, -exponent)) * jnp.asarray(ratio, jnp.float32)
-    return jnp.ldexp(jnp.exp2(-(product - whole) - rest), -whole.astype(jnp.int32))
+    integer_part = jnp.round(product)
+    remainder = exponent * jnp.asarray(ratio - leading, jnp.float32)
+    remainder = remainder + jnp.log2(jnp.ldexp(theta, -exponent)) * jnp.asarray(ratio, jnp.float32)
+    return jnp.ldexp(jnp.exp2(-(product - integer_part) - remainder), -integer_part.astype(jnp.int32))
 
 
 def angles(positions: Array, frequencies: np.ndarray | Array) -> Float[Array, "..."]:
@@ -58,7 +58,7 @@ def angles(positions: Array, frequencies: np.ndarray | Array) -> Float[Array, ".
     turns = np.mod(frequencies.astype(np.float64) / (2 * np.pi), 1.0)
     high = np.floor(turns * 2.0**32)
     low = turns - high / 2.0**32  # remainder after 32 bits of a turn; float32 extends it to 56 bits in total
-    whole = positions[..., None].astype(jnp.uint32) * jnp.asarray(high.astype(np.uint32))
-    signed = whole.astype(jnp.int32).astype(jnp.float32) * 2.0**-32  # two's complement: a turn in [-1/2, 1/2)
-    rest = positions[..., None].astype(jnp.float32) * jnp.asarray(low, jnp.float32)
-    return (signed + rest) * (2 * np.pi)
+    fixed_point = positions[..., None].astype(jnp.uint32) * jnp.asarray(high.astype(np.uint32))
+    signed = fixed_point.astype(jnp.int32).astype(jnp.float32) * 2.0**-32  # two's complement: a turn in [-1/2, 1/2)
+    remainder = positions[..., None].astype(jnp.float32) * jnp.asarray(low, jnp.float32)
+    return (signed + remainder) * (2 * np.pi)

@@ -231,7 +231,7 @@ def _attend(ring: _Ring, slots: tuple[Any, ...]) -> tuple[Array, ...]:
 
 
 def _forward(ring: _Ring, slots: tuple[Any, ...]) -> tuple[tuple[Array, ...], Any]:
-    def merged(acc: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[Array, Array]:
+    def merge(acc: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[Array, Array]:
         (before, out), (lse, more) = acc, part
         lse = jnp.where(lse < EMPTY_LSE, lse, _NO_KEYS_LSE)
         total = jnp.logaddexp(before, lse)
@@ -243,20 +243,20 @@ def _forward(ring: _Ring, slots: tuple[Any, ...]) -> tuple[tuple[Array, ...], An
         pieces = _taken(kv, at)
         kv = _put(kv, at, ring.moved(pieces))  # does not depend on the outputs, so that the two overlap
         carries_out, kept, results = [], [], []
-        for i, (x, own, carried) in enumerate(zip(slots, acc, carries, strict=True)):
+        for i, (x, partial, carried) in enumerate(zip(slots, acc, carries, strict=True)):
             out, lse, *rest = ring.backend.outputs(ring.plan, ring.backend.with_keys(x, _taken(pieces, i), carried))
-            results.append(merged(own, (lse, out)))
+            results.append(merge(partial, (lse, out)))
             kept.append(rest[0])
             carries_out.append(rest[1])
         return (kv, tuple(results), tuple(carries_out)), (tuple(carries_out), tuple(kept))
 
-    def nothing(x: Any) -> tuple[Array, Array]:
+    def empty(x: Any) -> tuple[Array, Array]:
         out, lse, *_ = jax.eval_shape(functools.partial(ring.backend.outputs, ring.plan), x)
         return jnp.full(lse.shape, _NO_KEYS_LSE, jnp.float32), jnp.zeros(out.shape, jnp.float32)
 
-    start = _stacked(ring, map(ring.backend.by_key, slots)), tuple(map(nothing, slots)), tuple(map(ring.backend.carried, slots))
+    start = _stacked(ring, map(ring.backend.by_key, slots)), tuple(map(empty, slots)), tuple(map(ring.backend.carried, slots))
     (_, results, _), (carries, kept) = jax.lax.scan(step, start, jnp.arange(ring.steps))
-    out = tuple(own.astype(x.value.dtype) for (_, own), x in zip(results, slots, strict=True))
+    out = tuple(partial.astype(x.value.dtype) for (_, partial), x in zip(results, slots, strict=True))
     lses = tuple(jnp.where(total > 0.5 * _NO_KEYS_LSE, total, EMPTY_LSE) for total, _ in results)
     out, lses, carries, kept = checkpoint_name((out, lses, carries, kept), SAVED)
     return out, (slots, out, lses, carries, kept)
@@ -266,22 +266,22 @@ def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[
     slots, out, lses, carries, kept = saved
     backend, deltas = ring.backend, tuple(map(delta_of, out, d_out))
 
-    def pair(i: int, number: Array, there: dict[str, Any], d_carries_out: list[Array], acc: Any = None) -> Any:
+    def pair(i: int, number: Array, kv_piece: dict[str, Any], d_carries_out: list[Array], acc: Any = None) -> Any:
         """Computes the gradients of slot i for one step. Those that stay on this device are added to ``acc``."""
         x = slots[i]
         received = jax.tree.map(
-            lambda first, later: jnp.where(number > 0, later[jnp.maximum(number - 1, 0)], first), backend.carried(x), carries[i]
+            lambda initial, later: jnp.where(number > 0, later[jnp.maximum(number - 1, 0)], initial), backend.carried(x), carries[i]
         )
-        own = _taken(kept[i], number), _taken(carries[i], number)
-        met = backend.with_keys(x, there, received)
-        return backend.gradients(ring.plan, met, lses[i], *own, d_out[i], deltas[i], d_carries_out, acc)
+        residuals = _taken(kept[i], number), _taken(carries[i], number)
+        operands = backend.with_keys(x, kv_piece, received)
+        return backend.gradients(ring.plan, operands, lses[i], *residuals, d_out[i], deltas[i], d_carries_out, acc)
 
     def step(state: Any, number: Array) -> tuple[Any, None]:
         kv, d_kv, d_local, d_carries = state
         at = ring.at(number)
         pieces, d_pieces = (ring.moved(_taken(x, at), back=True) for x in (kv, d_kv))
-        made = [pair(i, number, _taken(pieces, i), *own) for i, own in enumerate(zip(d_carries, d_local, strict=True))]
-        of_keys, d_local, d_carries = zip(*made, strict=True)
+        grads = [pair(i, number, _taken(pieces, i), *d_slot) for i, d_slot in enumerate(zip(d_carries, d_local, strict=True))]
+        of_keys, d_local, d_carries = zip(*grads, strict=True)
         of_keys = jax.tree.map(lambda *x: jnp.stack(x), *of_keys)
         return (
             _put(kv, at, pieces),
@@ -298,12 +298,12 @@ def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[
     first = _taken(kv, 0)
     shapes = (jax.eval_shape(functools.partial(pair, i), jnp.int32(0), _taken(first, i), d) for i, d in enumerate(d_carries))
     local = tuple(rest for _, rest, _ in shapes)
-    whole = tuple({name: floats(tree)[0] for name, tree in backend.by_key(x).items()} for x in slots)
-    whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), whole)
+    key_structs = tuple({name: floats(tree)[0] for name, tree in backend.by_key(x).items()} for x in slots)
+    key_structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), key_structs)
     stacked = functools.partial(_stacked, ring)
-    start = kv, zeros(jax.eval_shape(stacked, whole)), zeros(local), d_carries
+    start = kv, zeros(jax.eval_shape(stacked, key_structs)), zeros(local), d_carries
     (_, sums, local, d_carries), _ = jax.lax.scan(step, start, jnp.arange(ring.steps), reverse=True)
-    (of_keys,) = jax.linear_transpose(stacked, whole)(sums)
+    (of_keys,) = jax.linear_transpose(stacked, key_structs)(sums)
     return (tuple(map(backend.cotangent, slots, of_keys, local, d_carries)),)
 
 

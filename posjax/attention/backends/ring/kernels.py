@@ -30,7 +30,7 @@ def natural_lse(lse: Array) -> Array:
     return jnp.where(lse < -0.5 * MASK_VALUE, lse / LOG2E, EMPTY_LSE)
 
 
-def split_by_key(found: dict[str, Array]) -> tuple[dict[str, list[Array]], dict[str, Array]]:
+def split_by_key(grads: dict[str, Array]) -> tuple[dict[str, list[Array]], dict[str, Array]]:
     """Splits gradients by name into those of per-key arrays, in the form of ``by_key``, and the rest."""
-    rest = dict(found)
+    rest = dict(grads)
     return dict(key=[rest.pop("key")], value=[rest.pop("value")], segments=[], positions=[]), rest

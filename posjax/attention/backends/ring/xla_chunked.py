@@ -106,15 +106,15 @@ def gradients(
     """
     final = jax.tree.map(lambda rows: block(rows, plan.rows), carries_out)
     d_final = [block(rows, plan.rows) for rows in d_carries_out]
-    found = backward.gradients(plan, x, (lse, kept, final), d_out, delta, d_final)
-    of_keys = dict(key=[found["key"]], value=[found["value"]], columns=found["columns"], segments=[], positions=[])
-    rest = {name: found[name] for name in ("query", "rows", "tables", "scale")}
-    return of_keys, added(acc, rest), [unblock(tiles) for tiles in found["carries"]]
+    grads = backward.gradients(plan, x, (lse, kept, final), d_out, delta, d_final)
+    of_keys = dict(key=[grads["key"]], value=[grads["value"]], columns=grads["columns"], segments=[], positions=[])
+    rest = {name: grads[name] for name in ("query", "rows", "tables", "scale")}
+    return of_keys, added(acc, rest), [unblock(tiles) for tiles in grads["carries"]]
 
 
-def added(acc: Any, found: Any) -> Any:
-    """Adds the gradients ``found`` to ``acc``, which is None if there are none yet."""
-    return found if acc is None else jax.tree.map(jnp.add, acc, found)
+def added(acc: Any, grads: Any) -> Any:
+    """Adds the gradients ``grads`` to ``acc``, which is None if there are none yet."""
+    return grads if acc is None else jax.tree.map(jnp.add, acc, grads)
 
 
 def cotangent(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:

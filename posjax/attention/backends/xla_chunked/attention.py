@@ -61,8 +61,8 @@ def _forward(plan: Plan, x: Operands) -> tuple[Array, tuple[Operands, Array, Any
 def _backward(plan: Plan, saved: tuple[Operands, Array, Any], d_out: Array) -> tuple[Operands]:
     x, out, residuals = saved
     d_final = zeros_like(floats(residuals[2])[0])
-    found = gradients(plan, x, residuals, d_out, delta_of(out, d_out), d_final)
-    return (cotangent(x, found | dict(carries=[unblock(tiles) for tiles in found["carries"]])),)
+    grads = gradients(plan, x, residuals, d_out, delta_of(out, d_out), d_final)
+    return (cotangent(x, grads | dict(carries=[unblock(tiles) for tiles in grads["carries"]])),)
 
 
 _attend.defvjp(_forward, _backward)

@@ -162,11 +162,11 @@ class _Backward:
     delta: Array
     d_out: Array
 
-    def visit(self, at: Array, state: Any, carries: Leaves, saturated: list[Array | None]) -> Any:
+    def step(self, at: Array, state: Any, carries: Leaves, saturated: list[Array | None]) -> Any:
         """Adds the gradients of one key tile to ``state``: those by query, those by key, of the carries, and of ``saturated``."""
         by_query, by_key, d_carries, d_saturated = state
         row = self.leaves.row
-        kv_tile, j = row.key_tile(at), row.visits[at]
+        kv_tile, j = row.key_tile(at), row.kv_tiles[at]
         key, value, columns = kv_tile.key, kv_tile.value, floats(kv_tile.columns)[0]
         inputs = row.logits(key), self.rows, columns, self.leaves.tables, carries, saturated
         (scores, _), vjp = jax.vjp(functools.partial(self.leaves.scores, kv_tile), *inputs)
@@ -187,27 +187,27 @@ class _Backward:
             jax.tree.map(jnp.add, d_saturated, more_saturated),
         )
 
-    def visit_plain(self, first: Array, final: Leaves, state: Any) -> Any:
-        """Visits the ``first`` key tiles, in which every row has saturated; ``final`` are the carries after them."""
+    def plain_steps(self, first: Array, final: Leaves, state: Any) -> Any:
+        """Processes the ``first`` key tiles, in which every row has saturated; ``final`` are the carries after them."""
         saturated, vjp = jax.vjp(self.leaves.saturated, self.rows, self.leaves.tables, final)
         by_query, by_key, d_carries, d_saturated = jax.lax.fori_loop(
             0,
             first,
-            lambda at, state: self.visit(at, state, final, saturated),
+            lambda at, state: self.step(at, state, final, saturated),
             (*state, jax.tree.map(jnp.zeros_like, saturated)),
         )
         d_rows, d_tables, more_carries = vjp(d_saturated)
         by_query = _ByQuery(by_query.query, _sum(by_query.rows, d_rows), _sum(by_query.tables, d_tables))
         return by_query, by_key, _sum(d_carries, more_carries)
 
-    def visit_counted(self, first: Array, state: Any) -> Any:
-        """Visits the key tiles from ``first`` on, in which the terms pass carries."""
+    def counted_steps(self, first: Array, state: Any) -> Any:
+        """Processes the key tiles from ``first`` on, in which the terms pass carries."""
         received = self.leaves.received(self.rows, first)
         unsaturated = [None] * len(self.leaves.row.terms)
         return jax.lax.fori_loop(
             first,
             self.leaves.row.count,
-            lambda at, state: self.visit(at, state, [r[at] for r in received], unsaturated),
+            lambda at, state: self.step(at, state, [r[at] for r in received], unsaturated),
             (*state, unsaturated),
         )[:3]
 
@@ -236,15 +236,15 @@ def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, delta: Array, d
         backward = _Backward(leaves, rows, lse, delta, d_out.astype(jnp.float32))
         state = _ByQuery(jnp.zeros(row.query.shape, jnp.float32), zeros_like(rows), d_tables), by_key, d_final
         if can_saturate(row.terms):
-            state = backward.visit_plain(first, floats(final)[0], state)
+            state = backward.plain_steps(first, floats(final)[0], state)
         if leaves.carries:
-            state = backward.visit_counted(first, state)
+            state = backward.counted_steps(first, state)
         (d_query, d_rows, d_tables), by_key, d_carries = state
         d_scale = (d_query * row.query.astype(jnp.float32)).sum()
         d_raw_rows, more_tables = load_vjp([d.astype(r.dtype) for d, r in zip(d_rows, rows, strict=True)])
         d_query = d_query * x.scale
-        made = d_query if plan.is_part else d_query.astype(x.query.dtype), d_raw_rows, d_carries, d_scale
-        return (_sum(d_tables, more_tables), by_key), made
+        row_gradients = d_query if plan.is_part else d_query.astype(x.query.dtype), d_raw_rows, d_carries, d_scale
+        return (_sum(d_tables, more_tables), by_key), row_gradients
 
     columns, tables = floats([term.columns for term in x.terms])[0], floats([term.tables for term in x.terms])[0]
     start = zeros_like(tables), _ByKey(*zeros_like([x.key, x.value]), zeros_like(columns))
@@ -268,10 +268,10 @@ def cotangent(x: Operands, d: dict[str, Any]) -> Operands:
     """Assembles the results of ``gradients`` into the cotangent of the operands, in their dtypes; float0 for integer operands."""
 
     def like(primal: Any, gradients: list[Array]) -> Any:
-        found, _ = floats(primal)
-        made = iter([d.astype(p.dtype) for d, p in zip(gradients, found, strict=True)])
+        leaves, _ = floats(primal)
+        cast_gradients = iter([d.astype(p.dtype) for d, p in zip(gradients, leaves, strict=True)])
         return jax.tree.map(
-            lambda p: next(made) if jnp.issubdtype(p.dtype, jnp.inexact) else np.zeros(p.shape, jax.dtypes.float0), primal
+            lambda p: next(cast_gradients) if jnp.issubdtype(p.dtype, jnp.inexact) else np.zeros(p.shape, jax.dtypes.float0), primal
         )
 
     rows = like([term.rows for term in x.terms], [unblock(tiles) for tiles in d["rows"]])

@@ -34,16 +34,16 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Any]:
         loaded = [term.loaded() for term in row.terms]
         rows, tables = [term.rows for term in loaded], [term.tables for term in loaded]
 
-        def visit(at: Array, softmax: tuple[Array, Array, Array], carries: list[Any], saturated: list[Array | None]) -> Any:
+        def step(at: Array, softmax: tuple[Array, Array, Array], carries: list[Any], saturated: list[Array | None]) -> Any:
             kv_tile = row.key_tile(at)
             logits = row.logits(kv_tile.key)
             scores, carries = tile_scores(row, kv_tile, logits, rows, kv_tile.columns, tables, carries, saturated)
             scores = jnp.where(kv_tile.allowed, scores, MASK_VALUE)
             m, l, acc = softmax
             m_new = jnp.maximum(m, scores.max(-1))
-            weights, shrink = jnp.exp(scores - m_new[..., None]), jnp.exp(m - m_new)
+            weights, alpha = jnp.exp(scores - m_new[..., None]), jnp.exp(m - m_new)
             product = multiply_by_group("bkgts,bksv->bkgtv", weights.astype(kv_tile.value.dtype), kv_tile.value)
-            return at - 1, (m_new, l * shrink + weights.sum(-1), acc * shrink[..., None] + product), carries
+            return at - 1, (m_new, l * alpha + weights.sum(-1), acc * alpha[..., None] + product), carries
 
         batch, heads, height, _ = row.query.shape
         statistics = jnp.full((batch, heads, height), INIT_MAX), jnp.zeros((batch, heads, height))
@@ -56,17 +56,17 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Any]:
                 at, _, carries = state
                 if not can_saturate(row.terms):
                     return at >= 0
-                through = (row.visits[at] < row.leftmost)[:, None]  # rows with no allowed key from here on
+                is_exhausted = (row.kv_tiles[at] < row.leftmost)[:, None]  # rows with no allowed key from here on
                 saturated = [s for s in saturated_biases(row.terms, rows, tables, carries)[0] if s is not None]
-                return (at >= 0) & ~functools.reduce(jnp.logical_and, [(s | through).all() for s in saturated])
+                return (at >= 0) & ~functools.reduce(jnp.logical_and, [(s | is_exhausted).all() for s in saturated])
 
-            state = jax.lax.while_loop(counts, lambda state: visit(*state, unsaturated), state)
+            state = jax.lax.while_loop(counts, lambda state: step(*state, unsaturated), state)
         first = state[0] + 1  # the number of visited tiles that are plain
         if can_saturate(row.terms):
             at, softmax, carries = state
             constants = saturated_biases(row.terms, rows, tables, carries)[1]
             at, softmax = jax.lax.while_loop(
-                lambda state: state[0] >= 0, lambda state: visit(*state, carries, constants)[:2], (at, softmax)
+                lambda state: state[0] >= 0, lambda state: step(*state, carries, constants)[:2], (at, softmax)
             )
             state = at, softmax, carries
         m, l, acc = state[1]

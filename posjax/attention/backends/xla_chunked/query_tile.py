@@ -33,14 +33,14 @@ class QueryTile:
     query: Array  # [B, N, t, H]
     query_positions: Array
     terms: tuple[BiasTerm, ...]  # sliced to these queries, not loaded; do not use their columns
-    visits: Array  # [J] indices of key tiles, of which the first ``count`` are valid
+    kv_tiles: Array  # [J] indices of key tiles, of which the first ``count`` are valid
     count: Array
     leftmost: Array  # [1 or B, t] the first key tile in which a query may have an allowed key; J if none
 
     def key_tile(self, at: Array) -> KeyTile:
-        """Returns entry ``at`` of ``visits``: the key tile with ``at`` visits left to do on its left."""
+        """Returns entry ``at`` of ``kv_tiles``: the key tile with ``at`` visits left to do on its left."""
         plan, x = self.plan, self.operands
-        j = self.visits[at]
+        j = self.kv_tiles[at]
         start = j * plan.columns
         key_positions = jax.lax.dynamic_slice_in_dim(x.key_positions, start, plan.columns, axis=1)
         mask = x.mask.cut(self.index * plan.rows, plan.rows, start, plan.columns)
@@ -72,7 +72,7 @@ def take_query_tile(plan: Plan, x: Operands, index: Array) -> QueryTile:
     """Returns query tile ``index``, with the key tiles in which the mask may allow a pair."""
     query_positions = jax.lax.dynamic_slice_in_dim(x.query_positions, index * plan.rows, plan.rows, axis=1)
     may_attend = _may_attend(plan, x, index, query_positions)
-    live = may_attend.any((0, 1))
+    is_visible = may_attend.any((0, 1))
     return QueryTile(
         plan=plan,
         operands=x,
@@ -80,9 +80,9 @@ def take_query_tile(plan: Plan, x: Operands, index: Array) -> QueryTile:
         query=x.query[index],
         query_positions=query_positions,
         terms=tuple(term.cut(index * plan.rows, plan.rows, 0, plan.columns) for term in x.terms),
-        visits=jnp.nonzero(live, size=live.size, fill_value=0)[0].astype(jnp.int32),
-        count=live.sum(dtype=jnp.int32),
-        leftmost=jnp.where(may_attend.any(-1), may_attend.argmax(-1), live.size),
+        kv_tiles=jnp.nonzero(is_visible, size=is_visible.size, fill_value=0)[0].astype(jnp.int32),
+        count=is_visible.sum(dtype=jnp.int32),
+        leftmost=jnp.where(may_attend.any(-1), may_attend.argmax(-1), is_visible.size),
     )
 
 
@@ -97,23 +97,23 @@ def _may_attend(plan: Plan, x: Operands, index: Array, query_positions: Array) -
         return tiles.min(-1), tiles.max(-1)
 
     mask, (left, right) = x.mask, x.mask.window
-    (first, last), here = ranges(x.key_positions), query_positions[..., None]
-    may = jnp.ones((1, plan.rows, first.shape[-1]), bool)
+    (first, last), query_ids = ranges(x.key_positions), query_positions[..., None]
+    may_attend = jnp.ones((1, plan.rows, first.shape[-1]), bool)
     if mask.is_causal:
-        may &= first <= here
+        may_attend &= first <= query_ids
     if left is not None:
-        may &= last >= here - left
+        may_attend &= last >= query_ids - left
     if right is not None:
-        may &= first <= here + right
+        may_attend &= first <= query_ids + right
     if mask.query_segments is not None and mask.key_segments is not None:
         first, last = ranges(mask.key_segments)
-        here = jax.lax.dynamic_slice_in_dim(mask.query_segments, index * plan.rows, plan.rows, axis=1)[..., None]
-        may &= (first <= here) & (here <= last)
+        query_ids = jax.lax.dynamic_slice_in_dim(mask.query_segments, index * plan.rows, plan.rows, axis=1)[..., None]
+        may_attend &= (first <= query_ids) & (query_ids <= last)
     if mask.boolean is not None:
         boolean = mask.cut(index * plan.rows, plan.rows, 0, x.key_positions.shape[1]).boolean.any(1)
         boolean = jnp.broadcast_to(boolean, (*boolean.shape[:2], x.key_positions.shape[1]))
-        may &= boolean.reshape(*boolean.shape[:2], -1, plan.columns).any(-1)
-    return may
+        may_attend &= boolean.reshape(*boolean.shape[:2], -1, plan.columns).any(-1)
+    return may_attend
 
 
 def tile_scores(
@@ -126,11 +126,11 @@ def tile_scores(
     """
     tile = Tile(logits, kv_tile.allowed, row.query_positions, kv_tile.positions)
     scores, carries_out = logits, []
-    for term, own, by_key, table, carry, constant in zip(row.terms, rows, columns, tables, carries, saturated, strict=True):
+    for term, term_rows, by_key, table, carry, constant in zip(row.terms, rows, columns, tables, carries, saturated, strict=True):
         if constant is not None:
             scores = scores + constant[..., None]
         else:
-            bias, carry = term.function(tile, own, by_key, table, carry)
+            bias, carry = term.function(tile, term_rows, by_key, table, carry)
             scores = scores + bias
         carries_out.append(carry)
     cap = row.plan.soft_cap
@@ -145,8 +145,8 @@ def can_saturate(terms: tuple[BiasTerm, ...]) -> bool:
 def saturated_biases(terms: tuple[BiasTerm, ...], rows, tables, carries) -> tuple[list[Array | None], list[Array | None]]:
     """Returns which rows have saturated, and their bias, as two lists over the terms; None for a term without a carry."""
     pairs = [
-        (None, None) if term.carry is None else term.saturate(own, table, carry)
-        for term, own, table, carry in zip(terms, rows, tables, carries, strict=True)
+        (None, None) if term.carry is None else term.saturate(term_rows, table, carry)
+        for term, term_rows, table, carry in zip(terms, rows, tables, carries, strict=True)
     ]
     return [saturated for saturated, _ in pairs], [bias for _, bias in pairs]
 
