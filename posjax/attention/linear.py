@@ -173,15 +173,15 @@ def _chunked_sum(query: Array, key: Array, value: Array, segments: Array, is_cau
         q, k, v, ids = part
         from_state = jnp.einsum("btnh,bnhv->btnv", q, memory) * (ids == owner[:, None])[..., None, None]
         edge = ids[:, 0] if reverse else ids[:, -1]
-        kept = memory * (owner == edge)[:, None, None, None]
+        carried_memory = memory * (owner == edge)[:, None, None, None]
         added = jnp.einsum("bsnh,bsnv->bnhv", k * (ids == edge[:, None])[..., None, None], v)
         if reverse:
-            return (kept + added, edge), from_state
+            return (carried_memory + added, edge), from_state
         allowed = ids[:, :, None] == ids[:, None, :]
         if is_causal:
             allowed &= jnp.tril(jnp.ones((_CHUNK, _CHUNK), bool))
         inside = jnp.einsum("btnh,bsnh->bnts", q, k) * allowed[:, None]
-        return (kept + added, edge), from_state + jnp.einsum("bnts,bsnv->btnv", inside, v)
+        return (carried_memory + added, edge), from_state + jnp.einsum("bnts,bsnv->btnv", inside, v)
 
     start = jnp.zeros((batch, heads, key.shape[-1], value.shape[-1])), jnp.full((batch,), -2, segments.dtype)
     _, out = jax.lax.scan(lambda s, p: walk(s, p, False), start, parts)

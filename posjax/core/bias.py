@@ -202,9 +202,9 @@ def apply_rotation(x: Float[Array, "B T N H"], phase: Float[Array, "_ T R2"], pa
     """Rotates the first 2 * phase.shape[-1] channels of x in float32; the result has x's dtype."""
     width = 2 * phase.shape[-1]
     cos, sin = jnp.cos(phase)[:, :, None, :], jnp.sin(phase)[:, :, None, :]
-    raw = x[..., :width]
-    pair = (raw[..., : width // 2], raw[..., width // 2 :]) if pairing == "half" else (raw[..., 0::2], raw[..., 1::2])
+    x_rot = x[..., :width]
+    pair = (x_rot[..., : width // 2], x_rot[..., width // 2 :]) if pairing == "half" else (x_rot[..., 0::2], x_rot[..., 1::2])
     first, second = (part.astype(jnp.float32) for part in pair)  # cast after the split, or XLA would keep a float32 copy of x
     pair = [part.astype(x.dtype) for part in (first * cos - second * sin, first * sin + second * cos)]
-    turned = jnp.concatenate(pair, -1) if pairing == "half" else jnp.stack(pair, -1).reshape(raw.shape)
-    return jnp.concatenate([turned, x[..., width:]], axis=-1)
+    rotated = jnp.concatenate(pair, -1) if pairing == "half" else jnp.stack(pair, -1).reshape(x_rot.shape)
+    return jnp.concatenate([rotated, x[..., width:]], axis=-1)

@@ -203,9 +203,9 @@ def register(name: str) -> Callable[[EncodingClass], EncodingClass]:
             raise TypeError(f"register must decorate a subclass of PositionalEncoding, got {cls!r}")
         if not name.isidentifier():
             raise ValueError(f"the name of an encoding must be a Python identifier, got {name!r}")
-        there = _REGISTRY.get(name)
-        if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"the name {name!r} is that of {there.__module__}.{there.__qualname__}; take another one")
+        existing = _REGISTRY.get(name)
+        if existing is not None and (existing.__module__, existing.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"the name {name!r} is that of {existing.__module__}.{existing.__qualname__}; take another one")
         cls = as_value(cls)
         cls.registered_name = name
         if "name" not in vars(cls):

@@ -28,12 +28,12 @@ def translate_compile_errors(implementation: str | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # JAX may wrap the compiler's error
-        told = next((e for e in (error, error.__cause__) if isinstance(e, jax.errors.JaxRuntimeError)), None)
-        of_kernel = told is not None and re.search("posjax_attention|mosaic|triton|vmem", str(told), re.I)
-        if not of_kernel or implementation not in (None, "pallas"):
+        compile_error = next((e for e in (error, error.__cause__) if isinstance(e, jax.errors.JaxRuntimeError)), None)
+        mentions_kernel = compile_error is not None and re.search("posjax_attention|mosaic|triton|vmem", str(compile_error), re.I)
+        if not mentions_kernel or implementation not in (None, "pallas"):
             raise
-        why = str(told).strip().split("\n")[0][:300]
+        first_line = str(compile_error).strip().split("\n")[0][:300]
         raise KernelCompileError(
             f"the attention kernel failed to compile on this device with implementation={implementation!r}; "
-            f"rerun with implementation='xla_chunked'. Compiler error: {why}"
+            f"rerun with implementation='xla_chunked'. Compiler error: {first_line}"
         ) from error

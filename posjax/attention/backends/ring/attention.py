@@ -135,8 +135,8 @@ def _around(context: Context, backend: Any, calls: list[AttentionCall], block_si
     """Returns the result [B, t, N, V] of each chunk of this device. ``backend`` is a module such as ``ring.xla_chunked``."""
     plans, slots = zip(*(backend.to_operands(call, block_sizes) for call in calls), strict=True)
     length, keys, width = calls[0].query.shape[1], calls[0].key.shape[1], calls[0].value.shape[-1]
-    most = max(1, min(_PIECES, keys // _PIECE))
-    splits = ((n, backend.in_parts(plans[0], slots[0], n)) for n in range(most, 0, -1))
+    max_pieces = max(1, min(_PIECES, keys // _PIECE))
+    splits = ((n, backend.in_parts(plans[0], slots[0], n)) for n in range(max_pieces, 0, -1))
     pieces, plan = next((n, plan) for n, plan in splits if plan is not None)
     ring = _Ring(backend, plan, context.axis, context.parts, len(calls) == 2, pieces)
     return [backend.from_blocks(out, length, width) for out in _attend(ring, slots)]
@@ -213,11 +213,11 @@ def _stacked(ring: _Ring, slots: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *(_in_pieces(ring, by_key) for by_key in slots))
 
 
-def _taken(pieces: Any, at: Array | int) -> Any:
+def _take_piece(pieces: Any, at: Array | int) -> Any:
     return jax.tree.map(lambda x: x[at], pieces)
 
 
-def _put(pieces: Any, at: Array, new: Any) -> Any:
+def _put_piece(pieces: Any, at: Array, new: Any) -> Any:
     return jax.tree.map(lambda x, y: x.at[at].set(y), pieces, new)
 
 
@@ -240,30 +240,30 @@ def _forward(ring: _Ring, slots: tuple[Any, ...]) -> tuple[tuple[Array, ...], An
     def step(state: Any, number: Array) -> tuple[Any, Any]:
         kv, acc, carries = state
         at = ring.at(number)
-        pieces = _taken(kv, at)
-        kv = _put(kv, at, ring.moved(pieces))  # does not depend on the outputs, so that the two overlap
-        carries_out, kept, results = [], [], []
+        pieces = _take_piece(kv, at)
+        kv = _put_piece(kv, at, ring.moved(pieces))  # does not depend on the outputs, so that the two overlap
+        carries_out, step_residuals, results = [], [], []
         for i, (x, partial, carried) in enumerate(zip(slots, acc, carries, strict=True)):
-            out, lse, *rest = ring.backend.outputs(ring.plan, ring.backend.with_keys(x, _taken(pieces, i), carried))
+            out, lse, *rest = ring.backend.outputs(ring.plan, ring.backend.with_keys(x, _take_piece(pieces, i), carried))
             results.append(merge(partial, (lse, out)))
-            kept.append(rest[0])
+            step_residuals.append(rest[0])
             carries_out.append(rest[1])
-        return (kv, tuple(results), tuple(carries_out)), (tuple(carries_out), tuple(kept))
+        return (kv, tuple(results), tuple(carries_out)), (tuple(carries_out), tuple(step_residuals))
 
     def empty(x: Any) -> tuple[Array, Array]:
         out, lse, *_ = jax.eval_shape(functools.partial(ring.backend.outputs, ring.plan), x)
         return jnp.full(lse.shape, _NO_KEYS_LSE, jnp.float32), jnp.zeros(out.shape, jnp.float32)
 
     start = _stacked(ring, map(ring.backend.by_key, slots)), tuple(map(empty, slots)), tuple(map(ring.backend.carried, slots))
-    (_, results, _), (carries, kept) = jax.lax.scan(step, start, jnp.arange(ring.steps))
+    (_, results, _), (carries, step_residuals) = jax.lax.scan(step, start, jnp.arange(ring.steps))
     out = tuple(partial.astype(x.value.dtype) for (_, partial), x in zip(results, slots, strict=True))
     lses = tuple(jnp.where(total > 0.5 * _NO_KEYS_LSE, total, EMPTY_LSE) for total, _ in results)
-    out, lses, carries, kept = checkpoint_name((out, lses, carries, kept), SAVED)
-    return out, (slots, out, lses, carries, kept)
+    out, lses, carries, step_residuals = checkpoint_name((out, lses, carries, step_residuals), SAVED)
+    return out, (slots, out, lses, carries, step_residuals)
 
 
 def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[Any, ...]]:
-    slots, out, lses, carries, kept = saved
+    slots, out, lses, carries, step_residuals = saved
     backend, deltas = ring.backend, tuple(map(delta_of, out, d_out))
 
     def pair(i: int, number: Array, kv_piece: dict[str, Any], d_carries_out: list[Array], acc: Any = None) -> Any:
@@ -272,20 +272,20 @@ def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[
         received = jax.tree.map(
             lambda initial, later: jnp.where(number > 0, later[jnp.maximum(number - 1, 0)], initial), backend.carried(x), carries[i]
         )
-        residuals = _taken(kept[i], number), _taken(carries[i], number)
+        residuals = _take_piece(step_residuals[i], number), _take_piece(carries[i], number)
         operands = backend.with_keys(x, kv_piece, received)
         return backend.gradients(ring.plan, operands, lses[i], *residuals, d_out[i], deltas[i], d_carries_out, acc)
 
     def step(state: Any, number: Array) -> tuple[Any, None]:
         kv, d_kv, d_local, d_carries = state
         at = ring.at(number)
-        pieces, d_pieces = (ring.moved(_taken(x, at), back=True) for x in (kv, d_kv))
-        grads = [pair(i, number, _taken(pieces, i), *d_slot) for i, d_slot in enumerate(zip(d_carries, d_local, strict=True))]
+        pieces, d_pieces = (ring.moved(_take_piece(x, at), back=True) for x in (kv, d_kv))
+        grads = [pair(i, number, _take_piece(pieces, i), *d_slot) for i, d_slot in enumerate(zip(d_carries, d_local, strict=True))]
         of_keys, d_local, d_carries = zip(*grads, strict=True)
         of_keys = jax.tree.map(lambda *x: jnp.stack(x), *of_keys)
         return (
-            _put(kv, at, pieces),
-            _put(d_kv, at, jax.tree.map(jnp.add, d_pieces, of_keys)),
+            _put_piece(kv, at, pieces),
+            _put_piece(d_kv, at, jax.tree.map(jnp.add, d_pieces, of_keys)),
             d_local,
             d_carries,
         ), None
@@ -295,8 +295,8 @@ def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[
 
     d_carries = tuple(zeros(floats(backend.carried(x))[0]) for x in slots)
     kv = _stacked(ring, map(backend.by_key, slots))
-    first = _taken(kv, 0)
-    shapes = (jax.eval_shape(functools.partial(pair, i), jnp.int32(0), _taken(first, i), d) for i, d in enumerate(d_carries))
+    first = _take_piece(kv, 0)
+    shapes = (jax.eval_shape(functools.partial(pair, i), jnp.int32(0), _take_piece(first, i), d) for i, d in enumerate(d_carries))
     local = tuple(rest for _, rest, _ in shapes)
     key_structs = tuple({name: floats(tree)[0] for name, tree in backend.by_key(x).items()} for x in slots)
     key_structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), key_structs)

@@ -70,14 +70,14 @@ def gradients(
     plan: Plan,
     x: Operands,
     lse: Array,
-    kept: Any,
+    residuals: Any,
     carries_out: Any,
     d_out: Array,
     delta: Array,
     d_carries_out: list[Array],
     acc: dict[str, Any] | None,
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
-    counts = (*carries_out, *kept, d_carries_out[0]) if d_carries_out else ()
+    counts = (*carries_out, *residuals, d_carries_out[0]) if d_carries_out else ()
     more = jnp.swapaxes(d_out, 1, 2), delta, lse * LOG2E, *counts
     grads = dict(zip(_gradient_names(x), kernel_call.run(_gradients, plan, ShardSpec(), x, gpu.LETTERS, *more), strict=True))
     received = [grads.pop("gathered"), d_carries_out[1]] if counts else []

@@ -19,10 +19,10 @@ def carried(x: Any) -> list[Array]:
     return [] if x.high is None else [x.high, x.low]
 
 
-def with_keys(x: OperandsT, there: dict[str, Any], carries: Any) -> OperandsT:
+def with_keys(x: OperandsT, kv: dict[str, Any], carries: Any) -> OperandsT:
     high, low = carries or (None, None)
-    keys = dict(key_segments=there["segments"], key_positions=there["positions"])
-    return dataclasses.replace(x, key=there["key"], value=there["value"], **keys, high=high, low=low)
+    keys = dict(key_segments=kv["segments"], key_positions=kv["positions"])
+    return dataclasses.replace(x, key=kv["key"], value=kv["value"], **keys, high=high, low=low)
 
 
 def natural_lse(lse: Array) -> Array:

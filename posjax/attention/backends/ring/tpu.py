@@ -89,14 +89,14 @@ def gradients(
     plan: Plan,
     x: Operands,
     lse: Array,
-    kept: Any,
+    residuals: Any,
     carries_out: Any,
     d_out: Array,
     delta: Array,
     d_carries_out: list[Array],
     acc: dict[str, Any] | None,
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
-    counts = (*carries_out, *_to_rows(plan, kept), d_carries_out[0]) if d_carries_out else ()
+    counts = (*carries_out, *_to_rows(plan, residuals), d_carries_out[0]) if d_carries_out else ()
     more = d_out, *(tpu.by_tile(plan, row) for row in (delta, lse * LOG2E)), *counts
     query_names = queries_of(x)  # the kernel accumulates these gradients itself
     if acc is not None:

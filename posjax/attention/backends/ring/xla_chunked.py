@@ -51,16 +51,16 @@ def carried(x: Operands) -> Any:
     return [term.carry for term in x.terms]
 
 
-def with_keys(x: Operands, there: dict[str, Any], carried: Any) -> Operands:
-    """Returns x with the per-key arrays ``there`` in place of its own, and the carries of its terms replaced by ``carried``."""
-    parts = zip(x.terms, there["columns"], carried, strict=True)
+def with_keys(x: Operands, kv: dict[str, Any], carried: Any) -> Operands:
+    """Returns x with the per-key arrays ``kv`` in place of its own, and the carries of its terms replaced by ``carried``."""
+    parts = zip(x.terms, kv["columns"], carried, strict=True)
     return dataclasses.replace(
         x,
-        key=there["key"],
-        value=there["value"],
+        key=kv["key"],
+        value=kv["value"],
         terms=tuple(dataclasses.replace(term, columns=c, carry=k) for term, c, k in parts),
-        mask=dataclasses.replace(x.mask, key_segments=there["segments"]),
-        key_positions=there["positions"],
+        mask=dataclasses.replace(x.mask, key_segments=kv["segments"]),
+        key_positions=kv["positions"],
     )
 
 
@@ -84,7 +84,7 @@ def gradients(
     plan: Plan,
     x: Operands,
     lse: Array,
-    kept: Any,
+    residuals: Any,
     carries_out: Any,
     d_out: Array,
     delta: Array,
@@ -96,7 +96,7 @@ def gradients(
     Args:
       plan, x: as in ``outputs``.
       lse, d_out, delta: the log-sum-exp, the gradient of the result and rowsum(d_out * out) of the complete rows, over all keys.
-      kept, carries_out: the residuals and the carries that ``outputs`` returned for this part.
+      residuals, carries_out: the residuals and the carries that ``outputs`` returned for this part.
       d_carries_out: the gradients of ``carries_out``.
       acc: the gradients that other parts have accumulated for everything that is not per key; None for none.
 
@@ -106,7 +106,7 @@ def gradients(
     """
     final = jax.tree.map(lambda rows: block(rows, plan.rows), carries_out)
     d_final = [block(rows, plan.rows) for rows in d_carries_out]
-    grads = backward.gradients(plan, x, (lse, kept, final), d_out, delta, d_final)
+    grads = backward.gradients(plan, x, (lse, residuals, final), d_out, delta, d_final)
     of_keys = dict(key=[grads["key"]], value=[grads["value"]], columns=grads["columns"], segments=[], positions=[])
     rest = {name: grads[name] for name in ("query", "rows", "tables", "scale")}
     return of_keys, added(acc, rest), [unblock(tiles) for tiles in grads["carries"]]
