@@ -237,13 +237,17 @@ def test_equal_time_gives_the_faster_one_more_steps():
     ],
 )
 def test_words_follow_from_both_contrasts(steps, time, expected):
-    def one(found):
-        return found and dict(zip(("mean", "q_value", "tie_p_value"), found, strict=True))
+    def one(found, width=0.5):
+        named = found and dict(zip(("mean", "q_value", "tie_p_value"), found, strict=True))
+        return named and named | {"interval": [found[0] - width * abs(found[0]), found[0] + width * abs(found[0])]}
 
     claim = {"equal_steps": one(steps), "equal_time": one(time), "margin": 2.0}
     assert contrasts.word(claim | {"labels": ["a", "b"]}) == expected
     if time is None:
         assert contrasts.word(claim | {"labels": ["a", "a"]}) == "**shown: lower**"
+    if steps[1] < 0.05:  # an interval that holds zero shows nothing, whatever the p value
+        wide = {"equal_steps": one(steps, 1.5), "equal_time": one(time, 1.5), "margin": 2.0, "labels": ["a", "b"]}
+        assert contrasts.word(wide) == "not resolved"
 
 
 def recomputed(result, claim, kind):
