@@ -1,7 +1,8 @@
 """Learning rates of the encodings that are compared: five for text, three for masked words and for the synthetic tasks.
 
-    python experiments/learning_rates.py                          # text and masked words; under fifteen minutes on two cores
-    python experiments/learning_rates.py --only "masked words, higher" flip_flop selective_copy counting    # as long again
+    python experiments/learning_rates.py --only code    # each line under fifteen minutes on two cores
+    python experiments/learning_rates.py --only "masked words" "masked words, higher"
+    python experiments/learning_rates.py --only flip_flop selective_copy counting
 
 Tuning seeds are none of the final ones. The recipes are those of language_code.py, tupe.py, flip_flop.py, selective_copy.py and
 counting.py, with fewer steps; each encoding is then trained there at the learning rate that is best for it here.
