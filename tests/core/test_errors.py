@@ -342,9 +342,13 @@ BAD = {
     "block_sizes: a float": (
         lambda: blocks(pj.Blocks(128, 128, 128.0, 128)),
         ValueError,
-        r"as strip a positive multiple of 128, s",
+        r"strip of block_sizes must be a positive multiple of 128, s",
     ),
-    "block_sizes: a bool": (lambda: blocks(pj.Blocks(128, 128, True, 128)), ValueError, r"as strip a positive multiple of 128, s"),
+    "block_sizes: a bool": (
+        lambda: blocks(pj.Blocks(128, 128, True, 128)),
+        ValueError,
+        r"strip of block_sizes must be a positive multiple of 128, s",
+    ),
     "block_sizes: keys that are no strips": (
         lambda: blocks(pj.Blocks(128, 384, 256, 768)),
         ValueError,

@@ -135,7 +135,7 @@ def test_blocks_that_they_do_not_have():
     for wrong, message in (
         (TILE._replace(queries=64, rows=32), "queries=128, keys=128 and rows=64"),
         (TILE._replace(keys=256), "keys=128"),
-        (TILE._replace(lowering="cuda"), "lowering triton or mosaic"),
+        (TILE._replace(lowering="cuda"), "lowering of block_sizes must be triton or mosaic"),
     ):
         with pytest.raises(ValueError, match=message):
             check_gpu_blocks(wrong)
