@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from suite import CASES, DIMS, normal
+from suite import (
+    CASES,
+    DIMS,
+    normal,
+    quick_compilation,  # noqa: F401, a fixture
+)
 
 import posjax as pj
 from posjax.core import encoding as registry
