@@ -107,7 +107,8 @@ def noisy(params, seed: int = 0):
 
 @functools.cache
 def random_params(encoding: pj.PositionalEncoding, seed: int = 0):
-    return noisy(encoding.init(jax.random.key(seed), DIMS), seed)
+    with jax.ensure_compile_time_eval():  # what is cached must not be traced
+        return noisy(encoding.init(jax.random.key(seed), DIMS), seed)
 
 
 TOKENS = normal(1, B, T, D)

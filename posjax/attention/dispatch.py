@@ -5,7 +5,7 @@ by ``jax.lax.platform_dependent`` under their ``NAME``, whichever devices this p
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 
@@ -23,6 +23,7 @@ Implementation = Literal["xla", "xla_chunked", "pallas"]
 _SMALL = 128 * 128  # query-key pairs; up to here tiled attention is a single tile, and dense attention compiles faster
 
 
+@runtime_checkable
 class Backend(Protocol):
     """The interface of a backend's module."""
 

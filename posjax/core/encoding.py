@@ -111,7 +111,7 @@ class PositionalEncoding:
         """Returns the learned arrays, float32; {} if nothing is learned."""
         return {}
 
-    def embed(self, params: Params, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed(self, params: Params, x: Float[Array, "B T D"], positions: Int[Array, "_ T"]) -> Float[Array, "B T D"]:
         """Returns x with the encoding of its positions added."""
         return x
 
