@@ -14,7 +14,6 @@ from posjax.testing import check_encoding
         (pj.alibi(), dict(shift=9)),
         pytest.param(pj.chain(pj.rope(), pj.t5(6, 8)), dict(shift=9), marks=pytest.mark.thorough),
         pytest.param(pj.chain(pj.rope(), pj.cope(4, gates="keys")), dict(shift=9), marks=pytest.mark.thorough),
-        pytest.param(pj.identity(), dict(sees_order=False, shift=9), marks=pytest.mark.thorough),
         pytest.param(pj.tupe(relative=True), {}, marks=pytest.mark.thorough),
         pytest.param(pj.chain(pj.learned(), pj.cope_mlp(8), pj.alibi()), {}, marks=pytest.mark.thorough),
     ],

@@ -195,7 +195,7 @@ def test_one_device_eight_devices_and_pmap_agree(tiny):
 @pytest.mark.parametrize(
     ("meshes", "fields"),
     [
-        (("fsdp=2,context=2,tensor=2", "data=2,fsdp=2,context=2"), {}),  # others in test_distributed.py, by two processes
+        (("fsdp=2,context=2,tensor=2",), {}),  # others in test_distributed.py, by two processes
         (("fsdp=2,context=2,tensor=2",), {"optimizer": "muon", "z_loss": 1e-3, "ema_decay": 0.9}),
     ],
 )
