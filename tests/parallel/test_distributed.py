@@ -120,7 +120,6 @@ def one_device(run):
     "mesh",
     [
         "data=2,fsdp=2,tensor=2",
-        "data=2,context=4",
         "context=2,tensor=4",  # both processes have all rows, each half of every row
     ],
 )
