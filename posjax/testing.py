@@ -9,6 +9,7 @@ Every rule is a function whose docstring says what must hold. ``check_encoding``
 """
 
 import copy
+import dataclasses
 import functools
 import math
 import pickle
@@ -184,7 +185,7 @@ def decoding(layer: _Layer) -> None:
 
 
 def columns(layer: _Layer) -> None:
-    """What a key's token contributes to a bias depends on that token alone, because a decoder caches it."""
+    """A key's contribution to a bias depends on its own token alone, because a decoder caches it."""
     positions = jnp.arange(_LENGTH)[None]
 
     def made(x: Array) -> Any:
@@ -200,7 +201,7 @@ def heads(layer: _Layer) -> None:
     call = prepare(*operands, layer.encoding, params, is_causal=True)
     if any(term.heads is None and jax.tree.leaves(term.tables) for term in call.terms):
         return  # such a call is not sharded over heads
-    kv_heads, group = layer.dims.num_kv_heads, layer.dims.num_heads // layer.dims.num_kv_heads
+    group = layer.dims.num_heads // layer.dims.num_kv_heads
 
     def part(x: Array, axis: int, size: int) -> Array:
         return jax.lax.slice_in_dim(x, 0, size, axis=axis) if x.shape[axis] > 1 else x
@@ -210,11 +211,8 @@ def heads(layer: _Layer) -> None:
         sliced = [x if axis is None else part(x, axis, group) for x, axis in zip(leaves, term.heads or (), strict=True)]
         first = {name: jax.tree.map(lambda x: part(x, 1, group), getattr(term, name)) for name in ("rows", "carry")}
         first["columns"] = jax.tree.map(lambda x: part(x, 1, 1), term.columns)
-        return term.__class__(**{f: getattr(term, f) for f in ("function", "load", "saturate", "fused", "heads")}, **first,
-                              tables=jax.tree.unflatten(structure, sliced))  # fmt: skip
+        return dataclasses.replace(term, **first, tables=jax.tree.unflatten(structure, sliced))
 
-    if kv_heads == 1:
-        return
     first = call.replace(
         query=call.query[:, :, :group], key=call.key[:, :, :1], value=call.value[:, :, :1], terms=tuple(map(of_term, call.terms))
     )

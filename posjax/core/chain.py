@@ -34,7 +34,7 @@ def chain(*encodings: PositionalEncoding) -> PositionalEncoding:
 
 @as_value
 class Chain(PositionalEncoding):
-    """What ``chain`` returns.
+    """Applies its members in order: the encoding that ``chain`` returns.
 
     Attributes:
       encodings: the members, in their order.

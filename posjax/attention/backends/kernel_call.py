@@ -1,4 +1,4 @@
-"""What the TPU and the GPU backend share around their Pallas kernels: bias forms, padding, sharding, tracing and cotangents.
+"""Shared parts of the TPU and GPU backends around their Pallas kernels: bias forms, padding, sharding, tracing and cotangents.
 
 A backend lays a call out as a static plan, a frozen dataclass with a field ``interpret``, and as operands, a dataclass of arrays in
 which a field that the call does not need is None. ``run`` calls a function of both on each device's shard.

@@ -1,4 +1,4 @@
-"""What the two kinds of kernels share as backends of the ring; see ``ring.xla_chunked`` for the interface."""
+"""Shared parts of the TPU and GPU kernels as backends of the ring; see ``ring.xla_chunked`` for the interface."""
 
 import dataclasses
 from typing import Any, TypeVar
