@@ -66,7 +66,7 @@ def step(
     def both(query, key, value, params):
         def call(*args):
             if is_ring and context == 1:  # which nobody asks for but here
-                prepared = prepare(*args[:3], applied, args[3], is_causal=True, rotated=False)
+                prepared = prepare(*args[:3], applied, args[3], is_causal=True)
                 kernel = "xla" if is_chunked else "tpu"
                 return ring.attention(prepared, Context(ShardSpec(mesh), "context"), kernel=kernel)
             return pj.attention(*args[:3], applied, args[3], is_causal=True, implementation=implementation)

@@ -210,7 +210,7 @@ def values(rows: Rows, step: int, column: str, scale: float) -> list[float]:
 
 
 def cell(rows: Rows, step: int, column: str, scale: float, digits: int, solved: bool = False) -> str:
-    """"mean (deviation)" over seeds; with ``solved``, how many seeds solved the task; how many diverged; "-" where nothing is."""
+    """ "mean (deviation)" over seeds; with ``solved``, how many seeds solved the task; how many diverged; "-" where nothing is."""
     own = values(rows, step, column, scale)
     lost = sum(row["diverged"] is not None for row in rows)
     if not own:
@@ -223,4 +223,3 @@ def cell(rows: Rows, step: int, column: str, scale: float, digits: int, solved: 
     if solved:
         text += f", {sum(value < SOLVED for value in own)}/{len(rows)}"
     return text + (f", {lost} diverged" if lost else "")
-

@@ -60,7 +60,7 @@ def calls_for(chip: str, config: Sweep) -> list[Call]:
         channels = 2 * head_dim + 2 if "tupe" in spec else head_dim
         for lowering in config.lowerings:
             with contextlib.suppress(ValueError):
-                blocks = blocks_for(10 * major + minor, dtype, channels, parse_encoding(spec).is_contextual, lowerings=(lowering,))
+                blocks = blocks_for(10 * major + minor, dtype, channels, parse_encoding(spec).needs_causal, lowerings=(lowering,))
                 calls.append((spec, dtype, head_dim, blocks))
     return calls
 

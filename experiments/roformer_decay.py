@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import posjax as pj
-from posjax.core.encoding import AttentionInputs
+from posjax.core.encoding import AttentionInputs, Tokens
 from posjax.encodings.rotary import decay_bound
 from posjax.plots.style import BLACK, BLUE, GREY, RED, new_figure, save
 
@@ -48,8 +48,9 @@ def products(query: np.ndarray, key: np.ndarray, distances: np.ndarray, theta: f
         return jnp.broadcast_to(jnp.asarray(x, jnp.float32)[None, None], (1, length, *x.shape))
 
     q, k = spread(query, len(distances)), spread(key, 1)
-    inputs = AttentionInputs(q, k, k, jnp.asarray(distances)[None], jnp.zeros((1, 1), jnp.int32), 1.0)
-    q, k = pj.rope(theta).rotate({}, q, k, inputs)
+    inputs = AttentionInputs(q, k, k, Tokens.at(distances), Tokens.at(jnp.zeros(1, jnp.int32)), 1.0)
+    (rotation,) = pj.rope(theta).attend({}, inputs).transforms
+    q, k = rotation.applied(q, k)
     return np.asarray((q * k).sum(-1)[0].T, float)
 
 

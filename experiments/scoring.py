@@ -32,9 +32,7 @@ def excerpts_in_rows(config: Config, source: Source, steps: Steps = frozenset())
     return EvalSet(_batches(inputs, after, weights, positions), np.repeat(np.arange(len(stream)), rows), steps=steps)
 
 
-def ends_of_excerpts(
-    config: Config, source: Source, length: int, window: int | None = None, steps: Steps = frozenset()
-) -> EvalSet:
+def ends_of_excerpts(config: Config, source: Source, length: int, window: int | None = None, steps: Steps = frozenset()) -> EvalSet:
     """The end of every excerpt, as long as a trained row, read with what stands before it in a row of ``length`` tokens.
 
     The same tokens are scored at every length, so that what differs is how much text stands before them and nothing else. With a
@@ -58,9 +56,7 @@ def ends_of_excerpts(
     return EvalSet(_batches(inputs, after, weights, positions), local_window_size=window, steps=steps)
 
 
-def strings(
-    config: Config, source: Source, task: Task, count: int, by_row: bool = False, steps: Steps = frozenset()
-) -> EvalSet:
+def strings(config: Config, source: Source, task: Task, count: int, by_row: bool = False, steps: Steps = frozenset()) -> EvalSet:
     """``count`` strings of a task in ``ITEMS`` blocks. Where a model is trained on a fixed set, none of them is in it."""
     size = count // ITEMS
     per_batch = max(n for n in range(1, count + 1) if count % n == 0 and n * task.length <= max(_BATCH_TOKENS, task.length))

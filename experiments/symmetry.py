@@ -74,7 +74,7 @@ def symmetry_rows() -> list[dict]:
         row = {"encoding": spec}
         for mask, is_causal in (("none", False), ("causal", True)):
             for num_layers in (1, 2):
-                counts = parse_encoding(spec).is_contextual and not is_causal  # CoPE counts over earlier keys: decoders only
+                counts = parse_encoding(spec).needs_causal and not is_causal  # CoPE counts over earlier keys: decoders only
                 key = f"mask {mask}, {num_layers} layer{'s' if num_layers > 1 else ''}"
                 row[key] = None if counts else change_under_permutation(spec, is_causal, num_layers)
         rows.append(row)

@@ -153,6 +153,7 @@ class Found:
 
     def of(self, **wanted: Any) -> Rows:
         """Rows whose encoding, label, seed or settings are those."""
+
         def fits(row: Mapping[str, Any]) -> bool:
             return all(row.get(name, row["settings"].get(name)) == value for name, value in wanted.items())
 
@@ -332,7 +333,6 @@ def stored(result: str) -> dict[str, Found]:
         claims = [claim for claim in found["claims"] if claim["part"] == part]
         made[part] = Found(rows, [{k: v for k, v in claim.items() if k != "part"} for claim in claims], about)
     return made
-
 
 
 def _slim(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from posjax.attention.backends.gpu.blocks import GpuBlocks
 from posjax.attention.backends.tpu.blocks import Blocks
 from posjax.attention.kv_cache import Cache, attend, cache_layout, init_cache
 from posjax.attention.linear import linear_attention
-from posjax.core.bias import BiasTerm, Tile, position_bias
 from posjax.core.chain import chain
-from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, encoding, identity, register
+from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, Tokens, encoding, identity, register
 from posjax.core.masks import Mask
+from posjax.core.structures import Bias, Hinges, Pair, Replace, Rotate, Scan, ScoreModifications, Table
 from posjax.encodings.absolute import learned, sinusoidal
 from posjax.encodings.cope import cope, cope_alibi, cope_mlp
 from posjax.encodings.relative import alibi, t5
@@ -18,14 +18,21 @@ from posjax.encodings.tupe import tupe
 __version__ = "0.1.0"
 __all__ = [
     "AttentionInputs",
-    "BiasTerm",
+    "Bias",
     "Blocks",
     "Cache",
     "Dims",
     "GpuBlocks",
+    "Hinges",
     "Mask",
+    "Pair",
     "PositionalEncoding",
-    "Tile",
+    "Replace",
+    "Rotate",
+    "Scan",
+    "ScoreModifications",
+    "Table",
+    "Tokens",
     "alibi",
     "attend",
     "attention",
@@ -42,7 +49,6 @@ __all__ = [
     "init_cache",
     "learned",
     "linear_attention",
-    "position_bias",
     "register",
     "rope",
     "sinusoidal",

@@ -24,8 +24,9 @@ from posjax.attention import kv_cache
 from posjax.attention.api import attention
 from posjax.attention.backends import reference
 from posjax.attention.backends.xla_chunked import attention as xla_chunked
-from posjax.attention.call import prepare
-from posjax.core.encoding import Dims, PositionalEncoding
+from posjax.attention.call import AttentionCall, prepare
+from posjax.core.encoding import Dims, PositionalEncoding, Tokens
+from posjax.core.structures import Axes, key_arrays, map_arrays
 from posjax.typing import Array, Params
 
 _BATCH, _LENGTH, _PAST = 2, 12, 5  # sequences, their tokens, and those that count as the past
@@ -51,20 +52,31 @@ class _Layer:
         size = (dims.embed_dim, dims.head_dim)
         self.kernels = [jnp.asarray(draw(size=(size[0], n, size[1])) / math.sqrt(size[0]), jnp.float32) for n in heads]
 
-    def operands(self, params: Params, x: Array, positions: Array) -> tuple[Array, Array, Array, Params]:
-        """Returns query, key, value and params after ``embed``, the projections and ``condition``."""
-        hidden = self.encoding.embed(params, x, jnp.broadcast_to(positions, x.shape[:2]))
-        query, key, value = (jnp.einsum("btd,dnh->btnh", hidden, kernel.astype(hidden.dtype)) for kernel in self.kernels)
-        return query, key, value, self.encoding.condition(params, hidden)
+    def operands(self, params: Params, x: Array, positions: Array) -> tuple[tuple[Array, Array, Array], Array]:
+        """Returns query, key and value after ``embed`` and the projections, and what they were projected from."""
+        hidden = self.encoding.embed(params, x, self.tokens(positions))
+        return tuple(jnp.einsum("btd,dnh->btnh", hidden, kernel.astype(hidden.dtype)) for kernel in self.kernels), hidden
+
+    def tokens(self, positions: Array) -> Tokens:
+        """Returns tokens at positions [T] or [B, T], with coordinates where the encoding places them."""
+        tokens = Tokens.at(positions)
+        return dataclasses.replace(tokens, coordinates=self.encoding.place(tokens))
+
+    def call(self, params: Params, x: Array, positions: Array | None = None, **options: Any) -> AttentionCall:
+        """Prepares the causal call of tokens x."""
+        positions = jnp.arange(x.shape[1])[None] if positions is None else positions
+        operands, hidden = self.operands(params, x, positions)
+        options = dict(is_causal=True, query_positions=positions, key_positions=positions, hidden=hidden) | options
+        return prepare(*operands, self.encoding, params, **options)
 
     def __call__(self, params: Params, x: Array, positions: Array | None = None, backend: Any = None, **options: Any) -> Array:
         """Computes causal attention [B, T, N, H] of tokens x, with a backend's function or with ``posjax.attention``."""
+        if backend is not None:
+            return backend(self.call(params, x, positions, **options))
         positions = jnp.arange(x.shape[1])[None] if positions is None else positions
-        *operands, params = self.operands(params, x, positions)
-        options = dict(is_causal=True, query_positions=positions, key_positions=positions) | options
-        if backend is None:
-            return attention(*operands, self.encoding, params, **options)
-        return backend(prepare(*operands, self.encoding, params, **options))
+        operands, hidden = self.operands(params, x, positions)
+        options = dict(is_causal=True, query_positions=positions, key_positions=positions, hidden=hidden) | options
+        return attention(*operands, self.encoding, params, **options)
 
     @functools.cached_property
     def out(self) -> Array:
@@ -88,7 +100,7 @@ def values(layer: _Layer) -> None:
     for one in copies:
         assert one == encoding, f"{one!r} is not equal to what it is a copy of"
         assert hash(one) == hash(encoding), "the hash of a copy differs"
-    program = jax.jit(lambda encoding, x: encoding.embed(layer.params, x, jnp.arange(_LENGTH)[None]))
+    program = jax.jit(lambda encoding, x: encoding.embed(layer.params, x, Tokens.at(jnp.arange(_LENGTH))))
     for one in (encoding, *copies):
         program(one, layer.x)
     assert program._cache_size() == 1, f"{program._cache_size()} programs were compiled for equal encodings"
@@ -107,7 +119,7 @@ def parameters(layer: _Layer) -> None:
 def dtypes(layer: _Layer) -> None:
     """Embeddings and outputs keep the dtype of their inputs; in bfloat16 the output is near that in float32."""
     low = layer.x.astype(jnp.bfloat16)
-    embedded = layer.encoding.embed(layer.params, low, jnp.arange(_LENGTH)[None])
+    embedded = layer.encoding.embed(layer.params, low, layer.tokens(jnp.arange(_LENGTH)))
     assert embedded.dtype == low.dtype and embedded.shape == low.shape, f"embed returned {embedded.dtype}{list(embedded.shape)}"
     out = layer(layer.params, low)
     assert out.dtype == low.dtype, f"attention returned {out.dtype} for bfloat16"
@@ -177,44 +189,39 @@ def decoding(layer: _Layer) -> None:
         outs, start = [], 0
         for size in sizes:
             positions = jnp.arange(start, start + size)[None]
-            *operands, params = layer.operands(layer.params, layer.x[:, start : start + size], positions)
-            out, cache = kv_cache.attend(*operands, layer.encoding, params, cache, positions=positions)
+            operands, hidden = layer.operands(layer.params, layer.x[:, start : start + size], positions)
+            own = dict(positions=positions, hidden=hidden)
+            out, cache = kv_cache.attend(*operands, layer.encoding, layer.params, cache, **own)
             outs.append(out)
             start += size
         layer.same(jnp.concatenate(outs, axis=1), layer.out)
 
 
 def columns(layer: _Layer) -> None:
-    """A key's contribution to a bias depends on its own token alone, because a decoder caches it."""
-    positions = jnp.arange(_LENGTH)[None]
+    """What a structure holds for a key depends on that token alone, and not on the length: a decoder caches it."""
 
     def made(x: Array) -> Any:
-        *operands, params = layer.operands(layer.params, x, positions[:, : x.shape[1]])
-        return [term.columns for term in prepare(*operands, layer.encoding, params, is_causal=True).terms]
+        call = layer.call(layer.params, x)
+        return [(x, axes.tokens) for _, x, axes in key_arrays(call.transforms) + key_arrays(call.biases)]
 
-    layer.same(made(layer.x[:, :_PAST]), jax.tree.map(lambda column: column[:, :, :_PAST], made(layer.x)))
+    part, whole = made(layer.x[:, :_PAST]), made(layer.x)
+    layer.same([x for x, _ in part], [jax.lax.slice_in_dim(x, 0, _PAST, axis=axis) for x, axis in whole])
 
 
 def heads(layer: _Layer) -> None:
-    """Bias terms that declare the head axes of their tables give each head what they give it among all heads."""
-    *operands, params = layer.operands(layer.params, layer.x, jnp.arange(_LENGTH)[None])
-    call = prepare(*operands, layer.encoding, params, is_causal=True)
-    if any(term.heads is None and jax.tree.leaves(term.tables) for term in call.terms):
-        return  # such a call is not sharded over heads
-    group = layer.dims.num_heads // layer.dims.num_kv_heads
+    """A device that holds some of the heads gets what they get among all heads, from the parts of all arrays for its heads."""
+    call, group = layer.call(layer.params, layer.x), layer.dims.num_heads // layer.dims.num_kv_heads
 
-    def part(x: Array, axis: int, size: int) -> Array:
-        return jax.lax.slice_in_dim(x, 0, size, axis=axis) if x.shape[axis] > 1 else x
-
-    def of_term(term: Any) -> Any:
-        leaves, structure = jax.tree.flatten(term.tables)
-        sliced = [x if axis is None else part(x, axis, group) for x, axis in zip(leaves, term.heads or (), strict=True)]
-        first = {name: jax.tree.map(lambda x: part(x, 1, group), getattr(term, name)) for name in ("rows", "carry")}
-        first["columns"] = jax.tree.map(lambda x: part(x, 1, 1), term.columns)
-        return dataclasses.replace(term, **first, tables=jax.tree.unflatten(structure, sliced))
+    def part(x: Array, axes: Axes) -> Array:
+        size = x.shape[axes.heads]
+        return x if size == 1 else jax.lax.slice_in_dim(x, 0, group if size == layer.dims.num_heads else 1, axis=axes.heads)
 
     first = call.replace(
-        query=call.query[:, :, :group], key=call.key[:, :, :1], value=call.value[:, :, :1], terms=tuple(map(of_term, call.terms))
+        query=call.query[:, :, :group],
+        key=call.key[:, :, :1],
+        value=call.value[:, :, :1],
+        transforms=map_arrays(part, call.transforms),
+        biases=map_arrays(part, call.biases),
     )
     layer.same(reference.attention(first), reference.attention(call)[:, :, :group])
 

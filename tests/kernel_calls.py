@@ -53,12 +53,11 @@ def compiled(encoding, static, kernel=None):
     """(operands, hidden, weight, arrays) -> output and gradients, of dense attention for ``kernel=None``.
 
     Args:
-      kernel: a function of an ``AttentionCall``, and hashable; ``kernel.rotates`` is true where it does rotations itself.
+      kernel: a function of an ``AttentionCall``, and hashable.
     """
-    rest = {"rotated": False} if getattr(kernel, "rotates", False) else {}
 
     def answers(operands, hidden, weight, arrays):
-        options = dict(static) | rest | arrays
+        options = dict(static) | arrays
         return output_and_gradients(kernel or reference.attention, encoding, operands, hidden, weight, **options)
 
     return jax.jit(answers)
@@ -178,9 +177,9 @@ LONG = 160  # LONG^2 is above the size up to which dense attention is taken anyw
 
 def shapes(encoding, length=LONG, width=16, dtype="float32"):
     x = jax.ShapeDtypeStruct((1, length, 2, width), dtype)
-    hidden = jnp.zeros((1, length, D))
-    params = jax.eval_shape(lambda: encoding.condition(encoding.init(jax.random.key(0), pj.Dims(2, width, D, length)), hidden))
-    return {"query": x, "key": x, "value": x, "params": params}
+    own = {"hidden": jax.ShapeDtypeStruct((1, length, D), dtype)} if encoding.needs_hidden else {}
+    params = jax.eval_shape(lambda: encoding.init(jax.random.key(0), pj.Dims(2, width, D, length)))
+    return {"query": x, "key": x, "value": x, "params": params} | own
 
 
 def loss(operands, encoding, **options):

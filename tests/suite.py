@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import posjax as pj
+from posjax.attention.backends.bias_terms import BiasTerm, Tile, bias_terms
+from posjax.attention.backends.reference import scores_of
 from posjax.attention.backends.xla_chunked import attention as xla_chunked
 from posjax.attention.call import prepare
 
@@ -42,7 +44,7 @@ class Case:
 
     @property
     def is_causal_choices(self) -> tuple[bool, ...]:
-        return (True,) if self.encoding.is_contextual else (True, False)
+        return (True,) if self.encoding.needs_causal else (True, False)
 
 
 FAR = 100_000  # where a float32 phase is off by more than 6e-3 rad
@@ -137,7 +139,7 @@ def project(hidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def layer(encoding, params, x, positions=None, **options) -> jax.Array:
-    """Tokens x [B, T, D] through embed, projections, condition and attention: [B, T, N, H].
+    """Tokens x [B, T, D] through embed, projections and attention: [B, T, N, H].
 
     Args:
       positions: [T] or [B, T], of queries and keys. None: 0, 1, 2, ..., given explicitly.
@@ -145,10 +147,9 @@ def layer(encoding, params, x, positions=None, **options) -> jax.Array:
     """
     positions = jnp.arange(x.shape[1]) if positions is None else jnp.asarray(positions)
     positions = jnp.broadcast_to(positions, x.shape[:2])
-    hidden = encoding.embed(params, x, positions)
-    query, key, value = project(hidden)
-    params = encoding.condition(params, hidden)
-    return pj.attention(query, key, value, encoding, params, query_positions=positions, key_positions=positions, **options)
+    hidden = encoding.embed(params, x, pj.Tokens.at(positions))
+    own = dict(query_positions=positions, key_positions=positions, hidden=hidden)
+    return pj.attention(*project(hidden), encoding, params, **own, **options)
 
 
 @functools.cache
@@ -194,19 +195,15 @@ def equations(jaxpr):
 # Tiles ---------------------------------------------------------------------------------------------------------------
 
 
-def whole_call(encoding, params, x, mask: pj.Mask, positions) -> tuple[tuple[pj.BiasTerm, ...], pj.Tile]:
+def whole_call(encoding, params, x, mask: pj.Mask, positions) -> tuple[tuple[BiasTerm, ...], Tile]:
     """The bias terms of a call on x, and the one tile of scores that covers it."""
-    hidden = encoding.embed(params, x, positions)
-    query, key, value = project(hidden)
-    inputs = pj.AttentionInputs(query, key, value, positions, positions, 1 / math.sqrt(H))
-    params = encoding.condition(params, hidden)
-    terms = encoding.bias(params, inputs)
-    query, key = encoding.rotate(params, query, key, inputs)
-    logits = jnp.einsum("btnh,bsnh->bnts", query, jnp.repeat(key, N // K, axis=2)) * inputs.scale
-    return terms, pj.Tile(logits, mask.allowed(positions, positions), positions, positions)
+    hidden = encoding.embed(params, x, pj.Tokens.at(positions))
+    own = dict(is_causal=True, query_positions=positions, key_positions=positions, hidden=hidden)
+    call = prepare(*project(hidden), encoding, params, **own).replace(mask=mask)
+    return bias_terms(call.transformed()), scores_of(call)[0]
 
 
-def walk(term: pj.BiasTerm, mask: pj.Mask, whole: pj.Tile, height: int, width: int) -> jax.Array:
+def walk(term: BiasTerm, mask: pj.Mask, whole: Tile, height: int, width: int) -> jax.Array:
     """The bias [B, N, T, S] put together from tiles, each row of tiles walked from the right to the left."""
     length = whole.logits.shape[-1]
     bands = []
@@ -217,7 +214,7 @@ def walk(term: pj.BiasTerm, mask: pj.Mask, whole: pj.Tile, height: int, width: i
                 jax.lax.dynamic_slice_in_dim(p, start, extent, axis=1)
                 for p, start, extent in ((whole.query_positions, row, height), (whole.key_positions, column, width))
             )
-            tile = pj.Tile(
+            tile = Tile(
                 logits=whole.logits[:, :, row : row + height, column : column + width],
                 allowed=mask.cut(row, height, column, width).allowed(query_positions, key_positions),
                 query_positions=query_positions,
@@ -251,11 +248,11 @@ def output_and_gradients(kernel, encoding, operands, hidden, weight, **options) 
         rest = dict(operands)
         query, key, value, params = (rest.pop(name) for name in ("query", "key", "value", "params"))
         positions = options.get("key_positions", jnp.arange(key.shape[1]))
-        embedded = encoding.embed(params, hidden, jnp.broadcast_to(positions, hidden.shape[:2]))
-        params = encoding.condition(params, embedded)
+        embedded = encoding.embed(params, hidden, pj.Tokens.at(jnp.broadcast_to(positions, hidden.shape[:2])))
         if embedded is not hidden:
             key, value = (x + jnp.mean(embedded, -1)[..., None, None] for x in (key, value))
-        out = kernel(prepare(query, key, value, encoding, params, **rest, **options))
+        own = dict(hidden=(jnp.zeros((*query.shape[:2], embedded.shape[-1])), embedded)) if encoding.needs_hidden else {}
+        out = kernel(prepare(query, key, value, encoding, params, **own, **rest, **options))
         return (out * weight).sum(), out
 
     (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(operands)

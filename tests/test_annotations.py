@@ -40,8 +40,9 @@ q = jnp.ones((2, 12, 4, 8))
 pj.linear_attention(q, q, q, pj.rope(), is_causal=True)
 pj.attention_weights(q, q, pj.alibi(), is_causal=True)
 swept = lambda x: pj.chain(pj.sinusoidal(x), pj.rope(x), pj.alibi(x), pj.cope_alibi(x, gate_bias=x), pj.cope_mlp(gate_bias=x))
-jax.eval_shape(lambda x: swept(x).bias(swept(x).init(jax.random.key(0), pj.Dims(4, 8)), pj.AttentionInputs(
-    q, q, q, jnp.arange(12)[None], jnp.arange(12)[None], 1.0)), 2.0)
+at = pj.Tokens.at(jnp.arange(12))
+jax.eval_shape(lambda x: swept(x).attend(swept(x).init(jax.random.key(0), pj.Dims(4, 8)), pj.AttentionInputs(
+    q, q, q, at, at, 1.0)), 2.0)
 jax.eval_shape(lambda x: pj.attention(q, q, q, pj.chain(pj.rope(x), pj.alibi(x)), is_causal=True), 2.0)
 print("checked", len(specs))
 """

@@ -29,7 +29,7 @@ EXCEPTIONS = {
 }
 # What the backends of attention may know: structures, and never what an encoding is.
 BACKENDS = (
-    "posjax.typing", "posjax.hardware", "posjax.core.bias", "posjax.core.masks", "posjax.attention.call",
+    "posjax.typing", "posjax.hardware", "posjax.core.structures", "posjax.core.masks", "posjax.attention.call",
     "posjax.attention.backends",
 )  # fmt: skip
 MOST_MODULES = 12  # in a folder, __init__ not counted
@@ -83,9 +83,9 @@ def test_imports_go_down():
 
 
 def test_an_import_that_goes_up_is_found_wherever_it_stands():
-    assert wrong("posjax.core.bias", "from posjax.models import transformer") == ["posjax.models.transformer"]
-    assert wrong("posjax.core.bias", "def f():\n    import posjax.lab.run") == ["posjax.lab.run"]
-    assert wrong("posjax.core.bias", "import posjax as pj") == ["posjax"]
+    assert wrong("posjax.core.structures", "from posjax.models import transformer") == ["posjax.models.transformer"]
+    assert wrong("posjax.core.structures", "def f():\n    import posjax.lab.run") == ["posjax.lab.run"]
+    assert wrong("posjax.core.structures", "import posjax as pj") == ["posjax"]
     assert wrong("posjax.encodings.rotary", "from posjax.attention.api import attention") == ["posjax.attention.api"]
     assert wrong("posjax.training.loop", "from posjax import plots") == ["posjax.plots"]
     assert wrong("posjax.training.loop", "importlib.import_module('posjax.lab')") == ["posjax.lab"]

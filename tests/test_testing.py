@@ -23,34 +23,32 @@ def test_encodings_that_behave(encoding, claims):
     check_encoding(encoding, **claims)
 
 
-def linear(query_positions, key_positions, slopes):
-    return -slopes[None, :, None, None] * jnp.abs(query_positions - key_positions)
+def uncentred(differences, args):
+    """Not elementwise: every tile has a mean of its own."""
+    distance = jnp.abs(differences[0]).astype(jnp.float32)
+    return 0.1 * (distance - distance.mean())
 
 
-def halves(query_positions, key_positions, slopes):
+def of_key(differences, args):
+    return -differences[0]
+
+
+def halves(differences, args):
     """With another slope for the first half of whatever heads there are."""
-    factor = jnp.where(jnp.arange(slopes.size) < slopes.size / 2, 1.0, 3.0)
-    return linear(query_positions, key_positions, slopes * factor)
+    heads = differences[0].shape[1]
+    slopes = jnp.where(jnp.arange(heads) < heads / 2, 0.1, 0.3)
+    return -slopes[None, :, None, None] * differences[0]
 
 
-def count(tile, rows, columns, tables, carry):
-    """Counts what is masked, too."""
-    return -0.02 * (carry[..., None] + jnp.arange(tile.logits.shape[-1])[::-1]) ** 2, carry + tile.logits.shape[-1]
+def embed_mean(params, x, tokens):
+    return x + x.mean(1, keepdims=True) * tokens.positions[..., None]
 
 
-def by_key(tile, rows, columns, tables, carry):
-    return jnp.repeat(columns, 2, axis=1)[:, :, None], carry
+def embed_float32(params, x, tokens):
+    return x + tokens.positions[..., None].astype(jnp.float32)
 
 
-def embed_mean(params, x, positions):
-    return x + x.mean(1, keepdims=True) * positions[..., None]
-
-
-def embed_float32(params, x, positions):
-    return x + positions[..., None].astype(jnp.float32)
-
-
-def embed_index(params, x, positions):
+def embed_index(params, x, tokens):
     return x + jnp.arange(x.shape[1])[None, :, None].astype(x.dtype)
 
 
@@ -58,18 +56,26 @@ def init_half(key, dims):
     return {"slope": jnp.ones(dims.num_heads, jnp.float16)}
 
 
+def biased(pair):
+    return pj.ScoreModifications(biases=(pj.Bias(pair),))
+
+
 def far_keys(params, inputs):
-    sums = jnp.cumsum(jnp.swapaxes(inputs.key[..., 0], 1, 2)[..., ::-1], -1)[..., ::-1]
-    return (pj.BiasTerm(function=by_key, columns=sums),)
+    """Keys that know what comes after them."""
+    sums = jnp.cumsum(inputs.key[:, ::-1, :, 0], 1)[:, ::-1]
+    zeros = jnp.zeros((1, 1, inputs.query.shape[1]))
+    return biased(pj.Pair(of_key, (zeros,), (jnp.swapaxes(sums, 1, 2),)))
 
 
-def counted(params, inputs):
-    batch, length, num_heads, _ = inputs.query.shape
-    return (pj.BiasTerm(function=count, carry=jnp.zeros((batch, num_heads, length))),)
+def mean_of_tile(params, inputs):
+    return biased(pj.Pair(uncentred))
 
 
 def half_slopes(params, inputs):
-    return (pj.position_bias(halves, jnp.ones(inputs.query.shape[2]), heads=(0,)),)
+    heads, position = inputs.query.shape[2], inputs.q.positions.astype(jnp.float32)
+    return biased(
+        pj.Pair(halves, (jnp.repeat(position[:, None], heads, axis=1),), (inputs.k.positions[:, None].astype(jnp.float32),))
+    )
 
 
 class Unequal(pj.PositionalEncoding):
@@ -90,10 +96,10 @@ BROKEN = {
     "parameters": (pj.encoding("half", init=init_half), {}),
     "dtypes": (pj.encoding("float32", embed=embed_float32), {}),
     "causality": (pj.encoding("mean", embed=embed_mean), {}),
-    "tiles": (pj.encoding("counted", bias=counted, is_contextual=True), {}),
+    "tiles": (pj.encoding("mean", attend=mean_of_tile), {}),
     "packing": (pj.encoding("index", embed=embed_index), {}),
-    "columns": (pj.encoding("far", bias=far_keys), {}),
-    "heads": (pj.encoding("halves", bias=half_slopes), {}),
+    "columns": (pj.encoding("far", attend=far_keys), {}),
+    "heads": (pj.encoding("halves", attend=half_slopes), {}),
     "order": (pj.identity(), {}),
     "shifted": (pj.sinusoidal(), dict(shift=5)),
 }

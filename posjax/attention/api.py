@@ -32,6 +32,9 @@ def attention(
     local_window_size: int | tuple[int | None, int | None] | None = None,
     query_positions: Array | None = None,
     key_positions: Array | None = None,
+    query_coordinates: Array | None = None,
+    key_coordinates: Array | None = None,
+    hidden: Array | tuple[Array, Array] | None = None,
     scale: Array | float | None = None,
     logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
@@ -47,13 +50,18 @@ def attention(
       key: [B, S, K, H], with K dividing N (grouped-query attention: query head n uses key head n // (N / K)).
       value: [B, S, K, V]; query, key and value have the same dtype.
       encoding: positional encoding; None is ``identity()``.
-      params: parameters from ``encoding.init`` (passed through ``condition`` for encodings that use hidden states).
+      params: parameters from ``encoding.init``.
       is_causal: True allows only keys whose position is not after the query's.
       mask: bool, [B or 1, N or 1, T or 1, S or 1] (leading axes may be omitted), True where attention is allowed.
       segment_ids: integers [B, T] if T = S, or a pair [B, T], [B, S]; only tokens of equal segments attend to each other.
       local_window_size: number of positions to the (left, right) of the query's in which keys are allowed, None for no limit; an
         integer w means (w, w).
       query_positions, key_positions: non-negative integers, [T] or [B, T] and [S] or [B, S]. None is 0, 1, 2, ...
+      query_coordinates, key_coordinates: [T, A] or [B, T, A] and [S, A] or [B, S, A] integers or floats on A axes: what encodings
+        read in place of the positions, which remain the order of the tokens for masks, windows and counts. None is the position on
+        every axis.
+      hidden: [B, T, D], what query, key and value were projected from, or a pair for queries and keys; for encodings that need it,
+        such as ``cope(64, gates="keys")``.
       scale: factor of q.k; None is 1 / sqrt(H), with H the head dimension before an encoding widens it.
       logits_soft_cap: c; scores become c * tanh(scores / c), after the bias and before the mask. None leaves them as they are.
       implementation: None selects the fastest implementation that supports the call.
@@ -80,11 +88,12 @@ def attention(
     spec, context = infer_shard_spec(query), find_context(query)  # before auto_axes hides explicit shardings
 
     def compute(query: Array, key: Array, value: Array, params: Params, arrays: dict[str, Any]) -> Array:
-        call = prepare(query, key, value, encoding, params, **options, **arrays, rotated=False)
+        call = prepare(query, key, value, encoding, params, **options, **arrays)
         return run(call, implementation, spec=spec, context=context, block_sizes=block_sizes)
 
-    positions = dict(query_positions=query_positions, key_positions=key_positions)
-    arrays = dict(mask=mask, segment_ids=segment_ids, scale=scale) | positions
+    tokens = dict(query_positions=query_positions, key_positions=key_positions, segment_ids=segment_ids, hidden=hidden)
+    coordinates = dict(query_coordinates=query_coordinates, key_coordinates=key_coordinates)
+    arrays = dict(mask=mask, scale=scale) | tokens | coordinates
     return auto_sharded(compute, query, key, value, params, arrays)
 
 

@@ -1,10 +1,11 @@
 """``AttentionCall``: one call of attention, checked and prepared, in the form that every backend takes.
 
-``prepare`` is the only place where an encoding is applied. What it returns holds arrays, bias terms and a mask; no backend knows
+``prepare`` is the only place where an encoding is applied. What it returns holds arrays, structures and a mask; no backend knows
 which encoding they came from.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.checks import is_traced
-from posjax.core.bias import BiasTerm, Rotation
-from posjax.core.encoding import AttentionInputs, PositionalEncoding, identity, what_is
+from posjax.core.encoding import AttentionInputs, PositionalEncoding, Tokens, identity, what_is
 from posjax.core.masks import Mask
+from posjax.core.structures import Bias, Hinges, Pair, Replace, Rotate, Scan, Table
 from posjax.typing import Array, Float, Int, Params
 
 _NONE = identity()
@@ -27,41 +28,91 @@ class AttentionCall:
     """A prepared call of attention.
 
     Attributes:
-      query: [B, T, N, H], rotated or widened by the encoding unless ``rotation`` is pending.
+      query: [B, T, N, H], as given or with new channels.
       key: [B, S, K, H], likewise.
       value: [B, S, K, V]; None if only the weights are computed.
-      terms: the biases that are added to the scores.
+      transforms: rotations of query and key that are still to be applied, by a backend or by ``transformed``.
+      biases: what is added to the scores. A read whose query or key is None reads those of this call.
       mask: the pairs that are allowed to attend.
-      query_positions, key_positions: int32 [B or 1, T] and [B or 1, S].
+      query_positions, key_positions: int32 [B or 1, T] and [B or 1, S], the order of the tokens.
+      query_coordinates, key_coordinates: [B or 1, T, A] and [B or 1, S, A]; None: one axis, the positions.
       scale: float32 [], the factor of q.k.
-      rotation: a rotation of query and key that the backend still has to apply, or ``rotated``; None if there is none.
       logits_soft_cap: c; scores become c * tanh(scores / c) after the bias and before the mask; None for no cap.
-      query_is_unrotated: whether ``query`` is the one that CoPE multiplies with its embedding, from before any rotation. If False,
-        the rows of the CoPE term hold that query.
+      is_self: whether queries and keys are the same tokens in the same order.
+      runs: whether positions rise by one along every segment, so that the distance of two visible tokens is that of their indices.
     """
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K V"] | None
-    terms: tuple[BiasTerm, ...]
+    transforms: tuple[Rotate, ...]
+    biases: tuple[Bias, ...]
     mask: Mask
     query_positions: Int[Array, "_ T"]
     key_positions: Int[Array, "_ S"]
+    query_coordinates: Array | None
+    key_coordinates: Array | None
     scale: Float[Array, ""]
-    rotation: Rotation | None = None
     logits_soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
-    query_is_unrotated: bool = dataclasses.field(default=False, metadata={"static": True})
+    is_self: bool = dataclasses.field(default=False, metadata={"static": True})
+    runs: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def replace(self, **fields: Any) -> "AttentionCall":
         """Returns the call with some of its fields replaced."""
         return dataclasses.replace(self, **fields)
 
-    def rotated(self) -> "AttentionCall":
-        """Returns the call with its pending rotation, if any, applied to query and key."""
-        if self.rotation is None:
-            return self.replace(query_is_unrotated=False)
-        query, key = self.rotation.applied(self.query, self.key)
-        return self.replace(query=query, key=key, rotation=None, query_is_unrotated=False)
+    def transformed(self) -> "AttentionCall":
+        """Returns the call with its pending rotations applied to query and key."""
+        if not self.transforms:
+            return self
+        query, key = _applied(self.transforms, self.query, self.key)
+        return self.replace(query=query, key=key, transforms=(), biases=_with_vectors(self.biases, self.query, self.key))
+
+    def with_transformed_keys(self) -> "AttentionCall":
+        """Returns the call with its pending rotations applied to the key alone."""
+        if not self.transforms:
+            return self
+        _, key = _applied(self.transforms, self.query, self.key)
+        transforms = tuple(dataclasses.replace(transform, key_phase=None, key_gain=None) for transform in self.transforms)
+        return self.replace(key=key, transforms=transforms, biases=_with_vectors(self.biases, None, self.key))
+
+    def filled(self) -> "AttentionCall":
+        """Returns the call with arrays in place of every None that stands for the call's own query, key or coordinates.
+
+        The features of a ``Pair`` stay None if the coordinates are the positions, which every tile has.
+        """
+        biases = _with_vectors(self.biases, self.query, self.key)
+        if self.query_coordinates is None:
+            return self.replace(biases=biases)
+
+        def features(coordinates: Array) -> tuple[Array, ...]:
+            return tuple(coordinates[:, None, :, axis] for axis in range(coordinates.shape[-1]))
+
+        def of_bias(bias: Bias) -> Bias:
+            if not isinstance(bias.at, Pair) or bias.at.query is not None:
+                return bias
+            own = dict(query=features(self.query_coordinates), key=features(self.key_coordinates))
+            return dataclasses.replace(bias, at=dataclasses.replace(bias.at, **own))
+
+        return self.replace(biases=tuple(map(of_bias, biases)))
+
+
+def _applied(transforms: tuple[Any, ...], query: Array, key: Array) -> tuple[Array, Array]:
+    return functools.reduce(lambda qk, transform: transform.applied(*qk), transforms, (query, key))
+
+
+def _with_vectors(biases: tuple[Bias, ...], query: Array | None, key: Array | None) -> tuple[Bias, ...]:
+    """Returns biases that read these vectors wherever they read those of the call; None leaves that side as it is."""
+
+    def of_bias(bias: Bias) -> Bias:
+        read, own = bias.read, {}
+        if isinstance(read, Table | Hinges) and read.side == "query" and read.query is None and query is not None:
+            own = dict(query=query)
+        if isinstance(read, Table) and read.side == "key" and read.key is None and key is not None:
+            own = dict(key=key)
+        return dataclasses.replace(bias, read=dataclasses.replace(read, **own)) if own else bias
+
+    return tuple(map(of_bias, biases))
 
 
 def prepare(
@@ -77,17 +128,15 @@ def prepare(
     local_window_size: Any = None,
     query_positions: Array | None = None,
     key_positions: Array | None = None,
+    query_coordinates: Array | None = None,
+    key_coordinates: Array | None = None,
+    hidden: Any = None,
     scale: Array | float | None = None,
     logits_soft_cap: float | None = None,
-    rotated: bool = True,
 ) -> AttentionCall:
     """Checks the options of a call and applies the encoding.
 
     The arguments are those of ``posjax.attention``; ``check_operands`` must have accepted query, key and value.
-
-    Args:
-      rotated: whether query and key are returned rotated. If False, a pairwise rotation is left pending in the call, for backends
-        that apply it themselves.
 
     Raises:
       ValueError: an option has an unsupported shape, dtype or value; the message names it.
@@ -95,10 +144,10 @@ def prepare(
     """
     encoding = check_encoding(encoding)
     window = _window(local_window_size)
-    if encoding.is_contextual and not is_causal and mask is None and window[1] != 0:
+    if encoding.needs_causal and not is_causal and mask is None and window[1] != 0:
         raise ValueError(
             f"is_causal must be True (or a mask given) for {encoding.name}, got is_causal={is_causal} and mask=None: "
-            "it counts over the keys between key and query, which has no meaning in both directions"
+            "it sums over the keys between key and query, which has no meaning in both directions"
         )
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
@@ -106,31 +155,44 @@ def prepare(
         raise ValueError(f"scale must be positive, got {scale!r}; None takes 1 / sqrt(head_dim)")
     if logits_soft_cap is not None and not logits_soft_cap > 0:
         raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap!r}; None leaves the scores as they are")
-    inputs = AttentionInputs(
-        query=query,
-        key=key,
-        value=value,
-        query_positions=canonicalize_positions("query_positions", query_positions, query.shape[0], query.shape[1]),
-        key_positions=canonicalize_positions("key_positions", key_positions, key.shape[0], key.shape[1]),
-        scale=scale,
-    )
-    params = {} if params is None else params
-    terms = encoding.bias(params, inputs)
-    rotation = None if rotated else encoding.rotation(params, inputs)
-    if rotation is None:
-        query, key = encoding.rotate(params, query, key, inputs)
+    query_segments, key_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    is_self = query.shape[1] == key.shape[1] and query_positions is key_positions and query_segments is key_segments
+    runs = query_positions is None and key_positions is None
+    positions = [
+        canonicalize_positions("query_positions", query_positions, query.shape[0], query.shape[1]),
+        canonicalize_positions("key_positions", key_positions, key.shape[0], key.shape[1]),
+    ]
+    coordinates = _coordinates(encoding, query_coordinates, key_coordinates, positions, query.shape[0])
+    query_hidden, key_hidden = _hidden(encoding, hidden, query, key)
+    mask = _mask(query, key, is_causal, mask, query_segments, key_segments, window)
+    sides = []
+    for order, at, segments, of_side in zip(
+        positions, coordinates or (None, None), (query_segments, key_segments), (query_hidden, key_hidden), strict=True
+    ):
+        sides.append(Tokens.at(order, coordinates=at, segments=segments, hidden=of_side))
+    mods = encoding.attend({} if params is None else params, AttentionInputs(query, key, value, *sides, scale))
+    if any(isinstance(bias.at, Scan) for bias in mods.biases) and not encoding.needs_causal:
+        raise ValueError(f"needs_causal must be True for {encoding.name}, whose bias is a Scan, got False")
+    biases = mods.biases
+    first = max((n + 1 for n, transform in enumerate(mods.transforms) if isinstance(transform, Replace)), default=0)
+    if first:  # what a Replace holds is made of what all transforms before it left
+        biases = _with_vectors(biases, query, key)
+        query, key = mods.transforms[first - 1].applied(query, key)
     return AttentionCall(
         query=query,
         key=key,
         value=value,
-        terms=terms,
-        mask=_mask(inputs, is_causal, mask, segment_ids, window),
-        query_positions=inputs.query_positions,
-        key_positions=inputs.key_positions,
+        transforms=mods.transforms[first:],
+        biases=biases,
+        mask=mask,
+        query_positions=positions[0],
+        key_positions=positions[1],
+        query_coordinates=None if coordinates is None else coordinates[0],
+        key_coordinates=None if coordinates is None else coordinates[1],
         scale=jnp.asarray(scale, jnp.float32),
-        rotation=rotation,
         logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
-        query_is_unrotated=not rotated and (rotation is not None or not encoding.changes_query),
+        is_self=is_self,
+        runs=runs,
     )
 
 
@@ -188,9 +250,81 @@ def canonicalize_positions(name: str, positions: Array | None, batch: int, lengt
     return positions.astype(jnp.int32).reshape(-1, length)
 
 
-def _mask(inputs: AttentionInputs, is_causal: bool, mask: Any, segment_ids: Any, window: tuple[int | None, int | None]) -> Mask:
-    batch, length, heads, _ = inputs.query.shape
-    keys = inputs.key.shape[1]
+def canonicalize_coordinates(name: str, coordinates: Array, batch: int, length: int) -> Array:
+    """Converts coordinates [T, A] or [B, T, A] to int32 or float32 [1 or B, length, A].
+
+    Raises:
+      ValueError: coordinates are neither integers nor floating point, or have the wrong shape.
+    """
+    coordinates = jnp.asarray(coordinates)
+    if jnp.issubdtype(coordinates.dtype, jnp.integer):
+        coordinates = coordinates.astype(jnp.int32)
+    elif jnp.issubdtype(coordinates.dtype, jnp.floating):
+        coordinates = coordinates.astype(jnp.float32)
+    else:
+        raise ValueError(f"{name} must be integers or floating point, got {coordinates.dtype}")
+    shape = coordinates.shape
+    if coordinates.ndim not in (2, 3) or shape[-1] == 0 or shape[:-1] not in ((length,), (1, length), (batch, length)):
+        raise ValueError(f"{name} must have shape ({length}, axes) or ({batch}, {length}, axes), got {shape}")
+    return coordinates.reshape(-1, length, shape[-1])
+
+
+def _coordinates(
+    encoding: PositionalEncoding, queries: Array | None, keys: Array | None, positions: list[Array], batch: int
+) -> tuple[Array, Array] | None:
+    """Returns the coordinates of queries and keys, or None if they are the positions on one axis."""
+    if queries is None and keys is None and encoding.axes == 1:
+        return None
+    given = {"query_coordinates": queries, "key_coordinates": keys}
+    if (queries is None) != (keys is None):
+        missing = next(name for name, x in given.items() if x is None)
+        raise ValueError(f"{missing} must be given where the other side's coordinates are, got None")
+    if queries is None:
+        return tuple(Tokens(order).on_axes(encoding.axes) for order in positions)
+    made = []
+    for (name, x), order in zip(given.items(), positions, strict=True):
+        x = canonicalize_coordinates(name, x, batch, order.shape[1])
+        if x.shape[-1] < encoding.axes:
+            raise ValueError(f"{name} must have {encoding.axes} axes for {encoding.name}, got {x.shape[-1]}")
+        made.append(x)
+    if made[0].shape[-1] != made[1].shape[-1] or made[0].dtype != made[1].dtype:
+        raise ValueError(
+            "query_coordinates and key_coordinates must have as many axes and one dtype, "
+            f"got {made[0].dtype}{list(made[0].shape)} and {made[1].dtype}{list(made[1].shape)}"
+        )
+    return tuple(made)
+
+
+def _hidden(encoding: PositionalEncoding, hidden: Any, query: Array, key: Array) -> tuple[Array | None, Array | None]:
+    """Returns what queries and keys were projected from, checked; None for each if it was not given."""
+    if hidden is None:
+        if encoding.needs_hidden:
+            raise ValueError(
+                f"hidden must be given for {encoding.name}, got None: "
+                "the array [B, T, D] that query, key and value were projected from"
+            )
+        return None, None
+    sides = hidden if isinstance(hidden, tuple) else (hidden, hidden)
+    for x, tokens, name in zip(sides, (query, key), ("queries", "keys"), strict=True):
+        if getattr(x, "ndim", None) != 3 or x.shape[:2] != tokens.shape[:2]:
+            raise ValueError(
+                f"hidden must have shape {(*tokens.shape[:2], 'D')} for the {name}, got {getattr(x, 'shape', x)!r}; "
+                "a pair gives both"
+            )
+    return sides
+
+
+def _mask(
+    query: Array,
+    key: Array,
+    is_causal: bool,
+    mask: Any,
+    query_segments: Any,
+    key_segments: Any,
+    window: tuple[int | None, int | None],
+) -> Mask:
+    batch, length, heads, _ = query.shape
+    keys = key.shape[1]
     if mask is not None:
         if getattr(mask, "dtype", None) != jnp.bool_:
             raise ValueError(
@@ -200,8 +334,7 @@ def _mask(inputs: AttentionInputs, is_causal: bool, mask: Any, segment_ids: Any,
         mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
         if mask.ndim != 4 or any(m not in (1, w) for m, w in zip(mask.shape, full_shape, strict=True)):
             raise ValueError(f"mask must broadcast to [B, N, T, S] = {full_shape}, got {mask.shape}")
-    query_segments, key_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-    if segment_ids is not None:
+    if query_segments is not None or key_segments is not None:
         for name, ids, size in (("queries", query_segments, length), ("keys", key_segments, keys)):
             if getattr(ids, "shape", None) != (batch, size) or not jnp.issubdtype(ids.dtype, jnp.integer):
                 got = f"{ids.dtype}{list(ids.shape)}" if hasattr(ids, "shape") else repr(ids)

@@ -82,9 +82,7 @@ def run(
         kernel = _kernels()["cuda" if platform_at_hand() == "gpu" else "tpu"]
         reason = kernel.unsupported_reason(call, block_sizes=block_sizes_for(kernel, block_sizes), spec=spec)
         if reason is not None:
-            raise NotImplementedError(
-                f"implementation='pallas' cannot run this call: {reason}; implementation='xla_chunked' can"
-            )
+            raise NotImplementedError(f"implementation='pallas' cannot run this call: {reason}; implementation='xla_chunked' can")
         if rings:
             return ring.attention(call, context, kernel=kernel.NAME, block_sizes=block_sizes)
         return _by_platform(call, spec, block_sizes, elsewhere=kernel)
@@ -96,7 +94,7 @@ def run(
         implementation = "xla"
     if implementation == "xla_chunked" and context is not None:
         return ring.attention(call, context, kernel="xla")
-    return on_shards(_XLA[implementation].attention, spec)(call.rotated())
+    return on_shards(_XLA[implementation].attention, spec)(call.transformed())
 
 
 def platform_at_hand() -> str:
@@ -134,7 +132,7 @@ def _by_platform(call: AttentionCall, spec: ShardSpec, block_sizes: Any, elsewhe
             branches[name] = runner(kernel, sizes)
 
     def walk(call: AttentionCall) -> Array:
-        return on_shards(xla_chunked.attention, spec)(call.rotated())
+        return on_shards(xla_chunked.attention, spec)(call.transformed())
 
     default = walk if elsewhere is None else runner(elsewhere, block_sizes_for(elsewhere, block_sizes))
     return jax.lax.platform_dependent(call, **branches, default=default) if branches else default(call)

@@ -2,12 +2,12 @@
 
 A new token is prepared like any other, by ``prepare(query, key, value, encoding, ...)``, and the results for its key are cached:
 
-    cache    key as encoding.rotate returned it | value | columns of each bias term | position | segment
+    cache    key after all transforms | value | columns: arrays of biases per key | position | coordinates | segment
              [ k0 k1 k2 ... kn  .  .  . ]     full: each slot is written once; empty slots have segment 0, which is masked out
              [ k5 k6 k7 k8 ] <- k9            window: the most recent keys in order, in constant memory
 
-The functions of an encoding thus determine what a decoder caches: rotated keys for RoPE, widened keys for TUPE, and unrotated
-keys as well for CoPE with gates="content". Keys are in the order of their positions, which encodings that count along the keys
+The structures of an encoding thus determine what a decoder caches: rotated keys for RoPE, widened keys for TUPE, and unrotated keys
+as well for CoPE with gates="content". Keys are in the order of their positions, which encodings that count along the keys
 require. ``cache_layout`` lists what is cached under an encoding.
 """
 
@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.attention.call import check_encoding, check_operands, prepare
+from posjax.attention.call import AttentionCall, check_encoding, check_operands, prepare
 from posjax.attention.dispatch import Implementation, run
 from posjax.attention.linear import LinearCache
 from posjax.checks import check_at_least, is_traced
 from posjax.core.encoding import Dims, PositionalEncoding
+from posjax.core.structures import Bias, key_arrays, map_arrays
 from posjax.typing import Array, Float, Int, Params
 
 _EMPTY = 2**30  # position of an empty slot: after every query, so that slots are ordered by position
@@ -36,10 +37,11 @@ class Cache:
     """The cache of one attention layer, with S slots. It is immutable: ``attend`` returns an updated one.
 
     Attributes:
-      key: [B, S, K, W], rotated or widened by the encoding.
+      key: [B, S, K, W], after the transforms of the encoding.
       value: [B, S, K, V].
-      columns: for each bias term its columns, arrays [B, K, S, ...].
+      columns: for each bias its arrays per key by name, [B, N or K or 1, S, ...].
       positions: int32 [B, S].
+      coordinates: [B, S, A]; None if they are the positions.
       segments: int32 [B, S]; 0 for empty slots and padding.
       next_position: int32 [B], one past the last token of each row.
       used: int32 [], number of slots written; not counted in a window cache.
@@ -48,8 +50,9 @@ class Cache:
 
     key: Array
     value: Array
-    columns: tuple[Any, ...]
+    columns: tuple[dict[str, Array], ...]
     positions: Array
+    coordinates: Array | None
     segments: Array
     next_position: Array
     used: Array
@@ -66,6 +69,7 @@ def init_cache(
     *,
     max_length: int | None = None,
     window: int | None = None,
+    coordinate_dtype: Any = None,
     dtype: Any = jnp.float32,
 ) -> Cache:
     """Creates an empty cache for one attention layer.
@@ -78,6 +82,8 @@ def init_cache(
       batch_size: B.
       max_length: number of slots of a full cache, in tokens, including padding of prompts.
       window: number of slots of a sliding window: a token attends to that many positions before it, as with ``local_window_size``.
+      coordinate_dtype: int32 or float32 if the calls will have coordinates of their own, on as many axes as the encoding reads;
+        None if coordinates are the positions.
       dtype: dtype of query, key and value.
 
     Raises:
@@ -91,7 +97,8 @@ def init_cache(
     check_at_least("batch_size", batch_size, 1)
 
     def one_token(key: Array) -> tuple[Array, Array, tuple[Any, ...]]:
-        return _cached_arrays(encoding, encoding.init(key, dims), dims, jnp.zeros((batch_size, 1, dims.embed_dim), dtype), key)[1]
+        hidden = jnp.zeros((batch_size, 1, dims.embed_dim), dtype)
+        return _cached_arrays(encoding, encoding.init(key, dims), dims, hidden, key, coordinate_dtype)[1]
 
     def widen(axis: int) -> Callable[[Any], Array]:
         return lambda x: jnp.zeros((*x.shape[:axis], slots, *x.shape[axis + 1 :]), x.dtype)
@@ -102,6 +109,7 @@ def init_cache(
         value=widen(1)(value),
         columns=jax.tree.map(widen(2), columns),
         positions=jnp.full((batch_size, slots), _EMPTY if window is None else 0, jnp.int32),
+        coordinates=None if coordinate_dtype is None else jnp.zeros((batch_size, slots, encoding.axes), coordinate_dtype),
         segments=jnp.zeros((batch_size, slots), jnp.int32),
         next_position=jnp.zeros(batch_size, jnp.int32),
         used=jnp.zeros((), jnp.int32),
@@ -118,7 +126,9 @@ def attend(
     cache: Cache,
     *,
     positions: Int[Array, "_ T"] | None = None,
+    coordinates: Array | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    hidden: Array | None = None,
     scale: Array | float | None = None,
     logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
@@ -133,8 +143,10 @@ def attend(
       encoding, params: as in ``attention``; the cache must have been created for this encoding.
       cache: result of ``init_cache`` or of the previous call.
       positions: [T], [1, T] or [B, T] integers, non-decreasing along a row; None continues from ``cache.next_position``.
+      coordinates: [T, A] or [B, T, A], as in ``attention``, in a cache that was made with a ``coordinate_dtype``.
       segment_ids: [B, T] integers. 0 marks padding, to which no token attends; other tokens attend within their segment. None puts
         all tokens into segment 1.
+      hidden: [B, T, D], as in ``attention``.
       scale, logits_soft_cap, implementation: as in ``attention``.
 
     Returns:
@@ -150,6 +162,9 @@ def attend(
             f"got {key.shape[0]} and {key.dtype}"
         )
     check_room(cache, query.shape[1])
+    if (coordinates is None) != (cache.coordinates is None):
+        given, made = ("None", "with") if coordinates is None else ("an array", "without")
+        raise ValueError(f"coordinates must agree with the cache, which was made {made} a coordinate_dtype, got {given}")
     positions, segments = next_positions(cache, key.shape[1], positions, segment_ids)
     call = prepare(
         query,
@@ -162,15 +177,21 @@ def attend(
         local_window_size=cache.window,
         query_positions=positions,
         key_positions=positions,
+        query_coordinates=coordinates,
+        key_coordinates=coordinates,
+        hidden=hidden,
         scale=scale,
         logits_soft_cap=logits_soft_cap,
-    )
+    ).transformed()
     new = dataclasses.replace(
         cache,
         key=call.key,
         value=value,
-        columns=tuple(term.columns for term in call.terms),
+        columns=_columns(call),
         positions=positions,
+        coordinates=None
+        if coordinates is None
+        else jnp.broadcast_to(call.key_coordinates, (batch, *call.key_coordinates.shape[1:])),
         segments=segments,
         next_position=position_after(positions, segments, cache.next_position),
     )
@@ -178,15 +199,48 @@ def attend(
     call = call.replace(
         key=full.key,
         value=full.value,
-        terms=tuple(dataclasses.replace(term, columns=c) for term, c in zip(call.terms, full.columns, strict=True)),
+        biases=_with_columns(call, full.columns),
         mask=dataclasses.replace(call.mask, key_segments=full.segments),
         key_positions=full.positions,
+        key_coordinates=full.coordinates,
+        is_self=False,
+        runs=False,
     )
     out = run(call, implementation)
     if cache.window is None:
         out = jnp.where(full.used <= full.key.shape[1], out, jnp.nan)  # past the end, new tokens overwrite others
         return out, full
     return out, _last(full, cache.window, has_padding=segment_ids is not None)
+
+
+def _columns(call: AttentionCall) -> tuple[dict[str, Array], ...]:
+    """Returns the arrays of every bias that are per key, by name, [B, N or K or 1, S, ...]."""
+    batch = call.key.shape[0]
+
+    def of_bias(bias: Bias) -> dict[str, Array]:
+        columns = {}
+        for name, x, axes in key_arrays(bias):
+            columns[name] = _for_rows(jnp.swapaxes(x, 1, 2) if axes.tokens == 1 else x, batch)
+        return columns
+
+    return tuple(map(of_bias, call.biases))
+
+
+def _for_rows(x: Array, batch: int) -> Array:
+    """Broadcasts the first axis, B or 1."""
+    return jnp.broadcast_to(x, (batch, *x.shape[1:]))
+
+
+def _with_columns(call: AttentionCall, columns: tuple[dict[str, Array], ...]) -> tuple[Bias, ...]:
+    """Returns the biases of a call with these arrays per key."""
+
+    def of_bias(bias: Bias, columns: dict[str, Array]) -> Bias:
+        arrays = iter(
+            jnp.swapaxes(columns[name], 1, 2) if axes.tokens == 1 else columns[name] for name, _, axes in key_arrays(bias)
+        )
+        return map_arrays(lambda leaf, axes: next(arrays) if axes.side == "key" else leaf, bias)
+
+    return tuple(of_bias(*pair) for pair in zip(call.biases, columns, strict=True))
 
 
 def check_room(cache: LayerCache, tokens: int) -> None:
@@ -226,7 +280,7 @@ def position_after(positions: Array, segments: Array, before: Array) -> Array:
 
 def _slots(function: Callable[..., Array], *caches: Cache) -> dict[str, Any]:
     """Applies function(axis, array of each cache) to all arrays with an axis of slots; returns them by field name."""
-    by_axis = {1: ("key", "value", "positions", "segments"), 2: ("columns",)}
+    by_axis = {1: ("key", "value", "positions", "coordinates", "segments"), 2: ("columns",)}
     return {
         name: jax.tree.map(functools.partial(function, axis), *(getattr(c, name) for c in caches))
         for axis, names in by_axis.items()
@@ -287,7 +341,7 @@ class CacheEntry:
     """An array that a cache stores for every token and layer.
 
     Attributes:
-      name: "key", "value", or the number of a bias term and that term's name for the column.
+      name: "key", "value", or the number of a bias and the name of the array in it.
       holds: "raw keys", "rotated keys", "widened keys", "values", or "made by the encoding".
       shape: shape for one token, key heads first.
       dtype: name of the dtype.
@@ -329,14 +383,14 @@ def cache_layout(encoding: PositionalEncoding | None, dims: Dims, dtype: Any = j
         "value": (value, "values"),
     }
     for number, column in enumerate(columns):
-        for path, x in jax.tree_util.tree_leaves_with_path(column):
+        for name, x in column.items():
             x = jnp.moveaxis(x, 2, 1)
-            entries[f"bias term {number} {jax.tree_util.keystr(path, simple=True, separator='.')}".strip()] = (x, holds(x))
+            entries[f"bias {number} {name}"] = (x, holds(x))
     return tuple(CacheEntry(name, content, x.shape[2:], x.dtype.name, x[0, 0].nbytes) for name, (x, content) in entries.items())
 
 
 def _cached_arrays(
-    encoding: PositionalEncoding, params: Params, dims: Dims, hidden: Array, key: Array
+    encoding: PositionalEncoding, params: Params, dims: Dims, hidden: Array, key: Array, coordinate_dtype: Any = None
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, tuple[Any, ...]]]:
     """Returns the unrotated key and value of one random token [B, 1, K, H], and what is cached for it: key, value, columns."""
     keys = jax.random.split(key, 3)
@@ -346,14 +400,7 @@ def _cached_arrays(
     )
     limit = encoding.max_length(dims)
     position = jnp.full((1, 1), 1 if limit is None else min(1, limit - 1), jnp.int32)  # at position 0 a rotation is the identity
-    call = prepare(
-        query,
-        unrotated,
-        value,
-        encoding,
-        encoding.condition(params, hidden),
-        is_causal=True,
-        query_positions=position,
-        key_positions=position,
-    )
-    return (unrotated, value), (call.key, value, tuple(term.columns for term in call.terms))
+    coordinates = None if coordinate_dtype is None else jnp.ones((1, 1, encoding.axes), coordinate_dtype)
+    own = dict(query_positions=position, key_positions=position, query_coordinates=coordinates, key_coordinates=coordinates)
+    call = prepare(query, unrotated, value, encoding, params, is_causal=True, hidden=hidden, **own).transformed()
+    return (unrotated, value), (call.key, value, _columns(call))

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from posjax.attention.call import canonicalize_positions, check_encoding, check_operands
-from posjax.core.encoding import AttentionInputs, PositionalEncoding
+from posjax.core.encoding import AttentionInputs, PositionalEncoding, Tokens
+from posjax.core.structures import Rotate
 from posjax.typing import Array, Bool, Float, Params
 
 FeatureMap = Literal["elu", "exp"]
@@ -66,7 +67,7 @@ def linear_attention(
         raise ValueError(f"segment_ids must be integers [{batch}, {length}], got {segment_ids.dtype}{list(segment_ids.shape)}")
     query_positions = canonicalize_positions("query_positions", query_positions, batch, length)
     key_positions = canonicalize_positions("key_positions", key_positions, batch, keys)
-    inputs = AttentionInputs(query, key, value, query_positions, key_positions, 1.0)
+    inputs = AttentionInputs(query, key, value, Tokens.at(query_positions), Tokens.at(key_positions), 1.0)
     query_features, key_features, rotated_query, rotated_key = _features(inputs, encoding, params, feature_map)
     values = jnp.repeat(value.astype(jnp.float32), group, axis=2)
     ones = jnp.ones_like(values[..., :1])
@@ -121,7 +122,7 @@ def linear_attend(
     """
     check_operands(query, key, value)
     batch, length, heads, _ = query.shape
-    inputs = AttentionInputs(query, key, value, positions, positions, 1.0)
+    inputs = AttentionInputs(query, key, value, *[Tokens.at(positions)] * 2, 1.0)
     query_features, key_features, rotated_query, rotated_key = _features(inputs, check_encoding(encoding), params, feature_map)
     # Selected rather than multiplied by zero, because padding may hold NaN.
     keep = real[..., None, None]
@@ -144,9 +145,12 @@ def _features(
     params = {} if params is None else params
     phi = jnp.exp if feature_map == "exp" else lambda x: jax.nn.elu(x) + 1.0
     query, key = (phi(x.astype(jnp.float32)) for x in (inputs.query, inputs.key))
-    rotated_query, rotated_key = encoding.rotate(params, query, key, inputs)
-    if encoding.bias(params, inputs) or rotated_query.shape != query.shape:
+    inputs = dataclasses.replace(inputs, query=query, key=key)
+    mods = encoding.attend(params, inputs)
+    if mods.biases or not all(isinstance(transform, Rotate) for transform in mods.transforms):
         raise ValueError(f"encoding must act by rotation alone in linear_attention, got {encoding.name}; rope() does")
+    rotated = dataclasses.replace(inputs, transforms=mods.transforms)
+    rotated_query, rotated_key = rotated.turned_query, rotated.turned_key
     group = query.shape[2] // key.shape[2]
     return query, jnp.repeat(key, group, axis=2), rotated_query, jnp.repeat(rotated_key, group, axis=2)
 

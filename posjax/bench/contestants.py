@@ -82,7 +82,7 @@ def _x_transformers_has(encoding: str) -> bool:
 
 def counts(encoding: str) -> bool:
     """Returns whether an encoding is contextual, i.e. depends on gates."""
-    return parse_encoding(encoding).is_contextual
+    return parse_encoding(encoding).needs_causal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ def prepare(
     """
     if contestant.kind in ("torch", "x-transformers"):
         return _prepare_torch(contestant, with_gradients, arrays, dtype)
-    inputs = {name: jnp.asarray(arrays[name], dtype) for name in ("query", "key", "value")}
+    inputs = {name: jnp.asarray(arrays[name], dtype) for name in ("query", "key", "value", "hidden") if name in arrays}
     inputs["params"] = jax.tree.map(jnp.asarray, unflatten(arrays))
     cotangent = jnp.asarray(arrays["cotangent"], dtype)
     forward = _jax_function(contestant, options)
@@ -166,11 +166,12 @@ def _jax_function(contestant: Contestant, options: Options) -> Callable[[dict[st
 
     def ours(inputs: dict[str, Any]) -> Any:
         args = inputs["query"], inputs["key"], inputs["value"], encoding, inputs["params"]
+        own = dict(hidden=inputs.get("hidden"))
         blocks = None
         if contestant.lowering:
-            blocks = default_blocks(prepare_call(*args, is_causal=True), (contestant.lowering,))
-        segments = _segments(options, inputs["query"])
-        return attention(*args, **asked, segment_ids=segments, implementation=contestant.implementation, block_sizes=blocks)
+            blocks = default_blocks(prepare_call(*args, is_causal=True, **own), (contestant.lowering,))
+        own |= dict(segment_ids=_segments(options, inputs["query"]), implementation=contestant.implementation, block_sizes=blocks)
+        return attention(*args, **asked, **own)
 
     return ours
 

@@ -43,13 +43,13 @@ def make_inputs(
     arrays |= {name: arrays[name][:, :, :kv_heads] for name in ("key", "value")}
     params = jax.tree.map(np.asarray, encoding.init(jax.random.key(0), dims))
     params = jax.tree_util.tree_map_with_path(lambda path, leaf: _as_if_learned(path, leaf, length, config.head_dim, rng), params)
-    hidden = rng.standard_normal((config.batch, length, dims.embed_dim), np.float32)
-    params = encoding.condition(params, hidden)
+    if encoding.needs_hidden:
+        arrays["hidden"] = rng.standard_normal((config.batch, length, dims.embed_dim), np.float32)
     if gates == "trained":
         arrays |= {name: _end_to_end(recorded[name], shape[:2]) for name in ("query", "key", "value")}
         if slug(recorded["encoding"]) == slug(spec):
-            first = recorded["query"].shape[:2]
-            params = jax.tree.map(lambda x: _end_to_end(x, shape[:2]) if x.shape[:2] == first else x, recorded["params"])
+            params = recorded["params"]
+            arrays |= {name: _end_to_end(recorded[name], shape[:2]) for name in ("hidden",) if name in recorded}
     elif mean := GATES[gates]:
         size = math.sqrt(abs(mean) * math.sqrt(config.head_dim))
         arrays["query"][..., -1], arrays["key"][..., -1] = size, math.copysign(size, mean)
@@ -79,7 +79,8 @@ def recorded_inputs(workdir: str, layer: int, tokens: int) -> dict[str, Any]:
       tokens: number of tokens to record; the result has fewer if the validation data have fewer.
 
     Returns:
-      A dict: query, key, value [rows, T, N, H] (keys and values repeated where heads share them), encoding (its text), params.
+      A dict: query, key, value [rows, T, N, H] (keys and values repeated where heads share them), hidden [rows, T, D] if the
+      encoding needs it, encoding (its text), params.
 
     Raises:
       ValueError: ``workdir`` is not a workdir with checkpoints.
@@ -97,16 +98,16 @@ def recorded_inputs(workdir: str, layer: int, tokens: int) -> dict[str, Any]:
     @jax.jit
     def attend(params: Params, batch: dict[str, Any]) -> tuple[dict[str, Any], Params]:
         record = with_params(params).records(batch["tokens"], batch["positions"], batch["segment_ids"])[layer]
-        return {name: getattr(record, name) for name in ("query", "key", "value")}, record.params
+        arrays = {name: getattr(record, name) for name in ("query", "key", "value", "hidden")}
+        return {name: x for name, x in arrays.items() if x is not None}, record.params
 
     found: list[dict[str, np.ndarray]] = []
     for batch in eval_batches(config, source, config.seq_length):
         arrays, used = jax.device_get(attend(params, {name: batch[name] for name in ("tokens", "positions", "segment_ids")}))
         repeat = arrays["query"].shape[2] // arrays["key"].shape[2]
-        found.append({name: np.repeat(x, 1 if name == "query" else repeat, axis=2) for name, x in arrays.items()})
-        made_of_tokens = any(leaf.shape[:2] == arrays["query"].shape[:2] for leaf in jax.tree.leaves(used))
-        if made_of_tokens or sum(x["query"][..., 0, 0].size for x in found) >= tokens:
-            break  # gate keys depend on the tokens of their batch and fit no other
+        found.append({name: np.repeat(x, repeat if name in ("key", "value") else 1, axis=2) for name, x in arrays.items()})
+        if sum(x["query"][..., 0, 0].size for x in found) >= tokens:
+            break
     joined = {name: np.concatenate([x[name] for x in found]) for name in found[0]}
     return joined | {"encoding": spec, "params": used}
 

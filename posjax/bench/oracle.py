@@ -40,9 +40,7 @@ class Options:
 PLAIN = Options()
 
 
-def attend(
-    spec: str, arrays: dict[str, np.ndarray], first: int, options: Options = PLAIN
-) -> tuple[np.ndarray, float | None]:
+def attend(spec: str, arrays: dict[str, np.ndarray], first: int, options: Options = PLAIN) -> tuple[np.ndarray, float | None]:
     """Computes the output of the queries from ``first`` on, [B, T - first, N, H] float64, and the mean gate, if there are gates."""
     parts, gates = [], []
     for start, stop in _blocks(arrays["query"].shape, first):
@@ -127,7 +125,8 @@ def _rows(xp: Any, spec: str, arrays: dict[str, Any], start: int, stop: int, opt
         elif name.startswith("cope"):
             met = {"content": key, "values": value}.get(args["gates"])
             if args["gates"] == "keys":
-                met = xp.swapaxes(params["gate_key"], 1, 2)[:, :, :stop]
+                met = xp.einsum("bsd,dkh->bksh", arrays["hidden"][:, :stop], params["gate_kernel"])
+                met = xp.repeat(met, query.shape[1] // met.shape[1], axis=1)
             gate_logits = logits if met is None else scale * query @ xp.swapaxes(met, 2, 3)
             gate = xp.where(visible, 1 / (1 + xp.exp(-gate_logits)), 0.0)
             count = xp.flip(xp.cumsum(xp.flip(gate, -1), -1), -1)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from posjax.attention.api import attention
 from posjax.attention.backends.gpu.blocks import GpuBlocks
@@ -176,16 +175,13 @@ def posjax_job(
     encoding = parse_encoding(spec)
     dims = Dims(heads, head_dim, max_length=seq_len, num_kv_heads=kv_heads)
 
-    def parameters() -> Any:
-        hidden = jnp.zeros((batch, seq_len, dims.embed_dim), dtype)
-        return encoding.condition(encoding.init(jax.random.key(0), dims), hidden)
-
     def forward(query: Any, key: Any, value: Any, params: Any) -> Any:
         return attention(query, key, value, encoding, params, is_causal=True, implementation="pallas", block_sizes=block_sizes)
 
+    params = jax.eval_shape(lambda: encoding.init(jax.random.key(0), dims))
     query = jax.ShapeDtypeStruct((batch, seq_len, heads, head_dim), dtype)
     key = jax.ShapeDtypeStruct((batch, seq_len, kv_heads, head_dim), dtype)
-    return _maybe_both(forward, (query, key, key, jax.eval_shape(parameters)), query, with_gradients)
+    return _maybe_both(forward, (query, key, key, params), query, with_gradients)
 
 
 def splash_job(

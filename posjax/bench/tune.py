@@ -255,7 +255,7 @@ class _Bench:
         self.repeats, self.clock, self.encoding = config.repeats, clock, parse_encoding(spec)
         sizes = SimpleNamespace(batch=1, heads=config.heads, head_dim=min(channels, 256), dtype=dtype)
         arrays = inputs.make_inputs(spec, "half", config.length, sizes, None)
-        given = {name: jnp.asarray(arrays[name], dtype) for name in ("query", "key", "value")}
+        given = {name: jnp.asarray(arrays[name], dtype) for name in ("query", "key", "value", "hidden") if name in arrays}
         given["params"] = jax.tree.map(jnp.asarray, inputs.unflatten(arrays))
         self.args = given, jnp.asarray(arrays["cotangent"], dtype)
         self.programs: dict[tuple[GpuBlocks, bool], Prepared | str] = {}
@@ -302,7 +302,8 @@ class _Bench:
         return lambda: program(*args)
 
     def _call(self, given: Row) -> AttentionCall:
-        return prepare_call(given["query"], given["key"], given["value"], self.encoding, given["params"], is_causal=True)
+        args = given["query"], given["key"], given["value"], self.encoding, given["params"]
+        return prepare_call(*args, is_causal=True, hidden=given.get("hidden"))
 
     def _refused(self, blocks: GpuBlocks) -> str | None:
         return gpu.unsupported_reason(self._call(self.args[0]), block_sizes=blocks)

@@ -322,6 +322,8 @@ def read_schedule(text: str, delay_slots: int) -> tuple[int, tuple[Section, ...]
 
 
 _CALLED = re.compile(r'custom_call_target="([^"]+)"')
+
+
 def read_program(text: str) -> tuple[list[Kernel], dict[str, int]]:
     """Parses optimised HLO into its kernels, without schedules, and the number of calls of each other custom-call target."""
     kernels, others = [], {}

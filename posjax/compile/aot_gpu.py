@@ -20,7 +20,6 @@ TRITON = "__gpu$xla.gpu.triton"  # the custom call of a Pallas-Triton kernel
 MOSAIC = "mosaic_gpu"  # the prefix of the custom call of a Mosaic kernel
 
 
-
 _DESCRIPTION = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048

@@ -1,17 +1,18 @@
 """Combination of several encodings into one."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from posjax.core.bias import BiasTerm, Rotation
-from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, as_value, what_is
+from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, Tokens, as_value, what_is
+from posjax.core.structures import ScoreModifications
 from posjax.typing import Array, Params
 
 
 def chain(*encodings: PositionalEncoding) -> PositionalEncoding:
-    """Combines several encodings into one: embeddings and rotations apply in their order, biases are summed.
+    """Combines several encodings into one: embeddings and transforms apply in their order, biases are summed.
 
     In ``chain(rope(), cope(64))`` CoPE's gates use the logits after rotation, and its position embeddings are multiplied with the
     query before rotation.
@@ -63,12 +64,16 @@ class Chain(PositionalEncoding):
         return {name: member.per_layer for name, member in self.members.items()}
 
     @property
-    def is_contextual(self) -> bool:
-        return any(encoding.is_contextual for encoding in self.encodings)
+    def axes(self) -> int:
+        return max(encoding.axes for encoding in self.encodings)
 
     @property
-    def changes_query(self) -> bool:
-        return any(encoding.changes_query for encoding in self.encodings)
+    def needs_hidden(self) -> bool:
+        return any(encoding.needs_hidden for encoding in self.encodings)
+
+    @property
+    def needs_causal(self) -> bool:
+        return any(encoding.needs_causal for encoding in self.encodings)
 
     def init(self, key: Array, dims: Dims) -> Params:
         members = self.members
@@ -76,29 +81,23 @@ class Chain(PositionalEncoding):
         params = {name: member.init(k, dims) for k, (name, member) in zip(keys, members.items(), strict=True)}
         return {name: one for name, one in params.items() if one}
 
-    def embed(self, params: Params, x: Array, positions: Array) -> Array:
+    def place(self, tokens: Tokens, key: Array | None = None) -> Array | None:
+        keys = [None] * len(self.encodings) if key is None else jax.random.split(key, len(self.encodings))
+        for encoding, one in zip(self.encodings, keys, strict=True):
+            tokens = dataclasses.replace(tokens, coordinates=encoding.place(tokens, one))
+        return tokens.coordinates
+
+    def embed(self, params: Params, x: Array, tokens: Tokens) -> Array:
         for name, member in self.members.items():
-            x = member.embed(_part(params, name), x, positions)
+            x = member.embed(_part(params, name), x, tokens)
         return x
 
-    def condition(self, params: Params, hidden: Array) -> Params:
-        extended = {name: member.condition(_part(params, name), hidden) for name, member in self.members.items()}
-        return {name: one for name, one in extended.items() if one}
-
-    def rotate(self, params: Params, query: Array, key: Array, inputs: AttentionInputs) -> tuple[Array, Array]:
+    def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
+        transforms, biases = inputs.transforms, ()
         for name, member in self.members.items():
-            query, key = member.rotate(_part(params, name), query, key, inputs)
-        return query, key
-
-    def rotation(self, params: Params, inputs: AttentionInputs) -> Rotation | None:
-        changing = [(name, member) for name, member in self.members.items() if member.changes_query]
-        if len(changing) != 1:
-            return None
-        ((name, member),) = changing
-        return member.rotation(_part(params, name), inputs)
-
-    def bias(self, params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        return tuple(term for name, member in self.members.items() for term in member.bias(_part(params, name), inputs))
+            mods = member.attend(_part(params, name), dataclasses.replace(inputs, transforms=transforms))
+            transforms, biases = transforms + mods.transforms, biases + mods.biases
+        return ScoreModifications(transforms[len(inputs.transforms) :], biases)
 
     def max_length(self, dims: Dims) -> int | None:
         return min((limit for one in self.encodings if (limit := one.max_length(dims)) is not None), default=None)

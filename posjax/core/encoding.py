@@ -1,10 +1,12 @@
 """The interface of a positional encoding, a value made of pure functions, and the registry of encodings by name.
 
-An encoding may act at four points of a model, and most act at one:
+An encoding may act at three points of a model, and most act at one:
 
-    tokens -> embed -> [ per layer: condition; q, k -> rotate; scores + bias ] -> logits
+    tokens -> place -> embed -> [ per layer: q, k, v -> attend ] -> logits
 
-``identity`` acts at none (NoPE); ``chain`` acts wherever its members do, in their order.
+``place`` returns the coordinates of the tokens, ``embed`` adds to their embeddings, and ``attend`` says what happens to attention
+scores, in the structures of ``posjax.core.structures``. ``identity`` acts at none (NoPE); ``chain`` acts wherever its members do,
+in their order.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.checks import check_at_least, is_traced
-from posjax.core.bias import BiasTerm, Rotation
+from posjax.core.structures import ScoreModifications, Transform
 from posjax.typing import Array, Float, Int, Params
 
 
@@ -59,24 +61,75 @@ class Dims:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AttentionInputs:
-    """The inputs of an attention call, for encodings whose rotation or bias depends on them.
+class Tokens:
+    """The tokens on one side of an attention call.
 
     Attributes:
-      query: [B, T, N, H] before rotation.
-      key: [B, S, K, H] before rotation.
+      order: integers [B or 1, T], rising along a segment. Causality, windows, scans and caches go by it.
+      coordinates: [B or 1, T, A], integers or floats: what encodings read. An encoding of one axis reads axis 0. None: the order,
+        on every axis.
+      segments: integers [B, T]; 0 is padding in a cache. None: all tokens are in one segment.
+      hidden: [B, T, D], what query, key and value were projected from (after the norm); None if the caller did not give it.
+    """
+
+    order: Int[Array, "_ T"]
+    coordinates: Array | None = None
+    segments: Int[Array, "B T"] | None = None
+    hidden: Float[Array, "B T D"] | None = None
+
+    @classmethod
+    def at(
+        cls, positions: Array, *, coordinates: Array | None = None, segments: Array | None = None, hidden: Array | None = None
+    ) -> "Tokens":
+        """Makes tokens at positions, integers [T], [1, T] or [B, T]."""
+        return cls(positions if jnp.ndim(positions) == 2 else positions[None], coordinates, segments, hidden)
+
+    @property
+    def positions(self) -> Array:
+        """Returns the coordinates along the first axis, [B or 1, T]."""
+        return self.order if self.coordinates is None else self.coordinates[..., 0]
+
+    def on_axes(self, axes: int) -> Array:
+        """Returns the coordinates, [B or 1, T, A], or the order on as many axes if there are none."""
+        if self.coordinates is not None:
+            return self.coordinates
+        return jnp.broadcast_to(self.order[..., None], (*self.order.shape, axes))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionInputs:
+    """The inputs of an attention call, as an encoding sees them.
+
+    Attributes:
+      query: [B, T, N, H] as given.
+      key: [B, S, K, H] as given.
       value: [B, S, K, V]; None if only the weights are computed.
-      query_positions: [B or 1, T] integers.
-      key_positions: [B or 1, S] integers.
+      q, k: the tokens of queries and of keys.
       scale: factor of q.k.
+      transforms: what earlier members of a chain do to query and key.
     """
 
     query: Array
     key: Array
     value: Array | None
-    query_positions: Array
-    key_positions: Array
+    q: Tokens
+    k: Tokens
     scale: Any
+    transforms: tuple[Transform, ...] = ()
+
+    @property
+    def turned_query(self) -> Array:
+        """Returns the query as earlier members of a chain left it."""
+        return self._turned()[0]
+
+    @property
+    def turned_key(self) -> Array:
+        """Returns the key as earlier members of a chain left it."""
+        return self._turned()[1]
+
+    def _turned(self) -> tuple[Array, Array]:
+        return functools.reduce(lambda qk, transform: transform.applied(*qk), self.transforms, (self.query, self.key))
 
 
 class PositionalEncoding:
@@ -91,7 +144,7 @@ class PositionalEncoding:
         class Constant(pj.PositionalEncoding):
             value: float = 1.0
 
-            def embed(self, params, x, positions):
+            def embed(self, params, x, tokens):
                 return x + self.value
 
     Attributes:
@@ -99,51 +152,42 @@ class PositionalEncoding:
       registered_name: the name in the registry.
       per_layer: True if every layer learns its own params, False if all layers share one set; or a dict with the structure of
         params, down to the level below which one value holds.
-      is_contextual: True if the bias counts over the keys between key and query, so that attention must be causal or masked.
+      axes: A, the number of axes of the coordinates that it reads.
+      needs_hidden: True if ``attend`` reads ``Tokens.hidden``.
+      needs_causal: True if a bias sums over the keys between key and query, so that attention must be causal or masked.
     """
 
     name: str = "encoding"
     registered_name: ClassVar[str] = "encoding"
     per_layer: bool | Mapping[str, Any] = False
-    is_contextual: bool = False
+    axes: int = 1
+    needs_hidden: bool = False
+    needs_causal: bool = False
 
     def init(self, key: Array, dims: Dims) -> Params:
         """Returns the learned arrays, float32; {} if nothing is learned."""
         return {}
 
-    def embed(self, params: Params, x: Float[Array, "B T D"], positions: Int[Array, "_ T"]) -> Float[Array, "B T D"]:
-        """Returns x with the encoding of its positions added."""
+    def place(self, tokens: Tokens, key: Array | None = None) -> Array | None:
+        """Returns the coordinates of the tokens, [B or 1, T, A] or None for their order; models call it once, before ``embed``.
+
+        Args:
+          tokens: with the coordinates that the caller gave.
+          key: PRNG key for encodings that draw coordinates while training; None in evaluation.
+        """
+        return tokens.coordinates
+
+    def embed(self, params: Params, x: Float[Array, "B T D"], tokens: Tokens) -> Float[Array, "B T D"]:
+        """Returns x with the encoding of its tokens' coordinates added."""
         return x
 
-    def condition(self, params: Params, hidden: Float[Array, "B T D"]) -> Params:
-        """Returns params extended by per-token arrays computed from the input of an attention layer (CoPE's separate gate keys).
-
-        Models call it once per layer, before attention.
-        """
-        return params
-
-    def rotate(self, params: Params, query: Array, key: Array, inputs: AttentionInputs) -> tuple[Array, Array]:
-        """Returns query and key rotated or widened. Both have the same new width."""
-        rotation = self.rotation(params, inputs)
-        return (query, key) if rotation is None else rotation.applied(query, key)
-
-    def rotation(self, params: Params, inputs: AttentionInputs) -> Rotation | None:
-        """Returns ``rotate`` in structured form, for backends that apply it themselves; None if it is not a pairwise rotation."""
-        return None
-
-    def bias(self, params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        """Returns the biases that are added to the scores."""
-        return ()
+    def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
+        """Returns what happens to the scores of an attention call."""
+        return ScoreModifications()
 
     def max_length(self, dims: Dims) -> int | None:
         """Returns the longest sequence that the parameters support, in tokens; None for no limit."""
         return None
-
-    @property
-    def changes_query(self) -> bool:
-        """Returns whether ``rotate`` may change query and key."""
-        cls, base = type(self), PositionalEncoding
-        return cls.rotate is not base.rotate or cls.rotation is not base.rotation
 
     def _key(self) -> tuple[Any, ...]:
         """Returns what equality and the hash go by: arrays by their bytes, traced ones by identity."""
@@ -273,14 +317,14 @@ def encoding(
     name: str,
     *,
     init: Callable[[Array, Dims], Params] | None = None,
-    embed: Callable[[Params, Array, Array], Array] | None = None,
-    condition: Callable[[Params, Array], Params] | None = None,
-    rotate: Callable[[Params, Array, Array, AttentionInputs], tuple[Array, Array]] | None = None,
-    rotation: Callable[[Params, AttentionInputs], Rotation] | None = None,
-    bias: Callable[[Params, AttentionInputs], tuple[BiasTerm, ...]] | None = None,
+    place: Callable[[Tokens, Array | None], Array] | None = None,
+    embed: Callable[[Params, Array, Tokens], Array] | None = None,
+    attend: Callable[[Params, AttentionInputs], ScoreModifications] | None = None,
     max_length: Callable[[Dims], int | None] | None = None,
     per_layer: bool = False,
-    is_contextual: bool = False,
+    axes: int = 1,
+    needs_hidden: bool = False,
+    needs_causal: bool = False,
 ) -> PositionalEncoding:
     """Makes an encoding of functions, for people who prefer these to a class.
 
@@ -288,13 +332,12 @@ def encoding(
 
     Args:
       name: name in tables and messages.
-      init, embed, condition, rotate, rotation, bias, max_length: methods of PositionalEncoding without ``self``. None is the
-        method of the base class. With ``rotation``, ``rotate`` is not needed.
-      per_layer, is_contextual: as in PositionalEncoding.
+      init, place, embed, attend, max_length: methods of PositionalEncoding without ``self``. None is the method of the base class.
+      per_layer, axes, needs_hidden, needs_causal: as in PositionalEncoding.
     """
-    given = dict(init=init, embed=embed, condition=condition, rotate=rotate, rotation=rotation, bias=bias, max_length=max_length)
+    given = dict(init=init, place=place, embed=embed, attend=attend, max_length=max_length)
     functions = tuple((point, function) for point, function in given.items() if function is not None)
-    return _OfFunctions(name, functions, per_layer, is_contextual)
+    return _OfFunctions(name, functions, per_layer, axes, needs_hidden, needs_causal)
 
 
 def _delegate(point: str) -> Callable[..., Any]:
@@ -313,15 +356,11 @@ class _OfFunctions(PositionalEncoding):
     name: str = ""
     functions: tuple[tuple[str, Callable[..., Any]], ...] = ()
     per_layer: bool = False
-    is_contextual: bool = False
+    axes: int = 1
+    needs_hidden: bool = False
+    needs_causal: bool = False
 
-    init, embed, condition, rotate, rotation, bias, max_length = map(
-        _delegate, ("init", "embed", "condition", "rotate", "rotation", "bias", "max_length")
-    )
-
-    @property
-    def changes_query(self) -> bool:
-        return any(point in ("rotate", "rotation") for point, _ in self.functions)
+    init, place, embed, attend, max_length = map(_delegate, ("init", "place", "embed", "attend", "max_length"))
 
     def __repr__(self) -> str:
         points = [f"{point}={getattr(function, '__name__', function)}" for point, function in self.functions]

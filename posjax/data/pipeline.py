@@ -68,9 +68,7 @@ def batches(
     if masked and length < 2:
         raise ValueError(f"length must be at least 2 when masked ([CLS] and a token), got {length}")
     if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index must be from 0 to process_count - 1 = {process_count - 1}, got {process_index}"
-        )
+        raise ValueError(f"process_index must be from 0 to process_count - 1 = {process_count - 1}, got {process_index}")
     if batch_size % process_count:
         raise ValueError(f"batch_size must be a multiple of process_count ({process_count}), got {batch_size}")
     if not 0 <= seed < 2**32:

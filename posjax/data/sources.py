@@ -142,8 +142,7 @@ def _read_text(path: Path) -> bytes:
         place = error.start
     if place >= 0:
         raise ValueError(
-            f"source must hold UTF-8 text only, {path} has the byte {data[place]:#04x} at {place}; "
-            "convert it or move it elsewhere"
+            f"source must hold UTF-8 text only, {path} has the byte {data[place]:#04x} at {place}; convert it or move it elsewhere"
         )
     return data
 

@@ -71,9 +71,7 @@ class Task:
         if tokens.ndim != 1:
             raise ValueError(f"tokens must be one row [T], got shape {tokens.shape}; pass tokens[i] of a batch")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
-            raise ValueError(
-                f"tokens must be ids of {self.name}, 0 to {self.vocab_size - 1}, got {tokens.min()} to {tokens.max()}"
-            )
+            raise ValueError(f"tokens must be ids of {self.name}, 0 to {self.vocab_size - 1}, got {tokens.min()} to {tokens.max()}")
         return " ".join(self.words[token] for token in tokens if token != self.pad_token)
 
 

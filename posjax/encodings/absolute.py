@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.checks import check_at_least, check_positive, is_traced
-from posjax.core.encoding import Dims, PositionalEncoding, get_param, hyperparameter, register
+from posjax.core.encoding import Dims, PositionalEncoding, Tokens, get_param, hyperparameter, register
 from posjax.encodings.phases import angles, geometric_frequencies
 from posjax.typing import Array, Params
 
@@ -31,11 +31,11 @@ class Sinusoidal(PositionalEncoding):
     def __post_init__(self) -> None:
         check_theta(self.theta)
 
-    def embed(self, params: Params, x: Array, positions: Array) -> Array:
+    def embed(self, params: Params, x: Array, tokens: Tokens) -> Array:
         width = x.shape[-1]
         if width % 2:
             raise ValueError(f"embed_dim must be even for sinusoidal, got {width}")
-        phase = angles(positions, geometric_frequencies(self.theta, width))
+        phase = angles(tokens.positions, geometric_frequencies(self.theta, width))
         table = jnp.stack([jnp.sin(phase), jnp.cos(phase)], axis=-1).reshape(*phase.shape[:-1], width)
         return x + table.astype(x.dtype)
 
@@ -61,10 +61,10 @@ class Learned(PositionalEncoding):
         length = require_max_length("learned", dims)
         return {"embedding": self.init_scale * jax.random.normal(key, (length, dims.embed_dim), jnp.float32)}
 
-    def embed(self, params: Params, x: Array, positions: Array) -> Array:
+    def embed(self, params: Params, x: Array, tokens: Tokens) -> Array:
         table = get_param(params, "embedding", "learned", (None, x.shape[-1]))
-        check_within("learned", positions, table.shape[0])
-        return x + jnp.take(table, positions, axis=0).astype(x.dtype)
+        check_within("learned", tokens.positions, table.shape[0])
+        return x + jnp.take(table, tokens.positions, axis=0).astype(x.dtype)
 
     def max_length(self, dims: Dims) -> int | None:
         return dims.max_length
@@ -91,7 +91,12 @@ def require_max_length(name: str, dims: Dims) -> int:
 
 
 def check_within(name: str, positions: Array, length: int) -> None:
-    """Raises ValueError if positions fall outside a table of ``length`` rows, as far as shapes and concrete values show."""
+    """Raises ValueError if positions are fractions or fall outside a table of ``length`` rows, as far as shapes and values show."""
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(
+            f"coordinates must be integers for {name}, which has a vector for each position, got {positions.dtype}; "
+            "rope() and alibi() take fractions"
+        )
     reach = positions.shape[-1]
     if not is_traced(positions) and positions.size:
         # NumPy, because inside jit a jax operation returns a tracer even for a concrete array.

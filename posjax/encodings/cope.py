@@ -4,20 +4,16 @@
     p_ij = sum of g_ik for k = j .. i          position: the count from key to query, both included
     bias_ij = q_i.e(p_ij)                      e interpolated between integer positions, clamped at the last
 
-Each bias term processes key tiles from right to left and carries the running count of every row, so no array is [T, S].
+The count is a ``Scan`` along the keys, which backends evaluate tile by tile, so no array is [T, S].
 (CoPE is neither Clipped RoPE nor Complex Positional Encoding, which share the acronym.)
 """
 
-import dataclasses
-import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from posjax.checks import check_at_least, check_finite, is_traced
-from posjax.core.bias import BiasTerm, Interpolation, Tile
 from posjax.core.encoding import (
     AttentionInputs,
     Dims,
@@ -27,17 +23,11 @@ from posjax.core.encoding import (
     register,
     traced_hparam,
 )
+from posjax.core.structures import Bias, Hinges, Scan, ScoreModifications, Table, sigmoid
 from posjax.encodings.relative import check_slope, slopes_of_heads
-from posjax.typing import Array, Float, Params
+from posjax.typing import Array, Params
 
 Gates = Literal["logits", "content", "keys", "values"]
-
-
-def _condition(self: PositionalEncoding, params: Params, hidden: Float[Array, "B T D"]) -> Params:
-    if self.gates != "keys":
-        return params
-    kernel = get_param(params, "gate_kernel", self.name)
-    return params | {"gate_key": jnp.einsum("btd,dkh->btkh", hidden, kernel.astype(hidden.dtype))}
 
 
 @register("cope")
@@ -55,7 +45,8 @@ class Cope(PositionalEncoding):
     Args:
       max_position: P, the number of position embeddings; positions are clamped to P - 1.
       gates: source of the gate logits. "logits": the scores scale * q.k, after rotation if there is one. "content": the scores
-        before rotation. "keys": separate gate keys k = W_g h, which ``condition`` computes from the layer's input. "values": q.v.
+        before rotation. "keys": separate gate keys k = W_g h of the layer's input h, the argument ``hidden`` of
+        ``posjax.attention``. "values": q.v.
       scaled: False adds z unscaled (Listing 1 of the paper); True scales it like q.k (the released code). The two train
         differently.
       per_head: True gives each head its own embeddings; False shares them between heads, as in the paper.
@@ -69,7 +60,7 @@ class Cope(PositionalEncoding):
 
     Raises:
       ValueError: max_position is below 2, gates is unknown, gate_bias is not finite, clamp is out of range (a traced one gives
-        NaN), gates="keys" is used without ``condition``, or (in attention) neither is_causal nor a mask is given.
+        NaN), gates="keys" is used without ``hidden``, or (in attention) neither is_causal nor a mask is given.
 
     Golovneva et al., arXiv:2405.18719, equations 3 to 6 and Listing 1.
     """
@@ -82,8 +73,7 @@ class Cope(PositionalEncoding):
     gate_bias: Array | float = hyperparameter(0.0)
     clamp: Array | int | None = hyperparameter(None)
 
-    is_contextual = True
-    condition = _condition
+    needs_causal = True
 
     def __post_init__(self) -> None:
         check_at_least("max_position", self.max_position, 2)
@@ -94,18 +84,24 @@ class Cope(PositionalEncoding):
     def per_layer(self) -> bool:
         return not self.shared
 
+    @property
+    def needs_hidden(self) -> bool:
+        return self.gates == "keys"
+
     def init(self, key: Array, dims: Dims) -> Params:
         heads = (dims.num_heads,) if self.per_head else ()
         embedding = jnp.zeros((*heads, self.max_position, dims.head_dim), jnp.float32)
         return _gate_params(self.gates, key, dims) | {"embedding": embedding}
 
-    def bias(self, params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+    def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         heads, head_dim = inputs.query.shape[2:]
         shape = (heads, self.max_position, head_dim) if self.per_head else (self.max_position, head_dim)
         embedding = get_param(params, "embedding", "cope", shape)
         embedding = embedding * inputs.scale if self.scaled else embedding
         embedding = embedding if self.clamp is None else _clamped(embedding, self.clamp)
-        return (_counting_term("cope", self.gates, self.gate_bias, params, inputs, embedding, (0 if self.per_head else None,)),)
+        at = _scan(self.gates, self.gate_bias, params, inputs, bound=self.max_position - 1)
+        read = Table(embedding if self.per_head else embedding[None], side="query", interpolate=True)
+        return ScoreModifications(biases=(Bias(at, read),))
 
 
 @register("cope_alibi")
@@ -133,8 +129,7 @@ class CopeAlibi(PositionalEncoding):
     shared: bool = True
     gate_bias: Array | float = hyperparameter(0.0)
 
-    is_contextual = True
-    condition = _condition
+    needs_causal = True
 
     def __post_init__(self) -> None:
         check_slope(self.slope)
@@ -144,14 +139,20 @@ class CopeAlibi(PositionalEncoding):
     def per_layer(self) -> bool:
         return not self.shared
 
+    @property
+    def needs_hidden(self) -> bool:
+        return self.gates == "keys"
+
     def init(self, key: Array, dims: Dims) -> Params:
         slopes = {"slope": slopes_of_heads(self.slope, dims.num_heads)} if self.learned else {}
         return _gate_params(self.gates, key, dims) | slopes
 
-    def bias(self, params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+    def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         heads = inputs.query.shape[2]
         slopes = get_param(params, "slope", "cope_alibi", (heads,)) if self.learned else slopes_of_heads(self.slope, heads)
-        return (_counting_term("cope_alibi", self.gates, self.gate_bias, params, inputs, slopes, (0,)),)
+        # The network of one hinge, -m relu(p): positions are never negative.
+        read = Hinges(jnp.ones((1, 1)), jnp.zeros((1, 1)), -slopes[:, None])
+        return ScoreModifications(biases=(Bias(_scan(self.gates, self.gate_bias, params, inputs), read),))
 
 
 @register("cope_mlp")
@@ -181,8 +182,7 @@ class CopeMlp(PositionalEncoding):
     shared: bool = True
     gate_bias: Array | float = hyperparameter(0.0)
 
-    is_contextual = True
-    condition = _condition
+    needs_causal = True
 
     def __post_init__(self) -> None:
         check_at_least("hidden_dim", self.hidden_dim, 1)
@@ -191,6 +191,10 @@ class CopeMlp(PositionalEncoding):
     @property
     def per_layer(self) -> bool:
         return not self.shared
+
+    @property
+    def needs_hidden(self) -> bool:
+        return self.gates == "keys"
 
     def init(self, key: Array, dims: Dims) -> Params:
         gate_key, key = jax.random.split(key)
@@ -203,200 +207,34 @@ class CopeMlp(PositionalEncoding):
             "weight_out": jnp.zeros((self.hidden_dim, dims.head_dim)),
         }
 
-    def bias(self, params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+    def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         weight_out = get_param(params, "weight_out", "cope_mlp", (self.hidden_dim, inputs.query.shape[3]))
         weight_out = weight_out * inputs.scale if self.scaled else weight_out
-        first = tuple(get_param(params, name, "cope_mlp", (self.hidden_dim,)) for name in ("weight_in", "bias_in"))
-        tables = (*first, weight_out)
-        return (_counting_term("cope_mlp", self.gates, self.gate_bias, params, inputs, tables, (None, None, None)),)
+        first = (get_param(params, name, "cope_mlp", (self.hidden_dim,))[None] for name in ("weight_in", "bias_in"))
+        read = Hinges(*first, weight_out[None], side="query")
+        return ScoreModifications(biases=(Bias(_scan(self.gates, self.gate_bias, params, inputs), read),))
 
 
 cope, cope_alibi, cope_mlp = Cope, CopeAlibi, CopeMlp
 
 
-# Bias as a function of the count -------------------------------------------------------------------------------------
-
-
-def _products(query: Array, table: Array) -> Array:
-    """Returns q.e of every query with every row of a table [P, H] or [N, P, H], as [B, N, t, P] float32."""
-    return jnp.einsum("bnth,nph->bntp" if table.ndim == 3 else "bnth,ph->bntp", query.astype(jnp.float32), table)
-
-
-def _load_interpolated(rows: dict[str, Array], tables: tuple) -> dict[str, Array]:
-    z = _products(rows["query"], tables[1])
-    steps = jnp.diff(z, axis=-1, append=z[..., -1:])  # past the last position the slope is zero
-    return rows | {"z": jnp.stack([z, steps], axis=-1)}
-
-
-def _interpolated(counts: Array, rows: dict[str, Array], embedding: Array) -> Array:
-    """Interpolates z at fractional positions, [B, N, t, s], clamped to the last position."""
-    position = jnp.minimum(counts, rows["z"].shape[-2] - 1)
-    floor = jnp.floor(position)
-    value_and_slope = _looked_up(rows["z"], floor.astype(jnp.int32))
-    return value_and_slope[..., 0] + (position - floor) * value_and_slope[..., 1]
-
-
-def _saturate_interpolated(rows: dict[str, Array], tables: tuple, carry: Array) -> tuple[Array, Array]:
-    """Returns which rows have reached the last position, and the value of z there.
-
-    It is the bias of every key further left, whatever the gates of those keys are.
-    """
-    last = rows["z"].shape[-2] - 1
-    return carry >= last, rows["z"][..., last, 0]
-
-
-def _penalised(counts: Array, rows: dict[str, Array], slopes: Array) -> Array:
-    return -slopes[None, :, None, None] * counts
-
-
-def _load_network(rows: dict[str, Array], tables: tuple) -> dict[str, Array]:
-    """Computes the network's linear pieces for every query: rows["z"] [B, N, t, F + 1, 2], slope and intercept between two kinks.
-
-    A unit of positive weight is active to the right of its kink -b/w, one of negative weight to the left.
-    """
-    weight, offset, weight_out = tables[1]
-    kinks = _kinks(weight, offset)
-    order = jnp.argsort(kinks)
-    z = _products(rows["query"], weight_out)[..., order]
-    lines = z[..., None] * jnp.stack([weight, offset], -1)[order]  # of each unit, where it is active
-    falls = (weight < 0)[order, None]
-    passed = jnp.cumsum(jnp.where(falls, -lines, lines), axis=-2)
-    start = jnp.where(falls, lines, 0.0).sum(-2, keepdims=True)
-    return rows | {"z": start + jnp.concatenate([jnp.zeros_like(start), passed], axis=-2)}
-
-
-def _kinks(weight: Array, offset: Array) -> Array:
-    """Returns the position at which each unit becomes active or inactive, [F].
-
-    It is infinite for a unit of zero weight, which is active everywhere or nowhere.
-    """
-    flat = weight == 0.0
-    return jnp.where(flat, jnp.where(offset > 0, -jnp.inf, jnp.inf), -offset / jnp.where(flat, 1.0, weight))
-
-
-def _network(counts: Array, rows: dict[str, Array], tables: tuple[Array, Array, Array]) -> Array:
-    """Evaluates the network at each count by looking up its linear piece; each unit costs one comparison."""
-    kinks = jax.lax.stop_gradient(jnp.sort(_kinks(*tables[:2])))
-    at = jax.lax.stop_gradient(counts)
-    none = jnp.zeros(counts.shape, jnp.int32)
-    piece, _ = jax.lax.scan(lambda n, kink: (n + (at >= kink), None), none, kinks, unroll=min(kinks.size, 64))
-    line = _looked_up(rows["z"], piece)
-    return line[..., 0] * counts + line[..., 1]
-
-
-def _looked_up(table: Array, index: Array) -> Array:
-    """Gathers row ``index`` [B, N, t, s] from a table [B, N, t, P, 2] that differs between queries.
-
-    Both numbers come from one gather on a flat array, whose transpose is three times as fast on a CPU as that of two gathers.
-    """
-    row = jnp.arange(math.prod(table.shape[:3]), dtype=jnp.int32).reshape(*table.shape[:3], 1)
-    return table.reshape(-1, 2).at[row * table.shape[3] + index].get(mode="promise_in_bounds")
-
-
 # Counting ------------------------------------------------------------------------------------------------------------
 
 
-def gates_and_positions(term: BiasTerm, tile: Tile) -> tuple[Array, Array] | None:
-    """Returns the gates g_ij and positions p_ij of a term on the tile that it was cut to, [B, N, t, s] float32 each.
-
-    Gates are zero where masked; positions are not clamped. Returns None for a term that does not count.
-    """
-    if not isinstance(term.function, _CountingTile):
-        return None
-    gates = _gates(tile, term.rows, term.columns, term.tables)
-    return gates, _positions(gates, term.carry)
+def shifted_sigmoid(x: Array, args: tuple[Array]) -> Array:
+    """Returns sigmoid(x + gate_bias), for ``Scan``."""
+    return jax.nn.sigmoid(x + args[0])
 
 
-def _gates(tile: Tile, rows: dict[str, Array], columns: dict[str, Array], tables: tuple) -> Array:
-    scale, _, *gate_bias = tables
-    logits = tile.logits
-    if columns:
-        query, key = rows["query"], columns["gate_key"]
-        batch, heads, length, width = query.shape
-        grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], length, width)
-        logits = jnp.einsum("bkgth,bksh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
-        logits = logits.reshape(batch, heads, length, key.shape[2])
-    for more in gate_bias:  # empty, or one scalar
-        logits = logits + more
-    return jnp.where(tile.allowed, jax.nn.sigmoid(logits), 0.0)
-
-
-def _positions(gates: Array, carry: Array) -> Array:
-    return carry[..., None] + _sum_to_the_right(gates)
-
-
-def _sum_to_the_right(gates: Array) -> Array:
-    """Sums gates[..., k] over k >= j, by a product with a triangle of ones within blocks and a short sum over the blocks.
-
-    This is faster than a scan on every device, and its rounding error grows only with the number of blocks.
-    """
-    block, columns = 32, gates.shape[-1]
-    padded = jnp.pad(gates, [(0, 0)] * (gates.ndim - 1) + [(0, -columns % block)])
-    blocks = padded.reshape(*gates.shape[:-1], -1, block)
-    ones = jnp.tril(jnp.ones((block, block), gates.dtype))
-    within = jnp.einsum("...k,kj->...j", blocks, ones, precision=jax.lax.Precision.HIGHEST)
-    totals = within[..., 0]
-    right = jax.lax.cumsum(totals, axis=totals.ndim - 1, reverse=True) - totals
-    return (within + right[..., None]).reshape(padded.shape)[..., :columns]
-
-
-@dataclasses.dataclass(frozen=True)
-class _CountingTile:
-    """The tile function of a term that counts gates.
-
-    Two are equal if the bias is the same function of the count, so that jit compiles such terms once.
-    """
-
-    name: str = dataclasses.field(compare=False)  # for error messages
-    bias_of_count: Callable[[Array, dict[str, Array], Any], Array]
-
-    def __call__(self, tile: Tile, rows: dict, columns: dict, tables: tuple, carry: Array) -> tuple[Array, Array]:
-        counts = _positions(_gates(tile, rows, columns, tables), carry)
-        return self.bias_of_count(counts, rows, tables[1]), counts[..., 0]
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-# For each encoding: its bias as a function of the count, its load and its saturate.
-_COUNTING = {
-    "cope": (_interpolated, _load_interpolated, _saturate_interpolated),
-    "cope_alibi": (_penalised, None, None),
-    "cope_mlp": (_network, _load_network, None),
-}
-
-
-def _counting_term(
-    encoding: str,
-    gates: Gates,
-    gate_bias: Array | float,
-    params: Params,
-    inputs: AttentionInputs,
-    tables: Any,
-    heads: tuple[int | None, ...],
-) -> BiasTerm:
-    """Builds the bias term of an encoding that counts gates.
-
-    Its tables are (scale, ``tables``), followed by gate_bias unless that is the number 0. ``heads`` gives the head axis of each
-    leaf of ``tables``, as in ``BiasTerm``.
-    """
-    bias_of_count, load, saturate = _COUNTING[encoding]
-    biased = is_traced(gate_bias) or float(gate_bias) != 0.0
-    name = f"{encoding} with gates={gates!r}{' and a gate_bias' if biased else ''}"
-    rows = {} if load is None and gates == "logits" else {"query": jnp.swapaxes(inputs.query, 1, 2)}
-    columns = {} if gates == "logits" else {"gate_key": jnp.swapaxes(_gate_key(gates, params, inputs), 1, 2)}
-    batch, length, num_heads, _ = inputs.query.shape
-    return BiasTerm(
-        function=_CountingTile(name, bias_of_count),
-        rows=rows,
-        columns=columns,
-        tables=(jnp.asarray(inputs.scale, jnp.float32), tables, *((traced_hparam(gate_bias),) if biased else ())),
-        carry=jnp.zeros((batch, num_heads, length), jnp.float32),
-        load=load,
-        saturate=saturate,
-        fused=Interpolation() if encoding == "cope" and gates == "logits" and not biased else None,
-        heads=(None, *heads, *((None,) if biased else ())),
-    )
+def _scan(gates: Gates, gate_bias: Array | float, params: Params, inputs: AttentionInputs, bound: float | None = None) -> Scan:
+    """Returns the contextual position of an encoding, as the sum of its gates."""
+    source = {}
+    if gates != "logits":
+        scale = jnp.asarray(inputs.scale, jnp.float32).reshape(1)
+        source = dict(query=inputs.query, key=_gate_key(gates, params, inputs), scale=scale)
+    if not is_traced(gate_bias) and float(gate_bias) == 0.0:
+        return Scan(sigmoid, **source, bound=bound)
+    return Scan(shifted_sigmoid, **source, args=(traced_hparam(gate_bias).reshape(1),), bound=bound)
 
 
 def _clamped(embedding: Array, clamp: Array | int) -> Array:
@@ -414,7 +252,13 @@ def _gate_key(gates: Gates, params: Params, inputs: AttentionInputs) -> Array:
     if gates == "content":
         return inputs.key
     if gates == "keys":
-        return get_param(params, "gate_key", "cope after condition(params, hidden)", inputs.key.shape)
+        if inputs.k.hidden is None:
+            raise ValueError(
+                "hidden must be given for gates='keys', got None: the array that query, key and value were projected from"
+            )
+        hidden = inputs.k.hidden
+        kernel = get_param(params, "gate_kernel", "cope", (hidden.shape[-1], *inputs.key.shape[2:]))
+        return jnp.einsum("btd,dkh->btkh", hidden, kernel.astype(hidden.dtype)).astype(inputs.key.dtype)
     if inputs.value is None:
         raise ValueError("value must be given to attention_weights for gates='values', got None")
     width = inputs.query.shape[-1]

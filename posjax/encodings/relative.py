@@ -1,15 +1,15 @@
 """Relative biases that depend on the two positions alone: ALiBi and T5."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 
 from posjax.checks import check_at_least, check_positive
-from posjax.core.bias import BiasTerm, Lookup, Penalty, position_bias
 from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, get_param, hyperparameter, register, traced_hparam
+from posjax.core.structures import Bias, Pair, ScoreModifications, Table
 from posjax.typing import Array, Float, Int, Params
 
 
@@ -35,9 +35,9 @@ class Alibi(PositionalEncoding):
     def __post_init__(self) -> None:
         check_slope(self.slope)
 
-    def bias(self, params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
+    def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         slopes = slopes_of_heads(self.slope, inputs.query.shape[2])
-        return (position_bias(_linear_penalty, slopes, Penalty(), heads=(0,)),)
+        return ScoreModifications(biases=(Bias(Pair(LinearPenalty(), args=slopes, learned=False)),))
 
 
 @register("t5")
@@ -68,10 +68,10 @@ class T5(PositionalEncoding):
     def init(self, key: Array, dims: Dims) -> Params:
         return {"bias": jnp.zeros((self.num_buckets, dims.num_heads), jnp.float32)}
 
-    def bias(self, params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        function, lookup = _bucket_function(self.num_buckets, self.max_distance, self.bidirectional)
+    def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         table = get_param(params, "bias", "t5", (self.num_buckets, inputs.query.shape[2]))
-        return (position_bias(function, table, lookup, heads=(1,)),)
+        bucket = T5Bucket(self.num_buckets, self.max_distance, self.bidirectional)
+        return ScoreModifications(biases=(Bias(Pair(bucket), Table(table.T)),))
 
 
 alibi, t5 = Alibi, T5
@@ -108,9 +108,14 @@ def slopes_of_heads(slope: Array | float | None, num_heads: int) -> Float[Array,
     return jnp.full(num_heads, jnp.where(traced_hparam(slope) > 0, traced_hparam(slope), jnp.nan))
 
 
-def _linear_penalty(query_positions: Array, key_positions: Array, slopes: Array) -> Array:
-    distance = jnp.abs(query_positions - key_positions).astype(jnp.float32)
-    return -slopes[None, :, None, None] * distance
+@dataclasses.dataclass(frozen=True)
+class LinearPenalty:
+    """Returns -slope |difference along axis 0|, float32, for ``Pair``."""
+
+    scales_with_args = True
+
+    def __call__(self, differences: tuple[Array, ...], slope: Array) -> Array:
+        return -slope * jnp.abs(differences[0]).astype(jnp.float32)
 
 
 def check_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> None:
@@ -155,32 +160,26 @@ def _bucket_thresholds(span: int, exact: int, max_distance: int) -> tuple[int, .
     return tuple(int(e) for e in np.where(np.abs(edges - rounded) < 1e-9 * edges, rounded, np.ceil(edges)))
 
 
-def same_bucket_test(num_buckets: int, max_distance: int, bidirectional: bool) -> Callable[[Array, Array, Array, Array], Array]:
-    """Returns a test of whether all pairs in a range of queries and a range of keys share one bucket.
+@dataclasses.dataclass(frozen=True)
+class T5Bucket:
+    """Returns T5's bucket of a pair from the difference i - j along axis 0, for ``Pair``."""
 
-    The test maps (first query position, last, first key position, last) to True if all pairs are in the furthest bucket of their
-    direction, or, where keys ahead of the query share bucket 0, all in bucket 0.
-    """
-    span = num_buckets // 2 if bidirectional else num_buckets
-    furthest = max((span // 2, *_bucket_thresholds(span, span // 2, max_distance)))
+    num_buckets: int
+    max_distance: int
+    bidirectional: bool
 
-    def all_in_one_bucket(first_query: Array, last_query: Array, first_key: Array, last_key: Array) -> Array:
-        return (first_query - last_key >= furthest) | (first_key - last_query >= (furthest if bidirectional else 0))
+    def __call__(self, differences: tuple[Array, ...], args: tuple) -> Array:
+        difference = differences[0]
+        if not jnp.issubdtype(difference.dtype, jnp.integer):  # T5's code truncates towards zero
+            difference = difference.astype(jnp.int32)
+        return t5_bucket(-difference, self.num_buckets, self.max_distance, self.bidirectional)
 
-    return all_in_one_bucket
+    def uniform(self, first_query: Array, last_query: Array, first_key: Array, last_key: Array) -> Array:
+        """Returns whether all pairs in a range of queries and a range of keys are in one bucket.
 
-
-@functools.cache
-def _bucket_function(num_buckets: int, max_distance: int, bidirectional: bool):
-    """Returns the T5 bias as a function of positions and as a ``Lookup``.
-
-    Cached, so that equal arguments give the same two objects, which ``position_bias`` needs to avoid recompilation.
-    """
-
-    def index(query_positions: Array, key_positions: Array) -> Array:
-        return t5_bucket(key_positions - query_positions, num_buckets, max_distance, bidirectional)
-
-    def function(query_positions: Array, key_positions: Array, table: Array) -> Array:
-        return jnp.moveaxis(jnp.take(table.astype(jnp.float32), index(query_positions, key_positions)[:, 0], axis=0), -1, 1)
-
-    return function, Lookup(index, same_bucket_test(num_buckets, max_distance, bidirectional))
+        They are if all are in the furthest bucket of their direction, or, where keys ahead of the query share bucket 0, all in
+        bucket 0.
+        """
+        span = self.num_buckets // 2 if self.bidirectional else self.num_buckets
+        furthest = max((span // 2, *_bucket_thresholds(span, span // 2, self.max_distance)))
+        return (first_query - last_key >= furthest) | (first_key - last_query >= (furthest if self.bidirectional else 0))

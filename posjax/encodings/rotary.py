@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from posjax.core.bias import Pairing, Rotation
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, hyperparameter, register
+from posjax.core.structures import Pairing, Rotate, ScoreModifications
 from posjax.encodings.absolute import check_theta
 from posjax.encodings.phases import angles, geometric_frequencies
 from posjax.typing import Array, Float, Int, Params
@@ -27,7 +27,7 @@ class Rope(PositionalEncoding):
 
     Raises:
       ValueError: theta is not one positive number (a traced theta that is not positive gives NaN), fraction is outside (0, 1],
-        pairing is unknown, or (in ``rotate``) fraction * H is not an even number of channels.
+        pairing is unknown, or (in ``attend``) fraction * H is not an even number of channels.
 
     Su et al., arXiv:2104.09864, equation 34.
     """
@@ -42,9 +42,10 @@ class Rope(PositionalEncoding):
             raise ValueError(f"fraction must lie in (0, 1], got {self.fraction!r}")
         check_pairing(self.pairing)
 
-    def rotation(self, params: Params, inputs: AttentionInputs) -> Rotation:
+    def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         frequencies = geometric_frequencies(self.theta, rotated_width(inputs.query.shape[-1], self.fraction))
-        return Rotation(angles(inputs.query_positions, frequencies), angles(inputs.key_positions, frequencies), self.pairing)
+        query_phase, key_phase = (angles(tokens.positions, frequencies)[:, :, None] for tokens in (inputs.q, inputs.k))
+        return ScoreModifications((Rotate(query_phase, key_phase, pairing=self.pairing, learned=False),))
 
 
 rope = Rope

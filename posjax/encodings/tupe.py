@@ -9,16 +9,16 @@ widened to [q, p U^Q, row, column] and [k, p U^K, 1, is [CLS]], so that one prod
 TUPE-R adds b as a bias term.
 """
 
-import functools
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
-from posjax.core.bias import BiasTerm, Lookup, position_bias
 from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, get_param, register
+from posjax.core.structures import Bias, Pair, Replace, ScoreModifications, Table
 from posjax.encodings.absolute import check_within, require_max_length
-from posjax.encodings.relative import check_buckets, same_bucket_test, t5_bucket
+from posjax.encodings.relative import T5Bucket, check_buckets, t5_bucket
 from posjax.typing import Array, Params
 
 
@@ -116,22 +116,31 @@ class Tupe(PositionalEncoding):
         key = jnp.repeat(key, query.shape[1] // key.shape[1], axis=1)
         return tuple((query * key).sum(-1) * scale / math.sqrt(2))
 
-    def rotate(self, params: Params, query: Array, key: Array, inputs: AttentionInputs) -> tuple[Array, Array]:
+    def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
+        widened = self._widened(params, inputs)
+        if not self.relative:
+            return ScoreModifications((widened,))
+        table = get_param(params, "bias", "tupe", (self.num_buckets + self._extra_row, inputs.query.shape[2]))
+        bucket = TupeBucket(self.num_buckets, self.max_distance, self.untie_cls, self.released)
+        return ScoreModifications((widened,), (Bias(Pair(bucket, relative=False), Table(table.T)),))
+
+    def _widened(self, params: Params, inputs: AttentionInputs) -> Replace:
+        query, key, query_positions, key_positions = inputs.turned_query, inputs.turned_key, inputs.q.positions, inputs.k.positions
         length = get_param(params, "position", "tupe").shape[0] - self._extra_row
-        check_within("tupe", inputs.query_positions, length)
-        check_within("tupe", inputs.key_positions, length)
+        check_within("tupe", query_positions, length)
+        check_within("tupe", key_positions, length)
         heads, kv_heads, head_dim = query.shape[2], key.shape[2], inputs.query.shape[3]
         (
             get_param(params, "query_kernel", "tupe", (None, heads, head_dim)),
             get_param(params, "key_kernel", "tupe", (None, kv_heads, head_dim)),
         )
         # Attention scales by 1/sqrt(H) of the unwidened head; the query supplies the other factor 1/sqrt(2) of 1/sqrt(2H).
-        position_query = self._project(params, inputs.query_positions + self._extra_row)[0]
-        position_key = self._project(params, inputs.key_positions + self._extra_row)[1]
+        position_query = self._project(params, query_positions + self._extra_row)[0]
+        position_key = self._project(params, key_positions + self._extra_row)[1]
         query_parts, key_parts = [query.astype(jnp.float32) / math.sqrt(2)], [key]
         if self.untie_cls:
-            query_is_cls = (inputs.query_positions == 0)[..., None, None]
-            key_is_cls = (inputs.key_positions == 0)[..., None, None]
+            query_is_cls = (query_positions == 0)[..., None, None]
+            key_is_cls = (key_positions == 0)[..., None, None]
             position_query = jnp.where(query_is_cls, 0.0, position_query)
             position_key = jnp.where(key_is_cls, 0.0, position_key)
             row, column = (theta[None, None, :, None] / inputs.scale for theta in self._thetas(params, inputs.scale))
@@ -148,14 +157,7 @@ class Tupe(PositionalEncoding):
         else:
             query_parts.append(position_query / math.sqrt(2))
             key_parts.append(position_key)
-        return _join(query_parts, query), _join(key_parts, key)
-
-    def bias(self, params: Params, inputs: AttentionInputs) -> tuple[BiasTerm, ...]:
-        if not self.relative:
-            return ()
-        function, lookup = _relative_function(self.num_buckets, self.max_distance, self.untie_cls, self.released)
-        buckets = self.num_buckets + self._extra_row
-        return (position_bias(function, get_param(params, "bias", "tupe", (buckets, inputs.query.shape[2])), lookup, heads=(1,)),)
+        return Replace(_join(query_parts, query), _join(key_parts, key))
 
 
 tupe = Tupe
@@ -166,29 +168,26 @@ def _join(parts: list[Array], like: Array) -> Array:
     return jnp.concatenate([jnp.broadcast_to(p, (*like.shape[:-1], p.shape[-1])).astype(like.dtype) for p in parts], axis=-1)
 
 
-@functools.cache
-def _relative_function(num_buckets: int, max_distance: int, untie_cls: bool, released: bool):
-    """Returns the bias b_{j-i} inside the reset, as a function of positions and as a ``Lookup``.
+@dataclasses.dataclass(frozen=True)
+class TupeBucket:
+    """Returns the index of b_{j-i} inside the reset for a pair of positions, for ``Pair``.
 
-    Pairs with [CLS] have no bias in the paper, and buckets of their own in the released code.
+    Pairs with [CLS] have no bias in the paper, an index past the table, and buckets of their own in the released code.
     """
-    have_same_bucket = same_bucket_test(num_buckets, max_distance, True)
 
-    def index(query_positions: Array, key_positions: Array) -> Array:
-        bucket = t5_bucket(key_positions - query_positions, num_buckets, max_distance, True)
-        if not untie_cls:
+    num_buckets: int
+    max_distance: int
+    untie_cls: bool
+    released: bool
+
+    def __call__(self, queries: tuple[Array, ...], keys: tuple[Array, ...], args: tuple) -> Array:
+        bucket = t5_bucket(keys[0] - queries[0], self.num_buckets, self.max_distance, True)
+        if not self.untie_cls:
             return bucket
-        of_row, of_column = (num_buckets // 2, num_buckets) if released else (num_buckets, num_buckets)
-        return jnp.where(query_positions == 0, of_row, jnp.where(key_positions == 0, of_column, bucket))
+        of_row = self.num_buckets // 2 if self.released else self.num_buckets
+        return jnp.where(queries[0] == 0, of_row, jnp.where(keys[0] == 0, self.num_buckets, bucket))
 
-    def uniform(first_query: Array, last_query: Array, first_key: Array, last_key: Array) -> Array:
-        is_same = have_same_bucket(first_query, last_query, first_key, last_key)
-        return is_same & (first_query > 0) & (first_key > 0) if untie_cls else is_same
-
-    def function(query_positions: Array, key_positions: Array, table: Array) -> Array:
-        if untie_cls and not released:
-            table = jnp.concatenate([table, jnp.zeros_like(table[:1])])
-        biases = jnp.take(table.astype(jnp.float32), index(query_positions, key_positions)[:, 0], axis=0)
-        return jnp.moveaxis(biases, -1, 1)
-
-    return function, Lookup(index, uniform)
+    def uniform(self, first_query: Array, last_query: Array, first_key: Array, last_key: Array) -> Array:
+        """Returns whether all pairs in a range of queries and a range of keys have one index."""
+        is_same = T5Bucket(self.num_buckets, self.max_distance, True).uniform(first_query, last_query, first_key, last_key)
+        return is_same & (first_query > 0) & (first_key > 0) if self.untie_cls else is_same

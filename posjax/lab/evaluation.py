@@ -192,6 +192,7 @@ def _probe(config: Config, with_params: Callable[[Params], Transformer], params:
                     record.encoding,
                     record.params,
                     value=record.value,
+                    hidden=record.hidden,
                     is_causal=is_causal,
                     segment_ids=segments,
                     query_positions=positions,
@@ -219,7 +220,7 @@ def _cope_line(
     contextual, if tokens are not bytes, or if no line has a suitable length.
     """
     model = with_params(params)
-    counting = [layer for layer, index in enumerate(model.layout) if model.encodings[index].is_contextual]
+    counting = [layer for layer, index in enumerate(model.layout) if model.encodings[index].needs_causal]
     text = bytes(source.validation.tokens[:200_000]) if config.tokenizer == "bytes" else b""
     max_bytes = min(70, config.seq_length)  # in bytes, with the end of the line
     min_bytes = min(40, max_bytes // 2)
@@ -233,7 +234,8 @@ def _cope_line(
     @jit_for_all
     def counted(params: Params) -> tuple[Array, Array]:
         record = with_params(params).records(tokens)[counting[-1]]
-        return probes.cope_positions(record.query, record.key, record.value, record.encoding, record.params)
+        own = dict(hidden=record.hidden)
+        return probes.cope_positions(record.query, record.key, record.value, record.encoding, record.params, **own)
 
     gates, positions = (x[0, :, -1, -len(line_match[1]) :].tolist() for x in jax.device_get(counted(params)))
     return {"layer": counting[-1], "text": line_match[1].decode(), "gates": gates, "positions": positions}

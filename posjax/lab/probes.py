@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.attention.backends.reference import whole_tile
+from posjax.attention.backends.bias_terms import gates_and_sums
+from posjax.attention.backends.reference import scores_of
+from posjax.attention.call import prepare
 from posjax.checks import check_at_least
-from posjax.core.bias import Tile
-from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding
-from posjax.core.masks import Mask
-from posjax.encodings.cope import gates_and_positions
+from posjax.core.encoding import Dims, PositionalEncoding, Tokens
+from posjax.core.structures import Scan
 from posjax.encodings.rotary import decay_bound
 from posjax.typing import Array, Float, Int, Params
 
@@ -108,13 +108,13 @@ def cope_positions(
     segment_ids: Int[Array, "B T"] | None = None,
     query_positions: Int[Array, "_ T"] | None = None,
     key_positions: Int[Array, "_ S"] | None = None,
+    hidden: Array | None = None,
     scale: Array | float | None = None,
 ) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T S"]]:
     """Computes the gates and contextual positions of CoPE that causal ``posjax.attention`` uses with these arguments.
 
     Args:
-      query, key, value, encoding, params, segment_ids, query_positions, key_positions, scale: as in ``posjax.attention``;
-        params after ``condition`` if the gates have separate keys.
+      query, key, value, encoding, params, segment_ids, query_positions, key_positions, hidden, scale: as in ``posjax.attention``.
 
     Returns:
       (gates, positions): [B, N, T, S] float32 each. Gates of masked keys are zero; a position is the sum of the gates from the
@@ -123,15 +123,14 @@ def cope_positions(
     Raises:
       ValueError: the encoding has no gated bias, or more than one.
     """
-    inputs = _inputs(query, key, value, query_positions, key_positions, scale)
-    mask = Mask(query_segments=segment_ids, key_segments=segment_ids, is_causal=True)
-    tile = _tile(encoding, params, inputs, mask)
-    found = [counted for term in encoding.bias(params, inputs) if (counted := gates_and_positions(term, tile)) is not None]
-    if len(found) != 1:
+    own = dict(query_positions=query_positions, key_positions=key_positions, hidden=hidden, scale=scale)
+    call = prepare(query, key, value, encoding, params, is_causal=True, segment_ids=segment_ids, **own)
+    scans = [bias for bias in call.biases if isinstance(bias.at, Scan)]
+    if len(scans) != 1:
         raise ValueError(
-            f"encoding must count by gates once, as cope(64) or chain(rope(), cope(64)) do; {encoding.name} has {len(found)}"
+            f"encoding must count by gates once, as cope(64) or chain(rope(), cope(64)) do; {encoding.name} has {len(scans)}"
         )
-    return found[0]
+    return gates_and_sums(call)[0]
 
 
 def decay_curve(
@@ -179,25 +178,22 @@ def decay_curve(
     length = reach + 2 if limit is None else limit
     if reach + 2 > length:
         raise ValueError(f"distances must be at most {length - 2} for {encoding.name} with max_length={limit}, got {reach}")
-    if encoding.is_contextual and distances.min() < 0:
+    if encoding.needs_causal and distances.min() < 0:
         raise ValueError(
             f"distances must not be negative for {encoding.name}, which counts over earlier keys, got {distances.min()}"
         )
     positions = jnp.arange(1, length)[None]
-    inputs = _inputs(
-        _everywhere(query, length - 1, dims.num_heads, dims.head_dim),
-        *(_everywhere(key, length - 1, dims.num_kv_heads, dims.head_dim),) * 2,
-        positions,
-        positions,
-        None,
-    )
     nothing = jnp.zeros((1, length - 1, dims.embed_dim))
-    params = encoding.condition(params, nothing)
+    everywhere = [
+        _everywhere(x, length - 1, heads, dims.head_dim)
+        for x, heads in ((query, dims.num_heads), (key, dims.num_kv_heads), (key, dims.num_kv_heads))
+    ]
+    own = dict(query_positions=positions, key_positions=positions, hidden=nothing)
     with jax.default_matmul_precision("highest"):  # by default accelerators round products to too few bits for a curve near zero
-        tile = _tile(encoding, params, inputs, Mask(is_causal=encoding.is_contextual))
-        scores = tile.logits[0] + sum(term.dense(tile)[0] for term in encoding.bias(params, inputs))
-        added = encoding.embed(params, nothing, positions)[0]
-        scores += inputs.scale * dims.head_dim / dims.embed_dim * (added @ added.T)
+        call = prepare(*everywhere, encoding, params, is_causal=encoding.needs_causal, **own)
+        scores = scores_of(call)[1][0]
+        added = encoding.embed(params, nothing, Tokens(positions))[0]
+        scores += call.scale * dims.head_dim / dims.embed_dim * (added @ added.T)
     scores -= jnp.diagonal(scores, axis1=1, axis2=2)[..., None]
     column = np.arange(length - 1)[:, None] - distances
     inside = (column >= 0) & (column < length - 1)
@@ -220,27 +216,6 @@ def rope_bound(distances: Int[Array, " S"], head_dim: int, theta: float = 10_000
     """
     bound = decay_bound(jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.asarray(distances)]), head_dim, theta)
     return math.sqrt(head_dim) * (bound[1:] / bound[0] - 1.0)
-
-
-def _inputs(query, key, value, query_positions, key_positions, scale) -> AttentionInputs:
-    """Builds the inputs that ``posjax.attention`` passes to an encoding in this call."""
-
-    def rows(positions: Array | None, length: int) -> Array:
-        return jnp.arange(length, dtype=jnp.int32)[None] if positions is None else jnp.asarray(positions).reshape(-1, length)
-
-    return AttentionInputs(
-        query=query,
-        key=key,
-        value=value,
-        query_positions=rows(query_positions, query.shape[1]),
-        key_positions=rows(key_positions, key.shape[1]),
-        scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
-    )
-
-
-def _tile(encoding: PositionalEncoding, params: Params, inputs: AttentionInputs, mask: Mask) -> Tile:
-    query, key = encoding.rotate(params, inputs.query, inputs.key, inputs)
-    return whole_tile(query, key, mask, inputs.query_positions, inputs.key_positions, inputs.scale)
 
 
 def _everywhere(x: Array | None, length: int, heads: int, width: int) -> Float[Array, "1 L N H"]:

@@ -153,9 +153,7 @@ def _without(drawn: Iterator[dict[str, np.ndarray]], trained: set[bytes], size: 
             remaining = {name: x[size:] for name, x in remaining.items()}
 
 
-def train_batches(
-    config: Config, source: Source, seed: int, share: tuple[int, int] = (0, 1)
-) -> Iterator[dict[str, np.ndarray]]:
+def train_batches(config: Config, source: Source, seed: int, share: tuple[int, int] = (0, 1)) -> Iterator[dict[str, np.ndarray]]:
     """Returns an iterator over the training batches of a run; they depend on the seed and not on the encoding.
 
     Args:

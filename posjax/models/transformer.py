@@ -1,6 +1,6 @@
 """A Flax NNX Transformer that accepts any positional encoding: a decoder language model, or an encoder with a [CLS] token.
 
-    tokens -> embedding -> encoding.embed -> [ condition; q, k, v -> attention under the encoding; MLP ] x L -> logits
+    tokens -> embedding -> encoding.embed -> [ q, k, v -> attention under the encoding; MLP ] x L -> logits
 
 The parameters of all layers are stacked and the layers run in a ``lax.scan``, so compile time does not grow with depth. Layers may
 have different encodings: each run of consecutive layers with the same encoding is one scan.
@@ -20,9 +20,10 @@ from jax.ad_checkpoint import checkpoint_name
 from posjax.attention import kv_cache
 from posjax.attention.api import attention
 from posjax.attention.backends.xla_chunked.attention import SAVED
+from posjax.attention.call import canonicalize_coordinates
 from posjax.attention.linear import LinearCache, linear_attend, linear_attention
 from posjax.checks import check_at_least
-from posjax.core.encoding import Dims, PositionalEncoding
+from posjax.core.encoding import Dims, PositionalEncoding, Tokens
 from posjax.parallel.gather import gather_params, in_rows
 from posjax.parallel.mesh import mesh_of
 from posjax.typing import Array, Float, Int, Params
@@ -127,11 +128,13 @@ class TransformerConfig:
 
 
 class LayerRecord(NamedTuple):
-    """Holds the attention inputs of one layer, for probes: query, key, value [B, T, N or K, H], the encoding and its params."""
+    """Holds the attention inputs of one layer, for probes: query, key, value [B, T, N or K, H], hidden [B, T, D] (None unless the
+    encoding needs it), the encoding and its params."""
 
     query: Array
     key: Array
     value: Array
+    hidden: Array | None
     encoding: PositionalEncoding
     params: Params
 
@@ -174,18 +177,19 @@ class _Layer(nnx.Module):
         encoding: PositionalEncoding,
         params: Params,
         positions: Int[Array, "_ T"],
+        coordinates: Array | None,
         segment_ids: Int[Array, "B T"] | None,
         dropout_key: Array | None,
         cache: kv_cache.LayerCache | None = None,
-    ) -> tuple[Array, tuple[Array, Array, Array, Params], kv_cache.LayerCache | None]:
+    ) -> tuple[Array, tuple[Array, Array, Array, Array | None, Params], kv_cache.LayerCache | None]:
         config = self.config
         pre = config.norm_position == "pre"
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
 
         hidden = self.attention_norm(x) if pre else x
-        params = encoding.condition(params, hidden)
         query, key, value = checkpoint_name((self.query(hidden), self.key(hidden), self.value(hidden)), SAVED)
         shared = dict(is_causal=config.is_causal, segment_ids=segment_ids, query_positions=positions, key_positions=positions)
+        source = hidden if encoding.needs_hidden else None
         how = dict(logits_soft_cap=config.logits_soft_cap, implementation=config.implementation)
         if config.attention == "linear" and cache is not None:
             positions, segments = kv_cache.next_positions(cache, x.shape[1], positions, segment_ids)
@@ -195,10 +199,12 @@ class _Layer(nnx.Module):
         elif config.attention == "linear":
             mixed = linear_attention(query, key, value, encoding, params, **shared)
         elif cache is not None:
-            own = dict(positions=positions, segment_ids=segment_ids)
+            own = dict(positions=positions, coordinates=coordinates, segment_ids=segment_ids, hidden=source)
             mixed, cache = kv_cache.attend(query, key, value, encoding, params, cache, **own, **how)
         else:
-            mixed = attention(query, key, value, encoding, params, **shared, local_window_size=config.local_window_size, **how)
+            own = dict(query_coordinates=coordinates, key_coordinates=coordinates, hidden=source)
+            how["local_window_size"] = config.local_window_size
+            mixed = attention(query, key, value, encoding, params, **shared, **own, **how)
         x = x + _dropout(self.out(mixed), config.dropout_rate, keys[0])
         x = x if pre else self.attention_norm(x)
 
@@ -207,7 +213,7 @@ class _Layer(nnx.Module):
         active = jax.nn.gelu(up) if config.activation == "gelu" else jax.nn.silu(self.gate(hidden)) * up
         x = x + _dropout(self.down(active), config.dropout_rate, keys[1])
         x = x if pre else self.mlp_norm(x)
-        return x, (query, key, value, params), cache
+        return x, (query, key, value, source, params), cache
 
 
 class Transformer(nnx.Module):
@@ -256,6 +262,7 @@ class Transformer(nnx.Module):
         positions: Int[Array, "_ T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         *,
+        coordinates: Array | None = None,
         dropout_key: Array | None = None,
     ) -> Float[Array, "B T V"]:
         """Returns float32 logits over the vocabulary at every position.
@@ -264,9 +271,10 @@ class Transformer(nnx.Module):
           tokens: token ids, integers [B, T] below V.
           positions: positions of the tokens, [B, T] or [1, T]. None means 0, 1, 2, ...
           segment_ids: segment of each token; tokens of different segments do not attend to each other. None means one segment.
+          coordinates: [T, A] or [B, T, A], what encodings read in place of the positions, as in ``posjax.attention``.
           dropout_key: PRNG key for dropout. None disables dropout.
         """
-        return self._logits(self._hidden(tokens, positions, segment_ids, dropout_key)[0])
+        return self._logits(self._hidden(tokens, positions, segment_ids, dropout_key, coordinates)[0])
 
     def classify(
         self,
@@ -274,6 +282,7 @@ class Transformer(nnx.Module):
         positions: Int[Array, "_ T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         *,
+        coordinates: Array | None = None,
         dropout_key: Array | None = None,
     ) -> Float[Array, "B C"]:
         """Returns float32 logits over ``num_classes`` computed from the first token, [CLS]. Takes the arguments of ``__call__``.
@@ -283,16 +292,22 @@ class Transformer(nnx.Module):
         """
         if self.config.num_classes is None:
             raise ValueError("num_classes must be given to classify, got None: TransformerConfig(..., num_classes=2)")
-        return self.classifier(self._hidden(tokens, positions, segment_ids, dropout_key)[0][:, 0]).astype(jnp.float32)
+        hidden = self._hidden(tokens, positions, segment_ids, dropout_key, coordinates)[0]
+        return self.classifier(hidden[:, 0]).astype(jnp.float32)
 
     def records(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "_ T"] | None = None, segment_ids: Int[Array, "B T"] | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "_ T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        coordinates: Array | None = None,
     ) -> list[LayerRecord]:
         """Returns the attention inputs of every layer, from the first layer to the last."""
-        return self._hidden(tokens, positions, segment_ids, None, keep=True)[1]
+        return self._hidden(tokens, positions, segment_ids, None, coordinates, keep=True)[1]
 
     def init_cache(
-        self, batch_size: int, max_length: int | None = None, *, window: int | None = None
+        self, batch_size: int, max_length: int | None = None, *, window: int | None = None, coordinate_dtype: Any = None
     ) -> tuple[kv_cache.LayerCache, ...]:
         """Returns an empty key-value cache for ``decode``.
 
@@ -304,6 +319,7 @@ class Transformer(nnx.Module):
             local window keeps only that window, and linear attention only its running sums, whatever the length of the text:
             neither needs max_length.
           window: number of earlier tokens that are kept and attended to; ``config.local_window_size`` applies if it is smaller.
+          coordinate_dtype: dtype of the coordinates that ``decode`` will be given; None if it will be given none.
 
         Raises:
           ValueError: the model is an encoder, linear attention is given a window, or a size is below 1.
@@ -321,8 +337,8 @@ class Transformer(nnx.Module):
                 shape = (layers, batch_size, config.num_heads, config.dims.head_dim)
                 sums = jnp.zeros((*shape, shape[-1])), jnp.zeros(shape)
                 return LinearCache(*sums, next_position=jnp.zeros(shape[:2], jnp.int32))
-            options = dict(max_length=length, window=window, dtype=jnp.dtype(config.compute_dtype))
-            one = kv_cache.init_cache(self.encodings[index], config.dims, batch_size, **options)
+            dtypes = dict(coordinate_dtype=coordinate_dtype, dtype=jnp.dtype(config.compute_dtype))
+            one = kv_cache.init_cache(self.encodings[index], config.dims, batch_size, max_length=length, window=window, **dtypes)
             return jax.tree.map(lambda x: jnp.repeat(x[None], layers, axis=0), one)
 
         return tuple(empty(index, len(list(run))) for index, run in itertools.groupby(self.layout))
@@ -333,6 +349,8 @@ class Transformer(nnx.Module):
         cache: tuple[kv_cache.LayerCache, ...],
         positions: Array | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        coordinates: Array | None = None,
     ) -> tuple[Float[Array, "B T V"], tuple[kv_cache.LayerCache, ...]]:
         """Processes the next tokens of each sequence, one or many, given a cache of the earlier ones.
 
@@ -341,6 +359,7 @@ class Transformer(nnx.Module):
           cache: the cache returned by ``init_cache`` or by the previous call.
           positions: positions of the tokens, [B, T] or [1, T]. None continues from the last token of each row.
           segment_ids: segment of each token. 0 marks padding, which no token attends to. None puts all tokens in segment 1.
+          coordinates: as in ``__call__``, for a cache that was made with a ``coordinate_dtype``.
 
         Returns:
           float32 logits [B, T, V], which match those of one call on the full sequence (NaN where a traced call exceeds the capacity
@@ -355,7 +374,7 @@ class Transformer(nnx.Module):
         first = jax.tree.map(lambda x: x[0], cache[0])
         positions, segments = kv_cache.next_positions(first, tokens.shape[1], positions, segment_ids)
         segments = None if segment_ids is None else segments
-        hidden, _, cache = self._hidden(tokens, positions, segments, None, cache=cache)
+        hidden, _, cache = self._hidden(tokens, positions, segments, None, coordinates, cache=cache)
         return self._logits(hidden), cache
 
     def encoding_params(self, layer: int) -> Params:
@@ -372,6 +391,7 @@ class Transformer(nnx.Module):
         positions: Array | None,
         segment_ids: Array | None,
         dropout_key: Array | None,
+        coordinates: Array | None = None,
         keep: bool = False,
         cache: tuple[kv_cache.LayerCache, ...] = (),
     ) -> tuple[Array, list[LayerRecord], tuple[kv_cache.LayerCache | None, ...]]:
@@ -385,8 +405,13 @@ class Transformer(nnx.Module):
         layer_keys = None if dropout_key is None else jax.random.split(layers_key, config.num_layers)
 
         x = self._part("token_embedding")(tokens) * jnp.asarray(math.sqrt(config.embed_dim), jnp.dtype(config.compute_dtype))
+        placed: list[Array | None] = []  # the coordinates for each encoding; None if they are the positions
         for encoding, p in zip(self.encodings, params, strict=True):
-            x = encoding.embed(_layer_params(encoding, p, 0), x, positions)
+            at = None if coordinates is None else canonicalize_coordinates("coordinates", coordinates, *tokens.shape)
+            own = Tokens(positions, at, segment_ids)
+            own = dataclasses.replace(own, coordinates=encoding.place(own))
+            placed.append(own.coordinates)
+            x = encoding.embed(_layer_params(encoding, p, 0), x, own)
         x = in_rows(_dropout(x, config.dropout_rate, embed_key))
         x = x if config.norm_position == "pre" else self.outer_norm(x)
 
@@ -398,7 +423,8 @@ class Transformer(nnx.Module):
             first = self.layout[: run[0]].count(index)  # index of the run's first layer among the layers with this encoding
             own = slice(first, first + len(run))
             rows = slice(run[0], run[-1] + 1)
-            x, kept, seen = self._run(x, rows, index, params[index], own, positions, segment_ids, layer_keys, keep, seen)
+            where = dict(positions=positions, coordinates=placed[index], segment_ids=segment_ids)
+            x, kept, seen = self._run(x, rows, index, params[index], own, where, layer_keys, keep, seen)
             records += kept
             caches.append(seen)
         return (self.outer_norm(x) if config.norm_position == "pre" else x), records, tuple(caches)
@@ -410,13 +436,12 @@ class Transformer(nnx.Module):
         index: int,
         params: Params,
         own_rows: slice,
-        positions: Array,
-        segment_ids: Array | None,
+        where: dict[str, Array | None],
         layer_keys: Array | None,
         keep: bool,
         cache: kv_cache.LayerCache | None,
     ) -> tuple[Array, list[LayerRecord], kv_cache.LayerCache | None]:
-        """Runs consecutive layers that have the same encoding, as one scan."""
+        """Runs consecutive layers that have the same encoding, as one scan; ``where`` holds what tells the tokens apart."""
         encoding = self.encodings[index]
         shared, own = _split_params(encoding, params)
         graph, stacked, structure = self._weights("layers")
@@ -428,7 +453,7 @@ class Transformer(nnx.Module):
             params = _join_params(shared, own)
             weights = gather_params(weights, "layers")
             call = nnx.merge(graph, jax.tree.unflatten(structure, jax.tree.leaves(weights)))
-            x, record, mine = call(x, encoding, params, positions, segment_ids, key, mine)
+            x, record, mine = call(x, encoding, params, **where, dropout_key=key, cache=mine)
             cache = None if cache is None else kv_cache.store(cache, i, mine, x.shape[1])
             return (in_rows(x), cache), record if keep else None
 
@@ -444,7 +469,7 @@ class Transformer(nnx.Module):
         if not keep:
             return x, [], cache
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i in range(layers.stop - layers.start)]
-        return x, [LayerRecord(query, key, value, encoding, params) for query, key, value, params in each], cache
+        return x, [LayerRecord(*arrays, encoding, params) for *arrays, params in each], cache
 
     def _weights(self, name: str) -> tuple[Any, Params, Any]:
         """Returns a submodule's graph definition, its parameters, and the tree structure that ``nnx.merge`` expects them in.

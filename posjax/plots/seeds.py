@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def dots(
-    panels: Mapping[str, Mapping[str, Sequence[float]]], label: str, encodings: Mapping[str, str] | None = None
-) -> "Figure":
+def dots(panels: Mapping[str, Mapping[str, Sequence[float]]], label: str, encodings: Mapping[str, str] | None = None) -> "Figure":
     """Plots an ablation: per setting a marker for the mean, a bar for its 95 % interval, and a dot for each seed.
 
     Seeds are stacked vertically, in the same order in every panel. Diverged seeds are crosses at the right edge and excluded from

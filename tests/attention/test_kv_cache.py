@@ -38,15 +38,15 @@ WINDOW = HALF  # a window and a chunk are as long as a full cache, and share wha
 
 
 def through_cache(encoding, x, cache, cuts, positions=None, segment_ids=None, **options):
-    """Tokens x through embed, projections, condition and a cache, piece by piece: ([B, T, N, H], the last cache)."""
+    """Tokens x through embed, projections and a cache, piece by piece: ([B, T, N, H], the last cache)."""
     params, out = random_params(encoding), []
     for begin, end in itertools.pairwise(cuts):
         piece = slice(begin, end)
         place, segments = (None if a is None else jnp.broadcast_to(a, x.shape[:2])[:, piece] for a in (positions, segment_ids))
         given = dict(positions=None if positions is None else place, segment_ids=segments)
         place = kv_cache.next_positions(cache, end - begin, place, segments)[0]
-        hidden = encoding.embed(params, x[:, piece], place)
-        mixed, cache = kv_cache.attend(*project(hidden), encoding, encoding.condition(params, hidden), cache, **given, **options)
+        hidden = encoding.embed(params, x[:, piece], pj.Tokens.at(place))
+        mixed, cache = kv_cache.attend(*project(hidden), encoding, params, cache, hidden=hidden, **given, **options)
         out.append(mixed)
     return jnp.concatenate(out, axis=1), cache
 
@@ -142,9 +142,9 @@ def test_what_each_encoding_caches():
     assert held("identity") == held("alibi") == held("cope(4)") == plain
     assert held("rope") == held("learned + rope") == plain | {"key": "rotated keys"}
     assert held("tupe") == plain | {"key": "widened keys"}
-    assert held("rope + cope(4, gates='content')") == {"key": "rotated keys", "value": "values", "bias term 0 gate_key": "raw keys"}
-    assert held("alibi + cope(4, gates='values')") == plain | {"bias term 1 gate_key": "values"}
-    assert held("cope(4, gates='keys')") == plain | {"bias term 0 gate_key": "made by the encoding"}
+    assert held("rope + cope(4, gates='content')") == {"key": "rotated keys", "value": "values", "bias 0 at.key": "raw keys"}
+    assert held("alibi + cope(4, gates='values')") == plain | {"bias 1 at.key": "values"}
+    assert held("cope(4, gates='keys')") == plain | {"bias 0 at.key": "made by the encoding"}
     key = pj.cache_layout(pj.tupe(), DIMS, jnp.bfloat16)[0]
     assert str(key) == f"key: widened keys, bfloat16[{K}, {2 * H + 2}], {K * (2 * H + 2) * 2} bytes a token"
 

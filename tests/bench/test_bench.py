@@ -91,9 +91,7 @@ def test_the_oracle_and_posjax_agree(spec):
 
 
 @pytest.mark.parametrize("spec", ["alibi", "tupe(relative=True)", "rope + cope(8)"])
-@pytest.mark.parametrize(
-    "options", [Options(window=5), Options(soft_cap=0.5), Options(starts=(4, 15)), Options(5, 0.5, (7,))]
-)
+@pytest.mark.parametrize("options", [Options(window=5), Options(soft_cap=0.5), Options(starts=(4, 15)), Options(5, 0.5, (7,))])
 def test_the_oracle_and_posjax_agree_on_options_and_shared_heads(spec, options):
     arrays = inputs.make_inputs(spec, "half", 23, SMALL, None, kv_heads=1)
     ready = prepare(Contestant("posjax", spec, "xla"), False, arrays, "float32", {}, options)

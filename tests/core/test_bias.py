@@ -23,6 +23,8 @@ from suite import (
 )
 
 import posjax as pj
+from posjax.attention.backends.bias_terms import Tile, bias_terms
+from posjax.attention.call import prepare
 
 SEGMENTS = jnp.stack([jnp.ones(T, jnp.int32), (jnp.arange(T) > 5).astype(jnp.int32)])
 MASK = pj.Mask(normal(11, B, 1, T, T) < 0.8, SEGMENTS, SEGMENTS, is_causal=True, window=(6, None))
@@ -40,7 +42,7 @@ def different_terms() -> list[Case]:
     found, cases = set(), []
     for case in CASES:
         terms, _ = jax.eval_shape(functools.partial(call, case))
-        made_of = {(term.function, jax.tree.structure((term.rows, term.columns, term.tables))) for term in terms}
+        made_of = {term.form for term in terms}
         if made_of - found:
             cases.append(case)
         found |= made_of
@@ -76,11 +78,10 @@ def test_the_network_of_cope_mlp_is_its_formula():
     query, key = jnp.asarray(query, jnp.float32), jnp.full((1, length, 2, width), 0.0)
 
     def biases(params, query):
-        inputs = pj.AttentionInputs(query, key, None, jnp.arange(length)[None], jnp.arange(length)[None], 1.0)
-        (term,) = pj.cope_mlp(hidden).bias(params, inputs)
+        (term,) = bias_terms(prepare(query, key, None, pj.cope_mlp(hidden), params, is_causal=True))
         counted = jnp.full((1, 2, length, length), 40.0)  # logits at which a gate is one
-        allowed = jnp.tril(jnp.ones((1, 1, length, length), bool))
-        return term.dense(pj.Tile(counted, allowed, inputs.query_positions, inputs.key_positions))
+        allowed, positions = jnp.tril(jnp.ones((1, 1, length, length), bool)), jnp.arange(length)[None]
+        return term.dense(Tile(counted, allowed, positions, positions))
 
     def formula(params, query):
         counts = jnp.arange(length)[:, None] - jnp.arange(length)[None] + 1.0

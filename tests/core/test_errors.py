@@ -150,7 +150,7 @@ BAD = {
         r"max_length must be given for tupe.*got None",
     ),
     "learned: no params": (
-        lambda: pj.learned().embed({}, X, jnp.arange(T)[None]),
+        lambda: pj.learned().embed({}, X, pj.Tokens.at(jnp.arange(T)[None])),
         ValueError,
         r"params of learned must hold 'embedding', got .*; pass what encoding.init",
     ),
@@ -181,10 +181,45 @@ BAD = {
         ValueError,
         r"params of cope must hold 'embedding', got",
     ),
-    "cope keys: no condition": (
+    "cope keys: no hidden": (
         lambda: with_params(pj.cope(8, gates="keys")),
         ValueError,
-        r"params of cope after condition\(params, hidden\) must hold 'gate_key', got",
+        r"hidden must be given for cope, got None: the array \[B, T, D\] that query, key and value were projected from",
+    ),
+    "hidden of another length": (
+        lambda: call(pj.identity(), hidden=ones(B, T + 1, 4)),
+        ValueError,
+        r"hidden must have shape \(2, 4, 'D'\) for the queries, got \(2, 5, 4\); a pair gives both",
+    ),
+    "coordinates on one side": (
+        lambda: call(pj.rope(), query_coordinates=jnp.zeros((T, 1))),
+        ValueError,
+        r"key_coordinates must be given where the other side's coordinates are, got None",
+    ),
+    "coordinates of another length": (
+        lambda: call(pj.rope(), query_coordinates=jnp.zeros((T + 1, 1)), key_coordinates=jnp.zeros((T, 1))),
+        ValueError,
+        r"query_coordinates must have shape \(4, axes\) or \(2, 4, axes\), got \(5, 1\)",
+    ),
+    "coordinates that are neither integers nor floats": (
+        lambda: call(pj.rope(), query_coordinates=jnp.zeros((T, 1), bool), key_coordinates=jnp.zeros((T, 1))),
+        ValueError,
+        r"query_coordinates must be integers or floating point, got bool",
+    ),
+    "coordinates of two types": (
+        lambda: call(pj.rope(), query_coordinates=jnp.zeros((T, 1), int), key_coordinates=jnp.zeros((T, 1))),
+        ValueError,
+        r"query_coordinates and key_coordinates must have as many axes and one dtype, got int32\[1, 4, 1\] and float32\[1, 4, 1\]",
+    ),
+    "fractions in a table of positions": (
+        lambda: pj.learned().embed(made(pj.learned()), X, pj.Tokens(jnp.arange(T)[None], jnp.zeros((1, T, 1)))),
+        ValueError,
+        r"coordinates must be integers for learned, which has a vector for each position, got float32",
+    ),
+    "a scan without needs_causal": (
+        lambda: call(pj.encoding("mine", attend=pj.cope_alibi().attend), {}, is_causal=True),
+        ValueError,
+        r"needs_causal must be True for mine, whose bias is a Scan, got False",
     ),
     "cope: embedding of another size": (
         lambda: with_params(pj.cope(8), embedding=ones(7, H)),
@@ -217,13 +252,13 @@ BAD = {
         r"params\['slope'\] of cope_alibi .*\(4,\), got \(1,\)",
     ),
     "learned: a table of another width": (
-        lambda: pj.learned().embed({"embedding": ones(5, 1)}, X, jnp.arange(T)[None]),
+        lambda: pj.learned().embed({"embedding": ones(5, 1)}, X, pj.Tokens.at(jnp.arange(T)[None])),
         ValueError,
         r"params\['embedding'\] of learned .*32.*, got \(5, 1\)",
     ),
     # positions
     "sinusoidal: odd width": (
-        lambda: pj.sinusoidal().embed({}, ones(B, T, 7), jnp.arange(T)[None]),
+        lambda: pj.sinusoidal().embed({}, ones(B, T, 7), pj.Tokens.at(jnp.arange(T)[None])),
         ValueError,
         r"embed_dim must be even for sinusoidal, got 7",
     ),
@@ -233,22 +268,22 @@ BAD = {
         r"fraction \* head_dim must be an even number.*got 0\.3 \* 8 = 2\.4",
     ),
     "learned: a long sequence": (
-        lambda: pj.learned().embed(made(pj.learned()), ones(B, 6, N * H), jnp.arange(6)[None]),
+        lambda: pj.learned().embed(made(pj.learned()), ones(B, 6, N * H), pj.Tokens.at(jnp.arange(6)[None])),
         ValueError,
         r"learned has positions for a max_length of 5, got a sequence that needs 6; .*rope\(\)",
     ),
     "learned: a long sequence under jit": (
-        lambda: jax.jit(pj.learned().embed)(made(pj.learned()), ones(B, 6, N * H), jnp.arange(6)[None]),
+        lambda: jax.jit(pj.learned().embed)(made(pj.learned()), ones(B, 6, N * H), pj.Tokens(jnp.arange(6)[None])),
         ValueError,
         r"learned has positions for a max_length of 5, got a sequence that needs 6",
     ),
     "learned: a far position": (
-        lambda: pj.learned().embed(made(pj.learned()), X, jnp.array([[0, 1, 2, 9]])),
+        lambda: pj.learned().embed(made(pj.learned()), X, pj.Tokens.at(jnp.array([[0, 1, 2, 9]]))),
         ValueError,
         r"max_length of 5, got a sequence that needs 10",
     ),
     "learned: a negative position": (
-        lambda: pj.learned().embed(made(pj.learned()), X, jnp.array([[-1, 0, 1, 2]])),
+        lambda: pj.learned().embed(made(pj.learned()), X, pj.Tokens.at(jnp.array([[-1, 0, 1, 2]]))),
         ValueError,
         r"positions must not be negative, got -1",
     ),
@@ -504,7 +539,7 @@ def test_a_traced_position_past_the_table_gives_nan_and_never_another_row(encodi
 
     def function(positions):
         if encoding.name == "learned":
-            return encoding.embed(params, X, positions[None])
+            return encoding.embed(params, X, pj.Tokens.at(positions))
         return call(encoding, params, query_positions=positions, key_positions=positions)
 
     out = jax.jit(function)(positions)

@@ -111,13 +111,13 @@ def test_a_registered_encoding_is_known_by_name(names):
 
         by: float = 1.0
 
-        def embed(self, params, x, positions):
+        def embed(self, params, x, tokens):
             return x + self.by
 
     encoding = parse_encoding("shift(by=2.5) + rope")
     assert encoding == pj.chain(Shift(2.5), pj.rope())
     assert repr(encoding) == "chain(shift(by=2.5), rope())"
-    assert (encoding.embed({}, jnp.zeros((1, 2, 4)), jnp.arange(2)[None]) == 2.5).all()
+    assert (encoding.embed({}, jnp.zeros((1, 2, 4)), pj.Tokens.at(jnp.arange(2))) == 2.5).all()
     with pytest.raises(ValueError, match=r"did you mean 'shift'"):
         parse_encoding("shft")
 
@@ -152,13 +152,12 @@ def test_an_entry_point_offers_an_encoding(names, monkeypatch, tmp_path):
 
 
 def test_an_encoding_of_functions():
-    def bias(params, inputs):
-        return pj.alibi().bias(params, inputs)
+    def attend(params, inputs):
+        return pj.alibi().attend(params, inputs)
 
     x = normal(0, 1, 6, 2, 4)
-    mine = pj.encoding("mine", bias=bias)
-    assert mine == pj.encoding("mine", bias=bias) != pj.encoding("other", bias=bias)
-    assert repr(mine) == "encoding('mine', bias=bias)"
-    assert mine.init(jax.random.key(0), DIMS) == {} and mine.max_length(DIMS) is None and not mine.changes_query
+    mine = pj.encoding("mine", attend=attend)
+    assert mine == pj.encoding("mine", attend=attend) != pj.encoding("other", attend=attend)
+    assert repr(mine) == "encoding('mine', attend=attend)"
+    assert mine.init(jax.random.key(0), DIMS) == {} and mine.max_length(DIMS) is None
     np.testing.assert_array_equal(call(mine, x), call(pj.alibi(), x))
-    assert pj.encoding("mine", rotation=pj.rope().rotation).changes_query

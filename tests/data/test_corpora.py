@@ -31,9 +31,7 @@ def write(folder, texts):
 def random_texts(count, seed=0, suffix=".txt"):
     generator = random.Random(seed)
     words = ["alpha", "beta", "gamma", "délta", "10", "\n", "日本", "def f(x):", "    return x", "✓"]
-    return {
-        f"part{i % 3}/{i}{suffix}": " ".join(generator.choices(words, k=generator.randint(5, 60))) for i in range(count)
-    }
+    return {f"part{i % 3}/{i}{suffix}": " ".join(generator.choices(words, k=generator.randint(5, 60))) for i in range(count)}
 
 
 @pytest.fixture(scope="session")
@@ -292,9 +290,7 @@ def test_tfds_splits_and_features(tfds_package, tmp_path):
 
 
 def test_tfds_without_validation_holds_out_a_tenth_of_train(tfds_package, tmp_path):
-    train, validation = (
-        documents(load_corpus("tfds:posjax_demo_train", s, data_dir=tmp_path)) for s in ("train", "validation")
-    )
+    train, validation = (documents(load_corpus("tfds:posjax_demo_train", s, data_dir=tmp_path)) for s in ("train", "validation"))
     assert (len(train), len(validation)) == (36, 4)
     assert sorted(train + validation) == sorted(f"train body {i}".encode() for i in range(40))
 
@@ -311,10 +307,7 @@ def test_decode_shows_the_text(corpus):
 
 
 def test_bpe_round_trip(folder, data_dir):
-    splits = {
-        s: load_corpus(str(folder), s, tokenizer="bpe", vocab_size=300, data_dir=data_dir)
-        for s in ("train", "validation")
-    }
+    splits = {s: load_corpus(str(folder), s, tokenizer="bpe", vocab_size=300, data_dir=data_dir) for s in ("train", "validation")}
     for split, bpe in splits.items():
         plain = load_corpus(str(folder), split, data_dir=data_dir)
         assert bpe.vocab_size == 300 and (bpe.bos, bpe.mask) == (298, 299)
@@ -415,9 +408,7 @@ def test_resuming_gives_exactly_what_would_have_followed(corpus, masked, shuffle
 def test_processes_together_see_what_one_would(corpus, masked, repeat):
     settings = {"length": 40, "batch_size": 6, "seed": 1, "masked": masked, "repeat": repeat}
     whole = list(itertools.islice(batches(corpus, **settings), 30))
-    shares = [
-        list(itertools.islice(batches(corpus, **settings, process_index=i, process_count=3), 30)) for i in range(3)
-    ]
+    shares = [list(itertools.islice(batches(corpus, **settings, process_index=i, process_count=3), 30)) for i in range(3)]
     assert len(whole) > 10 and {len(share) for share in shares} == {len(whole)}
     for batch, *parts in zip(whole, *shares, strict=True):
         for name in NAMES:
@@ -550,9 +541,7 @@ def test_window_longer_than_the_corpus(corpus, masked):
     longest = len(corpus.tokens) + (1 if masked else corpus.num_documents - 1)
     settings = {"batch_size": 1, "seed": 0, "masked": masked}
     assert next(batches(corpus, length=longest, **settings))["tokens"].shape == (1, longest)
-    with pytest.raises(
-        ValueError, match=f"length must be at most {longest} for a corpus this small, got {longest + 1}"
-    ):
+    with pytest.raises(ValueError, match=f"length must be at most {longest} for a corpus this small, got {longest + 1}"):
         batches(corpus, length=longest + 1, **settings)
 
 

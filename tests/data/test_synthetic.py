@@ -261,9 +261,7 @@ def reference_program(generator, num_variables, max_operations, weights):
 @pytest.mark.parametrize(("num_variables", "max_operations", "weights"), [(1, 60, (1, 7, 50)), (3, 40, (2, 30, 10))])
 def test_counting_has_the_distribution_of_the_rejecting_sampler(num_variables, max_operations, weights):
     generator = random.Random(0)
-    wanted = np.array(
-        [reference_program(generator, num_variables, max_operations, weights) for _ in range(8000)], float
-    )
+    wanted = np.array([reference_program(generator, num_variables, max_operations, weights) for _ in range(8000)], float)
     task = counting(num_variables, max_operations, *weights, length=4 * max_operations + 3)
     tokens, targets, answered = draw(task, 8000)
     is_set = tokens == 3

@@ -21,11 +21,11 @@ import posjax as pj
 @every_case
 def test_grouped_queries_equal_repeated_key_heads(case):
     params = random_params(case.encoding)
-    hidden = case.encoding.embed(params, TOKENS, jnp.broadcast_to(jnp.arange(T), (B, T)))
+    hidden = case.encoding.embed(params, TOKENS, pj.Tokens.at(jnp.arange(T)))
     query, key, value = project(hidden)
-    params = case.encoding.condition(repeat_key_heads(params), hidden)
+    params = repeat_key_heads(params)
     key, value = (jnp.repeat(x, 2, axis=2) for x in (key, value))
-    close(pj.attention(query, key, value, case.encoding, params, is_causal=True), causal(case))
+    close(pj.attention(query, key, value, case.encoding, params, is_causal=True, hidden=hidden), causal(case))
 
 
 @every_case

@@ -23,6 +23,8 @@ from suite import (
 )
 
 import posjax as pj
+from posjax.attention.backends.reference import scores_of
+from posjax.attention.call import prepare
 
 # Transformations -----------------------------------------------------------------------------------------------------
 
@@ -61,15 +63,16 @@ def test_vmap_over_params_equals_a_loop(case):
 @every_case
 def test_bfloat16_gives_bfloat16_close_to_float32_on_the_same_rounded_inputs(case):
     params = random_params(case.encoding)
-    hidden = case.encoding.embed(params, TOKENS.astype(jnp.bfloat16), jnp.broadcast_to(jnp.arange(T), (B, T)))
+    hidden = case.encoding.embed(params, TOKENS.astype(jnp.bfloat16), pj.Tokens.at(jnp.arange(T)))
     assert hidden.dtype == jnp.bfloat16
     rounded = project(hidden)
     outs = [
         pj.attention(
             *(x.astype(dtype) for x in rounded),
             case.encoding,
-            case.encoding.condition(params, hidden.astype(dtype)),
+            params,
             is_causal=True,
+            hidden=hidden.astype(dtype),
         )
         for dtype in (jnp.bfloat16, jnp.float32)
     ]
@@ -83,10 +86,10 @@ def test_cope_counts_exactly_to_4096(dtype):
     length, last = 4096, 3
     ones = jnp.full((1, length, 1, 4), 8.0, dtype)  # a logit of 128: the gate is one
     positions = jnp.arange(length)[None]
-    inputs = pj.AttentionInputs(ones[:, -last:], ones, ones, positions[:, -last:], positions, 0.5)
-    (term,) = pj.cope_alibi(slope=1.0, gates="content").bias({}, inputs)
-    allowed = pj.Mask(is_causal=True).allowed(inputs.query_positions, positions)
-    bias = term.dense(pj.Tile(jnp.zeros((1, 1, last, length)), allowed, inputs.query_positions, positions))
+    own = dict(is_causal=True, query_positions=positions[:, -last:], scale=0.5)
+    encoding = pj.cope_alibi(slope=1.0, gates="content")
+    tile, scores = scores_of(prepare(ones[:, -last:], ones, ones, encoding, {}, **own))
+    bias = scores - tile.logits
     i, j = np.arange(length)[-last:, None], np.arange(length)[None]
     np.testing.assert_array_equal(-bias[0, 0], np.maximum(i - j + 1, 0))
 
@@ -96,9 +99,9 @@ def test_cope_counts_exactly_to_4096(dtype):
 def test_rope_of_bfloat16_is_right_to_its_last_bit_at_far_positions(pairing, start):
     query = jnp.ones((1, 5, 1, H), jnp.bfloat16)
     positions = (start + jnp.arange(5))[None]
-    rotated, _ = pj.rope(pairing=pairing).rotate(
-        {}, query, query, pj.AttentionInputs(query, query, query, positions, positions, 1.0)
-    )
+    at = pj.Tokens.at(positions)
+    (rotation,) = pj.rope(pairing=pairing).attend({}, pj.AttentionInputs(query, query, query, at, at, 1.0)).transforms
+    rotated, _ = rotation.applied(query, query)
     phase = np.asarray(positions[0], np.float64)[:, None] * 10_000.0 ** (-np.arange(0, H, 2) / H)
     pair = np.cos(phase) - np.sin(phase), np.sin(phase) + np.cos(phase)
     want = np.concatenate(pair, -1) if pairing == "half" else np.stack(pair, -1).reshape(5, H)

@@ -27,8 +27,9 @@ from suite import (
 
 import posjax as pj
 from posjax.attention.backends import reference
+from posjax.attention.backends.kernel_call import biases_by_form
 from posjax.attention.backends.xla_chunked import attention as xla_chunked
-from posjax.core.bias import Interpolation
+from posjax.attention.call import prepare
 
 pytestmark = pytest.mark.thorough  # test_ablation.py trains with traced settings in the README's command too
 
@@ -131,18 +132,23 @@ def test_phases_of_a_traced_theta_are_off_by_rounding_alone(width):
     is 8e-4 radians; a frequency taken as exp2(-ratio * log2(theta)) is off by 2e-6 of itself, 8e-3 radians there.
     """
     x, at = jnp.ones((1, len(POSITIONS), 1, width)), jnp.asarray(POSITIONS)[None]
-    inputs = pj.AttentionInputs(x, x, x, at, at, 1.0)
-    rotation = jax.jit(jax.vmap(lambda theta: pj.rope(theta).rotation({}, inputs)))(THETAS)
+    inputs = pj.AttentionInputs(x, x, x, *[pj.Tokens.at(at)] * 2, 1.0)
+    (rotation,) = jax.jit(jax.vmap(lambda theta: pj.rope(theta).attend({}, inputs).transforms))(THETAS)
     want = POSITIONS[:, None] * THETAS.astype(np.float64)[:, None, None] ** (-np.arange(0, width, 2) / width)
     for phase in (rotation.query_phase, rotation.key_phase):
-        assert (np.abs(np.asarray(phase, np.float64)[:, 0] - want) <= 2e-7 * want).all()
+        assert (np.abs(np.asarray(phase, np.float64)[:, 0, :, 0] - want) <= 2e-7 * want).all()
 
 
 @pytest.mark.parametrize("pairing", ["half", "interleaved"])
 def test_vectors_rotated_by_a_traced_theta_are_off_by_at_most_8e_4_at_4096(pairing):
     x, at = normal(0, 1, len(POSITIONS), 2, 16), jnp.asarray(POSITIONS)[None]
-    inputs = pj.AttentionInputs(x, x, x, at, at, 1.0)
-    rotated, _ = jax.jit(jax.vmap(lambda theta: pj.rope(theta, pairing=pairing).rotate({}, x, x, inputs)))(THETAS)
+    inputs = pj.AttentionInputs(x, x, x, *[pj.Tokens.at(at)] * 2, 1.0)
+
+    def rotate(theta):
+        (rotation,) = pj.rope(theta, pairing=pairing).attend({}, inputs).transforms
+        return rotation.applied(x, x)[0]
+
+    rotated = jax.jit(jax.vmap(rotate))(THETAS)
     turn = np.exp(1j * POSITIONS[:, None] * THETAS.astype(np.float64)[:, None, None] ** (-np.arange(0, 16, 2) / 16))[:, :, None]
     channels = np.arange(16).reshape(2, 8) if pairing == "half" else np.arange(16).reshape(8, 2).T
     exact = np.asarray(x[0], np.float64)
@@ -153,7 +159,7 @@ def test_vectors_rotated_by_a_traced_theta_are_off_by_at_most_8e_4_at_4096(pairi
 
 
 def test_sinusoids_of_a_traced_theta():
-    at = jnp.asarray(POSITIONS)[None]
+    at = pj.Tokens.at(POSITIONS)
     table = jax.jit(jax.vmap(lambda theta: pj.sinusoidal(theta).embed({}, jnp.zeros((1, len(POSITIONS), 10)), at)))(THETAS)
     phase = POSITIONS[:, None] / THETAS.astype(np.float64)[:, None, None] ** (np.arange(0, 10, 2) / 10)
     want = np.stack([np.sin(phase), np.cos(phase)], -1).reshape(len(THETAS), len(POSITIONS), 10)
@@ -260,21 +266,20 @@ def test_cope_64_clamped_to_15_is_cope_16(per_head, walk):
     agree(clamped, short, operands, 1e-5)
 
 
-def test_a_clamp_stays_fused_and_a_bias_of_gates_does_not():
-    x, at = TOKENS[..., None, :H], jnp.arange(T)[None]
-    inputs = pj.AttentionInputs(x, x, x, at, at, 0.5)
+def test_kernels_know_a_clamp_and_not_a_bias_of_gates():
+    x = TOKENS[..., None, :H]
     params = random_params(pj.cope(4))
 
     def form(**options):
-        (term,) = pj.cope(4, **options).bias(params, inputs)
-        return jax.tree.structure(term), term.fused
+        biases = prepare(x, x, x, pj.cope(4, **options), params, is_causal=True).biases
+        return jax.tree.structure(biases), biases_by_form(biases).counting is not None
 
     plain = form()
     for zero in (0, 0.0, -0.0, np.float32(0)):
         assert form(gate_bias=zero) == plain  # the functions and what kernels know the term by are part of the structure
-    assert plain[1] == Interpolation()
+    assert plain[1]
     assert form(clamp=2) == plain
-    assert form(gate_bias=-1.0)[1] is None and jax.eval_shape(lambda x: form(gate_bias=x)[1], 0.0) is None
+    assert not form(gate_bias=-1.0)[1] and not jax.make_jaxpr(lambda x: form(gate_bias=x)[1])(0.0).jaxpr.outvars[0].val
 
 
 def test_the_fused_kernel_sweeps_in_one_program():

@@ -177,7 +177,7 @@ def test_text_of_encodings():
     values = Config(encoding=pj.chain(pj.rope(), pj.cope(64)), encodings=(pj.rope(), "alibi", [pj.t5(), pj.identity()]))
     assert values.encoding == "rope + cope(max_position=64)"
     assert values.encodings == ("rope", "alibi", "t5 / identity")
-    for encoding in (pj.encoding("mine", bias=pj.alibi().bias), pj.rope(jnp.float32(3.0))):
+    for encoding in (pj.encoding("mine", attend=pj.alibi().attend), pj.rope(jnp.float32(3.0))):
         with pytest.raises(ValueError, match=r"encoding must have a text form, got .*package.module:name"):
             Config(encoding=encoding)
 

@@ -121,12 +121,13 @@ def test_gates_come_from_where_the_encoding_says(kind):
     encoding = pj.cope(8, gates=kind)
     params = encoding.init(jax.random.key(0), DIMS)
     source = {"content": key, "values": value}.get(kind)
+    own = {}
     if kind == "keys":
         hidden = normal(4, 1, length, N * H)
-        params = encoding.condition(params, jnp.asarray(hidden))
+        own["hidden"] = jnp.asarray(hidden)
         source = np.einsum("btd,dkh->btkh", hidden, params["gate_kernel"])
     both = pj.chain(pj.rope(), encoding)
-    gates, positions = jax.jit(lambda *a: probes.cope_positions(*a, both, {"cope": params}))(query, key, value)
+    gates, positions = jax.jit(lambda *a: probes.cope_positions(*a, both, {"cope": params}, **own))(query, key, value)
     logits = np.einsum("btnh,bsnh->bnts", query.astype(np.float64), source) / np.sqrt(H)
     expected_gates, expected = counted(logits, np.tril(np.ones((length, length), bool)))
     np.testing.assert_allclose(gates, expected_gates, atol=2e-6)

@@ -133,9 +133,7 @@ def test_sign_flips_are_counted():
     assert sign_flips([1.0, -2.0, 4.0]) == 6 / 8  # 3, and beyond it 5 and 7
     assert sign_flips([0.0] * 8) == 1.0
     assert sign_flips(np.linspace(1, 2, 8)) == 2 / 256
-    wanted = stats.permutation_test(
-        (np.array([3.0, 1.0, -2.0, 5.0, 4.0]),), np.sum, permutation_type="samples", n_resamples=np.inf
-    )
+    wanted = stats.permutation_test((np.array([3.0, 1.0, -2.0, 5.0, 4.0]),), np.sum, permutation_type="samples", n_resamples=np.inf)
     assert sign_flips([3.0, 1.0, -2.0, 5.0, 4.0]) == pytest.approx(wanted.pvalue)
 
 

@@ -195,7 +195,8 @@ def test_records_give_the_models_own_attention():
     """The last layer's record, taken through attention and the rest of the layer, gives the model's logits."""
     model = build(pj.chain(pj.rope(), pj.cope(4, gates="keys", shared=False)), num_layers=1)
     record = model.records(TOKENS)[0]
-    mixed = pj.attention(record.query, record.key, record.value, record.encoding, record.params, is_causal=True)
+    operands = record.query, record.key, record.value, record.encoding, record.params
+    mixed = pj.attention(*operands, is_causal=True, hidden=record.hidden)
     _, params = functional(model)
     w = jax.tree.map(lambda a: a[0], params["layers"])
     x = params["token_embedding"]["embedding"][TOKENS] * 4.0 + jnp.einsum("btnh,nhd->btd", mixed, w["out"]["kernel"])

@@ -1,5 +1,6 @@
 """How the parity tests call posjax: plain NumPy in, the vectors and biases of one encoding out."""
 
+import dataclasses
 import math
 import pathlib
 
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import posjax as pj
-from posjax.core.bias import Tile
-from posjax.core.encoding import AttentionInputs
+from posjax.attention.backends.bias_terms import Tile, bias_terms
+from posjax.attention.call import prepare
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TOLERANCE = 1e-5
@@ -36,18 +37,13 @@ def close(got, want, tolerance=TOLERANCE):
 
 
 def inputs_of(query, key, value, query_positions=None, key_positions=None, scale=None):
-    def rows(positions, array):
+    def tokens(positions, array):
         positions = np.arange(array.shape[1]) if positions is None else positions
-        return jnp.broadcast_to(jnp.asarray(positions, jnp.int32), array.shape[:2])
+        return pj.Tokens.at(jnp.broadcast_to(jnp.asarray(positions, jnp.int32), array.shape[:2]))
 
-    return AttentionInputs(
-        query=jnp.asarray(query),
-        key=jnp.asarray(key),
-        value=jnp.asarray(value),
-        query_positions=rows(query_positions, query),
-        key_positions=rows(key_positions, key),
-        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
-    )
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    sides = tokens(query_positions, query), tokens(key_positions, key)
+    return pj.AttentionInputs(*(jnp.asarray(x) for x in (query, key, value)), *sides, scale)
 
 
 def attention(query, key, value, encoding, params, **options):
@@ -63,21 +59,30 @@ def linear_attention(query, key, value, encoding, **options):
     return pj.linear_attention(*(jnp.asarray(x) for x in (query, key, value)), encoding, {}, **options)
 
 
+def turned(encoding, params, inputs):
+    """Query and key after all transforms of the encoding."""
+    after = dataclasses.replace(inputs, transforms=encoding.attend(params, inputs).transforms)
+    return after.turned_query, after.turned_key
+
+
 def rotate(encoding, query, key, positions, params=None):
     """Rotated (or widened) query and key at those positions."""
-    inputs = inputs_of(query, key, key, positions, positions)
-    return encoding.rotate(params or {}, inputs.query, inputs.key, inputs)
+    return turned(encoding, params or {}, inputs_of(query, key, key, positions, positions))
 
 
-def dense_bias(encoding, params, query, key, value, is_causal, query_positions=None):
-    """[B, N, T, S] sum of the encoding's bias terms, each evaluated as one tile over everything."""
-    inputs = inputs_of(query, key, value, query_positions)
-    turned_query, turned_key = encoding.rotate(params, inputs.query, inputs.key, inputs)
-    turned_key = jnp.repeat(turned_key, query.shape[2] // key.shape[2], axis=2)
-    product = jnp.einsum("btnh,bsnh->bnts", turned_query, turned_key, precision="highest") * inputs.scale
+def dense_bias(encoding, params, query, key, value, is_causal, query_positions=None, hidden=None):
+    """[B, N, T, S] sum of the encoding's biases, each evaluated as one tile over everything."""
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    query_positions = jnp.arange(query.shape[1]) if query_positions is None else jnp.asarray(query_positions)
+    own = dict(is_causal=is_causal, query_positions=query_positions, hidden=hidden)
+    if encoding.needs_causal and not is_causal:
+        own["mask"] = jnp.ones((1, 1, query.shape[1], key.shape[1]), bool)
+    call = prepare(query, key, value, encoding, params, **own).transformed()
+    turned_key = jnp.repeat(call.key, query.shape[2] // key.shape[2], axis=2)
+    product = jnp.einsum("btnh,bsnh->bnts", call.query, turned_key, precision="highest") * call.scale
     seen = np.tril(np.ones(product.shape[2:], bool)) if is_causal else np.ones(product.shape[2:], bool)
-    tile = Tile(product, jnp.asarray(seen)[None, None], inputs.query_positions, inputs.key_positions)
-    return np.asarray(sum(term.dense(tile) for term in encoding.bias(params, inputs)))
+    tile = Tile(product, jnp.asarray(seen)[None, None], call.query_positions, call.key_positions)
+    return np.asarray(sum(term.dense(tile) for term in bias_terms(call)))
 
 
 def visible(bias):
@@ -86,13 +91,13 @@ def visible(bias):
 
 
 def cope_params(encoding, embedding, gate_keys):
-    """Parameters with that embedding; separate gate keys come by ``condition`` from a hidden state that holds them.
+    """Parameters with that embedding, and a hidden state from which separate gate keys come; None for other gates.
 
     The gate kernel is the identity, so that the hidden state of a token, [K * H], is its gate keys.
     """
     heads, width = gate_keys.shape[2:]
     params = {"embedding": jnp.asarray(embedding)}
-    dims = pj.Dims(num_heads=heads, head_dim=width, embed_dim=heads * width)
-    if "gate_kernel" in encoding.init(jax.random.key(0), dims):
-        params["gate_kernel"] = jnp.eye(heads * width).reshape(heads * width, heads, width)
-    return encoding.condition(params, jnp.asarray(gate_keys).reshape(*gate_keys.shape[:2], heads * width))
+    if not encoding.needs_hidden:
+        return params, None
+    params["gate_kernel"] = jnp.eye(heads * width).reshape(heads * width, heads, width)
+    return params, jnp.asarray(gate_keys).reshape(*gate_keys.shape[:2], heads * width)

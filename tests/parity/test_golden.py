@@ -23,12 +23,14 @@ from ours import (
     normal,
     random_leaves,
     rotate,
+    turned,
     visible,
 )
 from suite import quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
-from posjax.core.bias import Tile
+from posjax.attention.backends.reference import scores_of
+from posjax.attention.call import prepare
 from posjax.encodings.relative import alibi_slopes
 
 FORMS = {"listing": False, "released": True}
@@ -39,7 +41,7 @@ FORMS = {"listing": False, "released": True}
 
 def test_sinusoidal_equals_distilbert():
     table = golden("sinusoidal")["table"]
-    got = pj.sinusoidal().embed({}, jnp.zeros((1, *table.shape)), jnp.arange(len(table))[None])
+    got = pj.sinusoidal().embed({}, jnp.zeros((1, *table.shape)), pj.Tokens.at(jnp.arange(len(table))))
     close(got[0], table)
 
 
@@ -47,7 +49,7 @@ def test_sinusoidal_equals_distilbert():
 def test_sinusoidal_equals_the_paper_at_any_position(theta):
     positions = np.array([[0, 1, 63, 4_095], [99_999, 100_000, 524_287, 1_000_003]])
     (x,) = normal(0, (2, 4, 24))
-    got = pj.sinusoidal(theta).embed({}, jnp.asarray(x), jnp.asarray(positions))
+    got = pj.sinusoidal(theta).embed({}, jnp.asarray(x), pj.Tokens.at(jnp.asarray(positions)))
     close(got, x + references.sinusoidal(positions, 24, theta))
 
 
@@ -186,15 +188,9 @@ def buckets_of(distances, **options):
         encoding.init(jax.random.key(0), pj.Dims(num_heads=1, head_dim=2)),
     )
     query, key = jnp.zeros((1, 1, 1, 2)), jnp.zeros((1, len(distances), 1, 2))
-    inputs = inputs_of(query, key, key, [10_000], 10_000 + np.asarray(distances, np.int32))
-    tile = Tile(
-        jnp.zeros((1, 1, 1, len(distances))),
-        jnp.ones((1, 1, 1, 1), bool),
-        inputs.query_positions,
-        inputs.key_positions,
-    )
-    (term,) = encoding.bias(params, inputs)
-    return np.asarray(term.dense(tile))[0, 0, 0]
+    own = dict(query_positions=jnp.asarray([10_000]), key_positions=10_000 + jnp.asarray(distances, jnp.int32))
+    _, scores = scores_of(prepare(query, key, key, encoding, params, **own))
+    return np.asarray(scores)[0, 0, 0]
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -248,8 +244,8 @@ def test_cope_equals_x_transformers(form, gates, table):
     data = golden("cope")
     query, key, value = (data[name] for name in ("query", "key", "value"))
     encoding = pj.cope(6, gates=gates, scaled=FORMS[form], per_head=table == "per_head")
-    params = cope_params(encoding, data[table], data["gate_keys"])
-    got = attention(query, key, value, encoding, params, is_causal=True)
+    params, hidden = cope_params(encoding, data[table], data["gate_keys"])
+    got = attention(query, key, value, encoding, params, is_causal=True, hidden=hidden)
     close(got, data[f"out_{table}_{gates}_{form}"])
     if (gates, form) == ("logits", "listing"):
         bias = dense_bias(encoding, params, data["query"], data["key"], data["value"], is_causal=True)
@@ -266,10 +262,10 @@ def test_cope_equals_the_paper_and_the_released_code(form, gates, per_head):
     met = {"logits": None, "keys": gate_keys, "values": value}[gates]
     want, weights, bias = references.cope(query, key, value, embedding, met, FORMS[form])
     encoding = pj.cope(5, gates=gates, scaled=FORMS[form], per_head=per_head)
-    params = cope_params(encoding, embedding, gate_keys)
-    close(visible(dense_bias(encoding, params, query, key, value, is_causal=True)), visible(bias))
-    close(attention(query, key, value, encoding, params, is_causal=True), want)
-    close(attention_weights(query, key, value, encoding, params, is_causal=True), weights)
+    params, hidden = cope_params(encoding, embedding, gate_keys)
+    close(visible(dense_bias(encoding, params, query, key, value, is_causal=True, hidden=hidden)), visible(bias))
+    close(attention(query, key, value, encoding, params, is_causal=True, hidden=hidden), want)
+    close(attention_weights(query, key, value, encoding, params, is_causal=True, hidden=hidden), weights)
 
 
 def test_cope_with_rope_gates_on_rotated_logits_and_reads_the_plain_query():
@@ -338,7 +334,7 @@ def test_tupe_scores_equal_the_paper_and_the_released_code(relative, released):
     encoding, params, bias = tupe_case(relative, released)
     query, key, value = normal(13, *[(2, 20, 3, 8)] * 3)
     inputs = inputs_of(query, key, value)
-    turned_query, turned_key = encoding.rotate(params, inputs.query, inputs.key, inputs)
+    turned_query, turned_key = turned(encoding, params, inputs)
     scores = np.einsum("btnh,bsnh->bnts", *(np.asarray(x, np.float64) for x in (turned_query, turned_key))) / math.sqrt(8)
     if relative:
         scores = scores + dense_bias(encoding, params, query, key, value, is_causal=False)

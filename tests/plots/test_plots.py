@@ -89,9 +89,7 @@ FIGURES = {
     "dots, one panel of two": lambda: plots.dots({"test": {"RoPE": [1.0, 2.0, 3.0], "CoPE": [0.0]}}, "error (%)"),
     "dots, settings": lambda: plots.dots({t: {s: [1.0, 2.0] for s in SIZES} for t in "abcd"}, "error (%)", SIZES),
     "curves": lambda: plots.curves(over_training(), "step of training (thousands)", "loss (nats)"),
-    "curves, every seed": lambda: plots.curves(
-        over_training(), "tokens seen (tokens)", "error (%)", every_seed=True, log_x=True
-    ),
+    "curves, every seed": lambda: plots.curves(over_training(), "tokens seen (tokens)", "error (%)", every_seed=True, log_x=True),
 }
 
 

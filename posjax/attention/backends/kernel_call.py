@@ -7,35 +7,138 @@ which a field that the call does not need is None. ``run`` calls a function of b
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from posjax.attention.backends.constants import LOG2E
 from posjax.attention.backends.deferred import deferred
 from posjax.attention.backends.shards import ShardSpec, exact, per_shard
-from posjax.core.bias import BiasTerm, Interpolation, Lookup, Penalty
+from posjax.attention.call import AttentionCall
 from posjax.core.masks import Mask
+from posjax.core.structures import Bias, Pair, Scan, Table, sigmoid
 from posjax.typing import Array
 
 OperandsT = TypeVar("OperandsT")
-_NAMES = {Interpolation: "cope", Lookup: "t5", Penalty: "alibi"}  # the encodings that messages name
 
 
-def terms_by_form(terms: tuple[BiasTerm, ...]) -> tuple[BiasTerm | None, BiasTerm | None, BiasTerm | None]:
-    """Returns the term of each form that the kernels implement: interpolation, lookup and penalty; None for those without one."""
-    forms = {type(term.fused): term for term in terms}
-    return forms.get(Interpolation), forms.get(Lookup), forms.get(Penalty)
+class Biases(NamedTuple):
+    """The biases of a call by the form in which the kernels evaluate them.
+
+    Attributes:
+      counting: a sum of sigmoid gates of the scores that interpolates products of the query with a table, as in CoPE; None without.
+      lookup: a table of numbers at an index that is a function of two positions, as in T5; None without.
+      functions: functions of the distance with one number per head, as in ALiBi.
+    """
+
+    counting: Bias | None
+    lookup: Bias | None
+    functions: tuple[Bias, ...]
 
 
-def unsupported_terms(terms: tuple[BiasTerm, ...]) -> str | None:
-    """Returns why the kernels do not support these terms, naming the argument at fault, or None if they do."""
-    for term in terms:
-        if term.fused is None:
-            return f"encoding has a bias that the kernel does not know ({term.function})"
-    forms = [type(term.fused) for term in terms]
-    return next((f"encoding chains {name} twice" for form, name in _NAMES.items() if forms.count(form) > 1), None)
+def _form(bias: Bias) -> str | None:
+    """Returns the field of ``Biases`` that a bias belongs to, or None if the kernels do not evaluate it."""
+    at, read = bias.at, bias.read
+    if isinstance(at, Scan):
+        counts = at.gate is sigmoid and at.key is None and at.include_key and at.include_query
+        interpolates = isinstance(read, Table) and read.side == "query" and read.interpolate
+        return "counting" if counts and interpolates and at.bound == read.table.shape[1] - 1 else None
+    if at.query is not None:
+        return None
+    args = jax.tree.leaves(at.args)
+    if isinstance(read, Table) and read.side == "none" and not read.interpolate and not args:
+        return "lookup"
+    is_function = read is None and at.relative and not at.learned and len(args) == 1 and args[0].ndim == 1
+    return "functions" if is_function else None
+
+
+def biases_by_form(biases: tuple[Bias, ...]) -> Biases:
+    """Returns the biases of a call that ``unsupported_biases`` accepts, by form."""
+    forms = [(bias, _form(bias)) for bias in biases]
+    first = {form: bias for bias, form in reversed(forms)}
+    return Biases(first.get("counting"), first.get("lookup"), tuple(bias for bias, form in forms if form == "functions"))
+
+
+def unsupported_biases(call: AttentionCall) -> str | None:
+    """Returns why the kernels do not support the biases of a call, naming the argument at fault, or None if they do."""
+    forms = [_form(bias) for bias in call.biases]
+    for bias, form in zip(call.biases, forms, strict=True):
+        if form is None:
+            return f"encoding has a bias that the kernel does not evaluate ({_described(bias)})"
+        if call.query_coordinates is not None and isinstance(bias.at, Pair):
+            return f"query_coordinates are given, and the kernel evaluates a bias ({_described(bias)}) at positions"
+    for form, what in {"counting": "counts by gates", "lookup": "reads a table at an index of positions"}.items():
+        if forms.count(form) > 1:
+            return f"encoding {what} twice"
+    return None
+
+
+def _described(bias: Bias) -> str:
+    function = bias.at.function if isinstance(bias.at, Pair) else bias.at.gate
+    parts = [f"{type(bias.at).__name__} of {getattr(function, '__name__', function)}"]
+    if isinstance(bias.at, Scan) and bias.at.key is not None:
+        parts.append("of keys" if bias.at.query is None else "of vectors of query and key")
+    if bias.read is not None:
+        parts.append(f"read by a {type(bias.read).__name__}")
+    return ", ".join(parts)
+
+
+def index_of(lookup: Bias | None) -> Callable[[Array, Array], Array] | None:
+    """Returns the function from positions of queries and keys to the index of a lookup; None without one."""
+    return None if lookup is None else _Index(lookup.at.function, lookup.at.relative)
+
+
+def uniform_of(lookup: Bias | None) -> Callable[..., Any] | None:
+    """Returns the test of whether all pairs in ranges of positions have one index; it is never sure if the function has none."""
+    return None if lookup is None else getattr(lookup.at.function, "uniform", _unsure)
+
+
+def _unsure(first_query: Array, last_query: Array, first_key: Array, last_key: Array) -> Array:
+    return (first_query - first_query) != 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    function: Callable[..., Array]
+    relative: bool
+
+    def __call__(self, query_positions: Array, key_positions: Array) -> Array:
+        if self.relative:
+            return self.function((query_positions - key_positions,), ())
+        return self.function((query_positions,), (key_positions,), ())
+
+
+def args_of(functions: tuple[Bias, ...], heads: int) -> Array | None:
+    """Returns the numbers of functions, [N, F] float32; None without functions."""
+    if not functions:
+        return None
+    args = [jnp.broadcast_to(jax.tree.leaves(bias.at.args)[0].astype(jnp.float32), (heads,)) for bias in functions]
+    return jnp.stack(args, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistanceFunction:
+    """A function of the distance of two positions with one number per head, in units of log2 e.
+
+    Attributes:
+      function: of a ``Pair``.
+      structure: that of its args.
+    """
+
+    function: Callable[..., Array]
+    structure: Any
+
+    @classmethod
+    def of(cls, bias: Bias) -> "DistanceFunction":
+        return cls(bias.at.function, jax.tree.structure(bias.at.args))
+
+    def __call__(self, distance: Array, arg: Array) -> Array:
+        """Returns the bias at ``distance``, integers [s, t], with ``arg`` broadcastable to it."""
+        if getattr(self.function, "scales_with_args", False):  # few numbers to multiply in place of all biases
+            return self.function((distance,), jax.tree.unflatten(self.structure, [arg * LOG2E]))
+        return self.function((distance,), jax.tree.unflatten(self.structure, [arg])).astype(jnp.float32) * LOG2E
 
 
 def unsupported_mask(mask: Mask) -> str | None:

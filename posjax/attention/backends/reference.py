@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from posjax.attention.backends.bias_terms import Tile, bias_terms
 from posjax.attention.backends.constants import MASK_VALUE
 from posjax.attention.call import AttentionCall
-from posjax.core.bias import Tile
-from posjax.core.masks import Mask
 from posjax.typing import Array, Float
 
 NAME = "xla"
@@ -35,9 +34,7 @@ def attention(call: AttentionCall) -> Float[Array, "B T N V"]:
 
 def weights(call: AttentionCall) -> Float[Array, "B N T S"]:
     """Returns the attention probabilities in float32. Each row sums to one, or is zero where no key is allowed."""
-    call = call.rotated()
-    tile = whole_tile(call.query, call.key, call.mask, call.query_positions, call.key_positions, call.scale)
-    scores = tile.logits + sum(term.dense(tile) for term in call.terms)
+    tile, scores = scores_of(call)
     if call.logits_soft_cap is not None:
         scores = call.logits_soft_cap * jnp.tanh(scores / call.logits_soft_cap)
     scores = jnp.where(tile.allowed, scores, MASK_VALUE)
@@ -47,14 +44,17 @@ def weights(call: AttentionCall) -> Float[Array, "B N T S"]:
     return unnormalized / jnp.where(l == 0.0, 1.0, l)
 
 
-def whole_tile(query: Array, key: Array, mask: Mask, query_positions: Array, key_positions: Array, scale: Array | float) -> Tile:
-    """Returns the single tile that covers all queries and keys."""
+def scores_of(call: AttentionCall) -> tuple[Tile, Float[Array, "B N T S"]]:
+    """Returns the single tile that covers all queries and keys, and the scores with all biases, before soft cap and mask."""
+    call = call.transformed()
+    query, key = call.query, call.key
     batch, length, heads, width = query.shape
     grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], width)
-    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
-    return Tile(
+    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * call.scale
+    tile = Tile(
         logits=logits.reshape(batch, heads, length, key.shape[1]),
-        allowed=mask.allowed(query_positions, key_positions),
-        query_positions=query_positions,
-        key_positions=key_positions,
+        allowed=call.mask.allowed(call.query_positions, call.key_positions),
+        query_positions=call.query_positions,
+        key_positions=call.key_positions,
     )
+    return tile, tile.logits + sum(term.dense(tile) for term in bias_terms(call))

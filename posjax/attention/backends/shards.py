@@ -19,10 +19,11 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 from posjax.attention.call import AttentionCall
-from posjax.core.bias import BiasTerm
+from posjax.core.structures import Axes, map_arrays
 from posjax.typing import Array
 
 HEAD_AXES = ("tensor", "model", "heads", "tp", "mp")
+BY_TOKEN = ("query_positions", "key_positions", "query_coordinates", "key_coordinates")  # of a call: [B or 1, T or S, ...]
 WHOLE_AXES = ("sequence", "seq", "context", "stage", "pipeline", "sp", "cp", "pp")  # shard neither: all compute the same
 
 
@@ -135,8 +136,8 @@ def on_shards(
 ) -> Callable[[AttentionCall], Array]:
     """Wraps an attention function so that it runs on each device's local shard of a call.
 
-    Heads are sharded only if the number of head shards divides the number of key heads, and every term declares which axes of its
-    tables are head axes (``BiasTerm.heads``) or has no tables.
+    Heads are sharded only if the number of head shards divides the number of key heads. The arrays of structures are sharded by
+    the axes that their fields declare.
 
     Args:
       function: takes a call of local shards and returns [B, T, N, V] for its queries.
@@ -150,8 +151,7 @@ def on_shards(
         return function
 
     def on_mesh(call: AttentionCall) -> Array:
-        shards_heads = call.key.shape[2] % spec.num_head_shards == 0 and all(_declares_heads(term) for term in call.terms)
-        heads = spec.heads if shards_heads else ()
+        heads = spec.heads if call.key.shape[2] % spec.num_head_shards == 0 else ()
         axes_of = {"b": spec.batch or None, "n": heads or None, "t": sequence_axis}
 
         def partition(letters: str, tree: Any) -> Any:
@@ -162,17 +162,15 @@ def on_shards(
 
             return jax.tree.map(of_leaf, tree)
 
-        def of_term(term: BiasTerm) -> BiasTerm:
-            tables, structure = jax.tree.flatten(term.tables)
-            head_axes = term.heads if heads else [None] * len(tables)
-            specs = [PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, heads) for axis in head_axes]
-            by_token = {name: partition("bnt", getattr(term, name)) for name in ("rows", "columns", "carry")}
-            return dataclasses.replace(term, tables=jax.tree.unflatten(structure, specs), **by_token)
+        def of_array(x: Array, axes: Axes) -> PartitionSpec:
+            if axes.side is None:
+                return partition("n", x)
+            return partition("btn" if axes.tokens == 1 else "bnt", x)
 
         specs = call.replace(
             **{name: partition("btn", getattr(call, name)) for name in ("query", "key", "value")},
-            **{name: partition("bt", getattr(call, name)) for name in ("query_positions", "key_positions", "rotation")},
-            terms=tuple(map(of_term, call.terms)),
+            **{name: partition("bt", getattr(call, name)) for name in BY_TOKEN},
+            **{name: map_arrays(of_array, getattr(call, name)) for name in ("transforms", "biases")},
             mask=dataclasses.replace(
                 call.mask,
                 boolean=partition("bn", call.mask.boolean),
@@ -196,7 +194,3 @@ def on_shards(
         )(call)
 
     return on_mesh
-
-
-def _declares_heads(term: BiasTerm) -> bool:
-    return term.heads is not None or not jax.tree.leaves(term.tables)

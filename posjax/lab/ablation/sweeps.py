@@ -1,6 +1,6 @@
 """Grids of settings: parses sweeps, forms the points of a grid, and groups the runs that share one program.
 
-    "learning_rate=1e-3,3e-4" "rope.theta=1e4,1e5" -> points -> groups: same shapes, so compiled once; traced numbers differ
+"learning_rate=1e-3,3e-4" "rope.theta=1e4,1e5" -> points -> groups: same shapes, so compiled once; traced numbers differ
 """
 
 import ast

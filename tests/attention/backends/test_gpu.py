@@ -114,11 +114,10 @@ REFUSED = {
     "a mask": (pj.identity(), {}, {"mask": np.ones((LONG, LONG), bool)}, "mask is an array"),
     "float64": (pj.identity(), {"dtype": "float64"}, {}, "query has dtype float64"),
     "wide heads": (pj.identity(), {"width": 296}, {}, "query has 296 channels"),
-    "gates of their own": (pj.cope(4, gates="keys"), {}, {}, "encoding has a bias that the kernel does not know"),
-    "another bias": (pj.chain(pj.rope(), pj.cope_alibi()), {}, {}, "encoding has a bias that the kernel does not know"),
-    "cope twice": (pj.chain(pj.cope(4), pj.cope(8)), {}, {}, "encoding chains cope twice"),
-    "t5 twice": (pj.chain(pj.t5(6, 8), pj.t5(4, 8)), {}, {}, "encoding chains t5 twice"),
-    "alibi twice": (pj.chain(pj.alibi(), pj.alibi()), {}, {}, "encoding chains alibi twice"),
+    "gates of their own": (pj.cope(4, gates="keys"), {}, {}, "encoding has a bias that the kernel does not evaluate"),
+    "another bias": (pj.chain(pj.rope(), pj.cope_alibi()), {}, {}, "encoding has a bias that the kernel does not evaluate"),
+    "cope twice": (pj.chain(pj.cope(4), pj.cope(8)), {}, {}, "encoding counts by gates twice"),
+    "t5 twice": (pj.chain(pj.t5(6, 8), pj.t5(4, 8)), {}, {}, "encoding reads a table at an index of positions twice"),
 }
 
 
@@ -145,7 +144,7 @@ def test_other_devices_are_refused(told, capability, monkeypatch):
 @pytest.mark.parametrize("case", [case for case in suite.CASES if case not in KNOWN], ids=lambda case: case.name)
 def test_encodings_that_they_do_not_know(case, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(NotImplementedError, match="encoding has a bias that the kernel does not know"):
+    with pytest.raises(NotImplementedError, match="encoding has a bias that the kernel does not evaluate"):
         jax.eval_shape(functools.partial(loss, encoding=case.encoding, implementation="pallas"), shapes(case.encoding))
 
 
@@ -154,7 +153,7 @@ def test_encodings_that_they_do_not_know(case, monkeypatch):
 def test_programs_for_a_gpu_contain_them_wherever_they_are_lowered(implementation, encoding):
     gradient = jax.jit(jax.grad(functools.partial(loss, encoding=encoding, implementation=implementation), allow_int=True))
     texts = [gradient.trace(shapes(encoding)).lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "cpu")]
-    wanted = KERNELS if encoding.is_contextual else KERNELS[:3]
+    wanted = KERNELS if encoding.needs_causal else KERNELS[:3]
     assert [text.count("__gpu$xla.gpu.triton") for text in texts] == [len(wanted), 0]
     assert all(f"posjax_attention_{name}" in texts[0] for name in wanted)
 
@@ -195,7 +194,7 @@ def test_two_runs_agree_bit_for_bit():
 @thorough
 @pytest.mark.parametrize("case", DISTINCT, ids=lambda case: case.name)
 def test_every_encoding(case):
-    check(case.encoding, is_causal=case.encoding.is_contextual, heads=(4, 2, 8, 8))
+    check(case.encoding, is_causal=case.encoding.needs_causal, heads=(4, 2, 8, 8))
 
 
 @thorough
@@ -217,7 +216,7 @@ def anyhow(call, tile):
 def test_random_calls(case, seed, size):
     """Of lengths, windows, segments and positions of all kinds."""
     form = dataclasses.replace(properties.random_form(case), mask=None)
-    form = dataclasses.replace(form, is_causal=form.is_causal or case.encoding.is_contextual)
+    form = dataclasses.replace(form, is_causal=form.is_causal or case.encoding.needs_causal)
     properties.check(anyhow, form, case.encoding, seed, size)
 
 
@@ -288,5 +287,3 @@ def test_a_mesh_of_data_and_tensor_axes(kind, kv_heads, monkeypatch):
     monkeypatch.setattr(gpu, "default_blocks", lambda call: SMALL)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     kernel_calls.on_a_mesh(kind, pj.chain(pj.tupe(), pj.cope(6, per_head=kv_heads == 4)), kv_heads, 40)
-
-

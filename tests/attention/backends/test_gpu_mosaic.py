@@ -84,7 +84,7 @@ def test_the_detector_sees_races(races):
 def test_every_kind_of_encoding(name):
     """What others do before or after the kernels, tests of the Triton kernels see."""
     encoding = next(case.encoding for case in DISTINCT if case.name == name)
-    check(encoding, length=200, is_causal=encoding.is_contextual, heads=(4, 2, 8, 8))
+    check(encoding, length=200, is_causal=encoding.needs_causal, heads=(4, 2, 8, 8))
 
 
 CALLS = {

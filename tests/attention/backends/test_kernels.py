@@ -126,29 +126,23 @@ def test_errors_do_not_grow_with_the_length(kernel):
 # Terms that users write ----------------------------------------------------------------------------------------------
 
 
-def table_of_distance(query_positions, key_positions, table):
-    return jnp.moveaxis(table[jnp.minimum(jnp.abs(query_positions - key_positions), len(table) - 1)[:, 0]], -1, 1)
+def clipped_distance(differences, args):
+    return jnp.minimum(jnp.abs(differences[0]), 5)
 
 
-def forget(tile, rows, columns, tables, carry):
-    """bias_ij = r_i m_n sum of log f_k for k = j+1 .. i; masked keys forget nothing. The carry is the sum to the right."""
-    log_forget = jnp.repeat(columns["log_forget"], tile.logits.shape[1] // columns["log_forget"].shape[1], axis=1)
-    own = jnp.where(tile.allowed, log_forget[:, :, None], 0.0)
-    total = carry["right"][..., None] + jax.lax.cumsum(own, axis=3, reverse=True)
-    bias = (total - own) * rows["strength"][..., None] * tables["slope"][None, :, None, None]
-    return bias, {"right": total[..., 0]}
+def table_of_distance(params, inputs):
+    return pj.ScoreModifications(biases=(pj.Bias(pj.Pair(clipped_distance), pj.Table(params["table"].T)),))
 
 
-def forgetting_terms(params, inputs):
-    """A forgetting gate (Lin et al., arXiv:2503.02130) with a strength by query and a slope by head. It never saturates."""
-    term = pj.BiasTerm(
-        function=forget,
-        rows={"strength": jax.nn.softplus(jnp.einsum("btnh,h->bnt", inputs.query, params["query"]))},
-        columns={"log_forget": jax.nn.log_sigmoid(jnp.einsum("bskh,h->bks", inputs.key, params["key"]) + 1.0)},
-        tables={"slope": params["slope"]},
-        carry={"right": jnp.zeros(jnp.swapaxes(inputs.query, 1, 2).shape[:3])},
-    )
-    return (term,)
+def log_sigmoid_times(x, args):
+    return args * jax.nn.log_sigmoid(x + 1.0)
+
+
+def forget(params, inputs):
+    """A forgetting gate (Lin et al., arXiv:2503.02130) with a slope by head: sum of m_n log f_k for k = j+1 .. i."""
+    gates = jnp.einsum("bskh,h->bsk", inputs.key, params["key"])[..., None]
+    scan = pj.Scan(log_sigmoid_times, key=gates, args=params["slope"], include_key=False)
+    return pj.ScoreModifications(biases=(pj.Bias(scan),))
 
 
 def plain_attention(operands, bias_of, mask):
@@ -168,8 +162,8 @@ def plain_answers(operands, bias_of, mask):
 
 
 @every_kernel
-def test_a_position_bias_with_a_learned_table(kernel):
-    encoding = pj.encoding("mine", bias=lambda params, inputs: (pj.position_bias(table_of_distance, params["table"]),))
+def test_a_learned_table_of_distances(kernel):
+    encoding = pj.encoding("mine", attend=table_of_distance)
     operands = random_operands() | {"params": {"table": normal(5, 6, N)}}
     distance = np.minimum(np.abs(np.subtract.outer(np.arange(T), np.arange(T))), 5)
 
@@ -180,16 +174,14 @@ def test_a_position_bias_with_a_learned_table(kernel):
 
 
 @every_kernel
-def test_a_hand_written_term_that_carries(kernel):
-    encoding = pj.encoding("forgetting", bias=forgetting_terms)
-    operands = random_operands() | {"params": {"query": normal(5, H), "key": normal(6, H), "slope": jnp.arange(1.0, N + 1) / N}}
+def test_a_scan_of_the_keys_own_gates(kernel):
+    encoding = pj.encoding("forgetting", attend=forget, needs_causal=True)
+    operands = random_operands() | {"params": {"key": normal(6, H), "slope": jnp.arange(1.0, N + 1) / N}}
 
     def bias(params, query, key):
         log_forget = jnp.moveaxis(jax.nn.log_sigmoid(jnp.einsum("bsnh,h->bsn", key, params["key"]) + 1.0), 1, 2)
         to_here = jnp.cumsum(log_forget, 2)
-        strength = jax.nn.softplus(jnp.einsum("btnh,h->bnt", query, params["query"]))
-        between = to_here[:, :, :, None] - to_here[:, :, None]
-        return between * strength[..., None] * params["slope"][:, None, None]
+        return (to_here[:, :, :, None] - to_here[:, :, None]) * params["slope"][:, None, None]
 
     want = plain_answers(operands, bias, jnp.tril(jnp.ones((T, T), bool)))
     agree(answers(with_tile(kernel), encoding, operands, is_causal=True), want, operands)

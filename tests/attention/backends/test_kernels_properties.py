@@ -28,6 +28,7 @@ from suite import (
 import posjax as pj
 from posjax.attention.backends import reference
 from posjax.attention.call import prepare
+from posjax.core.structures import take_tokens
 
 B, D, LONGEST, TABLE = 2, 6, 40, 128  # batch; model width; length of all arrays; positions of the encodings that have a table
 
@@ -71,8 +72,8 @@ def programs() -> dict[str, tuple[int, int]]:
     """Two numbers for each case: its program, the same for cases that a kernel sees no difference in, and which of those it is."""
 
     def call(encoding, params, x):
-        params = encoding.condition(params, jnp.zeros((1, 2, suite.D)))
-        return prepare(x, x[:, :, : suite.K], x[:, :, : suite.K], encoding, params, is_causal=True)
+        hidden = jnp.zeros((1, 2, suite.D))
+        return prepare(x, x[:, :, : suite.K], x[:, :, : suite.K], encoding, params, is_causal=True, hidden=hidden)
 
     seen, numbers = {}, {}
     for case in CASES:
@@ -105,7 +106,7 @@ def random_form(case: Case) -> Form:
         length=length,
         keys=keys,
         tile=pick((8, 8), (16, 8), (8, 32), None),
-        is_causal=pick(True, False) or (case.encoding.is_contextual and mask is None),
+        is_causal=pick(True, False) or (case.encoding.needs_causal and mask is None),
         window=pick(None, None, 5, (side, None), (None, 3), (side, 4)),
         soft_cap=pick(None, None, 3.0),
         mask=mask,
@@ -184,7 +185,8 @@ def compiled(kernel):
             query=call.query[:, :length],
             key=call.key[:, :keys],
             value=call.value[:, :keys],
-            terms=tuple(term.cut(0, length, 0, keys) for term in call.terms),
+            biases=take_tokens(take_tokens(call.biases, "query", 0, length), "key", 0, keys),
+            transforms=take_tokens(take_tokens(call.transforms, "query", 0, length), "key", 0, keys),
             mask=call.mask.cut(0, length, 0, keys),
             query_positions=call.query_positions[:, :length],
             key_positions=call.key_positions[:, :keys],

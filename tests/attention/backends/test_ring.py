@@ -43,10 +43,6 @@ class Ring:
     kernel: str = "xla"
     tensor: int = 1
 
-    @property
-    def rotates(self) -> bool:
-        return self.kernel == "tpu"
-
     def __call__(self, call):
         mesh = mesh_of(self.data, self.context, self.tensor)
         if self.bare:
@@ -116,7 +112,7 @@ def test_keys_in_several_pieces(encoding, monkeypatch):
     monkeypatch.setattr(ring, "_stacked", lambda plan, slots: pieces.add(plan.pieces) or stacked(plan, slots))
     for length in (96, 128):
         check(Ring(1, 2), encoding, length=length, heads=HEADS, arrays=packed_rows(1, length), is_causal=True)
-    assert pieces == ({3, 4} if encoding.is_contextual else {6, 8})
+    assert pieces == ({3, 4} if encoding.needs_causal else {6, 8})
 
 
 @pytest.mark.thorough

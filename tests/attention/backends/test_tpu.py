@@ -70,7 +70,6 @@ class Interpreted:
     tile: Blocks = SMALL
     chip: str = "v6e"
     interpret: pltpu.InterpretParams = ONE_CORE
-    rotates = True  # no field
 
     def __call__(self, call):
         return tpu.attention(call, block_sizes=self.tile, chip=CHIPS[self.chip], interpret=self.interpret)
@@ -149,13 +148,12 @@ REFUSED = {
     "a mask": (pj.identity(), {}, {"mask": np.ones((LONG, LONG), bool)}, "mask is an array"),
     "float16": (pj.identity(), {"dtype": "float16"}, {}, "query has dtype float16"),
     "wide heads": (pj.identity(), {"width": 1032}, {}, "query has 1032 channels"),
-    "gates of their own": (pj.cope(4, gates="keys"), {}, {}, "encoding has a bias that the kernel does not know"),
-    "another bias": (pj.chain(pj.rope(), pj.cope_alibi()), {}, {}, "encoding has a bias that the kernel does not know"),
+    "gates of their own": (pj.cope(4, gates="keys"), {}, {}, "encoding has a bias that the kernel does not evaluate"),
+    "another bias": (pj.chain(pj.rope(), pj.cope_alibi()), {}, {}, "encoding has a bias that the kernel does not evaluate"),
     "many positions": (pj.cope(513), {}, {}, "max_position=513"),
     "many buckets": (pj.t5(128, 256), {}, {}, "num_buckets=128"),
-    "cope twice": (pj.chain(pj.cope(4), pj.cope(8)), {}, {}, "encoding chains cope twice"),
-    "t5 twice": (pj.chain(pj.t5(6, 8), pj.t5(4, 8)), {}, {}, "encoding chains t5 twice"),
-    "alibi twice": (pj.chain(pj.alibi(), pj.alibi()), {}, {}, "encoding chains alibi twice"),
+    "cope twice": (pj.chain(pj.cope(4), pj.cope(8)), {}, {}, "encoding counts by gates twice"),
+    "t5 twice": (pj.chain(pj.t5(6, 8), pj.t5(4, 8)), {}, {}, "encoding reads a table at an index of positions twice"),
 }
 
 
@@ -222,12 +220,12 @@ def test_block_sizes_of_the_call():
 @thorough
 @pytest.mark.parametrize("case", DISTINCT, ids=lambda case: case.name)
 def test_every_encoding(case):
-    check(case.encoding, is_causal=case.encoding.is_contextual, heads=(4, 2, 8, 8))
+    check(case.encoding, is_causal=case.encoding.needs_causal, heads=(4, 2, 8, 8))
 
 
 @pytest.mark.parametrize("case", [case for case in suite.CASES if case not in KNOWN], ids=lambda case: case.name)
 def test_encodings_that_it_does_not_know(case):
-    with pytest.raises(NotImplementedError, match="encoding has a bias that the kernel does not know"):
+    with pytest.raises(NotImplementedError, match="encoding has a bias that the kernel does not evaluate"):
         jax.eval_shape(functools.partial(loss, encoding=case.encoding, implementation="pallas"), shapes(case.encoding))
 
 

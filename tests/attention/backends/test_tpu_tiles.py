@@ -30,7 +30,7 @@ def step_with(soft_cap=None, counting=None, **arrays):
         counting=counting,
         index=None,
         uniform=None,
-        penalised=False,
+        functions=(),
         rotates_keys=False,
         vmem=2**27,
         interpret=False,

@@ -224,7 +224,7 @@ def test_more_extents_than_scalar_memory_holds_are_refused():
         found = []
 
         def call(x, arrays):
-            found.append(tpu.unsupported_reason(prepare(x, x, x, None, None, is_causal=True, rotated=False, **arrays), spec=mesh))
+            found.append(tpu.unsupported_reason(prepare(x, x, x, None, None, is_causal=True, **arrays), spec=mesh))
 
         with on("TPU v4"):
             jax.eval_shape(call, x, arrays)

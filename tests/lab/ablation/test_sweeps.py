@@ -137,4 +137,3 @@ def test_a_group_of_seeds_alone_is_the_program_of_a_single_run():
 def test_clipping_and_none_are_two_programs():
     made = groups(grid(dataclasses.replace(CONFIG, encodings=("rope",)), [("clip_norm", (None, 1.0, 2.0))]), seeds=(0,))
     assert [len(g.runs) for g in made] == [1, 2]
-

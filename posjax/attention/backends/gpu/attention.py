@@ -18,11 +18,11 @@ from posjax.attention.backends import kernel_call
 from posjax.attention.backends.gpu import triton
 from posjax.attention.backends.gpu.blocks import LEAST, LOWERINGS, GpuBlocks, blocks_for, capability, mosaic_unsupported_reason
 from posjax.attention.backends.gpu.plan import Operands, Plan, make_block_mask
-from posjax.attention.backends.kernel_call import pad_to_multiple, terms_by_form
+from posjax.attention.backends.kernel_call import DistanceFunction, biases_by_form, pad_to_multiple
 from posjax.attention.backends.shards import ShardSpec, infer_shard_spec
 from posjax.attention.call import AttentionCall
-from posjax.core.bias import BiasTerm, Lookup
 from posjax.core.masks import Rules, with_padding
+from posjax.core.structures import Bias
 from posjax.typing import Array, Float
 
 _log = logging.getLogger(__package__)
@@ -42,12 +42,10 @@ def unsupported_reason(call: AttentionCall, *, block_sizes: GpuBlocks | None = N
         return f"query has dtype {query.dtype} (bfloat16, float16 and float32 are supported)"
     if _channels(query, call.value) > _WIDEST:
         return f"query has {query.shape[-1]} channels and value {call.value.shape[-1]} (at most {_WIDEST})"
-    if (reason := kernel_call.unsupported_terms(call.terms)) is not None:
+    if (reason := kernel_call.unsupported_biases(call)) is not None:
         return reason
     if block_sizes is not None and block_sizes.lowering == "mosaic":
-        reason = mosaic_unsupported_reason(
-            capability(), query.dtype, _channels(query, call.value), _entries(call.terms), block_sizes
-        )
+        reason = mosaic_unsupported_reason(capability(), query.dtype, _channels(query, call.value), _entries(call), block_sizes)
         return None if reason is None else f"block_sizes has lowering='mosaic': {reason} (lowering='triton' can)"
     return None
 
@@ -56,8 +54,9 @@ def _channels(query: Array, value: Array) -> int:
     return max(query.shape[-1], value.shape[-1])
 
 
-def _entries(terms: tuple[BiasTerm, ...]) -> int:
-    return next((term.tables.shape[0] for term in terms if isinstance(term.fused, Lookup)), 0)
+def _entries(call: AttentionCall) -> int:
+    lookup = biases_by_form(call.biases).lookup
+    return 0 if lookup is None else lookup.read.table.shape[1]
 
 
 def attention(
@@ -66,7 +65,7 @@ def attention(
     """Computes attention with the GPU kernels, each device on its shard of batch and heads.
 
     Args:
-      call: one for which ``unsupported_reason`` returns None; this is not checked again. A pending rotation is applied first.
+      call: one for which ``unsupported_reason`` returns None; this is not checked again. Pending transforms are applied first.
       block_sizes: None takes those of the device.
       spec: how a mesh shards batch and heads; None infers it from the query's type.
       interpret: None interprets the kernels where the program is lowered for a CPU; else what ``pallas_call`` takes.
@@ -75,7 +74,7 @@ def attention(
       [B, T, N, V] in the dtype of value. Rows without an allowed key are zero.
     """
     spec = infer_shard_spec(call.query) if spec is None else spec
-    call = call.rotated()
+    call = call.transformed()
     plan, operands = to_operands(call, default_blocks(call) if block_sizes is None else block_sizes, spec, interpret)
     return from_blocks(_attend(plan, spec, operands), call.query.shape[1], call.value.shape[-1])
 
@@ -86,8 +85,11 @@ def from_blocks(out: Array, length: int, width: int) -> Array:
 
 
 def to_operands(call: AttentionCall, blocks: GpuBlocks, spec: ShardSpec, interpret: Any = None) -> tuple[Plan, Operands]:
-    """Converts a rotated call to the static plan and the operands that the kernels take. Arguments as in ``attention``."""
-    counts, looks, penalty = terms_by_form(call.terms)
+    """Converts a call without pending transforms to the static plan and the operands of the kernels.
+
+    Arguments are those of ``attention``.
+    """
+    counts, looks, functions = biases_by_form(call.biases)
     query, key, value = call.query, call.key, call.value
     repeats = np.lcm(key.shape[2], spec.num_head_shards) // key.shape[2]  # more shards than key heads: each needs its own
     if repeats > 1:
@@ -102,10 +104,10 @@ def to_operands(call: AttentionCall, blocks: GpuBlocks, spec: ShardSpec, interpr
         blocks=blocks,
         rules=Rules(call.mask.is_causal, *call.mask.window, segmented=query_segments is not None),
         soft_cap=call.logits_soft_cap,
-        last=None if counts is None else counts.tables[1].shape[-2] - 1,
-        index=looks.fused.index if looks else None,
-        uniform=looks.fused.uniform if looks else None,
-        penalised=penalty is not None,
+        last=None if counts is None else counts.read.table.shape[1] - 1,
+        index=kernel_call.index_of(looks),
+        uniform=kernel_call.uniform_of(looks),
+        functions=tuple(map(DistanceFunction.of, functions)),
         interpret=interpret,
     )
     operands = Operands(
@@ -117,25 +119,27 @@ def to_operands(call: AttentionCall, blocks: GpuBlocks, spec: ShardSpec, interpr
         key_positions=key_positions,
         query_segments=by_query(query_segments),
         key_segments=key_segments,
-        z=None if counts is None else by_query(_embedding_products(counts), 2),
-        table=None if looks is None else looks.tables.astype(jnp.float32).T,
-        slopes=None if penalty is None else penalty.tables.astype(jnp.float32),
+        z=None if counts is None else by_query(_embedding_products(counts, query), 2),
+        table=None if looks is None else jnp.broadcast_to(looks.read.table.astype(jnp.float32), (query.shape[2], _entries(call))),
+        args=kernel_call.args_of(functions, query.shape[2]),
     )
     return plan, operands
 
 
 def default_blocks(call: AttentionCall, lowerings: tuple[str, ...] = LOWERINGS) -> GpuBlocks:
     """Returns the block sizes that ``blocks_for`` chooses for a call on the current device."""
-    counts, _, _ = terms_by_form(call.terms)
-    channels, entries = _channels(call.query, call.value), _entries(call.terms)
+    counts, _, _ = biases_by_form(call.biases)
+    channels, entries = _channels(call.query, call.value), _entries(call)
     return blocks_for(capability(), call.query.dtype, channels, counts is not None, entries, lowerings)
 
 
-def _embedding_products(counts: BiasTerm) -> Array:
-    """Computes z [B, N, T, P] in float32, the products of each query with the position embedding."""
-    query, embedding = counts.rows["query"].astype(jnp.float32), counts.tables[1].astype(jnp.float32)
-    form = "bnth,nph->bntp" if embedding.ndim == 3 else "bnth,ph->bntp"
-    return jnp.einsum(form, query, embedding, precision=jax.lax.Precision.HIGHEST)
+def _embedding_products(counts: Bias, query: Array) -> Array:
+    """Computes z [B, N, T, P] in float32, the products of each query with the position embedding; ``query`` is that of the call."""
+    query = query if counts.read.query is None else counts.read.query
+    embedding = counts.read.table.astype(jnp.float32)
+    form = "btnh,nph->bntp" if embedding.shape[0] > 1 else "btnh,ph->bntp"
+    embedding = embedding if embedding.shape[0] > 1 else embedding[0]
+    return jnp.einsum(form, query.astype(jnp.float32), embedding, precision=jax.lax.Precision.HIGHEST)
 
 
 def _pad_channels(x: Array) -> Array:
@@ -157,7 +161,7 @@ LETTERS = dict(  # the axis letters of each operand, for ``per_shard``
     key_segments="b.",
     z="bn..",
     table="n.",
-    slopes="n",
+    args="n.",
     high="bn.",
     low="bn.",
 )

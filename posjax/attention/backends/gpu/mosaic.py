@@ -90,17 +90,17 @@ def _accumulate(plan: Plan, acc: Array, weights: Array, x: Any) -> Array:
 
 
 def _rows_of(plan: Plan, r: Any, load: Callable[..., Array], b: Array, head: Array, at: Any) -> Rows:
-    slope = r.slopes[head] if plan.penalised else None
+    args = [r.args[head, n] for n in range(len(plan.functions))]
     segments = load(r.query_segments, _batch_row(r.query_segments, b), at) if plan.rules.segmented else None
     num_entries = 0 if plan.index is None else r.table.shape[-1]
     return Rows(
-        load(r.query_positions, _batch_row(r.query_positions, b), at), segments, slope, lambda n: r.table[head, n], num_entries
+        load(r.query_positions, _batch_row(r.query_positions, b), at), segments, args, lambda n: r.table[head, n], num_entries
     )
 
 
 def _keys_of(plan: Plan, r: Any, load: Callable[..., Array], b: Array, at: Any, is_full_block: bool) -> Keys | None:
     """Loads keys; returns None if the block is full and no bias depends on the keys' positions."""
-    if is_full_block and not plan.penalised:
+    if is_full_block and not plan.functions:
         return None
     segments = load(r.key_segments, _batch_row(r.key_segments, b), at) if plan.rules.segmented else None
     return Keys(load(r.key_positions, _batch_row(r.key_positions, b), at), segments)

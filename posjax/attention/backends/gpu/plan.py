@@ -23,7 +23,8 @@ class Plan:
 
     Attributes:
       last: P - 1 of CoPE, at which counts saturate; None if no term counts.
-      index, uniform: those of a lookup, as in ``posjax.core.bias.Lookup``.
+      index, uniform: of a lookup, functions of positions; see ``kernel_call.index_of`` and ``uniform_of``.
+      functions: of the distance and of a number per head.
       interpret: None where only output shapes are needed.
     """
 
@@ -33,7 +34,7 @@ class Plan:
     last: int | None
     index: Any
     uniform: Any
-    penalised: bool
+    functions: tuple[Any, ...]
     interpret: Any
 
     @property
@@ -62,7 +63,7 @@ class Operands:
     key_segments: Array | None
     z: Array | None  # [B, N, T, P] float32, the products of queries with CoPE's embedding
     table: Array | None  # [N, W] float32, the table of a lookup
-    slopes: Array | None  # [N] float32
+    args: Array | None  # [N, F] float32, a number for each of F functions
     high: Array | None = None  # [B, N, T] float32: high + low are the counts of other calls on keys to the right
     low: Array | None = None
 

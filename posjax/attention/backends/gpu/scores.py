@@ -21,7 +21,7 @@ class Rows(NamedTuple):
 
     positions: Array
     segments: Array | None
-    slope: Array | None  # the head's slope
+    args: list[Array]  # the head's number for each function of the distance
     lookup: Callable[[Array], Array]  # looks up indices in the head's table
     num_entries: int  # the length of that table
     row_index: Array | None = None  # row numbers within a program's arrays
@@ -42,11 +42,11 @@ class MaskedScores(NamedTuple):
     index: Array | None  # into the table
 
 
-def penalised(plan: Plan, layout: Any, rows: Rows, keys: Keys | None, scores: Array) -> Array:
-    if not plan.penalised:
-        return scores
-    distance = jnp.abs(layout.queries(rows.positions) - layout.keys(keys.positions)).astype(jnp.float32)
-    return scores - (rows.slope * LOG2E) * distance
+def with_distance_biases(plan: Plan, layout: Any, rows: Rows, keys: Keys | None, scores: Array) -> Array:
+    """Adds the biases that are functions of the distance."""
+    for function, arg in zip(plan.functions, rows.args, strict=True):
+        scores = scores + function(layout.queries(rows.positions) - layout.keys(keys.positions), arg)
+    return scores
 
 
 def masked_scores(plan: Plan, layout: Any, rows: Rows, keys: Keys, scores: Array) -> MaskedScores:
@@ -54,7 +54,7 @@ def masked_scores(plan: Plan, layout: Any, rows: Rows, keys: Keys, scores: Array
     of_queries, of_keys = layout.queries(rows.positions), layout.keys(keys.positions)
     segments = (layout.queries(rows.segments), layout.keys(keys.segments)) if plan.rules.segmented else (None, None)
     allowed = jnp.broadcast_to(plan.rules.pairs(of_queries, of_keys, *segments), scores.shape)
-    scores = penalised(plan, layout, rows, keys, scores)
+    scores = with_distance_biases(plan, layout, rows, keys, scores)
     if plan.index is None:
         return MaskedScores(scores, allowed, None)
     index = jnp.broadcast_to(plan.index(of_queries, of_keys), scores.shape)
@@ -72,7 +72,7 @@ def index_range(rows: Rows, index: Array) -> tuple[Array, Array]:
 
 def full_block_scores(plan: Plan, layout: Any, rows: Rows, keys: Keys | None, scores: Array, common_index: Array | None) -> Array:
     """Adds the position biases to the scores of a full block; ``common_index`` is the table index of all its pairs."""
-    scores = penalised(plan, layout, rows, keys, scores)
+    scores = with_distance_biases(plan, layout, rows, keys, scores)
     if common_index is not None:  # an index past the end of the table adds zero
         scores += jnp.where(
             common_index < rows.num_entries, rows.lookup(jnp.minimum(common_index, rows.num_entries - 1)) * LOG2E, 0.0

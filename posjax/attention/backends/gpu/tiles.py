@@ -107,18 +107,18 @@ def rows_of(plan: Plan, r: Any, start: Any, size: int, head: Any = None) -> Rows
     """Loads ``size`` queries of a program's arrays, from ``start`` on; ``head`` is None if the arrays hold a single head."""
     at = pl.ds(start, size)
     segments = r.query_segments[at] if plan.rules.segmented else None
-    slope = r.slope[0 if head is None else head] if plan.penalised else None
+    args = [r.args[0 if head is None else head, n] for n in range(len(plan.functions))]
     num_entries = 0 if plan.index is None else r.table.shape[-1]
 
     def lookup(n: Array) -> Array:
         return r.table[n if head is None else (head, n)]
 
-    return Rows(r.query_positions[at], segments, slope, lookup, num_entries, row_index=start + jnp.arange(size))
+    return Rows(r.query_positions[at], segments, args, lookup, num_entries, row_index=start + jnp.arange(size))
 
 
 def keys_of(plan: Plan, r: Any, start: Any, size: int, is_full_block: bool = False) -> Keys | None:
     """Loads ``size`` keys from ``start`` on; returns None if the block is full and no bias depends on the keys' positions."""
-    if is_full_block and not plan.penalised:
+    if is_full_block and not plan.functions:
         return None
     at = pl.ds(start, size)
     return Keys(r.key_positions[at], r.key_segments[at] if plan.rules.segmented else None)

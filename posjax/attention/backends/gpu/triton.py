@@ -354,7 +354,7 @@ def _of_queries(plan: Plan, x: Operands) -> tuple[tuple[int, ...], dict[str, tup
         "key": ((None, span, None, width), lambda i, n, b: (b, 0, n // group, 0)),
         "value": ((None, span, None, value_width), lambda i, n, b: (b, 0, n // group, 0)),
         "scale": ((1,), lambda i, n, b: (0,)),
-        "slope": ((1,), lambda i, n, b: (n,)),
+        "args": ((1, len(plan.functions)), lambda i, n, b: (n, 0)),
         "limit": ((None, None, 1), lambda i, n, b: (b, n, i)),
         "query_positions": ((None, size), lambda i, n, b: (b, i)),
         "key_positions": ((None, span), lambda i, n, b: (b, 0)),
@@ -392,7 +392,7 @@ def _of_keys(plan: Plan, x: Operands, size: int) -> tuple[tuple[int, ...], dict[
         "key": ((None, size, None, width), lambda j, k, b: (b, j, k, 0)),
         "value": ((None, size, None, value_width), lambda j, k, b: (b, j, k, 0)),
         "scale": ((1,), lambda j, k, b: (0,)),
-        "slope": ((group,), lambda j, k, b: (k,)),
+        "args": ((group, len(plan.functions)), lambda j, k, b: (k, 0)),
         "limit": ((None, group, tiles), lambda j, k, b: (b, k, 0)),
         "query_positions": ((None, length), lambda j, k, b: (b, 0)),
         "key_positions": ((None, size), lambda j, k, b: (b, j)),
@@ -450,9 +450,10 @@ def _table_size(x: Operands) -> int:
 
 def _inputs(plan: Plan, x: Operands, ranges: dict[str, Array]) -> dict[str, Any]:
     """Returns the inputs that every kernel reads, with ``ranges`` by name; only lookups read the positions among them."""
-    names = ("query", "key", "value", "scale", "query_positions", "key_positions", "query_segments", "key_segments", "z", "table")
+    names = ("query", "key", "value", "scale", "query_positions", "key_positions", "query_segments", "key_segments")
+    names += ("z", "table", "args")
     ranges = {name: n for name, n in ranges.items() if plan.index is not None or name.startswith("by_")}
-    return {name: getattr(x, name) for name in names} | {"slope": x.slopes} | ranges
+    return {name: getattr(x, name) for name in names} | ranges
 
 
 def _of_tiles(block_mask: BlockMask) -> dict[str, Array]:

@@ -57,7 +57,7 @@ from posjax.attention.backends.tpu import attention as tpu
 from posjax.attention.backends.xla_chunked.attention import SAVED
 from posjax.attention.backends.xla_chunked.backward import delta_of, floats, runtime_zero
 from posjax.attention.call import AttentionCall
-from posjax.core.bias import apply_rotation
+from posjax.core.structures import Scan
 from posjax.typing import Array, Float
 
 _PIECES = 8  # per chunk of keys, at most
@@ -88,11 +88,9 @@ def attention(
     """
     if (reason := unsupported_reason(call, context)) is not None:
         raise NotImplementedError(f"attention over the mesh axis {context.axis!r} cannot run this call: {reason}")
-    if (rotation := call.rotation) is not None:  # rotate the keys once, before they move
-        key = apply_rotation(call.key, rotation.key_phase, rotation.pairing)
-        call = call.replace(key=key, rotation=dataclasses.replace(rotation, key_phase=None))
+    call = call.with_transformed_keys()  # once, before they move
     chunks = Chunks(context.axis, context.parts, call.mask.is_causal)
-    split = functools.partial(chunks.split, separate=any(term.carry is not None for term in call.terms))
+    split = functools.partial(chunks.split, separate=_sums(call))
 
     def with_kernel(name: str) -> Callable[[AttentionCall], Array]:
         sizes = next((block_sizes_for(k, block_sizes) for k in _KERNELS if name == k.NAME), None)
@@ -102,7 +100,7 @@ def attention(
 
         # Only the TPU kernel rotates queries itself, and then needs no unrotated copy.
         is_rotated = name != tpu.NAME
-        return lambda call: on_shards(on_device, context.spec, context.axis)(call.rotated() if is_rotated else call)
+        return lambda call: on_shards(on_device, context.spec, context.axis)(call.transformed() if is_rotated else call)
 
     if kernel is not None:
         return with_kernel(kernel)(call)
@@ -149,9 +147,14 @@ def unsupported_reason(call: AttentionCall, context: Context) -> str | None:
         return f"the lengths of query and key must be multiples of {parts}, twice its devices, got {queries} and {keys}"
     if (mask := call.mask.boolean) is not None:
         return f"mask must be None, got one of shape {mask.shape}; segment_ids and local_window_size travel with the keys"
-    if any(term.carry is not None for term in call.terms) and not (call.mask.is_causal and queries == keys):
-        return "an encoding that counts needs is_causal=True and as many keys as queries"
+    if _sums(call) and not (call.mask.is_causal and queries == keys):
+        return "an encoding that sums over keys needs is_causal=True and as many keys as queries"
     return None
+
+
+def _sums(call: AttentionCall) -> bool:
+    """Returns whether a bias carries a sum along the keys, which must then be visited in order."""
+    return any(isinstance(bias.at, Scan) for bias in call.biases)
 
 
 # Schedule ---------------------------------------------------------------------------------------------------------------

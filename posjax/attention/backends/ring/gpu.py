@@ -25,7 +25,7 @@ def to_operands(call: AttentionCall, block_sizes: GpuBlocks | None) -> tuple[Pla
     if block_sizes is not None and block_sizes.lowering != "triton":
         what = f"block_sizes has lowering={block_sizes.lowering!r}"
         raise NotImplementedError(f"{what}, which ring attention does not support; lowering='triton' does")
-    call = call.rotated()
+    call = call.transformed()
     plan, x = gpu.to_operands(call, block_sizes or gpu.default_blocks(call, ("triton",)), ShardSpec())
     if plan.last is not None:
         zeros = jnp.zeros(x.z.shape[:-1], jnp.float32)

@@ -1,13 +1,13 @@
 """The zig-zag layout of a sequence on a ring of devices, which balances the work under a causal mask."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from posjax.attention.backends.shards import BY_TOKEN
 from posjax.attention.call import AttentionCall
-from posjax.core.bias import BiasTerm
+from posjax.core.structures import Axes, map_arrays
 from posjax.typing import Array
 
 
@@ -44,21 +44,34 @@ class Chunks:
     def split(self, call: AttentionCall, separate: bool) -> list[AttentionCall]:
         """Returns the call of each chunk of this device if ``separate``, else that of both chunks as one."""
 
-        def pieces(axis: int, tree: Any) -> list[Any]:
-            leaves, structure = jax.tree.flatten(tree)
-            spread = [self._spread(leaf, axis) for leaf in leaves]
-            if not separate:
-                return [jax.tree.unflatten(structure, [jnp.concatenate(both, axis) for both in spread])]
-            return [jax.tree.unflatten(structure, [both[i] for both in spread]) for i in range(2)]
+        def pieces(x: Array, axis: int) -> list[Array]:
+            both = self._spread(x, axis)
+            return both if separate else [jnp.concatenate(both, axis)]
 
-        def of_term(term: BiasTerm) -> list[BiasTerm]:
-            parts = [pieces(2, part) for part in (term.rows, term.columns, term.carry)]
-            return [dataclasses.replace(term, rows=r, columns=c, carry=k) for r, c, k in zip(*parts, strict=True)]
+        spread: list[list[Array]] = []  # the pieces of every array with tokens, in the order in which they are met
 
-        terms = list(zip(*map(of_term, call.terms), strict=True)) or [(), ()]
-        by_token = ("query", "key", "value", "query_positions", "key_positions", "rotation", "mask")
-        along = {name: pieces(1, getattr(call, name)) for name in by_token}
-        return [call.replace(terms=terms[i], **{name: x[i] for name, x in along.items()}) for i in range(2 if separate else 1)]
+        def spread_array(x: Array, axes: Axes) -> Array:
+            if axes.side is not None:
+                spread.append(pieces(x, axes.tokens))
+            return x
+
+        by_token = {name: getattr(call, name) for name in ("query", "key", "value", *BY_TOKEN, "mask")}
+        leaves, structure = jax.tree.flatten(by_token)
+        along = [pieces(leaf, 1) for leaf in leaves]
+        changed = {name: getattr(call, name) for name in ("transforms", "biases")}
+        for part in changed.values():
+            map_arrays(spread_array, part)
+
+        def chunk(n: int) -> AttentionCall:
+            remaining = iter(spread)
+
+            def take(x: Array, axes: Axes) -> Array:
+                return x if axes.side is None else next(remaining)[n]
+
+            parts = {name: map_arrays(take, part) for name, part in changed.items()}
+            return call.replace(**jax.tree.unflatten(structure, [both[n] for both in along]), **parts)
+
+        return [chunk(n) for n in range(2 if separate else 1)]
 
     def unsplit(self, out: list[Array]) -> Array:
         """Converts the results of this device's chunks to [B, T / C, N, V] of the sequence in natural order."""

@@ -28,7 +28,7 @@ BY_KEY = dict(key=0, value=0, columns=2, segments=1, positions=1)
 
 
 def to_operands(call: AttentionCall, block_sizes: None) -> tuple[Plan, Operands]:
-    return layout.to_operands(call.rotated(), is_part=True)
+    return layout.to_operands(call.transformed(), is_part=True)
 
 
 def in_parts(plan: Plan, x: Operands, parts: int) -> Plan | None:

@@ -4,6 +4,7 @@
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.attention.backends import kernel_call
-from posjax.attention.backends.kernel_call import pad_to_multiple, terms_by_form
+from posjax.attention.backends.kernel_call import DistanceFunction, biases_by_form, pad_to_multiple
 from posjax.attention.backends.shards import ShardSpec, infer_shard_spec
 from posjax.attention.backends.tpu.backward import backward
 from posjax.attention.backends.tpu.blocks import Blocks, Chip, chip_at_hand
@@ -21,8 +22,8 @@ from posjax.attention.backends.tpu.step import Operands, Plan
 from posjax.attention.backends.tpu.tiles import LANES, SUBLANES, Counting
 from posjax.attention.backends.tpu.vmem import SMEM, needed, scalars, smaller
 from posjax.attention.call import AttentionCall
-from posjax.core.bias import Rotation, apply_rotation
 from posjax.core.masks import Rules, with_padding
+from posjax.core.structures import Rotate
 from posjax.typing import Array, Float
 
 NAME = "tpu"  # the platform in jax.lax.platform_dependent
@@ -40,13 +41,13 @@ def unsupported_reason(call: AttentionCall, *, block_sizes: Blocks | None = None
         return f"query has dtype {query.dtype} (bfloat16 and float32 are supported)"
     if max(query.shape[-1], value.shape[-1]) > 1024:
         return f"query has {query.shape[-1]} channels and value {value.shape[-1]} (at most 1024)"
-    if (reason := kernel_call.unsupported_terms(call.terms)) is not None:
+    if (reason := kernel_call.unsupported_biases(call)) is not None:
         return reason
-    counts, looks, _ = terms_by_form(call.terms)
+    counts, looks, _ = biases_by_form(call.biases)
     max_positions = _MOST_POSITIONS if chip.has_sublane_gather else _MOST_COMPARED
-    if counts is not None and (positions := counts.tables[1].shape[-2]) > max_positions:
+    if counts is not None and (positions := counts.read.table.shape[1]) > max_positions:
         return f"max_position={positions} of cope (at most {max_positions} on this chip)"
-    if looks is not None and (width := looks.tables.shape[0]) >= LANES:
+    if looks is not None and (width := looks.read.table.shape[1]) >= LANES:
         return f"num_buckets={width} (fewer than {LANES})"
     spec = infer_shard_spec(query) if spec is None else spec
     return _exceeds_vmem(chip, block_sizes, call) or _exceeds_smem(chip, block_sizes, spec, call)
@@ -70,10 +71,10 @@ def _exceeds_vmem(chip: Chip, block_sizes: Blocks | None, call: AttentionCall) -
     fitting_blocks = fitting(chip, call)
     width, vmem = call.query.shape[-1], f"{chip.vmem / 2**20:.0f} MiB of VMEM"
     if fitting_blocks is None:
-        counts, _, _ = terms_by_form(call.terms)
-        other_terms = tuple(term for term in call.terms if term is not counts)
-        if counts is not None and fitting(chip, call.replace(terms=other_terms)) is not None:
-            return f"max_position={counts.tables[1].shape[-2]} of cope on heads of {width} channels does not fit {vmem}"
+        counts, _, _ = biases_by_form(call.biases)
+        others = tuple(bias for bias in call.biases if bias is not counts)
+        if counts is not None and fitting(chip, call.replace(biases=others)) is not None:
+            return f"max_position={counts.read.table.shape[1]} of cope on heads of {width} channels does not fit {vmem}"
         return f"query has {width} channels and value {call.value.shape[-1]}, of which no tile fits {vmem}"
     if block_sizes is None:
         return None
@@ -115,7 +116,8 @@ def attention(
     """Computes attention with the Pallas kernels, each device on its shard of batch and heads.
 
     Args:
-      call: one for which ``unsupported_reason`` returns None; this is not checked again. The kernel applies a pending rotation.
+      call: one for which ``unsupported_reason`` returns None; this is not checked again. The kernel applies pending rotations that
+        all heads share and that are not learned.
       block_sizes: None takes the defaults of the chip, or smaller ones that fit its VMEM.
       spec: how the mesh shards batch and heads; None infers it from the type of the query.
       chip: the TPU generation; None takes that of the query's mesh, of the mesh in context, or of this process.
@@ -142,18 +144,25 @@ def to_operands(
     call: AttentionCall, block_sizes: Blocks, chip: Chip, spec: ShardSpec, interpret: Any = None
 ) -> tuple[Plan, Operands]:
     """Converts a call to the static plan and the padded operands of the kernel; arguments as in ``attention``."""
-    query, key, value, rotation = call.query, call.key, call.value, call.rotation
+    channels = sorted(_channels_of(rotation) for rotation in call.transforms if rotation.query_phase is not None)
+    overlap = any(later[0] < earlier[1] for earlier, later in itertools.pairwise(channels))
+    if overlap or not all(map(_rotates_tiles, call.transforms)):
+        call = call.transformed()
+    blocks = _fitted(block_sizes, call.query.shape[1], call.key.shape[1])
+    keys = _round_up(call.key.shape[1], blocks.keys)
+    keys = _round_up(keys, min(blocks.resident, keys))
+    rotates_keys = any(rotation.key_phase is not None for rotation in call.transforms)
+    if rotates_keys and keys > blocks.resident:  # inside the kernel each query tile would rotate the blocks again
+        call, rotates_keys = call.with_transformed_keys(), False
+    query, key, value, rotations = call.query, call.key, call.value, call.transforms
     length = query.shape[1]
-    blocks = _fitted(block_sizes, length, key.shape[1])
-    counts, looks, penalty = terms_by_form(call.terms)
+    counts, looks, functions = biases_by_form(call.biases)
 
     # Grouped heads: repeat the key heads until the head shards divide their number.
     repeats = math.lcm(key.shape[2], spec.num_head_shards) // key.shape[2]
     if repeats > 1:
         key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
     kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
-    keys = _round_up(key.shape[1], blocks.keys)
-    keys = _round_up(keys, min(blocks.resident, keys))
 
     def by_query(x: Array) -> Array:
         x = pad_to_multiple(x, blocks.queries, 1)
@@ -173,12 +182,9 @@ def to_operands(
         return by_head(jnp.pad(x, [(0, 0), (0, LANES - x.shape[1])])[:, None])
 
     key_positions, query_segments, key_segments = with_padding(call.mask, length, call.key_positions, keys - key.shape[1])
-    rotates_keys = rotation is not None and rotation.key_phase is not None
-    if rotates_keys and keys > blocks.resident:  # inside the kernel each query tile would rotate the blocks again
-        key, rotates_keys = apply_rotation(key, rotation.key_phase, rotation.pairing), False
     counting = None
     if counts is not None:
-        positions = counts.tables[1].shape[-2]
+        positions = counts.read.table.shape[1]
         counting = Counting(
             last=positions - 1,
             rows=_round_up(positions, SUBLANES),
@@ -190,15 +196,15 @@ def to_operands(
         rules=Rules(call.mask.is_causal, *call.mask.window, segmented=query_segments is not None),
         soft_cap=call.logits_soft_cap,
         counting=counting,
-        index=looks.fused.index if looks else None,
-        uniform=looks.fused.uniform if looks else None,
-        penalised=penalty is not None,
+        index=kernel_call.index_of(looks),
+        uniform=kernel_call.uniform_of(looks),
+        functions=tuple(map(DistanceFunction.of, functions)),
         rotates_keys=rotates_keys,
         vmem=chip.vmem,
         interpret=interpret,
     )
-    counted_query = None if counts is None or call.query_is_unrotated else by_query(jnp.swapaxes(counts.rows["query"], 1, 2))
-    slopes = None if penalty is None else lanes(jnp.broadcast_to(penalty.tables[:, None], (query.shape[2], LANES)))
+    counted_query = None if counts is None else counts.read.query
+    args = kernel_call.args_of(functions, query.shape[2])
     width = query.shape[-1]
     operands = Operands(
         query=by_query(query),
@@ -209,13 +215,13 @@ def to_operands(
         key_positions=key_positions[:, None],
         query_segments=None if query_segments is None else by_tile(query_segments),
         key_segments=None if key_segments is None else key_segments[:, None],
-        counted_query=counted_query,
-        embedding=None if counts is None else _embedding(counts.tables[1], counting.rows, by_head),
-        table=None if looks is None else lanes(looks.tables.astype(jnp.float32).T),
-        slopes=slopes,
-        query_cos_sin=None if rotation is None else _cos_sin(rotation, rotation.query_phase, width, blocks.queries),
-        key_cos_sin=_cos_sin(rotation, rotation.key_phase, width, keys) if rotates_keys else None,
-        rotate_half_matrix=None if rotation is None else _rotate_half_matrix(rotation, width).astype(query.dtype),
+        counted_query=None if counted_query is None else by_query(_of_heads(counted_query, query.shape[2], 2)),
+        embedding=None if counts is None else _embedding(counts.read.table, counting.rows, by_head),
+        table=None if looks is None else lanes(_of_heads(looks.read.table.astype(jnp.float32), query.shape[2])),
+        args=None if args is None else by_head(jnp.broadcast_to(args[..., None], (*args.shape, LANES))),
+        query_cos_sin=_cos_sin(rotations, "query", width, blocks.queries) if rotations else None,
+        key_cos_sin=_cos_sin(rotations, "key", width, keys) if rotates_keys else None,
+        rotate_half_matrix=_rotate_half_matrix(rotations, width).astype(query.dtype) if rotations else None,
     )
     return plan, operands
 
@@ -238,30 +244,65 @@ def _fitted(blocks: Blocks, queries: int, keys: int) -> Blocks:
     return Blocks(rows, columns, strip, tiles_per_block * columns)
 
 
+def _of_heads(x: Array, heads: int, axis: int = 0) -> Array:
+    """Broadcasts the axis of heads, N or 1."""
+    return jnp.broadcast_to(x, (*x.shape[:axis], heads, *x.shape[axis + 1 :]))
+
+
 def _embedding(embedding: Array, rows: int, by_head: Any) -> Array:
     """Stacks the embedding and its steps to the next position, with P padded to whole sublanes: [K or 1, G or 1, 2, P, H]."""
     embedding = embedding.astype(jnp.float32)
-    steps = jnp.concatenate([jnp.diff(embedding, axis=-2), jnp.zeros_like(embedding[..., :1, :])], -2)
-    both = pad_to_multiple(jnp.stack([embedding, steps], -3), rows, embedding.ndim - 1)
-    return by_head(both) if embedding.ndim == 3 else both[None, None]
+    steps = jnp.concatenate([jnp.diff(embedding, axis=1), jnp.zeros_like(embedding[:, :1])], 1)
+    both = pad_to_multiple(jnp.stack([embedding, steps], 1), rows, 2)
+    return by_head(both) if embedding.shape[0] > 1 else both[None]
 
 
-def _cos_sin(rotation: Rotation, phase: Array, width: int, multiple: int) -> Array:
-    """Returns the cosine and sine of every channel, 1 and 0 for channels that are not rotated: [B or 1, 2, L, width], L padded."""
-    both = jnp.stack([jnp.cos(phase), jnp.sin(phase)], 1)
-    both = jnp.concatenate([both, both], -1) if rotation.pairing == "half" else jnp.repeat(both, 2, axis=-1)
-    rest = jnp.broadcast_to(jnp.asarray([1.0, 0.0])[:, None, None], (*both.shape[:3], width - both.shape[-1]))
-    return pad_to_multiple(jnp.concatenate([both, rest], -1), multiple, 2)
+def _rotates_tiles(rotation: Rotate) -> bool:
+    """Returns whether the kernel can apply a rotation to tiles as it loads them: it computes no gradients of phases."""
+    arrays = (rotation.query_phase, rotation.key_phase, rotation.query_gain, rotation.key_gain)
+    shared = all(x is None or x.shape[2] == 1 for x in arrays)
+    return shared and not rotation.learned and rotation.query_phase is not None
 
 
-def _rotate_half_matrix(rotation: Rotation, width: int) -> Array:
+def _channels_of(rotation: Rotate) -> tuple[int, int]:
+    return rotation.offset, rotation.offset + 2 * rotation.query_phase.shape[-1]
+
+
+def _cos_sin(rotations: tuple[Rotate, ...], side: str, width: int, multiple: int) -> Array:
+    """Returns the cosine and sine of every channel times its gain, 1 and 0 for channels that are not rotated.
+
+    Returns:
+      [B or 1, 2, L, width], with L padded.
+    """
+    made = []
+    for rotation in rotations:
+        phase, gain = (getattr(rotation, f"{side}_{name}") for name in ("phase", "gain"))
+        both = jnp.stack([jnp.cos(phase), jnp.sin(phase)], 1)[:, :, :, 0]
+        if gain is not None:
+            both = both * jnp.broadcast_to(gain, (*gain.shape[:3], phase.shape[-1]))[:, None, :, 0]
+        both = jnp.concatenate([both, both], -1) if rotation.pairing == "half" else jnp.repeat(both, 2, axis=-1)
+        made.append((rotation.offset, jax.lax.stop_gradient(both)))
+    shape = jnp.broadcast_shapes(*(both.shape[:3] for _, both in made))
+    pieces, end = [], 0
+    for offset, both in [*sorted(made, key=lambda part: part[0]), (width, None)]:
+        rest = jnp.asarray([1.0, 0.0])[:, None, None]
+        pieces.append(jnp.broadcast_to(rest, (*shape, offset - end)))
+        if both is not None:
+            pieces.append(jnp.broadcast_to(both, (*shape, both.shape[-1])))
+            end = offset + both.shape[-1]
+    return pad_to_multiple(jnp.concatenate([piece for piece in pieces if piece.shape[-1]], -1), multiple, 2)
+
+
+def _rotate_half_matrix(rotations: tuple[Rotate, ...], width: int) -> Array:
     """Returns the matrix [width, width] with which ``x @ matrix`` maps each pair of channels (a, b) to (-b, a), the others to 0."""
-    rotated = 2 * rotation.query_phase.shape[-1]
-    first = np.arange(rotated // 2) if rotation.pairing == "half" else np.arange(0, rotated, 2)
-    second = first + (rotated // 2 if rotation.pairing == "half" else 1)
     matrix = np.zeros((width, width), np.float32)
-    matrix[second, first] = -1.0
-    matrix[first, second] = 1.0
+    for rotation in rotations:
+        start, end = _channels_of(rotation)
+        half = (end - start) // 2
+        first = np.arange(start, start + half) if rotation.pairing == "half" else np.arange(start, end, 2)
+        second = first + (half if rotation.pairing == "half" else 1)
+        matrix[second, first] = -1.0
+        matrix[first, second] = 1.0
     return jnp.asarray(matrix)
 
 
@@ -279,7 +320,7 @@ LETTERS = dict(  # axes of the operands, as in ``per_shard``
     counted_query="bn...",
     embedding="n....",
     table="n...",
-    slopes="n...",
+    args="n...",
     query_cos_sin="b...",
     key_cos_sin="b...",
     rotate_half_matrix="..",

@@ -99,8 +99,8 @@ class BackwardTile:
           groups: the query groups.
         """
         s = self.step
-        if s.plan.penalised:
-            scores = scores + s.penalty(start, size, groups)
+        if s.plan.functions:
+            scores = scores + s.distance_bias(start, size, groups)
         scores = apply_soft_cap(s.plan, scores)
         weights = jnp.exp2(scores - as_row(s.lse, groups))
         d_scores = weights * (d_weights - as_row(s.delta, groups))

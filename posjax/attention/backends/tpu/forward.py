@@ -104,11 +104,11 @@ class ForwardTile:
           groups: the query groups.
         """
         s, weights, lane = self.step, [], 0
-        penalty = s.penalty(start, size, groups) if s.plan.penalised else None
+        bias = s.distance_bias(start, size, groups) if s.plan.functions else None
         for piece in scores:
             part = slice(lane, lane := lane + piece.shape[1])
             at = pl.ds(groups.first * LANES + part.start, piece.shape[1])
-            piece = piece if penalty is None else piece + penalty[:, part]
+            piece = piece if bias is None else piece + bias[:, part]
             piece = apply_soft_cap(s.plan, piece)
             m_prev = s.m[:, at]
             m_next = jnp.maximum(m_prev, piece.max(0, keepdims=True))

@@ -39,7 +39,7 @@ class Plan:
     counting: Counting | None
     index: Any  # of a lookup: positions -> index in the table
     uniform: Any  # of a lookup: first and last positions -> whether all pairs have the same index
-    penalised: bool
+    functions: tuple[Any, ...]  # of the distance and of a number per head
     rotates_keys: bool  # keys are rotated when they arrive in VMEM
     vmem: int
     interpret: Any
@@ -75,7 +75,7 @@ class Operands:
     counted_query: Array | None  # [B, K, G, T, H], multiplies the embedding; None: ``query`` does
     embedding: Array | None  # [K or 1, G or 1, 2, P, H]: each position, and its step to the next
     table: Array | None  # [K, G, 1, 128]
-    slopes: Array | None  # [K, G, 1, 128]
+    args: Array | None  # [K, G, F, 128], a number for each of F functions
     query_cos_sin: Array | None  # [B or 1, 2, T, C], cosines and sines
     key_cos_sin: Array | None  # [B or 1, 2, S, C]
     rotate_half_matrix: Array | None  # [C, C], the rotate-half matrix
@@ -313,11 +313,12 @@ class Step:
         allowed &= jax.lax.broadcasted_iota(jnp.int32, allowed.shape, 0) < row
         return jnp.where(allowed, scores, MASK_VALUE)
 
-    def penalty(self, start: Array, size: int, groups: Groups | None = None) -> Array:
+    def distance_bias(self, start: Array, size: int, groups: Groups | None = None) -> Array:
+        """Returns the biases that are functions of the distance, [s, t]."""
         row = as_row(self.query_positions, groups)
         distance = row - column(self.key_positions[:, pl.ds(start, size)], row.shape[1])
-        slope = jnp.tile(self.slopes[...] * -LOG2E, (1, row.shape[1] // LANES))
-        return slope * jnp.abs(distance).astype(jnp.float32)
+        args = [jnp.tile(self.args[n : n + 1, :], (1, row.shape[1] // LANES)) for n in range(len(self.plan.functions))]
+        return functools.reduce(jnp.add, (function(distance, arg) for function, arg in zip(self.plan.functions, args, strict=True)))
 
     def look_up(self, index: Array) -> Array:
         """Returns the table's entries at the given indices, [s, 128]."""
@@ -423,8 +424,9 @@ def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[
         per_head = x.embedding.shape[0] > 1 or x.embedding.shape[1] > 1
         head = (lambda b, k, g, *_: (k, g, 0, 0, 0)) if per_head else (lambda *_: (0,) * 5)
         add("embedding", x.embedding, (None, None, *x.embedding.shape[2:]), head)
-    for name in ("table", "slopes"):
-        add(name, getattr(x, name), (None, None, 1, LANES), lambda b, k, g, *_: (k, g, 0, 0))
+    for name in ("table", "args"):
+        array = getattr(x, name)
+        add(name, array, array is not None and (None, None, *array.shape[2:]), lambda b, k, g, *_: (k, g, 0, 0))
     if x.query_cos_sin is not None:
         cos_sin = x.query_cos_sin
         add(

@@ -44,7 +44,7 @@ def attention(call: AttentionCall, *, tile: tuple[int, int] | None = None) -> Fl
     Returns:
       The result of ``reference.attention``.
     """
-    return from_blocks(_attend(*to_operands(call.rotated(), tile=tile)), call.query.shape[1])
+    return from_blocks(_attend(*to_operands(call.transformed(), tile=tile)), call.query.shape[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

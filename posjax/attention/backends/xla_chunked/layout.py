@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from posjax.attention.backends.bias_terms import BiasTerm, bias_terms
 from posjax.attention.call import AttentionCall
-from posjax.core.bias import BiasTerm
 from posjax.core.masks import Mask
 from posjax.typing import Array
 
@@ -50,7 +50,7 @@ class Operands:
 
 
 def to_operands(call: AttentionCall, *, tile: tuple[int, int] | None = None, is_part: bool = False) -> tuple[Plan, Operands]:
-    """Converts a rotated call to the form that ``forward.outputs`` and ``backward.gradients`` take.
+    """Converts a call without pending transforms to the form that ``forward.outputs`` and ``backward.gradients`` take.
 
     Args:
       tile: (queries, keys) per tile; None chooses both.
@@ -65,7 +65,7 @@ def to_operands(call: AttentionCall, *, tile: tuple[int, int] | None = None, is_
         query=_blocks(pad_rows(call.query, axis=1), rows),
         key=_blocks(pad_columns(call.key, axis=1), columns),
         value=_blocks(pad_columns(call.value, axis=1), columns),
-        terms=tuple(_pad_term(term, rows, columns) for term in call.terms),
+        terms=tuple(_pad_term(term, rows, columns) for term in bias_terms(call)),
         mask=dataclasses.replace(
             call.mask,
             boolean=None if call.mask.boolean is None else pad_columns(pad_rows(call.mask.boolean, axis=2), axis=3),

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from posjax.attention.backends.bias_terms import BiasTerm, Tile
 from posjax.attention.backends.xla_chunked.layout import Operands, Plan
-from posjax.core.bias import BiasTerm, Tile
 from posjax.typing import Array
 
 
@@ -139,7 +139,7 @@ def tile_scores(
 
 def can_saturate(terms: tuple[BiasTerm, ...]) -> bool:
     """Returns whether a walk has a plain part, that is, whether every term with a carry can saturate."""
-    return all(term.carry is None or term.saturate is not None for term in terms)
+    return all(term.carry is None or term.can_saturate for term in terms)
 
 
 def saturated_biases(terms: tuple[BiasTerm, ...], rows, tables, carries) -> tuple[list[Array | None], list[Array | None]]:
