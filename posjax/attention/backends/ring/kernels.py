@@ -12,7 +12,7 @@ OperandsT = TypeVar("OperandsT")
 
 
 def by_key(x: Any) -> dict[str, Any]:
-    return dict(key=x.key, value=x.value, segments=x.key_segments, positions=x.key_positions)
+    return dict(key=x.key, value=x.value, segments=x.key_segments, positions=x.key_positions, features=x.key_features)
 
 
 def carried(x: Any) -> list[Array]:
@@ -21,7 +21,7 @@ def carried(x: Any) -> list[Array]:
 
 def with_keys(x: OperandsT, kv: dict[str, Any], carries: Any) -> OperandsT:
     high, low = carries or (None, None)
-    keys = dict(key_segments=kv["segments"], key_positions=kv["positions"])
+    keys = dict(key_segments=kv["segments"], key_positions=kv["positions"], key_features=kv["features"])
     return dataclasses.replace(x, key=kv["key"], value=kv["value"], **keys, high=high, low=low)
 
 
@@ -30,7 +30,9 @@ def natural_lse(lse: Array) -> Array:
     return jnp.where(lse < -0.5 * MASK_VALUE, lse / LOG2E, EMPTY_LSE)
 
 
-def split_by_key(grads: dict[str, Array]) -> tuple[dict[str, list[Array]], dict[str, Array]]:
-    """Splits gradients by name into those of per-key arrays, in the form of ``by_key``, and the rest."""
+def split_by_key(x: Any, grads: dict[str, Array]) -> tuple[dict[str, list[Array]], dict[str, Array]]:
+    """Splits gradients by name into those of per-key arrays, in the form of ``by_key`` of operands x, and the rest."""
     rest = dict(grads)
-    return dict(key=[rest.pop("key")], value=[rest.pop("value")], segments=[], positions=[]), rest
+    features = [] if x.key_features is None else [rest.pop("key_features", None)]
+    features = [jnp.zeros_like(x.key_features) if gradient is None else gradient for gradient in features]
+    return dict(key=[rest.pop("key")], value=[rest.pop("value")], segments=[], positions=[], features=features), rest

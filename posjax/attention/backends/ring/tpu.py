@@ -19,7 +19,7 @@ from posjax.attention.call import AttentionCall
 from posjax.typing import Array
 
 __all__ = ["by_key", "carried", "with_keys"]  # of the interface, beside what is defined here
-BY_KEY = dict(key=2, value=2, segments=2, positions=2)
+BY_KEY = dict(key=2, value=2, segments=2, positions=2, features=4)
 
 
 def to_operands(call: AttentionCall, block_sizes: Blocks | None) -> tuple[Plan, Operands]:
@@ -78,11 +78,11 @@ def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, lse: Array, 
     saved, gathered = (lse, *counts[:4]), counts[4] if counts else None
     acc = dict(zip(queries_of(x), query_grads, strict=False))
     grads = tpu.reduce_gradients(x, backward(plan, x, saved, d_out, delta, gathered, is_part=True, acc=acc))
-    return tuple(grads[name] for name in _gradient_names(x))
+    return tuple(grads[name] for name in _gradient_names(plan, x))
 
 
-def _gradient_names(x: Operands) -> list[str]:
-    return tpu.differentiable_operands(x) + ([] if x.embedding is None else ["gathered"])
+def _gradient_names(plan: Plan, x: Operands) -> list[str]:
+    return tpu.differentiable_operands(plan, x) + ([] if x.embedding is None else ["gathered"])
 
 
 def gradients(
@@ -101,14 +101,12 @@ def gradients(
     query_names = queries_of(x)  # the kernel accumulates these gradients itself
     if acc is not None:
         more += tuple(acc[name] for name in query_names)
-    grads = dict(zip(_gradient_names(x), kernel_call.run(_gradients, plan, ShardSpec(), x, tpu.LETTERS, *more), strict=True))
+    grads = dict(zip(_gradient_names(plan, x), kernel_call.run(_gradients, plan, ShardSpec(), x, tpu.LETTERS, *more), strict=True))
     received = [grads.pop("gathered"), d_carries_out[1]] if counts else []
-    of_keys, rest = split_by_key(grads)
+    of_keys, rest = split_by_key(x, grads)
     if acc is not None:
         rest |= {name: acc[name] + part for name, part in rest.items() if name not in query_names}
-    return of_keys, rest, received
-
-
-def cotangent(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:
+    return of_keys, rest,def cotangent(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:
     (key,), (value,) = of_keys["key"], of_keys["value"]
-    return kernel_call.cotangent(x, rest | dict(key=key, value=value))
+    features = dict(key_features=of_keys["features"][0]) if of_keys["features"] else {}
+    return kernel_call.cotangent(x, rest | features | dict(key=key, value=value))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.attention.backends import kernel_call
-from posjax.attention.backends.kernel_call import DistanceFunction, biases_by_form, pad_to_multiple
+from posjax.attention.backends.kernel_call import PairProgram, biases_by_form, features_of, numbers_of, pad_to_multiple
 from posjax.attention.backends.shards import ShardSpec, infer_shard_spec
 from posjax.attention.backends.tpu.backward import backward
 from posjax.attention.backends.tpu.blocks import Blocks, Chip, chip_at_hand
@@ -156,7 +156,7 @@ def to_operands(
         call, rotates_keys = call.with_transformed_keys(), False
     query, key, value, rotations = call.query, call.key, call.value, call.transforms
     length = query.shape[1]
-    counts, looks, functions = biases_by_form(call.biases)
+    counts, looks, pairs = biases_by_form(call.biases)
 
     # Grouped heads: repeat the key heads until the head shards divide their number.
     repeats = math.lcm(key.shape[2], spec.num_head_shards) // key.shape[2]
@@ -178,6 +178,23 @@ def to_operands(
         x = pad_to_multiple(x, blocks.queries, 1)
         return x.reshape(x.shape[0], -1, blocks.queries // LANES, LANES)
 
+    def of_heads(x: Array) -> Array:
+        """Converts features [F, B or 1, N or K or 1, T or S] to [B or 1, K or 1, G or 1, F, T or S]."""
+        heads = x.shape[2]
+        if 1 < heads < kv_heads:  # key heads that have been repeated
+            x = jnp.repeat(x, kv_heads // heads, axis=2)
+        shape = (kv_heads, group) if heads == kv_heads * group else (x.shape[2], 1)
+        return jnp.moveaxis(x.reshape(*x.shape[:2], *shape, x.shape[3]), 0, 3)
+
+    def by_tiles(x: Array | None) -> Array | None:
+        if x is None:
+            return None
+        x = pad_to_multiple(of_heads(x), blocks.queries, 4)
+        return x.reshape(*x.shape[:4], -1, blocks.queries // LANES, LANES)
+
+    def by_blocks(x: Array | None) -> Array | None:
+        return None if x is None else pad_to_multiple(of_heads(x), keys, 4)
+
     def lanes(x: Array) -> Array:
         return by_head(jnp.pad(x, [(0, 0), (0, LANES - x.shape[1])])[:, None])
 
@@ -198,13 +215,13 @@ def to_operands(
         counting=counting,
         index=kernel_call.index_of(looks),
         uniform=kernel_call.uniform_of(looks),
-        functions=tuple(map(DistanceFunction.of, functions)),
+        pairs=tuple(map(PairProgram.of, pairs)),
         rotates_keys=rotates_keys,
         vmem=chip.vmem,
         interpret=interpret,
     )
     counted_query = None if counts is None else counts.read.query
-    args = kernel_call.args_of(functions, query.shape[2])
+    numbers = numbers_of(pairs, query.shape[2])
     width = query.shape[-1]
     operands = Operands(
         query=by_query(query),
@@ -218,7 +235,9 @@ def to_operands(
         counted_query=None if counted_query is None else by_query(_of_heads(counted_query, query.shape[2], 2)),
         embedding=None if counts is None else _embedding(counts.read.table, counting.rows, by_head),
         table=None if looks is None else lanes(_of_heads(looks.read.table.astype(jnp.float32), query.shape[2])),
-        args=None if args is None else by_head(jnp.broadcast_to(args[..., None], (*args.shape, LANES))),
+        numbers=None if numbers is None else by_head(jnp.broadcast_to(numbers[..., None], (*numbers.shape, LANES))),
+        query_features=by_tiles(features_of(pairs, "query")),
+        key_features=by_blocks(features_of(pairs, "key")),
         query_cos_sin=_cos_sin(rotations, "query", width, blocks.queries) if rotations else None,
         key_cos_sin=_cos_sin(rotations, "key", width, keys) if rotates_keys else None,
         rotate_half_matrix=_rotate_half_matrix(rotations, width).astype(query.dtype) if rotations else None,
@@ -320,7 +339,9 @@ LETTERS = dict(  # axes of the operands, as in ``per_shard``
     counted_query="bn...",
     embedding="n....",
     table="n...",
-    args="n...",
+    numbers="n...",
+    query_features="bn.....",
+    key_features="bn...",
     query_cos_sin="b...",
     key_cos_sin="b...",
     rotate_half_matrix="..",
@@ -346,15 +367,17 @@ def _forward(plan: Plan, spec: ShardSpec, x: Operands) -> tuple[Array, Any]:
     return out, (x, out, tuple(saved))
 
 
-def differentiable_operands(x: Operands) -> list[str]:
+def differentiable_operands(plan: Plan, x: Operands) -> list[str]:
     """Returns the names of the operands that have gradients."""
     names = ["query", "key", "value", "scale"]
-    return names + [name for name in ("counted_query", "embedding", "table") if getattr(x, name) is not None]
+    names += [name for name in ("counted_query", "embedding", "table") if getattr(x, name) is not None]
+    names += ["numbers"] if any(program.learned for program in plan.pairs) else []
+    return names + (["query_features", "key_features"] if any(program.float_features for program in plan.pairs) else [])
 
 
 def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, *saved: Array) -> tuple[Array, ...]:
     grads = reduce_gradients(x, backward(plan, x, saved, d_out, delta))
-    return tuple(grads[name] for name in differentiable_operands(x))
+    return tuple(grads[name] for name in differentiable_operands(plan, x))
 
 
 def reduce_gradients(x: Operands, grads: dict[str, Array]) -> dict[str, Array]:
@@ -367,13 +390,19 @@ def reduce_gradients(x: Operands, grads: dict[str, Array]) -> dict[str, Array]:
         grads["embedding"] = jnp.stack([of_positions, jnp.zeros_like(of_positions)], 2)
     if "table" in grads:  # by table index and query lane
         grads["table"] = grads["table"].sum((0, -1))[:, :, None]
+    if "numbers" in grads:
+        grads["numbers"] = grads["numbers"].sum(0)
+    for name in ("query_features", "key_features"):
+        if name in grads:
+            over = tuple(n for n, size in enumerate(getattr(x, name).shape[:3]) if size == 1)
+            grads[name] = grads[name].sum(over, keepdims=True)
     return grads
 
 
 def _backward(plan: Plan, spec: ShardSpec, residuals: Any, d_out: Array) -> tuple[Operands]:
     x, out, saved = residuals
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    names = differentiable_operands(x)
+    names = differentiable_operands(plan, x)
     grads = kernel_call.run(
         _gradients,
         plan,

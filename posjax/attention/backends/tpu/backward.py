@@ -98,7 +98,7 @@ def backward(
         grads, state = call(jnp.zeros(1, jnp.int32), state, acc or {})
         return grads | (dict(gathered=state[-1]) if state else {})
     blocks = jnp.arange(num_blocks, dtype=jnp.int32)[:, None]
-    by_key = ("key", "value")
+    by_key = ("key", "value", *(["key_features"] if any(program.float_features for program in plan.pairs) else []))
 
     def block_step(carry: Any, block: Array) -> Any:
         state, acc, grad_sums = carry
@@ -109,7 +109,8 @@ def backward(
     shapes = jax.eval_shape(call, blocks[0], state, acc)[0]
     grad_sums = {name: jnp.zeros(a.shape, a.dtype) for name, a in shapes.items() if name not in (*by_key, *acc)}
     (state, acc, grad_sums), grads = jax.lax.scan(block_step, (state, acc, grad_sums), blocks)
-    key_grads = [jnp.moveaxis(a, 0, 2).reshape(*a.shape[1:3], -1, a.shape[-1]) for a in grads]
+    key_grads = [jnp.moveaxis(a, 0, 2).reshape(*a.shape[1:3], -1, a.shape[-1]) for a in grads[:2]]
+    key_grads += [jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], -1) for a in grads[2:]]
     return acc | grad_sums | dict(zip(by_key, key_grads, strict=True)) | (dict(gathered=state[-1]) if state else {})
 
 
@@ -217,6 +218,13 @@ def _results_of(plan: Plan, x: Operands, is_part: bool, adds: bool) -> dict[str,
         outs |= {f"out_{name}": _by_tile(plan, x) for name in ("high", "low", "gathered")}
     if plan.index is not None:
         outs["d_table"] = by_head((LANES, LANES))
+    if any(program.learned for program in plan.pairs):
+        outs["d_numbers"] = by_head(x.numbers.shape[2:])
+    if any(program.float_features for program in plan.pairs):
+        outs["d_key_features"] = by_head((x.key_features.shape[3], resident))
+        shape = (batch, kv_heads, group, *x.query_features.shape[3:])
+        spec = pl.BlockSpec((None,) * 3 + (shape[3], None, *shape[5:]), lambda b, k, g, i, r, *_: (b, k, g, 0, i, 0, 0))
+        outs["d_query_features"] = jax.ShapeDtypeStruct(shape, jnp.float32), spec
     return outs
 
 

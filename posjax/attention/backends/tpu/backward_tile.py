@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from posjax.attention.backends.tpu.step import (
     Groups,
+    PairInputs,
     Step,
     apply_rotary,
     apply_soft_cap,
@@ -18,7 +19,8 @@ from posjax.attention.backends.tpu.step import (
     masked_or_not,
     soft_cap_derivative,
 )
-from posjax.attention.backends.tpu.tiles import NN, NT, TN, matmul_bf16x3, product, to_sublanes
+from posjax.attention.backends.constants import LOG2E
+from posjax.attention.backends.tpu.tiles import LANES, NN, NT, SUBLANES, TN, matmul_bf16x3, product, to_sublanes
 from posjax.typing import Array
 
 
@@ -57,6 +59,9 @@ class BackwardTile:
     def initialise_head(self) -> None:
         """Clears the gradients that are summed over the query tiles of a head, before the first of them."""
         s = self.step
+        for name in ("d_numbers", "d_key_features"):
+            if s.refs.get(name) is not None:
+                s.refs[name][...] = jnp.zeros(s.refs[name].shape, jnp.float32)
         s.d_scale[...] = jnp.zeros(s.d_scale.shape, jnp.float32)
         if s.plan.counting is not None:
             s.d_embedding[...] = jnp.zeros(s.d_embedding.shape, jnp.float32)
@@ -68,6 +73,8 @@ class BackwardTile:
         s = self.step
         s.prepare_queries()
         s.dq_acc[...] = jnp.zeros(s.dq_acc.shape, jnp.float32)
+        if s.refs.get("d_query_features") is not None:
+            s.d_query_features[...] = jnp.zeros(s.d_query_features.shape, jnp.float32)
 
     def start_copies(self, batch: Array, head: Array, group: Array) -> dict[str, Any]:
         """Starts copies of earlier gradients of the queries to the output blocks, for ``finish``; returns the copies by name."""
@@ -98,13 +105,35 @@ class BackwardTile:
           start, size: the keys.
           groups: the query groups.
         """
-        s = self.step
-        if s.plan.functions:
-            scores = scores + s.distance_bias(start, size, groups)
+        s, pulls = self.step, []
+        for x in s.pair_inputs(start, size, groups):
+            bias, pull = _bias_and_pull(x)
+            scores = scores + bias
+            pulls += [] if pull is None else [(x, pull)]
         scores = apply_soft_cap(s.plan, scores)
         weights = jnp.exp2(scores - as_row(s.lse, groups))
         d_scores = weights * (d_weights - as_row(s.delta, groups))
-        return weights, d_scores if s.plan.soft_cap is None else d_scores * soft_cap_derivative(s.plan, scores)
+        d_scores = d_scores if s.plan.soft_cap is None else d_scores * soft_cap_derivative(s.plan, scores)
+        for x, pull in pulls:
+            self.add_to_pair(x, *pull(d_scores), start, groups)
+        return weights, d_scores
+
+    def add_to_pair(
+        self, x: PairInputs, d_numbers: list[Array], d_queries: list[Array], d_keys: list[Array], start: Array, groups: Groups
+    ) -> None:
+        """Adds to the gradients of a pair's numbers [1, t] and float features of queries [1, t] and keys [s, t]."""
+        s = self.step
+        for n, gradient in enumerate(d_numbers, x.first_number):
+            for part in range(0, gradient.shape[1], LANES):
+                s.d_numbers[n : n + 1, :] += gradient[:, part : part + LANES]
+        for n, of_queries, of_keys in zip(x.program.float_features, d_queries, d_keys, strict=True):
+            feature = x.first_feature + n
+            for g, part in groups.lane_slices():
+                s.d_query_features[feature, pl.ds(g, 1), :] += of_queries[:, part]
+            # A product with ones sums over the lanes and leaves the keys in lanes.
+            ones = jnp.ones((SUBLANES, of_keys.shape[1]), jnp.float32)
+            total = product(ones, of_keys, NT, exact=True)[:1]
+            s.d_key_features[feature : feature + 1, pl.ds(start, of_keys.shape[0])] += total
 
     def accumulate(self, start: Array, size: int, weights: Array, d_logits: Array, groups: Groups) -> None:
         """Adds the contribution of ``size`` keys, from [s, t] each, to the gradients of key, value and query."""
@@ -250,3 +279,26 @@ class BackwardTile:
             s.d_key[at, :] = d_key.astype(s.d_key.dtype)
 
         jax.lax.fori_loop(0, s.key.shape[0] // size, one, None)
+
+
+def _bias_and_pull(x: PairInputs) -> tuple[Array, Any]:
+    """Returns the bias of a pair in units of log2 e, [s, t], and the function from its gradient to those of what has gradients.
+
+    The function returns the gradients of the numbers [1, t], and of the float features of queries [1, t] and of keys [s, t]; it is
+    None if nothing has gradients.
+    """
+    program, floats = x.program, x.program.float_features
+    if not (program.learned or floats):
+        return program.in_log2(x.queries, x.keys, x.numbers), None
+
+    def bias(numbers: list[Array], queries: list[Array], keys: list[Array]) -> Array:
+        merged = [list(x.queries), list(x.keys)]
+        for side, new in zip(merged, (queries, keys), strict=True):
+            for n, feature in zip(floats, new, strict=True):
+                side[n] = feature
+        return program(*map(tuple, merged), numbers)
+
+    numbers = x.numbers if program.learned else []
+    evaluate = bias if program.learned else lambda _, queries, keys: bias(x.numbers, queries, keys)
+    value, pull = jax.vjp(evaluate, numbers, [x.queries[n] for n in floats], [x.keys[n] for n in floats])
+    return value * LOG2E, pull

@@ -104,7 +104,7 @@ class ForwardTile:
           groups: the query groups.
         """
         s, weights, lane = self.step, [], 0
-        bias = s.distance_bias(start, size, groups) if s.plan.functions else None
+        bias = s.pair_biases(start, size, groups) if s.plan.pairs else None
         for piece in scores:
             part = slice(lane, lane := lane + piece.shape[1])
             at = pl.ds(groups.first * LANES + part.start, piece.shape[1])

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from posjax.attention.backends.constants import INIT_MAX, LOG2E, MASK_VALUE
+from posjax.attention.backends.kernel_call import PairProgram, as_feature
 from posjax.attention.backends.tpu.blocks import Blocks
 from posjax.attention.backends.tpu.tiles import (
     LANES,
@@ -39,7 +40,7 @@ class Plan:
     counting: Counting | None
     index: Any  # of a lookup: positions -> index in the table
     uniform: Any  # of a lookup: first and last positions -> whether all pairs have the same index
-    functions: tuple[Any, ...]  # of the distance and of a number per head
+    pairs: tuple[PairProgram, ...]
     rotates_keys: bool  # keys are rotated when they arrive in VMEM
     vmem: int
     interpret: Any
@@ -75,7 +76,9 @@ class Operands:
     counted_query: Array | None  # [B, K, G, T, H], multiplies the embedding; None: ``query`` does
     embedding: Array | None  # [K or 1, G or 1, 2, P, H]: each position, and its step to the next
     table: Array | None  # [K, G, 1, 128]
-    args: Array | None  # [K, G, F, 128], a number for each of F functions
+    numbers: Array | None  # [K, G, A, 128], the numbers of all pairs, each in every lane
+    query_features: Array | None  # [B or 1, K or 1, G or 1, F, I, t / 128, 128], those of all pairs
+    key_features: Array | None  # [B or 1, K or 1, G or 1, F, S]
     query_cos_sin: Array | None  # [B or 1, 2, T, C], cosines and sines
     key_cos_sin: Array | None  # [B or 1, 2, S, C]
     rotate_half_matrix: Array | None  # [C, C], the rotate-half matrix
@@ -120,6 +123,17 @@ class Scalars(NamedTuple):
     key_tiles: Any
     query_groups: Any
     key_strips: Any
+
+
+class PairInputs(NamedTuple):
+    """What the program of a pair takes for some keys [s, 1 or t] and queries [1, t], and where that stands among all pairs."""
+
+    program: PairProgram
+    queries: tuple[Array, ...]
+    keys: tuple[Array, ...]
+    numbers: list[Array]
+    first_number: int
+    first_feature: int
 
 
 # Inside a tile -------------------------------------------------------------------------------------------------------------
@@ -313,12 +327,31 @@ class Step:
         allowed &= jax.lax.broadcasted_iota(jnp.int32, allowed.shape, 0) < row
         return jnp.where(allowed, scores, MASK_VALUE)
 
-    def distance_bias(self, start: Array, size: int, groups: Groups | None = None) -> Array:
-        """Returns the biases that are functions of the distance, [s, t]."""
-        row = as_row(self.query_positions, groups)
-        distance = row - column(self.key_positions[:, pl.ds(start, size)], row.shape[1])
-        args = [jnp.tile(self.args[n : n + 1, :], (1, row.shape[1] // LANES)) for n in range(len(self.plan.functions))]
-        return functools.reduce(jnp.add, (function(distance, arg) for function, arg in zip(self.plan.functions, args, strict=True)))
+    def pair_inputs(self, start: Array, size: int, groups: Groups | None = None) -> list[PairInputs]:
+        """Returns what the program of every pair takes for ``size`` keys and the queries, or some groups of them."""
+        inputs, first_number, first_feature = [], 0, 0
+        width = LANES * (self.plan.groups if groups is None else groups.count)
+        at = pl.ds(start, size)
+
+        def number(n: int) -> Array:
+            return jnp.tile(self.numbers[n : n + 1, :], (1, width // LANES))
+
+        for program in self.plan.pairs:
+            if program.features:
+                kinds = list(enumerate(program.features, first_feature))
+                queries = tuple(as_feature(as_row(self.query_features.at[n], groups), kind) for n, kind in kinds)
+                keys = tuple(column(as_feature(self.key_features[n : n + 1, at], kind), width) for n, kind in kinds)
+            else:
+                queries, keys = (as_row(self.query_positions, groups),), (column(self.key_positions[:, at], width),)
+            numbers = [number(first_number + n) for n in range(program.size)]
+            inputs.append(PairInputs(program, queries, keys, numbers, first_number, first_feature))
+            first_number, first_feature = first_number + program.size, first_feature + len(program.features)
+        return inputs
+
+    def pair_biases(self, start: Array, size: int, groups: Groups | None = None) -> Array:
+        """Returns the biases that are functions of two tokens, [s, t]."""
+        inputs = self.pair_inputs(start, size, groups)
+        return functools.reduce(jnp.add, (x.program.in_log2(x.queries, x.keys, x.numbers) for x in inputs))
 
     def look_up(self, index: Array) -> Array:
         """Returns the table's entries at the given indices, [s, 128]."""
@@ -424,9 +457,21 @@ def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[
         per_head = x.embedding.shape[0] > 1 or x.embedding.shape[1] > 1
         head = (lambda b, k, g, *_: (k, g, 0, 0, 0)) if per_head else (lambda *_: (0,) * 5)
         add("embedding", x.embedding, (None, None, *x.embedding.shape[2:]), head)
-    for name in ("table", "args"):
+    for name in ("table", "numbers"):
         array = getattr(x, name)
         add(name, array, array is not None and (None, None, *array.shape[2:]), lambda b, k, g, *_: (k, g, 0, 0))
+    if x.query_features is not None:
+        of_queries, of_keys = (_leading(array.shape) for array in (x.query_features, x.key_features))
+        count = x.query_features.shape[3]
+        by_query_tile = (None, None, None, count, None, plan.groups, LANES)
+        add("query_features", x.query_features, by_query_tile, lambda b, k, g, i, *_: (*of_queries(b, k, g), 0, i, 0, 0))
+        by_block = (None, None, None, count, resident)
+        add(
+            "key_features",
+            x.key_features,
+            by_block,
+            lambda b, k, g, i, r, *scalars: (*of_keys(b, k, g), 0, key_block(b, i, r, *scalars)),
+        )
     if x.query_cos_sin is not None:
         cos_sin = x.query_cos_sin
         add(
@@ -448,6 +493,11 @@ def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[
         add(f"in_{name}", getattr(x, name), by_tile, lambda b, k, g, i, *_: (b, k, g, i, 0, 0))
     specs = [pl.BlockSpec(shape, index) for _, _, shape, index in operands]
     return [name for name, *_ in operands], [array for _, array, *_ in operands], specs
+
+
+def _leading(shape: tuple[int, ...]) -> Any:
+    """Returns a function from batch, key head and group to the index in an array whose first three axes may have length 1."""
+    return lambda *index: tuple(n if size > 1 else 0 for n, size in zip(index, shape[:3], strict=True))
 
 
 def scratch_of(plan: Plan, x: Operands) -> dict[str, Any]:
