@@ -17,6 +17,7 @@ from posjax.attention.backends.shards import ShardSpec, infer_shard_spec, on_sha
 from posjax.attention.backends.tpu.blocks import Blocks, check_blocks
 from posjax.attention.backends.xla_chunked import attention as xla_chunked
 from posjax.attention.call import AttentionCall
+from posjax.attention.prefix_sums import with_prefix_sums
 from posjax.typing import Array, Float
 
 Implementation = Literal["xla", "xla_chunked", "pallas"]
@@ -77,6 +78,7 @@ def run(
     spec = infer_shard_spec(call.query) if spec is None else spec
     if context is not None:
         from posjax.attention.backends.ring import attention as ring
+    call = call if implementation == "xla" else with_prefix_sums(call)
     rings = context is not None and ring.unsupported_reason(call, context) is None
     if implementation == "pallas":
         kernel = _kernels()["cuda" if platform_at_hand() == "gpu" else "tpu"]

@@ -92,10 +92,12 @@ def map_arrays(function: Callable[[Any, Axes], Any], tree: Any) -> Any:
 
 
 def take_tokens(tree: Any, side: Side, start: Any, size: int) -> Any:
-    """Returns a tree of structures for ``size`` of its queries or keys, from ``start`` on."""
+    """Returns a tree of structures for ``size`` of its queries or keys, from ``start`` on; an axis of length 1 stays."""
 
     def part(leaf: Array, axes: Axes) -> Array:
-        return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=axes.tokens) if axes.side == side else leaf
+        if axes.side != side or leaf.shape[axes.tokens] == 1:
+            return leaf
+        return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=axes.tokens)
 
     return map_arrays(part, tree)
 

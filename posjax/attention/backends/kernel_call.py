@@ -222,6 +222,8 @@ def features_of(pairs: tuple[Bias, ...], side: str) -> Array | None:
     given = [x for bias in pairs if bias.at.query is not None for x in getattr(bias.at, side)]
     if not given:
         return None
+    heads = max(x.shape[1] for x in given)
+    given = [jnp.repeat(x, heads // x.shape[1], axis=1) if 1 < x.shape[1] < heads else x for x in given]  # of key heads
     shape = jnp.broadcast_shapes(*(x.shape for x in given))
     integer = [jnp.issubdtype(x.dtype, jnp.integer) for x in given]
     stored = [

@@ -45,6 +45,8 @@ class Chunks:
         """Returns the call of each chunk of this device if ``separate``, else that of both chunks as one."""
 
         def pieces(x: Array, axis: int) -> list[Array]:
+            if x.shape[axis] == 1:  # shared by all tokens
+                return [x, x] if separate else [x]
             both = self._spread(x, axis)
             return both if separate else [jnp.concatenate(both, axis)]
 

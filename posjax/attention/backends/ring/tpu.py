@@ -106,7 +106,10 @@ def gradients(
     of_keys, rest = split_by_key(x, grads)
     if acc is not None:
         rest |= {name: acc[name] + part for name, part in rest.items() if name not in query_names}
-    return of_keys, rest,def cotangent(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:
+    return of_keys, rest, received
+
+
+def cotangent(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:
     (key,), (value,) = of_keys["key"], of_keys["value"]
     features = dict(key_features=of_keys["features"][0]) if of_keys["features"] else {}
     return kernel_call.cotangent(x, rest | features | dict(key=key, value=value))

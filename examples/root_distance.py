@@ -1,0 +1,23 @@
+"""A static bias: a penalty that grows with the root of the distance, with a learned slope per head."""
+
+import jax.numpy as jnp
+
+import posjax as pj
+
+
+def penalty(differences, slope):
+    """Returns the bias of one head, from query minus key on every axis of the coordinates."""
+    return -slope * jnp.sqrt(jnp.abs(differences[0]).astype(jnp.float32))
+
+
+@pj.register("root_distance")
+class RootDistance(pj.PositionalEncoding):
+    """Adds -m_n sqrt(|i - j|) to the scores; params["slope"] [N] is m, initially ``slope``."""
+
+    slope: float = 0.5
+
+    def init(self, key, dims):
+        return {"slope": jnp.full(dims.num_heads, self.slope)}
+
+    def attend(self, params, inputs):
+        return pj.ScoreModifications(biases=(pj.Bias(pj.Pair(penalty, args=params["slope"])),))
