@@ -189,9 +189,7 @@ def attend(
         value=value,
         columns=_columns(call),
         positions=positions,
-        coordinates=None
-        if coordinates is None
-        else jnp.broadcast_to(call.key_coordinates, (batch, *call.key_coordinates.shape[1:])),
+        coordinates=None if coordinates is None else _for_rows(call.key_coordinates, len(segments)),
         segments=segments,
         next_position=position_after(positions, segments, cache.next_position),
     )
