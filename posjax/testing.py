@@ -79,6 +79,12 @@ class _Layer:
         return attention(*operands, self.encoding, params, **options)
 
     @functools.cached_property
+    def scrambled(self) -> Array:
+        """Returns coordinates [B, T, A] that have nothing to do with the order of tokens."""
+        drawn = np.random.default_rng(3).permuted(np.tile(np.arange(_LENGTH), (_BATCH, self.encoding.axes, 1)), axis=2)
+        return jnp.asarray(np.moveaxis(drawn, 1, 2), jnp.int32)
+
+    @functools.cached_property
     def out(self) -> Array:
         return self(self.params, self.x, backend=reference.attention)
 
@@ -125,12 +131,43 @@ def dtypes(layer: _Layer) -> None:
     assert out.dtype == low.dtype, f"attention returned {out.dtype} for bfloat16"
     off = float(jnp.abs(out.astype(jnp.float32) - layer.out).mean() / jnp.abs(layer.out).mean())
     assert off < 0.1, f"the output in bfloat16 is off by {100 * off:.0f} % in the mean"
+    call = layer.call(layer.params, low)
+
+    def check(x: Array, axes: Axes) -> None:
+        is_feature = axes.tokens == 2 or any(x is part for part in phases)
+        assert not is_feature or x.dtype in (jnp.float32, jnp.int32), f"a phase, a gain or a feature is {x.dtype}"
+
+    phases = [getattr(t, name) for t in call.transforms for name in ("query_phase", "key_phase", "query_gain", "key_gain")]
+    map_arrays(check, (*call.transforms, *call.biases))
 
 
 def causality(layer: _Layer) -> None:
-    """Under a causal mask no output depends on a later token."""
+    """Under a causal mask no output depends on a later token, whatever the coordinates are: masks go by the order of tokens."""
     later = layer.x.at[:, _PAST:].add(1.0)
     layer.same(layer(layer.params, later)[:, :_PAST], layer.out[:, :_PAST])
+    own = dict.fromkeys(("query_coordinates", "key_coordinates"), layer.scrambled)
+    layer.same(layer(layer.params, later, **own)[:, :_PAST], layer(layer.params, layer.x, **own)[:, :_PAST])
+
+
+def coordinates(layer: _Layer) -> None:
+    """An encoding reads coordinates, not the order of tokens, and no more axes than it says."""
+    limit = layer.encoding.max_length(layer.dims)
+    positions = jnp.arange(_LENGTH)[None] * (2 if limit is None or limit > 2 * _LENGTH else 1)
+    operands, hidden = layer.operands(layer.params, layer.x, positions)
+    at = jnp.broadcast_to(positions[..., None], (1, _LENGTH, layer.encoding.axes))
+
+    def attend(**own: Array) -> Array:
+        return attention(*operands, layer.encoding, layer.params, is_causal=True, hidden=hidden, **own)
+
+    want = attend(query_positions=positions, key_positions=positions)
+    for given in (at, jnp.concatenate([at, layer.scrambled[:1, :, :1]], -1)):
+        layer.same(attend(query_coordinates=given, key_coordinates=given), want)
+
+
+def finite(layer: _Layer) -> None:
+    """Scores are finite for every pair, also where a mask forbids attention: kernels compute them and mask afterwards."""
+    _, scores = reference.scores_of(layer.call(layer.params, layer.x))
+    assert np.isfinite(scores).all(), "a score is not finite"
 
 
 def transformations(layer: _Layer) -> None:
@@ -233,7 +270,7 @@ def order(layer: _Layer) -> None:
     assert off > _FAR, f"the last output changes by {off:.1e}"
 
 
-RULES = (values, parameters, dtypes, causality, columns, heads, transformations, tiles, masks, packing, decoding)
+RULES = (values, parameters, dtypes, finite, causality, coordinates, columns, heads, transformations, tiles, masks, packing, decoding)
 
 
 def check_encoding(
