@@ -129,7 +129,7 @@ every_example = pytest.mark.parametrize("name", FORMULAS)
 
 @every_example
 def test_its_formula(name):
-    encoding, operands = case(name)
+    _, operands = case(name)
     query, key, value, hidden, params = jax.tree.map(lambda x: np.asarray(x, np.float64), operands)
     want = softmax_of(FORMULAS[name](query, key, hidden, params), value)
     np.testing.assert_allclose(answers(name, reference.attention)[0], want, atol=1e-5)
