@@ -173,6 +173,8 @@ def prepare(
     mods = encoding.attend({} if params is None else params, AttentionInputs(query, key, value, *sides, scale))
     if any(isinstance(bias.at, Scan) for bias in mods.biases) and not encoding.needs_causal:
         raise ValueError(f"needs_causal must be True for {encoding.name}, whose bias is a Scan, got False")
+    if encoding.needs_causal:
+        _check_rising(encoding, positions[1] if key_positions is None else key_positions, key_segments)
     biases = mods.biases
     first = max((n + 1 for n, transform in enumerate(mods.transforms) if isinstance(transform, Replace)), default=0)
     if first:  # what a Replace holds is made of what all transforms before it left
@@ -312,6 +314,24 @@ def _hidden(encoding: PositionalEncoding, hidden: Any, query: Array, key: Array)
                 "a pair gives both"
             )
     return sides
+
+
+def _check_rising(encoding: PositionalEncoding, key_positions: Array, key_segments: Array | None) -> None:
+    """Raises ValueError if the keys of a segment do not stand in the order of their positions, as far as values are known."""
+    if is_traced(key_positions) or is_traced(key_segments):
+        return
+    positions = np.atleast_2d(np.asarray(key_positions))
+    segments = np.zeros_like(positions) if key_segments is None else np.asarray(key_segments)
+    positions, segments = np.broadcast_arrays(positions, segments)
+    order = np.argsort(segments, axis=1, kind="stable")
+    positions, segments = (np.take_along_axis(x, order, axis=1) for x in (positions, segments))
+    falls = (np.diff(positions, axis=1) < 0) & (np.diff(segments, axis=1) == 0)
+    if falls.any():
+        row, at = np.argwhere(falls)[0]
+        raise ValueError(
+            f"key_positions must not fall along a segment for {encoding.name}, which sums over the keys between key and query, "
+            f"got {positions[row, at]} before {positions[row, at + 1]} in row {row}"
+        )
 
 
 def _mask(

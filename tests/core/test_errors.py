@@ -216,6 +216,17 @@ BAD = {
         ValueError,
         r"coordinates must be integers for learned, which has a vector for each position, got float32",
     ),
+    "keys out of order": (
+        lambda: call(
+            pj.cope_alibi(),
+            is_causal=True,
+            query_positions=jnp.arange(T),
+            key_positions=jnp.asarray([0, 2, 1, 3]),
+            segment_ids=(jnp.ones((B, T), int), jnp.ones((B, T), int)),
+        ),
+        ValueError,
+        r"key_positions must not fall along a segment for cope_alibi, which sums over .*, got 2 before 1 in row 0",
+    ),
     "a scan without needs_causal": (
         lambda: call(pj.encoding("mine", attend=pj.cope_alibi().attend), {}, is_causal=True),
         ValueError,

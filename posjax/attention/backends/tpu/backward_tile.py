@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from posjax.attention.backends.constants import LOG2E
 from posjax.attention.backends.tpu.step import (
     Groups,
     PairInputs,
@@ -19,7 +20,6 @@ from posjax.attention.backends.tpu.step import (
     masked_or_not,
     soft_cap_derivative,
 )
-from posjax.attention.backends.constants import LOG2E
 from posjax.attention.backends.tpu.tiles import LANES, NN, NT, SUBLANES, TN, matmul_bf16x3, product, to_sublanes
 from posjax.typing import Array
 

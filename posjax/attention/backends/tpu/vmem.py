@@ -50,7 +50,8 @@ def buffers(plan: Plan, x: Operands) -> int:
     resident = min(blocks.resident, x.key.shape[2])
     names, arrays, specs = inputs_of(plan, x, lambda *_: 0)
     windows = {name: size(spec.block_shape, array.dtype) for name, array, spec in zip(names, arrays, specs, strict=True)}
-    windows |= {f"d_{name}": windows[name] for name in ("key", "value", "embedding", "numbers", "query_features", "key_features") if name in windows}
+    summed = ("key", "value", "embedding", "numbers", "query_features", "key_features")
+    windows |= {f"d_{name}": windows[name] for name in summed if name in windows}
     windows["d_out"] = size((blocks.queries, value_width), x.value.dtype)
     for name in queries_of(x):
         dtype = x.query.dtype if resident == x.key.shape[2] else jnp.float32  # float32 if summed over blocks of keys
