@@ -270,7 +270,21 @@ def order(layer: _Layer) -> None:
     assert off > _FAR, f"the last output changes by {off:.1e}"
 
 
-RULES = (values, parameters, dtypes, finite, causality, coordinates, columns, heads, transformations, tiles, masks, packing, decoding)
+RULES = (
+    values,
+    parameters,
+    dtypes,
+    finite,
+    causality,
+    coordinates,
+    columns,
+    heads,
+    transformations,
+    tiles,
+    masks,
+    packing,
+    decoding,
+)
 
 
 def check_encoding(

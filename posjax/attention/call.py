@@ -37,6 +37,7 @@ class AttentionCall:
       query_positions, key_positions: int32 [B or 1, T] and [B or 1, S], the order of the tokens.
       query_coordinates, key_coordinates: [B or 1, T, A] and [B or 1, S, A]; None: one axis, the positions.
       scale: float32 [], the factor of q.k.
+      sink: logits [N or 1] of one more key without a value; None for none.
       logits_soft_cap: c; scores become c * tanh(scores / c) after the bias and before the mask; None for no cap.
       is_self: whether queries and keys are the same tokens in the same order.
       runs: whether positions rise by one along every segment, so that the distance of two visible tokens is that of their indices.
@@ -53,6 +54,7 @@ class AttentionCall:
     query_coordinates: Array | None
     key_coordinates: Array | None
     scale: Float[Array, ""]
+    sink: Float[Array, " _"] | None = None
     logits_soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
     is_self: bool = dataclasses.field(default=False, metadata={"static": True})
     runs: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -192,6 +194,7 @@ def prepare(
         query_coordinates=None if coordinates is None else coordinates[0],
         key_coordinates=None if coordinates is None else coordinates[1],
         scale=jnp.asarray(scale, jnp.float32),
+        sink=mods.weights.sink,
         logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         is_self=is_self,
         runs=runs,

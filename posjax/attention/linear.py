@@ -147,7 +147,7 @@ def _features(
     query, key = (phi(x.astype(jnp.float32)) for x in (inputs.query, inputs.key))
     inputs = dataclasses.replace(inputs, query=query, key=key)
     mods = encoding.attend(params, inputs)
-    if mods.biases or not all(isinstance(transform, Rotate) for transform in mods.transforms):
+    if mods.biases or mods.weights.sink is not None or not all(isinstance(transform, Rotate) for transform in mods.transforms):
         raise ValueError(f"encoding must act by rotation alone in linear_attention, got {encoding.name}; rope() does")
     rotated = dataclasses.replace(inputs, transforms=mods.transforms)
     rotated_query, rotated_key = rotated.turned_query, rotated.turned_key

@@ -93,11 +93,15 @@ class Chain(PositionalEncoding):
         return x
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
-        transforms, biases = inputs.transforms, ()
+        transforms, biases, weights = inputs.transforms, (), []
         for name, member in self.members.items():
             mods = member.attend(_part(params, name), dataclasses.replace(inputs, transforms=transforms))
             transforms, biases = transforms + mods.transforms, biases + mods.biases
-        return ScoreModifications(transforms[len(inputs.transforms) :], biases)
+            weights += [(name, mods.weights)] if mods.weights.sink is not None else []
+        if len(weights) > 1:
+            raise ValueError(f"one member of a chain may have weights of its own, got {' and '.join(name for name, _ in weights)}")
+        transforms = transforms[len(inputs.transforms) :]
+        return ScoreModifications(transforms, biases, *(own for _, own in weights))
 
     def max_length(self, dims: Dims) -> int | None:
         return min((limit for one in self.encodings if (limit := one.max_length(dims)) is not None), default=None)

@@ -319,16 +319,29 @@ class Bias:
 
 
 @structure
+class Softmax:
+    """Turns scores into weights by a softmax over the allowed keys.
+
+    Attributes:
+      sink: logits [N or 1] of one more key that has no value, so that the weights of a row may sum to less than one; None for none.
+    """
+
+    sink: Array | None = per_head(None)
+
+
+@structure
 class ScoreModifications:
     """Says what an encoding does in one attention call.
 
     Attributes:
       transforms: applied to query and key in their order.
       biases: added to the scores.
+      weights: what turns scores into weights.
     """
 
     transforms: tuple[Transform, ...] = ()
     biases: tuple[Bias, ...] = ()
+    weights: Softmax = Softmax()
 
 
 def sigmoid(x: Array, args: Any = ()) -> Array:

@@ -33,14 +33,17 @@ def attention(call: AttentionCall) -> Float[Array, "B T N V"]:
 
 
 def weights(call: AttentionCall) -> Float[Array, "B N T S"]:
-    """Returns the attention probabilities in float32. Each row sums to one, or is zero where no key is allowed."""
+    """Returns the attention probabilities in float32. Each row sums to one, less what a sink takes, or is zero where no key is allowed."""
     tile, scores = scores_of(call)
     if call.logits_soft_cap is not None:
         scores = call.logits_soft_cap * jnp.tanh(scores / call.logits_soft_cap)
     scores = jnp.where(tile.allowed, scores, MASK_VALUE)
     m = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    sink = None if call.sink is None else call.sink.astype(jnp.float32)[None, :, None, None]
+    m = m if sink is None else jax.lax.stop_gradient(jnp.maximum(m, sink))
     unnormalized = jnp.where(tile.allowed, jnp.exp(scores - m), 0.0)
     l = unnormalized.sum(-1, keepdims=True)
+    l = l if sink is None else l + jnp.exp(sink - m)
     return unnormalized / jnp.where(l == 0.0, 1.0, l)
 
 

@@ -178,6 +178,7 @@ def on_shards(
                 key_segments=partition("bt", call.mask.key_segments),
             ),
             scale=PartitionSpec(),
+            sink=partition("n", call.sink),
         )
         context = jax.sharding.get_abstract_mesh()  # from set_mesh, auto_axes or an outer shard_map; shard_map requires this mesh
         mesh = spec.mesh if context.empty else context

@@ -53,6 +53,7 @@ from posjax.attention.backends.ring import xla_chunked as ring_xla_chunked
 from posjax.attention.backends.ring.context import Context
 from posjax.attention.backends.ring.layout import Chunks
 from posjax.attention.backends.shards import ShardSpec, on_shards
+from posjax.attention.backends.sinks import with_sink
 from posjax.attention.backends.tpu import attention as tpu
 from posjax.attention.backends.xla_chunked.attention import SAVED
 from posjax.attention.backends.xla_chunked.backward import delta_of, floats, runtime_zero
@@ -137,7 +138,12 @@ def _around(context: Context, backend: Any, calls: list[AttentionCall], block_si
     splits = ((n, backend.in_parts(plans[0], slots[0], n)) for n in range(max_pieces, 0, -1))
     pieces, plan = next((n, plan) for n, plan in splits if plan is not None)
     ring = _Ring(backend, plan, context.axis, context.parts, len(calls) == 2, pieces)
-    return [backend.from_blocks(out, length, width) for out in _attend(ring, slots)]
+
+    def finished(out: Array, lse: Array, call: AttentionCall) -> Array:
+        lse = backend.from_blocks(lse[..., None], length, 1)[..., 0]
+        return with_sink(backend.from_blocks(out, length, width), lse, call.sink)
+
+    return list(map(finished, *_attend(ring, slots), calls))
 
 
 def unsupported_reason(call: AttentionCall, context: Context) -> str | None:
@@ -228,12 +234,15 @@ def _put_piece(pieces: Any, at: Array, new: Any) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(ring: _Ring, slots: tuple[Any, ...]) -> tuple[Array, ...]:
-    """Computes the result of every slot, in the backend's layout and the dtype of value. ``slots`` are the backend's operands."""
+def _attend(ring: _Ring, slots: tuple[Any, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Computes the result of every slot, in the backend's layout and the dtype of value, and the log-sum-exp of its rows.
+
+    ``slots`` are the backend's operands.
+    """
     return _forward(ring, slots)[0]
 
 
-def _forward(ring: _Ring, slots: tuple[Any, ...]) -> tuple[tuple[Array, ...], Any]:
+def _forward(ring: _Ring, slots: tuple[Any, ...]) -> tuple[Any, Any]:
     def merge(acc: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[Array, Array]:
         (before, out), (lse, more) = acc, part
         lse = jnp.where(lse < EMPTY_LSE, lse, _NO_KEYS_LSE)
@@ -262,12 +271,13 @@ def _forward(ring: _Ring, slots: tuple[Any, ...]) -> tuple[tuple[Array, ...], An
     out = tuple(partial.astype(x.value.dtype) for (_, partial), x in zip(results, slots, strict=True))
     lses = tuple(jnp.where(total > 0.5 * _NO_KEYS_LSE, total, EMPTY_LSE) for total, _ in results)
     out, lses, carries, step_residuals = checkpoint_name((out, lses, carries, step_residuals), SAVED)
-    return out, (slots, out, lses, carries, step_residuals)
+    return (out, lses), (slots, out, lses, carries, step_residuals)
 
 
-def _backward(ring: _Ring, saved: Any, d_out: tuple[Array, ...]) -> tuple[tuple[Any, ...]]:
+def _backward(ring: _Ring, saved: Any, gradients_out: Any) -> tuple[tuple[Any, ...]]:
     slots, out, lses, carries, step_residuals = saved
-    backend, deltas = ring.backend, tuple(map(delta_of, out, d_out))
+    d_out, d_lses = gradients_out
+    backend, deltas = ring.backend, tuple(delta_of(o, d) - d_lse for o, d, d_lse in zip(out, d_out, d_lses, strict=True))
 
     def pair(i: int, number: Array, kv_piece: dict[str, Any], d_carries_out: list[Array], acc: Any = None) -> Any:
         """Computes the gradients of slot i for one step. Those that stay on this device are added to ``acc``."""

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.attention.backends import kernel_call
+from posjax.attention.backends.constants import LOG2E
 from posjax.attention.backends.kernel_call import PairProgram, biases_by_form, features_of, numbers_of, pad_to_multiple
 from posjax.attention.backends.shards import ShardSpec, infer_shard_spec
+from posjax.attention.backends.sinks import with_sink
 from posjax.attention.backends.tpu.backward import backward
 from posjax.attention.backends.tpu.blocks import Blocks, Chip, chip_at_hand
 from posjax.attention.backends.tpu.forward import forward
@@ -131,7 +133,9 @@ def attention(
     if block_sizes is None:
         block_sizes = fitting(chip, call) or Blocks(LANES, LANES, LANES, LANES)
     plan, operands = to_operands(call, block_sizes, chip, spec, interpret)
-    return from_blocks(_attend(plan, spec, operands), call.query.shape[1])
+    length = call.query.shape[1]
+    out, lse = _attend(plan, spec, operands)
+    return with_sink(from_blocks(out, length), from_blocks(lse.reshape(*out.shape[:4], 1), length)[..., 0], call.sink)
 
 
 def from_blocks(out: Array, length: int) -> Array:
@@ -352,8 +356,11 @@ _ROWS = "bn...."
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(plan: Plan, spec: ShardSpec, x: Operands) -> Array:
-    """Computes attention on the operands, differentiably: [B, K, G, T, V] in the dtype of value."""
+def _attend(plan: Plan, spec: ShardSpec, x: Operands) -> tuple[Array, Array]:
+    """Computes attention on the operands, differentiably: [B, K, G, T, V] in the dtype of value, and the log-sum-exp of its rows.
+
+    The log-sum-exp is in nats and the layout of rows, [B, K, G, I, t / 128, 128].
+    """
     return _forward(plan, spec, x)[0]
 
 
@@ -364,7 +371,7 @@ def _outputs(plan: Plan, x: Operands) -> tuple[Array, ...]:
 def _forward(plan: Plan, spec: ShardSpec, x: Operands) -> tuple[Array, Any]:
     rows = 1 if plan.counting is None else 5
     out, *saved = kernel_call.run(_outputs, plan, spec, x, LETTERS, results=("bn...", *[_ROWS] * rows))
-    return out, (x, out, tuple(saved))
+    return (out, saved[0] / LOG2E), (x, out, tuple(saved))
 
 
 def differentiable_operands(plan: Plan, x: Operands) -> list[str]:
@@ -399,8 +406,8 @@ def reduce_gradients(x: Operands, grads: dict[str, Array]) -> dict[str, Array]:
     return grads
 
 
-def _backward(plan: Plan, spec: ShardSpec, residuals: Any, d_out: Array) -> tuple[Operands]:
-    x, out, saved = residuals
+def _backward(plan: Plan, spec: ShardSpec, residuals: Any, gradients_out: tuple[Array, Array]) -> tuple[Operands]:
+    (x, out, saved), (d_out, d_lse) = residuals, gradients_out
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     names = differentiable_operands(plan, x)
     grads = kernel_call.run(
@@ -410,7 +417,7 @@ def _backward(plan: Plan, spec: ShardSpec, residuals: Any, d_out: Array) -> tupl
         x,
         LETTERS,
         d_out,
-        by_tile(plan, delta),
+        by_tile(plan, delta) - d_lse,
         *saved,
         more_letters=("bn...", *[_ROWS] * (1 + len(saved))),
         results=kernel_call.gradient_letters(x, names, LETTERS),

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from posjax.attention.backends.sinks import with_sink
 from posjax.attention.backends.xla_chunked.backward import cotangent, delta_of, floats, gradients, zeros_like
 from posjax.attention.backends.xla_chunked.forward import outputs
 from posjax.attention.backends.xla_chunked.layout import Operands, Plan, from_blocks, to_operands, unblock
@@ -44,24 +45,26 @@ def attention(call: AttentionCall, *, tile: tuple[int, int] | None = None) -> Fl
     Returns:
       The result of ``reference.attention``.
     """
-    return from_blocks(_attend(*to_operands(call.transformed(), tile=tile)), call.query.shape[1])
+    length = call.query.shape[1]
+    out, lse = _attend(*to_operands(call.transformed(), tile=tile))
+    return with_sink(from_blocks(out, length), from_blocks(lse[..., None], length)[..., 0], call.sink)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, operands: Operands) -> Array:
-    """Computes attention on tiles, [I, B, N, t, V] in the dtype of value."""
+def _attend(plan: Plan, operands: Operands) -> tuple[Array, Array]:
+    """Computes attention on tiles, [I, B, N, t, V] in the dtype of value, and the log-sum-exp of each row, [I, B, N, t]."""
     return _forward(plan, operands)[0]
 
 
-def _forward(plan: Plan, x: Operands) -> tuple[Array, tuple[Operands, Array, Any]]:
+def _forward(plan: Plan, x: Operands) -> tuple[tuple[Array, Array], tuple[Operands, Array, Any]]:
     out, saved = checkpoint_name(outputs(plan, x), SAVED)
-    return out, (x, out, saved)
+    return (out, saved[0]), (x, out, saved)
 
 
-def _backward(plan: Plan, saved: tuple[Operands, Array, Any], d_out: Array) -> tuple[Operands]:
-    x, out, residuals = saved
+def _backward(plan: Plan, saved: tuple[Operands, Array, Any], gradients_out: tuple[Array, Array]) -> tuple[Operands]:
+    (x, out, residuals), (d_out, d_lse) = saved, gradients_out
     d_final = zeros_like(floats(residuals[2])[0])
-    grads = gradients(plan, x, residuals, d_out, delta_of(out, d_out), d_final)
+    grads = gradients(plan, x, residuals, d_out, delta_of(out, d_out) - d_lse, d_final)
     return (cotangent(x, grads | dict(carries=[unblock(tiles) for tiles in grads["carries"]])),)
 
 

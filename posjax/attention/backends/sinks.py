@@ -1,0 +1,26 @@
+"""Attention sinks: one more key without a value, whose logit is a number per head (``posjax.core.structures.Softmax``).
+
+The sink joins the denominator of the softmax after all keys, whichever backend or device they were on:
+
+    out / (sum_j exp(s_ij) + exp(sink)) = out_without * sigmoid(lse_i - sink)
+
+so backends return the log-sum-exp of each row, differentiably, and know nothing of sinks.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from posjax.typing import Array, Float
+
+
+def with_sink(out: Float[Array, "B T N V"], lse: Float[Array, "B T N"], sink: Float[Array, " N"] | None) -> Float[Array, "B T N V"]:
+    """Returns the output of attention with a sink; None for no sink.
+
+    Args:
+      out: output without the sink.
+      lse: log-sum-exp of the scores of each row, in nats; any large number where no key is allowed, because out is zero there.
+      sink: logits, 1 or N.
+    """
+    if sink is None:
+        return out
+    return (out.astype(jnp.float32) * jax.nn.sigmoid(lse - sink.astype(jnp.float32))[..., None]).astype(out.dtype)
