@@ -68,8 +68,9 @@ def attention(
         "xla" is dense: the reference, with [T, S] arrays, and the only one with derivatives of every order and mode.
         "xla_chunked" processes one tile at a time on any device. Memory grows with T + S; gradients are first-order, reverse-mode.
         "pallas" is the kernel of the platform that the program is lowered for: TPU, NVIDIA GPU (Ampere or later), or, for tests on
-        a CPU, the TPU kernel in interpret mode. It supports no mask arrays, and only the encodings rope, alibi, t5, tupe, cope with
-        gates="logits", and their chains.
+        a CPU, the TPU kernel in interpret mode. It supports no mask arrays. It takes any number of biases of two tokens (``Pair``,
+        read as numbers, by tables or by small networks, with learned numbers and features), sums of the keys' own gates (``Scan``
+        of keys), and one count of CoPE's form: rope, alibi, t5, tupe, cope with gates="logits", and their chains.
         On a mesh with an axis named "context" ("sequence", "seq", "cp" and "sp" work too), or with an explicit axis that shards T,
         None, "xla_chunked" and "pallas" run ring attention, in which each device holds its share of the sequence.
       block_sizes: tile sizes of the "pallas" kernel, ``Blocks`` on a TPU and ``GpuBlocks`` on a GPU. None takes the defaults of the
