@@ -8,7 +8,19 @@ from posjax.attention.linear import linear_attention
 from posjax.core.chain import chain
 from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, Tokens, encoding, identity, register
 from posjax.core.masks import Mask
-from posjax.core.structures import Bias, Hinges, Pair, Replace, Rotate, Scan, ScoreModifications, Softmax, Table
+from posjax.core.structures import (
+    Bias,
+    Hinges,
+    Pair,
+    Replace,
+    Rotate,
+    Scan,
+    ScoreModifications,
+    Softmax,
+    StickBreaking,
+    Table,
+    Transport,
+)
 from posjax.encodings.absolute import learned, sinusoidal
 from posjax.encodings.cope import cope, cope_alibi, cope_mlp
 from posjax.encodings.relative import alibi, t5
@@ -32,8 +44,10 @@ __all__ = [
     "Scan",
     "ScoreModifications",
     "Softmax",
+    "StickBreaking",
     "Table",
     "Tokens",
+    "Transport",
     "alibi",
     "attend",
     "attention",

@@ -259,6 +259,7 @@ def heads(layer: _Layer) -> None:
         value=call.value[:, :, :1],
         transforms=map_arrays(part, call.transforms),
         biases=map_arrays(part, call.biases),
+        weights=map_arrays(part, call.weights),
     )
     layer.same(reference.attention(first), reference.attention(call)[:, :, :group])
 

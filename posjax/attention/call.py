@@ -16,10 +16,23 @@ import numpy as np
 from posjax.checks import is_traced
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, Tokens, identity, what_is
 from posjax.core.masks import Mask
-from posjax.core.structures import Bias, Hinges, Pair, Replace, Rotate, Scan, Table
+from posjax.core.structures import (
+    Bias,
+    Hinges,
+    Pair,
+    Replace,
+    Rotate,
+    Scan,
+    ScoreModifications,
+    Softmax,
+    StickBreaking,
+    Table,
+    Transport,
+)
 from posjax.typing import Array, Float, Int, Params
 
 _NONE = identity()
+_SOFTMAX = Softmax()
 
 
 @jax.tree_util.register_dataclass
@@ -31,13 +44,14 @@ class AttentionCall:
       query: [B, T, N, H], as given or with new channels.
       key: [B, S, K, H], likewise.
       value: [B, S, K, V]; None if only the weights are computed.
-      transforms: rotations of query and key that are still to be applied, by a backend or by ``transformed``.
+      transforms: transforms of query and key that are still to be applied, by a backend or by ``transformed``, which leaves a
+        ``Transport`` alone.
       biases: what is added to the scores. A read whose query or key is None reads those of this call.
       mask: the pairs that are allowed to attend.
       query_positions, key_positions: int32 [B or 1, T] and [B or 1, S], the order of the tokens.
       query_coordinates, key_coordinates: [B or 1, T, A] and [B or 1, S, A]; None: one axis, the positions.
       scale: float32 [], the factor of q.k.
-      sink: logits [N or 1] of one more key without a value; None for none.
+      weights: what turns scores into weights.
       logits_soft_cap: c; scores become c * tanh(scores / c) after the bias and before the mask; None for no cap.
       is_self: whether queries and keys are the same tokens in the same order.
       runs: whether positions rise by one along every segment, so that the distance of two visible tokens is that of their indices.
@@ -46,7 +60,7 @@ class AttentionCall:
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K V"] | None
-    transforms: tuple[Rotate, ...]
+    transforms: tuple[Rotate | Transport, ...]
     biases: tuple[Bias, ...]
     mask: Mask
     query_positions: Int[Array, "_ T"]
@@ -54,7 +68,7 @@ class AttentionCall:
     query_coordinates: Array | None
     key_coordinates: Array | None
     scale: Float[Array, ""]
-    sink: Float[Array, " _"] | None = None
+    weights: Softmax | StickBreaking = _SOFTMAX
     logits_soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
     is_self: bool = dataclasses.field(default=False, metadata={"static": True})
     runs: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -65,10 +79,11 @@ class AttentionCall:
 
     def transformed(self) -> "AttentionCall":
         """Returns the call with its pending rotations applied to query and key."""
-        if not self.transforms:
+        if all(isinstance(transform, Transport) for transform in self.transforms):
             return self
         query, key = _applied(self.transforms, self.query, self.key)
-        return self.replace(query=query, key=key, transforms=(), biases=_with_vectors(self.biases, self.query, self.key))
+        rest = tuple(transform for transform in self.transforms if isinstance(transform, Transport))
+        return self.replace(query=query, key=key, transforms=rest, biases=_with_vectors(self.biases, self.query, self.key))
 
     def with_transformed_keys(self) -> "AttentionCall":
         """Returns the call with its pending rotations applied to the key alone."""
@@ -77,6 +92,26 @@ class AttentionCall:
         _, key = _applied(self.transforms, self.query, self.key)
         transforms = tuple(dataclasses.replace(transform, key_phase=None, key_gain=None) for transform in self.transforms)
         return self.replace(key=key, transforms=transforms, biases=_with_vectors(self.biases, None, self.key))
+
+    @property
+    def sink(self) -> Array | None:
+        """Returns the logits of one more key without a value, [N or 1]; None if there is none."""
+        return getattr(self.weights, "sink", None)
+
+    @property
+    def transport(self) -> Transport | None:
+        """Returns the transport of keys along the tokens, or None if there is none."""
+        return next((transform for transform in self.transforms if isinstance(transform, Transport)), None)
+
+    def needs_order(self) -> str | None:
+        """Returns what of the call only a walk along the keys can do that is not a softmax of their scores; None if nothing."""
+        if isinstance(self.weights, StickBreaking):
+            return "weights are those of StickBreaking"
+        if self.transport is not None:
+            return "keys are moved by a Transport"
+        if any(getattr(bias.read, "side", None) == "value" for bias in self.biases):
+            return "a Table adds to the output (side='value')"
+        return None
 
     def filled(self) -> "AttentionCall":
         """Returns the call with arrays in place of every None that stands for the call's own query, key or coordinates.
@@ -177,6 +212,7 @@ def prepare(
         raise ValueError(f"needs_causal must be True for {encoding.name}, whose bias is a Scan, got False")
     if encoding.needs_causal:
         _check_rising(encoding, positions[1] if key_positions is None else key_positions, key_segments)
+    _check_weights(encoding, mods, is_causal, mask)
     biases = mods.biases
     first = max((n + 1 for n, transform in enumerate(mods.transforms) if isinstance(transform, Replace)), default=0)
     if first:  # what a Replace holds is made of what all transforms before it left
@@ -186,7 +222,7 @@ def prepare(
         query=query,
         key=key,
         value=value,
-        transforms=mods.transforms[first:],
+        transforms=tuple(t for n, t in enumerate(mods.transforms) if n >= first or isinstance(t, Transport)),
         biases=biases,
         mask=mask,
         query_positions=positions[0],
@@ -194,7 +230,7 @@ def prepare(
         query_coordinates=None if coordinates is None else coordinates[0],
         key_coordinates=None if coordinates is None else coordinates[1],
         scale=jnp.asarray(scale, jnp.float32),
-        sink=mods.weights.sink,
+        weights=mods.weights,
         logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         is_self=is_self,
         runs=runs,
@@ -317,6 +353,22 @@ def _hidden(encoding: PositionalEncoding, hidden: Any, query: Array, key: Array)
                 "a pair gives both"
             )
     return sides
+
+
+def _check_weights(encoding: PositionalEncoding, mods: ScoreModifications, is_causal: bool, mask: Mask) -> None:
+    """Raises ValueError if what an encoding does along the order of keys does not fit the call or itself."""
+    transports = sum(isinstance(transform, Transport) for transform in mods.transforms)
+    if transports > 1:
+        raise ValueError(f"encoding may transport keys once, got {transports} Transports in {encoding.name}")
+    if transports and not (is_causal and mask.boolean is None):
+        raise ValueError(
+            f"is_causal must be True and mask None for {encoding.name}, which transports keys, got is_causal={is_causal}"
+        )
+    if isinstance(mods.weights, StickBreaking) and not encoding.needs_causal:
+        raise ValueError(f"needs_causal must be True for {encoding.name}, whose weights are StickBreaking, got False")
+    for bias in mods.biases:
+        if getattr(bias.read, "side", None) == "value" and (bias.read.interpolate or isinstance(bias.at, Scan)):
+            raise ValueError(f"a Table with side='value' must be read at integers of a Pair, got another in {encoding.name}")
 
 
 def _check_rising(encoding: PositionalEncoding, key_positions: Array, key_segments: Array | None) -> None:

@@ -25,7 +25,7 @@ from posjax.attention.dispatch import Implementation, run
 from posjax.attention.linear import LinearCache
 from posjax.checks import check_at_least, is_traced
 from posjax.core.encoding import Dims, PositionalEncoding
-from posjax.core.structures import Bias, key_arrays, map_arrays
+from posjax.core.structures import Bias, Transport, key_arrays, map_arrays
 from posjax.typing import Array, Float, Int, Params
 
 _EMPTY = 2**30  # position of an empty slot: after every query, so that slots are ordered by position
@@ -39,7 +39,7 @@ class Cache:
     Attributes:
       key: [B, S, K, W], after the transforms of the encoding.
       value: [B, S, K, V].
-      columns: for each bias its arrays per key by name, [B, N or K or 1, S, ...].
+      columns: for a transport and each bias their arrays per key by name, [B, N or K or 1, S, ...].
       positions: int32 [B, S].
       coordinates: [B, S, A]; None if they are the positions.
       segments: int32 [B, S]; 0 for empty slots and padding.
@@ -197,7 +197,7 @@ def attend(
     call = call.replace(
         key=full.key,
         value=full.value,
-        biases=_with_columns(call, full.columns),
+        **_with_columns(call, full.columns),
         mask=dataclasses.replace(call.mask, key_segments=full.segments),
         key_positions=full.positions,
         key_coordinates=full.coordinates,
@@ -212,16 +212,16 @@ def attend(
 
 
 def _columns(call: AttentionCall) -> tuple[dict[str, Array], ...]:
-    """Returns the arrays of every bias that are per key, by name, [B, N or K or 1, S, ...]."""
+    """Returns the arrays per key of every bias, and of a transport before them, by name, [B, N or K or 1, S, ...]."""
     batch = call.key.shape[0]
 
-    def of_bias(bias: Bias) -> dict[str, Array]:
+    def of_bias(bias: Bias | Transport) -> dict[str, Array]:
         columns = {}
         for name, x, axes in key_arrays(bias):
             columns[name] = _for_rows(jnp.swapaxes(x, 1, 2) if axes.tokens == 1 else x, batch)
         return columns
 
-    return tuple(map(of_bias, call.biases))
+    return tuple(map(of_bias, (*call.transforms, *call.biases)))
 
 
 def _for_rows(x: Array, batch: int) -> Array:
@@ -229,16 +229,17 @@ def _for_rows(x: Array, batch: int) -> Array:
     return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
 
-def _with_columns(call: AttentionCall, columns: tuple[dict[str, Array], ...]) -> tuple[Bias, ...]:
-    """Returns the biases of a call with these arrays per key."""
+def _with_columns(call: AttentionCall, columns: tuple[dict[str, Array], ...]) -> dict[str, Any]:
+    """Returns the transforms and biases of a call with these arrays per key."""
 
-    def of_bias(bias: Bias, columns: dict[str, Array]) -> Bias:
+    def of_bias(bias: Bias | Transport, columns: dict[str, Array]) -> Bias | Transport:
         arrays = iter(
             jnp.swapaxes(columns[name], 1, 2) if axes.tokens == 1 else columns[name] for name, _, axes in key_arrays(bias)
         )
         return map_arrays(lambda leaf, axes: next(arrays) if axes.side == "key" else leaf, bias)
 
-    return tuple(of_bias(*pair) for pair in zip(call.biases, columns, strict=True))
+    parts = tuple(of_bias(*pair) for pair in zip((*call.transforms, *call.biases), columns, strict=True))
+    return dict(transforms=parts[: len(call.transforms)], biases=parts[len(call.transforms) :])
 
 
 def check_room(cache: LayerCache, tokens: int) -> None:
@@ -380,10 +381,12 @@ def cache_layout(encoding: PositionalEncoding | None, dims: Dims, dtype: Any = j
         "key": (rotated, "widened keys" if rotated.shape[-1] > unrotated.shape[-1] else holds(rotated)),
         "value": (value, "values"),
     }
-    for number, column in enumerate(columns):
+    moves = {field.name for field in dataclasses.fields(Transport)}
+    transports = sum(bool(moves & set(column)) for column in columns)
+    for number, column in enumerate(columns, -transports):
         for name, x in column.items():
             x = jnp.moveaxis(x, 2, 1)
-            entries[f"bias {number} {name}"] = (x, holds(x))
+            entries[f"transport {name}" if number < 0 else f"bias {number} {name}"] = (x, holds(x))
     return tuple(CacheEntry(name, content, x.shape[2:], x.dtype.name, x[0, 0].nbytes) for name, (x, content) in entries.items())
 
 

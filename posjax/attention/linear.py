@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from posjax.attention.call import canonicalize_positions, check_encoding, check_operands
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, Tokens
-from posjax.core.structures import Rotate
+from posjax.core.structures import Rotate, Softmax
 from posjax.typing import Array, Bool, Float, Params
 
 FeatureMap = Literal["elu", "exp"]
@@ -147,7 +147,8 @@ def _features(
     query, key = (phi(x.astype(jnp.float32)) for x in (inputs.query, inputs.key))
     inputs = dataclasses.replace(inputs, query=query, key=key)
     mods = encoding.attend(params, inputs)
-    if mods.biases or mods.weights.sink is not None or not all(isinstance(transform, Rotate) for transform in mods.transforms):
+    is_plain = isinstance(mods.weights, Softmax) and mods.weights.sink is None
+    if mods.biases or not is_plain or not all(isinstance(transform, Rotate) for transform in mods.transforms):
         raise ValueError(f"encoding must act by rotation alone in linear_attention, got {encoding.name}; rope() does")
     rotated = dataclasses.replace(inputs, transforms=mods.transforms)
     rotated_query, rotated_key = rotated.turned_query, rotated.turned_key

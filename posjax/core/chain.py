@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, Tokens, as_value, what_is
-from posjax.core.structures import ScoreModifications
+from posjax.core.structures import ScoreModifications, Softmax
 from posjax.typing import Array, Params
 
 
@@ -97,7 +97,8 @@ class Chain(PositionalEncoding):
         for name, member in self.members.items():
             mods = member.attend(_part(params, name), dataclasses.replace(inputs, transforms=transforms))
             transforms, biases = transforms + mods.transforms, biases + mods.biases
-            weights += [(name, mods.weights)] if mods.weights.sink is not None else []
+            is_plain = isinstance(mods.weights, Softmax) and mods.weights.sink is None
+            weights += [] if is_plain else [(name, mods.weights)]
         if len(weights) > 1:
             raise ValueError(f"one member of a chain may have weights of its own, got {' and '.join(name for name, _ in weights)}")
         transforms = transforms[len(inputs.transforms) :]

@@ -31,6 +31,10 @@ class Mask:
     is_causal: bool = dataclasses.field(default=False, metadata={"static": True})
     window: tuple[int | None, int | None] = dataclasses.field(default=(None, None), metadata={"static": True})
 
+    def replace(self, **fields: Any) -> "Mask":
+        """Returns the mask with some of its fields replaced."""
+        return dataclasses.replace(self, **fields)
+
     def cut(self, row_start: Any, row_size: int, column_start: Any, column_size: int) -> "Mask":
         """Returns the mask of one tile of ``row_size`` queries and ``column_size`` keys."""
 

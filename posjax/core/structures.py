@@ -1,9 +1,10 @@
 """Score modifications: the structures in which an encoding says what it does to attention, and which backends know.
 
-    transforms   Rotate | Replace                    query and key, before their product
+    transforms   Rotate | Replace | Transport        query and key, before their product
     biases       Bias(at, read)                      added to the scores
       at         Pair | Scan                         where: a function of two tokens, or a sum along the keys between them
       read       None | Table | Hinges               what is read there: the number itself, a table, or a network of one number
+    weights      Softmax | StickBreaking             what turns scores into weights
 
 The score of query i and key j is ``scale * q_i.k_j`` of the transformed query and key, plus all biases. No structure is a [T, S]
 array: each holds arrays per query, per key and per head, and pure functions that are evaluated on tiles.
@@ -177,7 +178,31 @@ class Replace:
         return self.query, self.key
 
 
-Transform = Rotate | Replace
+@structure
+class Transport:
+    """Moves every key along the tokens between it and the query, by one linear map per token.
+
+        score_ij = scale * q_i . M_i M_{i-1} .. M_{j+1} k_j
+
+    M is I - strength w w^T with ``direction`` and ``strength``, or diag(exp(log_decay)). One call takes at most one, and no boolean
+    mask; attention must be causal. At padding, M must be the identity: a strength or a log_decay of zero. (PaTH, arXiv:2505.16381.)
+
+    Attributes:
+      direction: w, vectors of length one [B, S, K or 1, H].
+      strength: [B, S, K or 1, 1].
+      log_decay: [B, S, K or 1, H].
+    """
+
+    direction: Array | None = vectors("key", None)
+    strength: Array | None = vectors("key", None)
+    log_decay: Array | None = vectors("key", None)
+
+    def applied(self, query: Array, key: Array) -> tuple[Array, Array]:
+        """Returns query and key as they are: what it does depends on the pair."""
+        return query, key
+
+
+Transform = Rotate | Replace | Transport
 
 
 def apply_rotation(
@@ -269,11 +294,12 @@ class Table:
     """Reads a table at an index.
 
     Attributes:
-      table: side "none": numbers [N or 1, W]. Otherwise vectors [N or 1, W, R], whose product with a vector of the query or of the
-        key is read.
+      table: side "none": numbers [N or 1, W]. Side "query" or "key": vectors [N or 1, W, R], whose product with a vector of the query
+        or of the key is read. Side "value": vectors [N or 1, W, V] that add nothing to the score, but with the weight of the pair
+        to the output, as a value of the pair: out_i += sum_j p_ij table[at_ij].
       query: side "query": vectors [B, T, N or 1, R] that meet the table; None: the query of the call before any transform.
       key: side "key": vectors [B, S, K or 1, R]; None: the key before any transform.
-      side: "none", "query" or "key".
+      side: "none", "query", "key" or "value".
       interpolate: False reads at integers and finds zero outside [0, W). True interpolates between the two nearest entries and
         clamps to the ends.
     """
@@ -281,7 +307,7 @@ class Table:
     table: Array = per_head()
     query: Array | None = vectors("query", None)
     key: Array | None = vectors("key", None)
-    side: Literal["none", "query", "key"] = static("none")
+    side: Literal["none", "query", "key", "value"] = static("none")
     interpolate: bool = static(False)
 
 
@@ -330,6 +356,20 @@ class Softmax:
 
 
 @structure
+class StickBreaking:
+    """Turns scores into weights by breaking a stick from the query back: w_ij = sigmoid(z_ij) prod_{j < l < i} (1 - sigmoid(z_il)).
+
+    z are the scores with all biases; l runs over the allowed keys between. Weights of a row sum to at most one, recent keys come first,
+    and no positions are needed. Attention must be causal. (Tan et al., arXiv:2410.17980.)
+
+    Attributes:
+      attend_current: whether j and l may be the query's own token, at its own position.
+    """
+
+    attend_current: bool = static(False)
+
+
+@structure
 class ScoreModifications:
     """Says what an encoding does in one attention call.
 
@@ -341,7 +381,7 @@ class ScoreModifications:
 
     transforms: tuple[Transform, ...] = ()
     biases: tuple[Bias, ...] = ()
-    weights: Softmax = Softmax()
+    weights: Softmax | StickBreaking = Softmax()
 
 
 def sigmoid(x: Array, args: Any = ()) -> Array:

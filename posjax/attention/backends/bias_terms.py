@@ -129,10 +129,26 @@ def bias_terms(call: AttentionCall) -> tuple[BiasTerm, ...]:
     """Returns the biases of a call whose transforms have been applied, as terms."""
     batch, length, heads, _ = call.query.shape
     zeros = jnp.zeros((batch, heads, length), jnp.float32)
-    return tuple(_term(bias, zeros) for bias in call.filled().biases)
+    return tuple(_term(bias, zeros) for bias in call.filled().biases if getattr(bias.read, "side", None) != "value")
 
 
-def _term(bias: Bias, zeros: Array) -> BiasTerm:
+def value_terms(call: AttentionCall) -> tuple[BiasTerm, ...]:
+    """Returns what a call reads from tables and adds to its output, as terms; ``value_index`` locates the pairs of a tile."""
+    return tuple(_term(bias, None) for bias in call.filled().biases if getattr(bias.read, "side", None) == "value")
+
+
+def value_index(term: BiasTerm, tile: Tile) -> tuple[Int[Array, "_ _ t s"], Float[Array, "_ W V"]]:
+    """Returns the index of every pair of a tile, to which the term has been cut, and the table that it is read from."""
+    bias = _bias(term, term.rows, term.columns, term.tables)
+    return _pair(bias.at, tile).astype(jnp.int32), bias.read.table
+
+
+def value_reads(call: AttentionCall, tile: Tile) -> list[tuple[Array, Array]]:
+    """Returns ``value_index`` of every term that adds to the output, for a tile over all queries and keys."""
+    return [value_index(term, tile) for term in value_terms(call)]
+
+
+def _term(bias: Bias, zeros: Array | None) -> BiasTerm:
     form = jax.tree.structure(bias)
     parts: dict[Any, dict[str, Array]] = {"query": {}, "key": {}, None: {}}
     leaves = jax.tree.leaves(bias)

@@ -69,6 +69,8 @@ def biases_by_form(biases: tuple[Bias, ...]) -> Biases:
 
 def unsupported_biases(call: AttentionCall) -> str | None:
     """Returns why the kernels do not support the biases of a call, naming the argument at fault, or None if they do."""
+    if (reason := call.needs_order()) is not None:
+        return f"encoding asks for what the kernel does not do: {reason}"
     for bias in call.biases:
         if _form(bias) is None:
             return f"encoding has a bias that the kernel does not evaluate ({_described(bias)})"

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from posjax.attention.backends.bias_terms import Tile, bias_terms
+from posjax.attention.backends.bias_terms import Tile, bias_terms, value_reads
 from posjax.attention.backends.constants import MASK_VALUE
 from posjax.attention.call import AttentionCall
+from posjax.core.structures import StickBreaking
 from posjax.typing import Array, Float
 
 NAME = "xla"
@@ -25,18 +26,35 @@ def attention(call: AttentionCall) -> Float[Array, "B T N V"]:
 
     The softmax statistics are float32, and the result has the dtype of ``value``. A row with no allowed key gives zeros.
     """
+    call = call.transformed()
     probabilities, value = weights(call), call.value
     batch, heads, length, keys = probabilities.shape
     grouped = probabilities.reshape(batch, value.shape[2], -1, length, keys).astype(value.dtype)
     out = jnp.einsum("bkgts,bskv->btkgv", grouped, value, preferred_element_type=jnp.float32)
-    return out.reshape(batch, length, heads, value.shape[3]).astype(value.dtype)
+    out = out.reshape(batch, length, heads, value.shape[3])
+    for at, table in _read_values(call):
+        index = jnp.where((at >= 0) & (at < table.shape[1]), at, table.shape[1])
+        table = jnp.pad(table, [(0, 0), (0, 1), (0, 0)])
+        values = jax.vmap(lambda rows, index: rows[index], (0, 1), 1)(jnp.broadcast_to(table, (heads, *table.shape[1:])), index)
+        out = out + jnp.einsum("bnts,bntsv->btnv", probabilities, values)
+    return out.astype(value.dtype)
 
 
 def weights(call: AttentionCall) -> Float[Array, "B N T S"]:
-    """Returns the attention probabilities in float32. Each row sums to one, less what a sink takes, or is zero where no key is allowed."""
+    """Returns the attention probabilities in float32. Each row sums to one, less what a sink or the rest of a stick takes.
+
+    A row is zero where no key is allowed.
+    """
     tile, scores = scores_of(call)
     if call.logits_soft_cap is not None:
         scores = call.logits_soft_cap * jnp.tanh(scores / call.logits_soft_cap)
+    if isinstance(call.weights, StickBreaking):
+        allowed = tile.allowed
+        if not call.weights.attend_current:
+            allowed &= call.query_positions[:, None, :, None] != call.key_positions[:, None, None, :]
+        stays = jnp.where(allowed, jax.nn.log_sigmoid(-scores), 0.0)
+        before = jax.lax.cumsum(stays, axis=3, reverse=True) - stays  # over the keys between
+        return jnp.where(allowed, jnp.exp(jax.nn.log_sigmoid(scores) + before), 0.0)
     scores = jnp.where(tile.allowed, scores, MASK_VALUE)
     m = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     sink = None if call.sink is None else call.sink.astype(jnp.float32)[None, :, None, None]
@@ -54,6 +72,8 @@ def scores_of(call: AttentionCall) -> tuple[Tile, Float[Array, "B N T S"]]:
     batch, length, heads, width = query.shape
     grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], width)
     logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * call.scale
+    if call.transport is not None:
+        logits = _transported(call) * call.scale
     tile = Tile(
         logits=logits.reshape(batch, heads, length, key.shape[1]),
         allowed=call.mask.allowed(call.query_positions, call.key_positions),
@@ -61,3 +81,43 @@ def scores_of(call: AttentionCall) -> tuple[Tile, Float[Array, "B N T S"]]:
         key_positions=call.key_positions,
     )
     return tile, tile.logits + sum(term.dense(tile) for term in bias_terms(call))
+
+
+def _transported(call: AttentionCall) -> Float[Array, "B N T S"]:
+    """Returns q_i . M_i .. M_{j+1} k_j, with all keys moved by the map of one token after the other, as every query sees them."""
+    heads, transport = call.query.shape[2], call.transport
+
+    def of_heads(x: Array) -> Array:
+        return jnp.repeat(x.astype(jnp.float32), heads // x.shape[2], axis=2)
+
+    key, query = of_heads(call.key), call.query.astype(jnp.float32)
+    order, segments = call.key_positions, call.mask.key_segments
+    rows = jnp.broadcast_to(key[:, None], (*query.shape[:2], *key.shape[1:]))  # [B, T, S, N, H]: the keys as query t sees them
+
+    def step(l: Array, rows: Array) -> Array:
+        """Applies the map of token l to the keys before it, for the queries at or after it."""
+        at = jax.lax.dynamic_index_in_dim(order, l, 1, keepdims=True)
+        passes = (call.query_positions >= at)[:, :, None] & (order < at)[:, None]
+        if segments is not None:
+            own = jax.lax.dynamic_index_in_dim(segments, l, 1, keepdims=True)
+            passes &= (call.mask.query_segments == own)[:, :, None] & (segments == own)[:, None]
+        if transport.log_decay is not None:
+            decay = jax.lax.dynamic_index_in_dim(of_heads(transport.log_decay), l, 1)[:, None]
+            moved = rows * jnp.exp(decay)
+        else:
+            w, strength = (
+                jax.lax.dynamic_index_in_dim(of_heads(x), l, 1)[:, None] for x in (transport.direction, transport.strength)
+            )
+            moved = rows - strength * (rows * w).sum(-1, keepdims=True) * w
+        return jnp.where(passes[..., None, None], moved, rows)
+
+    rows = jax.lax.fori_loop(0, key.shape[1], step, rows)
+    return jnp.einsum("btnh,btsnh->bnts", query, rows)
+
+
+def _read_values(call: AttentionCall) -> list[tuple[Array, Array]]:
+    """Returns the index [B, N, T, S] and the table [N or 1, W, V] of every bias that adds to the output."""
+    heads = call.query.shape[2]
+    tile = Tile(jnp.zeros((1, heads, 1, 1)), jnp.ones((1, 1, 1, 1), bool), call.query_positions, call.key_positions)
+    shape = (call.query.shape[0], heads, call.query.shape[1], call.key.shape[1])
+    return [(jnp.broadcast_to(at, shape), table.astype(jnp.float32)) for at, table in value_reads(call, tile)]

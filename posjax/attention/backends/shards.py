@@ -170,7 +170,7 @@ def on_shards(
         specs = call.replace(
             **{name: partition("btn", getattr(call, name)) for name in ("query", "key", "value")},
             **{name: partition("bt", getattr(call, name)) for name in BY_TOKEN},
-            **{name: map_arrays(of_array, getattr(call, name)) for name in ("transforms", "biases")},
+            **{name: map_arrays(of_array, getattr(call, name)) for name in ("transforms", "biases", "weights")},
             mask=dataclasses.replace(
                 call.mask,
                 boolean=partition("bn", call.mask.boolean),
@@ -178,7 +178,6 @@ def on_shards(
                 key_segments=partition("bt", call.mask.key_segments),
             ),
             scale=PartitionSpec(),
-            sink=partition("n", call.sink),
         )
         context = jax.sharding.get_abstract_mesh()  # from set_mesh, auto_axes or an outer shard_map; shard_map requires this mesh
         mesh = spec.mesh if context.empty else context

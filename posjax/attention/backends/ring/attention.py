@@ -151,6 +151,8 @@ def unsupported_reason(call: AttentionCall, context: Context) -> str | None:
     queries, keys, parts = call.query.shape[1], call.key.shape[1], 2 * context.parts
     if queries % parts or keys % parts:
         return f"the lengths of query and key must be multiples of {parts}, twice its devices, got {queries} and {keys}"
+    if (reason := call.needs_order()) is not None:
+        return f"encoding asks for what the ring does not do: {reason}"
     if (mask := call.mask.boolean) is not None:
         return f"mask must be None, got one of shape {mask.shape}; segment_ids and local_window_size travel with the keys"
     if _sums(call) and not (call.mask.is_causal and queries == keys):

@@ -22,6 +22,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from posjax.attention.backends.sinks import with_sink
+from posjax.attention.backends.xla_chunked import ordered
 from posjax.attention.backends.xla_chunked.backward import cotangent, delta_of, floats, gradients, zeros_like
 from posjax.attention.backends.xla_chunked.forward import outputs
 from posjax.attention.backends.xla_chunked.layout import Operands, Plan, from_blocks, to_operands, unblock
@@ -45,8 +46,10 @@ def attention(call: AttentionCall, *, tile: tuple[int, int] | None = None) -> Fl
     Returns:
       The result of ``reference.attention``.
     """
-    length = call.query.shape[1]
-    out, lse = _attend(*to_operands(call.transformed(), tile=tile))
+    length, call = call.query.shape[1], call.transformed()
+    if call.needs_order() is not None:
+        return ordered.attention(call, tile=tile)
+    out, lse = _attend(*to_operands(call, tile=tile))
     return with_sink(from_blocks(out, length), from_blocks(lse[..., None], length)[..., 0], call.sink)
 
 

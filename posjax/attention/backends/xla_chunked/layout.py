@@ -59,13 +59,13 @@ def to_operands(call: AttentionCall, *, tile: tuple[int, int] | None = None, is_
     length, keys = call.query.shape[1], call.key.shape[1]
     rows, columns = tile or (ROWS, max(COLUMNS, ROWS * COLUMNS // length))  # wider tiles where there are few queries
     rows, columns = min(rows, length), min(columns, keys)
-    pad_rows, pad_columns = functools.partial(_pad, to=rows), functools.partial(_pad, to=columns)
+    pad_rows, pad_columns = functools.partial(pad, to=rows), functools.partial(pad, to=columns)
     plan = Plan(rows, columns, keys, call.logits_soft_cap, is_part)
     return plan, Operands(
         query=_blocks(pad_rows(call.query, axis=1), rows),
         key=_blocks(pad_columns(call.key, axis=1), columns),
         value=_blocks(pad_columns(call.value, axis=1), columns),
-        terms=tuple(_pad_term(term, rows, columns) for term in bias_terms(call)),
+        terms=tuple(pad_term(term, rows, columns) for term in bias_terms(call)),
         mask=dataclasses.replace(
             call.mask,
             boolean=None if call.mask.boolean is None else pad_columns(pad_rows(call.mask.boolean, axis=2), axis=3),
@@ -101,7 +101,7 @@ def _blocks(x: Array, size: int) -> Array:
     return x.reshape(batch, length // size, size, heads, width).transpose(1, 0, 3, 2, 4)
 
 
-def _pad(x: Any, *, to: int, axis: int) -> Any:
+def pad(x: Any, *, to: int, axis: int) -> Any:
     """Pads x along an axis to a multiple of ``to``, repeating its last entry.
 
     A repeated query saturates when the last one does. None, and an x whose axis has length 1, are returned unchanged.
@@ -113,10 +113,10 @@ def _pad(x: Any, *, to: int, axis: int) -> Any:
     return jnp.pad(x, widths, mode="edge")
 
 
-def _pad_term(term: BiasTerm, rows: int, columns: int) -> BiasTerm:
+def pad_term(term: BiasTerm, rows: int, columns: int) -> BiasTerm:
     return dataclasses.replace(
         term,
-        rows=jax.tree.map(functools.partial(_pad, to=rows, axis=2), term.rows),
-        columns=jax.tree.map(functools.partial(_pad, to=columns, axis=2), term.columns),
-        carry=jax.tree.map(functools.partial(_pad, to=rows, axis=2), term.carry),
+        rows=jax.tree.map(functools.partial(pad, to=rows, axis=2), term.rows),
+        columns=jax.tree.map(functools.partial(pad, to=columns, axis=2), term.columns),
+        carry=jax.tree.map(functools.partial(pad, to=rows, axis=2), term.carry),
     )
