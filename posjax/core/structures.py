@@ -294,9 +294,9 @@ class Table:
     """Reads a table at an index.
 
     Attributes:
-      table: side "none": numbers [N or 1, W]. Side "query" or "key": vectors [N or 1, W, R], whose product with a vector of the query
-        or of the key is read. Side "value": vectors [N or 1, W, V] that add nothing to the score, but with the weight of the pair
-        to the output, as a value of the pair: out_i += sum_j p_ij table[at_ij].
+      table: side "none": numbers [N or 1, W]. Side "query" or "key": vectors [N or 1, W, R], whose product with a vector of the
+        query or of the key is read. Side "value": vectors [N or 1, W, V] that add nothing to the score, but with the weight of the
+        pair to the output, as a value of the pair: out_i += sum_j p_ij table[at_ij].
       query: side "query": vectors [B, T, N or 1, R] that meet the table; None: the query of the call before any transform.
       key: side "key": vectors [B, S, K or 1, R]; None: the key before any transform.
       side: "none", "query", "key" or "value".
@@ -359,8 +359,8 @@ class Softmax:
 class StickBreaking:
     """Turns scores into weights by breaking a stick from the query back: w_ij = sigmoid(z_ij) prod_{j < l < i} (1 - sigmoid(z_il)).
 
-    z are the scores with all biases; l runs over the allowed keys between. Weights of a row sum to at most one, recent keys come first,
-    and no positions are needed. Attention must be causal. (Tan et al., arXiv:2410.17980.)
+    z are the scores with all biases; l runs over the allowed keys between. Weights of a row sum to at most one, recent keys come
+    first, and no positions are needed. Attention must be causal. (Tan et al., arXiv:2410.17980.)
 
     Attributes:
       attend_current: whether j and l may be the query's own token, at its own position.

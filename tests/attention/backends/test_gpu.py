@@ -13,7 +13,7 @@ import pytest
 import suite
 import test_kernels_properties as properties
 from hypothesis import strategies as st
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 from kernel_calls import (
     DISTINCT,
     EVERYTHING,
@@ -41,6 +41,7 @@ from posjax.attention.backends.gpu import blocks as gpu_blocks
 from posjax.attention.backends.gpu import triton
 from posjax.attention.backends.gpu.blocks import GpuBlocks, blocks_for, check_gpu_blocks
 from posjax.attention.backends.gpu.plan import longest_run
+from posjax.attention.backends.shards import ShardSpec
 from posjax.attention.call import prepare
 
 SMALL = GpuBlocks(queries=32, keys=32, strip=16, rows=16, warps=4, stages=2)
@@ -61,6 +62,35 @@ class Interpreted:
 
 def check(encoding, tile=SMALL, **call):
     return kernel_calls.check(Interpreted(tile), encoding, **call)
+
+
+def with_every_operation(queries, keys, args):
+    """A function of a float and an integer, of all operations that functions of pairs may have."""
+    (place, at), (key_place, key_at) = queries, keys
+    far = jnp.abs(place - key_place)
+    bent = jnp.where(far > 1.0, jnp.log(1.0 + far), jnp.sqrt(1.0 + far))
+    waves = jnp.cos(jnp.floor(0.25 * (at - key_at).astype(jnp.float32))) * jnp.exp(-far)
+    return args[0] * bent + args[1] * waves
+
+
+def attend(params, inputs):
+    """The float of a key is that of its key head, and that of a query is the same for all heads."""
+    queries, keys = inputs.q.positions[:, None], inputs.k.positions[:, None]
+    place = jnp.swapaxes(jnp.sin(inputs.key[..., 0].astype(jnp.float32)), 1, 2)
+    pair = pj.Pair(with_every_operation, (jnp.sin(1.0 * queries), queries), (place, keys), params["slopes"], relative=False)
+    return pj.ScoreModifications(biases=(pj.Bias(pair),))
+
+
+PAIRS = pj.encoding("pairs", init=lambda key, dims: {"slopes": jnp.zeros((dims.num_heads, 2))}, attend=attend)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+    """The kernels on a mesh of four parts of the heads."""
+
+    def __call__(self, call):
+        mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+        return gpu.attention(call, block_sizes=SMALL, spec=ShardSpec(mesh, ("data",), ("tensor",)), interpret=True)
 
 
 # What always runs ----------------------------------------------------------------------------------------------------
@@ -117,7 +147,7 @@ REFUSED = {
     "gates of their own": (pj.cope(4, gates="keys"), {}, {}, "encoding has a bias that the kernel does not evaluate"),
     "another bias": (pj.chain(pj.rope(), pj.cope_alibi()), {}, {}, "encoding has a bias that the kernel does not evaluate"),
     "cope twice": (pj.chain(pj.cope(4), pj.cope(8)), {}, {}, "encoding counts by gates twice"),
-    "t5 twice": (pj.chain(pj.t5(6, 8), pj.t5(4, 8)), {}, {}, "encoding reads a table at an index of positions twice"),
+    "a second large table": (pj.chain(pj.t5(6, 8), pj.t5(66, 80)), {}, {}, "encoding reads a second table of more than 64 numbers"),
 }
 
 
@@ -149,7 +179,11 @@ def test_encodings_that_they_do_not_know(case, monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", ["pallas", None])
-@pytest.mark.parametrize("encoding", [pj.rope(), pj.chain(pj.rope(), pj.cope(8))], ids=lambda encoding: encoding.name)
+@pytest.mark.parametrize(
+    "encoding",
+    [pj.rope(), pj.chain(pj.rope(), pj.cope(8)), pj.chain(pj.t5(6, 8), pj.t5(4, 8), PAIRS), pj.chain(pj.cope(8), PAIRS)],
+    ids=lambda encoding: encoding.name,
+)
 def test_programs_for_a_gpu_contain_them_wherever_they_are_lowered(implementation, encoding):
     gradient = jax.jit(jax.grad(functools.partial(loss, encoding=encoding, implementation=implementation), allow_int=True))
     texts = [gradient.trace(shapes(encoding)).lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "cpu")]
@@ -247,6 +281,12 @@ CALLS = {
             arrays={"query_positions": 37 * jnp.arange(140) % 140, "key_positions": 67 * jnp.arange(200) % 200},
         ),
     ),
+    "two tables": (pj.chain(pj.t5(6, 8), pj.t5(64, 80, bidirectional=True)), dict(logits_soft_cap=2.0)),
+    "pairs, packed": (
+        pj.chain(pj.cope(12), PAIRS),
+        dict(is_causal=True, batch=2, keys=150, heads=(4, 2, 16, 16), arrays=packed(2, 140, 150), logits_soft_cap=20.0),
+    ),
+    "bfloat16 and pairs": (PAIRS, dict(dtype="bfloat16", tile=UNEVEN)),
     "blocks of their own": (GATED, dict(tile=GpuBlocks(128, 64, 32, 64, 8, 2), length=600, heads=(1, 1, 16, 16), is_causal=True)),
 }
 
@@ -278,6 +318,13 @@ def test_gradients_inside_a_scan_and_through_a_checkpoint():
         return carry + 1, jax.grad(jax.checkpoint(one_loss))(*call)
 
     all_agree(jax.jit(lambda *calls: jax.lax.scan(step, 0, calls)[1])(operands, segments), operands, want)
+
+
+@thorough
+def test_features_of_key_heads_that_shards_share():
+    check_on = functools.partial(kernel_calls.check, OnMesh(), PAIRS, batch=2, is_causal=True)
+    for kv_heads in (1, 2, 4):
+        check_on(heads=(4, kv_heads, 16, 16))
 
 
 @thorough

@@ -173,6 +173,38 @@ def test_the_table_gives_them_only_to_calls_that_they_can_do(counts, monkeypatch
         assert blocks_for(*other, counts).lowering == "triton"
 
 
+def distance(differences, args):
+    return -args * jnp.abs(differences[0])
+
+
+def both(queries, keys, args):
+    return -args * jnp.abs(queries[0] - keys[0])
+
+
+POSITIONS = jnp.zeros((1, 1, 8))
+PAIRS = {  # whether they evaluate them
+    "a function of the distance": (pj.Bias(pj.Pair(distance, args=jnp.ones(2), learned=False)), True),
+    "learned": (pj.Bias(pj.Pair(distance, args=jnp.ones(2))), False),
+    "of both positions": (pj.Bias(pj.Pair(both, args=jnp.ones(2), relative=False, learned=False)), False),
+    "of two numbers": (pj.Bias(pj.Pair(distance, args=jnp.ones((2, 2)), learned=False)), False),
+    "of features": (pj.Bias(pj.Pair(distance, (POSITIONS,), (POSITIONS,), args=jnp.ones(2), learned=False)), False),
+    "read by a network": (pj.Bias(pj.Pair(distance, args=jnp.ones(2)), pj.Hinges(*[jnp.ones((2, 3))] * 3)), False),
+}
+
+
+@pytest.mark.parametrize(("bias", "can"), PAIRS.values(), ids=PAIRS)
+def test_pairs(bias, can, monkeypatch):
+    """Those that they do not evaluate are refused by name, and go to the others where no block sizes are given."""
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    monkeypatch.setattr(gpu, "capability", lambda: 90)
+    x = jnp.zeros((1, 8, 2, 136), jnp.bfloat16)
+    call = prepare(x, x, x, None, None).replace(biases=(bias,))
+    assert gpu.default_blocks(call).lowering == ("mosaic" if can else "triton")
+    assert gpu.unsupported_reason(call) is None
+    reason = gpu.unsupported_reason(call, block_sizes=TILE)
+    assert reason is None if can else "functions of the distance of two positions with one number per head" in reason
+
+
 @pytest.mark.parametrize(("dtype", "why"), [("bfloat16", "mosaic could, too"), ("float32", "mosaic cannot: it takes bfloat16")])
 def test_the_log_says_once_which_kernels_run_and_why(dtype, why, caplog, monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))

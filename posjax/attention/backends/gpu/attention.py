@@ -18,7 +18,7 @@ from posjax.attention.backends import kernel_call
 from posjax.attention.backends.gpu import triton
 from posjax.attention.backends.gpu.blocks import LEAST, LOWERINGS, GpuBlocks, blocks_for, capability, mosaic_unsupported_reason
 from posjax.attention.backends.gpu.plan import Operands, Plan, make_block_mask
-from posjax.attention.backends.kernel_call import DistanceFunction, biases_by_form, pad_to_multiple
+from posjax.attention.backends.kernel_call import PairProgram, biases_by_form, features_of, numbers_of, pad_to_multiple
 from posjax.attention.backends.shards import ShardSpec, infer_shard_spec
 from posjax.attention.call import AttentionCall
 from posjax.core.masks import Rules, with_padding
@@ -45,7 +45,8 @@ def unsupported_reason(call: AttentionCall, *, block_sizes: GpuBlocks | None = N
     if (reason := kernel_call.unsupported_biases(call)) is not None:
         return reason
     if block_sizes is not None and block_sizes.lowering == "mosaic":
-        reason = mosaic_unsupported_reason(capability(), query.dtype, _channels(query, call.value), _entries(call), block_sizes)
+        channels = _channels(query, call.value)
+        reason = mosaic_unsupported_reason(capability(), query.dtype, channels, _entries(call), block_sizes, _programs(call))
         return None if reason is None else f"block_sizes has lowering='mosaic': {reason} (lowering='triton' can)"
     return None
 
@@ -57,6 +58,10 @@ def _channels(query: Array, value: Array) -> int:
 def _entries(call: AttentionCall) -> int:
     lookup = biases_by_form(call.biases).lookup
     return 0 if lookup is None else lookup.read.table.shape[1]
+
+
+def _programs(call: AttentionCall) -> tuple[PairProgram, ...]:
+    return tuple(map(PairProgram.of, biases_by_form(call.biases).pairs))
 
 
 def attention(
@@ -89,7 +94,7 @@ def to_operands(call: AttentionCall, blocks: GpuBlocks, spec: ShardSpec, interpr
 
     Arguments are those of ``attention``.
     """
-    counts, looks, functions = biases_by_form(call.biases)
+    counts, looks, pairs = biases_by_form(call.biases)
     query, key, value = call.query, call.key, call.value
     repeats = np.lcm(key.shape[2], spec.num_head_shards) // key.shape[2]  # more shards than key heads: each needs its own
     if repeats > 1:
@@ -100,6 +105,15 @@ def to_operands(call: AttentionCall, blocks: GpuBlocks, spec: ShardSpec, interpr
     def by_query(x: Array | None, axis: int = 1) -> Array | None:
         return None if x is None else pad_to_multiple(x, blocks.queries, axis)
 
+    def of_heads(x: Array | None) -> Array | None:
+        """Converts features [F, B or 1, N or K or 1, T or S] to [B or 1, N or K or 1, F, T or S]."""
+        if x is None:
+            return None
+        if 1 < x.shape[2] < key.shape[2]:  # key heads that have been repeated
+            x = jnp.repeat(x, key.shape[2] // x.shape[2], axis=2)
+        return jnp.moveaxis(x, 0, 2)
+
+    key_features = of_heads(features_of(pairs, "key"))
     plan = Plan(
         blocks=blocks,
         rules=Rules(call.mask.is_causal, *call.mask.window, segmented=query_segments is not None),
@@ -107,7 +121,7 @@ def to_operands(call: AttentionCall, blocks: GpuBlocks, spec: ShardSpec, interpr
         last=None if counts is None else counts.read.table.shape[1] - 1,
         index=kernel_call.index_of(looks),
         uniform=kernel_call.uniform_of(looks),
-        functions=tuple(map(DistanceFunction.of, functions)),
+        pairs=tuple(map(PairProgram.of, pairs)),
         interpret=interpret,
     )
     operands = Operands(
@@ -121,7 +135,9 @@ def to_operands(call: AttentionCall, blocks: GpuBlocks, spec: ShardSpec, interpr
         key_segments=key_segments,
         z=None if counts is None else by_query(_embedding_products(counts, query), 2),
         table=None if looks is None else jnp.broadcast_to(looks.read.table.astype(jnp.float32), (query.shape[2], _entries(call))),
-        args=kernel_call.args_of(functions, query.shape[2]),
+        numbers=numbers_of(pairs, query.shape[2]),
+        query_features=by_query(of_heads(features_of(pairs, "query")), 3),
+        key_features=None if key_features is None else pad_to_multiple(key_features, blocks.keys, 3),
     )
     return plan, operands
 
@@ -130,7 +146,7 @@ def default_blocks(call: AttentionCall, lowerings: tuple[str, ...] = LOWERINGS) 
     """Returns the block sizes that ``blocks_for`` chooses for a call on the current device."""
     counts, _, _ = biases_by_form(call.biases)
     channels, entries = _channels(call.query, call.value), _entries(call)
-    return blocks_for(capability(), call.query.dtype, channels, counts is not None, entries, lowerings)
+    return blocks_for(capability(), call.query.dtype, channels, counts is not None, entries, lowerings, _programs(call))
 
 
 def _embedding_products(counts: Bias, query: Array) -> Array:
@@ -161,15 +177,19 @@ LETTERS = dict(  # the axis letters of each operand, for ``per_shard``
     key_segments="b.",
     z="bn..",
     table="n.",
-    args="n.",
+    numbers="n.",
+    query_features="bn..",
+    key_features="bn..",
     high="bn.",
     low="bn.",
 )
 
 
-def differentiable_operands(x: Operands) -> list[str]:
+def differentiable_operands(plan: Plan, x: Operands) -> list[str]:
     """Returns the names of the operands that have gradients."""
-    return [name for name in ("query", "key", "value", "scale", "z", "table") if getattr(x, name) is not None]
+    names = [name for name in ("query", "key", "value", "scale", "z", "table") if getattr(x, name) is not None]
+    names += ["numbers"] if plan.learns_numbers else []
+    return names + (["query_features", "key_features"] if plan.float_features else [])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -202,7 +222,7 @@ def _lowering_reason(plan: Plan, x: Operands) -> str:
     if plan.blocks.lowering == "mosaic":
         return "its block sizes name it"
     entries = 0 if x.table is None else x.table.shape[1]
-    reason = mosaic_unsupported_reason(capability(), x.query.dtype, _channels(x.query, x.value), entries)
+    reason = mosaic_unsupported_reason(capability(), x.query.dtype, _channels(x.query, x.value), entries, pairs=plan.pairs)
     return f"mosaic cannot: {reason}" if reason else "its block sizes name it; mosaic could, too"
 
 
@@ -223,24 +243,36 @@ def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, *saved: Arra
     if counts:
         grads = triton.backward_band(plan, x, block_mask, saved, d_out, delta, grads)
         tables += [grads["d_table"]] if tables else []
-    grads = reduce_gradients(x, grads, tables)
-    return tuple(grads[name] for name in differentiable_operands(x))
+    grads = reduce_gradients(plan, x, grads, tables)
+    return tuple(grads[name] for name in differentiable_operands(plan, x))
 
 
-def reduce_gradients(x: Operands, grads: dict[str, Array], tables: list[Array]) -> dict[str, Array]:
+def reduce_gradients(plan: Plan, x: Operands, grads: dict[str, Array], tables: list[Array]) -> dict[str, Array]:
     """Converts the backward kernels' outputs to gradients of the operands; ``tables`` are parts of a lookup table's gradient."""
     d_query = grads["d_query"]
     grads |= {"d_query": d_query * x.scale, "d_key": grads["d_key"] * x.scale}
     grads["d_scale"] = (d_query * x.query.astype(jnp.float32)).sum().reshape(1)
     if tables:
         grads["d_table"] = sum(table.sum((0, 2))[:, : x.table.shape[1]] for table in tables)
+    if plan.learns_numbers:
+        grads["d_numbers"] = grads["d_numbers"].sum((0, 2))[:, : x.numbers.shape[1]]
+    for name in ("query_features", "key_features") if plan.float_features else ():
+        grads[f"d_{name}"] = _of_features(plan, getattr(x, name), grads[f"d_{name}"])
     return {name.removeprefix("d_"): x for name, x in grads.items()}
+
+
+def _of_features(plan: Plan, features: Array, gradient: Array) -> Array:
+    """Sums the gradient [B, N, D, L] of the D features that have one over the batch rows and heads that share ``features``."""
+    batch, heads = features.shape[:2]
+    gradient = gradient.reshape(gradient.shape[0], heads, -1, *gradient.shape[2:]).sum(2)
+    gradient = gradient if batch > 1 else gradient.sum(0, keepdims=True)
+    return jnp.zeros_like(features).at[:, :, list(plan.float_features)].set(gradient)
 
 
 def _backward(plan: Plan, spec: ShardSpec, residuals: Any, d_out: Array) -> tuple[Operands]:
     x, out, saved = residuals
     delta = jnp.swapaxes((d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), 1, 2)
-    names = differentiable_operands(x)
+    names = differentiable_operands(plan, x)
     grads = kernel_call.run(
         _gradients,
         plan,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from posjax.attention.backends.kernel_call import PairProgram
 from posjax.hardware import gpu_by_kind
 
 LOWERINGS = ("triton", "mosaic")
@@ -58,13 +59,19 @@ def check_gpu_blocks(blocks: GpuBlocks) -> None:
 
 
 def mosaic_unsupported_reason(
-    capability: int, dtype: Any, channels: int, entries: int, blocks: GpuBlocks | None = None
+    capability: int,
+    dtype: Any,
+    channels: int,
+    entries: int,
+    blocks: GpuBlocks | None = None,
+    pairs: tuple[PairProgram, ...] = (),
 ) -> str | None:
     """Returns why a call cannot use lowering "mosaic", with the given blocks or with any; None if it can.
 
     Args:
       channels: channels of a query or value head, whichever has more.
       entries: entries of the table of biases; 0 without a table.
+      pairs: the programs of biases that are functions of two tokens.
     """
     if jax.__version_info__ < _MOSAIC_JAX:
         return f"it needs jax {'.'.join(map(str, _MOSAIC_JAX))} or later, and this is {jax.__version__}"
@@ -76,10 +83,17 @@ def mosaic_unsupported_reason(
         return f"it takes heads of at most {_WIDEST} channels, and these have {channels}"
     if entries > 64:
         return f"it takes tables of at most 64 biases, and this one has {entries}"
+    if not all(map(_is_function_of_distance, pairs)):
+        return "it takes functions of the distance of two positions with one number per head that is not learned, and no others"
     smem_bytes = 0 if blocks is None else 4 * (-(-channels // 16) * 16) * (blocks.queries + blocks.stages * blocks.keys)
     if smem_bytes > _SHARED:
         return f"its tiles take {smem_bytes // 1024} of {_SHARED // 1024} KiB of shared memory; fewer stages would fit"
     return None
+
+
+def _is_function_of_distance(program: PairProgram) -> bool:
+    is_relative = program.relative and not program.features
+    return is_relative and program.reads == "number" and program.size == 1 and not program.learned
 
 
 # A line for each kind of call: the least compute capability, bytes per number, the most channels, whether it counts, and sizes.
@@ -105,7 +119,13 @@ def capability() -> int:
 
 
 def blocks_for(
-    capability: int, dtype: Any, channels: int, counts: bool, entries: int = 0, lowerings: tuple[str, ...] = LOWERINGS
+    capability: int,
+    dtype: Any,
+    channels: int,
+    counts: bool,
+    entries: int = 0,
+    lowerings: tuple[str, ...] = LOWERINGS,
+    pairs: tuple[PairProgram, ...] = (),
 ) -> GpuBlocks:
     """Returns the block sizes for a call, from the table's lines for the newest capability that is not newer than the device's.
 
@@ -122,9 +142,8 @@ def blocks_for(
     preferred = list(dict.fromkeys(line["lowering"] for line in lines))
     for line in sorted(lines, key=lambda line: (preferred.index(line["lowering"]), line["channels"])):
         blocks = GpuBlocks(*(line[name] for name in GpuBlocks._fields))
-        is_supported = (
-            blocks.lowering == "triton" or mosaic_unsupported_reason(capability, dtype, channels, entries, blocks) is None
-        )
-        if is_supported and blocks.lowering in lowerings:
+        is_mosaic = blocks.lowering == "mosaic"
+        reason = mosaic_unsupported_reason(capability, dtype, channels, entries, blocks, pairs) if is_mosaic else None
+        if reason is None and blocks.lowering in lowerings:
             return blocks
     raise ValueError(f"lowerings must name one that has blocks for {channels} channels of {dtype}, got {lowerings}")

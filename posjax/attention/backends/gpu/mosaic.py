@@ -90,20 +90,19 @@ def _accumulate(plan: Plan, acc: Array, weights: Array, x: Any) -> Array:
 
 
 def _rows_of(plan: Plan, r: Any, load: Callable[..., Array], b: Array, head: Array, at: Any) -> Rows:
-    args = [r.args[head, n] for n in range(len(plan.functions))]
+    numbers = [r.numbers[head, n] for n in range(len(plan.pairs))]  # one each: see ``mosaic_unsupported_reason``
     segments = load(r.query_segments, _batch_row(r.query_segments, b), at) if plan.rules.segmented else None
     num_entries = 0 if plan.index is None else r.table.shape[-1]
-    return Rows(
-        load(r.query_positions, _batch_row(r.query_positions, b), at), segments, args, lambda n: r.table[head, n], num_entries
-    )
+    positions = load(r.query_positions, _batch_row(r.query_positions, b), at)
+    return Rows(positions, segments, numbers.__getitem__, [], lambda n: r.table[head, n], num_entries)
 
 
 def _keys_of(plan: Plan, r: Any, load: Callable[..., Array], b: Array, at: Any, is_full_block: bool) -> Keys | None:
-    """Loads keys; returns None if the block is full and no bias depends on the keys' positions."""
-    if is_full_block and not plan.functions:
+    """Loads keys; returns None if the block is full and no bias is a function of single keys."""
+    if is_full_block and not plan.pairs:
         return None
     segments = load(r.key_segments, _batch_row(r.key_segments, b), at) if plan.rules.segmented else None
-    return Keys(load(r.key_positions, _batch_row(r.key_positions, b), at), segments)
+    return Keys(load(r.key_positions, _batch_row(r.key_positions, b), at), segments, [])
 
 
 def _batch_row(ref: Any, b: Array) -> Array | int:

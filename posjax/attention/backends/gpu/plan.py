@@ -7,12 +7,14 @@ blocks, the longest is used; the kernel treats the tiles of the others as partia
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from posjax.attention.backends.gpu.blocks import GpuBlocks
+from posjax.attention.backends.kernel_call import PairProgram
 from posjax.core.masks import Extent, Rules, extents
 from posjax.typing import Array
 
@@ -24,7 +26,7 @@ class Plan:
     Attributes:
       last: P - 1 of CoPE, at which counts saturate; None if no term counts.
       index, uniform: of a lookup, functions of positions; see ``kernel_call.index_of`` and ``uniform_of``.
-      functions: of the distance and of a number per head.
+      pairs: the programs of biases that are functions of two tokens.
       interpret: None where only output shapes are needed.
     """
 
@@ -34,7 +36,7 @@ class Plan:
     last: int | None
     index: Any
     uniform: Any
-    functions: tuple[Any, ...]
+    pairs: tuple[PairProgram, ...]
     interpret: Any
 
     @property
@@ -46,6 +48,32 @@ class Plan:
     def pieces(self) -> int:
         """Returns the number of pieces of ``rows`` queries in a query tile."""
         return self.blocks.queries // self.blocks.rows
+
+    @property
+    def args(self) -> tuple[int, ...]:
+        """Returns which numbers are args of functions, numbered over all pairs; the others are what pairs read."""
+        found, first = [], 0
+        for program in self.pairs:
+            found += range(first, first + sum(map(math.prod, arg_shapes(program))))
+            first += program.size
+        return tuple(found)
+
+    @property
+    def learns_numbers(self) -> bool:
+        """Returns whether the numbers of any pair have gradients."""
+        return any(program.learned for program in self.pairs)
+
+    @property
+    def float_features(self) -> tuple[int, ...]:
+        """Returns which features have gradients, numbered over all pairs."""
+        dtypes = [dtype for program in self.pairs for dtype in program.features]
+        return tuple(n for n, dtype in enumerate(dtypes) if dtype == "float32")
+
+
+def arg_shapes(program: PairProgram) -> tuple[tuple[int, ...], ...]:
+    """Returns the shapes of the args of a pair's function, which come before those of what it reads."""
+    args, _ = program.structure.children()
+    return program.shapes[: args.num_leaves]
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +91,9 @@ class Operands:
     key_segments: Array | None
     z: Array | None  # [B, N, T, P] float32, the products of queries with CoPE's embedding
     table: Array | None  # [N, W] float32, the table of a lookup
-    args: Array | None  # [N, F] float32, a number for each of F functions
+    numbers: Array | None  # [N, A] float32, the numbers of all pairs
+    query_features: Array | None  # [B or 1, N or 1, F, T] float32, the features of all pairs as ``features_of`` stores them
+    key_features: Array | None  # [B or 1, N or K or 1, F, S]
     high: Array | None = None  # [B, N, T] float32: high + low are the counts of other calls on keys to the right
     low: Array | None = None
 

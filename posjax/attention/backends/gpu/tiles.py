@@ -107,21 +107,38 @@ def rows_of(plan: Plan, r: Any, start: Any, size: int, head: Any = None) -> Rows
     """Loads ``size`` queries of a program's arrays, from ``start`` on; ``head`` is None if the arrays hold a single head."""
     at = pl.ds(start, size)
     segments = r.query_segments[at] if plan.rules.segmented else None
-    args = [r.args[0 if head is None else head, n] for n in range(len(plan.functions))]
+    features = _features_of(plan, r, "query_features", at, head)
     num_entries = 0 if plan.index is None else r.table.shape[-1]
 
     def lookup(n: Array) -> Array:
         return r.table[n if head is None else (head, n)]
 
-    return Rows(r.query_positions[at], segments, args, lookup, num_entries, row_index=start + jnp.arange(size))
+    args = {n: r.numbers[0 if head is None else head, n] for n in plan.args}  # few: they stay in registers
+
+    def number(n: Any) -> Array:
+        return args[n] if isinstance(n, int) and n in args else r.numbers[0 if head is None else head, n]
+
+    return Rows(r.query_positions[at], segments, number, features, lookup, num_entries, row_index=start + jnp.arange(size))
 
 
-def keys_of(plan: Plan, r: Any, start: Any, size: int, is_full_block: bool = False) -> Keys | None:
-    """Loads ``size`` keys from ``start`` on; returns None if the block is full and no bias depends on the keys' positions."""
-    if is_full_block and not plan.functions:
+def keys_of(plan: Plan, r: Any, start: Any, size: int, is_full_block: bool = False, head: Any = None) -> Keys | None:
+    """Loads ``size`` keys from ``start`` on; returns None if the block is full and no bias is a function of single keys.
+
+    ``head`` is that of the queries as in ``rows_of``: each may have its own features of the keys.
+    """
+    if is_full_block and not plan.pairs:
         return None
     at = pl.ds(start, size)
-    return Keys(r.key_positions[at], r.key_segments[at] if plan.rules.segmented else None)
+    segments = r.key_segments[at] if plan.rules.segmented else None
+    return Keys(r.key_positions[at], segments, _features_of(plan, r, "key_features", at, head))
+
+
+def _features_of(plan: Plan, r: Any, name: str, at: Any, head: Any) -> list[Array]:
+    """Loads the features of all pairs; row 0 of the heads stands for all if the array has no other."""
+    features = range(sum(len(program.features) for program in plan.pairs))
+    if head is None:
+        return [getattr(r, name)[n, at] for n in features]
+    return [getattr(r, name)[head if getattr(r, name).shape[0] > 1 else 0, n, at] for n in features]
 
 
 # Counting ----------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@
                     from left to right, subtracts the gates from the counts, and records the state of each row at every strip
     key, band       the gradients of a strip of keys from these records
 
+The query kernels also compute the gradients of the pairs' numbers and query features, the key kernels those of key features.
+
 Each sum is accumulated by one program in a fixed order, so two runs agree bit for bit. The records would grow with the square of
 the sequence length where gates are near zero. The two band kernels therefore alternate, ``ROUND`` strips at a time, from the left.
 With gates of one half or more, CoPE of 64 positions takes one round.
@@ -26,6 +28,7 @@ from jax.experimental.pallas import triton as plgpu
 from posjax.attention.backends.constants import INIT_MAX, LOG2E, MASK_VALUE
 from posjax.attention.backends.gpu.plan import BlockMask, Operands, Plan, query_tile_bounds
 from posjax.attention.backends.gpu.scores import (
+    PairGradients,
     Rows,
     apply_mask,
     apply_soft_cap,
@@ -35,6 +38,7 @@ from posjax.attention.backends.gpu.scores import (
     masked_scores,
     walk,
     weights_of,
+    with_pair_gradients,
 )
 from posjax.attention.backends.gpu.tiles import (
     Channels,
@@ -159,6 +163,19 @@ def into_table(rows: Rows, d_table: Array, index: Array, gradient: Array) -> Arr
     return jax.lax.fori_loop(*index_range(rows, index), add, d_table)
 
 
+def _store_of_queries(r: Any, grads: dict[str, Any]) -> None:
+    """Stores the gradients that a query kernel carries, by name; "pairs" are those of pairs."""
+    for name, x in grads.items():
+        if name == "d_query":
+            store_channels(r.d_query, x)
+        elif name != "pairs":
+            getattr(r, name)[...] = x
+    if grads["pairs"].numbers is not None:
+        r.d_numbers[...] = grads["pairs"].numbers
+    for n, feature in enumerate(grads["pairs"].features):
+        r.d_query_features[n, :] = feature
+
+
 def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     if plan.interpret is None:
         return
@@ -188,6 +205,7 @@ def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
             grads["d_table"] = carry["d_table"] + jnp.where(entry == common_index, gradient.sum(1).sum(0), 0.0)
         elif common_index is not None:
             grads["d_table"] = into_table(rows, carry["d_table"], index, gradient)
+        grads["pairs"] = with_pair_gradients(plan, layout, rows, keys, gradient, "query", carry["pairs"])
         return grads
 
     carry = {"d_query": zeros_like(query)}
@@ -195,10 +213,12 @@ def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         carry["d_last"] = jnp.zeros((size,), jnp.float32)
     if plan.index is not None:
         carry["d_table"] = jnp.zeros(r.d_table.shape, jnp.float32)
-    grads = walk(tile, first, full_begin, full_end, limit, carry)
-    store_channels(r.d_query, grads.pop("d_query"))
-    for name, x in grads.items():
-        getattr(r, name)[...] = x
+    numbers = jnp.zeros(r.d_numbers.shape, jnp.float32) if plan.learns_numbers else None
+    carry["pairs"] = PairGradients(numbers, (jnp.zeros((size,), jnp.float32),) * len(plan.float_features))
+    _store_of_queries(r, walk(tile, first, full_begin, full_end, limit, carry))
+
+
+KeyGradients = tuple[Channels, Channels, PairGradients]  # of key, value and, for one query head, of key features
 
 
 def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
@@ -208,29 +228,35 @@ def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     first, full_begin, full_end, last = (r.by_keys[n] for n in range(4))
     j = pl.program_id(0)
     key, value, factor = load_channels(r.key, slice(None)), load_channels(r.value, slice(None)), r.scale[0] * LOG2E
+    no_pairs = PairGradients(None, (jnp.zeros((blocks.keys,), jnp.float32),) * len(plan.float_features))
 
-    def head(g: Array, carry: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
-        def tile(is_full_block: bool, i: Array, carry: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
+    def head(g: Array, d_kv: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
+        def tile(is_full_block: bool, i: Array, carry: KeyGradients) -> KeyGradients:
             rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, g), pl.ds(i * blocks.rows, blocks.rows)
             query, d_out = load_channels(r.query, at, g), load_channels(r.d_out, at, g)
             scores, d_weights = matmul_nt(plan, key, query) * factor, matmul_nt(plan, value, d_out)
             if plan.last is not None:
                 scores += layout.queries(r.z[g, rows.row_index, jnp.full(rows.row_index.shape, plan.last)]) * LOG2E
             common_index = None if plan.index is None else plan.index(r.row_first[i], r.key_last[0])
-            keys = keys_of(plan, r, 0, blocks.keys, is_full_block)
+            keys = keys_of(plan, r, 0, blocks.keys, is_full_block, g)
             scores, _ = biased(plan, layout, rows, keys, scores, common_index, is_full_block)
             weights = weights_of(layout, scores, r.lse[g, at])
             gradient = gradient_of(plan, layout, scores, weights, d_weights, r.delta[g, at])
-            return accumulate(plan, carry[0], gradient, query), accumulate(plan, carry[1], weights, d_out)
+            d_key, d_value, pairs = carry
+            pairs = with_pair_gradients(plan, layout, rows, keys, gradient, "key", pairs)
+            return accumulate(plan, d_key, gradient, query), accumulate(plan, d_value, weights, d_out), pairs
 
-        def unless_counted(i: Array, carry: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
+        def unless_counted(i: Array, carry: KeyGradients) -> KeyGradients:
             return jax.lax.cond(r.limit[g, i // plan.pieces] > j, lambda carry: tile(False, i, carry), lambda carry: carry, carry)
 
-        if plan.last is None:
-            return walk(tile, first, full_begin, full_end, last, carry)
-        counted_end = jnp.clip(r.counted_end[g] * plan.pieces, first, last)  # no query from this piece on has counted this key tile
-        carry = jax.lax.fori_loop(first, counted_end, unless_counted, carry)
-        return walk(tile, counted_end, jnp.maximum(full_begin, counted_end), jnp.maximum(full_end, counted_end), last, carry)
+        begin, carry = first, (*d_kv, no_pairs)
+        if plan.last is not None:
+            begin = jnp.clip(r.counted_end[g] * plan.pieces, first, last)  # no query from this piece on has counted this key tile
+            carry = jax.lax.fori_loop(first, begin, unless_counted, carry)
+        d_key, d_value, pairs = walk(tile, begin, jnp.maximum(full_begin, begin), jnp.maximum(full_end, begin), last, carry)
+        for n, feature in enumerate(pairs.features):
+            r.d_key_features[g, n, :] = feature
+        return d_key, d_value
 
     d_key, d_value = jax.lax.fori_loop(0, r.query.shape[1], head, (zeros_like(key), zeros_like(value)))
     store_channels(r.d_key, d_key)
@@ -257,7 +283,8 @@ def _query_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         at, gathered = pl.ds(start, blocks.strip), carry["gathered"]
         key = load_channels(r.key, at)
         raw_logits, d_weights = matmul_nt(plan, query, key) * factor, matmul_nt(plan, d_out, load_channels(r.value, at))
-        masked = masked_scores(plan, layout, rows, keys_of(plan, r, start, blocks.strip), raw_logits)
+        keys = keys_of(plan, r, start, blocks.strip)
+        masked = masked_scores(plan, layout, rows, keys, raw_logits)
         gates = gates_of(raw_logits, masked.allowed)
         high, low = two_sum(carry["high"], carry["low"], -gates.sum(1))
         slot = end - 1 - t
@@ -272,14 +299,15 @@ def _query_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         grads = dict(high=high, low=low, gathered=gathered + d_counts.sum(1))
         if plan.index is not None:
             grads["d_table"] = into_table(rows, carry["d_table"], masked.index, gradient)
+        grads["pairs"] = with_pair_gradients(plan, layout, rows, keys, gradient, "query", carry["pairs"])
         gradient += d_gates * gates * (1.0 - gates)
         return grads | {"d_query": accumulate(plan, carry["d_query"], gradient, key)}
 
     state = {name: getattr(r, name)[...] for name in ("high", "low", "gathered", *(["d_table"] if plan.index is not None else []))}
-    grads = jax.lax.fori_loop(begin, end, strip, state | {"d_query": load_channels(r.d_query, slice(None))})
-    store_channels(r.d_query, grads.pop("d_query"))
-    for name, x in grads.items():
-        getattr(r, name)[...] = x
+    features = tuple(r.d_query_features[n, :] for n in range(len(plan.float_features)))
+    state["pairs"] = PairGradients(r.d_numbers[...] if plan.learns_numbers else None, features)
+    state["d_query"] = load_channels(r.d_query, slice(None))
+    _store_of_queries(r, jax.lax.fori_loop(begin, end, strip, state))
 
 
 def spread(plan: Plan, r: Any, rows: Rows, counts: Counts, gradient: Array) -> None:
@@ -305,12 +333,13 @@ def _key_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     key, value, factor = load_channels(r.key, slice(None)), load_channels(r.value, slice(None)), r.scale[0] * LOG2E
     exact = r.key.dtype == jnp.float32
 
-    def head(g: Array, carry: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
-        def tile(i: Array, slot: Array, carry: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
+    def head(g: Array, d_kv: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
+        def tile(i: Array, slot: Array, carry: KeyGradients) -> KeyGradients:
             rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, g), pl.ds(i * blocks.rows, blocks.rows)
             query, d_out = load_channels(r.query, at, g), load_channels(r.d_out, at, g)
             raw_logits, d_weights = matmul_nt(plan, key, query) * factor, matmul_nt(plan, value, d_out)
-            masked = masked_scores(plan, layout, rows, keys_of(plan, r, 0, blocks.strip), raw_logits)
+            keys = keys_of(plan, r, 0, blocks.strip, head=g)
+            masked = masked_scores(plan, layout, rows, keys, raw_logits)
             gates = gates_of(raw_logits, masked.allowed)
             count_before, gathered = r.recorded_counts[g, slot, at], r.recorded_gathered[g, slot, at]
             later = layout.cumsum(plan, gates, later=True, parts=3 if exact else 2)
@@ -320,16 +349,24 @@ def _key_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
             weights = weights_of(layout, scores, r.lse[g, at])
             gradient = gradient_of(plan, layout, scores, weights, d_weights, r.delta[g, at])
             d_gates = layout.queries(gathered) + layout.cumsum(plan, gradient * slope, later=False, parts=3 if exact else 1)
+            d_key, d_value, pairs = carry
+            pairs = with_pair_gradients(plan, layout, rows, keys, gradient, "key", pairs)
             gradient += d_gates * gates * (1.0 - gates)
-            return accumulate(plan, carry[0], gradient, query), accumulate(plan, carry[1], weights, d_out)
+            return accumulate(plan, d_key, gradient, query), accumulate(plan, d_value, weights, d_out), pairs
 
-        def if_taken(i: Array, carry: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
+        def if_taken(i: Array, carry: KeyGradients) -> KeyGradients:
             tile_of_piece = i // plan.pieces
             begin, end = _strips_of_round(plan, r.limit[g, tile_of_piece], r.by_queries[tile_of_piece, 3], round_index)
             is_in_round = (begin <= t) & (t < end)
             return jax.lax.cond(is_in_round, lambda carry: tile(i, end - 1 - t, carry), lambda carry: carry, carry)
 
-        return jax.lax.fori_loop(r.tile_first[g] * plan.pieces, r.tile_last[g] * plan.pieces, if_taken, carry)
+        before = PairGradients(None, tuple(r.d_key_features[g, n, :] for n in range(len(plan.float_features))))
+        d_key, d_value, pairs = jax.lax.fori_loop(
+            r.tile_first[g] * plan.pieces, r.tile_last[g] * plan.pieces, if_taken, (*d_kv, before)
+        )
+        for n, feature in enumerate(pairs.features):
+            r.d_key_features[g, n, :] = feature
+        return d_key, d_value
 
     d_kv_before = load_channels(r.d_key, slice(None)), load_channels(r.d_value, slice(None))
     d_key, d_value = jax.lax.fori_loop(0, r.query.shape[1], head, d_kv_before)
@@ -354,7 +391,6 @@ def _of_queries(plan: Plan, x: Operands) -> tuple[tuple[int, ...], dict[str, tup
         "key": ((None, span, None, width), lambda i, n, b: (b, 0, n // group, 0)),
         "value": ((None, span, None, value_width), lambda i, n, b: (b, 0, n // group, 0)),
         "scale": ((1,), lambda i, n, b: (0,)),
-        "args": ((1, len(plan.functions)), lambda i, n, b: (n, 0)),
         "limit": ((None, None, 1), lambda i, n, b: (b, n, i)),
         "query_positions": ((None, size), lambda i, n, b: (b, i)),
         "key_positions": ((None, span), lambda i, n, b: (b, 0)),
@@ -369,7 +405,16 @@ def _of_queries(plan: Plan, x: Operands) -> tuple[tuple[int, ...], dict[str, tup
         specs["z"] = specs["d_z"] = (None, None, size, x.z.shape[-1]), lambda i, n, b: (b, n, i, 0)
     if x.table is not None:
         specs["table"] = (None, x.table.shape[1]), lambda i, n, b: (n, 0)
-        specs["d_table"] = (None, None, None, _table_size(x)), lambda i, n, b: (b, n, i, 0)
+        specs["d_table"] = (None, None, None, _at_least(x.table.shape[1])), lambda i, n, b: (b, n, i, 0)
+    if x.numbers is not None:
+        specs["numbers"] = (1, x.numbers.shape[1]), lambda i, n, b: (n, 0)
+        specs["d_numbers"] = (None, None, None, _at_least(x.numbers.shape[1])), lambda i, n, b: (b, n, i, 0)
+    if x.query_features is not None:
+        of_queries, of_keys = (_shared(features, heads) for features in (x.query_features, x.key_features))
+        count = x.query_features.shape[2]
+        specs["query_features"] = (None, None, count, size), lambda i, n, b: (*of_queries(b, n), 0, i)
+        specs["key_features"] = (None, None, count, span), lambda i, n, b: (*of_keys(b, n), 0, 0)
+        specs["d_query_features"] = (None, None, len(plan.float_features), size), lambda i, n, b: (b, n, 0, i)
     return (tiles, heads, batch), {name: (block, _late_first(tiles, index)) for name, (block, index) in specs.items()}
 
 
@@ -392,7 +437,6 @@ def _of_keys(plan: Plan, x: Operands, size: int) -> tuple[tuple[int, ...], dict[
         "key": ((None, size, None, width), lambda j, k, b: (b, j, k, 0)),
         "value": ((None, size, None, value_width), lambda j, k, b: (b, j, k, 0)),
         "scale": ((1,), lambda j, k, b: (0,)),
-        "args": ((group, len(plan.functions)), lambda j, k, b: (k, 0)),
         "limit": ((None, group, tiles), lambda j, k, b: (b, k, 0)),
         "query_positions": ((None, length), lambda j, k, b: (b, 0)),
         "key_positions": ((None, size), lambda j, k, b: (b, j)),
@@ -408,7 +452,22 @@ def _of_keys(plan: Plan, x: Operands, size: int) -> tuple[tuple[int, ...], dict[
         specs["z"] = (None, group, length, x.z.shape[-1]), lambda j, k, b: (b, k, 0, 0)
     if x.table is not None:
         specs["table"] = (group, x.table.shape[1]), lambda j, k, b: (k, 0)
+    if x.numbers is not None:
+        specs["numbers"] = (group, x.numbers.shape[1]), lambda j, k, b: (k, 0)
+    if x.query_features is not None:
+        of_queries, of_keys = (_shared(features, kv_heads) for features in (x.query_features, x.key_features))
+        count = x.query_features.shape[2]
+        queries, keys = (max(features.shape[1] // kv_heads, 1) for features in (x.query_features, x.key_features))
+        specs["query_features"] = (None, queries, count, length), lambda j, k, b: (*of_queries(b, k), 0, 0)
+        specs["key_features"] = (None, keys, count, size), lambda j, k, b: (*of_keys(b, k), 0, j)
+        specs["d_key_features"] = (None, group, len(plan.float_features), size), lambda j, k, b: (b, k, 0, j)
     return (x.key.shape[1] // size, kv_heads, batch), specs
+
+
+def _shared(features: Array, heads: int) -> Callable[..., tuple]:
+    """Returns a function from the batch row and one of ``heads`` heads to the block of features that it reads."""
+    rows, blocks = features.shape[0], min(features.shape[1], heads)
+    return lambda b, n: (b if rows > 1 else 0, n // (heads // blocks))
 
 
 _PER_ROW = ("query_positions", "key_positions", "query_segments", "key_segments")  # one row per batch row, or one for all
@@ -444,14 +503,15 @@ def _call(
     return dict(zip(outputs, results, strict=True))
 
 
-def _table_size(x: Operands) -> int:
-    return max(16, pl.next_power_of_2(x.table.shape[1]))
+def _at_least(size: int) -> int:
+    """Returns the length of a vector that holds ``size`` numbers."""
+    return max(16, pl.next_power_of_2(size))
 
 
 def _inputs(plan: Plan, x: Operands, ranges: dict[str, Array]) -> dict[str, Any]:
     """Returns the inputs that every kernel reads, with ``ranges`` by name; only lookups read the positions among them."""
     names = ("query", "key", "value", "scale", "query_positions", "key_positions", "query_segments", "key_segments")
-    names += ("z", "table", "args")
+    names += ("z", "table", "numbers", "query_features", "key_features")
     ranges = {name: n for name, n in ranges.items() if plan.index is not None or name.startswith("by_")}
     return {name: getattr(x, name) for name in names} | ranges
 
@@ -513,8 +573,9 @@ def backward(
       delta: [B, N, T], the sums of d_out * out.
 
     Returns:
-      By name d_query (before the scale), d_key, d_value and, where they apply, d_table [B, N, I, W or more] and d_last [B, N, T],
-      the gradient of z at the last position.
+      By name d_query (before the scale), d_key, d_value and, where they apply, d_table [B, N, I, W or more], d_last [B, N, T],
+      the gradient of z at the last position, d_numbers [B, N, I, A or more] and, of the D features that have gradients,
+      d_query_features [B, N, D, T] and d_key_features [B, N, D, S], by query head both.
     """
     residuals = {"d_out": d_out, "lse": lse, "delta": delta}
     of_queries, of_keys = _of_queries(plan, x), _of_keys(plan, x, plan.blocks.keys)
@@ -526,14 +587,21 @@ def backward(
     if plan.last is not None:
         inputs["limit"], outputs["d_last"] = limit, jax.ShapeDtypeStruct(lse.shape, jnp.float32)
     if plan.index is not None:
-        outputs["d_table"] = jax.ShapeDtypeStruct((batch, heads, tiles, _table_size(x)), jnp.float32)
+        outputs["d_table"] = jax.ShapeDtypeStruct((batch, heads, tiles, _at_least(x.table.shape[1])), jnp.float32)
+    if plan.learns_numbers:
+        outputs["d_numbers"] = jax.ShapeDtypeStruct((batch, heads, tiles, _at_least(x.numbers.shape[1])), jnp.float32)
+    if count := len(plan.float_features):
+        outputs["d_query_features"] = jax.ShapeDtypeStruct((batch, heads, count, length), jnp.float32)
     grads = _call(_query_plain, plan, of_queries, inputs, outputs)
 
     of_pieces = {"by_keys": block_mask.by_keys, "row_first": block_mask.row_first, "key_last": block_mask.key_last}
     inputs, key_and_value = _inputs(plan, x, of_pieces) | residuals, _like(x.key, x.value, dtype=jnp.float32)
     if plan.last is not None:
         inputs |= {"limit": limit, "counted_end": query_tile_bounds(limit, x.key.shape[1] // plan.blocks.keys)}
-    return grads | _call(_key_plain, plan, of_keys, inputs, dict(zip(("d_key", "d_value"), key_and_value, strict=True)))
+    outputs = dict(zip(("d_key", "d_value"), key_and_value, strict=True))
+    if count:
+        outputs["d_key_features"] = jax.ShapeDtypeStruct((batch, heads, count, x.key.shape[1]), jnp.float32)
+    return grads | _call(_key_plain, plan, of_keys, inputs, outputs)
 
 
 def backward_band(
@@ -554,17 +622,18 @@ def backward_band(
       gathered: [B, N, T], the gradient of the counts that this call passed on, from other calls on keys to the left; None for zero.
 
     Returns:
-      By name d_query, d_key and d_value with the counted pairs, d_z, d_table of the band alone, and gathered, now the gradient of
-      the counts that this call received.
+      By name d_query, d_key, d_value, d_numbers and the gradients of features with the counted pairs, d_z, d_table of the band
+      alone, and gathered, now the gradient of the counts that this call received.
     """
     lse, high, low, limit = saved
     residuals = {"d_out": d_out, "lse": lse, "delta": delta}
     d_z = jnp.zeros_like(x.z).at[..., plan.last].set(grads["d_last"])
-    grads = {name: grads[name] for name in ("d_query", "d_key", "d_value")}
+    grads = {name: x for name, x in grads.items() if name not in ("d_last", "d_table")}
+    of_key_tiles = [name for name in grads if name in ("d_key", "d_value", "d_key_features")]
     gathered = jnp.zeros_like(high) if gathered is None else gathered
     grads |= {"d_z": d_z, "high": high, "low": low, "gathered": gathered}
     if plan.index is not None:
-        grads["d_table"] = jnp.zeros((*limit.shape, _table_size(x)), jnp.float32)
+        grads["d_table"] = jnp.zeros((*limit.shape, _at_least(x.table.shape[1])), jnp.float32)
     ends = jnp.broadcast_to(block_mask.by_queries[:, None, :, 3], limit.shape)
     strips = (ends - limit) * plan.strips
     rounds = (strips.max() + ROUND - 1) // ROUND
@@ -578,7 +647,7 @@ def backward_band(
             | residuals
             | {"limit": limit, "round_index": round_index.reshape(1)}
         )
-        updated = [name for name in grads if name not in ("d_key", "d_value")]
+        updated = [name for name in grads if name not in of_key_tiles]
         outputs = dict(zip(updated, _like(*(grads[name] for name in updated)), strict=True))
         records_out = {"recorded_counts": record, "recorded_gathered": record}
         outs = _call(_query_band, plan, of_queries, inputs | {name: grads[name] for name in updated}, outputs | records_out)
@@ -587,7 +656,7 @@ def backward_band(
         begin, end = _strips_of_round(plan, limit, ends, round_index)
         inputs |= {"tile_first": query_tile_bounds(end, x.key.shape[1] // plan.blocks.strip, first=True)}
         inputs |= {"tile_last": query_tile_bounds(begin, x.key.shape[1] // plan.blocks.strip)}
-        outputs = dict(zip(("d_key", "d_value"), _like(grads["d_key"], grads["d_value"]), strict=True))
+        outputs = dict(zip(of_key_tiles, _like(*(grads[name] for name in of_key_tiles)), strict=True))
         return grads | _call(_key_band, plan, of_keys, inputs | records | {name: grads[name] for name in outputs}, outputs)
 
     return jax.lax.fori_loop(0, rounds, run_round, grads)

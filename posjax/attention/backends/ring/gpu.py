@@ -18,7 +18,7 @@ from posjax.attention.call import AttentionCall
 from posjax.typing import Array
 
 __all__ = ["by_key", "carried", "with_keys"]  # of the interface, beside what is defined here
-BY_KEY = dict(key=1, value=1, segments=1, positions=1)
+BY_KEY = dict(key=1, value=1, segments=1, positions=1, features=3)
 
 
 def to_operands(call: AttentionCall, block_sizes: GpuBlocks | None) -> tuple[Plan, Operands]:
@@ -58,12 +58,12 @@ def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, lse: Array, 
     if counts:
         grads = triton.backward_band(plan, x, block_mask, (lse, *counts[:3]), d_out, delta, grads, counts[3])
         tables += [grads["d_table"]] if tables else []
-    grads = gpu.reduce_gradients(x, grads, tables)
-    return tuple(grads[name] for name in _gradient_names(x))
+    grads = gpu.reduce_gradients(plan, x, grads, tables)
+    return tuple(grads[name] for name in _gradient_names(plan, x))
 
 
-def _gradient_names(x: Operands) -> list[str]:
-    return gpu.differentiable_operands(x) + ([] if x.z is None else ["gathered"])
+def _gradient_names(plan: Plan, x: Operands) -> list[str]:
+    return gpu.differentiable_operands(plan, x) + ([] if x.z is None else ["gathered"])
 
 
 def gradients(
@@ -79,12 +79,13 @@ def gradients(
 ) -> tuple[dict[str, list[Array]], dict[str, Any], list[Array]]:
     counts = (*carries_out, *residuals, d_carries_out[0]) if d_carries_out else ()
     more = jnp.swapaxes(d_out, 1, 2), delta, lse * LOG2E, *counts
-    grads = dict(zip(_gradient_names(x), kernel_call.run(_gradients, plan, ShardSpec(), x, gpu.LETTERS, *more), strict=True))
+    grads = dict(zip(_gradient_names(plan, x), kernel_call.run(_gradients, plan, ShardSpec(), x, gpu.LETTERS, *more), strict=True))
     received = [grads.pop("gathered"), d_carries_out[1]] if counts else []
-    of_keys, rest = split_by_key(grads)
+    of_keys, rest = split_by_key(x, grads)
     return of_keys, added(acc, rest), received
 
 
 def cotangent(x: Operands, of_keys: dict[str, list[Array]], rest: dict[str, Any], received: list[Array]) -> Operands:
     (key,), (value,) = of_keys["key"], of_keys["value"]
-    return kernel_call.cotangent(x, rest | dict(key=key, value=value))
+    features = dict(key_features=of_keys["features"][0]) if of_keys["features"] else {}
+    return kernel_call.cotangent(x, rest | features | dict(key=key, value=value))
