@@ -27,7 +27,7 @@ from suite import (
 
 import posjax as pj
 from posjax.attention.backends import reference
-from posjax.attention.backends.kernel_call import biases_by_form
+from posjax.attention.backends.kernel_biases import biases_by_form
 from posjax.attention.backends.xla_chunked import attention as xla_chunked
 from posjax.attention.call import prepare
 

@@ -84,6 +84,32 @@ def attend(params, inputs):
 PAIRS = pj.encoding("pairs", init=lambda key, dims: {"slopes": jnp.zeros((dims.num_heads, 2))}, attend=attend)
 
 
+def warped(differences, args):
+    return args[0] * jnp.log(1.0 + jnp.abs(args[1] * differences[0])) + differences[1]
+
+
+def bucket(differences, args):
+    return jnp.floor(jnp.abs(differences[0]) / args)
+
+
+def attend_by_reading(params, inputs):
+    """Tables and a network, read at functions that have args and features of their own."""
+    at = inputs.k.positions[:, None].astype(jnp.float32)
+    content, zeros = jnp.swapaxes(jnp.tanh(inputs.key[..., 0]), 1, 2), jnp.zeros(at.shape)
+    tables = [pj.Bias(pj.Pair(bucket, args=params["sizes"] ** 2 + 2, learned=False), pj.Table(params[name])) for name in ("t", "u")]
+    network = pj.Hinges(*(params[name] for name in ("weight_in", "bias_in", "weight_out", "offset")))
+    return pj.ScoreModifications(biases=(*tables, pj.Bias(pj.Pair(warped, (at, zeros), (at, content), params["warps"]), network)))
+
+
+def params_for_reading(key, dims):
+    heads = dims.num_heads
+    shapes = dict(sizes=(heads,), t=(heads, 9), u=(1, 30), warps=(heads, 2), weight_in=(heads, 5), bias_in=(1, 5), offset=(heads,))
+    return {name: jnp.zeros(shape) for name, shape in (shapes | dict(weight_out=(heads, 5))).items()}
+
+
+READING = pj.encoding("reading", init=params_for_reading, attend=attend_by_reading)
+
+
 @dataclasses.dataclass(frozen=True)
 class OnMesh:
     """The kernels on a mesh of four parts of the heads."""
@@ -285,6 +311,10 @@ CALLS = {
     "pairs, packed": (
         pj.chain(pj.cope(12), PAIRS),
         dict(is_causal=True, batch=2, keys=150, heads=(4, 2, 16, 16), arrays=packed(2, 140, 150), logits_soft_cap=20.0),
+    ),
+    "tables and a network": (
+        pj.chain(pj.cope(6), READING),
+        dict(tile=UNEVEN, is_causal=True, heads=(4, 2, 8, 8), logits_soft_cap=5.0, local_window_size=(90, 0)),
     ),
     "bfloat16 and pairs": (PAIRS, dict(dtype="bfloat16", tile=UNEVEN)),
     "blocks of their own": (GATED, dict(tile=GpuBlocks(128, 64, 32, 64, 8, 2), length=600, heads=(1, 1, 16, 16), is_causal=True)),

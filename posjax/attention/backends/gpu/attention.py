@@ -15,11 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.attention.backends import kernel_call
+from posjax.attention.backends.constants import LOG2E
 from posjax.attention.backends.gpu import triton
 from posjax.attention.backends.gpu.blocks import LEAST, LOWERINGS, GpuBlocks, blocks_for, capability, mosaic_unsupported_reason
 from posjax.attention.backends.gpu.plan import Operands, Plan, make_block_mask
-from posjax.attention.backends.kernel_call import PairProgram, biases_by_form, features_of, numbers_of, pad_to_multiple
+from posjax.attention.backends.kernel_biases import (
+    PairProgram,
+    biases_by_form,
+    features_of,
+    index_of,
+    numbers_of,
+    uniform_of,
+    unsupported_biases,
+)
+from posjax.attention.backends.kernel_call import pad_to_multiple
 from posjax.attention.backends.shards import ShardSpec, infer_shard_spec
+from posjax.attention.backends.sinks import with_sink
 from posjax.attention.call import AttentionCall
 from posjax.core.masks import Rules, with_padding
 from posjax.core.structures import Bias
@@ -42,7 +53,7 @@ def unsupported_reason(call: AttentionCall, *, block_sizes: GpuBlocks | None = N
         return f"query has dtype {query.dtype} (bfloat16, float16 and float32 are supported)"
     if _channels(query, call.value) > _WIDEST:
         return f"query has {query.shape[-1]} channels and value {call.value.shape[-1]} (at most {_WIDEST})"
-    if (reason := kernel_call.unsupported_biases(call)) is not None:
+    if (reason := unsupported_biases(call)) is not None:
         return reason
     if block_sizes is not None and block_sizes.lowering == "mosaic":
         channels = _channels(query, call.value)
@@ -81,7 +92,10 @@ def attention(
     spec = infer_shard_spec(call.query) if spec is None else spec
     call = call.transformed()
     plan, operands = to_operands(call, default_blocks(call) if block_sizes is None else block_sizes, spec, interpret)
-    return from_blocks(_attend(plan, spec, operands), call.query.shape[1], call.value.shape[-1])
+    out, lse = _attend(plan, spec, operands)
+    length = call.query.shape[1]
+    lse = jnp.swapaxes(lse, 1, 2)[:, :length]
+    return with_sink(from_blocks(out, length, call.value.shape[-1]), lse, call.sink)
 
 
 def from_blocks(out: Array, length: int, width: int) -> Array:
@@ -119,8 +133,8 @@ def to_operands(call: AttentionCall, blocks: GpuBlocks, spec: ShardSpec, interpr
         rules=Rules(call.mask.is_causal, *call.mask.window, segmented=query_segments is not None),
         soft_cap=call.logits_soft_cap,
         last=None if counts is None else counts.read.table.shape[1] - 1,
-        index=kernel_call.index_of(looks),
-        uniform=kernel_call.uniform_of(looks),
+        index=index_of(looks),
+        uniform=uniform_of(looks),
         pairs=tuple(map(PairProgram.of, pairs)),
         interpret=interpret,
     )
@@ -193,15 +207,19 @@ def differentiable_operands(plan: Plan, x: Operands) -> list[str]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(plan: Plan, spec: ShardSpec, x: Operands) -> Array:
-    """Computes attention [B, T, N, V] in the dtype of value, with the gradient of the backward kernels."""
+def _attend(plan: Plan, spec: ShardSpec, x: Operands) -> tuple[Array, Array]:
+    """Computes attention, with the gradient of the backward kernels.
+
+    Returns:
+      [B, T, N, V] in the dtype of value, and the log-sum-exp of each row in nats, [B, N, T].
+    """
     return _forward(plan, spec, x)[0]
 
 
-def _forward(plan: Plan, spec: ShardSpec, x: Operands) -> tuple[Array, Any]:
+def _forward(plan: Plan, spec: ShardSpec, x: Operands) -> tuple[tuple[Array, Array], Any]:
     rows = 1 if plan.last is None else 4
     out, *saved = kernel_call.run(_run_forward, plan, spec, x, LETTERS, results=("b.n.", *["bn."] * rows))
-    return out, (x, out, tuple(saved))
+    return (out, saved[0] / LOG2E), (x, out, tuple(saved))
 
 
 def _run_forward(plan: Plan, x: Operands) -> tuple[Array, ...]:
@@ -269,8 +287,8 @@ def _of_features(plan: Plan, features: Array, gradient: Array) -> Array:
     return jnp.zeros_like(features).at[:, :, list(plan.float_features)].set(gradient)
 
 
-def _backward(plan: Plan, spec: ShardSpec, residuals: Any, d_out: Array) -> tuple[Operands]:
-    x, out, saved = residuals
+def _backward(plan: Plan, spec: ShardSpec, residuals: Any, gradients_out: tuple[Array, Array]) -> tuple[Operands]:
+    (x, out, saved), (d_out, d_lse) = residuals, gradients_out
     delta = jnp.swapaxes((d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), 1, 2)
     names = differentiable_operands(plan, x)
     grads = kernel_call.run(
@@ -280,7 +298,7 @@ def _backward(plan: Plan, spec: ShardSpec, residuals: Any, d_out: Array) -> tupl
         x,
         LETTERS,
         d_out,
-        delta,
+        delta - d_lse,
         *saved,
         more_letters=("b.n.", *["bn."] * (1 + len(saved))),
         results=kernel_call.gradient_letters(x, names, LETTERS),

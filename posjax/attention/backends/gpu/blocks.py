@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from posjax.attention.backends.kernel_call import PairProgram
+from posjax.attention.backends.kernel_biases import PairProgram
 from posjax.hardware import gpu_by_kind
 
 LOWERINGS = ("triton", "mosaic")

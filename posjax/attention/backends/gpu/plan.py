@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax.attention.backends.gpu.blocks import GpuBlocks
-from posjax.attention.backends.kernel_call import PairProgram
+from posjax.attention.backends.kernel_biases import PairProgram
 from posjax.core.masks import Extent, Rules, extents
 from posjax.typing import Array
 
@@ -25,7 +25,7 @@ class Plan:
 
     Attributes:
       last: P - 1 of CoPE, at which counts saturate; None if no term counts.
-      index, uniform: of a lookup, functions of positions; see ``kernel_call.index_of`` and ``uniform_of``.
+      index, uniform: of a lookup, functions of positions; see ``kernel_biases.index_of`` and ``uniform_of``.
       pairs: the programs of biases that are functions of two tokens.
       interpret: None where only output shapes are needed.
     """

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from posjax.attention.backends.constants import LOG2E, MASK_VALUE
 from posjax.attention.backends.gpu.plan import Plan, arg_shapes
-from posjax.attention.backends.kernel_call import PairProgram, as_feature
+from posjax.attention.backends.kernel_biases import PairProgram, as_feature
 from posjax.typing import Array
 
 

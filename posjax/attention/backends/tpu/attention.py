@@ -14,7 +14,16 @@ import numpy as np
 
 from posjax.attention.backends import kernel_call
 from posjax.attention.backends.constants import LOG2E
-from posjax.attention.backends.kernel_call import PairProgram, biases_by_form, features_of, numbers_of, pad_to_multiple
+from posjax.attention.backends.kernel_biases import (
+    PairProgram,
+    biases_by_form,
+    features_of,
+    index_of,
+    numbers_of,
+    uniform_of,
+    unsupported_biases,
+)
+from posjax.attention.backends.kernel_call import pad_to_multiple
 from posjax.attention.backends.shards import ShardSpec, infer_shard_spec
 from posjax.attention.backends.sinks import with_sink
 from posjax.attention.backends.tpu.backward import backward
@@ -43,7 +52,7 @@ def unsupported_reason(call: AttentionCall, *, block_sizes: Blocks | None = None
         return f"query has dtype {query.dtype} (bfloat16 and float32 are supported)"
     if max(query.shape[-1], value.shape[-1]) > 1024:
         return f"query has {query.shape[-1]} channels and value {value.shape[-1]} (at most 1024)"
-    if (reason := kernel_call.unsupported_biases(call)) is not None:
+    if (reason := unsupported_biases(call)) is not None:
         return reason
     counts, looks, _ = biases_by_form(call.biases)
     max_positions = _MOST_POSITIONS if chip.has_sublane_gather else _MOST_COMPARED
@@ -217,8 +226,8 @@ def to_operands(
         rules=Rules(call.mask.is_causal, *call.mask.window, segmented=query_segments is not None),
         soft_cap=call.logits_soft_cap,
         counting=counting,
-        index=kernel_call.index_of(looks),
-        uniform=kernel_call.uniform_of(looks),
+        index=index_of(looks),
+        uniform=uniform_of(looks),
         pairs=tuple(map(PairProgram.of, pairs)),
         rotates_keys=rotates_keys,
         vmem=chip.vmem,

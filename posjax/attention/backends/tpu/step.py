@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from posjax.attention.backends.constants import INIT_MAX, LOG2E, MASK_VALUE
-from posjax.attention.backends.kernel_call import PairProgram, as_feature
+from posjax.attention.backends.kernel_biases import PairProgram, as_feature
 from posjax.attention.backends.tpu.blocks import Blocks
 from posjax.attention.backends.tpu.tiles import (
     LANES,
