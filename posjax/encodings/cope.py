@@ -151,7 +151,7 @@ class CopeAlibi(PositionalEncoding):
         heads = inputs.query.shape[2]
         slopes = get_param(params, "slope", "cope_alibi", (heads,)) if self.learned else slopes_of_heads(self.slope, heads)
         # The network of one hinge, -m relu(p): positions are never negative.
-        read = Hinges(jnp.ones((1, 1)), jnp.zeros((1, 1)), -slopes[:, None])
+        read = Hinges(jnp.ones((1, 1), jnp.float32), jnp.zeros((1, 1), jnp.float32), -slopes[:, None])
         return ScoreModifications(biases=(Bias(_scan(self.gates, self.gate_bias, params, inputs), read),))
 
 

@@ -95,7 +95,7 @@ def strip_of(cursors: list[StripCursor]) -> Callable[[Array], Array]:
 def bits(flags: list[Array]) -> Array:
     """Packs flags [1, 128] into an integer: bit n is 1 if any entry of ``flags[n]`` is set."""
     is_set = concatenate([flag.astype(jnp.int32) for flag in flags], 0).max(1, keepdims=True)
-    return jnp.sum(jnp.where(is_set > 0, 1 << jax.lax.broadcasted_iota(jnp.int32, is_set.shape, 0), 0))
+    return jnp.sum(jnp.where(is_set > 0, 1 << jax.lax.broadcasted_iota(jnp.int32, is_set.shape, 0), 0), dtype=jnp.int32)
 
 
 def for_bits(bitset: Array, body: Any) -> None:

@@ -83,13 +83,13 @@ def _query_tile(
     positions = _part(call.query_positions, start, rows)
     mine = [term.cut(start, rows, 0, columns).loaded() for term in terms]
     batch, heads, _, _ = query.shape
-    zeros = jnp.zeros((batch, heads, rows))
-    entries = [jnp.zeros((batch, heads, rows, _table(term).shape[1])) for term in values]
+    zeros = jnp.zeros((batch, heads, rows), jnp.float32)
+    entries = [jnp.zeros((batch, heads, rows, _table(term).shape[1]), jnp.float32) for term in values]
     breaks = isinstance(call.weights, StickBreaking)
     state = (
         (zeros if breaks else jnp.full_like(zeros, INIT_MAX)),  # what is left of the stick, or the running maximum
         zeros,
-        jnp.zeros((batch, heads, rows, call.value.shape[-1])),
+        jnp.zeros((batch, heads, rows, call.value.shape[-1]), jnp.float32),
         entries,
         [term.carry for term in mine],
         query.astype(jnp.float32) if call.transport is not None else None,
