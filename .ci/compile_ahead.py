@@ -38,7 +38,7 @@ CALLS = {
         dict(spec="tupe(relative=True)", length=1024, heads=(2, 1), width=128, dtype="float16", window=(300, 0)),
     ],
 }
-MOSAIC = pj.GpuBlocks(queries=128, keys=128, strip=32, rows=64, warps=8, stages=2, lowering="mosaic")
+MOSAIC = pj.GpuBlocks(block_q=128, block_kv=128, block_kv_count=32, block_q_rows=64, num_warps=8, num_stages=2, lowering="mosaic")
 MORE = {"h200": [CALLS["gpu"][0] | dict(blocks=MOSAIC)]}  # on one chip alone
 MORE["h200"] += [dict(spec="t5 + alibi", length=1024, heads=(2, 2), width=64, dtype="float16", soft_cap=30.0, blocks=MOSAIC)]
 MORE["h200"] += [CALLS["gpu"][0] | dict(context=2)]  # around a ring of devices

@@ -74,7 +74,7 @@ def measure(generation: str, tile: tuple[int, int, int]) -> dict[str, Any]:
     """A row: the blocks of each encoding, bundles of a head of each kind of gates, forward and backward, and their mean."""
     rejected: list[str] = []
     row: dict[str, Any] = {"generation": generation, "tile": list(tile), "rejected": rejected, "blocks": {}, "bundles": {}}
-    held = shipped.Blocks(*tile, resident=SEQUENCE)
+    held = shipped.Blocks(*tile, block_kv_resident=SEQUENCE)
     for spec, kinds in {"identity": {"identity": None}, costs.SPEC: {kind: gates_of(kind) for kind in GATES}}.items():
         blocks, built = compiled(generation, held, spec, rejected)
         row["blocks"][spec] = list(blocks)
@@ -86,7 +86,7 @@ def measure(generation: str, tile: tuple[int, int, int]) -> dict[str, Any]:
 
 def search(config: Search) -> None:
     for tile in config.tiles:
-        shipped.check_blocks(shipped.Blocks(*tile, resident=tile[1]))
+        shipped.check_blocks(shipped.Blocks(*tile, block_kv_resident=tile[1]))
     rows: list[dict[str, Any]] = []
     best = {name: chip.sizes for name, chip in shipped.CHIPS.items()}
     for generation in config.generations:

@@ -182,7 +182,7 @@ def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
     if counts:
         walks[3].name, (*straight, bending) = "step", walks[3].working()
         together = queries_of_pair(blocks) // LANES  # backward takes some pairs at a time: ``BackwardCounting.in_windows``
-        pairs = blocks.queries // LANES // together
+        pairs = blocks.block_q // LANES // together
         turns = [pairs // math.gcd(pairs, most // together) for most in (8, 4)]
         pair(straight, "straight", (1, 1) if is_forward else (turns[0], turns[1]), beyond=not is_forward)
         bending.name, loops = "bending", bending.loops()
@@ -251,22 +251,22 @@ class Tile(NamedTuple):
 
 def queries_of_pair(blocks: Blocks) -> int:
     """Queries."""
-    return 2 * LANES if blocks.queries % (2 * LANES) == 0 else LANES
+    return 2 * LANES if blocks.block_q % (2 * LANES) == 0 else LANES
 
 
 def count_tile(gates: Gates | None, tile: int, length: int, blocks: Blocks, cell_span: int) -> Tile:
     """The band of a query tile, as the forward kernel walks through it."""
-    strip, held = blocks.strip, min(blocks.resident, length) // blocks.strip
+    strip, held = blocks.block_kv_count, min(blocks.block_kv_resident, length) // blocks.block_kv_count
     size = queries_of_pair(blocks)
-    queries = (tile * blocks.queries + np.arange(blocks.queries)).reshape(-1, size)  # of each pair
+    queries = (tile * blocks.block_q + np.arange(blocks.block_q)).reshape(-1, size)  # of each pair
     quarters, last = np.arange(0, strip, QUARTER), queries[:, -1] // strip + 1
-    forward, steps, limit, counts = Turns(), [], last.copy(), np.zeros(blocks.queries)
+    forward, steps, limit, counts = Turns(), [], last.copy(), np.zeros(blocks.block_q)
     for begins in reversed(range(0, int(last.max()), held)) if gates is not None else ():
         number = max(0, int(last.min()) - (begins + held))
         while ((counts.reshape(-1, size) < LAST).any(1) & (last - 1 - number >= begins)).any():
             strips = last - 1 - number
             here = (strips >= begins) & (strips < begins + held)
-            found = np.zeros((blocks.queries, strip))
+            found = np.zeros((blocks.block_q, strip))
             for a in np.flatnonzero(here):
                 keys = np.arange(strips[a] * strip, (strips[a] + 1) * strip)
                 within = gates(slice(queries[a, 0], queries[a, -1] + 1), slice(keys[0], keys[-1] + 1))
@@ -294,15 +294,15 @@ def count_tile(gates: Gates | None, tile: int, length: int, blocks: Blocks, cell
 def walk_over(gates: Gates | None, length: int, blocks: Blocks) -> tuple[Turns, Turns]:
     """Turns of each part in the forward and in the backward kernel, of one head; without ``gates`` nothing is counted."""
     forward, backward = Turns(), Turns()
-    tiles, held = length // blocks.queries, min(blocks.resident, length)
+    tiles, held = length // blocks.block_q, min(blocks.block_kv_resident, length)
     for turns in (forward, backward):
         turns["grid"] = tiles * (length // held)
         tiles_begun = tiles if turns is forward else turns["grid"]
         turns.update(dict.fromkeys(("arrival", "query tile: before", "query tile: after"), tiles_begun))
         turns["first of a head"] = turns["last of a head"] = length // held
-        turns["first of a head: keys"] = length // blocks.keys if length == held else 0
-        turns["last of a head: keys"] = length // blocks.keys
-    cell_span, per_tile = NARROW, blocks.keys // blocks.strip
+        turns["first of a head: keys"] = length // blocks.block_kv if length == held else 0
+        turns["last of a head: keys"] = length // blocks.block_kv
+    cell_span, per_tile = NARROW, blocks.block_kv // blocks.block_kv_count
     for i in range(tiles):
         tile = count_tile(gates, i, length, blocks, cell_span)
         cell_span = tile.cell_span
@@ -319,9 +319,9 @@ def walk_over(gates: Gates | None, length: int, blocks: Blocks) -> tuple[Turns, 
             add_quarters(backward, "", step.need)
             add_quarters(backward, "back: ", step.need)
             backward["back: node"] += int(step.cells[step.need == 1].sum())
-        first = i * blocks.queries
+        first = i * blocks.block_q
         for j in range(-(-int(tile.limit.max()) // per_tile)):  # what was not counted
-            whole = (j + 1) * blocks.keys <= first + 1 and (tile.limit >= (j + 1) * per_tile).all()
+            whole = (j + 1) * blocks.block_kv <= first + 1 and (tile.limit >= (j + 1) * per_tile).all()
             for turns in (forward, backward):
                 turns["key tile"] += 1
                 turns["plain" if whole else "plain, masked"] += 1
@@ -423,7 +423,7 @@ def compiled(chip: str, blocks: Blocks, specs: Sequence[str] = ("identity", SPEC
       RuntimeError: what did not compile.
       AssertionError: a kernel whose structure is another than this script knows.
     """
-    length = min(CONTEXT, blocks.resident)
+    length = min(CONTEXT, blocks.block_kv_resident)
     job = dict(with_gradients=True, seq_len=length, heads=4, kv_heads=4, head_dim=128, batch=1, dtype="bfloat16")
     jobs = [("posjax.bench.schedule:posjax_job", job | {"spec": spec, "block_sizes": list(blocks)}) for spec in specs]
     found = {}
@@ -456,7 +456,7 @@ def row_of(length: int, kind: str, heads: list[Gates], blocks: Blocks, built: di
 def run(config: Cost) -> None:
     blocks = CHIPS[config.chip].blocks("bfloat16", 128)
     for length in config.lengths:
-        if length % blocks.queries or length % min(blocks.resident, length):
+        if length % blocks.block_q or length % min(blocks.block_kv_resident, length):
             raise ValueError(f"lengths must be whole blocks, {blocks}, got {length}")
     built = compiled(config.chip, blocks)
     model, of_model = trained(config.workdir) if config.workdir else ([], None)

@@ -113,7 +113,7 @@ def in_tpu_kernel(call):
 
 
 def in_gpu_kernels(call):
-    blocks = GpuBlocks(queries=32, keys=32, strip=16, rows=16, warps=4, stages=2)
+    blocks = GpuBlocks(block_q=32, block_kv=32, block_kv_count=16, block_q_rows=16, num_warps=4, num_stages=2)
     return gpu.attention(with_prefix_sums(call), block_sizes=blocks, interpret=True)
 
 

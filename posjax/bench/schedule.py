@@ -238,7 +238,7 @@ def _own_tile(config: ScheduleBench, generation: str) -> list[int] | None:
     from posjax.attention.backends.tpu.blocks import CHIPS
 
     blocks = CHIPS[generation].blocks(config.dtype, config.head_dim)
-    return [blocks.queries, blocks.keys]
+    return [blocks.block_q, blocks.block_kv]
 
 
 def _kernel(

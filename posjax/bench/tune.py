@@ -100,10 +100,10 @@ def neighbours(blocks: GpuBlocks, counting: bool) -> list[GpuBlocks]:
 
     Strips are never larger than the keys of a tile, nor rows than its queries.
     """
-    sizes = ("queries", "keys", "rows", "warps", *(("strip",) if counting else ()))
+    sizes = ("block_q", "block_kv", "block_q_rows", "num_warps", *(("block_kv_count",) if counting else ()))
     made = [blocks._replace(**{name: size}) for name in sizes for size in (getattr(blocks, name) // 2, getattr(blocks, name) * 2)]
-    made += [blocks._replace(stages=blocks.stages + more) for more in (-1, 1)]
-    made = [b._replace(strip=min(b.strip, b.keys), rows=min(b.rows, b.queries)) for b in made]
+    made += [blocks._replace(num_stages=blocks.num_stages + more) for more in (-1, 1)]
+    made = [b._replace(block_kv_count=min(b.block_kv_count, b.block_kv), block_q_rows=min(b.block_q_rows, b.block_q)) for b in made]
     return [b for b in dict.fromkeys(made) if b != blocks and _is_possible(b)]
 
 

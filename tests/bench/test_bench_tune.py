@@ -38,7 +38,7 @@ def test_a_search_among_two_and_one_that_is_impossible(tmp_path):
     assert [row["present"] for row in rows] == [True, False, False]
     assert present["ms"] > 0 and small["ms"] > 0 and not present["notes"] + small["notes"]
     (why,) = impossible["notes"]
-    assert why.startswith("ValueError: strip of block_sizes must be at most keys") and impossible["ms"] is None
+    assert why.startswith("ValueError: block_kv_count of block_sizes must be at most block_kv") and impossible["ms"] is None
     (best,) = [row for row in rows if row["best"]]
     assert best["ms"] <= present["ms"] and best["forward_ms"] > 0
     assert json.loads((tmp_path / "tune.json").read_text())["rows"] == rows
@@ -103,7 +103,7 @@ def test_where_nothing_runs_the_package_s_blocks_stay(tmp_path, planted):
 
 def cost(blocks):
     """Least for 128 queries, 32 keys, 4 warps and 3 stages."""
-    off = [math.log2(blocks.queries / 128), math.log2(blocks.keys / 32), math.log2(blocks.warps / 4), blocks.stages - 3]
+    off = [math.log2(blocks.block_q / 128), math.log2(blocks.block_kv / 32), math.log2(blocks.num_warps / 4), blocks.num_stages - 3]
     return 1.0 + sum(x * x for x in off)
 
 
@@ -122,7 +122,7 @@ def test_the_walk_ends_where_no_neighbour_is_faster():
         return [cost(blocks) for blocks in several]
 
     best = walk(FIRST, measure, near)
-    assert (best.queries, best.keys, best.warps, best.stages) == (128, 32, 4, 3)
+    assert (best.block_q, best.block_kv, best.num_warps, best.num_stages) == (128, 32, 4, 3)
     later = [blocks for several in measured for blocks in several[1:]]
     assert len(set(later)) == len(later) and FIRST not in later  # nothing is tried twice
     centers = [several[0] for several in measured]
@@ -131,10 +131,10 @@ def test_the_walk_ends_where_no_neighbour_is_faster():
 
 def test_the_walk_goes_around_what_is_refused_and_does_not_follow_noise():
     def refusing(several):
-        return ["no room" if blocks.keys == 64 or blocks == FIRST else cost(blocks) for blocks in several]
+        return ["no room" if blocks.block_kv == 64 or blocks == FIRST else cost(blocks) for blocks in several]
 
     best = walk(FIRST, refusing, near)
-    assert best.keys == 128 and (best.queries, best.warps, best.stages) == (128, 4, 3)
+    assert best.block_kv == 128 and (best.block_q, best.num_warps, best.num_stages) == (128, 4, 3)
     assert walk(FIRST, lambda several: ["no room"] * len(several), near) is None
     noisy = {FIRST: 1.0}
     assert walk(FIRST, lambda several: [noisy.get(blocks, 0.995) for blocks in several], near) == FIRST
@@ -150,8 +150,8 @@ def test_neighbours_are_blocks_that_a_kernel_may_have(counting):
         assert len(set(found)) == len(found) >= 5 and blocks not in found
     blocks = GpuBlocks(64, 32, 32, 64, 8, 2)
     found = neighbours(blocks, counting)
-    assert blocks._replace(queries=32, rows=32) in found and blocks._replace(keys=16, strip=16) in found
-    assert (blocks._replace(strip=16) in found) == counting
+    assert blocks._replace(block_q=32, block_q_rows=32) in found and blocks._replace(block_kv=16, block_kv_count=16) in found
+    assert (blocks._replace(block_kv_count=16) in found) == counting
 
 
 # The table ---------------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_an_interruption_leaves_the_kinds_that_are_done(run, tmp_path, monkeypat
     assert code == 130 and f"what was measured stands in {tmp_path}" in error
     assert len(json.loads((tmp_path / "tune.json").read_text())["rows"]) == 1
     lines = json.loads((tmp_path / "gpu_blocks.json").read_text())
-    assert next(x["queries"] for x in lines if (x["bytes"], x["channels"], x["counts"]) == (2, 128, False)) == 16
+    assert next(x["block_q"] for x in lines if (x["bytes"], x["channels"], x["counts"]) == (2, 128, False)) == 16
 
 
 def test_the_table_says_by_how_much(capsys, monkeypatch):

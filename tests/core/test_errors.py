@@ -378,37 +378,37 @@ BAD = {
     "block_sizes: no lanes": (
         lambda: blocks(pj.Blocks(200, 256, 128, 512)),
         ValueError,
-        r"queries of block_sizes must be a positive multiple of 128, such as 256, got Blocks\(queries=200",
+        r"block_q of block_sizes must be a positive multiple of 128, such as 256, got Blocks\(block_q=200",
     ),
     "block_sizes: zero": (
         lambda: blocks(pj.Blocks(128, 0, 128, 512)),
         ValueError,
-        r"keys of block_sizes must be a positive multiple of strip, 128, such as 128, got .*keys=0",
+        r"block_kv of block_sizes must be a positive multiple of block_kv_count, 128, such as 128, got .*block_kv=0",
     ),
     "block_sizes: a float": (
         lambda: blocks(pj.Blocks(128, 128, 128.0, 128)),
         ValueError,
-        r"strip of block_sizes must be a positive multiple of 128, s",
+        r"block_kv_count of block_sizes must be a positive multiple of 128, s",
     ),
     "block_sizes: a bool": (
         lambda: blocks(pj.Blocks(128, 128, True, 128)),
         ValueError,
-        r"strip of block_sizes must be a positive multiple of 128, s",
+        r"block_kv_count of block_sizes must be a positive multiple of 128, s",
     ),
     "block_sizes: keys that are no strips": (
         lambda: blocks(pj.Blocks(128, 384, 256, 768)),
         ValueError,
-        r"keys of block_sizes must be a positive multiple of strip, 256, such as 512, got .*keys=384",
+        r"block_kv of block_sizes must be a positive multiple of block_kv_count, 256, such as 512, got .*block_kv=384",
     ),
     "block_sizes: resident that is no tiles": (
         lambda: blocks(pj.Blocks(128, 256, 128, 640)),
         ValueError,
-        r"resident of block_sizes must be a positive multiple of keys, 256, such as 768, got .*resident=640",
+        r"block_kv_resident of block_sizes must be a positive multiple of block_kv, 256, such as 768, got .*block_kv_resident=640",
     ),
     "block_sizes: many queries": (
         lambda: blocks(pj.Blocks(4096, 128, 128, 128)),
         ValueError,
-        r"block_sizes must have at most 2048 queries, got Blocks\(queries=4096",
+        r"block_q of block_sizes must be at most 2048, got Blocks\(block_q=4096",
     ),
     "block_sizes: of dense attention": (
         lambda: blocks(pj.Blocks(128, 128, 128, 128), "xla"),

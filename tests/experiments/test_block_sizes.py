@@ -27,9 +27,9 @@ def compiler(chip, blocks, specs):
     """Takes 4,096 keys at once, and where it counts tiles of less than 2,048 queries, of no other chip."""
     assert chip == "v6e"
     (spec,) = specs
-    if blocks.resident > 4096 or (spec != "identity" and blocks.queries > 1024):
+    if blocks.block_kv_resident > 4096 or (spec != "identity" and blocks.block_q > 1024):
         raise RuntimeError(f"{spec} did not compile: no room. Used 70.0M of 64.0M vmem. More")
-    plain = PLAIN[blocks.queries, blocks.keys]
+    plain = PLAIN[blocks.block_q, blocks.block_kv]
     if spec == "identity":
         return {(spec, way): {"plain": n, "plain, masked": n} for way, n in (("forward", plain), ("backward", plain + 100))}
     return {(spec, "forward"): {"step": 7}, (spec, "backward"): {"step": 11}}
@@ -64,5 +64,5 @@ def test_the_tile_that_costs_least_with_the_most_keys_that_compile(script, tmp_p
 
 def test_tiles_that_are_none_are_told_before_anything_is_compiled(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script.costs, "compiled", None)
-    with pytest.raises(ValueError, match="keys of block_sizes must be a positive multiple of strip, 256"):
+    with pytest.raises(ValueError, match="block_kv of block_sizes must be a positive multiple of block_kv_count, 256"):
         script.search(script.Search(("v6e",), ((512, 384, 256),), tmp_path / "a", tmp_path / "b"))

@@ -44,7 +44,7 @@ from posjax.attention.backends.gpu.plan import longest_run
 from posjax.attention.backends.shards import ShardSpec
 from posjax.attention.call import prepare
 
-SMALL = GpuBlocks(queries=32, keys=32, strip=16, rows=16, warps=4, stages=2)
+SMALL = GpuBlocks(block_q=32, block_kv=32, block_kv_count=16, block_q_rows=16, num_warps=4, num_stages=2)
 UNEVEN = GpuBlocks(64, 32, 32, 64, 4, 2)
 thorough = pytest.mark.thorough
 KERNELS = ("forward", "query_plain", "key_plain", "query_band", "key_band")
@@ -226,7 +226,10 @@ def test_block_sizes_of_the_call():
         text = program.trace(shapes(pj.alibi())).lower(lowering_platforms=("cuda",)).as_text()
         assert "num_warps = 2" in text
         assert "num_stages = 3" in text
-    for wrong, message in ((sizes._replace(keys=48), "keys of .* a power of two"), (sizes._replace(strip=64), "at most keys")):
+    for wrong, message in (
+        (sizes._replace(block_kv=48), "block_kv of .* a power of two"),
+        (sizes._replace(block_kv_count=64), "at most block_kv"),
+    ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(functools.partial(loss, encoding=pj.alibi(), block_sizes=wrong), shapes(pj.alibi()))
 

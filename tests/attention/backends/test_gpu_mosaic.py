@@ -21,7 +21,7 @@ from posjax.attention.backends.gpu import blocks as gpu_blocks
 from posjax.attention.backends.gpu.blocks import GpuBlocks, blocks_for, check_gpu_blocks, mosaic_unsupported_reason
 from posjax.attention.call import prepare
 
-TILE = GpuBlocks(queries=128, keys=128, strip=32, rows=64, warps=8, stages=2, lowering="mosaic")
+TILE = GpuBlocks(block_q=128, block_kv=128, block_kv_count=32, block_q_rows=64, num_warps=8, num_stages=2, lowering="mosaic")
 thorough = pytest.mark.thorough
 interpreted = pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="older jax does not interpret these kernels")
 
@@ -94,7 +94,7 @@ CALLS = {
     "small gates, most of a row counted": (pj.cope(64), dict(gates="small", length=300, is_causal=True)),
     "wide values": (pj.chain(pj.cope(12), pj.alibi()), dict(heads=(4, 1, 8, 136), is_causal=True)),
     "one query": (GATED, dict(length=1, keys=150, arrays={"query_positions": jnp.asarray([149])}, is_causal=True)),
-    "more stages than tiles": (pj.t5(8, 30), dict(tile=TILE._replace(stages=4), keys=300, heads=(1, 1, 16, 16))),
+    "more stages than tiles": (pj.t5(8, 30), dict(tile=TILE._replace(num_stages=4), keys=300, heads=(1, 1, 16, 16))),
 }
 
 
@@ -133,8 +133,8 @@ def test_vmap():
 def test_blocks_that_they_do_not_have():
     check_gpu_blocks(TILE)
     for wrong, message in (
-        (TILE._replace(queries=64, rows=32), "queries=128, keys=128 and rows=64"),
-        (TILE._replace(keys=256), "keys=128"),
+        (TILE._replace(block_q=64, block_q_rows=32), "block_q=128, block_kv=128 and block_q_rows=64"),
+        (TILE._replace(block_kv=256), "block_kv=128"),
         (TILE._replace(lowering="cuda"), "lowering of block_sizes must be triton or mosaic"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -147,7 +147,7 @@ REFUSED = {
     "Blackwell": (100, "bfloat16", 64, 0, TILE, "compute capability 9.0"),
     "wide heads": (90, "bfloat16", 160, 0, TILE, "144 channels"),
     "a large table": (90, "bfloat16", 64, 65, TILE, "64 biases"),
-    "many stages": (90, "float16", 128, 0, TILE._replace(stages=4), "of 226 KiB of shared memory"),
+    "many stages": (90, "float16", 128, 0, TILE._replace(num_stages=4), "of 226 KiB of shared memory"),
 }
 
 

@@ -132,7 +132,11 @@ def in_tpu_kernel(call):
 
 
 def in_gpu_kernels(call):
-    return gpu.attention(call, block_sizes=GpuBlocks(queries=32, keys=32, strip=16, rows=16, warps=4, stages=2), interpret=True)
+    return gpu.attention(
+        call,
+        block_sizes=GpuBlocks(block_q=32, block_kv=32, block_kv_count=16, block_q_rows=16, num_warps=4, num_stages=2),
+        interpret=True,
+    )
 
 
 BACKENDS = {

@@ -44,8 +44,8 @@ import posjax as pj
 from posjax.attention.backends.tpu import attention as tpu
 from posjax.attention.backends.tpu.blocks import CHIPS, Blocks
 
-SMALL = Blocks(queries=128, keys=128, strip=128, resident=1024)
-STREAMED = Blocks(128, 128, 128, resident=128)
+SMALL = Blocks(block_q=128, block_kv=128, block_kv_count=128, block_kv_resident=1024)
+STREAMED = Blocks(128, 128, 128, block_kv_resident=128)
 LARGE = Blocks(256, 256, 128, 512)  # groups of queries and strips within a tile, two tiles held at a time
 ONE_CORE = pltpu.InterpretParams(detect_races=True)
 TWO_CORES = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, random_seed=0)  # which share the parallel grid axes
@@ -153,7 +153,7 @@ REFUSED = {
     "many positions": (pj.cope(513), {}, {}, "max_position=513"),
     "many buckets": (pj.t5(128, 256), {}, {}, "num_buckets=128"),
     "cope twice": (pj.chain(pj.cope(4), pj.cope(8)), {}, {}, "encoding counts by gates twice"),
-    "t5 twice": (pj.chain(pj.t5(6, 8), pj.t5(4, 8)), {}, {}, "encoding reads a table at an index of positions twice"),
+    "a second, larger table": (pj.chain(pj.t5(6, 8), pj.t5(66, 200)), {}, {}, "encoding reads a second table of more than 64"),
 }
 
 

@@ -24,13 +24,13 @@ EVERY = Groups(0, 2)
 def step_with(soft_cap=None, counting=None, **arrays):
     """A query tile of two groups and two strips whose references hold the arrays."""
     plan = Plan(
-        blocks=Blocks(queries=256, keys=256, strip=128, resident=256),
+        blocks=Blocks(block_q=256, block_kv=256, block_kv_count=128, block_kv_resident=256),
         rules=Rules(False, None, None, False),
         soft_cap=soft_cap,
         counting=counting,
         index=None,
         uniform=None,
-        functions=(),
+        pairs=(),
         rotates_keys=False,
         vmem=2**27,
         interpret=False,

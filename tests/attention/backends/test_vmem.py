@@ -169,7 +169,7 @@ def test_common_heads_fit_every_chip(generation, width, dtype, operands_of, monk
     monkeypatch.setattr(tpu, "chip_at_hand", lambda x=None: CHIPS[generation])
     for encoding in (pj.identity(), GATED, pj.t5(), pj.tupe(relative=True), pj.cope(128)):
         plan, _ = operands_of(encoding, 1024, width, dtype)
-        assert plan.blocks.queries >= 256
+        assert plan.blocks.block_q >= 256
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ TINY = Chip("tiny", 3 * MIB, True, CHIPS["v6e"].sizes)
             pj.identity(),
             128,
             Blocks(1024, 1024, 256, 65536),
-            r"block_sizes=Blocks\(.*resident=65536\) takes about 3\d\d MiB of 100 MiB of VMEM; block_sizes=Blocks\(.*\) fits",
+            r"block_sizes=Blocks\(.*_resident=65536\) takes about 3\d\d MiB of 100 MiB of VMEM; block_sizes=Blocks\(.*\) fits",
         ),
     ],
     ids=["heads", "rotated heads", "positions", "block sizes"],

@@ -113,11 +113,11 @@ def to_operands(call: AttentionCall, blocks: GpuBlocks, spec: ShardSpec, interpr
     repeats = np.lcm(key.shape[2], spec.num_head_shards) // key.shape[2]  # more shards than key heads: each needs its own
     if repeats > 1:
         key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
-    padding = -key.shape[1] % blocks.keys
+    padding = -key.shape[1] % blocks.block_kv
     key_positions, query_segments, key_segments = with_padding(call.mask, query.shape[1], call.key_positions, padding)
 
     def by_query(x: Array | None, axis: int = 1) -> Array | None:
-        return None if x is None else pad_to_multiple(x, blocks.queries, axis)
+        return None if x is None else pad_to_multiple(x, blocks.block_q, axis)
 
     def of_heads(x: Array | None) -> Array | None:
         """Converts features [F, B or 1, N or K or 1, T or S] to [B or 1, N or K or 1, F, T or S]."""
@@ -140,8 +140,8 @@ def to_operands(call: AttentionCall, blocks: GpuBlocks, spec: ShardSpec, interpr
     )
     operands = Operands(
         query=_pad_channels(by_query(query)),
-        key=_pad_channels(pad_to_multiple(key, blocks.keys, 1)),
-        value=_pad_channels(pad_to_multiple(value, blocks.keys, 1)),
+        key=_pad_channels(pad_to_multiple(key, blocks.block_kv, 1)),
+        value=_pad_channels(pad_to_multiple(value, blocks.block_kv, 1)),
         scale=call.scale.reshape(1),
         query_positions=by_query(call.query_positions),
         key_positions=key_positions,
@@ -151,7 +151,7 @@ def to_operands(call: AttentionCall, blocks: GpuBlocks, spec: ShardSpec, interpr
         table=None if looks is None else jnp.broadcast_to(looks.read.table.astype(jnp.float32), (query.shape[2], _entries(call))),
         numbers=numbers_of(pairs, query.shape[2]),
         query_features=by_query(of_heads(features_of(pairs, "query")), 3),
-        key_features=None if key_features is None else pad_to_multiple(key_features, blocks.keys, 3),
+        key_features=None if key_features is None else pad_to_multiple(key_features, blocks.block_kv, 3),
     )
     return plan, operands
 

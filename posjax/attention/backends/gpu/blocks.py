@@ -20,24 +20,24 @@ _SHARED = 226 * 1024  # bytes of shared memory per block on compute capability 9
 class GpuBlocks(NamedTuple):
     """Configures the block sizes of the GPU kernels.
 
-    ``queries``, ``keys``, ``strip`` and ``rows`` are powers of two from 16 to 256.
+    The first four are powers of two from 16 to 256.
 
     Attributes:
-      queries: queries per tile.
-      keys: keys per tile.
-      strip: keys processed per counting step, at most ``keys``.
-      rows: queries processed at a time for a key tile in the backward pass, at most ``queries``.
-      warps: warps of 32 threads that work on a tile, a power of two from 1 to 16.
-      stages: tiles that are loaded at a time, from 1 to 8.
+      block_q: queries per tile.
+      block_kv: keys per tile.
+      block_kv_count: keys processed per counting step (a strip), at most ``block_kv``.
+      block_q_rows: queries processed at a time for a key tile in the backward pass, at most ``block_q``.
+      num_warps: warps of 32 threads that work on a tile, a power of two from 1 to 16.
+      num_stages: tiles that are loaded at a time, from 1 to 8.
       lowering: "triton" or "mosaic", for all keys that are not counted. "mosaic" takes 128 queries, 128 keys and 64 rows.
     """
 
-    queries: int
-    keys: int
-    strip: int
-    rows: int
-    warps: int
-    stages: int
+    block_q: int
+    block_kv: int
+    block_kv_count: int
+    block_q_rows: int
+    num_warps: int
+    num_stages: int
     lowering: str = "triton"
 
 
@@ -46,16 +46,18 @@ def check_gpu_blocks(blocks: GpuBlocks) -> None:
     if blocks.lowering not in LOWERINGS:
         raise ValueError(f"lowering of block_sizes must be {' or '.join(LOWERINGS)}, got {blocks}")
     for name in GpuBlocks._fields[:-1]:
-        size, (least, most) = getattr(blocks, name), {"warps": (1, 16), "stages": (1, 8)}.get(name, (16, 256))
+        size, (least, most) = getattr(blocks, name), {"num_warps": (1, 16), "num_stages": (1, 8)}.get(name, (16, 256))
         fits = isinstance(size, int) and not isinstance(size, bool) and least <= size <= most
-        if not fits or (name != "stages" and size & (size - 1)):
-            what = "a number" if name == "stages" else "a power of two"
+        if not fits or (name != "num_stages" and size & (size - 1)):
+            what = "a number" if name == "num_stages" else "a power of two"
             raise ValueError(f"{name} of block_sizes must be {what} from {least} to {most}, got {blocks}")
-    for part, of in (("strip", "keys"), ("rows", "queries")):
+    for part, of in (("block_kv_count", "block_kv"), ("block_q_rows", "block_q")):
         if getattr(blocks, part) > getattr(blocks, of):
             raise ValueError(f"{part} of block_sizes must be at most {of}, got {blocks}")
-    if blocks.lowering == "mosaic" and (blocks.queries, blocks.keys, blocks.rows) != (128, 128, 64):
-        raise ValueError(f"block_sizes must have queries=128, keys=128 and rows=64 with lowering='mosaic', got {blocks}")
+    if blocks.lowering == "mosaic" and (blocks.block_q, blocks.block_kv, blocks.block_q_rows) != (128, 128, 64):
+        raise ValueError(
+            f"block_sizes must have block_q=128, block_kv=128 and block_q_rows=64 with lowering='mosaic', got {blocks}"
+        )
 
 
 def mosaic_unsupported_reason(
@@ -85,7 +87,7 @@ def mosaic_unsupported_reason(
         return f"it takes tables of at most 64 biases, and this one has {entries}"
     if not all(map(_is_function_of_distance, pairs)):
         return "it takes functions of the distance of two positions with one number per head that is not learned, and no others"
-    smem_bytes = 0 if blocks is None else 4 * (-(-channels // 16) * 16) * (blocks.queries + blocks.stages * blocks.keys)
+    smem_bytes = 0 if blocks is None else 4 * (-(-channels // 16) * 16) * (blocks.block_q + blocks.num_stages * blocks.block_kv)
     if smem_bytes > _SHARED:
         return f"its tiles take {smem_bytes // 1024} of {_SHARED // 1024} KiB of shared memory; fewer stages would fit"
     return None

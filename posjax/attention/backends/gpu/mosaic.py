@@ -123,14 +123,14 @@ def _query_tile(plan: Plan, r: Any) -> tuple[Array, Array, Array, Array, tuple[A
     The bounds are first, full_begin, full_end and last as in ``plan.py``.
     """
     b, head, i, group = (lax.axis_index(name) for name in ("batch", "heads", "tiles", "group"))
-    i = r.query.shape[1] // plan.blocks.queries - 1 - i  # under a causal mask the last tiles take longest, so they run first
+    i = r.query.shape[1] // plan.blocks.block_q - 1 - i  # under a causal mask the last tiles take longest, so they run first
     *others, last = (r.by_queries[_batch_row(r.by_queries, b), i, n] for n in range(4))
     return b, head, i, group, (*others, last if plan.last is None else jnp.minimum(r.limit[b, head, i], last))
 
 
 def _rows_at(plan: Plan, i: Array, group: Array) -> Any:
     """Returns the slice of a warpgroup's rows in query tile i."""
-    return pl.ds(i * plan.blocks.queries + group * GROUP, GROUP)
+    return pl.ds(i * plan.blocks.block_q + group * GROUP, GROUP)
 
 
 # Kernels -----------------------------------------------------------------------------------------------------------------
@@ -157,14 +157,14 @@ def _forward(plan: Plan, r: Any) -> None:
         plgpu.barrier_wait(r.arrived.at[group])
 
         def tile(is_full_block: bool, j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            slot = lax.rem(j - first, plan.blocks.stages)
-            size = plan.blocks.keys if is_full_block or plan.index is None else GROUP  # table indices take registers, too
-            layout, pieces = ScoreLayout(False, (GROUP, size)), plan.blocks.keys // size
+            slot = lax.rem(j - first, plan.blocks.num_stages)
+            size = plan.blocks.block_kv if is_full_block or plan.index is None else GROUP  # table indices take registers, too
+            layout, pieces = ScoreLayout(False, (GROUP, size)), plan.blocks.block_kv // size
 
             def piece(n: Array | int, carry: tuple[Array, ...]) -> tuple[Array, ...]:
                 m, l, acc = carry
                 here = pl.ds(n * size, size)
-                keys = _keys_of(plan, r, _column, b, pl.ds(j * plan.blocks.keys + n * size, size), is_full_block)
+                keys = _keys_of(plan, r, _column, b, pl.ds(j * plan.blocks.block_kv + n * size, size), is_full_block)
                 scores = _matmul_nt(query_smem, r.keys.at[slot, here]) * factor
                 if pieces == 1:
                     plgpu.barrier_arrive(r.key_done.at[slot])
@@ -206,8 +206,8 @@ def _copy_keys(plan: Plan, r: Any, b: Array, head: Array, first: Array, last: Ar
     kv_head = lax.div(head, r.query.shape[2] // r.key.shape[2])
 
     def copy_tile(j: Array, _: None) -> None:
-        slot, again = lax.rem(j - first, plan.blocks.stages), j - first >= plan.blocks.stages
-        from_ = b, pl.ds(j * plan.blocks.keys, plan.blocks.keys), kv_head
+        slot, again = lax.rem(j - first, plan.blocks.num_stages), j - first >= plan.blocks.num_stages
+        from_ = b, pl.ds(j * plan.blocks.block_kv, plan.blocks.block_kv), kv_head
         pl.when(again)(lambda: plgpu.barrier_wait(r.key_done.at[slot]))
         plgpu.copy_gmem_to_smem(r.key.at[from_], r.keys.at[slot], r.key_here.at[slot])
         pl.when(again)(lambda: plgpu.barrier_wait(r.value_done.at[slot]))
@@ -239,14 +239,14 @@ def _query_plain(plan: Plan, r: Any) -> None:
         plgpu.barrier_wait(r.arrived.at[group])
 
         def tile(is_full_block: bool, j: Array, carry: dict[str, Array]) -> dict[str, Array]:
-            slot, common_index = lax.rem(j - first, plan.blocks.stages), _common_index(plan, r, b, i, j)
+            slot, common_index = lax.rem(j - first, plan.blocks.num_stages), _common_index(plan, r, b, i, j)
             plgpu.barrier_wait(r.key_here.at[slot])
             plgpu.barrier_wait(r.value_here.at[slot])
 
             def piece(n: Array, carry: dict[str, Array]) -> dict[str, Array]:
                 here = pl.ds(n * GROUP, GROUP)
                 key = r.keys.at[slot, here]
-                keys = _keys_of(plan, r, _column, b, pl.ds(j * plan.blocks.keys + n * GROUP, GROUP), is_full_block)
+                keys = _keys_of(plan, r, _column, b, pl.ds(j * plan.blocks.block_kv + n * GROUP, GROUP), is_full_block)
                 scores, d_weights = _matmul_nt(query_smem, key) * factor, _matmul_nt(d_out_smem, r.values.at[slot, here])
                 scores = scores if constant is None else scores + constant
                 scores, index = biased(plan, layout, rows, keys, scores, common_index, is_full_block)
@@ -258,7 +258,7 @@ def _query_plain(plan: Plan, r: Any) -> None:
                     grads["d_table"] = _into_table(rows, carry["d_table"], index, common_index, gradient)
                 return grads
 
-            carry = lax.fori_loop(0, plan.blocks.keys // GROUP, piece, carry)
+            carry = lax.fori_loop(0, plan.blocks.block_kv // GROUP, piece, carry)
             plgpu.barrier_arrive(r.key_done.at[slot])
             plgpu.barrier_arrive(r.value_done.at[slot])
             return carry
@@ -294,7 +294,7 @@ def _key_plain(plan: Plan, r: Any) -> None:
     b, kv_head, j, group = (lax.axis_index(name) for name in ("batch", "heads", "tiles", "group"))
     first, full_begin, full_end, last = (r.by_keys[_batch_row(r.by_keys, b), j, n] for n in range(4))
     heads = r.query.shape[2] // r.key.shape[2]
-    of_tile = plan.blocks.queries // GROUP
+    of_tile = plan.blocks.block_q // GROUP
 
     def begin(head: Array) -> Array:
         """Returns the first piece of queries that did not count this key tile."""
@@ -304,7 +304,7 @@ def _key_plain(plan: Plan, r: Any) -> None:
     def _compute() -> None:
         plgpu.set_max_registers(_REGISTERS["compute"], action="increase")
         key_smem, value_smem = r.keys.at[group], r.values.at[group]
-        at = pl.ds(j * plan.blocks.keys + group * GROUP, GROUP)
+        at = pl.ds(j * plan.blocks.block_kv + group * GROUP, GROUP)
         plgpu.copy_gmem_to_smem(r.key.at[b, at, kv_head], key_smem, r.arrived.at[group])
         plgpu.copy_gmem_to_smem(r.value.at[b, at, kv_head], value_smem, r.arrived.at[group])
         factor, layout = r.scale[0] * LOG2E, ScoreLayout(True, (GROUP, GROUP))
@@ -317,7 +317,7 @@ def _key_plain(plan: Plan, r: Any) -> None:
 
             def tile(is_full_block: bool, i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
                 d_key, d_value = carry
-                slot = lax.rem(base + i - start, plan.blocks.stages)
+                slot = lax.rem(base + i - start, plan.blocks.num_stages)
                 at = pl.ds(i * GROUP, GROUP)
                 rows = _rows_of(plan, r, _column, b, head, at)
                 common_index = _common_index(plan, r, b, i, j)
@@ -357,8 +357,8 @@ def _key_plain(plan: Plan, r: Any) -> None:
 
             def copy_tile(i: Array, _: None) -> None:
                 number, at = base + i - start, pl.ds(i * GROUP, GROUP)
-                slot = lax.rem(number, plan.blocks.stages)
-                pl.when(number >= plan.blocks.stages)(lambda: plgpu.barrier_wait(r.query_done.at[slot]))
+                slot = lax.rem(number, plan.blocks.num_stages)
+                pl.when(number >= plan.blocks.num_stages)(lambda: plgpu.barrier_wait(r.query_done.at[slot]))
                 plgpu.copy_gmem_to_smem(r.query.at[b, at, head], r.queries.at[slot], r.query_here.at[slot])
                 plgpu.copy_gmem_to_smem(r.d_out.at[b, at, head], r.d_outs.at[slot], r.d_out_here.at[slot])
                 plgpu.copy_gmem_to_smem(r.lse.at[b, head, at], r.lses.at[slot], r.d_out_here.at[slot])
@@ -414,7 +414,7 @@ def _inputs(plan: Plan, x: Operands, block_mask: BlockMask) -> dict[str, Any]:
 
 def _key_memory(plan: Plan, x: Operands) -> dict[str, Any]:
     """Describes the shared memory and barriers through which the keys and values of a query tile are streamed."""
-    stages, keys = plan.blocks.stages, plan.blocks.keys
+    stages, keys = plan.blocks.num_stages, plan.blocks.block_kv
     here, done = plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages)
     tiles = {"keys": _tiles(x.key, stages, keys), "values": _tiles(x.value, stages, keys)}
     return tiles | {"key_here": here, "value_here": here, "key_done": done, "value_done": done}
@@ -434,7 +434,7 @@ def forward(plan: Plan, x: Operands, block_mask: BlockMask, counted: dict[str, A
     if plan.index is not None:
         inputs["query_first"] = block_mask.query_first
     scratch = {"queries": _tiles(x.query, GROUPS, GROUP), "arrived": plgpu.Barrier(num_barriers=GROUPS)} | _key_memory(plan, x)
-    grid = heads, length // plan.blocks.queries, batch
+    grid = heads, length // plan.blocks.block_q, batch
     return tuple(_call(_forward, plan, grid, inputs, outputs, scratch).values())
 
 
@@ -460,13 +460,13 @@ def backward(
     query_smem = _tiles(x.query, GROUPS, GROUP), _tiles(d_out, GROUPS, GROUP), plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS)
     scratch = dict(zip(("queries", "d_outs", "arrived"), query_smem, strict=True)) | _key_memory(plan, x)
     of_queries = {"by_queries": block_mask.by_queries} | ({} if plan.index is None else {"query_first": block_mask.query_first})
-    grid = heads, length // plan.blocks.queries, batch
+    grid = heads, length // plan.blocks.block_q, batch
     grads = _call(_query_plain, plan, grid, inputs | of_queries, outputs, scratch)
 
     of_keys = {"by_keys": block_mask.by_keys} | ({} if plan.index is None else {"query_first": block_mask.row_first})
     if plan.last is not None:
-        of_keys["first_uncounted"] = query_tile_bounds(limit, x.key.shape[1] // plan.blocks.keys, first=True)
-    stages = plan.blocks.stages
+        of_keys["first_uncounted"] = query_tile_bounds(limit, x.key.shape[1] // plan.blocks.block_kv, first=True)
+    stages = plan.blocks.num_stages
     numbers = plgpu.SMEM((stages, GROUP), jnp.float32)
     scratch = {
         "keys": _tiles(x.key, GROUPS, GROUP),
@@ -480,6 +480,6 @@ def backward(
         "d_out_here": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         "query_done": plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
     }
-    grid = x.key.shape[2], x.key.shape[1] // plan.blocks.keys, batch
+    grid = x.key.shape[2], x.key.shape[1] // plan.blocks.block_kv, batch
     outputs = {"d_key": like(x.key.shape), "d_value": like(x.value.shape)}
     return grads | _call(_key_plain, plan, grid, inputs | of_keys, outputs, scratch)

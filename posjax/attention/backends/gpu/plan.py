@@ -42,12 +42,12 @@ class Plan:
     @property
     def strips(self) -> int:
         """Returns the number of strips in a key tile."""
-        return self.blocks.keys // self.blocks.strip
+        return self.blocks.block_kv // self.blocks.block_kv_count
 
     @property
     def pieces(self) -> int:
         """Returns the number of pieces of ``rows`` queries in a query tile."""
-        return self.blocks.queries // self.blocks.rows
+        return self.blocks.block_q // self.blocks.block_q_rows
 
     @property
     def args(self) -> tuple[int, ...]:
@@ -120,8 +120,8 @@ def make_block_mask(plan: Plan, x: Operands) -> BlockMask:
     def of_queries(size: int) -> Array:
         return extents(x.query_positions, x.query_segments, size)
 
-    queries, pieces = of_queries(plan.blocks.queries), of_queries(plan.blocks.rows)
-    keys = extents(x.key_positions, x.key_segments, plan.blocks.keys)
+    queries, pieces = of_queries(plan.blocks.block_q), of_queries(plan.blocks.block_q_rows)
+    keys = extents(x.key_positions, x.key_segments, plan.blocks.block_kv)
     by_keys = _tile_ranges(*(jnp.swapaxes(flags, 1, 2) for flags in _flags(plan, pieces, keys)))
     return BlockMask(_tile_ranges(*_flags(plan, queries, keys)), by_keys, queries[..., 0], pieces[..., 0], keys[..., 1])
 

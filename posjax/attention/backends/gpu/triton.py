@@ -70,7 +70,7 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         return
     r, blocks, layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(transposed=False)
     first, full_begin, full_end, last = (r.by_queries[n] for n in range(4))
-    rows = rows_of(plan, r, 0, blocks.queries)
+    rows = rows_of(plan, r, 0, blocks.block_q)
     query, factor = load_channels(r.query, slice(None)), r.scale[0] * LOG2E
     z_at = None if plan.last is None else lambda n: r.z[rows.row_index, n]
 
@@ -88,8 +88,8 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     def strip(carry: tuple[Array, ...], start: Any) -> tuple[Array, ...]:
         """Processes a strip of the band: counts its gates and adds its keys to the softmax."""
         *carry, high, low = carry
-        raw_logits = logits(start, blocks.strip)
-        masked = masked_scores(plan, layout, rows, keys_of(plan, r, start, blocks.strip), raw_logits)
+        raw_logits = logits(start, blocks.block_kv_count)
+        masked = masked_scores(plan, layout, rows, keys_of(plan, r, start, blocks.block_kv_count), raw_logits)
         gates = gates_of(raw_logits, masked.allowed)
         parts = 3 if r.query.dtype == jnp.float32 else 2
         counts = counts_in_strip(plan, layout, high, low, layout.cumsum(plan, gates, later=True, parts=parts))
@@ -100,14 +100,14 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     def count_key_tile(state: tuple[Array, ...]) -> tuple[Array, ...]:
         tile, *carry = state
         for n in reversed(range(plan.strips)):
-            carry = strip(tuple(carry), (tile - 1) * blocks.keys + n * blocks.strip)
+            carry = strip(tuple(carry), (tile - 1) * blocks.block_kv + n * blocks.block_kv_count)
         return tile - 1, *carry
 
     def unsaturated(state: tuple[Array, ...]) -> Array:
         tile, *_, high, low = state
         return (tile > first) & ((high + low).min(0) < plan.last)
 
-    size = blocks.queries
+    size = blocks.block_q
     acc = tuple(jnp.zeros((size, piece.size), jnp.float32) for piece in channel_slices(r.value.shape[-1]))
     carry = jnp.full((size,), INIT_MAX, jnp.float32), jnp.zeros((size,), jnp.float32), acc
     constant, limit = None, last
@@ -125,16 +125,16 @@ def _forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     def part(is_full_block: bool, start: Array, size: int, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         scores = logits(start, size)
         scores = scores if constant is None else scores + constant[:, None]
-        keys, common_index = keys_of(plan, r, start, size, is_full_block), _common_index(plan, r, start // blocks.keys)
+        keys, common_index = keys_of(plan, r, start, size, is_full_block), _common_index(plan, r, start // blocks.block_kv)
         return softmax(carry, biased(plan, layout, rows, keys, scores, common_index, is_full_block)[0], start)
 
     def tile(is_full_block: bool, j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        start = j * blocks.keys
+        start = j * blocks.block_kv
         if is_full_block or plan.index is None:
-            return part(is_full_block, start, blocks.keys, carry)
+            return part(is_full_block, start, blocks.block_kv, carry)
 
         def by_strips(n: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:  # table indices take registers, too
-            return part(False, start + n * blocks.strip, blocks.strip, carry)
+            return part(False, start + n * blocks.block_kv_count, blocks.block_kv_count, carry)
 
         return jax.lax.fori_loop(0, plan.strips, by_strips, carry)
 
@@ -181,20 +181,20 @@ def _query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         return
     r, blocks, layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(transposed=False)
     first, full_begin, full_end, last = (r.by_queries[n] for n in range(4))
-    rows = rows_of(plan, r, 0, blocks.queries)
+    rows = rows_of(plan, r, 0, blocks.block_q)
     query, d_out, lse, delta = load_channels(r.query, slice(None)), load_channels(r.d_out, slice(None)), r.lse[...], r.delta[...]
-    factor, size = r.scale[0] * LOG2E, blocks.queries
+    factor, size = r.scale[0] * LOG2E, blocks.block_q
     constant = None if plan.last is None else r.z[rows.row_index, jnp.full((size,), plan.last)] * LOG2E
     limit = last if plan.last is None else jnp.minimum(r.limit[0], last)
 
     def tile(is_full_block: bool, j: Array, carry: dict[str, Array]) -> dict[str, Array]:
-        start = j * blocks.keys
-        at = pl.ds(start, blocks.keys)
+        start = j * blocks.block_kv
+        at = pl.ds(start, blocks.block_kv)
         key = load_channels(r.key, at)
         scores, d_weights = matmul_nt(plan, query, key) * factor, matmul_nt(plan, d_out, load_channels(r.value, at))
         scores = scores if constant is None else scores + constant[:, None]
         common_index = _common_index(plan, r, j)
-        keys = keys_of(plan, r, start, blocks.keys, is_full_block)
+        keys = keys_of(plan, r, start, blocks.block_kv, is_full_block)
         scores, index = biased(plan, layout, rows, keys, scores, common_index, is_full_block)
         gradient = gradient_of(plan, layout, scores, weights_of(layout, scores, lse), d_weights, delta)
         grads = {"d_query": accumulate(plan, carry["d_query"], gradient, key)}
@@ -228,17 +228,20 @@ def _key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     first, full_begin, full_end, last = (r.by_keys[n] for n in range(4))
     j = pl.program_id(0)
     key, value, factor = load_channels(r.key, slice(None)), load_channels(r.value, slice(None)), r.scale[0] * LOG2E
-    no_pairs = PairGradients(None, (jnp.zeros((blocks.keys,), jnp.float32),) * len(plan.float_features))
+    no_pairs = PairGradients(None, (jnp.zeros((blocks.block_kv,), jnp.float32),) * len(plan.float_features))
 
     def head(g: Array, d_kv: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
         def tile(is_full_block: bool, i: Array, carry: KeyGradients) -> KeyGradients:
-            rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, g), pl.ds(i * blocks.rows, blocks.rows)
+            rows, at = (
+                rows_of(plan, r, i * blocks.block_q_rows, blocks.block_q_rows, g),
+                pl.ds(i * blocks.block_q_rows, blocks.block_q_rows),
+            )
             query, d_out = load_channels(r.query, at, g), load_channels(r.d_out, at, g)
             scores, d_weights = matmul_nt(plan, key, query) * factor, matmul_nt(plan, value, d_out)
             if plan.last is not None:
                 scores += layout.queries(r.z[g, rows.row_index, jnp.full(rows.row_index.shape, plan.last)]) * LOG2E
             common_index = None if plan.index is None else plan.index(r.row_first[i], r.key_last[0])
-            keys = keys_of(plan, r, 0, blocks.keys, is_full_block, g)
+            keys = keys_of(plan, r, 0, blocks.block_kv, is_full_block, g)
             scores, _ = biased(plan, layout, rows, keys, scores, common_index, is_full_block)
             weights = weights_of(layout, scores, r.lse[g, at])
             gradient = gradient_of(plan, layout, scores, weights, d_weights, r.delta[g, at])
@@ -274,16 +277,16 @@ def _query_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         return
     r, blocks, layout = types.SimpleNamespace(**dict(zip(names, refs, strict=True))), plan.blocks, ScoreLayout(transposed=False)
     begin, end = _strips_of_round(plan, r.limit[0], r.by_queries[3], r.round_index[0])
-    rows = rows_of(plan, r, 0, blocks.queries)
+    rows = rows_of(plan, r, 0, blocks.block_q)
     query, d_out, lse, delta = load_channels(r.query, slice(None)), load_channels(r.d_out, slice(None)), r.lse[...], r.delta[...]
     factor, exact = r.scale[0] * LOG2E, r.query.dtype == jnp.float32
 
     def strip(t: Array, carry: dict[str, Array]) -> dict[str, Array]:
-        start = t * blocks.strip
-        at, gathered = pl.ds(start, blocks.strip), carry["gathered"]
+        start = t * blocks.block_kv_count
+        at, gathered = pl.ds(start, blocks.block_kv_count), carry["gathered"]
         key = load_channels(r.key, at)
         raw_logits, d_weights = matmul_nt(plan, query, key) * factor, matmul_nt(plan, d_out, load_channels(r.value, at))
-        keys = keys_of(plan, r, start, blocks.strip)
+        keys = keys_of(plan, r, start, blocks.block_kv_count)
         masked = masked_scores(plan, layout, rows, keys, raw_logits)
         gates = gates_of(raw_logits, masked.allowed)
         high, low = two_sum(carry["high"], carry["low"], -gates.sum(1))
@@ -335,10 +338,13 @@ def _key_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
 
     def head(g: Array, d_kv: tuple[Channels, Channels]) -> tuple[Channels, Channels]:
         def tile(i: Array, slot: Array, carry: KeyGradients) -> KeyGradients:
-            rows, at = rows_of(plan, r, i * blocks.rows, blocks.rows, g), pl.ds(i * blocks.rows, blocks.rows)
+            rows, at = (
+                rows_of(plan, r, i * blocks.block_q_rows, blocks.block_q_rows, g),
+                pl.ds(i * blocks.block_q_rows, blocks.block_q_rows),
+            )
             query, d_out = load_channels(r.query, at, g), load_channels(r.d_out, at, g)
             raw_logits, d_weights = matmul_nt(plan, key, query) * factor, matmul_nt(plan, value, d_out)
-            keys = keys_of(plan, r, 0, blocks.strip, head=g)
+            keys = keys_of(plan, r, 0, blocks.block_kv_count, head=g)
             masked = masked_scores(plan, layout, rows, keys, raw_logits)
             gates = gates_of(raw_logits, masked.allowed)
             count_before, gathered = r.recorded_counts[g, slot, at], r.recorded_gathered[g, slot, at]
@@ -381,7 +387,7 @@ def _of_queries(plan: Plan, x: Operands) -> tuple[tuple[int, ...], dict[str, tup
     """Returns the grid (query tile, head, batch), and the block shape and index map of each array; None is a squeezed axis."""
     batch, length, heads, width = x.query.shape
     span, group, value_width = x.key.shape[1], heads // x.key.shape[2], x.value.shape[-1]
-    size = plan.blocks.queries
+    size = plan.blocks.block_q
     tiles = length // size
     rows = (None, None, size), lambda i, n, b: (b, n, i)
     record = (None, None, ROUND, size), lambda i, n, b: (b, n, 0, i)
@@ -396,7 +402,7 @@ def _of_queries(plan: Plan, x: Operands) -> tuple[tuple[int, ...], dict[str, tup
         "key_positions": ((None, span), lambda i, n, b: (b, 0)),
         "by_queries": ((None, None, 4), lambda i, n, b: (b, i, 0)),
         "query_first": ((None, 1), lambda i, n, b: (b, i)),
-        "key_last": ((None, span // plan.blocks.keys), lambda i, n, b: (b, 0)),
+        "key_last": ((None, span // plan.blocks.block_kv), lambda i, n, b: (b, 0)),
     }
     specs |= dict(query_segments=specs["query_positions"], key_segments=specs["key_positions"], round_index=specs["scale"])
     specs |= dict(d_query=specs["query"], d_out=specs["out"], acc=specs["out"], recorded_counts=record, recorded_gathered=record)
@@ -427,7 +433,7 @@ def _of_keys(plan: Plan, x: Operands, size: int) -> tuple[tuple[int, ...], dict[
     """Returns the same for the grid (``size`` keys, key head, batch); its programs read all queries that share the key head."""
     batch, length, heads, width = x.query.shape
     kv_heads, value_width = x.key.shape[2], x.value.shape[-1]
-    group, tiles = heads // kv_heads, length // plan.blocks.queries
+    group, tiles = heads // kv_heads, length // plan.blocks.block_q
     rows = (None, group, length), lambda j, k, b: (b, k, 0)
     record = (None, group, ROUND, length), lambda j, k, b: (b, k, 0, 0)
     one = (None, group, None), lambda j, k, b: (b, k, j)
@@ -496,7 +502,7 @@ def _call(
         out_specs=[spec(name, shape.shape) for name, shape in outputs.items()],
         out_shape=list(outputs.values()),
         input_output_aliases={list(inputs).index(name): list(outputs).index(name) for name in updated},
-        compiler_params=plgpu.CompilerParams(num_warps=plan.blocks.warps, num_stages=plan.blocks.stages),
+        compiler_params=plgpu.CompilerParams(num_warps=plan.blocks.num_warps, num_stages=plan.blocks.num_stages),
         interpret=bool(plan.interpret),
         name=f"posjax_attention{body.__name__}",
     )(*inputs.values())
@@ -558,7 +564,7 @@ def forward_band(plan: Plan, x: Operands, block_mask: BlockMask) -> dict[str, Ar
 def _count_outputs(plan: Plan, x: Operands) -> dict[str, Any]:
     batch, length, heads, _ = x.query.shape
     row = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-    return {"high": row, "low": row, "limit": jax.ShapeDtypeStruct((batch, heads, length // plan.blocks.queries), jnp.int32)}
+    return {"high": row, "low": row, "limit": jax.ShapeDtypeStruct((batch, heads, length // plan.blocks.block_q), jnp.int32)}
 
 
 def backward(
@@ -578,9 +584,9 @@ def backward(
       d_query_features [B, N, D, T] and d_key_features [B, N, D, S], by query head both.
     """
     residuals = {"d_out": d_out, "lse": lse, "delta": delta}
-    of_queries, of_keys = _of_queries(plan, x), _of_keys(plan, x, plan.blocks.keys)
+    of_queries, of_keys = _of_queries(plan, x), _of_keys(plan, x, plan.blocks.block_kv)
     batch, length, heads, _ = x.query.shape
-    tiles = length // plan.blocks.queries
+    tiles = length // plan.blocks.block_q
 
     inputs, (query,) = _inputs(plan, x, _of_tiles(block_mask)) | residuals, _like(x.query, dtype=jnp.float32)
     outputs: dict[str, Any] = {"d_query": query}
@@ -597,7 +603,7 @@ def backward(
     of_pieces = {"by_keys": block_mask.by_keys, "row_first": block_mask.row_first, "key_last": block_mask.key_last}
     inputs, key_and_value = _inputs(plan, x, of_pieces) | residuals, _like(x.key, x.value, dtype=jnp.float32)
     if plan.last is not None:
-        inputs |= {"limit": limit, "counted_end": query_tile_bounds(limit, x.key.shape[1] // plan.blocks.keys)}
+        inputs |= {"limit": limit, "counted_end": query_tile_bounds(limit, x.key.shape[1] // plan.blocks.block_kv)}
     outputs = dict(zip(("d_key", "d_value"), key_and_value, strict=True))
     if count:
         outputs["d_key_features"] = jax.ShapeDtypeStruct((batch, heads, count, x.key.shape[1]), jnp.float32)
@@ -637,7 +643,7 @@ def backward_band(
     ends = jnp.broadcast_to(block_mask.by_queries[:, None, :, 3], limit.shape)
     strips = (ends - limit) * plan.strips
     rounds = (strips.max() + ROUND - 1) // ROUND
-    of_queries, of_keys = _of_queries(plan, x), _of_keys(plan, x, plan.blocks.strip)
+    of_queries, of_keys = _of_queries(plan, x), _of_keys(plan, x, plan.blocks.block_kv_count)
     record = jax.ShapeDtypeStruct((*limit.shape[:2], ROUND, x.query.shape[1]), jnp.float32)
 
     def run_round(n: Array, grads: dict[str, Any]) -> dict[str, Any]:
@@ -654,8 +660,8 @@ def backward_band(
         grads, records = grads | {name: outs[name] for name in updated}, {name: outs[name] for name in records_out}
 
         begin, end = _strips_of_round(plan, limit, ends, round_index)
-        inputs |= {"tile_first": query_tile_bounds(end, x.key.shape[1] // plan.blocks.strip, first=True)}
-        inputs |= {"tile_last": query_tile_bounds(begin, x.key.shape[1] // plan.blocks.strip)}
+        inputs |= {"tile_first": query_tile_bounds(end, x.key.shape[1] // plan.blocks.block_kv_count, first=True)}
+        inputs |= {"tile_last": query_tile_bounds(begin, x.key.shape[1] // plan.blocks.block_kv_count)}
         outputs = dict(zip(of_key_tiles, _like(*(grads[name] for name in of_key_tiles)), strict=True))
         return grads | _call(_key_band, plan, of_keys, inputs | records | {name: grads[name] for name in outputs}, outputs)
 

@@ -34,7 +34,7 @@ def to_operands(call: AttentionCall, block_sizes: GpuBlocks | None) -> tuple[Pla
 
 
 def in_parts(plan: Plan, x: Operands, parts: int) -> Plan | None:
-    return None if x.key.shape[1] % (parts * plan.blocks.keys) else plan
+    return None if x.key.shape[1] % (parts * plan.blocks.block_kv) else plan
 
 
 def from_blocks(out: Array, length: int, width: int) -> Array:

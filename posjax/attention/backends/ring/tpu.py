@@ -32,8 +32,8 @@ def to_operands(call: AttentionCall, block_sizes: Blocks | None) -> tuple[Plan, 
 
 
 def in_parts(plan: Plan, x: Operands, parts: int) -> Plan | None:
-    size, resident = x.key.shape[2] // parts, min(plan.blocks.resident, x.key.shape[2])
-    fits = x.key.shape[2] % parts == 0 and size % plan.blocks.keys == 0
+    size, resident = x.key.shape[2] // parts, min(plan.blocks.block_kv_resident, x.key.shape[2])
+    fits = x.key.shape[2] % parts == 0 and size % plan.blocks.block_kv == 0
     return plan if fits and (size <= resident or size % resident == 0) else None
 
 

@@ -162,10 +162,10 @@ def to_operands(
     if overlap or not all(map(_rotates_tiles, call.transforms)):
         call = call.transformed()
     blocks = _fitted(block_sizes, call.query.shape[1], call.key.shape[1])
-    keys = _round_up(call.key.shape[1], blocks.keys)
-    keys = _round_up(keys, min(blocks.resident, keys))
+    keys = _round_up(call.key.shape[1], blocks.block_kv)
+    keys = _round_up(keys, min(blocks.block_kv_resident, keys))
     rotates_keys = any(rotation.key_phase is not None for rotation in call.transforms)
-    if rotates_keys and keys > blocks.resident:  # inside the kernel each query tile would rotate the blocks again
+    if rotates_keys and keys > blocks.block_kv_resident:  # inside the kernel each query tile would rotate the blocks again
         call, rotates_keys = call.with_transformed_keys(), False
     query, key, value, rotations = call.query, call.key, call.value, call.transforms
     length = query.shape[1]
@@ -178,7 +178,7 @@ def to_operands(
     kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
 
     def by_query(x: Array) -> Array:
-        x = pad_to_multiple(x, blocks.queries, 1)
+        x = pad_to_multiple(x, blocks.block_q, 1)
         return jnp.moveaxis(x.reshape(*x.shape[:2], kv_heads, group, -1), 1, 3)
 
     def by_key(x: Array) -> Array:
@@ -188,8 +188,8 @@ def to_operands(
         return x.reshape(kv_heads, group, *x.shape[1:])
 
     def by_tile(x: Array) -> Array:
-        x = pad_to_multiple(x, blocks.queries, 1)
-        return x.reshape(x.shape[0], -1, blocks.queries // LANES, LANES)
+        x = pad_to_multiple(x, blocks.block_q, 1)
+        return x.reshape(x.shape[0], -1, blocks.block_q // LANES, LANES)
 
     def of_heads(x: Array) -> Array:
         """Converts features [F, B or 1, N or K or 1, T or S] to [B or 1, K or 1, G or 1, F, T or S]."""
@@ -202,8 +202,8 @@ def to_operands(
     def by_tiles(x: Array | None) -> Array | None:
         if x is None:
             return None
-        x = pad_to_multiple(of_heads(x), blocks.queries, 4)
-        return x.reshape(*x.shape[:4], -1, blocks.queries // LANES, LANES)
+        x = pad_to_multiple(of_heads(x), blocks.block_q, 4)
+        return x.reshape(*x.shape[:4], -1, blocks.block_q // LANES, LANES)
 
     def by_blocks(x: Array | None) -> Array | None:
         return None if x is None else pad_to_multiple(of_heads(x), keys, 4)
@@ -251,7 +251,7 @@ def to_operands(
         numbers=None if numbers is None else by_head(jnp.broadcast_to(numbers[..., None], (*numbers.shape, LANES))),
         query_features=by_tiles(features_of(pairs, "query")),
         key_features=by_blocks(features_of(pairs, "key")),
-        query_cos_sin=_cos_sin(rotations, "query", width, blocks.queries) if rotations else None,
+        query_cos_sin=_cos_sin(rotations, "query", width, blocks.block_q) if rotations else None,
         key_cos_sin=_cos_sin(rotations, "key", width, keys) if rotates_keys else None,
         rotate_half_matrix=_rotate_half_matrix(rotations, width).astype(query.dtype) if rotations else None,
     )
@@ -264,14 +264,14 @@ def _round_up(n: int, to: int) -> int:
 
 def _fitted(blocks: Blocks, queries: int, keys: int) -> Blocks:
     """Shrinks block sizes to the lengths of the call, so that little is padding."""
-    rows = _round_up(-(-queries // -(-queries // blocks.queries)), LANES)
-    columns = _round_up(-(-keys // -(-keys // blocks.keys)), blocks.strip)
-    strip = blocks.strip
+    rows = _round_up(-(-queries // -(-queries // blocks.block_q)), LANES)
+    columns = _round_up(-(-keys // -(-keys // blocks.block_kv)), blocks.block_kv_count)
+    strip = blocks.block_kv_count
     if columns >= keys + LANES:  # short calls: the shortest strips
         strip = LANES
-        columns = _round_up(-(-keys // -(-keys // blocks.keys)), strip)
+        columns = _round_up(-(-keys // -(-keys // blocks.block_kv)), strip)
     tiles = -(-keys // columns)
-    tiles_per_block = max(1, blocks.resident // columns)
+    tiles_per_block = max(1, blocks.block_kv_resident // columns)
     tiles_per_block = -(-tiles // -(-tiles // tiles_per_block))
     return Blocks(rows, columns, strip, tiles_per_block * columns)
 

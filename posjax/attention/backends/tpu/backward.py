@@ -88,7 +88,7 @@ def backward(
       The gradients by the names of the operands, ``table`` and ``embedding`` by head, ``scale`` by head and channel; with CoPE also
       ``gathered``, the gradient of the counts that this call received.
     """
-    num_blocks = x.key.shape[2] // min(plan.blocks.resident, x.key.shape[2])
+    num_blocks = x.key.shape[2] // min(plan.blocks.block_kv_resident, x.key.shape[2])
     state = (*saved[1:], jnp.zeros_like(saved[0]) if gathered is None else gathered) if plan.counting is not None else ()
     x = dataclasses.replace(x, high=None, low=None)  # the walk begins at the left, with the counts in ``saved``
     call = functools.partial(_backward_of_block, plan, x, saved[0], d_out, delta, is_part)
@@ -127,7 +127,7 @@ def _backward_of_block(
 ) -> tuple[dict[str, Array], tuple[Array, ...]]:
     """Computes the gradients from one resident block of keys, adding those of queries to ``acc``, and the state for the next."""
     batch, kv_heads, group, length, _ = x.query.shape
-    tiles = length // plan.blocks.queries
+    tiles = length // plan.blocks.block_q
     scalars = make_scalars(plan, x)
     rows = scalars[0].shape[0] // (tiles * 2)
     names, arrays, specs = inputs_of(plan, x, lambda b, i, r, *scalars: scalars[7][0])
@@ -172,12 +172,12 @@ _Result = tuple[jax.ShapeDtypeStruct, pl.BlockSpec]
 
 def _by_query(plan: Plan, array: Array) -> pl.BlockSpec:
     """Returns the spec of an array by query, [B, K, G, T, C]."""
-    return pl.BlockSpec((None,) * 3 + (plan.blocks.queries, array.shape[-1]), lambda b, k, g, i, r, *_: (b, k, g, i, 0))
+    return pl.BlockSpec((None,) * 3 + (plan.blocks.block_q, array.shape[-1]), lambda b, k, g, i, r, *_: (b, k, g, i, 0))
 
 
 def _by_tile(plan: Plan, x: Operands) -> _Result:
     """Returns the shape and spec of float32 row values, [B, K, G, I, t / 128, 128]."""
-    shape = (*x.query.shape[:3], x.query.shape[3] // plan.blocks.queries, plan.groups, LANES)
+    shape = (*x.query.shape[:3], x.query.shape[3] // plan.blocks.block_q, plan.groups, LANES)
     spec = pl.BlockSpec((None,) * 4 + shape[4:], lambda b, k, g, i, r, *_: (b, k, g, i, 0, 0))
     return jax.ShapeDtypeStruct(shape, jnp.float32), spec
 
@@ -190,7 +190,7 @@ def _results_of(plan: Plan, x: Operands, is_part: bool, adds: bool) -> dict[str,
       adds: whether the gradients of the queries are added to earlier ones, in float32.
     """
     batch, kv_heads, group, _, width = x.query.shape
-    resident = min(plan.blocks.resident, x.key.shape[2])
+    resident = min(plan.blocks.block_kv_resident, x.key.shape[2])
 
     def by_head(shape: tuple) -> _Result:
         struct = jax.ShapeDtypeStruct((batch, kv_heads, group, *shape), jnp.float32)
@@ -231,20 +231,20 @@ def _results_of(plan: Plan, x: Operands, is_part: bool, adds: bool) -> dict[str,
 def _scratch_of_backward(plan: Plan, x: Operands, copies: int) -> dict[str, Any]:
     """Returns the scratch buffers of the backward pass by name; ``copies`` is the number of earlier gradients that are copied."""
     blocks, counting, width = plan.blocks, plan.counting, x.query.shape[-1]
-    resident = min(blocks.resident, x.key.shape[2])
+    resident = min(blocks.block_kv_resident, x.key.shape[2])
     scratch = scratch_of(plan, x) | {
         "dk_acc": pltpu.VMEM((resident, width), jnp.float32),
         "dv_acc": pltpu.VMEM((resident, x.value.shape[-1]), jnp.float32),
-        "dq_acc": pltpu.VMEM((width, blocks.queries), jnp.float32),
+        "dq_acc": pltpu.VMEM((width, blocks.block_q), jnp.float32),
     }
     if counting is not None:
-        scratch["bases"] = pltpu.VMEM((plan.groups, blocks.strip // LANES, LANES), jnp.int32)
-        scratch["bias_slopes"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
+        scratch["bases"] = pltpu.VMEM((plan.groups, blocks.block_kv_count // LANES, LANES), jnp.int32)
+        scratch["bias_slopes"] = pltpu.VMEM((plan.groups, blocks.block_kv_count, LANES), jnp.float32)
         scratch["d_z"] = pltpu.VMEM((plan.groups, counting.rows, LANES), jnp.float32)
         scratch |= {name: pltpu.VMEM((plan.groups, LANES), jnp.float32) for name in ("gathered", "d_last")}
         scratch["wide_steps"] = pltpu.SMEM((2,), jnp.int32)
     if plan.index is not None or counting is not None:
-        scratch["d_scores"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
+        scratch["d_scores"] = pltpu.VMEM((plan.groups, blocks.block_kv_count, LANES), jnp.float32)
     if plan.index is not None:
         scratch["d_table_acc"] = pltpu.VMEM((LANES, SUBLANES, LANES), jnp.float32)
     if copies:

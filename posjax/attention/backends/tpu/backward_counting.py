@@ -135,7 +135,7 @@ class BackwardCounting:
         """Processes the strips of some pairs of query groups in which no query crosses many cells."""
         states = [self.region.load_state(cursor) for cursor in cursors]
         pieces = self.pieces_of(states)
-        beyond: list[list[Array]] = [[] for _ in range(0, self.tile.step.plan.blocks.strip, QUARTER)]
+        beyond: list[list[Array]] = [[] for _ in range(0, self.tile.step.plan.blocks.block_kv_count, QUARTER)]
         stages = [
             functools.partial(self.compute_gates, masked),
             self.count_in_window,
@@ -245,7 +245,7 @@ class BackwardCounting:
         s = self.tile.step
         for state in states:
             state.gathered = as_row(s.gathered, state.cursor.groups)
-        return [GradientPiece(state, index) for state in states for index in range(s.plan.blocks.strip // LANES)]
+        return [GradientPiece(state, index) for state in states for index in range(s.plan.blocks.block_kv_count // LANES)]
 
     def compute_gates(self, masked: bool, piece: GradientPiece) -> None:
         """Computes the logits, the gradient of the weights, and the gates."""
@@ -267,6 +267,6 @@ class BackwardCounting:
         if piece is not strip[-1]:
             return
         weights, d_logits = (concatenate([getattr(member, name) for member in strip], 0) for name in ("weights", "d_logits"))
-        self.tile.accumulate(s.start_of(state.cursor.strip), s.plan.blocks.strip, weights, d_logits, piece.groups)
+        self.tile.accumulate(s.start_of(state.cursor.strip), s.plan.blocks.block_kv_count, weights, d_logits, piece.groups)
         for g, part in piece.groups.lane_slices():
             s.gathered[pl.ds(g, 1), :] = state.gathered[:, part]

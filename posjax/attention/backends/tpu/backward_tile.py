@@ -78,7 +78,7 @@ class BackwardTile:
 
     def start_copies(self, batch: Array, head: Array, group: Array) -> dict[str, Any]:
         """Starts copies of earlier gradients of the queries to the output blocks, for ``finish``; returns the copies by name."""
-        s, size, copies = self.step, self.step.plan.blocks.queries, {}
+        s, size, copies = self.step, self.step.plan.blocks.block_q, {}
         for n, name in enumerate(name for name in ("query", "counted_query") if f"before_{name}" in s.refs):
             rows_here = pl.ds(pl.multiple_of(s.tile * size, size), size)
             before = s.refs[f"before_{name}"].at[batch, head, group, rows_here]
@@ -176,7 +176,7 @@ class BackwardTile:
 
     def plain_tile(self, j: Array, masked: bool) -> None:
         """Processes key tile j, in which the bias is constant along a row."""
-        s, size = self.step, self.step.plan.blocks.keys
+        s, size = self.step, self.step.plan.blocks.block_kv
         start = pl.multiple_of(j * size, size)
         scores, d_weights = self.products(start, size, self.every)
         queries, keys = s.query_extent(), s.key_extent(j)
@@ -205,7 +205,7 @@ class BackwardTile:
 
     def lookup_strip(self, strip: Array, masked: bool) -> None:
         """Processes a strip of a key tile, with T5 lookups."""
-        s, size = self.step, self.step.plan.blocks.strip
+        s, size = self.step, self.step.plan.blocks.block_kv_count
         start = s.start_of(strip)
         scores, d_weights = self.products(start, size, self.every)
         scores = scores + s.lookup_biases(lambda g: strip)
@@ -266,7 +266,7 @@ class BackwardTile:
 
     def finish_keys(self) -> None:
         """Writes the gradients of keys and values, after the last query tile that they meet."""
-        s, size = self.step, self.step.plan.blocks.keys
+        s, size = self.step, self.step.plan.blocks.block_kv
         s.d_value[...] = s.dv_acc[...].astype(s.d_value.dtype)
 
         def one(n: Array, _: None) -> None:

@@ -298,7 +298,7 @@ class CountingRegion:
             for many in (0, 1):
                 for_bits(self.step.worklist[2 * quarter + many], lambda g, few=not many: body(g, at, few))
 
-        jax.lax.fori_loop(0, self.step.plan.blocks.strip // QUARTER, one_quarter, None)
+        jax.lax.fori_loop(0, self.step.plan.blocks.block_kv_count // QUARTER, one_quarter, None)
 
 
 @dataclasses.dataclass
@@ -339,7 +339,7 @@ class GatherWorklist:
             for g, _ in cursor.groups.lane_slices():
                 is_masked = s.plan.rules.none(s.group_extent(g), s.strip_extent(cursor.strip))
                 visible |= jnp.where(cursor.is_active & ~is_masked, 1 << g, 0)
-        for n in range(s.plan.blocks.strip // QUARTER):
+        for n in range(s.plan.blocks.block_kv_count // QUARTER):
             kinds = [self.groups[n, g] for g in range(s.plan.groups)]
             many = bits([kind > 1 for kind in kinds]) & visible
             s.worklist[2 * n], s.worklist[2 * n + 1] = (bits(kinds) & visible) ^ many, many

@@ -15,16 +15,16 @@ class Blocks(NamedTuple):
     """Configures the block sizes of the TPU kernel; shorter calls use smaller blocks.
 
     Attributes:
-      queries: queries per tile, a multiple of 128, at most 2,048.
-      keys: keys per tile, a multiple of ``strip``.
-      strip: keys processed per counting step, a multiple of 128.
-      resident: keys held in VMEM at once, a multiple of ``keys``.
+      block_q: queries per tile, a multiple of 128, at most 2,048.
+      block_kv: keys per tile, a multiple of ``block_kv_count``.
+      block_kv_count: keys processed per counting step (a strip), a multiple of 128.
+      block_kv_resident: keys held in VMEM at once, a multiple of ``block_kv``.
     """
 
-    queries: int
-    keys: int
-    strip: int
-    resident: int
+    block_q: int
+    block_kv: int
+    block_kv_count: int
+    block_kv_resident: int
 
 
 def check_blocks(blocks: Any) -> None:
@@ -35,17 +35,18 @@ def check_blocks(blocks: Any) -> None:
       ValueError: the kernel does not support one of the sizes.
     """
     if not isinstance(blocks, Blocks):
-        given = "posjax.Blocks(queries, keys, strip, resident) or posjax.GpuBlocks(...)"
+        given = "posjax.Blocks(block_q, block_kv, block_kv_count, block_kv_resident) or posjax.GpuBlocks(...)"
         raise TypeError(f"block_sizes must be None or {given}, got {blocks!r}")
     sizes = blocks._asdict()
-    for name, of in {"queries": "", "strip": "", "keys": "strip", "resident": "keys"}.items():
+    units = {"block_q": "", "block_kv_count": "", "block_kv": "block_kv_count", "block_kv_resident": "block_kv"}
+    for name, of in units.items():
         size, unit = sizes[name], sizes.get(of, 128)
         if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % unit:
             near = max(1, -(-size // unit)) * unit if isinstance(size, int) else unit
             what = f"{of}, {unit}" if of else unit
             raise ValueError(f"{name} of block_sizes must be a positive multiple of {what}, such as {near}, got {blocks}")
-    if blocks.queries > 2048:  # the kernel keeps one bit per 128 queries
-        raise ValueError(f"block_sizes must have at most 2048 queries, got {blocks}")
+    if blocks.block_q > 2048:  # the kernel keeps one bit per 128 queries
+        raise ValueError(f"block_q of block_sizes must be at most 2048, got {blocks}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Chip:
     def blocks(self, dtype: Any, width: int) -> Blocks:
         """Returns the default block sizes for a dtype and a head dimension; VMEM is not checked."""
         wide = max(1, width // 128) * jnp.dtype(dtype).itemsize // 2
-        return self.sizes._replace(resident=max(self.sizes.keys, self.sizes.resident // wide))
+        return self.sizes._replace(block_kv_resident=max(self.sizes.block_kv, self.sizes.block_kv_resident // wide))
 
 
 _MIB = 2**20

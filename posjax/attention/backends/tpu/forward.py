@@ -1,11 +1,11 @@
 """Attention on TPU, forward: a Pallas kernel that applies the rotation and every bias inside the tile.
 
-A grid step is one query tile of one head. Keys and values of up to ``Blocks.resident`` positions stay in VMEM and serve all query
-tiles and all query heads of their group; longer sequences are loaded block by block. The keys that the mask allows are processed in
-two phases:
+A grid step is one query tile of one head. Keys and values of up to ``Blocks.block_kv_resident`` positions stay in VMEM and serve all
+query tiles and all query heads of their group; longer sequences are loaded block by block. The keys that the mask allows are
+processed in two phases:
 
     counting region the keys that CoPE counts. In each step, every pair of query groups (256 queries) processes its next strip of
-                    ``Blocks.strip`` keys, from the diagonal to the left, until all counts have reached the last position.
+                    ``Blocks.block_kv_count`` keys, from the diagonal to the left, until all counts have reached the last position.
     key tiles       the remaining keys, with one product, one exponential and one product per tile: a bias that is constant along a
                     row costs nothing here. A tile in which T5 looks up more than one number is processed in strips.
 
@@ -126,7 +126,7 @@ class ForwardTile:
 
     def plain_tile(self, j: Array, masked: bool) -> None:
         """Processes key tile j, in which the bias is constant along a row."""
-        s, size = self.step, self.step.plan.blocks.keys
+        s, size = self.step, self.step.plan.blocks.block_kv
         start = pl.multiple_of(j * size, size)
         scores, constant = self.logits(start, size), s.constant(s.query_extent(), s.key_extent(j))
         if constant is not None:
@@ -135,7 +135,7 @@ class ForwardTile:
 
     def lookup_tile(self, j: Array, is_full: Array) -> None:
         """Processes key tile j strip by strip, with T5 lookups; ``is_full`` is True if its pairs need no mask."""
-        s, size = self.step, self.step.plan.blocks.strip
+        s, size = self.step, self.step.plan.blocks.block_kv_count
 
         def one(n: Array, _: None) -> None:
             strip = j * s.plan.per_tile + n
@@ -216,7 +216,7 @@ class ForwardCounting:
 
         for a, cursor in enumerate(cursors):
             scores = [s.scores[g] for g, _ in cursor.groups.lane_slices()]
-            self.tile.update_softmax(scores, s.start_of(cursor.strip), s.plan.blocks.strip, cursor.groups)
+            self.tile.update_softmax(scores, s.start_of(cursor.strip), s.plan.blocks.block_kv_count, cursor.groups)
             s.limit[a] = jnp.where(cursor.is_active, s.key_block * s.strips + cursor.strip, s.limit[a])
         return self.region.has_next(n + 1)
 
@@ -250,7 +250,7 @@ class ForwardCounting:
 
     def pieces_of(self, states: list[QueryGroupState]) -> list[StripPiece]:
         """Returns the strips in pieces, each strip from the right to the left."""
-        num_pieces = self.tile.step.plan.blocks.strip // LANES
+        num_pieces = self.tile.step.plan.blocks.block_kv_count // LANES
         return [StripPiece(state, index) for state in states for index in reversed(range(num_pieces))]
 
     def compute_gates(self, masked: bool, piece: StripPiece) -> None:
@@ -332,8 +332,8 @@ def forward(plan: Plan, x: Operands, dtype: Any = None) -> tuple[Array, ...]:
     """
     batch, kv_heads, group, length, _ = x.query.shape
     blocks, keys = plan.blocks, x.key.shape[2]
-    resident = min(blocks.resident, keys)
-    tiles_per_block, num_blocks, tiles = resident // blocks.keys, keys // resident, length // blocks.queries
+    resident = min(blocks.block_kv_resident, keys)
+    tiles_per_block, num_blocks, tiles = resident // blocks.block_kv, keys // resident, length // blocks.block_q
     scalars = make_scalars(plan, x)
     rows = scalars[0].shape[0] // (tiles * 2)
 
@@ -352,11 +352,11 @@ def forward(plan: Plan, x: Operands, dtype: Any = None) -> tuple[Array, ...]:
         outs |= {f"out_{name}": jax.ShapeDtypeStruct(by_tile, jnp.float32) for name in ("high", "low")}
         outs |= {f"out_{name}": jax.ShapeDtypeStruct(by_tile, jnp.int32) for name in ("limit", "wide_steps")}
     out_specs = [row_spec] * len(outs)
-    out_specs[0] = pl.BlockSpec((None,) * 3 + (blocks.queries, width), lambda b, k, g, i, r, *_: (b, k, g, i, 0))
+    out_specs[0] = pl.BlockSpec((None,) * 3 + (blocks.block_q, width), lambda b, k, g, i, r, *_: (b, k, g, i, 0))
     scratch = scratch_of(plan, x) | {
-        "m": pltpu.VMEM((1, blocks.queries), jnp.float32),
-        "l": pltpu.VMEM((1, blocks.queries), jnp.float32),
-        "acc": pltpu.VMEM((width, blocks.queries), jnp.float32),
+        "m": pltpu.VMEM((1, blocks.block_q), jnp.float32),
+        "l": pltpu.VMEM((1, blocks.block_q), jnp.float32),
+        "acc": pltpu.VMEM((width, blocks.block_q), jnp.float32),
     }
     if plan.counting is not None:
         scratch |= {name: pltpu.SMEM((n,), jnp.int32) for name, n in (("cell_span", 1), ("wide_steps", 2))}

@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def groups(self) -> int:
-        return self.blocks.queries // LANES
+        return self.blocks.block_q // LANES
 
     @property
     def groups_side_by_side(self) -> int:
@@ -57,7 +57,7 @@ class Plan:
     @property
     def per_tile(self) -> int:
         """Returns the number of strips in a key tile."""
-        return self.blocks.keys // self.blocks.strip
+        return self.blocks.block_kv // self.blocks.block_kv_count
 
 
 @jax.tree_util.register_dataclass
@@ -108,7 +108,7 @@ def make_scalars(plan: Plan, x: Operands) -> tuple[Array, ...]:
     def of_keys(size: int) -> Array:
         return extents(x.key_positions, x.key_segments, size)
 
-    q_tiles, k_tiles, strips = of_queries(blocks.queries), of_keys(blocks.keys), of_keys(blocks.strip)
+    q_tiles, k_tiles, strips = of_queries(blocks.block_q), of_keys(blocks.block_kv), of_keys(blocks.block_kv_count)
     visible_strips = plan.rules.visible_range(of_queries(plan.groups_side_by_side * LANES), strips)
     arrays = (plan.rules.visible_range(q_tiles, k_tiles), visible_strips, q_tiles, k_tiles, of_queries(LANES), strips)
     return tuple(a.astype(jnp.int32).reshape(-1) for a in arrays)
@@ -224,7 +224,7 @@ class Step:
     @property
     def strips(self) -> int:
         """Returns the number of strips in the resident block."""
-        return self.key.shape[0] // self.plan.blocks.strip
+        return self.key.shape[0] // self.plan.blocks.block_kv_count
 
     def for_key_tiles(self, body: Any) -> None:
         """Calls ``body(j, is_full)`` for each key tile of this block that has pairs outside the counting region, right to left.
@@ -295,7 +295,7 @@ class Step:
         return self.all_groups(self.lookup_bias)
 
     def start_of(self, strip: Array) -> Array:
-        return pl.multiple_of(strip * self.plan.blocks.strip, self.plan.blocks.strip)
+        return pl.multiple_of(strip * self.plan.blocks.block_kv_count, self.plan.blocks.block_kv_count)
 
     def keys(self, start: Array, size: int) -> Array:
         ref = self.rotated_key if self.plan.rotates_keys else self.key
@@ -322,7 +322,7 @@ class Step:
         allowed = self.pairs(start, size)
         if self.plan.counting is None:
             return jnp.where(allowed, scores, MASK_VALUE)
-        limits = [self.limit_in_block(a) * self.plan.blocks.strip - start for a in range(self.limit.shape[0])]
+        limits = [self.limit_in_block(a) * self.plan.blocks.block_kv_count - start for a in range(self.limit.shape[0])]
         row = concatenate([jnp.full((1, self.plan.groups_side_by_side * LANES), limit, jnp.int32) for limit in limits], 1)
         allowed &= jax.lax.broadcasted_iota(jnp.int32, allowed.shape, 0) < row
         return jnp.where(allowed, scores, MASK_VALUE)
@@ -361,7 +361,7 @@ class Step:
 
     def index_of(self, strip: Array, group: Array) -> Array:
         """Returns the table indices of a strip and a query group, [s, 128]."""
-        keys = column(self.key_positions[:, pl.ds(self.start_of(strip), self.plan.blocks.strip)], LANES)
+        keys = column(self.key_positions[:, pl.ds(self.start_of(strip), self.plan.blocks.block_kv_count)], LANES)
         return self.plan.index(jnp.broadcast_to(self.query_positions[pl.ds(group, 1), :], keys.shape), keys)
 
     def is_uniform(self, queries: Extent, keys: Extent) -> Array:
@@ -397,7 +397,7 @@ class Step:
 
     def prepare_keys(self) -> None:
         """Rotates the keys in VMEM, once for all query tiles."""
-        size = self.plan.blocks.keys
+        size = self.plan.blocks.block_kv
 
         def one(n: Array, _: None) -> None:
             at = pl.ds(pl.multiple_of(n * size, size), size)
@@ -419,7 +419,7 @@ def blocks_of(first: Array, last: Array, tiles: int) -> tuple[Array, Array]:
 def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[Array], list[pl.BlockSpec]]:
     """Returns the names, arrays and block specs of the operands; ``key_block(b, i, r, *scalars)`` is the resident block's index."""
     blocks = plan.blocks
-    resident = min(blocks.resident, x.key.shape[2])
+    resident = min(blocks.block_kv_resident, x.key.shape[2])
     operands: list[tuple[str, Array, tuple, Any]] = []
 
     def varies(array: Array, b: Any) -> Any:
@@ -442,7 +442,7 @@ def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[
         return lambda b, k, g, i, r, *scalars: (varies(array, b), i, 0, 0)
 
     none = (None,) * 3
-    add("query", x.query, (*none, blocks.queries, x.query.shape[-1]), by_query)
+    add("query", x.query, (*none, blocks.block_q, x.query.shape[-1]), by_query)
     add("key", x.key, (None, None, resident, x.key.shape[-1]), by_key)
     add("value", x.value, (None, None, resident, x.value.shape[-1]), by_key)
     for name in ("query_positions", "query_segments"):
@@ -452,7 +452,7 @@ def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[
         array = getattr(x, name)
         add(name, array, (None, 1, resident), array is not None and flat(array))
     if x.counted_query is not None:
-        add("counted_query", x.counted_query, (*none, blocks.queries, x.counted_query.shape[-1]), by_query)
+        add("counted_query", x.counted_query, (*none, blocks.block_q, x.counted_query.shape[-1]), by_query)
     if x.embedding is not None:
         per_head = x.embedding.shape[0] > 1 or x.embedding.shape[1] > 1
         head = (lambda b, k, g, *_: (k, g, 0, 0, 0)) if per_head else (lambda *_: (0,) * 5)
@@ -477,7 +477,7 @@ def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[
         add(
             "query_cos_sin",
             cos_sin,
-            (None, 2, blocks.queries, cos_sin.shape[-1]),
+            (None, 2, blocks.block_q, cos_sin.shape[-1]),
             lambda b, k, g, i, *_: (varies(cos_sin, b), 0, i, 0),
         )
         if plan.rotates_keys:
@@ -505,18 +505,18 @@ def scratch_of(plan: Plan, x: Operands) -> dict[str, Any]:
     blocks, width = plan.blocks, x.query.shape[-1]
     scratch = {}
     if x.query_cos_sin is not None:
-        scratch["rotated_query"] = pltpu.VMEM((blocks.queries, width), x.query.dtype)
+        scratch["rotated_query"] = pltpu.VMEM((blocks.block_q, width), x.query.dtype)
     if plan.rotates_keys:
-        scratch["rotated_key"] = pltpu.VMEM((min(blocks.resident, x.key.shape[2]), width), x.key.dtype)
+        scratch["rotated_key"] = pltpu.VMEM((min(blocks.block_kv_resident, x.key.shape[2]), width), x.key.dtype)
     if plan.counting is not None:
         for name in ("z", "slope"):
             scratch[name] = pltpu.VMEM((plan.groups, plan.counting.rows, LANES), jnp.float32)
         for name in ("high", "low"):
             scratch[name] = pltpu.VMEM((plan.groups, LANES), jnp.float32)
         for name in ("scores", "positions"):
-            scratch[name] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
+            scratch[name] = pltpu.VMEM((plan.groups, blocks.block_kv_count, LANES), jnp.float32)
         scratch["limit"] = pltpu.SMEM((plan.groups // plan.groups_side_by_side,), jnp.int32)
-        scratch["worklist"] = pltpu.SMEM((2 * blocks.strip // QUARTER,), jnp.int32)
+        scratch["worklist"] = pltpu.SMEM((2 * blocks.block_kv_count // QUARTER,), jnp.int32)
     if plan.index is not None:
-        scratch["lookup_bias"] = pltpu.VMEM((plan.groups, blocks.strip, LANES), jnp.float32)
+        scratch["lookup_bias"] = pltpu.VMEM((plan.groups, blocks.block_kv_count, LANES), jnp.float32)
     return scratch

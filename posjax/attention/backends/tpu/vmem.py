@@ -47,19 +47,19 @@ def needed(plan: Plan, x: Operands) -> int:
 def buffers(plan: Plan, x: Operands) -> int:
     """Returns the bytes of the windows and scratch buffers of the backward pass."""
     blocks, width, value_width = plan.blocks, x.query.shape[-1], x.value.shape[-1]
-    resident = min(blocks.resident, x.key.shape[2])
+    resident = min(blocks.block_kv_resident, x.key.shape[2])
     names, arrays, specs = inputs_of(plan, x, lambda *_: 0)
     windows = {name: size(spec.block_shape, array.dtype) for name, array, spec in zip(names, arrays, specs, strict=True)}
     summed = ("key", "value", "embedding", "numbers", "query_features", "key_features")
     windows |= {f"d_{name}": windows[name] for name in summed if name in windows}
-    windows["d_out"] = size((blocks.queries, value_width), x.value.dtype)
+    windows["d_out"] = size((blocks.block_q, value_width), x.value.dtype)
     for name in queries_of(x):
         dtype = x.query.dtype if resident == x.key.shape[2] else jnp.float32  # float32 if summed over blocks of keys
-        windows[f"d_{name}"] = size((blocks.queries, getattr(x, name).shape[-1]), dtype)
+        windows[f"d_{name}"] = size((blocks.block_q, getattr(x, name).shape[-1]), dtype)
     windows["rows"] = 14 * size((plan.groups, LANES), jnp.float32)  # statistics and the state of counts
     scratch = {name: size(a.shape, a.dtype) for name, a in scratch_of(plan, x).items() if "vmem" in str(a.memory_space)}
     scratch |= {f"d_{name}": n for name, n in scratch.items() if not name.startswith("rotated")}
-    for name, shape in {"dk_acc": (resident, width), "dv_acc": (resident, value_width), "dq_acc": (width, blocks.queries)}.items():
+    for name, shape in {"dk_acc": (resident, width), "dv_acc": (resident, value_width), "dq_acc": (width, blocks.block_q)}.items():
         scratch[name] = size(shape, jnp.float32)
     if plan.index is not None:
         windows["d_table"], scratch["d_table_acc"] = (size((*n, LANES, LANES), jnp.float32) for n in ((), (SUBLANES,)))
@@ -69,12 +69,12 @@ def buffers(plan: Plan, x: Operands) -> int:
 def _spilled(plan: Plan, x: Operands) -> int:
     blocks, width = plan.blocks, x.query.shape[-1]
     by_pair, by_channel, by_count = _SPILLED[jnp.dtype(x.query.dtype).itemsize]
-    spilled = by_pair * blocks.queries * blocks.keys + by_channel * (blocks.queries + blocks.keys) * width
+    spilled = by_pair * blocks.block_q * blocks.block_kv + by_channel * (blocks.block_q + blocks.block_kv) * width
     if x.query_cos_sin is not None:
-        spilled += _SPILLED_BY_ROTATION * blocks.queries * width
+        spilled += _SPILLED_BY_ROTATION * blocks.block_q * width
     if plan.counting is not None:
         by_position = by_count if plan.counting.has_sublane_gather else _SPILLED_BY_COMPARING
-        spilled += blocks.queries * (by_count * blocks.strip + by_position * plan.counting.rows)
+        spilled += blocks.block_q * (by_count * blocks.block_kv_count + by_position * plan.counting.rows)
     return spilled
 
 
@@ -89,15 +89,17 @@ def scalars(plan: Plan, x: Operands, parts: int) -> int:
 def smaller(blocks: Blocks) -> Iterator[Blocks]:
     """Yields the blocks, then ever smaller ones: fewer resident keys, down to those of a tile, then a smaller tile."""
     while True:
-        yield from (blocks._replace(resident=blocks.keys * n) for n in _halved(blocks.resident // blocks.keys))
-        if max(blocks.queries, blocks.keys) <= LANES:
+        yield from (
+            blocks._replace(block_kv_resident=blocks.block_kv * n) for n in _halved(blocks.block_kv_resident // blocks.block_kv)
+        )
+        if max(blocks.block_q, blocks.block_kv) <= LANES:
             return
-        if blocks.queries >= blocks.keys:
-            blocks = blocks._replace(queries=_half(blocks.queries))
+        if blocks.block_q >= blocks.block_kv:
+            blocks = blocks._replace(block_q=_half(blocks.block_q))
         else:
-            keys, strip = _half(blocks.keys), min(blocks.strip, _half(blocks.keys))
+            keys, strip = _half(blocks.block_kv), min(blocks.block_kv_count, _half(blocks.block_kv))
             strip = strip if keys % strip == 0 else LANES
-            blocks = Blocks(blocks.queries, keys, strip, max(1, blocks.resident // keys) * keys)
+            blocks = Blocks(blocks.block_q, keys, strip, max(1, blocks.block_kv_resident // keys) * keys)
 
 
 def _halved(n: int) -> list[int]:
