@@ -1,7 +1,7 @@
 """Attention on TPU, forward: a Pallas kernel that applies the rotation and every bias inside the tile.
 
-A grid step is one query tile of one head. Keys and values of up to ``Blocks.block_kv_resident`` positions stay in VMEM and serve all
-query tiles and all query heads of their group; longer sequences are loaded block by block. The keys that the mask allows are
+A grid step is one query tile of one head. Keys and values of up to ``Blocks.block_kv_resident`` positions stay in VMEM and serve
+all query tiles and all query heads of their group; longer sequences are loaded block by block. The keys that the mask allows are
 processed in two phases:
 
     counting region the keys that CoPE counts. In each step, every pair of query groups (256 queries) processes its next strip of
