@@ -15,7 +15,7 @@ import numpy as np
 
 from posjax.checks import is_traced
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, Tokens, identity, what_is
-from posjax.core.masks import Mask
+from posjax.core.masks import FAR, Mask
 from posjax.core.structures import (
     Bias,
     Hinges,
@@ -202,6 +202,7 @@ def prepare(
     coordinates = _coordinates(encoding, query_coordinates, key_coordinates, positions, query.shape[0])
     query_hidden, key_hidden = _hidden(encoding, hidden, query, key)
     mask = _mask(query, key, is_causal, mask, query_segments, key_segments, window)
+    key, value = _without_hidden_keys(key, value, mask, is_self)
     sides = []
     for order, at, segments, of_side in zip(
         positions, coordinates or (None, None), (query_segments, key_segments), (query_hidden, key_hidden), strict=True
@@ -276,18 +277,20 @@ def canonicalize_positions(name: str, positions: Array | None, batch: int, lengt
     """Converts positions to int32 [1 or B, length], with one row for the whole batch unless rows differ; None gives 0, 1, 2, ...
 
     Raises:
-      ValueError: positions are not integers, have the wrong shape or are negative.
+      ValueError: positions are not integers, have the wrong shape, are negative or do not fit int32.
     """
     if positions is None:
         return jnp.arange(length, dtype=jnp.int32)[None]
+    known = None if is_traced(positions) else np.asarray(positions)  # NumPy: jax would wrap what does not fit, and trace under jit
     positions = jnp.asarray(positions)
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, got {positions.dtype}")
     if positions.shape not in ((length,), (1, length), (batch, length)):
         raise ValueError(f"{name} must have shape ({length},) or ({batch}, {length}), got {positions.shape}")
-    # NumPy, because inside jit a jax operation returns a tracer even for a concrete array.
-    if not is_traced(positions) and (least := np.asarray(positions).min()) < 0:
+    if known is not None and (least := known.min()) < 0:
         raise ValueError(f"{name} must not be negative, got {least}; mask padding out by mask or segment_ids")
+    if known is not None and (most := known.max()) >= FAR:
+        raise ValueError(f"{name} must be below 2^31 - 1, got {most}; subtract the first one from all")
     return positions.astype(jnp.int32).reshape(-1, length)
 
 
@@ -295,8 +298,10 @@ def canonicalize_coordinates(name: str, coordinates: Array, batch: int, length: 
     """Converts coordinates [T, A] or [B, T, A] to int32 or float32 [1 or B, length, A].
 
     Raises:
-      ValueError: coordinates are neither integers nor floating point, or have the wrong shape.
+      ValueError: coordinates are neither integers nor floating point, have the wrong shape, or lie so far out that int32 or float32
+        does not hold them.
     """
+    known = None if is_traced(coordinates) else np.asarray(coordinates)
     coordinates = jnp.asarray(coordinates)
     if jnp.issubdtype(coordinates.dtype, jnp.integer):
         coordinates = coordinates.astype(jnp.int32)
@@ -307,6 +312,10 @@ def canonicalize_coordinates(name: str, coordinates: Array, batch: int, length: 
     shape = coordinates.shape
     if coordinates.ndim not in (2, 3) or shape[-1] == 0 or shape[:-1] not in ((length,), (1, length), (batch, length)):
         raise ValueError(f"{name} must have shape ({length}, axes) or ({batch}, {length}, axes), got {shape}")
+    most = 0.0 if known is None else np.abs(known.astype(np.float64)).max()
+    limit, what = (FAR, "2^31 - 1") if coordinates.dtype == jnp.int32 else (2.0**24, "2^24, beyond which float32 has no fractions")
+    if most >= limit:
+        raise ValueError(f"{name} must be below {what}, got {most:.10g}; subtract the first one from all")
     return coordinates.reshape(-1, length, shape[-1])
 
 
@@ -416,11 +425,38 @@ def _mask(
                 raise ValueError(f"segment_ids must be integers [{batch}, {size}] for the {name}, got {got}; a pair gives both")
     return Mask(
         boolean=mask,
-        query_segments=query_segments,
-        key_segments=key_segments,
+        query_segments=_segments(query_segments),
+        key_segments=_segments(key_segments),
         is_causal=is_causal,
         window=window,
     )
+
+
+def _without_hidden_keys(key: Array, value: Array | None, mask: Mask, is_self: bool) -> tuple[Array, Array | None]:
+    """Returns key and value with zeros for keys that no query sees by boolean mask or segments: NaN there would reach all rows.
+
+    A weight of zero times NaN is NaN. If queries and keys are the same tokens, every key of a segment sees itself.
+    """
+    visible = None
+    if mask.boolean is not None:
+        visible = jnp.broadcast_to(mask.boolean.any((1, 2)), key.shape[:2])
+    if mask.key_segments is not None and not is_self:
+        of_queries = jnp.sort(mask.query_segments, axis=1)
+        at = jax.vmap(jnp.searchsorted)(of_queries, mask.key_segments)
+        found = jnp.take_along_axis(of_queries, jnp.minimum(at, of_queries.shape[1] - 1), axis=1) == mask.key_segments
+        visible = found if visible is None else visible & found
+    if visible is None:
+        return key, value
+    return tuple(None if x is None else jnp.where(visible[..., None, None], x, 0) for x in (key, value))
+
+
+def _segments(ids: Any) -> Array | None:
+    """Returns segment ids as int32; None for None."""
+    if ids is None:
+        return None
+    if not is_traced(ids) and ids.dtype.itemsize > 4 and np.abs(np.asarray(ids)).max() >= FAR:
+        raise ValueError(f"segment_ids must be below 2^31 - 1, got {np.abs(np.asarray(ids)).max()}")
+    return jnp.asarray(ids).astype(jnp.int32)
 
 
 def _window(size: Any) -> tuple[int | None, int | None]:

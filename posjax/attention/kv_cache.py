@@ -25,10 +25,9 @@ from posjax.attention.dispatch import Implementation, run
 from posjax.attention.linear import LinearCache
 from posjax.checks import check_at_least, is_traced
 from posjax.core.encoding import Dims, PositionalEncoding
+from posjax.core.masks import FAR
 from posjax.core.structures import Bias, Transport, key_arrays, map_arrays
 from posjax.typing import Array, Float, Int, Params
-
-_EMPTY = 2**30  # position of an empty slot: after every query, so that slots are ordered by position
 
 
 @jax.tree_util.register_dataclass
@@ -108,7 +107,7 @@ def init_cache(
         key=widen(1)(key),
         value=widen(1)(value),
         columns=jax.tree.map(widen(2), columns),
-        positions=jnp.full((batch_size, slots), _EMPTY if window is None else 0, jnp.int32),
+        positions=jnp.full((batch_size, slots), FAR if window is None else 0, jnp.int32),
         coordinates=None if coordinate_dtype is None else jnp.zeros((batch_size, slots, encoding.axes), coordinate_dtype),
         segments=jnp.zeros((batch_size, slots), jnp.int32),
         next_position=jnp.zeros(batch_size, jnp.int32),

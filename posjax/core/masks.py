@@ -71,7 +71,7 @@ class Mask:
         return allowed
 
 
-_FAR = 2**30  # position of a padding key, after every query, so that a causal mask excludes it
+FAR = 2**31 - 1  # position of a padding key: after every query, so that a causal mask excludes it
 
 
 class Extent(NamedTuple):
@@ -165,7 +165,7 @@ def with_padding(mask: Mask, queries: int, key_positions: Array, padding: int) -
     """
     segments = mask.query_segments, mask.key_segments
     length = key_positions.shape[1]
-    key_positions = jnp.pad(key_positions, [(0, 0), (0, padding)], constant_values=_FAR if mask.is_causal else 0)
+    key_positions = jnp.pad(key_positions, [(0, 0), (0, padding)], constant_values=FAR if mask.is_causal else 0)
     if padding and not mask.is_causal and segments[0] is None:
         segments = jnp.zeros((1, queries), jnp.int32), jnp.zeros((1, length), jnp.int32)
     if segments[0] is None or segments[1] is None:

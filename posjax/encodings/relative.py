@@ -4,11 +4,22 @@ import dataclasses
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
-from posjax.checks import check_at_least, check_positive
-from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, get_param, hyperparameter, register, traced_hparam
+from posjax.checks import check_at_least, check_positive, is_traced
+from posjax.core.encoding import (
+    HEAD_AXES,
+    AttentionInputs,
+    Dims,
+    PositionalEncoding,
+    get_param,
+    hyperparameter,
+    register,
+    traced_hparam,
+)
 from posjax.core.structures import Bias, Pair, ScoreModifications, Table
 from posjax.typing import Array, Float, Int, Params
 
@@ -22,10 +33,12 @@ class Alibi(PositionalEncoding):
 
     Args:
       slope: m of every head, in nats per position; None gives each head its ALiBi slope. It may be a traced scalar, such as a swept
-        hyperparameter; its gradient is zero.
+        hyperparameter, or an array [N] with the slope of each head, such as ``alibi_slopes(32)[:8]`` in a call that sees 8 heads of
+        32; its gradient is zero.
 
     Raises:
-      ValueError: slope is not one positive number; a traced slope that is not positive gives NaN.
+      ValueError: slope is neither one positive number nor one for each head (a traced one that is not positive gives NaN), or it is
+        None inside of a ``jax.shard_map`` over an axis that shards heads, where a call does not see all heads.
 
     Press et al., arXiv:2108.12409.
     """
@@ -93,19 +106,37 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 
 
 def check_slope(slope: Array | float | None) -> None:
-    """Raises ValueError if slope is neither None nor one positive number; a traced slope is checked by shape alone."""
-    if slope is not None:
+    """Raises ValueError if slope is neither None nor positive, one number or one for each head; a traced one may be anything."""
+    if slope is None:
+        return
+    if np.ndim(slope) != 1:
         check_positive("slope", slope, "None takes ALiBi's slopes")
+    elif not is_traced(slope) and not (np.isfinite(slope) & (np.asarray(slope) > 0)).all():
+        raise ValueError(f"slope must be positive for each head, got {np.asarray(slope)}")
 
 
 def slopes_of_heads(slope: Array | float | None, num_heads: int) -> Float[Array, " N"]:
     """Returns the slope of each head, [N] float32.
 
-    Every head has ``slope``, or NaN if it is not positive. If ``slope`` is None, the heads have ALiBi's slopes.
+    Every head has ``slope`` or, of an array, its own, and NaN if it is not positive. If ``slope`` is None, the heads have ALiBi's
+    slopes.
+
+    Raises:
+      ValueError: slope is an array of another length, or None where a call may see only some of the heads.
     """
     if slope is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        manual = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual]
+        if cut := [name for name in manual if name in HEAD_AXES and mesh.shape[name] > 1]:
+            raise ValueError(
+                f"slope must be given inside of a shard_map over the axis {cut[0]!r}, where a call does not see all heads, "
+                "got None; pass each device its part of posjax.encodings.relative.alibi_slopes(num_heads)"
+            )
         return jnp.asarray(alibi_slopes(num_heads))
-    return jnp.full(num_heads, jnp.where(traced_hparam(slope) > 0, traced_hparam(slope), jnp.nan))
+    slope = traced_hparam(slope)
+    if slope.ndim == 1 and slope.shape != (num_heads,):
+        raise ValueError(f"slope must be one number or one for each of {num_heads} heads, got shape {slope.shape}")
+    return jnp.broadcast_to(jnp.where(slope > 0, slope, jnp.nan), (num_heads,))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,10 @@ def cross_entropy(
     """Computes the weighted cross-entropy of logits and integer targets, in nats and in float32.
 
     Returns:
-      The weighted loss of each token [B, T] (zero where the weight is zero), its sum over all tokens, and the sum of the weights.
+      The weighted loss of each token [B, T] (zero where the weight is zero, whatever target and logits are there), its sum over all
+      tokens, and the sum of the weights.
     """
-    logits = logits.astype(jnp.float32)
+    logits, targets = _counted(logits, weights), jnp.where(weights == 0, 0, targets)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     losses = (jax.nn.logsumexp(logits, axis=-1) - chosen) * weights
     return losses, losses.sum(), weights.sum()
@@ -22,4 +23,9 @@ def cross_entropy(
 
 def z_loss(logits: Float[Array, "B T V"], weights: Float[Array, "B T"]) -> Float[Array, ""]:
     """Computes the weighted sum of logsumexp(logits)^2, which keeps softmax near exp(logits) (PaLM, arXiv:2204.02311, sec. 5)."""
-    return (jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) ** 2 * weights).sum()
+    return (jax.nn.logsumexp(_counted(logits, weights), axis=-1) ** 2 * weights).sum()
+
+
+def _counted(logits: Float[Array, "B T V"], weights: Float[Array, "B T"]) -> Float[Array, "B T V"]:
+    """Returns logits in float32, zero where a token has no weight: a product of zero and NaN would be NaN."""
+    return jnp.where((weights == 0)[..., None], 0.0, logits.astype(jnp.float32))

@@ -404,6 +404,9 @@ class Transformer(nnx.Module):
         embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         layer_keys = None if dropout_key is None else jax.random.split(layers_key, config.num_layers)
 
+        if segment_ids is not None:
+            unknown = (tokens < 0) | (tokens >= config.vocab_size)  # of padding: its vector of NaN would reach every row
+            tokens = jnp.where((segment_ids == 0) & unknown, 0, tokens)
         x = self._part("token_embedding")(tokens) * jnp.asarray(math.sqrt(config.embed_dim), jnp.dtype(config.compute_dtype))
         placed: list[Array | None] = []  # the coordinates for each encoding; None if they are the positions
         for encoding, p in zip(self.encodings, params, strict=True):

@@ -296,3 +296,10 @@ def test_wrong_calls_are_refused():
         build(pj.learned(), max_length=8)(TOKENS)
     with pytest.raises(ValueError, match=r"is_causal must be True \(or a mask given\) for cope"):
         build(pj.cope(4), is_causal=False)(TOKENS)
+
+
+def test_padding_may_have_an_id_outside_of_the_vocabulary():
+    model = build(pj.rope(), num_layers=1)
+    segments = jnp.ones_like(TOKENS).at[:, -3:].set(0)
+    known, unknown = (model(TOKENS.at[:, -3:].set(token), segment_ids=segments)[:, :-3] for token in (0, -1))
+    np.testing.assert_array_equal(unknown, known)

@@ -79,7 +79,8 @@ def _on_shard(
     The cache of this jit avoids tracing the kernel, ten thousand operations, again.
     """
     fields = dict.fromkeys(field.name for field in dataclasses.fields(operands_cls)) | dict(zip(present, arrays, strict=False))
-    return function(dataclasses.replace(plan, interpret=interpret), operands_cls(**fields), *arrays[len(present) :])
+    with jax.enable_x64(False):  # a kernel has 32-bit integers and numbers, whatever the program around it has
+        return function(dataclasses.replace(plan, interpret=interpret), operands_cls(**fields), *arrays[len(present) :])
 
 
 def gradient_letters(operands: Any, names: list[str], letters: Mapping[str, str]) -> tuple[str, ...]:

@@ -19,10 +19,10 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 from posjax.attention.call import AttentionCall
+from posjax.core.encoding import HEAD_AXES
 from posjax.core.structures import Axes, map_arrays
 from posjax.typing import Array
 
-HEAD_AXES = ("tensor", "model", "heads", "tp", "mp")
 BY_TOKEN = ("query_positions", "key_positions", "query_coordinates", "key_coordinates")  # of a call: [B or 1, T or S, ...]
 WHOLE_AXES = ("sequence", "seq", "context", "stage", "pipeline", "sp", "cp", "pp")  # shard neither: all compute the same
 
