@@ -24,8 +24,6 @@ from posjax.checks import check_at_least, is_traced
 from posjax.core.structures import ScoreModifications, Transform
 from posjax.typing import Array, Float, Int, Params
 
-HEAD_AXES = ("tensor", "model", "heads", "tp", "mp")  # names of mesh axes that shard heads
-
 
 @dataclasses.dataclass(frozen=True)
 class Dims:

@@ -34,6 +34,7 @@ from posjax.typing import Array, Float
 Side = Literal["query", "key"]
 Pairing = Literal["half", "interleaved"]
 StructureT = TypeVar("StructureT")
+HEAD_AXES = ("tensor", "model", "heads", "tp", "mp")  # names of mesh axes that shard the axes of heads
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,7 @@ def angles(positions: Array, frequencies: np.ndarray | Array) -> Float[Array, ".
       [..., F] radians, in [-pi, pi) on the exact path.
     """
     positions = jnp.asarray(positions)
+    frequencies = frequencies.reshape((1,) * positions.ndim + (-1,))  # of the rank of the product
     if not isinstance(frequencies, np.ndarray) or not jnp.issubdtype(positions.dtype, jnp.integer):
         return positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     turns = np.mod(frequencies.astype(np.float64) / (2 * np.pi), 1.0)

@@ -11,7 +11,6 @@ from jax.sharding import AxisType
 
 from posjax.checks import check_at_least, check_positive, is_traced
 from posjax.core.encoding import (
-    HEAD_AXES,
     AttentionInputs,
     Dims,
     PositionalEncoding,
@@ -20,7 +19,7 @@ from posjax.core.encoding import (
     register,
     traced_hparam,
 )
-from posjax.core.structures import Bias, Pair, ScoreModifications, Table
+from posjax.core.structures import HEAD_AXES, Bias, Pair, ScoreModifications, Table
 from posjax.typing import Array, Float, Int, Params
 
 
@@ -173,9 +172,9 @@ def t5_bucket(relative_position: Int[Array, "..."], num_buckets: int, max_distan
     exact = span // 2
     bucket = bucket + jnp.minimum(distance, exact)
     for threshold in _bucket_thresholds(span, exact, max_distance):
-        bucket = bucket + (distance >= threshold)
+        bucket = bucket + (distance >= threshold).astype(jnp.int32)
     if bidirectional:
-        bucket = bucket + span * (relative_position > 0)
+        bucket = bucket + span * (relative_position > 0).astype(jnp.int32)
     return bucket
 
 

@@ -98,15 +98,18 @@ class Tupe(PositionalEncoding):
             centred = table - table.mean(-1, keepdims=True)
             table = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
             width = table.shape[1:]
-            table = table * get_param(params, "norm_scale", "tupe", width) + get_param(params, "norm_bias", "tupe", width)
+            scale, offset = (get_param(params, name, "tupe", width)[None] for name in ("norm_scale", "norm_bias"))
+            table = table * scale + offset
         rows = jnp.take(table, positions, axis=0)
         width = table.shape[1]
         query = jnp.einsum("...d,dnh->...nh", rows, get_param(params, "query_kernel", "tupe", (width, None, None)))
         key = jnp.einsum("...d,dkh->...kh", rows, get_param(params, "key_kernel", "tupe", (width, None, None)))
         if not self.released:
             return query, key
-        query_bias = get_param(params, "query_bias", "tupe", query.shape[-2:])
-        return query + query_bias, key + get_param(params, "key_bias", "tupe", key.shape[-2:])
+        offsets = (get_param(params, name, "tupe", x.shape[-2:]) for name, x in (("query_bias", query), ("key_bias", key)))
+        return tuple(
+            x + offset.reshape((1,) * (x.ndim - 2) + offset.shape) for x, offset in zip((query, key), offsets, strict=True)
+        )
 
     def _thetas(self, params: Params, scale: Array | float) -> tuple[Array, Array]:
         """Returns theta_1 and theta_2, [N] each, as they appear in the score."""

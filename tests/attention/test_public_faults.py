@@ -168,3 +168,23 @@ def test_targets_and_logits_without_weight():
     assert weight == 2.0 and np.isfinite(z_loss(logits, weights))
     gradient = jax.grad(lambda logits: cross_entropy(logits, targets, weights)[1] + z_loss(logits, weights))(logits)
     assert np.isfinite(gradient).all() and not gradient[0, 2].any()
+
+
+# Strict promotion ---------------------------------------------------------------------------------------------------------
+
+STRICT = [*ENCODINGS, pj.sinusoidal(), pj.tupe(released=True), pj.cope(4, gates="keys", per_head=True), pj.cope_mlp(16)]
+
+
+@pytest.mark.parametrize("encoding", STRICT, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_promoted_implicitly(encoding, backend):
+    params, low = random_params(encoding), [x.astype(jnp.bfloat16) for x in (QUERY, KEY, VALUE, TOKENS)]
+
+    def loss(query, key, value, tokens, params):
+        hidden = encoding.embed(params, tokens, pj.Tokens(jnp.arange(T)[None]))
+        segments = jnp.ones((B, T), jnp.int32)
+        own = dict(is_causal=True, hidden=hidden, segment_ids=segments, local_window_size=(9, 0), logits_soft_cap=5.0, scale=0.3)
+        return BACKENDS[backend](prepare(query, key, value, encoding, params, **own)).astype(jnp.float32).sum()
+
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(jax.grad(loss, range(5)), *low, params)

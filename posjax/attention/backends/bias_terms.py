@@ -208,7 +208,7 @@ def scan_gates(scan: Scan, tile: Tile) -> Float[Array, "B N t s"]:
         x = jnp.swapaxes(scan.key, 2, 3).astype(jnp.float32)
     else:
         x = _products(scan.query, scan.key)
-        x = x if scan.scale is None else x * scan.scale
+        x = x if scan.scale is None else x * scan.scale[None, :, None, None]
     gates = per_head(scan.gate, scan.args, tile.logits.shape[1], x)
     counts = tile.allowed
     if not scan.include_query:

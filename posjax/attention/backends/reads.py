@@ -127,9 +127,11 @@ def _pieces(z: Array, read: Hinges) -> Array:
 
 def _looked_up_piece(z: Array, read: Hinges, at: Array) -> Array:
     """Evaluates the network by looking up the linear piece of each number; a unit costs one comparison."""
-    kinks = jax.lax.stop_gradient(jnp.sort(_kinks(read), axis=-1)).T[..., None, None]  # [F, N or 1, 1, 1]
+    kinks = jax.lax.stop_gradient(jnp.sort(_kinks(read), axis=-1)).T[:, None, :, None, None]  # [F, 1, N or 1, 1, 1]
     here = jax.lax.stop_gradient(at)
-    none = jnp.zeros(jnp.broadcast_shapes(at.shape, (1, *kinks.shape[1:])), jnp.int32)
-    piece, _ = jax.lax.scan(lambda n, kink: (n + (here >= kink), None), none, kinks, unroll=min(kinks.shape[0], 64))
+    none = jnp.zeros(jnp.broadcast_shapes(at.shape, kinks.shape[1:]), jnp.int32)
+    piece, _ = jax.lax.scan(
+        lambda n, kink: (n + (here >= kink).astype(jnp.int32), None), none, kinks, unroll=min(kinks.shape[0], 64)
+    )
     line = _gathered(z, piece)
     return line[..., 0] * at + line[..., 1]

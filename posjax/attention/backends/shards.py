@@ -19,8 +19,7 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 from posjax.attention.call import AttentionCall
-from posjax.core.encoding import HEAD_AXES
-from posjax.core.structures import Axes, map_arrays
+from posjax.core.structures import HEAD_AXES, Axes, map_arrays
 from posjax.typing import Array
 
 BY_TOKEN = ("query_positions", "key_positions", "query_coordinates", "key_coordinates")  # of a call: [B or 1, T or S, ...]

@@ -268,7 +268,7 @@ def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, *saved: Arra
 def reduce_gradients(plan: Plan, x: Operands, grads: dict[str, Array], tables: list[Array]) -> dict[str, Array]:
     """Converts the backward kernels' outputs to gradients of the operands; ``tables`` are parts of a lookup table's gradient."""
     d_query = grads["d_query"]
-    grads |= {"d_query": d_query * x.scale, "d_key": grads["d_key"] * x.scale}
+    grads |= {"d_query": d_query * x.scale[0], "d_key": grads["d_key"] * x.scale[0]}
     grads["d_scale"] = (d_query * x.query.astype(jnp.float32)).sum().reshape(1)
     if tables:
         grads["d_table"] = sum(table.sum((0, 2))[:, : x.table.shape[1]] for table in tables)

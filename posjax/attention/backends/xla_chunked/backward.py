@@ -40,17 +40,17 @@ def floats(tree: Any) -> tuple[list[Array], Any]:
 
 def zeros_like(leaves: list[Array]) -> list[Array]:
     """Returns zeros of the leaves' shapes, in float32 at least."""
-    return [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+    return [jnp.zeros(leaf.shape, jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32) for leaf in leaves]
 
 
 def _add_at(x: Array, part: Array, start: Array) -> Array:
     """Adds a tile to x [B, K, S, ...] at position ``start`` of the axis S."""
     here = jax.lax.dynamic_slice_in_dim(x, start, part.shape[2], axis=2)
-    return jax.lax.dynamic_update_slice_in_dim(x, here + part, start, axis=2)
+    return jax.lax.dynamic_update_slice_in_dim(x, here + part.astype(x.dtype), start, axis=2)
 
 
 def _sum(a: list[Array], b: list[Array]) -> list[Array]:
-    return [x + y for x, y in zip(a, b, strict=True)]
+    return [x + y.astype(x.dtype) for x, y in zip(a, b, strict=True)]
 
 
 def runtime_zero(delta: Array) -> Array:

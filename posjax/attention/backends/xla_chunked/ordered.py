@@ -101,7 +101,7 @@ def _query_tile(
         key, value = (jnp.swapaxes(_part(x, first, columns), 1, 2) for x in (call.key, call.value))
         key_positions = _part(call.key_positions, first, columns)
         allowed = call.mask.cut(start, rows, first, columns).allowed(positions, key_positions)
-        allowed &= first + jnp.arange(columns) < keys
+        allowed &= (first + jnp.arange(columns) < keys)[None, None, None]
         if moved is None:
             logits = multiply_by_group("bkgth,bksh->bkgts", query, key) * call.scale
         else:
