@@ -188,9 +188,13 @@ def prepare(
         )
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
-    elif not isinstance(scale, jax.Array) and not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale!r}; None takes 1 / sqrt(head_dim)")
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
+    elif np.shape(scale) != ():
+        raise ValueError(f"scale must be one number, got shape {np.shape(scale)}; None takes 1 / sqrt(head_dim)")
+    elif not isinstance(scale, jax.Array) and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale!r}; None takes 1 / sqrt(head_dim)")
+    if is_traced(logits_soft_cap):
+        raise ValueError("logits_soft_cap must be a number, got a traced array: it is part of the compiled program")
+    if logits_soft_cap is not None and not 0 < logits_soft_cap < math.inf:
         raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap!r}; None leaves the scores as they are")
     query_segments, key_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
     is_self = query.shape[1] == key.shape[1] and query_positions is key_positions and query_segments is key_segments
@@ -460,8 +464,8 @@ def _segments(ids: Any) -> Array | None:
 
 
 def _window(size: Any) -> tuple[int | None, int | None]:
-    left, right = size if isinstance(size, tuple) and len(size) == 2 else (size, size)
+    left, right = size if isinstance(size, tuple | list) and len(size) == 2 else (size, size)
     for side in (left, right):
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int | np.integer) or side < 0):
             raise ValueError(f"local_window_size must be a non-negative integer or a pair (left, right) of them, got {size!r}")
-    return left, right
+    return tuple(None if side is None else int(side) for side in (left, right))

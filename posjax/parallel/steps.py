@@ -43,7 +43,11 @@ def jit_train_step(step: Step, mesh: Mesh, rules: Rules = PARTITION_RULES) -> St
       step: a train step made without an axis name.
       mesh: a mesh from `make_mesh`.
       rules: partition rules of the state.
+
+    Raises:
+      ValueError: the step was made with an axis name.
     """
+    _check_axis(step, None)
     compiled = shardings = None
 
     def call(state, batch):
@@ -88,6 +92,15 @@ def _jit(step: Step, mesh: Mesh, shardings: Any, batch: Any) -> Any:
     )
 
 
+def _check_axis(step: Step, axis_name: str | None) -> None:
+    """Raises ValueError if ``make_train_step`` made a step for another mapped axis; other functions reduce as they please."""
+    given = getattr(step, "axis_name", axis_name)
+    if given != axis_name:
+        raise ValueError(
+            f"step must be made with axis_name={axis_name!r}, got axis_name={given!r}: make_train_step(..., axis_name=...)"
+        )
+
+
 def pmap_train_step(step: Step, num_devices: int | None = None, axis_name: str = "data") -> Step:
     """Compiles `step` with pmap for the devices of one process, as an alternative to `jit_train_step`.
 
@@ -99,7 +112,11 @@ def pmap_train_step(step: Step, num_devices: int | None = None, axis_name: str =
       step: a train step made with `axis_name`.
       num_devices: number of devices. None takes all.
       axis_name: name of the mapped axis.
+
+    Raises:
+      ValueError: the step was made without this axis name, and each device would train on its own gradients.
     """
+    _check_axis(step, axis_name)
     devices = make_mesh(num_devices).local_devices
     mapped = jax.pmap(step, axis_name, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)
 

@@ -129,6 +129,7 @@ def make_train_step(
             metrics["learning_rate"] = rate
         return new_state, metrics
 
+    step.axis_name = axis_name  # ``parallel.steps`` refuses a step that was made for another form
     return step
 
 

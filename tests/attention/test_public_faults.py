@@ -188,3 +188,33 @@ def test_nothing_is_promoted_implicitly(encoding, backend):
 
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         jax.eval_shape(jax.grad(loss, range(5)), *low, params)
+
+
+# Options as people write them -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [[3, 0], (np.int64(3), np.int32(0)), (3, 0)])
+def test_windows_of_numpy_integers_and_lists(window):
+    got = pj.attention(QUERY, KEY, VALUE, local_window_size=window)
+    close(got, pj.attention(QUERY, KEY, VALUE, is_causal=True, local_window_size=3))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(scale=np.ones(T)), r"scale must be one number, got shape \(12,\)"),
+        (dict(scale=np.inf), "scale must be positive and finite, got inf"),
+        (dict(logits_soft_cap=np.inf), "logits_soft_cap must be positive, got inf"),
+        (dict(local_window_size=[1, 2, 3]), "local_window_size must be a non-negative integer or a pair"),
+        (dict(local_window_size=2.0), "local_window_size must be a non-negative integer or a pair"),
+    ],
+)
+@pytest.mark.parametrize("implementation", ["xla", "xla_chunked", "pallas"])
+def test_options_that_no_implementation_takes(options, words, implementation):
+    with pytest.raises(ValueError, match=words):
+        pj.attention(QUERY, KEY, VALUE, implementation=implementation, **options)
+
+
+def test_a_traced_soft_cap_is_refused():
+    with pytest.raises(ValueError, match="logits_soft_cap must be a number, got a traced array"):
+        jax.jit(lambda cap: pj.attention(QUERY, KEY, VALUE, logits_soft_cap=cap))(5.0)

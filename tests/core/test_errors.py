@@ -420,9 +420,9 @@ BAD = {
         ValueError,
         r"block_sizes must be None with implementation='xla_chunked', got",
     ),
-    "scale: zero": (lambda: call(scale=0.0), ValueError, r"scale must be positive, got 0\.0; None"),
-    "scale: negative": (lambda: call(scale=-1), ValueError, r"scale must be positive, got -1; None"),
-    "scale: nan": (lambda: call(scale=float("nan")), ValueError, r"scale must be positive, got nan; None"),
+    "scale: zero": (lambda: call(scale=0.0), ValueError, r"scale must be positive and finite, got 0\.0; None"),
+    "scale: negative": (lambda: call(scale=-1), ValueError, r"scale must be positive and finite, got -1; None"),
+    "scale: nan": (lambda: call(scale=float("nan")), ValueError, r"scale must be positive and finite, got nan; None"),
     "soft cap: zero": (lambda: call(logits_soft_cap=0.0), ValueError, r"logits_soft_cap must be positive, got 0\.0; None"),
     "mask: integers": (
         lambda: call(mask=ones(T, T, dtype=jnp.int32)),

@@ -330,3 +330,14 @@ def test_the_state_scans_and_callers_arrays_survive_donation():
     np.testing.assert_array_equal(params["kernel"], make_params()["kernel"])
     with pytest.raises(dataclasses.FrozenInstanceError):
         state.step = 0
+
+
+def test_a_step_made_for_another_form_is_refused():
+    """Without its axis, each device would train on its own gradients in silence."""
+    optimizer = make_optimizer(1e-3)
+    with pytest.raises(ValueError, match="step must be made with axis_name='data', got axis_name=None"):
+        pmap_train_step(make_train_step(tanh_loss, optimizer))
+    with pytest.raises(ValueError, match="step must be made with axis_name='batch', got axis_name='data'"):
+        pmap_train_step(make_train_step(tanh_loss, optimizer, axis_name="data"), axis_name="batch")
+    with pytest.raises(ValueError, match="step must be made with axis_name=None, got axis_name='data'"):
+        jit_train_step(make_train_step(tanh_loss, optimizer, axis_name="data"), make_mesh())
