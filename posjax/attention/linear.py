@@ -75,10 +75,22 @@ def linear_attention(
         numerator = jnp.einsum("btnh,bnhv->btnv", rotated_query, jnp.einsum("bsnh,bsnv->bnhv", rotated_key, values))
         denominator = jnp.einsum("btnh,bnh->btn", query_features, key_features.sum(1))[..., None]
     else:
-        segments = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
+        segments = jnp.zeros((batch, length), jnp.int32)
+        arrays = rotated_query, rotated_key, values, query_features, key_features, ones
+        if segment_ids is not None:  # the sums run over contiguous segments
+            order = jnp.argsort(segment_ids, axis=1, stable=True)
+            segments, *arrays = (_reordered(x, order) for x in (segment_ids, *arrays))
+        rotated_query, rotated_key, values, query_features, key_features, ones = arrays
         numerator = _chunked_sum(rotated_query, rotated_key, values, segments, is_causal)
         denominator = _chunked_sum(query_features, key_features, ones, segments, is_causal)
+        if segment_ids is not None:
+            numerator, denominator = (_reordered(x, jnp.argsort(order, axis=1)) for x in (numerator, denominator))
     return (numerator / denominator).astype(value.dtype)
+
+
+def _reordered(x: Array, order: Array) -> Array:
+    """Takes the tokens of x [B, T, ...] in the order [B, T]."""
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 @jax.tree_util.register_dataclass

@@ -218,3 +218,15 @@ def test_options_that_no_implementation_takes(options, words, implementation):
 def test_a_traced_soft_cap_is_refused():
     with pytest.raises(ValueError, match="logits_soft_cap must be a number, got a traced array"):
         jax.jit(lambda cap: pj.attention(QUERY, KEY, VALUE, logits_soft_cap=cap))(5.0)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_linear_attention_over_segments_that_alternate(is_causal):
+    segments = jnp.asarray(np.random.default_rng(5).integers(0, 3, (B, T)))
+    got = pj.linear_attention(QUERY, KEY, VALUE, pj.rope(), {}, is_causal=is_causal, segment_ids=segments)
+    for row in range(B):
+        for segment in range(3):
+            here = np.flatnonzero(np.asarray(segments[row]) == segment)
+            own = dict(query_positions=jnp.asarray(here), key_positions=jnp.asarray(here), is_causal=is_causal)
+            alone = pj.linear_attention(*(x[row : row + 1, here] for x in (QUERY, KEY, VALUE)), pj.rope(), {}, **own)
+            close(got[row, here], alone[0], 1e-5)
