@@ -34,6 +34,7 @@ from posjax.typing import Array, Float
 Side = Literal["query", "key"]
 Pairing = Literal["half", "interleaved"]
 StructureT = TypeVar("StructureT")
+Leaf = Any  # an array, or what stands for it in a tree of specs, of numbers or of None
 HEAD_AXES = ("tensor", "model", "heads", "tp", "mp")  # names of mesh axes that shard the axes of heads
 
 
@@ -140,10 +141,10 @@ class Rotate:
       learned: whether phases and gains have gradients. If False these are zero, and a kernel may rotate tiles as it loads them.
     """
 
-    query_phase: Array | None = vectors("query")
-    key_phase: Array | None = vectors("key")
-    query_gain: Array | None = vectors("query", None)
-    key_gain: Array | None = vectors("key", None)
+    query_phase: Leaf = vectors("query")
+    key_phase: Leaf = vectors("key")
+    query_gain: Leaf = vectors("query", None)
+    key_gain: Leaf = vectors("key", None)
     pairing: Pairing = static("half")
     offset: int = static(0)
     learned: bool = static(True)
@@ -171,8 +172,8 @@ class Replace:
       key: [B, S, K, C].
     """
 
-    query: Array = vectors("query")
-    key: Array = vectors("key")
+    query: Leaf = vectors("query")
+    key: Leaf = vectors("key")
 
     def applied(self, query: Array, key: Array) -> tuple[Array, Array]:
         """Returns the query and the key that it holds."""
@@ -194,9 +195,9 @@ class Transport:
       log_decay: [B, S, K or 1, H].
     """
 
-    direction: Array | None = vectors("key", None)
-    strength: Array | None = vectors("key", None)
-    log_decay: Array | None = vectors("key", None)
+    direction: Leaf = vectors("key", None)
+    strength: Leaf = vectors("key", None)
+    log_decay: Leaf = vectors("key", None)
 
     def applied(self, query: Array, key: Array) -> tuple[Array, Array]:
         """Returns query and key as they are: what it does depends on the pair."""
@@ -251,8 +252,8 @@ class Pair:
     """
 
     function: Callable[..., Array] = static()
-    query: tuple[Array, ...] | None = features("query", None)
-    key: tuple[Array, ...] | None = features("key", None)
+    query: tuple[Leaf, ...] | None = features("query", None)
+    key: tuple[Leaf, ...] | None = features("key", None)
     args: Any = per_head(())
     relative: bool = static(True)
     learned: bool = static(True)
@@ -278,9 +279,9 @@ class Scan:
     """
 
     gate: Callable[..., Array] = static()
-    query: Array | None = vectors("query", None)
-    key: Array | None = vectors("key", None)
-    scale: Array | None = per_head(None)
+    query: Leaf = vectors("query", None)
+    key: Leaf = vectors("key", None)
+    scale: Leaf = per_head(None)
     args: Any = per_head(())
     include_key: bool = static(True)
     include_query: bool = static(True)
@@ -305,9 +306,9 @@ class Table:
         clamps to the ends.
     """
 
-    table: Array = per_head()
-    query: Array | None = vectors("query", None)
-    key: Array | None = vectors("key", None)
+    table: Leaf = per_head()
+    query: Leaf = vectors("query", None)
+    key: Leaf = vectors("key", None)
     side: Literal["none", "query", "key", "value"] = static("none")
     interpolate: bool = static(False)
 
@@ -324,11 +325,11 @@ class Hinges:
       side: "none" or "query".
     """
 
-    weight_in: Array = per_head()
-    bias_in: Array = per_head()
-    table: Array = per_head()
-    offset: Array | None = per_head(None)
-    query: Array | None = vectors("query", None)
+    weight_in: Leaf = per_head()
+    bias_in: Leaf = per_head()
+    table: Leaf = per_head()
+    offset: Leaf = per_head(None)
+    query: Leaf = vectors("query", None)
     side: Literal["none", "query"] = static("none")
 
 
@@ -353,7 +354,7 @@ class Softmax:
       sink: logits [N or 1] of one more key that has no value, so that the weights of a row may sum to less than one; None for none.
     """
 
-    sink: Array | None = per_head(None)
+    sink: Leaf = per_head(None)
 
 
 @structure

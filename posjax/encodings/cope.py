@@ -99,7 +99,7 @@ class Cope(PositionalEncoding):
         embedding = get_param(params, "embedding", "cope", shape)
         embedding = embedding * inputs.scale if self.scaled else embedding
         embedding = embedding if self.clamp is None else _clamped(embedding, self.clamp)
-        at = _scan(self.gates, self.gate_bias, params, inputs, bound=self.max_position - 1)
+        at = _scan(self.gates, self.gate_bias, params, inputs, bound=float(self.max_position - 1))
         read = Table(embedding if self.per_head else embedding[None], side="query", interpolate=True)
         return ScoreModifications(biases=(Bias(at, read),))
 

@@ -170,7 +170,7 @@ def _bias(term: BiasTerm, rows: dict, columns: dict, tables: dict) -> Bias:
 # Pairs and scans -----------------------------------------------------------------------------------------------------------------
 
 
-def per_head(function: Callable[..., Array], args: Any, heads: int, *features: tuple[Array, ...]) -> Array:
+def per_head(function: Callable[..., Array], args: Any, heads: int, *features: Array | tuple[Array, ...]) -> Array:
     """Calls function(*features, args) for every head, with arrays [B or 1, N or K or 1, t, s] and args [N or 1, ...].
 
     All features have one number of heads in the result: those of key heads are repeated for their groups.

@@ -24,8 +24,8 @@ def load(read: Table | Hinges | None) -> Array | None:
     return _with_steps(z) if read.interpolate else z
 
 
-def evaluate(read: Table | Hinges | None, at: Float[Array, "B N t s"], z: Array | None) -> Array:
-    """Returns what is read at ``at``, float32, broadcastable to [B, N, t, s]; ``z`` is what ``load`` returned."""
+def evaluate(read: Table | Hinges | None, at: Array, z: Array | None) -> Array:
+    """Returns what is read at ``at`` [B, N, t, s], float32, broadcastable to [B, N, t, s]; ``z`` is what ``load`` returned."""
     if read is None:
         return at.astype(jnp.float32)
     if isinstance(read, Hinges):

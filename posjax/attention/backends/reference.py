@@ -118,6 +118,7 @@ def _transported(call: AttentionCall) -> Float[Array, "B N T S"]:
 def _read_values(call: AttentionCall) -> list[tuple[Array, Array]]:
     """Returns the index [B, N, T, S] and the table [N or 1, W, V] of every bias that adds to the output."""
     heads = call.query.shape[2]
-    tile = Tile(jnp.zeros((1, heads, 1, 1)), jnp.ones((1, 1, 1, 1), bool), call.query_positions, call.key_positions)
     shape = (call.query.shape[0], heads, call.query.shape[1], call.key.shape[1])
+    nothing = (jnp.broadcast_to(value, shape) for value in (jnp.float32(0.0), jnp.bool_(True)))  # an index depends on neither
+    tile = Tile(*nothing, call.query_positions, call.key_positions)
     return [(jnp.broadcast_to(at, shape), table.astype(jnp.float32)) for at, table in value_reads(call, tile)]
