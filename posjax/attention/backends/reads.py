@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax.core.structures import Hinges, Table
-from posjax.typing import Array, Float
+from posjax.typing import Array
 
 _FEW = 8  # hinges up to which a network is summed directly instead of looked up by its pieces
 
