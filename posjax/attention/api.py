@@ -14,7 +14,7 @@ from posjax.attention.backends.ring.context import find_context
 from posjax.attention.backends.shards import infer_shard_spec
 from posjax.attention.backends.tpu.blocks import Blocks
 from posjax.attention.call import check_encoding, check_operands, prepare
-from posjax.attention.dispatch import Implementation, run
+from posjax.attention.dispatch import Implementation, load_kernels, run
 from posjax.core.encoding import PositionalEncoding
 from posjax.typing import Array, Float, Params
 
@@ -85,6 +85,7 @@ def attention(
       NotImplementedError: the given implementation does not support the call; the message names one that does.
     """
     check_operands(query, key, value)
+    load_kernels(query, key, implementation)
     options = dict(is_causal=is_causal, local_window_size=local_window_size, logits_soft_cap=logits_soft_cap)
     spec, context = infer_shard_spec(query), find_context(query)  # before auto_axes hides explicit shardings
 

@@ -4,6 +4,7 @@ A backend is a module with the functions of ``Backend``. The kernels of a platfo
 by ``jax.lax.platform_dependent`` under their ``NAME``, whichever devices this process has.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -50,6 +51,19 @@ def _kernels() -> dict[str, Backend]:
     return {backend.NAME: backend for backend in (tpu, gpu)}
 
 
+def load_kernels(query: Array, key: Array, implementation: Implementation | None) -> None:
+    """Imports the kernels if a call with this query and key may run one. Call it before the first operation of the call.
+
+    Pallas adds to the configuration that jax's caches are keyed by: whatever was compiled before its import compiles once more.
+    """
+    if implementation == "pallas" or implementation is None and not _is_small(query, key):
+        _kernels()
+
+
+def _is_small(query: Array, key: Array) -> bool:
+    return query.shape[1] * key.shape[1] <= _SMALL
+
+
 def run(
     call: AttentionCall,
     implementation: Implementation | None = None,
@@ -75,7 +89,17 @@ def run(
     if implementation not in (None, "xla", "xla_chunked", "pallas"):
         raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
     _check_block_sizes(block_sizes, implementation)
-    spec = infer_shard_spec(call.query) if spec is None else spec
+    return _run(call, implementation, infer_shard_spec(call.query) if spec is None else spec, context, block_sizes)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), inline=True)  # a second call outside of jit compiles nothing
+def _run(
+    call: AttentionCall,
+    implementation: Implementation | None,
+    spec: ShardSpec,
+    context: Context | None,
+    block_sizes: Blocks | GpuBlocks | None,
+) -> Float[Array, "B T N V"]:
     if context is not None:
         from posjax.attention.backends.ring import attention as ring
     call = call if implementation == "xla" else with_prefix_sums(call)
@@ -91,7 +115,7 @@ def run(
     if implementation is None:
         if rings:
             return ring.attention(call, context, block_sizes=block_sizes)
-        if call.query.shape[1] * call.key.shape[1] > _SMALL:
+        if not _is_small(call.query, call.key):
             return _by_platform(call, spec, block_sizes)
         implementation = "xla"
     if implementation == "xla_chunked" and context is not None:

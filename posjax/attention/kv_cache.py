@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.attention.call import AttentionCall, check_encoding, check_operands, prepare
-from posjax.attention.dispatch import Implementation, run
+from posjax.attention.dispatch import Implementation, load_kernels, run
 from posjax.attention.linear import LinearCache
 from posjax.checks import check_at_least, is_traced
 from posjax.core.encoding import Dims, PositionalEncoding
@@ -161,6 +161,7 @@ def attend(
             f"got {key.shape[0]} and {key.dtype}"
         )
     check_room(cache, query.shape[1])
+    load_kernels(query, cache.key, implementation)
     if (coordinates is None) != (cache.coordinates is None):
         given, made = ("None", "with") if coordinates is None else ("an array", "without")
         raise ValueError(f"coordinates must agree with the cache, which was made {made} a coordinate_dtype, got {given}")

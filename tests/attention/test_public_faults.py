@@ -1,5 +1,8 @@
 """What users of other attention libraries have reported as wrong, and is right here."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -230,3 +233,44 @@ def test_linear_attention_over_segments_that_alternate(is_causal):
             own = dict(query_positions=jnp.asarray(here), key_positions=jnp.asarray(here), is_causal=is_causal)
             alone = pj.linear_attention(*(x[row : row + 1, here] for x in (QUERY, KEY, VALUE)), pj.rope(), {}, **own)
             close(got[row, here], alone[0], 1e-5)
+
+
+# Outside of jit -------------------------------------------------------------------------------------------------------
+
+TWICE = """
+import logging
+import jax, jax.numpy as jnp, numpy as np
+import posjax as pj
+
+compiled = []
+class Log(logging.Handler):
+    def emit(self, record):
+        if "Finished XLA compilation" in record.getMessage():
+            compiled.append(record.getMessage())
+logging.getLogger("jax").addHandler(Log())
+logging.getLogger("jax").propagate = False
+
+x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 130, 2, 8)), jnp.float32)
+encoding = pj.chain(pj.rope(), pj.cope(4))
+params = encoding.init(jax.random.key(0), pj.Dims(num_heads=2, head_dim=8))
+cache = pj.init_cache(encoding, pj.Dims(num_heads=2, head_dim=8), 1, max_length=400)
+calls = [
+    lambda: pj.attention(x, x, x, encoding, params, is_causal=True),
+    lambda: jax.grad(lambda x: pj.attention(x, x, x, encoding, params, is_causal=True).sum())(x),
+    lambda: pj.attend(x, x, x, encoding, params, cache),
+]
+with jax.log_compiles():
+    for call in calls:
+        jax.block_until_ready(call())
+        first = len(compiled)
+        jax.block_until_ready(call())
+        print(first > 0, compiled[first:])
+        compiled.clear()
+"""
+
+
+def test_a_second_call_outside_of_jit_compiles_nothing():
+    # In a process of its own: the first call imports the kernels, which must not make the second one compile again.
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == ["True []"] * 3
