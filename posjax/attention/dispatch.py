@@ -56,7 +56,7 @@ def load_kernels(query: Array, key: Array, implementation: Implementation | None
 
     Pallas adds to the configuration that jax's caches are keyed by: whatever was compiled before its import compiles once more.
     """
-    if implementation == "pallas" or implementation is None and not _is_small(query, key):
+    if implementation == "pallas" or (implementation is None and not _is_small(query, key)):
         _kernels()
 
 

@@ -7,6 +7,7 @@ Su et al., arXiv:2104.09864, equation 19.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -168,6 +169,7 @@ def _features(
     return query, jnp.repeat(key, group, axis=2), rotated_query, jnp.repeat(rotated_key, group, axis=2)
 
 
+@functools.partial(jax.jit, static_argnums=4, inline=True)  # a second call outside of jit compiles nothing
 def _chunked_sum(query: Array, key: Array, value: Array, segments: Array, is_causal: bool) -> Array:
     """Computes the sum over allowed s of (q_t.k_s) v_s, [B, T, N, V] float32, in chunks with sum_s k_s v_s^T as the carried state.
 

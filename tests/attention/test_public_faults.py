@@ -258,6 +258,7 @@ calls = [
     lambda: pj.attention(x, x, x, encoding, params, is_causal=True),
     lambda: jax.grad(lambda x: pj.attention(x, x, x, encoding, params, is_causal=True).sum())(x),
     lambda: pj.attend(x, x, x, encoding, params, cache),
+    lambda: pj.linear_attention(x, x, x, pj.rope(), is_causal=True),
 ]
 with jax.log_compiles():
     for call in calls:
@@ -273,4 +274,4 @@ def test_a_second_call_outside_of_jit_compiles_nothing():
     # In a process of its own: the first call imports the kernels, which must not make the second one compile again.
     done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == ["True []"] * 3
+    assert done.stdout.splitlines() == ["True []"] * 4
