@@ -190,11 +190,11 @@ def prepare(
         scale = 1.0 / math.sqrt(query.shape[-1])
     elif np.shape(scale) != ():
         raise ValueError(f"scale must be one number, got shape {np.shape(scale)}; None takes 1 / sqrt(head_dim)")
-    elif not isinstance(scale, jax.Array) and not 0 < scale < math.inf:
+    elif not is_traced(scale) and not 0 < np.asarray(scale) < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale!r}; None takes 1 / sqrt(head_dim)")
     if is_traced(logits_soft_cap):
         raise ValueError("logits_soft_cap must be a number, got a traced array: it is part of the compiled program")
-    if logits_soft_cap is not None and not 0 < logits_soft_cap < math.inf:
+    if logits_soft_cap is not None and not (np.ndim(logits_soft_cap) == 0 and 0 < np.asarray(logits_soft_cap) < math.inf):
         raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap!r}; None leaves the scores as they are")
     query_segments, key_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
     is_self = query.shape[1] == key.shape[1] and query_positions is key_positions and query_segments is key_segments

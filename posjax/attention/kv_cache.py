@@ -45,6 +45,7 @@ class Cache:
       next_position: int32 [B], one past the last token of each row.
       used: int32 [], number of slots written; not counted in a window cache.
       window: number of earlier positions that a token attends to, equal to S; None: a full-length cache, where it attends to all.
+      made_for: the encoding that shaped the cache, without its arrays: a pytree structure.
     """
 
     key: Array
@@ -56,6 +57,7 @@ class Cache:
     next_position: Array
     used: Array
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    made_for: Any = dataclasses.field(default=None, metadata={"static": True})
 
 
 LayerCache = Cache | LinearCache
@@ -113,6 +115,7 @@ def init_cache(
         next_position=jnp.zeros(batch_size, jnp.int32),
         used=jnp.zeros((), jnp.int32),
         window=window,
+        made_for=jax.tree.structure(encoding),
     )
 
 
@@ -160,6 +163,10 @@ def attend(
             f"query, key and value must have the batch size and dtype of the cache, {cache.key.shape[0]} and {cache.key.dtype}, "
             f"got {key.shape[0]} and {key.dtype}"
         )
+    encoding = check_encoding(encoding)
+    if cache.made_for != jax.tree.structure(encoding):
+        made_for = jax.tree.unflatten(cache.made_for, ["..."] * cache.made_for.num_leaves)
+        raise ValueError(f"encoding must be the one that the cache was made for, {made_for}, got {encoding}: cached keys need it")
     check_room(cache, query.shape[1])
     load_kernels(query, cache.key, implementation)
     if (coordinates is None) != (cache.coordinates is None):
@@ -246,7 +253,7 @@ def check_room(cache: LayerCache, tokens: int) -> None:
     """Raises ValueError if a full cache has no room for ``tokens`` more tokens; unchecked if ``cache.used`` is traced."""
     if isinstance(cache, LinearCache) or cache.window is not None or is_traced(cache.used):
         return
-    slots, used = cache.positions.shape[-1], int(np.max(cache.used))
+    slots, used = cache.positions.shape[-1], int(np.asarray(cache.used).max())
     if used + tokens > slots:
         raise ValueError(f"max_length of the cache must be at least {used + tokens} to hold {tokens} more tokens, got {slots}")
 

@@ -223,6 +223,18 @@ def test_a_traced_soft_cap_is_refused():
         jax.jit(lambda cap: pj.attention(QUERY, KEY, VALUE, logits_soft_cap=cap))(5.0)
 
 
+def test_arrays_that_a_jitted_function_closes_over_are_known():
+    cap, bad = jnp.float32(5.0), jnp.float32(-5.0)
+    want = pj.attention(QUERY, KEY, VALUE, logits_soft_cap=5.0)
+    close(jax.jit(lambda x: pj.attention(x, KEY, VALUE, logits_soft_cap=cap))(QUERY), want)
+    for options in (dict(logits_soft_cap=bad), dict(logits_soft_cap=jnp.ones(2)), dict(scale=bad)):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+            jax.jit(lambda x, options=options: pj.attention(x, KEY, VALUE, **options))(QUERY)
+    cache = kv_cache.init_cache(None, DIMS, B, max_length=T - 1)
+    with pytest.raises(ValueError, match=f"max_length of the cache must be at least {T}"):
+        jax.jit(lambda x: kv_cache.attend(x, KEY, VALUE, None, {}, cache))(QUERY)
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_linear_attention_over_segments_that_alternate(is_causal):
     segments = jnp.asarray(np.random.default_rng(5).integers(0, 3, (B, T)))
@@ -233,6 +245,42 @@ def test_linear_attention_over_segments_that_alternate(is_causal):
             own = dict(query_positions=jnp.asarray(here), key_positions=jnp.asarray(here), is_causal=is_causal)
             alone = pj.linear_attention(*(x[row : row + 1, here] for x in (QUERY, KEY, VALUE)), pj.rope(), {}, **own)
             close(got[row, here], alone[0], 1e-5)
+
+
+CACHED = [
+    pj.identity(),
+    pj.rope(),
+    pj.rope(theta=500.0),
+    pj.cope(4),
+    pj.cope(4, gates="keys"),
+    pj.cope(4, gates="values"),
+    pj.chain(pj.rope(), pj.cope(4)),
+]
+
+
+@pytest.mark.parametrize("made_for", CACHED, ids=str)
+def test_the_cache_of_another_encoding_is_refused(made_for):
+    cache = kv_cache.init_cache(made_for, DIMS, B, max_length=T)
+    hidden = jnp.zeros((B, T, DIMS.embed_dim))
+    for encoding in CACHED:
+
+        def attend(params, encoding=encoding):
+            return kv_cache.attend(QUERY, KEY, VALUE, encoding, params, cache, hidden=hidden if encoding.needs_hidden else None)
+
+        params = random_params(encoding)
+        if encoding == made_for:
+            jax.eval_shape(attend, params)
+            continue
+        with pytest.raises(ValueError, match="encoding must be the one that the cache was made for") as caught:
+            attend(params)
+        assert f"{made_for}, got {encoding}:" in str(caught.value)
+
+
+def test_the_cache_of_an_encoding_with_arrays_takes_it_with_others():
+    cache = kv_cache.init_cache(pj.rope(theta=jnp.float32(500.0)), DIMS, B, max_length=T)
+    jax.eval_shape(lambda theta: kv_cache.attend(QUERY, KEY, VALUE, pj.rope(theta=theta), {}, cache), jnp.float32(900.0))
+    with pytest.raises(ValueError, match=r"made for, rope\(theta='...'\), got rope\(\)"):
+        kv_cache.attend(QUERY, KEY, VALUE, pj.rope(), {}, cache)
 
 
 # Outside of jit -------------------------------------------------------------------------------------------------------
