@@ -216,11 +216,13 @@ def _cope_line(
 ) -> dict[str, Any] | None:
     """Computes CoPE's gates and contextual positions over a line of the validation text, with its last character as the query.
 
-    The heads are those of the last contextual layer; the text before the line is part of the input. Returns None if no layer is
-    contextual, if tokens are not bytes, or if no line has a suitable length.
+    The heads are those of the last layer that counts by gates; the text before the line is part of the input. Returns None if no
+    layer does, if tokens are not bytes, or if no line has a suitable length.
     """
     model = with_params(params)
-    counting = [layer for layer, index in enumerate(model.layout) if model.encodings[index].needs_causal]
+    dims = dataclasses.replace(config.transformer(source.vocab_size).dims, max_length=source.max_length)
+    counts = [probes.counts_by_gates(encoding, dims) for encoding in model.encodings]
+    counting = [layer for layer, index in enumerate(model.layout) if counts[index]]
     text = bytes(source.validation.tokens[:200_000]) if config.tokenizer == "bytes" else b""
     max_bytes = min(70, config.seq_length)  # in bytes, with the end of the line
     min_bytes = min(40, max_bytes // 2)

@@ -133,6 +133,19 @@ def cope_positions(
     return gates_and_sums(call)[0]
 
 
+def counts_by_gates(encoding: PositionalEncoding, dims: Dims) -> bool:
+    """Returns whether an encoding has exactly one bias that is read at a sum of gates, as ``cope_positions`` needs."""
+
+    def scans(key: Array) -> tuple[Scan, ...]:
+        heads = (dims.num_heads, dims.num_kv_heads, dims.num_kv_heads)
+        query, keys, value = (jnp.zeros((1, 2, n, dims.head_dim)) for n in heads)
+        hidden = jnp.zeros((1, 2, dims.embed_dim))
+        call = prepare(query, keys, value, encoding, encoding.init(key, dims), is_causal=True, hidden=hidden)
+        return tuple(bias.at for bias in call.biases if isinstance(bias.at, Scan))
+
+    return len(jax.eval_shape(scans, jax.random.key(0))) == 1
+
+
 def decay_curve(
     encoding: PositionalEncoding,
     params: Params,

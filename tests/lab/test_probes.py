@@ -170,6 +170,7 @@ def test_gates_have_their_bias(make):
 @pytest.mark.parametrize("encoding", [pj.rope(), pj.chain(pj.cope(4), pj.cope(8))])
 def test_an_encoding_without_one_count_is_refused(encoding):
     x = jnp.ones((1, 3, N, H))
+    assert not probes.counts_by_gates(encoding, DIMS)
     with pytest.raises(ValueError, match="must count by gates once"):
         probes.cope_positions(x, x, x, encoding, encoding.init(jax.random.key(0), DIMS))
 

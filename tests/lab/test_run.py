@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import posjax as pj
 from posjax.encodings.spec import parse_encoding, slug
 from posjax.lab import run as runs
 from posjax.lab.config import Config
@@ -242,3 +243,20 @@ def test_alternating_and_chained_encodings_have_folders_of_their_own():
     assert len({slug(spec) for spec in specs}) == len(specs)
     assert all("/" not in slug(spec) for spec in specs)
     assert isinstance(parse_encoding("rope / cope(64)"), tuple) and not isinstance(parse_encoding("rope + cope(64)"), tuple)
+
+
+@pj.register("test_stick")
+class Stick(pj.PositionalEncoding):
+    needs_causal = True
+
+    def attend(self, params, inputs):
+        return pj.ScoreModifications(weights=pj.StickBreaking())
+
+
+def test_encodings_that_do_not_count_by_gates_once_are_evaluated(tiny):
+    """A layer without a gated bias, and one with two: neither has one count to draw along a line."""
+    config = dataclasses.replace(tiny, seq_length=32, eval_lengths=(1,), eval_tokens=1024)
+    source = open_source(config)
+    for encoding, drawn in (("test_stick / cope(4) + cope(8)", False), ("cope(4) + cope(8) / cope(4)", True)):
+        _, params = runs.build_model(config, encoding, source, 0)
+        assert ("line" in runs.evaluate_params(config, encoding, params, source)) == drawn
