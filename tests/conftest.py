@@ -45,6 +45,19 @@ def pytest_runtest_teardown():
         gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def calls_are_traced_anew(request):
+    """A call of attention that was traced before a patch must not stand in for the patched one, nor outlive the patch."""
+    if "monkeypatch" not in request.fixturenames:
+        yield
+        return
+    from posjax.attention import dispatch
+
+    dispatch._run.clear_cache()
+    yield
+    dispatch._run.clear_cache()
+
+
 @pytest.fixture
 def run(capsys):
     """Runs a command of the command line; returns (exit code, stdout, stderr)."""
