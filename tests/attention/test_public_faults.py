@@ -303,11 +303,12 @@ encoding = pj.chain(pj.rope(), pj.cope(4))
 params = encoding.init(jax.random.key(0), pj.Dims(num_heads=2, head_dim=8))
 cache = pj.init_cache(encoding, pj.Dims(num_heads=2, head_dim=8), 1, max_length=400)
 calls = [
-    lambda: pj.attention(x, x, x, encoding, params, is_causal=True),
-    lambda: jax.grad(lambda x: pj.attention(x, x, x, encoding, params, is_causal=True).sum())(x),
+    lambda x=x: pj.attention(x, x, x, encoding, params, is_causal=True),
+    lambda x=x: pj.linear_attention(x, x, x, pj.rope(), is_causal=True),
     lambda: pj.attend(x, x, x, encoding, params, cache),
-    lambda: pj.linear_attention(x, x, x, pj.rope(), is_causal=True),
 ]
+if jax.__version_info__ >= (0, 12):  # 0.10 makes conditionals and scans anew for each gradient, and compiles them
+    calls += [lambda call=calls[i]: jax.grad(lambda x: call(x).sum())(x) for i in (0, 1)]
 with jax.log_compiles():
     for call in calls:
         jax.block_until_ready(call())
@@ -322,4 +323,4 @@ def test_a_second_call_outside_of_jit_compiles_nothing():
     # In a process of its own: the first call imports the kernels, which must not make the second one compile again.
     done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == ["True []"] * 4
+    assert done.stdout.splitlines() == ["True []"] * (5 if jax.__version_info__ >= (0, 12) else 3)
