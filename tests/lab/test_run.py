@@ -247,6 +247,8 @@ def test_alternating_and_chained_encodings_have_folders_of_their_own():
 
 @pj.register("test_stick")
 class Stick(pj.PositionalEncoding):
+    """Breaks a stick of weight along the keys, from the nearest on."""
+
     needs_causal = True
 
     def attend(self, params, inputs):
