@@ -235,7 +235,7 @@ def decoding(layer: _Layer) -> None:
 
 
 def columns(layer: _Layer) -> None:
-    """What a structure holds for a key depends on that token alone, and not on the length: a decoder caches it."""
+    """Checks that what a structure holds for a key depends on that token alone, not on the length: a decoder caches it."""
 
     def made(x: Array) -> Any:
         call = layer.call(layer.params, x)

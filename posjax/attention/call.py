@@ -54,7 +54,6 @@ class AttentionCall:
       weights: what turns scores into weights.
       logits_soft_cap: c; scores become c * tanh(scores / c) after the bias and before the mask; None for no cap.
       is_self: whether queries and keys are the same tokens in the same order.
-      runs: whether positions rise by one along every segment, so that the distance of two visible tokens is that of their indices.
     """
 
     query: Float[Array, "B T N H"]
@@ -71,7 +70,6 @@ class AttentionCall:
     weights: Softmax | StickBreaking = _SOFTMAX
     logits_soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
     is_self: bool = dataclasses.field(default=False, metadata={"static": True})
-    runs: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def replace(self, **fields: Any) -> "AttentionCall":
         """Returns the call with some of its fields replaced."""
@@ -198,7 +196,6 @@ def prepare(
         raise ValueError(f"logits_soft_cap must be positive, got {logits_soft_cap!r}; None leaves the scores as they are")
     query_segments, key_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
     is_self = query.shape[1] == key.shape[1] and query_positions is key_positions and query_segments is key_segments
-    runs = query_positions is None and key_positions is None
     positions = [
         canonicalize_positions("query_positions", query_positions, query.shape[0], query.shape[1]),
         canonicalize_positions("key_positions", key_positions, key.shape[0], key.shape[1]),
@@ -238,7 +235,6 @@ def prepare(
         weights=mods.weights,
         logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         is_self=is_self,
-        runs=runs,
     )
 
 

@@ -209,7 +209,6 @@ def attend(
         key_positions=full.positions,
         key_coordinates=full.coordinates,
         is_self=False,
-        runs=False,
     )
     out = run(call, implementation)
     if cache.window is None:

@@ -1,4 +1,4 @@
-"""What a bias reads at a pair, evaluated on tiles: tables and networks of one number (``posjax.core.structures``).
+"""Evaluates on tiles what a bias reads at a pair: tables and networks of one number (``posjax.core.structures``).
 
 Arrays have heads before tokens here, [B or 1, N or K or 1, t or s, ...]. What a read needs of each query is computed once per query
 tile by ``load``: the products of the query with every entry of a table, or the linear pieces of a network.

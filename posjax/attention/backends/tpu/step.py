@@ -126,7 +126,7 @@ class Scalars(NamedTuple):
 
 
 class PairInputs(NamedTuple):
-    """What the program of a pair takes for some keys [s, 1 or t] and queries [1, t], and where that stands among all pairs."""
+    """Holds what the program of a pair takes for keys [s, 1 or t] and queries [1, t], and where that stands among all pairs."""
 
     program: PairProgram
     queries: tuple[Array, ...]
