@@ -17,6 +17,7 @@ import posjax as pj
 from posjax.attention import kv_cache
 from posjax.attention.backends import reference
 from posjax.attention.call import prepare
+from posjax.attention.prefix_sums import with_prefix_sums
 from posjax.core import encoding as registry
 from posjax.lab import run as runs
 from posjax.lab.config import Config
