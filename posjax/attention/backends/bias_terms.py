@@ -175,7 +175,7 @@ def per_head(function: Callable[..., Array], args: Any, heads: int, *features: A
 
     All features have one number of heads in the result: those of key heads are repeated for their groups.
     """
-    features = jax.tree.map(lambda x: jnp.repeat(x, heads // x.shape[1], axis=1) if x.shape[1] not in (1, heads) else x, features)
+    features = jax.tree.map(lambda x: reads.for_query_heads(x, heads), features)
     if all(leaf.shape[0] == 1 for leaf in jax.tree.leaves(args)):
         return function(*features, jax.tree.map(lambda leaf: leaf[0], args))
     args = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (heads, *leaf.shape[1:])), args)
@@ -192,11 +192,8 @@ def _pair(pair: Pair, tile: Tile) -> Array:
     heads = tile.logits.shape[1]
     if not pair.relative:
         return per_head(pair.function, args, heads, queries, keys)
-
-    def repeated(x: Array, other: Array) -> Array:
-        return jnp.repeat(x, other.shape[1] // x.shape[1], axis=1) if 1 < x.shape[1] < other.shape[1] else x
-
-    differences = tuple(q - repeated(k, q) for q, k in zip(queries, keys, strict=True))
+    queries, keys = (tuple(reads.for_query_heads(x, heads) for x in side) for side in (queries, keys))
+    differences = tuple(q - k for q, k in zip(queries, keys, strict=True))
     return per_head(pair.function, args, heads, differences)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax.attention.backends.constants import LOG2E
+from posjax.attention.backends.reads import for_query_heads
 from posjax.attention.call import AttentionCall
 from posjax.core.structures import Bias, Pair, Scan, Table, sigmoid
 from posjax.typing import Array
@@ -218,7 +219,7 @@ def features_of(pairs: tuple[Bias, ...], side: str) -> Array | None:
     if not given:
         return None
     heads = max(x.shape[1] for x in given)
-    given = [jnp.repeat(x, heads // x.shape[1], axis=1) if 1 < x.shape[1] < heads else x for x in given]  # of key heads
+    given = [for_query_heads(x, heads) for x in given]
     shape = jnp.broadcast_shapes(*(x.shape for x in given))
     integer = [jnp.issubdtype(x.dtype, jnp.integer) for x in given]
     stored = [

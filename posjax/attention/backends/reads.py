@@ -47,13 +47,18 @@ def at_bound(read: Table | Hinges | None, bound: float, z: Array | None) -> Arra
     return evaluate(read, jnp.full((1, 1, 1, 1), bound, jnp.float32), z)[..., 0]
 
 
+def for_query_heads(x: Array, heads: int) -> Array:
+    """Returns x [B, N or K or 1, ...] with the key heads repeated for their groups, [B, N or 1, ...]."""
+    return x if x.shape[1] in (1, heads) else jnp.repeat(x, heads // x.shape[1], axis=1)
+
+
 def _products(vectors: Array, table: Array) -> Array:
     """Returns the products of vectors [B, N or K or 1, t, R] with every row of a table [N or 1, W, R], [B, N, t, W] float32."""
     vectors = vectors.astype(jnp.float32)
     if table.shape[0] == 1:
         return jnp.einsum("bnth,ph->bntp", vectors, table[0])
     heads = table.shape[0]
-    vectors = jnp.repeat(vectors, heads // vectors.shape[1], axis=1) if vectors.shape[1] not in (1, heads) else vectors
+    vectors = for_query_heads(vectors, heads)
     return jnp.einsum("bnth,nph->bntp", jnp.broadcast_to(vectors, (vectors.shape[0], heads, *vectors.shape[2:])), table)
 
 
