@@ -106,9 +106,7 @@ def test_its_formula(name):
 
 
 @every_example
-@pytest.mark.parametrize(
-    "backend", ["xla_chunked", "tpu", "gpu", "ring", pytest.param("ring, tpu", marks=pytest.mark.thorough)]
-)
+@pytest.mark.parametrize("backend", ["xla_chunked", "tpu", "gpu", "ring", pytest.param("ring, tpu", marks=pytest.mark.thorough)])
 def test_every_backend(name, backend):
     def run(call):  # kernels take sums of gates as dispatch gives them
         return BACKENDS[backend](call if backend == "xla_chunked" else with_prefix_sums(call))

@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 
+from posjax.attention.arguments import check_encoding, check_operands
 from posjax.attention.backends import reference
 from posjax.attention.backends.gpu.blocks import GpuBlocks
 from posjax.attention.backends.ring.context import find_context
 from posjax.attention.backends.shards import infer_shard_spec
 from posjax.attention.backends.tpu.blocks import Blocks
-from posjax.attention.call import check_encoding, check_operands, prepare
+from posjax.attention.call import prepare
 from posjax.attention.dispatch import Implementation, load_kernels, run
 from posjax.core.encoding import PositionalEncoding
 from posjax.typing import Array, Float, Params

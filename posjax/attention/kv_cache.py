@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.attention.call import AttentionCall, check_encoding, check_operands, prepare
+from posjax.attention.arguments import check_encoding, check_operands
+from posjax.attention.call import AttentionCall, prepare
 from posjax.attention.dispatch import Implementation, load_kernels, run
 from posjax.attention.linear import LinearCache
 from posjax.checks import check_at_least, is_traced

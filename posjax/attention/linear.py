@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from posjax.attention.call import canonicalize_positions, check_encoding, check_operands
+from posjax.attention.arguments import canonicalize_positions, check_encoding, check_operands
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, Tokens
 from posjax.core.structures import Rotate, Softmax
 from posjax.typing import Array, Bool, Float, Params

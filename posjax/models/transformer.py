@@ -19,8 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from posjax.attention import kv_cache
 from posjax.attention.api import attention
+from posjax.attention.arguments import canonicalize_coordinates
 from posjax.attention.backends.xla_chunked.attention import SAVED
-from posjax.attention.call import canonicalize_coordinates
 from posjax.attention.linear import LinearCache, linear_attend, linear_attention
 from posjax.checks import check_at_least
 from posjax.core.encoding import Dims, PositionalEncoding, Tokens

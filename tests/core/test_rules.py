@@ -11,8 +11,7 @@ import pytest
 from suite import normal, quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
-from posjax.attention import call as calls
-from posjax.attention import dispatch, prefix_sums
+from posjax.attention import arguments, dispatch, prefix_sums
 from posjax.attention.backends import bias_terms, reference
 from posjax.attention.backends.xla_chunked import attention as xla_chunked
 from posjax.attention.backends.xla_chunked import forward, query_tile
@@ -164,7 +163,7 @@ def prefix_sums_under_any_mask(patch):
 
 
 def masks_by_coordinates(patch):
-    plain = calls.prepare
+    plain = prepare
 
     def by_coordinates(*args, **options):
         call = plain(*args, **options)
@@ -175,7 +174,7 @@ def masks_by_coordinates(patch):
 
 def coordinates_in_float32(patch):
     patch.setattr(
-        calls, "canonicalize_coordinates", lambda name, x, batch, length: x.astype(jnp.float32).reshape(-1, *x.shape[-2:])
+        arguments, "canonicalize_coordinates", lambda name, x, batch, length: x.astype(jnp.float32).reshape(-1, *x.shape[-2:])
     )
 
 
