@@ -4,7 +4,6 @@ import dataclasses
 
 import jax.numpy as jnp
 import pytest
-from suite import quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
 from posjax.testing import check_encoding

@@ -1,5 +1,6 @@
 """Operations along a sequence that respect segments: encodings sum and convolve over tokens through these."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from posjax.typing import Array, Float, Int
 
 
+@functools.partial(jax.jit, static_argnames="exclusive", inline=True)  # step by step, the scan compiles for seconds outside of jit
 def prefix_sum(
     x: Float[Array, "B N T"], segments: Int[Array, "B T"] | None = None, *, exclusive: bool = False
 ) -> tuple[Float[Array, "B N T"], Float[Array, "B N T"]]:
@@ -40,6 +42,7 @@ def prefix_sum(
     return high, low
 
 
+@functools.partial(jax.jit, inline=True)
 def short_conv(
     x: Float[Array, "B T C"], taps: Float[Array, "W C"], segments: Int[Array, "B T"] | None = None, state: Any = None
 ) -> tuple[Float[Array, "B T C"], Any]:

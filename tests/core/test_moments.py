@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from suite import quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
 from posjax.attention import kv_cache
