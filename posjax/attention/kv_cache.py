@@ -27,7 +27,7 @@ from posjax.attention.linear import LinearCache
 from posjax.checks import check_at_least, is_traced
 from posjax.core.encoding import Dims, PositionalEncoding
 from posjax.core.masks import FAR
-from posjax.core.structures import Bias, Transport, key_arrays, map_arrays
+from posjax.core.structures import Bias, Rotate, Transport, key_arrays, map_arrays
 from posjax.typing import Array, Float, Int, Params
 
 
@@ -197,7 +197,7 @@ def attend(
         value=value,
         columns=_columns(call),
         positions=positions,
-        coordinates=None if coordinates is None else _for_rows(call.key_coordinates, len(segments)),
+        coordinates=None if call.key_coordinates is None else _for_rows(call.key_coordinates, len(segments)),
         segments=segments,
         next_position=position_after(positions, segments, cache.next_position),
     )
@@ -222,7 +222,7 @@ def _columns(call: AttentionCall) -> tuple[dict[str, Array], ...]:
     """Returns the arrays per key of every bias, and of a transport before them, by name, [B, N or K or 1, S, ...]."""
     batch = call.key.shape[0]
 
-    def of_bias(bias: Bias | Transport) -> dict[str, Array]:
+    def of_bias(bias: Bias | Rotate | Transport) -> dict[str, Array]:
         columns = {}
         for name, x, axes in key_arrays(bias):
             columns[name] = _for_rows(jnp.swapaxes(x, 1, 2) if axes.tokens == 1 else x, batch)
@@ -239,7 +239,7 @@ def _for_rows(x: Array, batch: int) -> Array:
 def _with_columns(call: AttentionCall, columns: tuple[dict[str, Array], ...]) -> dict[str, Any]:
     """Returns the transforms and biases of a call with these arrays per key."""
 
-    def of_bias(bias: Bias | Transport, columns: dict[str, Array]) -> Bias | Transport:
+    def of_bias(bias: Bias | Rotate | Transport, columns: dict[str, Array]) -> Bias | Rotate | Transport:
         arrays = iter(
             jnp.swapaxes(columns[name], 1, 2) if axes.tokens == 1 else columns[name] for name, _, axes in key_arrays(bias)
         )
@@ -409,6 +409,8 @@ def _cached_arrays(
     limit = encoding.max_length(dims)
     position = jnp.full((1, 1), 1 if limit is None else min(1, limit - 1), jnp.int32)  # at position 0 a rotation is the identity
     coordinates = None if coordinate_dtype is None else jnp.ones((1, 1, encoding.axes), coordinate_dtype)
-    own = dict(query_positions=position, key_positions=position, query_coordinates=coordinates, key_coordinates=coordinates)
+    own: dict[str, Any] = dict(
+        query_positions=position, key_positions=position, query_coordinates=coordinates, key_coordinates=coordinates
+    )
     call = prepare(query, unrotated, value, encoding, params, is_causal=True, hidden=hidden, **own).transformed()
     return (unrotated, value), (call.key, value, _columns(call))
