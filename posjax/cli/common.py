@@ -14,7 +14,7 @@ def fail(message: str, code: int = 1, leave: Callable[[int], None] = sys.exit) -
 
 
 def parse(args: Sequence[str], options: type | None = None):
-    """Parses ``configs/NAME.py`` and the flags that follow it into a Config; tyro handles --help and misspelled flags.
+    """Parses the name or file of a config and the flags that follow it into a Config; tyro handles --help and misspelled flags.
 
     With ``options``, a dataclass of further flags, returns (options, Config).
 
@@ -28,12 +28,13 @@ def parse(args: Sequence[str], options: type | None = None):
     if not args or args[0].startswith("-"):
         if "--help" not in args and "-h" not in args:
             raise ValueError(
-                "a config must come first, such as configs/quickstart.py, got " + (repr(args[0]) if args else "nothing")
+                "a config must come first, such as quickstart or a Python file of your own, got "
+                + (repr(args[0]) if args else "nothing")
             )
         default, flags = Config(), list(args)
     else:
         default, flags = load_config(args[0]), list(args[1:])
-    cli = functools.partial(tyro.cli, args=flags, prog="posjax VERB configs/NAME.py")
+    cli = functools.partial(tyro.cli, args=flags, prog="posjax VERB CONFIG")
     if options is None:
         return cli(Config, default=default, config=(tyro.conf.FlagConversionOff,))
     both = dataclasses.make_dataclass("Both", [("verb", options), ("run", Config)])  # the field names are headings in --help
