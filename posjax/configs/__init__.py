@@ -1,1 +1,1 @@
-"""The configurations that posjax brings, a file each. ``posjax list`` shows them; commands take their names, or a file of your own."""
+"""The configurations that posjax brings, a file each; ``posjax list`` shows them, and commands take their names."""
