@@ -161,8 +161,8 @@ def test_a_run_gives_a_row_of_everything_for_each_contestant(finished):
         assert row["temp_bytes"] > 0
         assert row["ratio_to_identity"] == row["ms_min"] / identity["ms_min"]
         assert row["ratio_to_jax_nn"] is None  # it was not there
-        assert 0 < row["error_out"] < 1e-5
-        assert 0 < row["error_grads"] < 1e-3
+        assert 0 <= row["error_out"] < 1e-5
+        assert 0 <= row["error_grads"] < 1e-3
         assert row["notes"] == ["error of the last 5 queries"]
     assert identity["worst_gradient"] in ("query", "key", "value")
     assert 0.3 < cope["mean_gate"] < 0.7 and identity["mean_gate"] is None
