@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE)
         sys.exit(0 if argv else 2)
     verb, *rest = argv
+    if "" not in sys.path:  # package.module:name may name a file in the current folder, as under python -m
+        sys.path.append("")
     if verb not in VERBS:
         import difflib
 
