@@ -56,7 +56,7 @@ class Config:
       steps: number of optimizer steps.
       optimizer: adamw, or muon: Muon for the matrices of the layers and AdamW for all else, at one learning rate.
       learning_rate: peak learning rate.
-      warmup_steps: steps of linear warmup to the peak.
+      warmup_steps: steps of linear warmup to the peak; a --steps that leaves no room for it shortens it in proportion.
       decay: cosine, linear or constant, after the peak.
       end_fraction: learning rate at the last step, as a fraction of the peak.
       weight_decay: weight decay, on matrices only.

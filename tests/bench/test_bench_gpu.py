@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import oracle
 import pytest
 from test_import import REFUSE, unneeded_by
 
@@ -23,7 +24,7 @@ from posjax.bench.gpu_machine import Clock
 PROGRAM = f"""{REFUSE}
 import dataclasses
 from posjax.bench import gpu, gpu_sections
-import oracle
+from posjax.bench.contestants import Options
 
 plain, every, sparse = gpu_sections.CALLS
 options = Options(window=20, soft_cap=20.0, starts=(10, 33))
