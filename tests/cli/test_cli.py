@@ -24,6 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from posjax import cli
 from posjax.attention.backends.compile_errors import translate_compile_errors
+from posjax.cli.common import parse
 from posjax.core.encoding import registered
 from posjax.lab import config, named_configs, prompting, source
 from posjax.lab import run as runs
@@ -360,6 +361,11 @@ def test_list_and_help(run, monkeypatch):
     assert len(words) > 40
     for name, text in words.items():
         assert re.search(rf"--{name.replace('_', '[-_]')} .{{0,90}}{re.escape(text)}", plain), name
+
+
+def test_few_steps_shorten_the_warmup_unless_it_is_given():
+    flags = {"--steps 20": 0, "--steps=40": 1, "--steps 50": 50, "--batch_size 4": 50, "--steps 20 --warmup_steps 5": 5}
+    assert {text: parse(["quickstart", *text.split()]).warmup_steps for text in flags} == flags
 
 
 def wrong_files(home):
