@@ -39,7 +39,7 @@ def lines(path: Path) -> list[dict]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         grid = Path(folder) / "grid"
-        together = posjax("ablate", "configs/flip_flop.py", "--encodings", *ENCODINGS, "--seeds", SEEDS, "--workdir", grid)
+        together = posjax("ablate", "flip_flop", "--encodings", *ENCODINGS, "--seeds", SEEDS, "--workdir", grid)
         groups = {json.loads(p.read_text())["spec"]: p.parent for p in grid.glob("*/rows.json")}
         results = json.loads((grid / "results.json").read_text())["rows"]
         own = {(row["encoding"], row["seed"]): row["metrics"]["error"] for row in results}
@@ -48,7 +48,7 @@ def main() -> None:
             logged, seconds, difference, of_errors = lines(groups[spec] / "metrics.jsonl"), 0.0, 0.0, 0.0
             for seed in range(SEEDS):
                 alone = Path(folder) / f"{spec}-{seed}"
-                seconds += posjax("train", "configs/flip_flop.py", "--encoding", spec, "--seeds", seed, "--workdir", alone)
+                seconds += posjax("train", "flip_flop", "--encoding", spec, "--seeds", seed, "--workdir", alone)
                 for ours, theirs in zip(logged, lines(alone / "metrics.jsonl"), strict=True):
                     if ours["step"] <= COMPARED_UNTIL:
                         apart = (abs(ours[name][seed] - theirs[name]) for name in ("loss", "grad_norm"))

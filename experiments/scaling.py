@@ -1,6 +1,6 @@
 """How a training step divides between computing and each axis of the mesh on 64, 256 and 512 chips; no TPU is needed.
 
-    python experiments/scaling.py                          # configs/pretrain_7b.py on v5p, an hour on two CPU cores
+    python experiments/scaling.py                          # pretrain_7b on v5p, an hour on two CPU cores
     python experiments/scaling.py --only "fsdp" --chips 64 256
 
 The whole step of a decoder of 7 billion parameters under RoPE and CoPE is compiled for each number of chips by their own compiler;
@@ -27,7 +27,7 @@ from posjax.bench.results import print_table
 from posjax.compile.plan import make_plans
 from posjax.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, new_figure, save
 
-CONFIG = "configs/pretrain_7b.py"
+CONFIG = "pretrain_7b"
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 TOPOLOGIES = {64: "v5p:4x4x4", 256: "v5p:4x8x8", 512: "v5p:8x8x8"}
 SEQUENCES = 512  # of 8,192 tokens, strong scaling

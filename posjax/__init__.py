@@ -27,7 +27,7 @@ from posjax.encodings.relative import alibi, t5
 from posjax.encodings.rotary import convert_pairing, rope
 from posjax.encodings.tupe import tupe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AttentionInputs",
     "Bias",

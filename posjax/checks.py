@@ -1,8 +1,10 @@
 """Argument checks with uniform messages: an error names the argument, its value and what would work."""
 
 import difflib
+import importlib.util
 import math
 import numbers
+import sys
 from typing import Any
 
 import jax
@@ -34,6 +36,25 @@ def check_positive(name: str, value: Any, hint: str) -> None:
     # NumPy, because inside jit a jax operation returns a tracer even for a concrete array.
     if not is_traced(value) and not np.asarray(value) > 0:
         raise ValueError(f"{name} must be positive, got {value!r}; {hint}")
+
+
+def require(what: str, *modules: str) -> None:
+    """Raises ModuleNotFoundError, which says how to install them, if modules that the extra [lab] installs are missing.
+
+    Args:
+      what: what needs them, for the message.
+      modules: names of top-level modules.
+    """
+    missing = [name for name in modules if not _is_installed(name)]
+    if missing:
+        raise ModuleNotFoundError(f"{what} needs {', '.join(missing)}: pip install 'posjax[lab]'", name=missing[0])
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return sys.modules.get(name) is not None or importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
 
 
 def near(word: str, candidates) -> str:

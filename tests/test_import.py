@@ -1,4 +1,4 @@
-"""``import posjax``, and attention, need jax and flax and what those two need; everything else loads on use."""
+"""``import posjax``, and attention, need jax and what it needs; everything else is the extra [lab], and loads on use."""
 
 import importlib.metadata
 import re
@@ -74,19 +74,42 @@ def unneeded_by(*roots: str) -> set[str]:
     } - {"posjax"}
 
 
-def test_import_and_attention_with_jax_and_flax_alone():
-    refused = unneeded_by("jax", "flax")
-    assert {"hypothesis", "pytest"} <= refused
-    assert not {"jax", "jaxlib", "flax", "numpy"} & refused
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, " ".join(refused)],
-        cwd=Path(__file__).resolve().parents[1],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def run_refusing(program: str) -> subprocess.CompletedProcess:
+    """Runs a program that can import only jax and what it needs."""
+    refused = unneeded_by("jax")
+    assert {"hypothesis", "pytest", "flax", "jaxtyping"} <= refused
+    assert not {"jax", "jaxlib", "numpy"} & refused
+    command, folder = [sys.executable, "-c", program, " ".join(refused)], Path(__file__).resolve().parents[1]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_import_and_attention_with_jax_alone():
+    done = run_refusing(PROGRAM)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["loaded"], done.stdout
+
+
+COMMANDS = f"""{REFUSE}
+from posjax.cli import main
+
+main(["list"])
+for module in ("models.transformer", "training.step"):
+    try:
+        __import__(f"posjax.{{module}}")
+    except ModuleNotFoundError as error:
+        print(error)
+main(["compare", "quickstart"])
+"""
+
+
+def test_without_the_lab_posjax_says_how_to_install_it():
+    done = run_refusing(COMMANDS)
+    assert done.returncode == 1
+    *listed, model, step = done.stdout.splitlines()
+    assert any(line.split()[:1] == ["rope"] for line in listed) and any(line.split()[:1] == ["quickstart"] for line in listed)
+    assert model == "posjax.models needs flax: pip install 'posjax[lab]'"
+    assert step == "posjax.training needs optax: pip install 'posjax[lab]'"
+    assert done.stderr == "posjax: posjax compare needs flax, optax, orbax, rich, tyro: pip install 'posjax[lab]'\n"
 
 
 GRID = f"""{REFUSE}

@@ -18,6 +18,7 @@ LAYERS = (
     ("inference", "training"),
     ("plots",),
     ("lab",),
+    ("configs",),
     ("compile",),
     ("bench",),
     ("cli",),

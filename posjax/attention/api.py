@@ -118,7 +118,8 @@ def auto_sharded(compute: Callable[..., Array], query: Array, *args: Any) -> Arr
         new_leaves = [next(remaining_arrays) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
         return compute(query, *jax.tree.unflatten(structure, new_leaves))
 
-    return jax.sharding.auto_axes(automatic, out_sharding=out)(query, *arrays)
+    with_automatic_axes: Any = jax.sharding.auto_axes(automatic, out_sharding=out)
+    return with_automatic_axes(query, *arrays)
 
 
 def attention_weights(
@@ -184,8 +185,11 @@ def attention_fn(
                 f"query and key must have one length in attention_fn, got {query.shape[1]} and {key.shape[1]}; "
                 "call posjax.attention with query_positions and key_positions instead"
             )
+        query, key, value = (x.astype(dtype or x.dtype) for x in (query, key, value))
         return attention(
-            *(x.astype(dtype or x.dtype) for x in (query, key, value)),
+            query,
+            key,
+            value,
             encoding,
             params,
             is_causal=is_causal or causal,

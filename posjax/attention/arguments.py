@@ -128,9 +128,11 @@ def coordinates_of_sides(
         missing = next(name for name, x in given.items() if x is None)
         raise ValueError(f"{missing} must be given where the other side's coordinates are, got None")
     if queries is None:
-        return tuple(Tokens(order).on_axes(encoding.axes) for order in positions)
+        of_queries, of_keys = (Tokens(order).on_axes(encoding.axes) for order in positions)
+        return of_queries, of_keys
     made = []
     for (name, x), order in zip(given.items(), positions, strict=True):
+        assert x is not None
         x = canonicalize_coordinates(name, x, batch, order.shape[1])
         if x.shape[-1] < encoding.axes:
             raise ValueError(f"{name} must have {encoding.axes} axes for {encoding.name}, got {x.shape[-1]}")
@@ -140,7 +142,7 @@ def coordinates_of_sides(
             "query_coordinates and key_coordinates must have as many axes and one dtype, "
             f"got {made[0].dtype}{list(made[0].shape)} and {made[1].dtype}{list(made[1].shape)}"
         )
-    return tuple(made)
+    return made[0], made[1]
 
 
 def hidden_of_sides(encoding: PositionalEncoding, hidden: Any, query: Array, key: Array) -> tuple[Array | None, Array | None]:
@@ -183,6 +185,7 @@ def make_mask(
         if mask.ndim != 4 or any(m not in (1, w) for m, w in zip(mask.shape, full_shape, strict=True)):
             raise ValueError(f"mask must broadcast to [B, N, T, S] = {full_shape}, got {mask.shape}")
     if query_segments is not None or key_segments is not None:
+        ids: Any
         for name, ids, size in (("queries", query_segments, length), ("keys", key_segments, keys)):
             if getattr(ids, "shape", None) != (batch, size) or not jnp.issubdtype(ids.dtype, jnp.integer):
                 got = f"{ids.dtype}{list(ids.shape)}" if hasattr(ids, "shape") else repr(ids)
@@ -206,8 +209,9 @@ def _segments(ids: Any) -> Array | None:
 
 
 def canonicalize_window(size: Any) -> tuple[int | None, int | None]:
-    left, right = size if isinstance(size, tuple | list) and len(size) == 2 else (size, size)
-    for side in (left, right):
+    sides: Any = size if isinstance(size, tuple | list) and len(size) == 2 else (size, size)
+    for side in sides:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int | np.integer) or side < 0):
             raise ValueError(f"local_window_size must be a non-negative integer or a pair (left, right) of them, got {size!r}")
-    return tuple(None if side is None else int(side) for side in (left, right))
+    left, right = (None if side is None else int(side) for side in sides)
+    return left, right

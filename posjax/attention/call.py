@@ -51,7 +51,7 @@ class AttentionCall:
     Attributes:
       query: [B, T, N, H], as given or with new channels.
       key: [B, S, K, H], likewise.
-      value: [B, S, K, V]; None if only the weights are computed.
+      value: [B, S, K, V]; V is 0 if only the weights are computed.
       transforms: transforms of query and key that are still to be applied, by a backend or by ``transformed``, which leaves a
         ``Transport`` alone.
       biases: what is added to the scores. A read whose query or key is None reads those of this call.
@@ -66,7 +66,7 @@ class AttentionCall:
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K V"] | None
+    value: Float[Array, "B S K V"]
     transforms: tuple[Rotate | Transport, ...]
     biases: tuple[Bias, ...]
     mask: Mask
@@ -96,13 +96,18 @@ class AttentionCall:
         if not self.transforms:
             return self
         _, key = _applied(self.transforms, self.query, self.key)
-        transforms = tuple(dataclasses.replace(transform, key_phase=None, key_gain=None) for transform in self.transforms)
+        transforms = tuple(dataclasses.replace(rotation, key_phase=None, key_gain=None) for rotation in self.rotations)
         return self.replace(key=key, transforms=transforms, biases=_with_vectors(self.biases, None, self.key))
 
     @property
     def sink(self) -> Array | None:
         """Returns the logits of one more key without a value, [N or 1]; None if there is none."""
         return getattr(self.weights, "sink", None)
+
+    @property
+    def rotations(self) -> tuple[Rotate, ...]:
+        """Returns the rotations of query and key that are still to be applied."""
+        return tuple(transform for transform in self.transforms if isinstance(transform, Rotate))
 
     @property
     def transport(self) -> Transport | None:
@@ -125,17 +130,17 @@ class AttentionCall:
         The features of a ``Pair`` stay None if the coordinates are the positions, which every tile has.
         """
         biases = _with_vectors(self.biases, self.query, self.key)
-        if self.query_coordinates is None:
+        if self.query_coordinates is None or self.key_coordinates is None:
             return self.replace(biases=biases)
-
-        def features(coordinates: Array) -> tuple[Array, ...]:
-            return tuple(coordinates[:, None, :, axis] for axis in range(coordinates.shape[-1]))
+        query, key = (
+            tuple(coordinates[:, None, :, axis] for axis in range(coordinates.shape[-1]))
+            for coordinates in (self.query_coordinates, self.key_coordinates)
+        )
 
         def of_bias(bias: Bias) -> Bias:
             if not isinstance(bias.at, Pair) or bias.at.query is not None:
                 return bias
-            own = dict(query=features(self.query_coordinates), key=features(self.key_coordinates))
-            return dataclasses.replace(bias, at=dataclasses.replace(bias.at, **own))
+            return dataclasses.replace(bias, at=dataclasses.replace(bias.at, query=query, key=key))
 
         return self.replace(biases=tuple(map(of_bias, biases)))
 
@@ -148,12 +153,12 @@ def _with_vectors(biases: tuple[Bias, ...], query: Array | None, key: Array | No
     """Returns biases that read these vectors wherever they read those of the call; None leaves that side as it is."""
 
     def of_bias(bias: Bias) -> Bias:
-        read, own = bias.read, {}
+        read = bias.read
         if isinstance(read, Table | Hinges) and read.side == "query" and read.query is None and query is not None:
-            own = dict(query=query)
+            return dataclasses.replace(bias, read=dataclasses.replace(read, query=query))
         if isinstance(read, Table) and read.side == "key" and read.key is None and key is not None:
-            own = dict(key=key)
-        return dataclasses.replace(bias, read=dataclasses.replace(read, **own)) if own else bias
+            return dataclasses.replace(bias, read=dataclasses.replace(read, key=key))
+        return bias
 
     return tuple(map(of_bias, biases))
 
@@ -220,20 +225,18 @@ def prepare_next(
     ]
     coordinates = coordinates_of_sides(encoding, query_coordinates, key_coordinates, positions, query.shape[0])
     query_hidden, key_hidden = hidden_of_sides(encoding, hidden, query, key)
-    mask = make_mask(query, key, is_causal, mask, query_segments, key_segments, window)
-    key, value = _without_hidden_keys(key, value, mask, is_self)
-    sides = []
-    for order, at, segments, of_side in zip(
-        positions, coordinates or (None, None), (query_segments, key_segments), (query_hidden, key_hidden), strict=True
-    ):
-        sides.append(Tokens.at(order, coordinates=at, segments=segments, hidden=of_side))
-    inputs = AttentionInputs(query, key, value, *sides, scale, state=state)
+    rules = make_mask(query, key, is_causal, mask, query_segments, key_segments, window)
+    key, value = _without_hidden_keys(key, value, rules, is_self)
+    query_at, key_at = coordinates or (None, None)
+    queries = Tokens.at(positions[0], coordinates=query_at, segments=query_segments, hidden=query_hidden)
+    keys = Tokens.at(positions[1], coordinates=key_at, segments=key_segments, hidden=key_hidden)
+    inputs = AttentionInputs(query, key, value, queries, keys, scale, state=state)
     mods = encoding.attend({} if params is None else params, inputs)
     if any(isinstance(bias.at, Scan) for bias in mods.biases) and not encoding.needs_causal:
         raise ValueError(f"needs_causal must be True for {encoding.name}, whose bias is a Scan, got False")
     if encoding.needs_causal:
         _check_rising(encoding, positions[1] if key_positions is None else key_positions, key_segments)
-    _check_weights(encoding, mods, is_causal, mask)
+    _check_weights(encoding, mods, is_causal, rules)
     biases = mods.biases
     first = max((n + 1 for n, transform in enumerate(mods.transforms) if isinstance(transform, Replace)), default=0)
     if first:  # what a Replace holds is made of what all transforms before it left
@@ -242,14 +245,16 @@ def prepare_next(
     call = AttentionCall(
         query=query,
         key=key,
-        value=value,
-        transforms=tuple(t for n, t in enumerate(mods.transforms) if n >= first or isinstance(t, Transport)),
+        value=key[..., :0] if value is None else value,
+        transforms=tuple(
+            t for n, t in enumerate(mods.transforms) if isinstance(t, Transport) or (n >= first and isinstance(t, Rotate))
+        ),
         biases=biases,
-        mask=mask,
+        mask=rules,
         query_positions=positions[0],
         key_positions=positions[1],
-        query_coordinates=None if coordinates is None else coordinates[0],
-        key_coordinates=None if coordinates is None else coordinates[1],
+        query_coordinates=query_at,
+        key_coordinates=key_at,
         scale=jnp.asarray(scale, jnp.float32),
         weights=mods.weights,
         logits_soft_cap=logits_soft_cap,
@@ -270,7 +275,8 @@ def _check_weights(encoding: PositionalEncoding, mods: ScoreModifications, is_ca
     if isinstance(mods.weights, StickBreaking) and not encoding.needs_causal:
         raise ValueError(f"needs_causal must be True for {encoding.name}, whose weights are StickBreaking, got False")
     for bias in mods.biases:
-        if getattr(bias.read, "side", None) == "value" and (bias.read.interpolate or isinstance(bias.at, Scan)):
+        read = bias.read
+        if isinstance(read, Table) and read.side == "value" and (read.interpolate or isinstance(bias.at, Scan)):
             raise ValueError(f"a Table with side='value' must be read at integers of a Pair, got another in {encoding.name}")
 
 
@@ -300,11 +306,12 @@ def _without_hidden_keys(key: Array, value: Array | None, mask: Mask, is_self: b
     visible = None
     if mask.boolean is not None:
         visible = jnp.broadcast_to(mask.boolean.any((1, 2)), key.shape[:2])
-    if mask.key_segments is not None and not is_self:
+    if mask.key_segments is not None and mask.query_segments is not None and not is_self:
         of_queries = jnp.sort(mask.query_segments, axis=1)
         at = jax.vmap(jnp.searchsorted)(of_queries, mask.key_segments)
         found = jnp.take_along_axis(of_queries, jnp.minimum(at, of_queries.shape[1] - 1), axis=1) == mask.key_segments
         visible = found if visible is None else visible & found
     if visible is None:
         return key, value
-    return tuple(None if x is None else jnp.where(visible[..., None, None], x, 0) for x in (key, value))
+    visible = visible[..., None, None]
+    return jnp.where(visible, key, 0), None if value is None else jnp.where(visible, value, 0)

@@ -32,15 +32,16 @@ class Backend(Protocol):
     NAME: str
 
     @staticmethod
-    def unsupported_reason(call: AttentionCall, **options: Any) -> str | None:
+    def unsupported_reason(call: AttentionCall, *args: Any, **options: Any) -> str | None:
         """Returns why the backend does not support a call, naming the argument at fault, or None if it does."""
 
     @staticmethod
-    def attention(call: AttentionCall, **options: Any) -> Float[Array, "B T N V"]:
+    def attention(call: AttentionCall, *args: Any, **options: Any) -> Float[Array, "B T N V"]:
         """Computes attention, differentiably in every floating-point array of the call; rows without an allowed key are zero."""
+        ...
 
 
-_XLA: dict[str, Backend] = {backend.NAME: backend for backend in (reference, xla_chunked)}
+_XLA: dict[str, Backend] = {reference.NAME: reference, xla_chunked.NAME: xla_chunked}
 
 
 def _kernels() -> dict[str, Backend]:
@@ -48,7 +49,7 @@ def _kernels() -> dict[str, Backend]:
     from posjax.attention.backends.gpu import attention as gpu
     from posjax.attention.backends.tpu import attention as tpu
 
-    return {backend.NAME: backend for backend in (tpu, gpu)}
+    return {tpu.NAME: tpu, gpu.NAME: gpu}
 
 
 def load_kernels(query: Array, key: Array, implementation: Implementation | None) -> None:
@@ -100,26 +101,29 @@ def _run(
     context: Context | None,
     block_sizes: Blocks | GpuBlocks | None,
 ) -> Float[Array, "B T N V"]:
-    if context is not None:
-        from posjax.attention.backends.ring import attention as ring
     call = call if implementation == "xla" else with_prefix_sums(call)
-    rings = context is not None and ring.unsupported_reason(call, context) is None
+    ring: Callable[..., Array] | None = None
+    if context is not None:
+        from posjax.attention.backends.ring import attention as backend  # imports Pallas
+
+        if implementation == "xla_chunked" or backend.unsupported_reason(call, context) is None:
+            ring = functools.partial(backend.attention, call, context)
     if implementation == "pallas":
         kernel = _kernels()["cuda" if platform_at_hand() == "gpu" else "tpu"]
         reason = kernel.unsupported_reason(call, block_sizes=block_sizes_for(kernel, block_sizes), spec=spec)
         if reason is not None:
             raise NotImplementedError(f"implementation='pallas' cannot run this call: {reason}; implementation='xla_chunked' can")
-        if rings:
-            return ring.attention(call, context, kernel=kernel.NAME, block_sizes=block_sizes)
+        if ring is not None:
+            return ring(kernel=kernel.NAME, block_sizes=block_sizes)
         return _by_platform(call, spec, block_sizes, elsewhere=kernel)
     if implementation is None:
-        if rings:
-            return ring.attention(call, context, block_sizes=block_sizes)
+        if ring is not None:
+            return ring(block_sizes=block_sizes)
         if not _is_small(call.query, call.key):
             return _by_platform(call, spec, block_sizes)
         implementation = "xla"
-    if implementation == "xla_chunked" and context is not None:
-        return ring.attention(call, context, kernel="xla")
+    if implementation == "xla_chunked" and ring is not None:
+        return ring(kernel="xla")
     return on_shards(_XLA[implementation].attention, spec)(call.transformed())
 
 

@@ -29,7 +29,7 @@ from posjax.attention.linear import LinearCache
 from posjax.checks import check_at_least, is_traced
 from posjax.core.encoding import Dims, PositionalEncoding
 from posjax.core.masks import FAR
-from posjax.core.structures import Bias, Transport, key_arrays, map_arrays
+from posjax.core.structures import Bias, Rotate, Transport, key_arrays, map_arrays
 from posjax.typing import Array, Float, Int, Params
 
 
@@ -236,7 +236,7 @@ def _columns(call: AttentionCall) -> tuple[dict[str, Array], ...]:
     """Returns the arrays per key of every bias, and of a transport before them, by name, [B, N or K or 1, S, ...]."""
     batch = call.key.shape[0]
 
-    def of_bias(bias: Bias | Transport) -> dict[str, Array]:
+    def of_bias(bias: Bias | Rotate | Transport) -> dict[str, Array]:
         columns = {}
         for name, x, axes in key_arrays(bias):
             columns[name] = _for_rows(jnp.swapaxes(x, 1, 2) if axes.tokens == 1 else x, batch)
@@ -253,7 +253,7 @@ def _for_rows(x: Array, batch: int) -> Array:
 def _with_columns(call: AttentionCall, columns: tuple[dict[str, Array], ...]) -> dict[str, Any]:
     """Returns the transforms and biases of a call with these arrays per key."""
 
-    def of_bias(bias: Bias | Transport, columns: dict[str, Array]) -> Bias | Transport:
+    def of_bias(bias: Bias | Rotate | Transport, columns: dict[str, Array]) -> Bias | Rotate | Transport:
         arrays = iter(
             jnp.swapaxes(columns[name], 1, 2) if axes.tokens == 1 else columns[name] for name, _, axes in key_arrays(bias)
         )
@@ -425,9 +425,10 @@ def _cached_arrays(
     limit = encoding.max_length(dims)
     position = jnp.full((1, 1), 1 if limit is None else min(1, limit - 1), jnp.int32)  # at position 0 a rotation is the identity
     coordinates = None if coordinate_dtype is None else jnp.ones((1, 1, encoding.axes), coordinate_dtype)
-    own = dict(query_positions=position, key_positions=position, query_coordinates=coordinates, key_coordinates=coordinates)
-    segments = jnp.ones((batch, 1), jnp.int32)
-    own |= dict(is_causal=True, hidden=hidden, segment_ids=segments)
+    own: dict[str, Any] = dict(
+        query_positions=position, key_positions=position, query_coordinates=coordinates, key_coordinates=coordinates
+    )
+    own |= dict(is_causal=True, hidden=hidden, segment_ids=jnp.ones((batch, 1), jnp.int32))
     call, state = prepare_next(query, unrotated, value, encoding, params, None, **own)
     if encoding.cache == "raw":
         return (unrotated, value), (unrotated, value, (), state)

@@ -135,7 +135,8 @@ def linear_attend(
     """
     check_operands(query, key, value)
     batch, length, heads, _ = query.shape
-    inputs = AttentionInputs(query, key, value, *[Tokens.at(positions)] * 2, 1.0)
+    tokens = Tokens.at(positions)
+    inputs = AttentionInputs(query, key, value, tokens, tokens, 1.0)
     query_features, key_features, rotated_query, rotated_key = _features(inputs, check_encoding(encoding), params, feature_map)
     # Selected rather than multiplied by zero, because padding may hold NaN.
     keep = real[..., None, None]

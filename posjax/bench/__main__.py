@@ -14,15 +14,15 @@ import jax
 import numpy as np
 
 from posjax.attention.backends.compile_errors import translate_compile_errors
-from posjax.bench import inputs, oracle
-from posjax.bench.contestants import Contestant, prepare
+from posjax.bench import inputs, reference
+from posjax.bench.contestants import Contestant, Options, prepare
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    task = {"device": device, "inputs": write_inputs, "oracle": write_oracle, "measure": measure}[job["task"]]
+    task = {"device": device, "inputs": write_inputs, "reference": write_reference, "measure": measure}[job["task"]]
     try:
         with translate_compile_errors(job.get("contestant", {}).get("implementation")):
             answer = task(job)
@@ -49,15 +49,15 @@ def write_inputs(job: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def write_oracle(job: dict[str, Any]) -> dict[str, Any]:
-    """Writes the float64 output, and the gradients if the job requests them, and returns the mean gate."""
+def write_reference(job: dict[str, Any]) -> dict[str, Any]:
+    """Writes the output of dense attention, and the gradients if the job requests them, and returns the mean gate."""
     arrays = dict(np.load(job["inputs"]))
     asked = job.get("options", {})
-    options = oracle.Options(**asked | {"starts": tuple(asked.get("starts", ()))})  # JSON has no tuples
-    out, mean_gate = oracle.attend(job["encoding"], arrays, job["first"], options)
+    options = Options(**asked | {"starts": tuple(asked.get("starts", ()))})  # JSON has no tuples
+    out, mean_gate = reference.attend(job["encoding"], arrays, job["first"], options)
     found = {"out": out}
     if job["gradients"]:
-        found |= {f"grads/{name}": x for name, x in oracle.gradients(job["encoding"], arrays, job["first"], options).items()}
+        found |= reference.gradients(job["encoding"], arrays, job["first"], options)
     np.savez(job["arrays"], **found)
     return {"mean_gate": mean_gate}
 
@@ -66,7 +66,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Calls one contestant once: returns its time and peak memory, and writes its results."""
     contestant, first = Contestant(**job["contestant"]), job["first"]
     arrays = dict(np.load(job["inputs"]))
-    arrays["cotangent"][:, :first] = 0.0  # only gradients of the rows that the oracle covers
+    arrays["cotangent"][:, :first] = 0.0  # only gradients of the rows that the reference covers
     prepared = prepare(contestant, job["gradients"], arrays, job["dtype"], {})
     uses_torch = "torch" in sys.modules and contestant.is_peer
     on_cpu = jax.default_backend() == "cpu"

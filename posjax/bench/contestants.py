@@ -18,8 +18,39 @@ from posjax.attention.api import attention
 from posjax.attention.backends.gpu.attention import default_blocks
 from posjax.attention.call import prepare as prepare_call
 from posjax.bench.inputs import flatten, unflatten
-from posjax.bench.oracle import PLAIN, Options, members
+from posjax.core.chain import Chain
+from posjax.core.encoding import PositionalEncoding
+from posjax.encodings.cope import Cope
 from posjax.encodings.spec import parse_encoding
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of a call of causal attention.
+
+    Attributes:
+      window: number of keys before a query that it attends to; None: all.
+      soft_cap: soft cap of the scores; None: none.
+      starts: start indices of all documents of a row except the first; attention stays within a document.
+    """
+
+    window: int | None = None
+    soft_cap: float | None = None
+    starts: tuple[int, ...] = ()
+
+    def documents(self, length: int) -> np.ndarray:
+        """Returns the index of each token's document, [length]."""
+        return np.searchsorted(self.starts, np.arange(length), side="right")
+
+
+PLAIN = Options()
+
+
+def attention_options(options: Options, query: Any) -> dict[str, Any]:
+    """Returns the arguments of ``posjax.attention`` for a call with these options; ``query`` is [B, T, N, H]."""
+    segments = jnp.broadcast_to(options.documents(query.shape[1]), query.shape[:2]) if options.starts else None
+    window = None if options.window is None else (options.window, 0)
+    return dict(is_causal=True, logits_soft_cap=options.soft_cap, local_window_size=window, segment_ids=segments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +107,14 @@ def gpu_peers() -> list[Contestant]:
 
 def _x_transformers_has(encoding: str) -> bool:
     """Returns whether x-transformers supports an encoding: CoPE with gates from logits, unscaled z, one table for all heads."""
-    (name, args), *others = members(encoding)
-    return name == "cope" and not others and args["gates"] == "logits" and not args["scaled"] and not args["per_head"]
+    (member, *others) = members(encoding)
+    return isinstance(member, Cope) and not others and member.gates == "logits" and not member.scaled and not member.per_head
+
+
+def members(encoding: str) -> tuple[PositionalEncoding, ...]:
+    """Returns the members of a chain; one encoding is its only member."""
+    value = parse_encoding(encoding)
+    return value.encodings if isinstance(value, Chain) else (value,)
 
 
 def counts(encoding: str) -> bool:
@@ -161,8 +198,6 @@ def _jax_function(contestant: Contestant, options: Options) -> Callable[[dict[st
     if contestant.kind == "tokamax":
         return _tokamax_function(contestant.implementation or None)
     encoding = parse_encoding(contestant.encoding)
-    asked = dict(is_causal=True, logits_soft_cap=options.soft_cap)
-    asked |= dict(local_window_size=None if options.window is None else (options.window, 0))
 
     def ours(inputs: dict[str, Any]) -> Any:
         args = inputs["query"], inputs["key"], inputs["value"], encoding, inputs["params"]
@@ -170,15 +205,10 @@ def _jax_function(contestant: Contestant, options: Options) -> Callable[[dict[st
         blocks = None
         if contestant.lowering:
             blocks = default_blocks(prepare_call(*args, is_causal=True, **own), (contestant.lowering,))
-        own |= dict(segment_ids=_segments(options, inputs["query"]), implementation=contestant.implementation, block_sizes=blocks)
-        return attention(*args, **asked, **own)
+        own |= dict(implementation=contestant.implementation, block_sizes=blocks)
+        return attention(*args, **attention_options(options, inputs["query"]), **own)
 
     return ours
-
-
-def _segments(options: Options, query: Any) -> Any:
-    """Returns the segment ids, [B, T] integers; None for a single document."""
-    return jnp.broadcast_to(options.documents(query.shape[1]), query.shape[:2]) if options.starts else None
 
 
 def _tokamax_function(implementation: str | None) -> Callable[[dict[str, Any]], Any]:

@@ -3,7 +3,7 @@
     python -m posjax.bench.gpu --out runs/gpu        # with nothing installed beyond jax, flax and optax
 
     speed      attention over 8,192 tokens, forward and backward, interleaved: cuDNN, no position, RoPE, CoPE, RoPE + CoPE
-    accuracy   each encoding and dtype against float64, beside XLA's dense attention in that dtype; bitwise equality of two runs
+    accuracy   each encoding and dtype against dense float32 on the CPU, beside XLA's dense one here; bitwise equality of two runs
     decoder    1.1 billion parameters: tokens per second of prefill and of a train step
 
 A section ends when its share of the time is over, and notes what it left out. gpu.json is written after every row.
@@ -21,7 +21,7 @@ from posjax import plots
 from posjax.bench import results
 from posjax.bench.attention import Row, check_workdir, make_folder, show_progress, versions
 from posjax.bench.gpu_machine import Clock, check_gpu, hardware
-from posjax.bench.gpu_sections import ENCODINGS, Oracles, accuracy, decoder, speed
+from posjax.bench.gpu_sections import ENCODINGS, References, accuracy, decoder, speed
 from posjax.checks import check_at_least
 from posjax.encodings.spec import parse_encoding
 
@@ -115,10 +115,10 @@ def run(config: GpuBench, quiet: bool = False, implementation: str = "pallas") -
     try:
         with (
             TemporaryDirectory(prefix="posjax-bench-") as folder,
-            Oracles(specs, config.head_dims, Path(folder)) as oracles,
+            References(specs, config.head_dims, Path(folder)) as references,
             show_progress(quiet) as progress,
         ):
-            sections = {"speed": speed, "accuracy": functools.partial(accuracy, oracles=oracles), "decoder": decoder}
+            sections = {"speed": speed, "accuracy": functools.partial(accuracy, references=references), "decoder": decoder}
             for number, name in enumerate(config.sections):
                 rest = sum(_SHARES[other] for other in config.sections[number:])
                 clock = Clock((config.seconds - (time.perf_counter() - begun)) * _SHARES[name] / rest)
@@ -233,9 +233,10 @@ def _decoder(rows: Sequence[Row], spec: str, context: int, what: str) -> float |
 
 LEGEND = (
     "ms: the least of interleaved rounds; TFLOP/s: what a causal mask leaves of the products, over that time. error: norm of the "
-    "difference to float64 over norm; grads: the same of the gradients, the worst array's; xla's: of dense attention in the same "
-    "type. same bits: whether two runs of the kernel agree bit for bit. every option: with a window of 200, a soft cap, three "
-    "documents in a row, and two query heads to a key head; sparse gates: with a mean of 0.02, others of 0.5."
+    "difference to dense attention in float32 on the CPU over its norm; grads: the same of the gradients, the worst array's; "
+    "xla's: of dense attention in the same type. same bits: whether two runs of the kernel agree bit for bit. every option: with a "
+    "window of 200, a soft cap, three documents in a row, and two query heads to a key head; sparse gates: with a mean of 0.02, "
+    "others of 0.5."
 )
 _COLUMNS = {
     "speed": (

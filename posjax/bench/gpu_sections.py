@@ -21,10 +21,9 @@ from flax import nnx
 
 from posjax.attention.backends.gpu.blocks import LOWERINGS, capability, mosaic_unsupported_reason
 from posjax.bench import inputs
-from posjax.bench.attention import ORACLE_ENVIRONMENT, Jobs, Row, errors
-from posjax.bench.contestants import Contestant, Prepared, counts, gpu_peers, prepare
+from posjax.bench.attention import REFERENCE_ENVIRONMENT, Jobs, Row, errors
+from posjax.bench.contestants import PLAIN, Contestant, Options, Prepared, counts, gpu_peers, prepare
 from posjax.bench.gpu_machine import INTERRUPTED, Clock, Times, cores, milliseconds, reason, side_by_side
-from posjax.bench.oracle import PLAIN, Options
 from posjax.encodings.spec import parse_encoding, slug
 from posjax.models.losses import cross_entropy
 from posjax.models.transformer import Transformer, TransformerConfig, functional
@@ -135,43 +134,49 @@ def calls_of(spec: str) -> list[Call]:
     return [call for call in CALLS if call.gates == "half" or counts(spec)]
 
 
-class Oracles:
-    """Computes the float64 oracles in separate processes on the CPU, while other programs compile."""
+class References:
+    """Computes dense attention in float32 in separate processes on the CPU, while other programs compile."""
 
     def __init__(self, specs: Sequence[str], head_dims: Sequence[int], folder: Path):
         self.pool = concurrent.futures.ThreadPoolExecutor(cores())
         self.answers = {spec: self.pool.submit(self._ask, spec, head_dims, folder / slug(spec)) for spec in specs}
 
-    def __enter__(self) -> "Oracles":
+    def __enter__(self) -> "References":
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def answer(self, spec: str, head_dim: int, call: Call) -> dict[str, np.ndarray]:
-        """Waits for the oracle of a call and returns its output and gradients.
+        """Waits for the reference of a call and returns its output and gradients.
 
         Raises:
           RuntimeError: the process failed.
         """
-        return dict(np.load(self.answers[spec].result().file("oracle", head_dim, call)))
+        return dict(np.load(self.answers[spec].result().file("reference", head_dim, call)))
 
     @staticmethod
     def _ask(spec: str, head_dims: Sequence[int], folder: Path) -> Jobs:
         folder.mkdir()
         jobs = Jobs(folder)
         for head_dim, call in itertools.product(head_dims, calls_of(spec)):
-            path, result = jobs.file("inputs", head_dim, call), jobs.file("oracle", head_dim, call)
+            path, result = jobs.file("inputs", head_dim, call), jobs.file("reference", head_dim, call)
             np.savez(path, **call.arrays(spec, head_dim))
-            job = {"task": "oracle", "encoding": spec, "first": 0, "gradients": True, "options": dataclasses.asdict(call.options)}
-            answer = jobs.run(job | {"inputs": str(path), "arrays": str(result)}, **ORACLE_ENVIRONMENT)
+            job = {
+                "task": "reference",
+                "encoding": spec,
+                "first": 0,
+                "gradients": True,
+                "options": dataclasses.asdict(call.options),
+            }
+            answer = jobs.run(job | {"inputs": str(path), "arrays": str(result)}, **REFERENCE_ENVIRONMENT)
             if "failed" in answer:
-                raise RuntimeError(f"no oracle: {answer['failed']}")
+                raise RuntimeError(f"no reference: {answer['failed']}")
         return jobs
 
 
-def accuracy(config: Any, implementation: str, clock: Clock, tell: Tell, oracles: Oracles) -> Iterator[Row]:
-    """Measures errors against float64 of the kernel and of dense attention in the same dtype, and the kernel's repeatability."""
+def accuracy(config: Any, implementation: str, clock: Clock, tell: Tell, references: References) -> Iterator[Row]:
+    """Measures errors of the kernel and of dense attention in its dtype, and whether two calls of the kernel agree bit for bit."""
     cases = [
         (dtype, head_dim, call, spec, lowering)
         for dtype, head_dim, call, spec in itertools.product(config.dtypes, config.head_dims, CALLS, config.encodings)
@@ -180,7 +185,7 @@ def accuracy(config: Any, implementation: str, clock: Clock, tell: Tell, oracles
     ]
 
     def measured(dtype: str, head_dim: int, call: Call, spec: str, lowering: str) -> Row:
-        want, arrays, found = oracles.answer(spec, head_dim, call), call.arrays(spec, head_dim), {}
+        want, arrays, found = references.answer(spec, head_dim, call), call.arrays(spec, head_dim), {}
         for prefix, kernel in (("", (implementation, lowering)), ("xla_", ("xla",))):
             prepared = prepare(Contestant("posjax", spec, *kernel), True, arrays, dtype, {}, call.options)
             result = prepared.fetch(prepared.call())

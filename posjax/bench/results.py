@@ -111,8 +111,9 @@ def print_text(*parts: Any) -> None:
 LEGEND = (
     "ms: the least of interleaved rounds (attention.md has the median too). x id: that time over identity's in the same "
     "implementation; x nn: over that of jax.nn.dot_product_attention, which has no position. MB: how much a process that makes "
-    "this one call grows at its peak (on an accelerator: the device's own peak). error: norm of the difference to a float64 "
-    "oracle over the oracle's norm; grads: the same of the gradients, the worst array's. The number beside gates is their mean."
+    "this one call grows at its peak (on an accelerator: the device's own peak). error: norm of the difference to dense "
+    "attention in float32 on the CPU over its norm; grads: the same of the gradients, the worst array's. The number beside gates "
+    "is their mean."
 )
 _LEGEND_OF_FILE = (
     "temp MB is the compiler's figure. CoPE's gradient jumps where a count passes a whole number, and float32 puts some counts on "

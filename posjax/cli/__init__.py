@@ -13,10 +13,11 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
+from posjax.checks import require
 from posjax.cli.common import fail, parse
 
 USAGE = """\
-usage: posjax VERB configs/NAME.py [--field value ...] [--workdir DIR]
+usage: posjax VERB CONFIG [--field value ...] [--workdir DIR]
 
   train      trains one encoding; the same command goes on where it stopped
   compare    trains every encoding of the config on the same data, evaluates longer than trained, draws the figures
@@ -27,7 +28,8 @@ usage: posjax VERB configs/NAME.py [--field value ...] [--workdir DIR]
   bench      measures: posjax bench attention [--lengths 2048 8192 ...] | schedule [--generations v6e ...] | gpu | tune
   list       lists the encodings and the configs
 
-posjax VERB configs/NAME.py --help explains every field.
+CONFIG is a name that posjax list shows, such as quickstart, or a Python file of your own.
+posjax VERB CONFIG --help explains every field.
 
 train, compare and evaluate run in several processes too: the same command in each, and a workdir that all can write.
 SLURM, Open MPI, TPU pods and Kubernetes jobs are recognised; elsewhere set JAX_COORDINATOR_ADDRESS (host:port of
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE)
         sys.exit(0 if argv else 2)
     verb, *rest = argv
+    if "" not in sys.path:  # package.module:name may name a file in the current folder, as under python -m
+        sys.path.append("")
     if verb not in VERBS:
         import difflib
 
@@ -55,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from posjax.cli.list_all import list_all
 
         return list_all()
+    try:
+        require(f"posjax {verb}", "flax", "optax", "orbax", "rich", "tyro")
+    except ModuleNotFoundError as error:
+        fail(str(error))
     from posjax.attention.backends.compile_errors import KernelCompileError
     from posjax.parallel import distributed
     from posjax.training.checkpoints import CheckpointError

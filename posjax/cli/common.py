@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ def fail(message: str, code: int = 1, leave: Callable[[int], None] = sys.exit) -
 
 
 def parse(args: Sequence[str], options: type | None = None):
-    """Parses ``configs/NAME.py`` and the flags that follow it into a Config; tyro handles --help and misspelled flags.
+    """Parses the name or file of a config and the flags that follow it into a Config; tyro handles --help and misspelled flags.
 
     With ``options``, a dataclass of further flags, returns (options, Config).
 
@@ -28,17 +29,31 @@ def parse(args: Sequence[str], options: type | None = None):
     if not args or args[0].startswith("-"):
         if "--help" not in args and "-h" not in args:
             raise ValueError(
-                "a config must come first, such as configs/quickstart.py, got " + (repr(args[0]) if args else "nothing")
+                "a config must come first, such as quickstart or a Python file of your own, got "
+                + (repr(args[0]) if args else "nothing")
             )
         default, flags = Config(), list(args)
     else:
         default, flags = load_config(args[0]), list(args[1:])
-    cli = functools.partial(tyro.cli, args=flags, prog="posjax VERB configs/NAME.py")
+        default = dataclasses.replace(default, warmup_steps=_warmup_steps(default, flags))
+    cli = functools.partial(tyro.cli, args=flags, prog="posjax VERB CONFIG")
     if options is None:
         return cli(Config, default=default, config=(tyro.conf.FlagConversionOff,))
     both = dataclasses.make_dataclass("Both", [("verb", options), ("run", Config)])  # the field names are headings in --help
     found = cli(both, default=both(options(), default), config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
     return found.verb, found.run
+
+
+def _warmup_steps(config, flags: Sequence[str]) -> int:
+    """Returns the warmup of a config, shortened in proportion if ``--steps`` leaves no room for it.
+
+    So ``posjax compare quickstart --steps 20`` is a quick look at any config. A warmup that is given itself is taken as it is.
+    """
+    values = dict(itertools.pairwise(flags)) | dict(flag.split("=", 1) for flag in flags if "=" in flag)
+    steps = values.get("--steps", "")
+    if not steps.isdecimal() or int(steps) >= config.warmup_steps:
+        return config.warmup_steps
+    return config.warmup_steps * int(steps) // config.steps
 
 
 def open_run(config, specs: Sequence[str]):

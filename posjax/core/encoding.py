@@ -14,7 +14,7 @@ import functools
 import importlib.metadata
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +42,9 @@ class Dims:
 
     num_heads: int
     head_dim: int
-    embed_dim: int | None = None
+    embed_dim: int = cast(int, None)  # __post_init__ replaces None
     max_length: int | None = None
-    num_kv_heads: int | None = None
+    num_kv_heads: int = cast(int, None)
 
     def __post_init__(self) -> None:
         if self.embed_dim is None:
@@ -198,7 +198,7 @@ class PositionalEncoding:
 
     def _key(self) -> tuple[Any, ...]:
         """Returns what equality and the hash go by: arrays by their bytes, traced ones by identity."""
-        return type(self), *(_comparable(getattr(self, field.name)) for field in dataclasses.fields(self))
+        return type(self), *(_comparable(getattr(self, field.name)) for field in _fields(self))
 
     def __eq__(self, other: object) -> bool:
         return self is other or (type(other) is type(self) and other._key() == self._key())
@@ -208,8 +208,13 @@ class PositionalEncoding:
 
     def __repr__(self) -> str:
         """Returns the call that makes the encoding, without arguments at their defaults."""
-        given = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))
+        given = ((f, getattr(self, f.name)) for f in _fields(self))
         return f"{self.registered_name}({', '.join(f'{f.name}={x!r}' for f, x in given if _is_array(x) or x != f.default)})"
+
+
+def _fields(encoding: Any) -> tuple[dataclasses.Field, ...]:
+    """Returns the arguments of an encoding, whose class ``register`` has made a dataclass."""
+    return dataclasses.fields(encoding)
 
 
 def _is_array(x: Any) -> bool:
@@ -235,6 +240,7 @@ _REGISTRY: dict[str, type[PositionalEncoding]] = {}
 ENTRY_POINTS = "posjax.encodings"  # group of the entry points by which packages offer encodings
 
 
+@dataclass_transform(eq_default=False, frozen_default=True, field_specifiers=(dataclasses.field, hyperparameter))
 def register(name: str) -> Callable[[EncodingClass], EncodingClass]:
     """Makes a subclass of PositionalEncoding an encoding: a frozen dataclass, a pytree, and an entry of the registry.
 
@@ -267,10 +273,11 @@ def register(name: str) -> Callable[[EncodingClass], EncodingClass]:
     return decorate
 
 
+@dataclass_transform(eq_default=False, frozen_default=True, field_specifiers=(dataclasses.field, hyperparameter))
 def as_value(cls: EncodingClass) -> EncodingClass:
     """Makes a class a frozen dataclass and a pytree, whose leaves are the fields that hold arrays or encodings."""
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
+    names = [field.name for field in _fields(cls)]
 
     def is_child(x: Any) -> bool:
         return _is_array(x) or isinstance(x, PositionalEncoding) or (isinstance(x, tuple) and any(map(is_child, x)))

@@ -93,7 +93,7 @@ class Rules(NamedTuple):
 
     def none(self, queries: Extent, keys: Extent) -> Array:
         """Returns whether the extents of two blocks exclude every pair."""
-        no = jnp.zeros((), bool) if isinstance(queries.first, jax.Array) else False
+        no: Any = jnp.zeros((), bool) if isinstance(queries.first, jax.Array) else False
         if self.is_causal:
             no |= keys.first > queries.last
         if self.left is not None:
@@ -121,11 +121,10 @@ class Rules(NamedTuple):
     def pairs(self, query_positions: Array, key_positions: Array, query_segments: Any, key_segments: Any) -> Array:
         """Returns which pairs are allowed, as bool, for positions and segments of queries and keys that broadcast together."""
         allowed = jnp.ones(key_positions.shape, bool) if not self.is_causal else query_positions >= key_positions
-        distance = query_positions - key_positions if (self.left, self.right) != (None, None) else None
         if self.left is not None:
-            allowed &= distance <= self.left
+            allowed &= query_positions - key_positions <= self.left
         if self.right is not None:
-            allowed &= distance >= -self.right
+            allowed &= query_positions - key_positions >= -self.right
         if self.segmented:
             allowed &= query_segments == key_segments
         return allowed

@@ -24,7 +24,7 @@ level of a module, or frozen dataclasses with ``__call__``.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,7 @@ def static(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(vectors, features, per_head, static))
 def structure(cls: type[StructureT]) -> type[StructureT]:
     """Makes a class a frozen dataclass and a pytree, whose leaves are the fields that are not static."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
@@ -98,7 +99,7 @@ def take_tokens(tree: Any, side: Side, start: Any, size: int) -> Any:
     """Returns a tree of structures for ``size`` of its queries or keys, from ``start`` on; an axis of length 1 stays."""
 
     def part(leaf: Array, axes: Axes) -> Array:
-        if axes.side != side or leaf.shape[axes.tokens] == 1:
+        if axes.side != side or axes.tokens is None or leaf.shape[axes.tokens] == 1:
             return leaf
         return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=axes.tokens)
 
@@ -143,11 +144,11 @@ class Rotate:
 
     query_phase: Leaf = vectors("query")
     key_phase: Leaf = vectors("key")
-    query_gain: Leaf = vectors("query", None)
-    key_gain: Leaf = vectors("key", None)
-    pairing: Pairing = static("half")
-    offset: int = static(0)
-    learned: bool = static(True)
+    query_gain: Leaf = vectors("query", default=None)
+    key_gain: Leaf = vectors("key", default=None)
+    pairing: Pairing = static(default="half")
+    offset: int = static(default=0)
+    learned: bool = static(default=True)
 
     def applied(self, query: Array, key: Array) -> tuple[Array, Array]:
         """Returns query [B, T, N, H] and key [B, S, K, H] rotated, in their own dtypes."""
@@ -196,9 +197,9 @@ class Transport:
       log_decay: [B, S, K or 1, H].
     """
 
-    direction: Leaf = vectors("key", None)
-    strength: Leaf = vectors("key", None)
-    log_decay: Leaf = vectors("key", None)
+    direction: Leaf = vectors("key", default=None)
+    strength: Leaf = vectors("key", default=None)
+    log_decay: Leaf = vectors("key", default=None)
 
     def applied(self, query: Array, key: Array) -> tuple[Array, Array]:
         """Returns query and key as they are: what it does depends on the pair."""
@@ -253,11 +254,11 @@ class Pair:
     """
 
     function: Callable[..., Array] = static()
-    query: tuple[Leaf, ...] | None = features("query", None)
-    key: tuple[Leaf, ...] | None = features("key", None)
-    args: Any = per_head(())
-    relative: bool = static(True)
-    learned: bool = static(True)
+    query: tuple[Leaf, ...] | None = features("query", default=None)
+    key: tuple[Leaf, ...] | None = features("key", default=None)
+    args: Any = per_head(default=())
+    relative: bool = static(default=True)
+    learned: bool = static(default=True)
 
 
 @structure
@@ -280,13 +281,13 @@ class Scan:
     """
 
     gate: Callable[..., Array] = static()
-    query: Leaf = vectors("query", None)
-    key: Leaf = vectors("key", None)
-    scale: Leaf = per_head(None)
-    args: Any = per_head(())
-    include_key: bool = static(True)
-    include_query: bool = static(True)
-    bound: float | None = static(None)
+    query: Leaf = vectors("query", default=None)
+    key: Leaf = vectors("key", default=None)
+    scale: Leaf = per_head(default=None)
+    args: Any = per_head(default=())
+    include_key: bool = static(default=True)
+    include_query: bool = static(default=True)
+    bound: float | None = static(default=None)
 
 
 # What is read there ---------------------------------------------------------------------------------------------------------------
@@ -308,10 +309,10 @@ class Table:
     """
 
     table: Leaf = per_head()
-    query: Leaf = vectors("query", None)
-    key: Leaf = vectors("key", None)
-    side: Literal["none", "query", "key", "value"] = static("none")
-    interpolate: bool = static(False)
+    query: Leaf = vectors("query", default=None)
+    key: Leaf = vectors("key", default=None)
+    side: Literal["none", "query", "key", "value"] = static(default="none")
+    interpolate: bool = static(default=False)
 
 
 @structure
@@ -329,9 +330,9 @@ class Hinges:
     weight_in: Leaf = per_head()
     bias_in: Leaf = per_head()
     table: Leaf = per_head()
-    offset: Leaf = per_head(None)
-    query: Leaf = vectors("query", None)
-    side: Literal["none", "query"] = static("none")
+    offset: Leaf = per_head(default=None)
+    query: Leaf = vectors("query", default=None)
+    side: Literal["none", "query"] = static(default="none")
 
 
 @structure
@@ -355,7 +356,7 @@ class Softmax:
       sink: logits [N or 1] of one more key that has no value, so that the weights of a row may sum to less than one; None for none.
     """
 
-    sink: Leaf = per_head(None)
+    sink: Leaf = per_head(default=None)
 
 
 @structure
@@ -369,7 +370,7 @@ class StickBreaking:
       attend_current: whether j and l may be the query's own token, at its own position.
     """
 
-    attend_current: bool = static(False)
+    attend_current: bool = static(default=False)
 
 
 @structure

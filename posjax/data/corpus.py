@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from posjax.checks import near
+from posjax.checks import near, require
 from posjax.data.sources import CORPORA, TOKENIZERS, Text, open_source
 
 NUM_BYTES = 256
@@ -247,10 +247,9 @@ def _encode(documents, tokenizer_path: Path | None) -> Iterator[np.ndarray]:
 
 
 def _import_tokenizers():
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(f"tokenizer 'bpe' needs the package tokenizers ({error}): pip install tokenizers") from error
+    require("tokenizer 'bpe'", "tokenizers")
+    import tokenizers
+
     return tokenizers
 
 

@@ -11,6 +11,7 @@ import functools
 
 import numpy as np
 
+from posjax.checks import require
 from posjax.data.corpus import Corpus
 
 MASKED_SHARE = 0.15  # as in BERT: 15 % of the tokens are predicted; 80 % of these are masked, 10 % replaced, 10 % kept
@@ -73,10 +74,8 @@ def batches(
         raise ValueError(f"batch_size must be a multiple of process_count ({process_count}), got {batch_size}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be from 0 to 2^32 - 1, got {seed}")
-    try:
-        import grain
-    except ImportError as error:
-        raise ImportError(f"batches need the package grain ({error}): pip install tensorflow-datasets grain") from error
+    require("a pipeline of batches", "grain")
+    import grain
 
     rows = (_MaskedRows if masked else _Rows)(corpus, length, None if repeat else batch_size)
     dataset = grain.MapDataset.source(rows).seed(seed)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from posjax.checks import near
+from posjax.checks import near, require
 from posjax.data.files import VALIDATION_SHARE, list_files, read_file, validation_paths
 
 SPLITS = ("train", "validation")
@@ -45,14 +45,9 @@ def open_source(source: str, cache: Path, tfds_dir: Path | None) -> Text:
 
 
 def _import_tfds():
-    try:
-        import array_record  # noqa: F401 (TFDS reads the files with it)
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"this source needs tensorflow-datasets and array_record ({error}): "
-            "pip install tensorflow-datasets importlib_resources array_record grain"
-        ) from error
+    require("this source", "tensorflow_datasets", "array_record", "importlib_resources")  # TFDS reads its files with array_record
+    import tensorflow_datasets as tfds
+
     return tfds
 
 

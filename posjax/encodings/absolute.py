@@ -26,7 +26,7 @@ class Sinusoidal(PositionalEncoding):
     Vaswani et al., arXiv:1706.03762, section 3.5.
     """
 
-    theta: Array | float = hyperparameter(10_000.0)
+    theta: Array | float = hyperparameter(default=10_000.0)
 
     def __post_init__(self) -> None:
         check_theta(self.theta)

@@ -8,7 +8,7 @@ The count is a ``Scan`` along the keys, which backends evaluate tile by tile, so
 (CoPE is neither Clipped RoPE nor Complex Positional Encoding, which share the acronym.)
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +70,8 @@ class Cope(PositionalEncoding):
     scaled: bool = False
     per_head: bool = False
     shared: bool = True
-    gate_bias: Array | float = hyperparameter(0.0)
-    clamp: Array | int | None = hyperparameter(None)
+    gate_bias: Array | float = hyperparameter(default=0.0)
+    clamp: Array | int | None = hyperparameter(default=None)
 
     needs_causal = True
 
@@ -123,11 +123,11 @@ class CopeAlibi(PositionalEncoding):
     Golovneva et al., arXiv:2405.18719, the CoPE_ALiBi rows.
     """
 
-    slope: Array | float | None = hyperparameter(None)
+    slope: Array | float | None = hyperparameter(default=None)
     learned: bool = False
     gates: Gates = "logits"
     shared: bool = True
-    gate_bias: Array | float = hyperparameter(0.0)
+    gate_bias: Array | float = hyperparameter(default=0.0)
 
     needs_causal = True
 
@@ -180,7 +180,7 @@ class CopeMlp(PositionalEncoding):
     gates: Gates = "logits"
     scaled: bool = False
     shared: bool = True
-    gate_bias: Array | float = hyperparameter(0.0)
+    gate_bias: Array | float = hyperparameter(default=0.0)
 
     needs_causal = True
 
@@ -210,8 +210,8 @@ class CopeMlp(PositionalEncoding):
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         weight_out = get_param(params, "weight_out", "cope_mlp", (self.hidden_dim, inputs.query.shape[3]))
         weight_out = weight_out * inputs.scale if self.scaled else weight_out
-        first = (get_param(params, name, "cope_mlp", (self.hidden_dim,))[None] for name in ("weight_in", "bias_in"))
-        read = Hinges(*first, weight_out[None], side="query")
+        weight_in, bias_in = (get_param(params, name, "cope_mlp", (self.hidden_dim,))[None] for name in ("weight_in", "bias_in"))
+        read = Hinges(weight_in, bias_in, weight_out[None], side="query")
         return ScoreModifications(biases=(Bias(_scan(self.gates, self.gate_bias, params, inputs), read),))
 
 
@@ -228,7 +228,7 @@ def shifted_sigmoid(x: Array, args: tuple[Array]) -> Array:
 
 def _scan(gates: Gates, gate_bias: Array | float, params: Params, inputs: AttentionInputs, bound: float | None = None) -> Scan:
     """Returns the contextual position of an encoding, as the sum of its gates."""
-    source = {}
+    source: dict[str, Any] = {}
     if gates != "logits":
         scale = jnp.asarray(inputs.scale, jnp.float32).reshape(1)
         source = dict(query=inputs.query, key=_gate_key(gates, params, inputs), scale=scale)

@@ -20,7 +20,7 @@ def geometric_frequencies(theta: Array | float, width: int) -> np.ndarray | Arra
     return _traced_power(theta, ratio) if is_traced(theta) else np.asarray(theta, np.float64) ** -ratio
 
 
-def _traced_power(theta: Array, ratio: np.ndarray) -> Float[Array, " F"]:
+def _traced_power(theta: Array | float, ratio: np.ndarray) -> Float[Array, " F"]:
     """Computes theta^-ratio with a relative error of at most 2.3 * 2^-24 on a CPU.
 
     exp2(-ratio * log2(theta)) has twenty times that error. With theta = 2^e f, the exponent is e * ratio + log2(f) * ratio. The

@@ -42,7 +42,7 @@ class Alibi(PositionalEncoding):
     Press et al., arXiv:2108.12409.
     """
 
-    slope: Array | float | None = hyperparameter(None)
+    slope: Array | float | None = hyperparameter(default=None)
 
     def __post_init__(self) -> None:
         check_slope(self.slope)

@@ -32,7 +32,7 @@ class Rope(PositionalEncoding):
     Su et al., arXiv:2104.09864, equation 34.
     """
 
-    theta: Array | float = hyperparameter(10_000.0)
+    theta: Array | float = hyperparameter(default=10_000.0)
     fraction: float = 1.0
     pairing: Pairing = "half"
 

@@ -131,7 +131,9 @@ def _maker(call: ast.Call) -> Any:
     Raises:
       ValueError: the module cannot be imported or has no such object.
     """
-    module, _, attribute = _name(call).rpartition(":")
+    name = _name(call)
+    assert name is not None  # _call refuses such calls
+    module, _, attribute = name.rpartition(":")
     if not module:
         return registered()[attribute]
     try:
@@ -149,7 +151,7 @@ def _construct(call: ast.Call, spec: str, settings: Sequence[Any]) -> Positional
 
     try:
         args = [value(arg) for arg in call.args]
-        keywords = {keyword.arg: value(keyword.value) for keyword in call.keywords}
+        keywords = {keyword.arg: value(keyword.value) for keyword in call.keywords if keyword.arg is not None}
     except ValueError:
         raise ValueError(f"arguments of {name} must be plain values such as 64 or 'keys', got {spec!r}") from None
     if isinstance(make, PositionalEncoding) and not (args or keywords):
@@ -236,7 +238,7 @@ def with_argument(spec: str, name: str, argument: str, value: Any) -> str:
         takes = f"takes {', '.join(known)}" if known else "takes no arguments"
         raise ValueError(f"{name} has no argument {argument!r}; it {takes}")
 
-    def change(call: ast.Call) -> ast.expr:
+    def change(call: ast.Call) -> ast.Call:
         return _with(call, argument, ast.Constant(value)) if _name(call) == name else call
 
     return _rewritten(spec, change)

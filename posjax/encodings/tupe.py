@@ -106,18 +106,22 @@ class Tupe(PositionalEncoding):
         key = jnp.einsum("...d,dkh->...kh", rows, get_param(params, "key_kernel", "tupe", (width, None, None)))
         if not self.released:
             return query, key
-        offsets = (get_param(params, name, "tupe", x.shape[-2:]) for name, x in (("query_bias", query), ("key_bias", key)))
-        return tuple(
-            x + offset.reshape((1,) * (x.ndim - 2) + offset.shape) for x, offset in zip((query, key), offsets, strict=True)
-        )
+
+        def with_bias(name: str, x: Array) -> Array:
+            offset = get_param(params, name, "tupe", x.shape[-2:])
+            return x + offset.reshape((1,) * (x.ndim - 2) + offset.shape)
+
+        return with_bias("query_bias", query), with_bias("key_bias", key)
 
     def _thetas(self, params: Params, scale: Array | float) -> tuple[Array, Array]:
         """Returns theta_1 and theta_2, [N] each, as they appear in the score."""
         if not self._extra_row:
-            return tuple(get_param(params, "reset", "tupe", (2, None)))
+            reset = get_param(params, "reset", "tupe", (2, None))
+            return reset[0], reset[1]
         query, key = self._project(params, jnp.arange(2))
         key = jnp.repeat(key, query.shape[1] // key.shape[1], axis=1)
-        return tuple((query * key).sum(-1) * scale / math.sqrt(2))
+        thetas = (query * key).sum(-1) * scale / math.sqrt(2)
+        return thetas[0], thetas[1]
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         widened = self._widened(params, inputs)
@@ -133,10 +137,8 @@ class Tupe(PositionalEncoding):
         check_within("tupe", query_positions, length)
         check_within("tupe", key_positions, length)
         heads, kv_heads, head_dim = query.shape[2], key.shape[2], inputs.query.shape[3]
-        (
-            get_param(params, "query_kernel", "tupe", (None, heads, head_dim)),
-            get_param(params, "key_kernel", "tupe", (None, kv_heads, head_dim)),
-        )
+        for name, size in (("query_kernel", heads), ("key_kernel", kv_heads)):
+            get_param(params, name, "tupe", (None, size, head_dim))
         # Attention scales by 1/sqrt(H) of the unwidened head; the query supplies the other factor 1/sqrt(2) of 1/sqrt(2H).
         position_query = self._project(params, query_positions + self._extra_row)[0]
         position_key = self._project(params, key_positions + self._extra_row)[1]

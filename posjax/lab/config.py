@@ -11,6 +11,7 @@ import jax
 
 from posjax.checks import check_at_least
 from posjax.encodings.spec import spec_of
+from posjax.lab import named_configs
 from posjax.models.transformer import TransformerConfig
 from posjax.parallel.mesh import parse_mesh
 
@@ -55,7 +56,7 @@ class Config:
       steps: number of optimizer steps.
       optimizer: adamw, or muon: Muon for the matrices of the layers and AdamW for all else, at one learning rate.
       learning_rate: peak learning rate.
-      warmup_steps: steps of linear warmup to the peak.
+      warmup_steps: steps of linear warmup to the peak; a --steps that leaves no room for it shortens it in proportion.
       decay: cosine, linear or constant, after the peak.
       end_fraction: learning rate at the last step, as a fraction of the peak.
       weight_decay: weight decay, on matrices only.
@@ -210,18 +211,23 @@ def run_fingerprint(config: Config) -> dict[str, Any]:
 def load_config(path: str) -> Config:
     """Loads the Config that ``get_config()`` of a Python file returns, and sets its workdir to runs/NAME if it has none.
 
+    Args:
+      path: name of a configuration of posjax, such as quickstart, or path of a Python file.
+
     Raises:
-      ValueError: the file does not exist, fails to run, or has no ``get_config() -> Config``.
+      ValueError: there is no such name or file, or it fails to run, or has no ``get_config() -> Config``.
     """
-    file = Path(path)
+    file = named_configs().get(path, Path(path))
     if not file.is_file() or file.suffix != ".py":
-        known = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        near = difflib.get_close_matches(path, known, n=1)
+        files = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        names = list(named_configs())
+        near = difflib.get_close_matches(path, [*names, *files], n=1) or difflib.get_close_matches(file.stem, names, n=1)
         raise ValueError(
-            f"config must be a Python file such as configs/quickstart.py, got {path!r}"
+            f"config must be a Python file, or a name that posjax list shows, such as quickstart, got {path!r}"
             + (f"; did you mean {near[0]}?" if near else "")
         )
     spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None  # the suffix is .py
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

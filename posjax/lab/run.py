@@ -164,7 +164,7 @@ def abstract_step(
 
     It draws no parameters and reads no text.
 
-        job = {"config": "configs/pretrain_1b.py", "mesh": "fsdp=64,tensor=4"}
+        job = {"config": "pretrain_1b", "mesh": "fsdp=64,tensor=4"}
         posjax.compile.aot.compile_ahead("posjax.lab.run:abstract_step", job, "v5e:16x16")
 
     Args:

@@ -1,1 +1,5 @@
 """The Transformer model and its losses."""
+
+from posjax.checks import require
+
+require("posjax.models", "flax")

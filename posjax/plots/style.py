@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from posjax.checks import require
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -75,6 +77,7 @@ def save(figure: "Figure", path: str | Path) -> None:
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple["Figure", Any]:
     """Creates a figure of a size in inches, and its axes, without pyplot, which would keep it open and look for a display."""
+    require("a figure", "matplotlib")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

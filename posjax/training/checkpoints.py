@@ -22,6 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from posjax.checks import require
+
 MANIFEST = "manifest.json"
 SAVING = "saving"
 ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
@@ -65,6 +67,7 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         # Imported here, not in the first save: importing Orbax clears JAX's compiled programs, so the step would compile twice.
+        require("a folder of checkpoints", "orbax")
         from orbax.checkpoint import v1  # noqa: F401
 
         self.directory = Path(directory).absolute()

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from posjax.checks import require
 from posjax.hardware import peak_flops
 from posjax.parallel.distributed import RESTART, PreemptionSync, on_peer_loss
 from posjax.training.checkpoints import Checkpoints
@@ -288,6 +289,7 @@ class _Log:
     def __enter__(self) -> "_Log":
         if not self.active:
             return self
+        require("training", "tensorboardX", "rich")
         from tensorboardX import SummaryWriter
 
         self.workdir.mkdir(parents=True, exist_ok=True)

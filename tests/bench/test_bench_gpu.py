@@ -11,10 +11,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import oracle
 import pytest
 from test_import import REFUSE, unneeded_by
 
-from posjax.bench import command, contestants, gpu, gpu_machine, gpu_sections, inputs, oracle, tune
+from posjax.bench import command, contestants, gpu, gpu_machine, gpu_sections, inputs, tune
 from posjax.bench.contestants import Prepared
 from posjax.bench.gpu import GpuBench
 from posjax.bench.gpu_machine import Clock
@@ -23,7 +24,7 @@ from posjax.bench.gpu_machine import Clock
 PROGRAM = f"""{REFUSE}
 import dataclasses
 from posjax.bench import gpu, gpu_sections
-from posjax.bench.oracle import Options
+from posjax.bench.contestants import Options
 
 plain, every, sparse = gpu_sections.CALLS
 options = Options(window=20, soft_cap=20.0, starts=(10, 33))

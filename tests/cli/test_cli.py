@@ -24,8 +24,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from posjax import cli
 from posjax.attention.backends.compile_errors import translate_compile_errors
+from posjax.cli.common import parse
 from posjax.core.encoding import registered
-from posjax.lab import config, prompting, source
+from posjax.lab import config, named_configs, prompting, source
 from posjax.lab import run as runs
 from posjax.training.checkpoints import Checkpoints
 
@@ -351,17 +352,22 @@ def test_list_and_help(run, monkeypatch):
     code, out, _ = run("list")
     assert code == 0
     assert all(re.search(rf"^  {name} +\S.{{10}}", out, re.MULTILINE) for name in registered())
-    assert "configs/quickstart.py" in out
+    assert all(re.search(rf"^  {name} +\S.{{10}}", out, re.MULTILINE) for name in named_configs())
     code, out, _ = run("--help")
     assert code == 0 and all(f"  {verb} " in out for verb in cli.VERBS)
     assert run()[0] == 2
-    code, out, _ = run("train", "configs/quickstart.py", "--help")
+    code, out, _ = run("train", "quickstart", "--help")
     assert code == 0
     plain = " ".join(re.sub(r"[│╭╮╰╯─]|\x1b\[[0-9;]*m", " ", out).split())
     words = dict(re.findall(r"^  (\w+): (.+)$", inspect.getdoc(config.Config), re.MULTILINE))
     assert len(words) > 40
     for name, text in words.items():
         assert re.search(rf"--{name.replace('_', '[-_]')} .{{0,90}}{re.escape(text)}", plain), name
+
+
+def test_few_steps_shorten_the_warmup_unless_it_is_given():
+    flags = {"--steps 20": 0, "--steps=40": 1, "--steps 50": 50, "--batch_size 4": 50, "--steps 20 --warmup_steps 5": 5}
+    assert {text: parse(["quickstart", *text.split()]).warmup_steps for text in flags} == flags
 
 
 def wrong_files(home):
@@ -383,10 +389,10 @@ TINY = ("train", "tiny.py")
 # arguments, exit code, what the message holds: the argument, its value, what would work
 WRONG = [
     (("trian", "tiny.py"), 2, r"verb must be train, compare, .*, got 'trian'; did you mean train\?"),
-    (("train",), 1, "a config must come first, such as configs/quickstart.py, got nothing"),
+    (("train",), 1, "a config must come first, such as quickstart or .*, got nothing"),
     (("train", "--steps", "3"), 1, "a config must come first, .*, got '--steps'"),
-    (("train", "tinny.py"), 1, r"config must be a Python file .*, got 'tinny.py'; did you mean tiny.py\?"),
-    (("train", "text"), 1, "config must be a Python file .*, got 'text'"),
+    (("train", "tinny.py"), 1, r"config must be a Python file.*, got 'tinny.py'; did you mean tiny.py\?"),
+    (("train", "text"), 1, "config must be a Python file.*, got 'text'"),
     (("train", "raises.py"), 1, "config raises.py does not run: KeyError: 'workdirr'"),
     (("train", "none.py"), 1, "none.py must return a posjax.lab.config.Config, got NoneType"),
     ((*TINY, "--stepz", "3"), 2, "Unrecognized options: --stepz.*Perhaps you meant.*--steps INT"),

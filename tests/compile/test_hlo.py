@@ -288,7 +288,7 @@ def step_of(mesh_text, **fields):
     from posjax.lab.run import abstract_step
 
     jitted, (state, batch) = abstract_step(
-        "configs/pretrain_125m.py", jax.devices(), mesh=mesh_text, batch_size=8, compute_dtype="float32", **fields
+        "pretrain_125m", jax.devices(), mesh=mesh_text, batch_size=8, compute_dtype="float32", **fields
     )
     sizes = batch["tokens"].sharding.mesh.shape
     return read_cost(jitted.lower(state, batch).compile().as_text(), sizes), state, dict(sizes)
@@ -305,7 +305,7 @@ def weights_of(state):
 @pytest.mark.thorough
 @pytest.mark.parametrize("mesh_text", ["data=2,fsdp=2,tensor=2", "fsdp=8"])
 def test_a_train_step_has_the_collectives_of_its_design(mesh_text):
-    """The 125 million of configs/pretrain_125m.py on 8 devices, remat "attention", in float32. CPUs sum and cut where TPUs scatter.
+    """The 125 million of pretrain_125m on 8 devices, remat "attention", in float32. CPUs sum and cut where TPUs scatter.
 
     fsdp         7 matrices of each layer are put together forward and again backward, and the embedding once
     data, fsdp   gradients are summed over both, those of a layer as one, and once all else

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import json
 import re
-from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -12,10 +11,9 @@ import pytest
 import posjax as pj
 from posjax.core.encoding import PositionalEncoding, registered
 from posjax.encodings.spec import one_line, parametrize_spec, parse_encoding, slug, spec_of
-from posjax.lab import report
+from posjax.lab import named_configs, report
 from posjax.lab.config import RUN_ONLY, Config, init_or_check_workdir, load_config, run_fingerprint
 
-CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.py"))
 WRONG_FIELDS = [
     ({"task": "lmm"}, "task must be one of lm, mlm, .*, got 'lmm'"),
     ({"tokenizer": "words"}, "tokenizer must be one of bytes, bpe, got 'words'"),
@@ -69,12 +67,14 @@ def test_every_field_is_explained():
     assert all(len(text) > 5 for text in words.values())
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configs_of_the_project(path):
-    config = load_config(str(path))
-    assert config.workdir == f"runs/{path.stem}"
+@pytest.mark.parametrize("name", named_configs())
+def test_configs_of_the_project(name, tmp_path, monkeypatch):
+    """They are found by name from any folder, and by path; the docstring gives the command."""
+    monkeypatch.chdir(tmp_path)
+    config, path = load_config(name), named_configs()[name]
+    assert config == load_config(str(path)) and config.workdir == f"runs/{name}"
     assert all(parse_encoding(spec) for spec in (config.encoding, *config.encodings))
-    assert f"posjax compare configs/{path.name}" in path.read_text() or f"posjax train configs/{path.name}" in path.read_text()
+    assert f"posjax compare {name}\n" in path.read_text() or f"posjax train {name}" in path.read_text()
 
 
 WRONG_FILES = {
@@ -90,7 +90,7 @@ WRONG_FILES = {
         "from posjax.lab.config import Config\ndef get_config():\n    return Config(steps=0)",
         "value.py does not run: ValueError: steps must be an integer of at least 1, got 0",
     ),
-    "config.txt": ("x", "config must be a Python file such as configs/quickstart.py, got '.*config.txt'"),
+    "config.txt": ("x", "config must be a Python file, or a name .*, such as quickstart, got '.*config.txt'"),
 }
 
 
@@ -104,10 +104,14 @@ def test_wrong_config_file(tmp_path, name):
 
 def test_missing_config_file(tmp_path):
     (tmp_path / "quickstart.py").write_text("")
-    with pytest.raises(ValueError, match=r"config must be a Python file .*, got '.*quikstart.py'; did you mean .*/quickstart.py\?"):
+    with pytest.raises(ValueError, match=r"config must be a Python file.*, got '.*quikstart.py'; did you mean .*/quickstart.py\?"):
         load_config(str(tmp_path / "quikstart.py"))
-    with pytest.raises(ValueError, match=r"config must be a Python file .*, got '/no/such/place.py'$"):
+    with pytest.raises(ValueError, match=r"config must be a Python file.*, got '/no/such/place.py'$"):
         load_config("/no/such/place.py")
+    with pytest.raises(ValueError, match=r"config must be a Python file.*, got 'quikstart'; did you mean quickstart\?"):
+        load_config("quikstart")
+    with pytest.raises(ValueError, match=r"config must be a Python file.*, got 'configs/counting.py'; did you mean counting\?"):
+        load_config("configs/counting.py")
 
 
 def test_workdir_belongs_to_one_config(tmp_path):

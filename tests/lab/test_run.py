@@ -103,7 +103,7 @@ SLOWER = ("tupe(relative=True)", "learned", "t5(bidirectional=True)")
 
 @pytest.mark.parametrize("spec", ["tupe", *(pytest.param(s, marks=pytest.mark.thorough) for s in SLOWER)])
 def test_encoder_learns(tiny, tmp_path, spec):
-    """The four of configs/encoder_mlm.py learn the frequencies of characters, and hardly more in 60 steps: no answer leaks."""
+    """The four of encoder_mlm learn the frequencies of characters, and hardly more in 60 steps: no answer leaks."""
     config = dataclasses.replace(
         tiny, task="mlm", encoding=spec, norm="layernorm", norm_position="post", eval_lengths=(1,), eval_tokens=1024
     )

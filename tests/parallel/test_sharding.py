@@ -162,8 +162,8 @@ def test_a_configuration_becomes_a_step_for_any_devices():
 
 
 def test_the_configuration_of_a_billion():
-    _, (state, batch) = abstract_step("configs/pretrain_1b.py", jax.devices(), mesh="fsdp=2,tensor=4", batch_size=2)
-    config = load_config("configs/pretrain_1b.py")
+    _, (state, batch) = abstract_step("pretrain_1b", jax.devices(), mesh="fsdp=2,tensor=4", batch_size=2)
+    config = load_config("pretrain_1b")
     assert 1.0e9 < sum(leaf.size for leaf in jax.tree.leaves(state.params)) < 1.2e9
     assert batch["tokens"].shape == (2, config.seq_length)
     large = [leaf for leaf in jax.tree.leaves(state) if leaf.size > 1e6]

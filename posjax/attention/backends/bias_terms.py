@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from posjax.attention.backends import reads
 from posjax.attention.call import AttentionCall
-from posjax.core.structures import Axes, Bias, Pair, Scan, map_arrays
+from posjax.core.structures import Axes, Bias, Pair, Scan, Table, map_arrays
 from posjax.typing import Array, Bool, Float, Int
 
 
@@ -97,6 +97,7 @@ class BiasTerm:
         bias = _bias(self, rows, columns, tables)
         if isinstance(bias.at, Pair):
             return reads.evaluate(bias.read, _pair(bias.at, tile), rows.get("z")), None
+        assert carry is not None
         gates = scan_gates(bias.at, tile)
         sums = carry[..., None] + sum_to_the_right(gates)
         at = sums if bias.at.include_key else sums - gates
@@ -105,14 +106,16 @@ class BiasTerm:
     def saturate(self, rows: dict, tables: dict, carry: Array) -> tuple[Array, Array]:
         """Returns which rows have saturated, bool [B, N, t], and their bias at every key further left, [B, N, t]."""
         bias = _bias(self, rows, {}, tables)
+        assert isinstance(bias.at, Scan) and bias.at.bound is not None  # can_saturate
         value = reads.at_bound(bias.read, bias.at.bound, rows.get("z"))
+        assert value is not None
         return carry >= bias.at.bound, jnp.broadcast_to(value, carry.shape)
 
     @property
     def can_saturate(self) -> bool:
         """Returns whether rows of a term with a carry can saturate."""
         bias: Bias = jax.tree.unflatten(self.form, [None] * self.form.num_leaves)
-        return bias.at.bound is not None and getattr(bias.read, "side", None) != "key"
+        return isinstance(bias.at, Scan) and bias.at.bound is not None and getattr(bias.read, "side", None) != "key"
 
     def tile(self, tile: Tile, carry: Array | None) -> tuple[Array, Array | None]:
         """Returns the bias of one tile and the carry for the tile to its left. The term must have been cut to the tile."""
@@ -140,6 +143,7 @@ def value_terms(call: AttentionCall) -> tuple[BiasTerm, ...]:
 def value_index(term: BiasTerm, tile: Tile) -> tuple[Int[Array, "_ _ t s"], Float[Array, "_ W V"]]:
     """Returns the index of every pair of a tile, to which the term has been cut, and the table that it is read from."""
     bias = _bias(term, term.rows, term.columns, term.tables)
+    assert isinstance(bias.at, Pair) and isinstance(bias.read, Table)  # prepare has checked it
     return _pair(bias.at, tile).astype(jnp.int32), bias.read.table
 
 
@@ -223,6 +227,7 @@ def gates_and_sums(call: AttentionCall) -> list[tuple[Float[Array, "B N T S"], F
     for term in bias_terms(call):
         if term.carry is not None:
             scan = _bias(term, term.rows, term.columns, term.tables).at
+            assert isinstance(scan, Scan)
             gates = scan_gates(scan, tile)
             sums = sum_to_the_right(gates)
             found.append((gates, sums if scan.include_key else sums - gates))

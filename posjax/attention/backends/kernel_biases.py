@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,16 @@ class Biases(NamedTuple):
     lookup: Bias | None
     pairs: tuple[Bias, ...]
 
+    @property
+    def counting_table(self) -> Table | None:
+        """Returns the table of ``counting``."""
+        return self.counting.read if self.counting is not None and isinstance(self.counting.read, Table) else None
+
+    @property
+    def lookup_table(self) -> Table | None:
+        """Returns the table of ``lookup``."""
+        return self.lookup.read if self.lookup is not None and isinstance(self.lookup.read, Table) else None
+
 
 _MOST_NUMBERS = 64  # of a pair and what it reads, per head: each is an operand of its own in the tile
 
@@ -39,8 +49,9 @@ def _form(bias: Bias) -> str | None:
     at, read = bias.at, bias.read
     if isinstance(at, Scan):
         counts = at.gate is sigmoid and at.key is None and at.include_key and at.include_query
-        interpolates = isinstance(read, Table) and read.side == "query" and read.interpolate
-        return "counting" if counts and interpolates and at.bound == read.table.shape[1] - 1 else None
+        if counts and isinstance(read, Table) and read.side == "query" and read.interpolate:
+            return "counting" if at.bound == read.table.shape[1] - 1 else None
+        return None
     if read is not None and read.side != "none":
         return None
     if isinstance(read, Table):
@@ -85,14 +96,20 @@ def _described(bias: Bias) -> str:
     return ", ".join(parts)
 
 
+def pair_of(bias: Bias) -> Pair:
+    """Returns where a bias is read that is not a ``Scan``."""
+    assert isinstance(bias.at, Pair)
+    return bias.at
+
+
 def index_of(lookup: Bias | None) -> Callable[[Array, Array], Array] | None:
     """Returns the function from positions of queries and keys to the index of a lookup; None without one."""
-    return None if lookup is None else _Index(lookup.at.function, lookup.at.relative)
+    return None if lookup is None else _Index(pair_of(lookup).function, pair_of(lookup).relative)
 
 
 def uniform_of(lookup: Bias | None) -> Callable[..., Any] | None:
     """Returns the test of whether all pairs in ranges of positions have one index; it is never sure if the function has none."""
-    return None if lookup is None else getattr(lookup.at.function, "uniform", _unsure)
+    return None if lookup is None else getattr(pair_of(lookup).function, "uniform", _unsure)
 
 
 def _unsure(first_query: Array, last_query: Array, first_key: Array, last_key: Array) -> Array:
@@ -150,7 +167,7 @@ class PairProgram:
 
     @classmethod
     def of(cls, bias: Bias) -> "PairProgram":
-        at, leaves = bias.at, _numbers(bias)
+        at, leaves = pair_of(bias), _numbers(bias)
         reads = "number" if bias.read is None else "table" if isinstance(bias.read, Table) else "hinges"
         kinds = () if at.query is None else at.query
         features = tuple("int32" if jnp.issubdtype(x.dtype, jnp.integer) else "float32" for x in kinds)
@@ -168,7 +185,7 @@ class PairProgram:
         """Returns which features have gradients."""
         return tuple(n for n, dtype in enumerate(self.features) if dtype == "float32")
 
-    def __call__(self, queries: tuple[Array, ...], keys: tuple[Array, ...], numbers: list[Array]) -> Array:
+    def __call__(self, queries: tuple[Array, ...], keys: tuple[Array, ...], numbers: Sequence[Array | float]) -> Array:
         """Returns the bias in nats, float32, from features and numbers that broadcast together."""
         remaining = iter(numbers)
 
@@ -202,7 +219,7 @@ def numbers_of(pairs: tuple[Bias, ...], heads: int) -> Array | None:
     """Returns the numbers of all pairs, [N, A] float32 in the order of ``PairProgram``; None if there are none."""
 
     def of_pair(bias: Bias) -> list[Array]:
-        args = bias.at.args if bias.at.learned else jax.lax.stop_gradient(bias.at.args)
+        args = bias.at.args if pair_of(bias).learned else jax.lax.stop_gradient(bias.at.args)
         leaves = jax.tree.leaves((args, _read_arrays(bias)))
         return [jnp.broadcast_to(x.astype(jnp.float32).reshape(x.shape[0], -1), (heads, math.prod(x.shape[1:]))) for x in leaves]
 

@@ -20,7 +20,7 @@ from posjax.attention.backends.shards import ShardSpec, exact, per_shard
 from posjax.core.masks import Mask
 from posjax.typing import Array
 
-OperandsT = TypeVar("OperandsT")
+OperandsT = TypeVar("OperandsT", bound=Any)  # a dataclass
 
 
 def unsupported_mask(mask: Mask) -> str | None:

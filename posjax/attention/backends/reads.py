@@ -4,6 +4,8 @@ Arrays have heads before tokens here, [B or 1, N or K or 1, t or s, ...]. What a
 tile by ``load``: the products of the query with every entry of a table, or the linear pieces of a network.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -29,12 +31,14 @@ def evaluate(read: Table | Hinges | None, at: Array, z: Array | None) -> Array:
     if read is None:
         return at.astype(jnp.float32)
     if isinstance(read, Hinges):
+        assert z is not None
         value = _summed(z, read, at) if z.shape[-1] <= _FEW and z.ndim == 4 else _looked_up_piece(z, read, at)
         return value if read.offset is None else value + read.offset[None, :, None, None]
     if read.side == "key":  # as with queries, with the two token axes exchanged
-        z = _products(read.key, read.table)
-        z = _with_steps(z) if read.interpolate else z
-        return jnp.swapaxes(_entry(read, z, jnp.swapaxes(at, 2, 3)), 2, 3)
+        of_keys = _products(read.key, read.table)
+        of_keys = _with_steps(of_keys) if read.interpolate else of_keys
+        return jnp.swapaxes(_entry(read, of_keys, jnp.swapaxes(at, 2, 3)), 2, 3)
+    assert z is not None
     return _entry(read, z, at)
 
 
@@ -42,7 +46,7 @@ def at_bound(read: Table | Hinges | None, bound: float, z: Array | None) -> Arra
     """Returns what is read at ``bound``, [B or 1, N or 1, t or 1]; None if that differs between keys."""
     if isinstance(read, Table) and read.side == "key":
         return None
-    if isinstance(read, Table) and read.interpolate and bound == z.shape[-2] - 1:
+    if isinstance(read, Table) and read.interpolate and z is not None and bound == z.shape[-2] - 1:
         return z[..., -1, 0]
     return evaluate(read, jnp.full((1, 1, 1, 1), bound, jnp.float32), z)[..., 0]
 
@@ -102,7 +106,7 @@ def _summed(z: Array, read: Hinges, at: Array) -> Array:
     """Evaluates a small network unit by unit."""
     weight, offset = (x[None, :, None, None] for x in (read.weight_in, read.bias_in))
     units = (z[..., None, f] * jax.nn.relu(weight[..., f] * at + offset[..., f]) for f in range(z.shape[-1]))
-    return sum(units)
+    return functools.reduce(jnp.add, units)
 
 
 def _kinks(read: Hinges) -> Array:

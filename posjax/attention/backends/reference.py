@@ -14,7 +14,7 @@ from posjax.attention.call import AttentionCall
 from posjax.core.structures import StickBreaking
 from posjax.typing import Array, Float
 
-NAME = "xla"
+NAME: str = "xla"
 
 
 def unsupported_reason(call: AttentionCall, **_: Any) -> None:
@@ -86,6 +86,7 @@ def scores_of(call: AttentionCall) -> tuple[Tile, Float[Array, "B N T S"]]:
 def _transported(call: AttentionCall) -> Float[Array, "B N T S"]:
     """Returns q_i . M_i .. M_{j+1} k_j, with all keys moved by the map of one token after the other, as every query sees them."""
     heads, transport = call.query.shape[2], call.transport
+    assert transport is not None
 
     def of_heads(x: Array) -> Array:
         return jnp.repeat(x.astype(jnp.float32), heads // x.shape[2], axis=2)
@@ -119,6 +120,6 @@ def _read_values(call: AttentionCall) -> list[tuple[Array, Array]]:
     """Returns the index [B, N, T, S] and the table [N or 1, W, V] of every bias that adds to the output."""
     heads = call.query.shape[2]
     shape = (call.query.shape[0], heads, call.query.shape[1], call.key.shape[1])
-    nothing = (jnp.broadcast_to(value, shape) for value in (jnp.float32(0.0), jnp.bool_(True)))  # an index depends on neither
-    tile = Tile(*nothing, call.query_positions, call.key_positions)
+    logits, allowed = jnp.zeros(shape, jnp.float32), jnp.ones(shape, bool)  # an index depends on neither
+    tile = Tile(logits, allowed, call.query_positions, call.key_positions)
     return [(jnp.broadcast_to(at, shape), table.astype(jnp.float32)) for at, table in value_reads(call, tile)]

@@ -90,7 +90,7 @@ def per_shard(function: Callable[..., Any], spec: ShardSpec, inputs: Any, result
     def names(letter: str) -> tuple[str, ...]:
         return {"b": spec.batch, "n": spec.heads}.get(letter, ())
 
-    def partition(letters: str, leaf: Any) -> PartitionSpec:
+    def partition(letters: Any, leaf: Any) -> PartitionSpec:
         return PartitionSpec(*(names(x) if size > 1 and names(x) else None for x, size in zip(letters, leaf.shape, strict=True)))
 
     def partitions(letters: Any, tree: Any) -> Any:

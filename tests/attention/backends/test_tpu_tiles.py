@@ -112,12 +112,14 @@ def test_gradients_of_counts_reach_the_gates_of_all_keys_from_their_own_on():
     @jax.jit
     def walked(logits, d_scores, d_counts, gathered):
         s = step_with(key=jnp.zeros((256, 16)), counting=Counting(last=11, rows=16, exact=True, has_sublane_gather=True))
-        state = QueryGroupState(s, StripCursor(EVERY, 0, True, True), True, None, None, gathered=gathered * LOG2E)
+        state = QueryGroupState(s, StripCursor(EVERY, 0, True, True), True, None, None)
+        state.gathered = gathered * LOG2E
         walk, found = BackwardCounting(BackwardTile(s, None, None), CountingRegion(s, None, is_backward=True)), []
         for index in range(2):
             at = slice(index * LANES, (index + 1) * LANES)
             gates = doubled_gates(logits[at] * LOG2E, exact=True)
-            piece = GradientPiece(state, index, gates=gates, d_scores=d_scores[at], d_counts=d_counts[at] * LOG2E)
+            piece = GradientPiece(state, index)
+            piece.gates, piece.d_scores, piece.d_counts = gates, d_scores[at], d_counts[at] * LOG2E
             walk.backprop_gates(piece)
             found.append(piece.d_logits)
         return jnp.concatenate(found), state.gathered / LOG2E

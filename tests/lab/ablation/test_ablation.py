@@ -210,7 +210,7 @@ FLAGS = [part for name, value in SIZES.items() for part in (f"--{name}", value)]
 
 
 def test_a_grid_from_the_command_line(run, tmp_path):
-    command = ("ablate", "configs/flip_flop.py", "--encodings", "rope", "--sweep", "learning_rate=1e-3,1e-2", *FLAGS)
+    command = ("ablate", "flip_flop", "--encodings", "rope", "--sweep", "learning_rate=1e-3,1e-2", *FLAGS)
     command += ("--seeds", 2, "--workdir", tmp_path)
     code, out, _err = run(*command)
     assert code == 0 and "1 of 1: rope, 4 runs" in out and "Mean of 2 seeds" in out
@@ -235,7 +235,7 @@ def test_a_grid_from_the_command_line(run, tmp_path):
     ],
 )
 def test_what_cannot_be_run_is_told_before_anything_is_made(run, tmp_path, flags, message):
-    code, _, err = run("ablate", "configs/flip_flop.py", "--workdir", tmp_path / "new", *flags)
+    code, _, err = run("ablate", "flip_flop", "--workdir", tmp_path / "new", *flags)
     assert code in (1, 2) and message in err
     assert not (tmp_path / "new").exists()
 

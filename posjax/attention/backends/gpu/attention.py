@@ -32,11 +32,11 @@ from posjax.attention.backends.shards import ShardSpec, infer_shard_spec
 from posjax.attention.backends.sinks import with_sink
 from posjax.attention.call import AttentionCall
 from posjax.core.masks import Rules, with_padding
-from posjax.core.structures import Bias
+from posjax.core.structures import Table
 from posjax.typing import Array, Float
 
 _log = logging.getLogger(__package__)
-NAME = "cuda"  # the platform in jax.lax.platform_dependent
+NAME: str = "cuda"  # the platform in jax.lax.platform_dependent
 BLOCK_SIZES_CLS = GpuBlocks  # the type of ``block_sizes`` for these kernels
 _WIDEST = 288  # channels of a head: 256, or 128 with the channels that untied positions append
 
@@ -66,8 +66,8 @@ def _channels(query: Array, value: Array) -> int:
 
 
 def _entries(call: AttentionCall) -> int:
-    lookup = biases_by_form(call.biases).lookup
-    return 0 if lookup is None else lookup.read.table.shape[1]
+    table = biases_by_form(call.biases).lookup_table
+    return 0 if table is None else table.table.shape[1]
 
 
 def _programs(call: AttentionCall) -> tuple[PairProgram, ...]:
@@ -107,7 +107,8 @@ def to_operands(call: AttentionCall, blocks: GpuBlocks, spec: ShardSpec, interpr
 
     Arguments are those of ``attention``.
     """
-    counts, looks, pairs = biases_by_form(call.biases)
+    forms = biases_by_form(call.biases)
+    counts, looks, pairs = forms.counting_table, forms.lookup_table, forms.pairs
     query, key, value = call.query, call.key, call.value
     repeats = np.lcm(key.shape[2], spec.num_head_shards) // key.shape[2]  # more shards than key heads: each needs its own
     if repeats > 1:
@@ -131,23 +132,23 @@ def to_operands(call: AttentionCall, blocks: GpuBlocks, spec: ShardSpec, interpr
         blocks=blocks,
         rules=Rules(call.mask.is_causal, *call.mask.window, segmented=query_segments is not None),
         soft_cap=call.logits_soft_cap,
-        last=None if counts is None else counts.read.table.shape[1] - 1,
-        index=index_of(looks),
-        uniform=uniform_of(looks),
+        last=None if counts is None else counts.table.shape[1] - 1,
+        index=index_of(forms.lookup),
+        uniform=uniform_of(forms.lookup),
         pairs=tuple(map(PairProgram.of, pairs)),
         interpret=interpret,
     )
     operands = Operands(
-        query=_pad_channels(by_query(query)),
+        query=_pad_channels(pad_to_multiple(query, blocks.block_q, 1)),
         key=_pad_channels(pad_to_multiple(key, blocks.block_kv, 1)),
         value=_pad_channels(pad_to_multiple(value, blocks.block_kv, 1)),
         scale=call.scale.reshape(1),
-        query_positions=by_query(call.query_positions),
+        query_positions=pad_to_multiple(call.query_positions, blocks.block_q, 1),
         key_positions=key_positions,
         query_segments=by_query(query_segments),
         key_segments=key_segments,
         z=None if counts is None else by_query(_embedding_products(counts, query), 2),
-        table=None if looks is None else jnp.broadcast_to(looks.read.table.astype(jnp.float32), (query.shape[2], _entries(call))),
+        table=None if looks is None else jnp.broadcast_to(looks.table.astype(jnp.float32), (query.shape[2], _entries(call))),
         numbers=numbers_of(pairs, query.shape[2]),
         query_features=by_query(of_heads(features_of(pairs, "query")), 3),
         key_features=None if key_features is None else pad_to_multiple(key_features, blocks.block_kv, 3),
@@ -162,10 +163,10 @@ def default_blocks(call: AttentionCall, lowerings: tuple[str, ...] = LOWERINGS) 
     return blocks_for(capability(), call.query.dtype, channels, counts is not None, entries, lowerings, _programs(call))
 
 
-def _embedding_products(counts: Bias, query: Array) -> Array:
+def _embedding_products(counts: Table, query: Array) -> Array:
     """Computes z [B, N, T, P] in float32, the products of each query with the position embedding; ``query`` is that of the call."""
-    query = query if counts.read.query is None else counts.read.query
-    embedding = counts.read.table.astype(jnp.float32)
+    query = query if counts.query is None else counts.query
+    embedding = counts.table.astype(jnp.float32)
     form = "btnh,nph->bntp" if embedding.shape[0] > 1 else "btnh,ph->bntp"
     embedding = embedding if embedding.shape[0] > 1 else embedding[0]
     return jnp.einsum(form, query.astype(jnp.float32), embedding, precision=jax.lax.Precision.HIGHEST)
@@ -253,9 +254,10 @@ def reduce_gradients(plan: Plan, x: Operands, grads: dict[str, Array], tables: l
     d_query = grads["d_query"]
     grads |= {"d_query": d_query * x.scale[0], "d_key": grads["d_key"] * x.scale[0]}
     grads["d_scale"] = (d_query * x.query.astype(jnp.float32)).sum().reshape(1)
-    if tables:
-        grads["d_table"] = sum(table.sum((0, 2))[:, : x.table.shape[1]] for table in tables)
-    if plan.learns_numbers:
+    if x.table is not None:
+        width = x.table.shape[1]
+        grads["d_table"] = functools.reduce(jnp.add, [table.sum((0, 2))[:, :width] for table in tables])
+    if x.numbers is not None and plan.learns_numbers:
         grads["d_numbers"] = grads["d_numbers"].sum((0, 2))[:, : x.numbers.shape[1]]
     for name in ("query_features", "key_features") if plan.float_features else ():
         grads[f"d_{name}"] = _of_features(plan, getattr(x, name), grads[f"d_{name}"])

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from posjax.attention.backends.gpu.plan import BlockMask, Operands, Plan, query_
 from posjax.attention.backends.gpu.scores import Keys, Rows, biased, gradient_of, index_range, walk, weights_of
 from posjax.typing import Array
 
+_ACCUMULATOR: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]  # public, but jax does not declare it so
 GROUP = 64  # rows of a warpgroup, as wgmma requires
 GROUPS = 2  # warpgroups that compute; one more copies tiles
 _REGISTERS = {"compute": 232, "load": 40}  # per thread; a warpgroup has 128 threads, and there are 65,536 registers in all
@@ -76,7 +77,7 @@ def _matmul_nt(a: Any, b: Any) -> Array:
         plgpu.wgmma(acc, a, b.transpose((1, 0)))
         return acc[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+    return pl.run_scoped(multiply, _ACCUMULATOR((a.shape[0], b.shape[0]), jnp.float32))
 
 
 def _accumulate(plan: Plan, acc: Array, weights: Array, x: Any) -> Array:
@@ -86,7 +87,7 @@ def _accumulate(plan: Plan, acc: Array, weights: Array, x: Any) -> Array:
         x = x[...]
         plgpu.commit_smem()  # wgmma would read x in the way that copies write it; this read does not
         return acc + jnp.dot(weights, x, preferred_element_type=jnp.float32)
-    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, weights, x))(plgpu.ACC.init(acc))
+    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, weights, x))(_ACCUMULATOR.init(acc))
 
 
 def _rows_of(plan: Plan, r: Any, load: Callable[..., Array], b: Array, head: Array, at: Any) -> Rows:
@@ -138,7 +139,7 @@ def _rows_at(plan: Plan, i: Array, group: Array) -> Any:
 
 def _forward(plan: Plan, r: Any) -> None:
     b, head, i, group, bounds = _query_tile(plan, r)
-    first = bounds[0]
+    first, full_begin, full_end, last = bounds
 
     @pl.when(group < GROUPS)
     def _compute() -> None:
@@ -188,7 +189,7 @@ def _forward(plan: Plan, r: Any) -> None:
             plgpu.barrier_arrive(r.value_done.at[slot])
             return carry
 
-        m, l, acc = walk(tile, *bounds, carry)
+        m, l, acc = walk(tile, first, full_begin, full_end, last, carry)
         is_empty = l == 0.0
         l = jnp.where(is_empty, 1.0, l)
         out = (acc / lax.broadcast_in_dim(l, acc.shape, [0])).astype(r.out.dtype)
@@ -198,7 +199,7 @@ def _forward(plan: Plan, r: Any) -> None:
     @pl.when(group == GROUPS)
     def _load() -> None:
         plgpu.set_max_registers(_REGISTERS["load"], action="decrease")
-        _copy_keys(plan, r, b, head, first, bounds[-1])
+        _copy_keys(plan, r, b, head, first, last)
 
 
 def _copy_keys(plan: Plan, r: Any, b: Array, head: Array, first: Array, last: Array) -> None:
@@ -218,7 +219,7 @@ def _copy_keys(plan: Plan, r: Any, b: Array, head: Array, first: Array, last: Ar
 
 def _query_plain(plan: Plan, r: Any) -> None:
     b, head, i, group, bounds = _query_tile(plan, r)
-    first = bounds[0]
+    first, full_begin, full_end, last = bounds
 
     @pl.when(group < GROUPS)
     def _compute() -> None:
@@ -263,7 +264,7 @@ def _query_plain(plan: Plan, r: Any) -> None:
             plgpu.barrier_arrive(r.value_done.at[slot])
             return carry
 
-        grads = walk(tile, *bounds, carry)
+        grads = walk(tile, first, full_begin, full_end, last, carry)
         _write(r.d_query.at[b, at, head], grads["d_query"])
         if plan.last is not None:
             _write(r.d_last.at[b, head, at], grads["d_last"])
@@ -273,7 +274,7 @@ def _query_plain(plan: Plan, r: Any) -> None:
     @pl.when(group == GROUPS)
     def _load() -> None:
         plgpu.set_max_registers(_REGISTERS["load"], action="decrease")
-        _copy_keys(plan, r, b, head, first, bounds[-1])
+        _copy_keys(plan, r, b, head, first, last)
 
 
 def _into_table(rows: Rows, d_table: Array, index: Array | None, common_index: Array, gradient: Array) -> Array:
@@ -376,7 +377,8 @@ def _key_plain(plan: Plan, r: Any) -> None:
 def _tiles(x: Array, *shape: int) -> Any:
     """Describes shared memory for tiles of x, with x's channels as the last axis, in the layout that wgmma reads."""
     width = next(n for n in (64, 32, 16) if x.shape[-1] % n == 0)
-    transforms = plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)
+    tiling, swizzle = cast(Any, plgpu.TilingTransform), cast(Any, plgpu.SwizzleTransform)  # abstract by their annotations alone
+    transforms = tiling((8, width)), swizzle(2 * width)
     return plgpu.SMEM((*shape, x.shape[-1]), x.dtype, transforms=transforms)
 
 
@@ -407,7 +409,7 @@ def _call(
 def _inputs(plan: Plan, x: Operands, block_mask: BlockMask) -> dict[str, Any]:
     """Returns the inputs that every kernel reads."""
     inputs = {field.name: getattr(x, field.name) for field in dataclasses.fields(x) if field.name not in ("z", "high", "low")}
-    if plan.last is not None:
+    if x.z is not None:
         inputs["z_last"] = x.z[..., plan.last]
     return inputs | ({"key_last": block_mask.key_last} if plan.index is not None else {})
 
@@ -435,7 +437,8 @@ def forward(plan: Plan, x: Operands, block_mask: BlockMask, counted: dict[str, A
         inputs["query_first"] = block_mask.query_first
     scratch = {"queries": _tiles(x.query, GROUPS, GROUP), "arrived": plgpu.Barrier(num_barriers=GROUPS)} | _key_memory(plan, x)
     grid = heads, length // plan.blocks.block_q, batch
-    return tuple(_call(_forward, plan, grid, inputs, outputs, scratch).values())
+    results = _call(_forward, plan, grid, inputs, outputs, scratch)
+    return results["out"], results["lse"]
 
 
 def backward(
@@ -455,7 +458,7 @@ def backward(
     outputs: dict[str, Any] = {"d_query": like(x.query.shape)}
     if plan.last is not None:
         outputs["d_last"] = like(lse.shape)
-    if plan.index is not None:
+    if x.table is not None:
         outputs["d_table"] = like((batch, heads, length, -(-x.table.shape[1] // 8) * 8))
     query_smem = _tiles(x.query, GROUPS, GROUP), _tiles(d_out, GROUPS, GROUP), plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS)
     scratch = dict(zip(("queries", "d_outs", "arrived"), query_smem, strict=True)) | _key_memory(plan, x)
@@ -464,7 +467,7 @@ def backward(
     grads = _call(_query_plain, plan, grid, inputs | of_queries, outputs, scratch)
 
     of_keys = {"by_keys": block_mask.by_keys} | ({} if plan.index is None else {"query_first": block_mask.row_first})
-    if plan.last is not None:
+    if limit is not None:
         of_keys["first_uncounted"] = query_tile_bounds(limit, x.key.shape[1] // plan.blocks.block_kv, first=True)
     stages = plan.blocks.num_stages
     numbers = plgpu.SMEM((stages, GROUP), jnp.float32)

@@ -40,6 +40,12 @@ class Plan:
     interpret: Any
 
     @property
+    def last_position(self) -> int:
+        """Returns ``last`` of a call that counts."""
+        assert self.last is not None
+        return self.last
+
+    @property
     def strips(self) -> int:
         """Returns the number of strips in a key tile."""
         return self.blocks.block_kv // self.blocks.block_kv_count

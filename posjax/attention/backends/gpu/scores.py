@@ -45,7 +45,7 @@ class MaskedScores(NamedTuple):
     """Holds the scores of a query tile and some keys, with the mask and the table index of each pair."""
 
     scores: Array  # in units of log2 e
-    allowed: Array | None  # None if all pairs are allowed
+    allowed: Array
     index: Array | None  # into the table
 
 
@@ -73,6 +73,7 @@ def pair_inputs(plan: Plan, layout: Any, rows: Rows, keys: Keys | None) -> list[
     """Returns the inputs of all pairs. ``keys`` may be None if there are none."""
     inputs, first_number, first_feature = [], 0, 0
     for program in plan.pairs:
+        assert keys is not None  # ``keys_of`` loads them for pairs
         if program.features:
             kinds = list(enumerate(program.features, first_feature))
             of_queries = tuple(layout.queries(as_feature(rows.features[n], kind)) for n, kind in kinds)
@@ -125,8 +126,9 @@ def _entries(x: PairInputs, at: Array) -> tuple[Array, Array]:
     return jnp.minimum(first, x.num_read).astype(jnp.int32), (jnp.maximum(last, -1.0) + 1.0).astype(jnp.int32)
 
 
-def masked_scores(plan: Plan, layout: Any, rows: Rows, keys: Keys, scores: Array) -> MaskedScores:
+def masked_scores(plan: Plan, layout: Any, rows: Rows, keys: Keys | None, scores: Array) -> MaskedScores:
     """Adds the position biases to the scores of a partial block, and computes its mask and table indices."""
+    assert keys is not None  # ``keys_of`` loads them for partial blocks
     of_queries, of_keys = layout.queries(rows.positions), layout.keys(keys.positions)
     segments = (layout.queries(rows.segments), layout.keys(keys.segments)) if plan.rules.segmented else (None, None)
     allowed = jnp.broadcast_to(plan.rules.pairs(of_queries, of_keys, *segments), scores.shape)
@@ -173,7 +175,7 @@ def tanh(x: Array) -> Array:
 
 
 def apply_mask(masked: MaskedScores, scores: Array) -> Array:
-    return scores if masked.allowed is None else jnp.where(masked.allowed, scores, MASK_VALUE)
+    return jnp.where(masked.allowed, scores, MASK_VALUE)
 
 
 def biased(
@@ -229,17 +231,19 @@ def with_pair_gradients(
         is_learned = numbers is not None and x.program.learned
         floats, d_at = [x.first_feature + n for n in x.program.float_features], gradient
         if x.program.reads == "table":  # the index has no gradient
-            numbers = _into_entries(x, gradient, numbers) if is_learned else numbers
+            numbers = _into_entries(x, gradient, numbers) if numbers is not None and is_learned else numbers
             continue
         if x.program.reads == "hinges" and (is_learned or floats):
             d_at, numbers = _through_hinges(x, gradient, numbers)
         # A number per query: Triton sums over one axis of a tile at a time, and the transpose of a scalar would sum over both.
         args = [jnp.full(rows.positions.shape, arg) for arg in _args(x)] if is_learned else []
         if args or floats:
-            given = [(rows if side == "query" else keys).features[n] for n in floats]
+            tokens = rows if side == "query" else keys
+            given = [tokens.features[n] for n in floats] if tokens is not None else []
             _, pull = jax.vjp(functools.partial(_at_of, layout, x, gradient.shape, side), args, given)
             d_args, d_features = pull(d_at)
             for n, d_arg in enumerate(d_args, x.first_number):
+                assert numbers is not None
                 numbers = _into(numbers, n, d_arg.sum(0))
             features |= {n: features[n] + more for n, more in zip(floats, d_features, strict=True)}
     return PairGradients(numbers, tuple(features.values()))
@@ -288,8 +292,9 @@ def _through_hinges(x: PairInputs, gradient: Array, numbers: Array | None) -> tu
         return d_at + bent * (unit * weight), numbers
 
     d_at, numbers = jax.lax.fori_loop(0, x.num_read, one, (jnp.zeros_like(gradient), numbers))
-    for n in range(places[2] + x.num_read, x.program.size) if numbers is not None else ():  # the offset of the network
-        numbers = _into(numbers, x.first_number + n, gradient.sum(1).sum(0))
+    if numbers is not None:
+        for n in range(places[2] + x.num_read, x.program.size):  # the offset of the network
+            numbers = _into(numbers, x.first_number + n, gradient.sum(1).sum(0))
     return d_at, numbers
 
 

@@ -94,13 +94,12 @@ class ScoreLayout(NamedTuple):
         row, column = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
         target, source = (row, column) if self.transposed else (column, row)
         ones = jnp.where((source >= target) if later else (source <= target), 1.0, 0.0).astype(jnp.bfloat16)
-        acc = None
+        sums = []
         for n in range(parts):
             part = x.astype(jnp.bfloat16)
             x = x - part.astype(jnp.float32) if n < parts - 1 else x
-            part_sums = product(plan, ones, part) if self.transposed else product(plan, part, ones)
-            acc = part_sums if acc is None else acc + part_sums
-        return acc
+            sums.append(product(plan, ones, part) if self.transposed else product(plan, part, ones))
+        return functools.reduce(jnp.add, sums)
 
 
 def rows_of(plan: Plan, r: Any, start: Any, size: int, head: Any = None) -> Rows:
@@ -167,10 +166,10 @@ def gates_of(scores: Array, allowed: Array) -> Array:
 
 def counts_in_strip(plan: Plan, layout: ScoreLayout, high: Array, low: Array, later: Array) -> Counts:
     """Computes the counts in a strip: high + low [t], the counts to its right, plus ``later``, the sums of its own gates."""
-    before = jnp.clip(high + low, 0.0, plan.last)
+    before = jnp.clip(high + low, 0.0, plan.last_position)
     base = before.astype(jnp.int32)
     offset = (high - base.astype(jnp.float32)) + low
-    inside = jnp.minimum(layout.queries(offset) + later, layout.queries((plan.last - base).astype(jnp.float32)))
+    inside = jnp.minimum(layout.queries(offset) + later, layout.queries((plan.last_position - base).astype(jnp.float32)))
     inside = jnp.maximum(inside, 0.0)
     cells = inside.astype(jnp.int32)
     return Counts(base, inside, cells, cells.max(1).max(0))
@@ -181,7 +180,7 @@ def interpolate(plan: Plan, layout: ScoreLayout, z_at: Callable[[Array], Array],
 
     def choose(n: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         start, slope, here = carry
-        beyond = z_at(jnp.minimum(counts.base + n + 1, plan.last))
+        beyond = z_at(jnp.minimum(counts.base + n + 1, plan.last_position))
         is_cell = counts.cells == n
         return jnp.where(is_cell, layout.queries(here), start), jnp.where(is_cell, layout.queries(beyond - here), slope), beyond
 

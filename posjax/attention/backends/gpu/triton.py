@@ -49,7 +49,7 @@ def _of_queries(plan: Plan, x: Operands) -> tuple[tuple[int, ...], dict[str, tup
     if x.numbers is not None:
         specs["numbers"] = (1, x.numbers.shape[1]), lambda i, n, b: (n, 0)
         specs["d_numbers"] = (None, None, None, _at_least(x.numbers.shape[1])), lambda i, n, b: (b, n, i, 0)
-    if x.query_features is not None:
+    if x.query_features is not None and x.key_features is not None:
         of_queries, of_keys = (_shared(features, heads) for features in (x.query_features, x.key_features))
         count = x.query_features.shape[2]
         specs["query_features"] = (None, None, count, size), lambda i, n, b: (*of_queries(b, n), 0, i)
@@ -94,7 +94,7 @@ def _of_keys(plan: Plan, x: Operands, size: int) -> tuple[tuple[int, ...], dict[
         specs["table"] = (group, x.table.shape[1]), lambda j, k, b: (k, 0)
     if x.numbers is not None:
         specs["numbers"] = (group, x.numbers.shape[1]), lambda j, k, b: (k, 0)
-    if x.query_features is not None:
+    if x.query_features is not None and x.key_features is not None:
         of_queries, of_keys = (_shared(features, kv_heads) for features in (x.query_features, x.key_features))
         count = x.query_features.shape[2]
         queries, keys = (max(features.shape[1] // kv_heads, 1) for features in (x.query_features, x.key_features))
@@ -226,9 +226,9 @@ def backward(
     outputs: dict[str, Any] = {"d_query": query}
     if plan.last is not None:
         inputs["limit"], outputs["d_last"] = limit, jax.ShapeDtypeStruct(lse.shape, jnp.float32)
-    if plan.index is not None:
+    if x.table is not None:
         outputs["d_table"] = jax.ShapeDtypeStruct((batch, heads, tiles, _at_least(x.table.shape[1])), jnp.float32)
-    if plan.learns_numbers:
+    if x.numbers is not None and plan.learns_numbers:
         outputs["d_numbers"] = jax.ShapeDtypeStruct((batch, heads, tiles, _at_least(x.numbers.shape[1])), jnp.float32)
     if count := len(plan.float_features):
         outputs["d_query_features"] = jax.ShapeDtypeStruct((batch, heads, count, length), jnp.float32)
@@ -236,7 +236,7 @@ def backward(
 
     of_pieces = {"by_keys": block_mask.by_keys, "row_first": block_mask.row_first, "key_last": block_mask.key_last}
     inputs, key_and_value = _inputs(plan, x, of_pieces) | residuals, _like(x.key, x.value, dtype=jnp.float32)
-    if plan.last is not None:
+    if limit is not None:
         inputs |= {"limit": limit, "counted_end": query_tile_bounds(limit, x.key.shape[1] // plan.blocks.block_kv)}
     outputs = dict(zip(("d_key", "d_value"), key_and_value, strict=True))
     if count:
@@ -267,12 +267,13 @@ def backward_band(
     """
     lse, high, low, limit = saved
     residuals = {"d_out": d_out, "lse": lse, "delta": delta}
+    assert x.z is not None
     d_z = jnp.zeros_like(x.z).at[..., plan.last].set(grads["d_last"])
     grads = {name: x for name, x in grads.items() if name not in ("d_last", "d_table")}
     of_key_tiles = [name for name in grads if name in ("d_key", "d_value", "d_key_features")]
     gathered = jnp.zeros_like(high) if gathered is None else gathered
     grads |= {"d_z": d_z, "high": high, "low": low, "gathered": gathered}
-    if plan.index is not None:
+    if x.table is not None:
         grads["d_table"] = jnp.zeros((*limit.shape, _at_least(x.table.shape[1])), jnp.float32)
     ends = jnp.broadcast_to(block_mask.by_queries[:, None, :, 3], limit.shape)
     strips = (ends - limit) * plan.strips

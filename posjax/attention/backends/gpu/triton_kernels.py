@@ -57,6 +57,7 @@ from posjax.attention.backends.gpu.tiles import (
 )
 from posjax.typing import Array
 
+SoftmaxState = tuple[Array, Array, Channels]  # running maximum, denominator and sum of values
 ROUND = 32  # strips of keys that a query tile records at a time
 
 
@@ -70,12 +71,14 @@ def forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     first, full_begin, full_end, last = (r.by_queries[n] for n in range(4))
     rows = rows_of(plan, r, 0, blocks.block_q)
     query, factor = load_channels(r.query, slice(None)), r.scale[0] * LOG2E
-    z_at = None if plan.last is None else lambda n: r.z[rows.row_index, n]
+
+    def z_at(n: Array) -> Array:
+        return r.z[rows.row_index, n]
 
     def logits(start: Any, size: int) -> Array:
         return matmul_nt(plan, query, load_channels(r.key, pl.ds(start, size))) * factor
 
-    def softmax(carry: tuple[Array, ...], scores: Array, start: Any) -> tuple[Array, ...]:
+    def softmax(carry: SoftmaxState, scores: Array, start: Any) -> SoftmaxState:
         m, l, acc = carry
         value = load_channels(r.value, pl.ds(start, scores.shape[1]))
         m_new = jnp.maximum(m, scores.max(1))
@@ -83,27 +86,28 @@ def forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         acc = tuple(part * alpha[:, None] for part in acc)
         return m_new, l * alpha + weights.sum(1), accumulate(plan, acc, weights, value)
 
-    def strip(carry: tuple[Array, ...], start: Any) -> tuple[Array, ...]:
+    def strip(state: tuple[Any, ...], start: Any) -> tuple[Any, ...]:
         """Processes a strip of the band: counts its gates and adds its keys to the softmax."""
-        *carry, high, low = carry
+        *carry, high, low = state
         raw_logits = logits(start, blocks.block_kv_count)
         masked = masked_scores(plan, layout, rows, keys_of(plan, r, start, blocks.block_kv_count), raw_logits)
         gates = gates_of(raw_logits, masked.allowed)
         parts = 3 if r.query.dtype == jnp.float32 else 2
         counts = counts_in_strip(plan, layout, high, low, layout.cumsum(plan, gates, later=True, parts=parts))
         bias, _ = interpolate(plan, layout, z_at, counts)
-        carry = softmax(tuple(carry), apply_mask(masked, apply_soft_cap(plan, masked.scores + bias * LOG2E)), start)
+        m, l, acc = carry
+        carry = softmax((m, l, acc), apply_mask(masked, apply_soft_cap(plan, masked.scores + bias * LOG2E)), start)
         return *carry, *two_sum(high, low, gates.sum(1))
 
-    def count_key_tile(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def count_key_tile(state: tuple[Any, ...]) -> tuple[Any, ...]:
         tile, *carry = state
         for n in reversed(range(plan.strips)):
             carry = strip(tuple(carry), (tile - 1) * blocks.block_kv + n * blocks.block_kv_count)
         return tile - 1, *carry
 
-    def unsaturated(state: tuple[Array, ...]) -> Array:
+    def unsaturated(state: tuple[Any, ...]) -> Array:
         tile, *_, high, low = state
-        return (tile > first) & ((high + low).min(0) < plan.last)
+        return (tile > first) & ((high + low).min(0) < plan.last_position)
 
     size = blocks.block_q
     acc = tuple(jnp.zeros((size, piece.size), jnp.float32) for piece in channel_slices(r.value.shape[-1]))
@@ -111,7 +115,7 @@ def forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     constant, limit = None, last
     if plan.last is not None:
         received = [r.old_high[...], r.old_low[...]] if "old_high" in names else [jnp.zeros((size,), jnp.float32)] * 2
-        state = (last, *carry, *received)
+        state: tuple[Any, ...] = (last, *carry, *received)
         limit, *carry, r.high[...], r.low[...] = jax.lax.while_loop(unsaturated, count_key_tile, state)
         r.limit[0], carry = limit, tuple(carry)
         if "acc" in names:  # another kernel processes the remaining keys
@@ -120,18 +124,18 @@ def forward(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
             return
         constant = z_at(jnp.full((size,), plan.last)) * LOG2E
 
-    def part(is_full_block: bool, start: Array, size: int, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def part(is_full_block: bool, start: Array, size: int, carry: SoftmaxState) -> SoftmaxState:
         scores = logits(start, size)
         scores = scores if constant is None else scores + constant[:, None]
         keys, common_index = keys_of(plan, r, start, size, is_full_block), _common_index(plan, r, start // blocks.block_kv)
         return softmax(carry, biased(plan, layout, rows, keys, scores, common_index, is_full_block)[0], start)
 
-    def tile(is_full_block: bool, j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def tile(is_full_block: bool, j: Array, carry: SoftmaxState) -> SoftmaxState:
         start = j * blocks.block_kv
         if is_full_block or plan.index is None:
             return part(is_full_block, start, blocks.block_kv, carry)
 
-        def by_strips(n: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:  # table indices take registers, too
+        def by_strips(n: Array, carry: SoftmaxState) -> SoftmaxState:  # table indices take registers, too
             return part(False, start + n * blocks.block_kv_count, blocks.block_kv_count, carry)
 
         return jax.lax.fori_loop(0, plan.strips, by_strips, carry)
@@ -185,7 +189,7 @@ def query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     constant = None if plan.last is None else r.z[rows.row_index, jnp.full((size,), plan.last)] * LOG2E
     limit = last if plan.last is None else jnp.minimum(r.limit[0], last)
 
-    def tile(is_full_block: bool, j: Array, carry: dict[str, Array]) -> dict[str, Array]:
+    def tile(is_full_block: bool, j: Array, carry: dict[str, Any]) -> dict[str, Any]:
         start = j * blocks.block_kv
         at = pl.ds(start, blocks.block_kv)
         key = load_channels(r.key, at)
@@ -195,18 +199,18 @@ def query_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         keys = keys_of(plan, r, start, blocks.block_kv, is_full_block)
         scores, index = biased(plan, layout, rows, keys, scores, common_index, is_full_block)
         gradient = gradient_of(plan, layout, scores, weights_of(layout, scores, lse), d_weights, delta)
-        grads = {"d_query": accumulate(plan, carry["d_query"], gradient, key)}
+        grads: dict[str, Any] = {"d_query": accumulate(plan, carry["d_query"], gradient, key)}
         if constant is not None:
             grads["d_last"] = carry["d_last"] + gradient.sum(1)
         if common_index is not None and is_full_block:
             entry = jnp.arange(carry["d_table"].shape[0])
             grads["d_table"] = carry["d_table"] + jnp.where(entry == common_index, gradient.sum(1).sum(0), 0.0)
-        elif common_index is not None:
+        elif index is not None:
             grads["d_table"] = into_table(rows, carry["d_table"], index, gradient)
         grads["pairs"] = with_pair_gradients(plan, layout, rows, keys, gradient, "query", carry["pairs"])
         return grads
 
-    carry = {"d_query": zeros_like(query)}
+    carry: dict[str, Any] = {"d_query": zeros_like(query)}
     if constant is not None:
         carry["d_last"] = jnp.zeros((size,), jnp.float32)
     if plan.index is not None:
@@ -237,7 +241,7 @@ def key_plain(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
             query, d_out = load_channels(r.query, at, g), load_channels(r.d_out, at, g)
             scores, d_weights = matmul_nt(plan, key, query) * factor, matmul_nt(plan, value, d_out)
             if plan.last is not None:
-                scores += layout.queries(r.z[g, rows.row_index, jnp.full(rows.row_index.shape, plan.last)]) * LOG2E
+                scores += layout.queries(r.z[g, rows.row_index, jnp.full(rows.positions.shape, plan.last)]) * LOG2E
             common_index = None if plan.index is None else plan.index(r.row_first[i], r.key_last[0])
             keys = keys_of(plan, r, 0, blocks.block_kv, is_full_block, g)
             scores, _ = biased(plan, layout, rows, keys, scores, common_index, is_full_block)
@@ -279,7 +283,7 @@ def query_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     query, d_out, lse, delta = load_channels(r.query, slice(None)), load_channels(r.d_out, slice(None)), r.lse[...], r.delta[...]
     factor, exact = r.scale[0] * LOG2E, r.query.dtype == jnp.float32
 
-    def strip(t: Array, carry: dict[str, Array]) -> dict[str, Array]:
+    def strip(t: Array, carry: dict[str, Any]) -> dict[str, Any]:
         start = t * blocks.block_kv_count
         at, gathered = pl.ds(start, blocks.block_kv_count), carry["gathered"]
         key = load_channels(r.key, at)
@@ -297,8 +301,8 @@ def query_band(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
         spread(plan, r, rows, counts, gradient)
         d_counts = gradient * slope
         d_gates = gathered[:, None] + layout.cumsum(plan, d_counts, later=False, parts=3 if exact else 1)
-        grads = dict(high=high, low=low, gathered=gathered + d_counts.sum(1))
-        if plan.index is not None:
+        grads: dict[str, Any] = dict(high=high, low=low, gathered=gathered + d_counts.sum(1))
+        if masked.index is not None:
             grads["d_table"] = into_table(rows, carry["d_table"], masked.index, gradient)
         grads["pairs"] = with_pair_gradients(plan, layout, rows, keys, gradient, "query", carry["pairs"])
         gradient += d_gates * gates * (1.0 - gates)
@@ -317,7 +321,7 @@ def spread(plan: Plan, r: Any, rows: Rows, counts: Counts, gradient: Array) -> N
         plgpu.debug_barrier()  # the thread that reads a node may not be the one that wrote it for the previous strip
 
     def node(n: Array, _: None) -> None:
-        is_valid, at = counts.base + n <= plan.last, jnp.minimum(counts.base + n, plan.last)
+        is_valid, at = counts.base + n <= plan.last_position, jnp.minimum(counts.base + n, plan.last_position)
         node_ref = r.d_z.at[rows.row_index, at]
         hat = jnp.maximum(1.0 - jnp.abs(counts.inside - n.astype(jnp.float32)), 0.0)
         increment = (gradient * hat).sum(1)

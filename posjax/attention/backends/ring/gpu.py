@@ -27,7 +27,7 @@ def to_operands(call: AttentionCall, block_sizes: GpuBlocks | None) -> tuple[Pla
         raise NotImplementedError(f"{what}, which ring attention does not support; lowering='triton' does")
     call = call.transformed()
     plan, x = gpu.to_operands(call, block_sizes or gpu.default_blocks(call, ("triton",)), ShardSpec())
-    if plan.last is not None:
+    if x.z is not None:
         zeros = jnp.zeros(x.z.shape[:-1], jnp.float32)
         x = dataclasses.replace(x, high=zeros, low=zeros)
     return plan, x

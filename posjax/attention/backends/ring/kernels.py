@@ -1,7 +1,7 @@
 """Shared parts of the TPU and GPU kernels as backends of the ring; see ``ring.xla_chunked`` for the interface."""
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
 
@@ -22,7 +22,7 @@ def carried(x: Any) -> list[Array]:
 def with_keys(x: OperandsT, kv: dict[str, Any], carries: Any) -> OperandsT:
     high, low = carries or (None, None)
     keys = dict(key_segments=kv["segments"], key_positions=kv["positions"], key_features=kv["features"])
-    return dataclasses.replace(x, key=kv["key"], value=kv["value"], **keys, high=high, low=low)
+    return dataclasses.replace(cast(Any, x), key=kv["key"], value=kv["value"], **keys, high=high, low=low)
 
 
 def natural_lse(lse: Array) -> Array:
@@ -33,6 +33,7 @@ def natural_lse(lse: Array) -> Array:
 def split_by_key(x: Any, grads: dict[str, Array]) -> tuple[dict[str, list[Array]], dict[str, Array]]:
     """Splits gradients by name into those of per-key arrays, in the form of ``by_key`` of operands x, and the rest."""
     rest = dict(grads)
-    features = [] if x.key_features is None else [rest.pop("key_features", None)]
-    features = [jnp.zeros_like(x.key_features) if gradient is None else gradient for gradient in features]
+    features = []
+    if x.key_features is not None:
+        features = [rest.pop("key_features")] if "key_features" in rest else [jnp.zeros_like(x.key_features)]
     return dict(key=[rest.pop("key")], value=[rest.pop("value")], segments=[], positions=[], features=features), rest

@@ -53,7 +53,7 @@ class Chunks:
         spread: list[list[Array]] = []  # the pieces of every array with tokens, in the order in which they are met
 
         def spread_array(x: Array, axes: Axes) -> Array:
-            if axes.side is not None:
+            if axes.tokens is not None:
                 spread.append(pieces(x, axes.tokens))
             return x
 
@@ -68,7 +68,7 @@ class Chunks:
             remaining = iter(spread)
 
             def take(x: Array, axes: Axes) -> Array:
-                return x if axes.side is None else next(remaining)[n]
+                return x if axes.tokens is None else next(remaining)[n]
 
             parts = {name: map_arrays(take, part) for name, part in changed.items()}
             return call.replace(**jax.tree.unflatten(structure, [both[n] for both in along]), **parts)

@@ -24,7 +24,9 @@ BY_KEY = dict(key=2, value=2, segments=2, positions=2, features=4)
 
 def to_operands(call: AttentionCall, block_sizes: Blocks | None) -> tuple[Plan, Operands]:
     chip = chip_at_hand(call.query)
-    plan, x = tpu.to_operands(call, block_sizes or tpu.fitting(chip, call), chip, ShardSpec())
+    blocks = block_sizes or tpu.fitting(chip, call)
+    assert blocks is not None  # unsupported_reason
+    plan, x = tpu.to_operands(call, blocks, chip, ShardSpec())
     if plan.counting is not None:
         zeros = jnp.zeros((*x.query.shape[:3], *x.query_positions.shape[1:]), jnp.float32)
         x = dataclasses.replace(x, high=zeros, low=zeros)

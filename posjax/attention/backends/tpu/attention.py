@@ -35,7 +35,7 @@ from posjax.core.masks import Rules, with_padding
 from posjax.core.structures import Rotate
 from posjax.typing import Array, Float
 
-NAME = "tpu"  # the platform in jax.lax.platform_dependent
+NAME: str = "tpu"  # the platform in jax.lax.platform_dependent
 BLOCK_SIZES_CLS = Blocks  # type of this backend's ``block_sizes``
 _MOST_POSITIONS = 512  # CoPE positions; the tables of more fill VMEM
 _MOST_COMPARED = 128  # CoPE positions on a chip without a sublane gather, where lookups compare indices instead
@@ -52,11 +52,12 @@ def unsupported_reason(call: AttentionCall, *, block_sizes: Blocks | None = None
         return f"query has {query.shape[-1]} channels and value {value.shape[-1]} (at most 1024)"
     if (reason := unsupported_biases(call)) is not None:
         return reason
-    counts, looks, _ = biases_by_form(call.biases)
+    forms = biases_by_form(call.biases)
+    counts, looks = forms.counting_table, forms.lookup_table
     max_positions = _MOST_POSITIONS if chip.has_sublane_gather else _MOST_COMPARED
-    if counts is not None and (positions := counts.read.table.shape[1]) > max_positions:
+    if counts is not None and (positions := counts.table.shape[1]) > max_positions:
         return f"max_position={positions} of cope (at most {max_positions} on this chip)"
-    if looks is not None and (width := looks.read.table.shape[1]) >= LANES:
+    if looks is not None and (width := looks.table.shape[1]) >= LANES:
         return f"num_buckets={width} (fewer than {LANES})"
     spec = infer_shard_spec(query) if spec is None else spec
     return _exceeds_vmem(chip, block_sizes, call) or _exceeds_smem(chip, block_sizes, spec, call)
@@ -64,7 +65,9 @@ def unsupported_reason(call: AttentionCall, *, block_sizes: Blocks | None = None
 
 def _exceeds_smem(chip: Chip, block_sizes: Blocks | None, spec: ShardSpec, call: AttentionCall) -> str | None:
     """Returns why the scalars of a call do not fit the chip's SMEM, or None if they do."""
-    smem_bytes = scalars(*_shapes(call, block_sizes or fitting(chip, call), chip), spec.num_batch_shards)
+    blocks = block_sizes or fitting(chip, call)
+    assert blocks is not None  # _exceeds_vmem
+    smem_bytes = scalars(*_shapes(call, blocks, chip), spec.num_batch_shards)
     if smem_bytes <= SMEM:
         return None
     arrays = dict(segment_ids=call.mask.query_segments, query_positions=call.query_positions, key_positions=call.key_positions)
@@ -80,10 +83,10 @@ def _exceeds_vmem(chip: Chip, block_sizes: Blocks | None, call: AttentionCall) -
     fitting_blocks = fitting(chip, call)
     width, vmem = call.query.shape[-1], f"{chip.vmem / 2**20:.0f} MiB of VMEM"
     if fitting_blocks is None:
-        counts, _, _ = biases_by_form(call.biases)
-        others = tuple(bias for bias in call.biases if bias is not counts)
+        forms = biases_by_form(call.biases)
+        others, counts = tuple(bias for bias in call.biases if bias is not forms.counting), forms.counting_table
         if counts is not None and fitting(chip, call.replace(biases=others)) is not None:
-            return f"max_position={counts.read.table.shape[1]} of cope on heads of {width} channels does not fit {vmem}"
+            return f"max_position={counts.table.shape[1]} of cope on heads of {width} channels does not fit {vmem}"
         return f"query has {width} channels and value {call.value.shape[-1]}, of which no tile fits {vmem}"
     if block_sizes is None:
         return None
@@ -155,19 +158,20 @@ def to_operands(
     call: AttentionCall, block_sizes: Blocks, chip: Chip, spec: ShardSpec, interpret: Any = None
 ) -> tuple[Plan, Operands]:
     """Converts a call to the static plan and the padded operands of the kernel; arguments as in ``attention``."""
-    channels = sorted(_channels_of(rotation) for rotation in call.transforms if rotation.query_phase is not None)
+    channels = sorted(_channels_of(rotation) for rotation in call.rotations if rotation.query_phase is not None)
     overlap = any(later[0] < earlier[1] for earlier, later in itertools.pairwise(channels))
-    if overlap or not all(map(_rotates_tiles, call.transforms)):
+    if overlap or not all(map(_rotates_tiles, call.rotations)):
         call = call.transformed()
     blocks = _fitted(block_sizes, call.query.shape[1], call.key.shape[1])
     keys = _round_up(call.key.shape[1], blocks.block_kv)
     keys = _round_up(keys, min(blocks.block_kv_resident, keys))
-    rotates_keys = any(rotation.key_phase is not None for rotation in call.transforms)
+    rotates_keys = any(rotation.key_phase is not None for rotation in call.rotations)
     if rotates_keys and keys > blocks.block_kv_resident:  # inside the kernel each query tile would rotate the blocks again
         call, rotates_keys = call.with_transformed_keys(), False
-    query, key, value, rotations = call.query, call.key, call.value, call.transforms
+    query, key, value, rotations = call.query, call.key, call.value, call.rotations
     length = query.shape[1]
-    counts, looks, pairs = biases_by_form(call.biases)
+    forms = biases_by_form(call.biases)
+    counts, looks, pairs = forms.counting_table, forms.lookup_table, forms.pairs
 
     # Grouped heads: repeat the key heads until the head shards divide their number.
     repeats = math.lcm(key.shape[2], spec.num_head_shards) // key.shape[2]
@@ -210,28 +214,29 @@ def to_operands(
         return by_head(jnp.pad(x, [(0, 0), (0, LANES - x.shape[1])])[:, None])
 
     key_positions, query_segments, key_segments = with_padding(call.mask, length, call.key_positions, keys - key.shape[1])
-    counting = None
+    counting = embedding = None
     if counts is not None:
-        positions = counts.read.table.shape[1]
+        positions = counts.table.shape[1]
         counting = Counting(
             last=positions - 1,
             rows=_round_up(positions, SUBLANES),
             exact=query.dtype == jnp.float32,
             has_sublane_gather=chip.has_sublane_gather,
         )
+        embedding = _embedding(counts.table, counting.rows, by_head)
     plan = Plan(
         blocks=blocks,
         rules=Rules(call.mask.is_causal, *call.mask.window, segmented=query_segments is not None),
         soft_cap=call.logits_soft_cap,
         counting=counting,
-        index=index_of(looks),
-        uniform=uniform_of(looks),
+        index=index_of(forms.lookup),
+        uniform=uniform_of(forms.lookup),
         pairs=tuple(map(PairProgram.of, pairs)),
         rotates_keys=rotates_keys,
         vmem=chip.vmem,
         interpret=interpret,
     )
-    counted_query = None if counts is None else counts.read.query
+    counted_query = None if counts is None else counts.query
     numbers = numbers_of(pairs, query.shape[2])
     width = query.shape[-1]
     operands = Operands(
@@ -244,8 +249,8 @@ def to_operands(
         query_segments=None if query_segments is None else by_tile(query_segments),
         key_segments=None if key_segments is None else key_segments[:, None],
         counted_query=None if counted_query is None else by_query(_of_heads(counted_query, query.shape[2], 2)),
-        embedding=None if counts is None else _embedding(counts.read.table, counting.rows, by_head),
-        table=None if looks is None else lanes(_of_heads(looks.read.table.astype(jnp.float32), query.shape[2])),
+        embedding=embedding,
+        table=None if looks is None else lanes(_of_heads(looks.table.astype(jnp.float32), query.shape[2])),
         numbers=None if numbers is None else by_head(jnp.broadcast_to(numbers[..., None], (*numbers.shape, LANES))),
         query_features=by_tiles(features_of(pairs, "query")),
         key_features=by_blocks(features_of(pairs, "key")),
@@ -381,7 +386,7 @@ def _gradients(plan: Plan, x: Operands, d_out: Array, delta: Array, *saved: Arra
 def reduce_gradients(x: Operands, grads: dict[str, Array]) -> dict[str, Array]:
     """Reduces the results of ``backward`` to the shapes of the operands."""
     grads["scale"] = grads["scale"].sum().reshape(1)
-    if "embedding" in grads:
+    if x.embedding is not None and "embedding" in grads:
         over = tuple(n for n, size in enumerate(x.embedding.shape[:2]) if size == 1)
         of_positions = grads["embedding"].sum(0).sum(over, keepdims=True)
         # The whole gradient goes to the positions and none to the steps, which are differences of positions.

@@ -92,10 +92,11 @@ def backward(
     state = (*saved[1:], jnp.zeros_like(saved[0]) if gathered is None else gathered) if plan.counting is not None else ()
     x = dataclasses.replace(x, high=None, low=None)  # the walk begins at the left, with the counts in ``saved``
     call = functools.partial(_backward_of_block, plan, x, saved[0], d_out, delta, is_part)
+    acc = acc or {}
     if (num_blocks > 1 or is_part) and not acc:
         acc = {name: jnp.zeros(getattr(x, name).shape, jnp.float32) for name in queries_of(x)}
     if num_blocks == 1:
-        grads, state = call(jnp.zeros(1, jnp.int32), state, acc or {})
+        grads, state = call(jnp.zeros(1, jnp.int32), state, acc)
         return grads | (dict(gathered=state[-1]) if state else {})
     blocks = jnp.arange(num_blocks, dtype=jnp.int32)[:, None]
     by_key = ("key", "value", *(["key_features"] if any(program.float_features for program in plan.pairs) else []))
@@ -161,9 +162,9 @@ def _backward_of_block(
         name="posjax_attention_backward",
     )(*scalars, x.scale, block, *arrays, d_out, *row_arrays.values(), *before.values())
     grads = dict(zip(outs, grads, strict=True))
-    state = tuple(grads.pop(f"out_{name}") for name in ("high", "low", "gathered")) if plan.counting is not None else ()
     if plan.counting is not None:
-        state = (*state[:2], row_arrays["in_limit"], row_arrays["in_wide_steps"], state[2])
+        high, low, gathered = (grads.pop(f"out_{name}") for name in ("high", "low", "gathered"))
+        state = (high, low, row_arrays["in_limit"], row_arrays["in_wide_steps"], gathered)
     return {name.removeprefix("d_"): array for name, array in grads.items()}, state
 
 
@@ -204,7 +205,8 @@ def _results_of(plan: Plan, x: Operands, is_part: bool, adds: bool) -> dict[str,
     def of_queries(name: str) -> _Result:
         array = getattr(x, name)
         spec = _by_query(plan, array)
-        spec = pl.BlockSpec((1, 1, 1, *spec.block_shape[3:]), spec.index_map)  # the target of an async copy needs all axes
+        shape: Any = spec.block_shape
+        spec = pl.BlockSpec((1, 1, 1, *shape[3:]), spec.index_map)  # the target of an async copy needs all axes
         return jax.ShapeDtypeStruct(array.shape, jnp.float32 if adds else array.dtype), spec
 
     outs = {
@@ -213,14 +215,15 @@ def _results_of(plan: Plan, x: Operands, is_part: bool, adds: bool) -> dict[str,
         "d_value": by_key(x.value),
         "d_scale": by_head((1, width)),
     }
-    if plan.counting is not None:
+    if x.embedding is not None:
         outs["d_embedding"] = by_head(x.embedding.shape[3:])
         outs |= {f"out_{name}": _by_tile(plan, x) for name in ("high", "low", "gathered")}
     if plan.index is not None:
         outs["d_table"] = by_head((LANES, LANES))
-    if any(program.learned for program in plan.pairs):
+    if x.numbers is not None and any(program.learned for program in plan.pairs):
         outs["d_numbers"] = by_head(x.numbers.shape[2:])
-    if any(program.float_features for program in plan.pairs):
+    has_features = any(program.float_features for program in plan.pairs)
+    if has_features and x.query_features is not None and x.key_features is not None:
         outs["d_key_features"] = by_head((x.key_features.shape[3], resident))
         shape = (batch, kv_heads, group, *x.query_features.shape[3:])
         spec = pl.BlockSpec((None,) * 3 + (shape[3], None, *shape[5:]), lambda b, k, g, i, r, *_: (b, k, g, 0, i, 0, 0))

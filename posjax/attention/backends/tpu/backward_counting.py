@@ -67,11 +67,11 @@ class GradientPiece(StripPiece):
       d_logits: [128, t], the gradient of the scores before any bias, also through the gates, in the dtype of key.
     """
 
-    d_weights: Array | None = None
-    weights: Array | None = None
-    d_scores: Array | None = None
-    d_counts: Array | None = None
-    d_logits: Array | None = None
+    d_weights: Array = dataclasses.field(init=False)
+    weights: Array = dataclasses.field(init=False)
+    d_scores: Array = dataclasses.field(init=False)
+    d_counts: Array = dataclasses.field(init=False)
+    d_logits: Array = dataclasses.field(init=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ class BackwardCounting:
 
     def count_in_window(self, piece: GradientPiece) -> None:
         """Subtracts the gates from the counts, relative to windows of eight cells."""
-        piece.counts = piece.state.advance_in_window(suffix_sums(piece.gates, self.tile.step.plan.counting))
+        piece.counts = piece.state.advance_in_window(suffix_sums(piece.gates, self.tile.step.counting))
 
     def differentiate_in_window(self, beyond: list[list[Array]], piece: GradientPiece) -> None:
         """Computes weights and gradients with the biases of the windows, and adds the gradient of z for up to ``FEW`` cells.
@@ -158,7 +158,7 @@ class BackwardCounting:
           beyond: for each 64 keys of the strips, flags [1, 128] by query group: whether a query crosses more cells.
           piece: the piece.
         """
-        s, counting, per_group = self.tile.step, self.tile.step.plan.counting, []
+        s, counting, per_group = self.tile.step, self.tile.step.counting, []
         quarters = range(0, LANES, QUARTER)
         for (g, part), window in zip(piece.groups.lane_slices(), piece.counts.windows, strict=True):
             inside = piece.counts.inside[:, part]
@@ -174,9 +174,9 @@ class BackwardCounting:
             per_group.append((weights.astype(s.value.dtype), d_scores, d_scores * slope))
         piece.weights, piece.d_scores, piece.d_counts = (concatenate([values[k] for values in per_group], 1) for k in range(3))
 
-    def add_beyond(self, first: Array, quarter: Array, n: Array) -> None:
+    def add_beyond(self, first: Array | int, quarter: Array, n: Array) -> None:
         """Adds the gradient of z for more than ``FEW`` cells: of 64 keys, and the n-th query group from ``first`` on."""
-        s, counting = self.tile.step, self.tile.step.plan.counting
+        s, counting = self.tile.step, self.tile.step.counting
         g, at = first + n, pl.ds(pl.multiple_of(quarter * QUARTER, QUARTER), QUARTER)
         inside, base = s.positions[g, at, :], s.bases[g, pl.ds(jax.lax.div(quarter, np.int32(LANES // QUARTER)), 1), :]
         nodes = spread_beyond(inside, s.d_scores[g, at, :], jnp.max(cells_crossed(inside)).astype(jnp.int32))
@@ -205,14 +205,14 @@ class BackwardCounting:
     def add_to_worklist(self, worklist: GatherWorklist, last: Array, piece: GradientPiece) -> None:
         """Writes the scores with the bias of saturated counts, ``last`` [1, t], and lists the counts that are not saturated."""
         s = self.tile.step
-        worklist.add(piece.state.cursor, piece.index, piece.state.advance(suffix_sums(piece.gates, s.plan.counting)))
+        worklist.add(piece.state.cursor, piece.index, piece.state.advance(suffix_sums(piece.gates, s.counting)))
         for g, part in piece.groups.lane_slices():
             s.scores[g, piece.rows, :] = piece.logits[:, part] + last[:, g * LANES : (g + 1) * LANES]
             s.bias_slopes[g, piece.rows, :] = jnp.zeros((LANES, LANES), jnp.float32)
 
     def add_bias(self, g: Any, at: Any, few: bool) -> None:
         """Replaces bias and slope of saturated counts by those at the stored positions, for query group g and the keys ``at``."""
-        s, counting = self.tile.step, self.tile.step.plan.counting
+        s, counting = self.tile.step, self.tile.step.counting
         bias, slope = interpolate(s.positions[g, at, :], s.z[g], s.slope[g], counting, few)
         s.scores[g, at, :] += bias - s.z[g, pl.ds(counting.last, 1), :]
         s.bias_slopes[g, at, :] = slope
@@ -230,7 +230,7 @@ class BackwardCounting:
 
     def add_gathered(self, g: Any, at: Any, few: bool) -> None:
         """Moves the gradient of z from the last position to the stored positions, for query group g and keys ``at``."""
-        s, counting = self.tile.step, self.tile.step.plan.counting
+        s, counting = self.tile.step, self.tile.step.counting
         positions, d_scores = s.positions[g, at, :], s.d_scores[g, at, :]
         if few:
             s.d_z[g] += spread(positions, d_scores, jnp.max(spans(positions)), counting)
@@ -256,7 +256,7 @@ class BackwardCounting:
     def backprop_gates(self, piece: GradientPiece) -> None:
         """Adds the gradients through the gates: that of a count reaches the gates of all keys from its own to the query."""
         s, state = self.tile.step, piece.state
-        d_gates = prefix_sums(piece.d_counts, s.plan.counting) + state.gathered
+        d_gates = prefix_sums(piece.d_counts, s.counting) + state.gathered
         state.gathered = d_gates[LANES - 1 :]
         piece.d_logits = (piece.d_scores + d_gates * gate_slope(piece.gates)).astype(s.key.dtype)
 

@@ -115,7 +115,8 @@ class BackwardTile:
         d_scores = weights * (d_weights - as_row(s.delta, groups))
         d_scores = d_scores if s.plan.soft_cap is None else d_scores * soft_cap_derivative(s.plan, scores)
         for x, pull in pulls:
-            self.add_to_pair(x, *pull(d_scores), start, groups)
+            d_numbers, d_queries, d_keys = pull(d_scores)
+            self.add_to_pair(x, d_numbers, d_queries, d_keys, start, groups)
         return weights, d_scores
 
     def add_to_pair(
@@ -249,7 +250,7 @@ class BackwardTile:
 
     def embedding_gradients(self) -> Array:
         """Adds to the gradient of the embedding; returns that of the queries that multiply it, [t, H]."""
-        s, counting = self.step, self.step.plan.counting
+        s, counting = self.step, self.step.counting
         s.d_z[:, pl.ds(counting.last, 1), :] += s.d_last[...][:, None, :]
         counted = (s.query if s.counted_query is None else s.counted_query)[...]
         d_z = s.all_groups(s.d_z)
@@ -292,11 +293,11 @@ def _bias_and_pull(x: PairInputs) -> tuple[Array, Any]:
         return program.in_log2(x.queries, x.keys, x.numbers), None
 
     def bias(numbers: list[Array], queries: list[Array], keys: list[Array]) -> Array:
-        merged = [list(x.queries), list(x.keys)]
-        for side, new in zip(merged, (queries, keys), strict=True):
+        of_queries, of_keys = list(x.queries), list(x.keys)
+        for side, new in ((of_queries, queries), (of_keys, keys)):
             for n, feature in zip(floats, new, strict=True):
                 side[n] = feature
-        return program(*map(tuple, merged), numbers)
+        return program(tuple(of_queries), tuple(of_keys), numbers)
 
     numbers = x.numbers if program.learned else []
     evaluate = bias if program.learned else lambda _, queries, keys: bias(x.numbers, queries, keys)

@@ -141,11 +141,11 @@ class QueryGroupState:
     is_backward: bool
     high: Array
     low: Array
-    base: Array | None = None
+    base: Array = dataclasses.field(init=False)
     offset: Array | None = None
     windows: list[Window] = dataclasses.field(default_factory=list)
     gate_sums: list[Array] = dataclasses.field(default_factory=list)
-    gathered: Array | None = None
+    gathered: Array = dataclasses.field(init=False)
 
     def advance(self, suffix_sums: Array) -> Array:
         """Returns the counts [128, t] of a piece with the gate sums ``suffix_sums``, and advances past the piece."""
@@ -162,7 +162,7 @@ class QueryGroupState:
         if self.is_backward or not self.gate_sums:  # the forward pass uses one window for all pieces
             shift = cell(self.offset + 2.0**-10) - (SUBLANES - 2) if self.is_backward else cell(self.offset)
             self.base, self.offset = self.base + shift.astype(jnp.int32), self.offset - shift
-            z, slope, counting = self.step.z, self.step.slope, self.step.plan.counting
+            z, slope, counting = self.step.z, self.step.slope, self.step.counting
             self.windows = [window(z[g], slope[g], self.base[:, part], counting) for g, part in self.cursor.groups.lane_slices()]
         right_offset = self.offset - suffix_sums[:1] if self.is_backward else self.offset
         self.offset = right_offset if self.is_backward else right_offset + suffix_sums[:1]
@@ -185,10 +185,10 @@ class StripPiece:
 
     state: QueryGroupState
     index: int
-    start: Array | None = None
-    logits: Array | None = None
-    gates: Array | None = None
-    counts: WindowedCounts | None = None
+    start: Array = dataclasses.field(init=False)
+    logits: Array = dataclasses.field(init=False)
+    gates: Array = dataclasses.field(init=False)
+    counts: WindowedCounts = dataclasses.field(init=False)
 
     @property
     def groups(self) -> Groups:
@@ -208,7 +208,7 @@ class StripPiece:
         s, cursor = self.state.step, self.state.cursor
         if masked:
             logits = jnp.where(s.pairs(self.start, LANES, cursor.groups, cursor.is_active), logits, MASK_VALUE)
-        self.logits, self.gates = logits, doubled_gates(logits, s.plan.counting.exact)
+        self.logits, self.gates = logits, doubled_gates(logits, s.counting.exact)
 
 
 @dataclasses.dataclass
@@ -259,9 +259,8 @@ class CountingRegion:
 
     def load_state(self, cursor: StripCursor) -> QueryGroupState:
         """Returns the counts of a pair of query groups at the start of its strip."""
-        return QueryGroupState(
-            self.step, cursor, self.is_backward, *(as_row(ref, cursor.groups) for ref in (self.step.high, self.step.low))
-        )
+        high, low = (as_row(ref, cursor.groups) for ref in (self.step.high, self.step.low))
+        return QueryGroupState(self.step, cursor, self.is_backward, high, low)
 
     def store_counts(self, states: list[QueryGroupState], valid: Array | bool = True) -> None:
         """Adds the gates of the processed strips to the stored counts, or subtracts them if ``is_backward``; only if ``valid``."""
@@ -285,7 +284,7 @@ class CountingRegion:
     def unsaturated(self) -> Array:
         """Returns an integer with a bit for each query group, 1 if a count of the group is below the last position."""
         s = self.step
-        return bits([s.high[...] + s.low[...] < s.plan.counting.last])
+        return bits([s.high[...] + s.low[...] < s.counting.last])
 
     def for_each_gather(self, body: Any) -> None:
         """Calls ``body(g, at, few)`` for each entry of the work-list: query group g and the slice ``at`` of 64 keys of its strip.
@@ -312,13 +311,13 @@ class GatherWorklist:
     """
 
     region: CountingRegion
-    groups: dict[tuple[int, int], Array] = dataclasses.field(default_factory=dict)
-    ends: dict[int, list[Array]] = dataclasses.field(default_factory=dict)
+    groups: dict[tuple[int, Array | int], Array] = dataclasses.field(default_factory=dict)
+    ends: dict[Array | int, list[Array]] = dataclasses.field(default_factory=dict)
 
     def add(self, cursor: StripCursor, index: int, counts: Array) -> None:
         """Stores the positions of piece ``index`` (128 keys) of a strip, and adds the piece to the list."""
-        s, last = self.region.step, self.region.step.plan.counting.last
-        clamped = positions(counts, s.plan.counting)
+        s, last = self.region.step, self.region.step.counting.last
+        clamped = positions(counts, s.counting)
         ends = self.ends.setdefault(cursor.groups.first, [])
         ends += [clamped[:1].astype(jnp.int32), clamped[-1:].astype(jnp.int32)]
         for g, part in cursor.groups.lane_slices():

@@ -260,7 +260,7 @@ class ForwardCounting:
 
     def count_in_window(self, spans: list[Array], piece: StripPiece) -> None:
         """Adds the gates to the counts, relative to windows of eight cells, and appends the cell span of the piece to ``spans``."""
-        counting = self.tile.step.plan.counting
+        counting = self.tile.step.counting
         piece.counts = piece.state.advance_in_window(suffix_sums(piece.gates, counting))
         spans.append(piece.counts.cell_span(counting.last))
 
@@ -268,32 +268,33 @@ class ForwardCounting:
         """Writes the scores with the biases from the windows."""
         s = self.tile.step
         for (g, part), window in zip(piece.groups.lane_slices(), piece.counts.windows, strict=True):
-            bias, _ = interpolate_in_window(window, piece.counts.inside[:, part], s.plan.counting)
+            bias, _ = interpolate_in_window(window, piece.counts.inside[:, part], s.counting)
             s.scores[g, piece.rows, :] = piece.logits[:, part] + bias
 
     def add_to_worklist(self, worklist: GatherWorklist, last: Array, piece: StripPiece) -> None:
         """Writes the scores with the bias of saturated counts, ``last`` [1, t], and lists the counts that are not saturated."""
         s = self.tile.step
-        worklist.add(piece.state.cursor, piece.index, piece.state.advance(suffix_sums(piece.gates, s.plan.counting)))
+        worklist.add(piece.state.cursor, piece.index, piece.state.advance(suffix_sums(piece.gates, s.counting)))
         for g, part in piece.groups.lane_slices():
             s.scores[g, piece.rows, :] = piece.logits[:, part] + last[:, g * LANES : (g + 1) * LANES]
 
     def add_bias(self, g: Any, at: Any, few: bool) -> None:
         """Replaces the bias of saturated counts by that of the stored positions, for query group g and the keys ``at``."""
         s = self.tile.step
-        bias, _ = interpolate(s.positions[g, at, :], s.z[g], s.slope[g], s.plan.counting, few)
-        s.scores[g, at, :] += bias - s.z[g, pl.ds(s.plan.counting.last, 1), :]
+        bias, _ = interpolate(s.positions[g, at, :], s.z[g], s.slope[g], s.counting, few)
+        s.scores[g, at, :] += bias - s.z[g, pl.ds(s.counting.last, 1), :]
 
 
 def _body(plan: Plan, names: tuple[str, ...], rows: int, tiles_per_block: int, *refs: Any) -> None:
     """Runs one grid step of the kernel."""
     if plan.interpret is None:  # only the shapes of the results are needed
         return
-    scalars, scale, rest = Scalars(*refs[:6]), refs[6], dict(zip(names, refs[7:], strict=True))
-    rest = dict.fromkeys(OPTIONAL) | rest
-    batch, _, group, tile, block_step = (pl.program_id(n) for n in range(5))
+    scalars, scale = Scalars(*refs[:6]), refs[6]
+    rest: dict[str, Any] = {**dict.fromkeys(OPTIONAL), **dict(zip(names, refs[7:], strict=True))}
+    batch, group, tile, block_step = (pl.program_id(n) for n in (0, 2, 3, 4))
     s = Step(plan, scalars, rest, batch if rows > 1 else 0, rows, tile, 0)
-    first_block, last_block = blocks_of(*s.entry("visible_tiles", tile), tiles_per_block)
+    first, last = s.entry("visible_tiles", tile)
+    first_block, last_block = blocks_of(first, last, tiles_per_block)
     s.key_block = jnp.maximum(last_block - block_step, first_block)
     region = CountingRegion(s, lambda a: region.visible_strips(a)[0])
     query_tile = ForwardTile(s, scale[0] * LOG2E)

@@ -179,6 +179,7 @@ def apply_soft_cap(plan: Plan, x: Array) -> Array:
 
 def soft_cap_derivative(plan: Plan, x: Array) -> Array:
     """Returns the derivative of the soft cap where the capped score is x; zero where x is MASK_VALUE."""
+    assert plan.soft_cap is not None
     return 1.0 - jnp.square(jnp.maximum(x / (plan.soft_cap * LOG2E), -1.0))
 
 
@@ -195,15 +196,21 @@ class Step:
     plan: Plan
     scalars: Scalars
     refs: dict[str, Any]
-    row: Array  # index in the batch of ``scalars``; 0 where it has one row
+    row: Array | int  # index in the batch of ``scalars``; 0 where it has one row
     rows: int
     tile: Array  # index of the query tile
-    key_block: Array  # index of the resident block of keys
+    key_block: Array | int  # index of the resident block of keys
 
     def __getattr__(self, name: str) -> Any:
         return self.refs[name]
 
-    def entry(self, which: str, index: Array) -> list[Array]:
+    @property
+    def counting(self) -> Counting:
+        """Returns how a call that counts by gates does so."""
+        assert self.plan.counting is not None
+        return self.plan.counting
+
+    def entry(self, which: str, index: Array | int) -> list[Array]:
         """Reads one entry of ``scalars``: a range (two numbers) or an extent (four numbers)."""
         ref, size = getattr(self.scalars, which), 2 if which in ("visible_tiles", "visible_strips") else 4
         start = (self.row * (ref.shape[0] // self.rows // size) + index) * size
@@ -215,7 +222,7 @@ class Step:
     def key_extent(self, j: Array) -> Extent:
         return Extent(*self.entry("key_tiles", self.key_block * (self.strips // self.plan.per_tile) + j))
 
-    def group_extent(self, g: Array) -> Extent:
+    def group_extent(self, g: Array | int) -> Extent:
         return Extent(*self.entry("query_groups", self.tile * self.plan.groups + g))
 
     def strip_extent(self, at: Array) -> Extent:
@@ -264,15 +271,15 @@ class Step:
 
     def last_bias(self) -> Array:
         """Returns the bias of saturated counts, [1, t]."""
-        return jnp.concatenate([self.z[g, pl.ds(self.plan.counting.last, 1), :] for g in range(self.plan.groups)], axis=1)
+        return jnp.concatenate([self.z[g, pl.ds(self.counting.last, 1), :] for g in range(self.plan.groups)], axis=1)
 
     def dispatch_tile(self, j: Array, is_full: Array, uniform_tile: Any, lookup_tile: Any) -> None:
         """Calls ``lookup_tile(j, is_full)`` on a tile with more than one table index, ``uniform_tile(j, masked)`` on any other."""
-        needs_lookup: Array | bool = False
+        is_uniform: Array | bool = True
         if self.plan.index is not None:
-            needs_lookup = ~self.is_uniform(self.query_extent(), self.key_extent(j))
-            pl.when(needs_lookup)(lambda: lookup_tile(j, is_full))
-        masked_or_not(functools.partial(uniform_tile, j), is_full, True if self.plan.index is None else ~needs_lookup)
+            is_uniform = self.is_uniform(self.query_extent(), self.key_extent(j))
+            pl.when(~is_uniform)(lambda: lookup_tile(j, is_full))
+        masked_or_not(functools.partial(uniform_tile, j), is_full, is_uniform)
 
     def lookup_biases(self, strip_of: Any) -> Array:
         """Returns the T5 bias of each query group g in its strip ``strip_of(g)``, [s, t]."""
@@ -425,9 +432,8 @@ def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[
     def varies(array: Array, b: Any) -> Any:
         return b if array.shape[0] > 1 else 0
 
-    def add(name: str, array: Array | None, shape: tuple, index: Any) -> None:
-        if array is not None:
-            operands.append((name, array, shape, index))
+    def add(name: str, array: Array, shape: tuple, index: Any) -> None:
+        operands.append((name, array, shape, index))
 
     def by_query(b, k, g, i, r, *scalars):
         return b, k, g, i, 0
@@ -446,11 +452,11 @@ def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[
     add("key", x.key, (None, None, resident, x.key.shape[-1]), by_key)
     add("value", x.value, (None, None, resident, x.value.shape[-1]), by_key)
     for name in ("query_positions", "query_segments"):
-        array = getattr(x, name)
-        add(name, array, (None, None, plan.groups, LANES), array is not None and tiles(array))
+        if (array := getattr(x, name)) is not None:
+            add(name, array, (None, None, plan.groups, LANES), tiles(array))
     for name in ("key_positions", "key_segments"):
-        array = getattr(x, name)
-        add(name, array, (None, 1, resident), array is not None and flat(array))
+        if (array := getattr(x, name)) is not None:
+            add(name, array, (None, 1, resident), flat(array))
     if x.counted_query is not None:
         add("counted_query", x.counted_query, (*none, blocks.block_q, x.counted_query.shape[-1]), by_query)
     if x.embedding is not None:
@@ -458,19 +464,19 @@ def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[
         head = (lambda b, k, g, *_: (k, g, 0, 0, 0)) if per_head else (lambda *_: (0,) * 5)
         add("embedding", x.embedding, (None, None, *x.embedding.shape[2:]), head)
     for name in ("table", "numbers"):
-        array = getattr(x, name)
-        add(name, array, array is not None and (None, None, *array.shape[2:]), lambda b, k, g, *_: (k, g, 0, 0))
-    if x.query_features is not None:
-        of_queries, of_keys = (_leading(array.shape) for array in (x.query_features, x.key_features))
+        if (array := getattr(x, name)) is not None:
+            add(name, array, (None, None, *array.shape[2:]), lambda b, k, g, *_: (k, g, 0, 0))
+    if x.query_features is not None and x.key_features is not None:
+        query_head, key_head = (_leading(array.shape) for array in (x.query_features, x.key_features))
         count = x.query_features.shape[3]
         by_query_tile = (None, None, None, count, None, plan.groups, LANES)
-        add("query_features", x.query_features, by_query_tile, lambda b, k, g, i, *_: (*of_queries(b, k, g), 0, i, 0, 0))
+        add("query_features", x.query_features, by_query_tile, lambda b, k, g, i, *_: (*query_head(b, k, g), 0, i, 0, 0))
         by_block = (None, None, None, count, resident)
         add(
             "key_features",
             x.key_features,
             by_block,
-            lambda b, k, g, i, r, *scalars: (*of_keys(b, k, g), 0, key_block(b, i, r, *scalars)),
+            lambda b, k, g, i, r, *scalars: (*key_head(b, k, g), 0, key_block(b, i, r, *scalars)),
         )
     if x.query_cos_sin is not None:
         cos_sin = x.query_cos_sin
@@ -480,17 +486,20 @@ def inputs_of(plan: Plan, x: Operands, key_block: Any) -> tuple[list[str], list[
             (None, 2, blocks.block_q, cos_sin.shape[-1]),
             lambda b, k, g, i, *_: (varies(cos_sin, b), 0, i, 0),
         )
-        if plan.rotates_keys:
-            add(
-                "key_cos_sin",
-                x.key_cos_sin,
-                (None, 2, resident, cos_sin.shape[-1]),
-                lambda b, k, g, i, r, *scalars: (varies(x.key_cos_sin, b), 0, key_block(b, i, r, *scalars), 0),
-            )
+    if x.key_cos_sin is not None:
+        of_keys = x.key_cos_sin
+        add(
+            "key_cos_sin",
+            of_keys,
+            (None, 2, resident, of_keys.shape[-1]),
+            lambda b, k, g, i, r, *scalars: (varies(of_keys, b), 0, key_block(b, i, r, *scalars), 0),
+        )
+    if x.rotate_half_matrix is not None:
         add("rotate_half_matrix", x.rotate_half_matrix, x.rotate_half_matrix.shape, lambda *_: (0, 0))
     for name in ("high", "low"):
-        by_tile = (None,) * 4 + (plan.groups, LANES)
-        add(f"in_{name}", getattr(x, name), by_tile, lambda b, k, g, i, *_: (b, k, g, i, 0, 0))
+        if (array := getattr(x, name)) is not None:
+            by_tile = (None,) * 4 + (plan.groups, LANES)
+            add(f"in_{name}", array, by_tile, lambda b, k, g, i, *_: (b, k, g, i, 0, 0))
     specs = [pl.BlockSpec(shape, index) for _, _, shape, index in operands]
     return [name for name, *_ in operands], [array for _, array, *_ in operands], specs
 

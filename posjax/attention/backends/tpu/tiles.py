@@ -372,7 +372,7 @@ def spread_widely(positions: Any, gradient: Any, counting: Counting) -> Array:
 
     Eight keys cross at most eight nodes. Their windows are merged in pairs, up to windows of 32 keys.
     """
-    size, d_table = min(32, positions.shape[0]), None
+    size, tables = min(32, positions.shape[0]), []
     for end in range(size, positions.shape[0] + 1, size):
         windows, previous_base = [], None
         for at in range(end - SUBLANES, end - size - 1, -SUBLANES):  # smallest counts first
@@ -385,19 +385,19 @@ def spread_widely(positions: Any, gradient: Any, counting: Counting) -> Array:
         while len(windows) > 1:
             pairs, rows = zip(windows[::2], windows[1::2], strict=True), 2 * rows
             windows = [_merge_windows(low, high, rows) for low, high in pairs]
-        part = _place_in_table(*windows[0], counting)
-        d_table = part if d_table is None else d_table + part
-    return d_table
+        tables.append(_place_in_table(*windows[0], counting))
+    return functools.reduce(jnp.add, tables)
 
 
 def _window_of_eight_keys(positions: Any, gradient: Any, at: int, base: Array, counting: Counting) -> list[Array]:
     """Returns the gradients of the nodes from ``base`` on that come from eight keys."""
     node = (jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, base.shape[1]), 0) + base).astype(jnp.float32)
-    before = sums = None
+    before, sums = [], []
     for n in range(at, at + SUBLANES):
         count, value = (jnp.broadcast_to(x[n : n + 1, :], node.shape) for x in (positions, gradient))
-        ramp = jnp.maximum(count - node, 0.0) * value
-        before, sums = (value, ramp) if before is None else (before + value, sums + ramp)
+        before.append(value)
+        sums.append(jnp.maximum(count - node, 0.0) * value)
+    before, sums = functools.reduce(jnp.add, before), functools.reduce(jnp.add, sums)
     return _nodes(sums, before[:1] + sums[:1], base, counting)
 
 

@@ -28,7 +28,7 @@ _SPILLED_BY_ROTATION = 12  # per query and channel
 _SPILLED_BY_COMPARING = 40  # per query and position, on chips without a sublane gather
 
 
-def size(shape: tuple[int | None, ...], dtype: Any) -> int:
+def size(shape: Any, dtype: Any) -> int:
     """Returns the bytes of an array in VMEM, its last two axes padded to whole registers; axes that are None are omitted."""
     item = jnp.dtype(dtype).itemsize
     *outer, rows, columns = (1, 1, *(n for n in shape if n is not None))

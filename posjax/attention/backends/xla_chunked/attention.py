@@ -29,7 +29,7 @@ from posjax.attention.backends.xla_chunked.layout import Operands, Plan, from_bl
 from posjax.attention.call import AttentionCall
 from posjax.typing import Array, Float
 
-NAME = "xla_chunked"
+NAME: str = "xla_chunked"
 SAVED = "posjax_attention"  # checkpoint name of the residuals of the backward pass, for policies of jax.checkpoint
 
 

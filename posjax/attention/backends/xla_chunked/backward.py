@@ -32,8 +32,8 @@ def floats(tree: Any) -> tuple[list[Array], Any]:
     chosen = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
 
     def replaced(new: list[Array]) -> Any:
-        new = iter(new)
-        return jax.tree.unflatten(structure, [next(new) if c else leaf for leaf, c in zip(leaves, chosen, strict=True)])
+        remaining = iter(new)
+        return jax.tree.unflatten(structure, [next(remaining) if c else leaf for leaf, c in zip(leaves, chosen, strict=True)])
 
     return [leaf for leaf, c in zip(leaves, chosen, strict=True) if c], replaced
 
@@ -203,7 +203,7 @@ class _Backward:
     def counted_steps(self, first: Array, state: Any) -> Any:
         """Processes the key tiles from ``first`` on, in which the terms pass carries."""
         received = self.leaves.received(self.rows, first)
-        unsaturated = [None] * len(self.leaves.row.terms)
+        unsaturated: list[Array | None] = [None] * len(self.leaves.row.terms)
         return jax.lax.fori_loop(
             first,
             self.leaves.row.count,
@@ -247,7 +247,8 @@ def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, delta: Array, d
         return (_sum(d_tables, more_tables), by_key), row_gradients
 
     columns, tables = floats([term.columns for term in x.terms])[0], floats([term.tables for term in x.terms])[0]
-    start = zeros_like(tables), _ByKey(*zeros_like([x.key, x.value]), zeros_like(columns))
+    d_key, d_value = zeros_like([x.key, x.value])
+    start = zeros_like(tables), _ByKey(d_key, d_value, zeros_like(columns))
     start = jax.tree.map(lambda zeros: jnp.full_like(zeros, runtime_zero(delta)), start)
     (d_tables, by_key), (d_query, d_rows, d_carries, d_scale) = jax.lax.scan(
         one, start, (jnp.arange(x.query.shape[0]), lse, first, final, d_out, delta, d_final)

@@ -46,10 +46,10 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Any]:
             return at - 1, (m_new, l * alpha + weights.sum(-1), acc * alpha[..., None] + product), carries
 
         batch, heads, height, _ = row.query.shape
-        statistics = (jnp.full((batch, heads, height), value, jnp.float32) for value in (INIT_MAX, 0.0))
-        softmax = (*statistics, jnp.zeros((batch, heads, height, x.value.shape[-1]), jnp.float32))
+        m, l = (jnp.full((batch, heads, height), value, jnp.float32) for value in (INIT_MAX, 0.0))
+        softmax = m, l, jnp.zeros((batch, heads, height, x.value.shape[-1]), jnp.float32)
         state = row.count - 1, softmax, [term.carry for term in loaded]
-        unsaturated = [None] * len(loaded)
+        unsaturated: list[Array | None] = [None] * len(loaded)
         if any(term.carry is not None for term in loaded):
 
             def counts(state: Any) -> Array:

@@ -54,14 +54,14 @@ def _padded(call: AttentionCall, rows: int, columns: int) -> tuple[AttentionCall
     """Pads a call and its terms to whole tiles."""
     by_query, by_key = functools.partial(pad, to=rows, axis=1), functools.partial(pad, to=columns, axis=1)
     terms, values = (tuple(pad_term(term, rows, columns) for term in of(call)) for of in (bias_terms, value_terms))
-    mask = call.mask
+    mask, moves = call.mask, call.transport
     if mask.boolean is not None:
         mask = mask.replace(boolean=pad(pad(mask.boolean, to=rows, axis=2), to=columns, axis=3))
     padded = call.replace(
         query=by_query(call.query),
         key=by_key(call.key),
         value=by_key(call.value),
-        transforms=tuple(Transport(*map(by_key, (t.direction, t.strength, t.log_decay))) for t in call.transforms),
+        transforms=() if moves is None else (Transport(*map(by_key, (moves.direction, moves.strength, moves.log_decay))),),
         mask=mask.replace(query_segments=by_query(mask.query_segments), key_segments=by_key(mask.key_segments)),
         query_positions=by_query(call.query_positions),
         key_positions=by_key(call.key_positions),
@@ -85,9 +85,9 @@ def _query_tile(
     batch, heads, _, _ = query.shape
     zeros = jnp.zeros((batch, heads, rows), jnp.float32)
     entries = [jnp.zeros((batch, heads, rows, _table(term).shape[1]), jnp.float32) for term in values]
-    breaks = isinstance(call.weights, StickBreaking)
+    stick = call.weights if isinstance(call.weights, StickBreaking) else None
     state = (
-        (zeros if breaks else jnp.full_like(zeros, INIT_MAX)),  # what is left of the stick, or the running maximum
+        (zeros if stick is not None else jnp.full_like(zeros, INIT_MAX)),  # what is left of the stick, or the running maximum
         zeros,
         jnp.zeros((batch, heads, rows, call.value.shape[-1]), jnp.float32),
         entries,
@@ -113,8 +113,8 @@ def _query_tile(
             scores, after = scores + bias, [*after, carry]
         if call.logits_soft_cap is not None:
             scores = call.logits_soft_cap * jnp.tanh(scores / call.logits_soft_cap)
-        if breaks:
-            if not call.weights.attend_current:
+        if stick is not None:
+            if not stick.attend_current:
                 allowed &= positions[:, None, :, None] != key_positions[:, None, None, :]
             stays = jnp.where(allowed, jax.nn.log_sigmoid(-scores), 0.0)
             left = m[..., None] + jax.lax.cumsum(stays, axis=3, reverse=True)
@@ -134,7 +134,7 @@ def _query_tile(
     for term, received in zip(values, entries, strict=True):
         table = jnp.broadcast_to(_table(term), (heads, *_table(term).shape[1:])).astype(jnp.float32)
         acc = acc + jnp.einsum("bntw,nwv->bntv", received, table)
-    if breaks:
+    if stick is not None:
         return acc, m
     is_empty = l == 0.0
     l = jnp.where(is_empty, 1.0, l)
@@ -165,13 +165,12 @@ def _transported(
     A query meets key j after the maps of all tokens after j, and then passes the map of token j.
     """
     heads, transport = moved.shape[1], call.transport
+    assert transport is not None
     positions, segments = _part(call.query_positions, start, rows), call.mask.query_segments
     segments = None if segments is None else _part(segments, start, rows)
 
-    def token(x: Array | None, at: Array) -> Array | None:
+    def token(x: Array, at: Array) -> Array:
         """Returns the vector of one token for every head, [B, N, 1, C]."""
-        if x is None:
-            return None
         x = jax.lax.dynamic_index_in_dim(x.astype(jnp.float32), at, 1, keepdims=False)
         return jnp.repeat(x, heads // x.shape[1], axis=1)[:, :, None]
 
@@ -179,10 +178,13 @@ def _transported(
         at = first + column
         logit = (moved * token(call.key, at)).sum(-1) * call.scale
         passes = (positions >= _part(call.key_positions, at, 1)) & (at < keys)
-        if segments is not None:
+        if segments is not None and call.mask.key_segments is not None:
             passes &= segments == _part(call.mask.key_segments, at, 1)
-        w, strength, log_decay = (token(x, at) for x in (transport.direction, transport.strength, transport.log_decay))
-        after = moved * jnp.exp(log_decay) if w is None else moved - strength * (moved * w).sum(-1, keepdims=True) * w
+        if transport.log_decay is not None:
+            after = moved * jnp.exp(token(transport.log_decay, at))
+        else:
+            w, strength = token(transport.direction, at), token(transport.strength, at)
+            after = moved - strength * (moved * w).sum(-1, keepdims=True) * w
         return jnp.where(passes[:, None, :, None], after, moved), logit
 
     moved, logits = jax.lax.scan(step, moved, jnp.arange(columns), reverse=True)

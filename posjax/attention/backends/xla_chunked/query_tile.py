@@ -110,7 +110,9 @@ def _may_attend(plan: Plan, x: Operands, index: Array, query_positions: Array) -
         query_ids = jax.lax.dynamic_slice_in_dim(mask.query_segments, index * plan.rows, plan.rows, axis=1)[..., None]
         may_attend &= (first <= query_ids) & (query_ids <= last)
     if mask.boolean is not None:
-        boolean = mask.cut(index * plan.rows, plan.rows, 0, x.key_positions.shape[1]).boolean.any(1)
+        boolean = mask.cut(index * plan.rows, plan.rows, 0, x.key_positions.shape[1]).boolean
+        assert boolean is not None
+        boolean = boolean.any(1)
         boolean = jnp.broadcast_to(boolean, (*boolean.shape[:2], x.key_positions.shape[1]))
         may_attend &= boolean.reshape(*boolean.shape[:2], -1, plan.columns).any(-1)
     return may_attend

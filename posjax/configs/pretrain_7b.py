@@ -1,8 +1,8 @@
 """A decoder of 7.1 billion parameters under RoPE and CoPE: 512 sequences of 8,192 tokens, 4 million a step, 210 billion in all.
 
-    posjax train configs/pretrain_7b.py --data tfds:NAME
+    posjax train pretrain_7b --data tfds:NAME
 
-It has not been run. What its compiler says of 512 chips (posjax plan configs/pretrain_7b.py --topology v5p:8x8x8):
+It has not been run. What its compiler says of 512 chips (posjax plan pretrain_7b --topology v5p:8x8x8):
 
     memory of a chip   parameters 0.053, optimizer 0.106, activations 4.27; in all 4.43 of 95 GiB
     between chips      over fsdp all-reduce 40,963 MiB: parts of 8 rows are put together by sums

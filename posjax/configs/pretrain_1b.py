@@ -1,8 +1,8 @@
 """A decoder of 1.1 billion parameters under RoPE and CoPE: 256 sequences of 8,192 tokens, 2 million a step, 105 billion in all.
 
-    posjax train configs/pretrain_1b.py --data tfds:NAME
+    posjax train pretrain_1b --data tfds:NAME
 
-It has not been run. What its compiler says of 256 chips (posjax plan configs/pretrain_1b.py --topology v5e:16x16):
+It has not been run. What its compiler says of 256 chips (posjax plan pretrain_1b --topology v5e:16x16):
 
     memory of a chip   parameters 0.016, optimizer 0.033, activations 2.46; in all 2.51 of 16 GiB
     between chips      over fsdp all-gather 3,032 MiB (96 % beside computation), all-reduce 3,294

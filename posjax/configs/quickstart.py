@@ -1,6 +1,6 @@
 """Eight positional encodings on the source code of Python's standard library, in about five minutes on two CPU cores.
 
-    posjax compare configs/quickstart.py
+    posjax compare quickstart
 
 A decoder of four layers reads bytes, 64 at a time, and is evaluated at up to 512.
 """

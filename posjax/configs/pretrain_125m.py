@@ -1,8 +1,8 @@
 """A decoder of 125 million parameters under RoPE and CoPE: 64 sequences of 8,192 tokens, half a million a step, 10 billion in all.
 
-    posjax train configs/pretrain_125m.py --data tfds:NAME
+    posjax train pretrain_125m --data tfds:NAME
 
-It has not been run. What its compiler says of 32 chips (posjax plan configs/pretrain_125m.py --topology v5e:4x8):
+It has not been run. What its compiler says of 32 chips (posjax plan pretrain_125m --topology v5e:4x8):
 
     memory of a chip   parameters 0.015, optimizer 0.029, activations 4.67; in all 4.72 of 16 GiB
     between chips      over fsdp all-gather 430 MiB (83 % beside computation), reduce-scatter 251, all-reduce 36
