@@ -32,6 +32,7 @@ from posjax.attention.backends.kernel_call import pad_to_multiple
 from posjax.attention.backends.shards import ShardSpec, infer_shard_spec
 from posjax.attention.backends.sinks import with_sink
 from posjax.attention.call import AttentionCall
+from posjax.core.manual_axes import untracked
 from posjax.core.masks import Rules, with_padding
 from posjax.core.structures import Bias
 from posjax.typing import Array, Float
@@ -75,6 +76,7 @@ def _programs(call: AttentionCall) -> tuple[PairProgram, ...]:
     return tuple(map(PairProgram.of, biases_by_form(call.biases).pairs))
 
 
+@untracked
 def attention(
     call: AttentionCall, *, block_sizes: GpuBlocks | None = None, spec: ShardSpec | None = None, interpret: Any = None
 ) -> Float[Array, "B T N V"]:

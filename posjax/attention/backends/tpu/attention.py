@@ -33,6 +33,7 @@ from posjax.attention.backends.tpu.step import Operands, Plan
 from posjax.attention.backends.tpu.tiles import LANES, SUBLANES, Counting
 from posjax.attention.backends.tpu.vmem import SMEM, needed, scalars, smaller
 from posjax.attention.call import AttentionCall
+from posjax.core.manual_axes import untracked
 from posjax.core.masks import Rules, with_padding
 from posjax.core.structures import Rotate
 from posjax.typing import Array, Float
@@ -116,6 +117,7 @@ def _shapes(call: AttentionCall, blocks: Blocks, chip: Chip) -> tuple[Plan, Oper
     return plans[0], shapes
 
 
+@untracked
 def attention(
     call: AttentionCall,
     *,
