@@ -69,6 +69,7 @@ def _untracked(function: Callable[[Any], Any], call: Any) -> Any:
         no_axes = dict(in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
         manual = set(jax.sharding.get_abstract_mesh().manual_axes)
         call = jax.shard_map(lambda *args: function(*jax.tree.map(_as_result, args)), axis_names=manual, **no_axes)
+        call = jax.jit(call, inline=True)  # outside of jit, JAX does not run a ``shard_map`` in another
         return lambda *args: _cast(call(*args), axes)
 
     def compute(floats: list, others: list) -> Any:

@@ -71,14 +71,17 @@ def _batched(arrays: Sequence[Array], dims: Sequence[int | None], *, axes: Any, 
 def _some_gpu() -> Iterator[None]:
     """Provides an abstract GPU to Pallas, which needs to know the GPU model when it lowers a kernel.
 
-    Where the mesh in context has no abstract device and this process has no GPU, it is an A100, the least capable model that
-    suffices. Elsewhere the context manager does nothing.
+    Where the mesh in context is not one of GPUs and this process has no GPU, it is an A100, the least capable model that suffices.
+    Elsewhere the context manager does nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if getattr(mesh, "abstract_device", None) is not None or jax.devices()[0].platform == "gpu":
+    device = getattr(mesh, "abstract_device", None)
+    if getattr(device, "platform", None) in ("gpu", "cuda", "rocm") or jax.devices()[0].platform == "gpu":
         yield
         return
-    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=AbstractDevice("NVIDIA A100", 108, "gpu"))):
+    # An empty mesh agrees with the arrays, whose mesh may be one of other devices.
+    nowhere = jax.sharding.AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA A100", 108, "gpu"))
+    with jax.sharding.use_abstract_mesh(nowhere):
         yield
 
 

@@ -113,7 +113,7 @@ def _shapes(call: AttentionCall, blocks: Blocks, chip: Chip) -> tuple[Plan, Oper
         plans.append(plan)
         return x
 
-    shapes = jax.eval_shape(operands)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(operands))  # without mesh axes
     return plans[0], shapes
 
 
