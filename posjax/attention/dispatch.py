@@ -148,17 +148,20 @@ def _by_platform(call: AttentionCall, spec: ShardSpec, block_sizes: Any, elsewhe
       elsewhere: kernel that runs in interpret mode on other platforms; None runs "xla_chunked" there.
     """
 
-    def runner(kernel: Backend, sizes: Any) -> Callable[[AttentionCall], Array]:
-        return lambda call: kernel.attention(call, block_sizes=sizes, spec=spec)
+    def runner(kernel: Backend, sizes: Any, platforms: tuple[str, ...]) -> Callable[[AttentionCall], Array]:
+        return lambda call: kernel.attention(call, block_sizes=sizes, spec=spec, platforms=platforms)
 
     branches = {}
     for name, kernel in _kernels().items():
         sizes = block_sizes_for(kernel, block_sizes)
         if kernel.unsupported_reason(call, block_sizes=sizes, spec=spec) is None:
-            branches[name] = runner(kernel, sizes)
+            branches[name] = runner(kernel, sizes, (name,))
 
     def walk(call: AttentionCall) -> Array:
         return on_shards(xla_chunked.attention, spec)(call.transformed())
 
-    default = walk if elsewhere is None else runner(elsewhere, block_sizes_for(elsewhere, block_sizes))
+    default = walk
+    if elsewhere is not None:
+        others = tuple(name for name in ("cpu", *_kernels()) if name not in branches)
+        default = runner(elsewhere, block_sizes_for(elsewhere, block_sizes), others)
     return jax.lax.platform_dependent(call, **branches, default=default) if branches else default(call)

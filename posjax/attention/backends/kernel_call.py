@@ -1,7 +1,8 @@
 """Shared parts of the TPU and GPU backends around their Pallas kernels: padding, sharding, tracing and cotangents.
 
-A backend lays a call out as a static plan, a frozen dataclass with a field ``interpret``, and as operands, a dataclass of arrays in
-which a field that the call does not need is None. ``run`` calls a function of both on each device's shard.
+A backend lays a call out as a static plan, a frozen dataclass with the fields ``interpret`` and ``platforms`` and the class attribute
+``home``, and as operands, a dataclass of arrays in which a field that the call does not need is None. ``run`` calls a function of
+both on each device's shard.
 """
 
 import dataclasses
@@ -63,7 +64,7 @@ def run(
     present = tuple(field.name for field in dataclasses.fields(operands) if getattr(operands, field.name) is not None)
     static = function, plan, type(operands), present
     if plan.interpret is None:
-        on_shard = functools.partial(deferred, _on_shard, static)
+        on_shard = functools.partial(deferred, _on_shard, static, plan.home, plan.platforms)
     else:
         on_shard = functools.partial(_on_shard, *static, plan.interpret)
     arrays = [getattr(operands, name) for name in present]

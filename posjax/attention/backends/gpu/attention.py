@@ -6,6 +6,7 @@ z [T, P] per head, because the kernels look up single numbers of a row, which is
 gradient of z.
 """
 
+import dataclasses
 import functools
 import logging
 from typing import Any
@@ -78,7 +79,12 @@ def _programs(call: AttentionCall) -> tuple[PairProgram, ...]:
 
 @untracked
 def attention(
-    call: AttentionCall, *, block_sizes: GpuBlocks | None = None, spec: ShardSpec | None = None, interpret: Any = None
+    call: AttentionCall,
+    *,
+    block_sizes: GpuBlocks | None = None,
+    spec: ShardSpec | None = None,
+    interpret: Any = None,
+    platforms: tuple[str, ...] | None = None,
 ) -> Float[Array, "B T N V"]:
     """Computes attention with the GPU kernels, each device on its shard of batch and heads.
 
@@ -87,6 +93,7 @@ def attention(
       block_sizes: None takes those of the device.
       spec: how a mesh shards batch and heads; None infers it from the query's type.
       interpret: None interprets the kernels where the program is lowered for a CPU; else what ``pallas_call`` takes.
+      platforms: as in ``deferred``.
 
     Returns:
       [B, T, N, V] in the dtype of value. Rows without an allowed key are zero.
@@ -94,7 +101,7 @@ def attention(
     spec = infer_shard_spec(call.query) if spec is None else spec
     call = call.transformed()
     plan, operands = to_operands(call, default_blocks(call) if block_sizes is None else block_sizes, spec, interpret)
-    out, lse = _attend(plan, spec, operands)
+    out, lse = _attend(dataclasses.replace(plan, platforms=platforms), spec, operands)
     length = call.query.shape[1]
     lse = jnp.swapaxes(lse, 1, 2)[:, :length]
     return with_sink(from_blocks(out, length, call.value.shape[-1]), lse, call.sink)

@@ -3,6 +3,7 @@
 ``forward.py`` and ``backward.py`` hold one kernel each.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -125,6 +126,7 @@ def attention(
     spec: ShardSpec | None = None,
     chip: Chip | None = None,
     interpret: Any = None,
+    platforms: tuple[str, ...] | None = None,
 ) -> Float[Array, "B T N V"]:
     """Computes attention with the Pallas kernels, each device on its shard of batch and heads.
 
@@ -135,6 +137,7 @@ def attention(
       spec: how the mesh shards batch and heads; None infers it from the type of the query.
       chip: the TPU generation; None takes that of the query's mesh, of the mesh in context, or of this process.
       interpret: as in ``pallas_call``; None interprets the kernel only where the program is lowered for a CPU.
+      platforms: as in ``deferred``.
 
     Returns:
       [B, T, N, V] in the dtype of value; rows without an allowed key are zero.
@@ -145,7 +148,7 @@ def attention(
         block_sizes = fitting(chip, call) or Blocks(LANES, LANES, LANES, LANES)
     plan, operands = to_operands(call, block_sizes, chip, spec, interpret)
     length = call.query.shape[1]
-    out, lse = _attend(plan, spec, operands)
+    out, lse = _attend(dataclasses.replace(plan, platforms=platforms), spec, operands)
     return with_sink(from_blocks(out, length), from_blocks(lse.reshape(*out.shape[:4], 1), length)[..., 0], call.sink)
 
 
