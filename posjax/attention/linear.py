@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax.attention.arguments import canonicalize_positions, check_encoding, check_operands
+from posjax.checks import round_up
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, Tokens
 from posjax.core.manual_axes import vary_alike
 from posjax.core.structures import Rotate, Softmax
@@ -178,7 +179,7 @@ def _chunked_sum(query: Array, key: Array, value: Array, segments: Array, is_cau
     directions; pairs inside a chunk are counted in the forward scan only.
     """
     batch, length, heads, _ = query.shape
-    pad = -length % _CHUNK
+    pad = round_up(length, _CHUNK) - length
 
     def chunks(x: Array, fill: int = 0) -> Array:
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)

@@ -92,5 +92,5 @@ def _untracked(function: Callable[[Any], Any], call: Any) -> Any:
 
 
 def _as_result(x: Any) -> Any:
-    """Returns x as the result of operations: in a ``shard_map`` that tracks nothing, arguments keep the axes that they vary along."""
+    """Returns x as the result of operations: in a ``shard_map`` that tracks nothing, only arguments keep their axes."""
     return jax.lax.squeeze(jax.lax.expand_dims(x, (0,)), (0,))

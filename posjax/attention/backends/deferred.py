@@ -105,8 +105,8 @@ def _lowered(platform: str) -> Callable[..., Any]:
             return mlir.lower_fun(lambda *_: [jnp.zeros(aval.shape, aval.dtype) for aval in ctx.avals_out])(ctx, *args)
         if platform not in (home, "cpu"):
             raise NotImplementedError(
-                f"implementation='pallas' must be lowered for a platform whose kernel supports the call, got {platform!r}, where it "
-                f"is the kernel of {home!r}; implementation='xla_chunked' runs on both"
+                f"implementation='pallas' must be lowered where a kernel supports the call, got {platform!r} for the kernel of "
+                f"{home!r}; implementation='xla_chunked' runs on both"
             )
         with _some_gpu() if platform == "cuda" else contextlib.nullcontext():
             return lower(ctx, *args, **static)

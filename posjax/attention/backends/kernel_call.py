@@ -1,8 +1,8 @@
 """Shared parts of the TPU and GPU backends around their Pallas kernels: padding, sharding, tracing and cotangents.
 
-A backend lays a call out as a static plan, a frozen dataclass with the fields ``interpret`` and ``platforms`` and the class attribute
-``home``, and as operands, a dataclass of arrays in which a field that the call does not need is None. ``run`` calls a function of
-both on each device's shard.
+A backend lays a call out as a static plan, a frozen dataclass with fields ``interpret`` and ``platforms`` and an attribute ``home``
+(see ``deferred``), and as operands, a dataclass of arrays in which a field that the call does not need is None. ``run`` calls a
+function of both on each device's shard.
 """
 
 import dataclasses
@@ -16,10 +16,19 @@ import numpy as np
 
 from posjax.attention.backends.deferred import deferred
 from posjax.attention.backends.shards import ShardSpec, exact, per_shard
+from posjax.checks import is_symbolic
 from posjax.core.masks import Mask
 from posjax.typing import Array
 
 OperandsT = TypeVar("OperandsT")
+
+
+def unsupported_sizes(*arrays: Array) -> str | None:
+    """Returns why the kernels do not support these query, key and value, or None if their sizes are known."""
+    for name, x in zip(("query", "key", "value"), arrays, strict=True):
+        if is_symbolic(*x.shape):
+            return f"{name} has symbolic sizes, {x.shape} (kernels are compiled for known ones)"
+    return None
 
 
 def unsupported_mask(mask: Mask) -> str | None:
