@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.export
 import numpy as np
 
 
@@ -20,6 +21,16 @@ def check_at_least(name: str, value: Any, least: int) -> None:
 def is_traced(value: Any) -> bool:
     """Returns whether a value is known only at run time: an argument of a function under jit, vmap or grad."""
     return isinstance(value, jax.core.Tracer)
+
+
+def is_symbolic(*sizes: Any) -> bool:
+    """Returns whether a size is unknown until the program runs: a symbolic dimension of ``jax.export``."""
+    return any(map(jax.export.is_symbolic_dim, sizes))
+
+
+def round_up(size: Any, multiple: int) -> Any:
+    """Returns the least multiple that is not below ``size``, in a form that symbolic dimensions can be divided by it."""
+    return (size + multiple - 1) // multiple * multiple
 
 
 def check_finite(name: str, value: Any) -> None:

@@ -107,7 +107,9 @@ def auto_sharded(compute: Callable[..., Array], query: Array, *args: Any) -> Arr
     over tiles cannot state the sharding of each of its operations.
     """
     sharding = jax.typeof(query).sharding
-    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+    types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    explicit = tuple(name for name in types if types[name] == jax.sharding.AxisType.Explicit)
+    if not explicit:
         return compute(query, *args)
     out = jax.sharding.PartitionSpec(*sharding.spec[:3], None)
     leaves, structure = jax.tree.flatten(args)
@@ -118,7 +120,7 @@ def auto_sharded(compute: Callable[..., Array], query: Array, *args: Any) -> Arr
         new_leaves = [next(remaining_arrays) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
         return compute(query, *jax.tree.unflatten(structure, new_leaves))
 
-    with_automatic_axes: Any = jax.sharding.auto_axes(automatic, out_sharding=out)
+    with_automatic_axes: Any = jax.sharding.auto_axes(automatic, axes=explicit, out_sharding=out)
     return with_automatic_axes(query, *arrays)
 
 

@@ -19,6 +19,7 @@ from posjax.attention.backends.tpu.blocks import Blocks, check_blocks
 from posjax.attention.backends.xla_chunked import attention as xla_chunked
 from posjax.attention.call import AttentionCall
 from posjax.attention.prefix_sums import with_prefix_sums
+from posjax.checks import is_symbolic
 from posjax.typing import Array, Float
 
 Implementation = Literal["xla", "xla_chunked", "pallas"]
@@ -57,12 +58,18 @@ def load_kernels(query: Array, key: Array, implementation: Implementation | None
 
     Pallas adds to the configuration that jax's caches are keyed by: whatever was compiled before its import compiles once more.
     """
-    if implementation == "pallas" or (implementation is None and not _is_small(query, key)):
+    if implementation == "pallas" or (implementation is None and _has_kernels(query, key)):
         _kernels()
 
 
+def _has_kernels(query: Array, key: Array) -> bool:
+    """Returns whether a kernel may run a call that names no implementation: not with symbolic sizes, nor where dense is best."""
+    return not is_symbolic(*query.shape, *key.shape) and not _is_small(query, key)
+
+
 def _is_small(query: Array, key: Array) -> bool:
-    return query.shape[1] * key.shape[1] <= _SMALL
+    pairs = query.shape[1] * key.shape[1]
+    return not is_symbolic(pairs) and pairs <= _SMALL
 
 
 def run(
@@ -119,9 +126,9 @@ def _run(
     if implementation is None:
         if ring is not None:
             return ring(block_sizes=block_sizes)
-        if not _is_small(call.query, call.key):
+        if _has_kernels(call.query, call.key):
             return _by_platform(call, spec, block_sizes)
-        implementation = "xla"
+        implementation = "xla" if _is_small(call.query, call.key) else "xla_chunked"
     if implementation == "xla_chunked" and ring is not None:
         return ring(kernel="xla")
     return on_shards(_XLA[implementation].attention, spec)(call.transformed())
@@ -152,17 +159,20 @@ def _by_platform(call: AttentionCall, spec: ShardSpec, block_sizes: Any, elsewhe
       elsewhere: kernel that runs in interpret mode on other platforms; None runs "xla_chunked" there.
     """
 
-    def runner(kernel: Backend, sizes: Any) -> Callable[[AttentionCall], Array]:
-        return lambda call: kernel.attention(call, block_sizes=sizes, spec=spec)
+    def runner(kernel: Backend, sizes: Any, platforms: tuple[str, ...]) -> Callable[[AttentionCall], Array]:
+        return lambda call: kernel.attention(call, block_sizes=sizes, spec=spec, platforms=platforms)
 
     branches = {}
     for name, kernel in _kernels().items():
         sizes = block_sizes_for(kernel, block_sizes)
         if kernel.unsupported_reason(call, block_sizes=sizes, spec=spec) is None:
-            branches[name] = runner(kernel, sizes)
+            branches[name] = runner(kernel, sizes, (name,))
 
     def walk(call: AttentionCall) -> Array:
         return on_shards(xla_chunked.attention, spec)(call.transformed())
 
-    default = walk if elsewhere is None else runner(elsewhere, block_sizes_for(elsewhere, block_sizes))
+    default = walk
+    if elsewhere is not None:
+        others = tuple(name for name in ("cpu", *_kernels()) if name not in branches)
+        default = runner(elsewhere, block_sizes_for(elsewhere, block_sizes), others)
     return jax.lax.platform_dependent(call, **branches, default=default) if branches else default(call)

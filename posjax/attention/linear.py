@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from posjax.attention.arguments import canonicalize_positions, check_encoding, check_operands
+from posjax.checks import round_up
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, Tokens
+from posjax.core.manual_axes import vary_alike
 from posjax.core.structures import Rotate, Softmax
 from posjax.typing import Array, Bool, Float, Params
 
@@ -181,7 +183,7 @@ def _chunked_sum(query: Array, key: Array, value: Array, segments: Array, is_cau
     directions; pairs inside a chunk are counted in the forward scan only.
     """
     batch, length, heads, _ = query.shape
-    pad = -length % _CHUNK
+    pad = round_up(length, _CHUNK) - length
 
     def chunks(x: Array, fill: int = 0) -> Array:
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
@@ -207,6 +209,7 @@ def _chunked_sum(query: Array, key: Array, value: Array, segments: Array, is_cau
         return (carried_memory + added, edge), from_state + jnp.einsum("bnts,bsnv->btnv", inside, v)
 
     start = jnp.zeros((batch, heads, key.shape[-1], value.shape[-1])), jnp.full((batch,), -2, segments.dtype)
+    start, parts = vary_alike((start, parts))
     _, out = jax.lax.scan(lambda s, p: walk(s, p, False), start, parts)
     if not is_causal:
         _, later = jax.lax.scan(lambda s, p: walk(s, p, True), start, parts, reverse=True)

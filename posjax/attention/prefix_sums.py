@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from posjax.attention.backends.bias_terms import per_head
 from posjax.attention.call import AttentionCall
+from posjax.checks import is_symbolic
 from posjax.core.sequence import prefix_sum
 from posjax.core.structures import Bias, Pair, Scan
 from posjax.typing import Array
@@ -22,7 +23,8 @@ def with_prefix_sums(call: AttentionCall) -> AttentionCall:
     They are if queries and keys are the same tokens and each query sees all keys of its segment back to the end of its window, so
     not under a boolean mask.
     """
-    if not (call.is_self and call.mask.is_causal and call.mask.boolean is None):
+    is_known = not is_symbolic(call.key.shape[1])  # sums over a symbolic length are left to the walk along the keys
+    if not (call.is_self and call.mask.is_causal and call.mask.boolean is None and is_known):
         return call
     return call.replace(biases=tuple(_as_pair(bias, call) for bias in call.biases))
 

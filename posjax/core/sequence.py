@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from posjax.core.manual_axes import vary_alike
 from posjax.typing import Array, Float, Int
 
 
@@ -32,7 +33,7 @@ def prefix_sum(
         x = jnp.take_along_axis(jnp.broadcast_to(x, (segments.shape[0], *x.shape[1:])), order, axis=2)
         found = jnp.take_along_axis(segments[:, None], order, axis=2)
         starts = jnp.diff(found, axis=2, prepend=found[..., :1]) != 0
-    high, low = _scan(x, starts)
+    high, low = _scan(*vary_alike((x, starts)))
     if exclusive:
         high, low = (jnp.pad(part, [(0, 0), (0, 0), (1, 0)])[..., :-1] for part in (high, low))
         high, low = (jnp.where(starts, 0.0, part) for part in (high, low))

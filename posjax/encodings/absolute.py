@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.checks import check_at_least, check_positive, is_traced
+from posjax.checks import check_at_least, check_positive, is_symbolic, is_traced
 from posjax.core.encoding import Dims, PositionalEncoding, Tokens, get_param, hyperparameter, register
 from posjax.encodings.phases import angles, geometric_frequencies
 from posjax.typing import Array, Params
@@ -104,7 +104,7 @@ def check_within(name: str, positions: Array, length: int) -> None:
         if known.min() < 0:
             raise ValueError(f"positions must not be negative, got {known.min()}; mask padding out by mask or segment_ids")
         reach = int(known.max()) + 1
-    if reach > length:
+    if not is_symbolic(reach) and reach > length:
         raise ValueError(
             f"{name} has positions for a max_length of {length}, got a sequence that needs {reach}; "
             f"train with Dims(max_length={reach}) or take an encoding without a table, such as rope() or alibi()"

@@ -24,6 +24,7 @@ from posjax.attention.backends.xla_chunked.attention import SAVED
 from posjax.attention.linear import LinearCache, linear_attend, linear_attention
 from posjax.checks import check_at_least
 from posjax.core.encoding import Dims, PositionalEncoding, Tokens
+from posjax.core.manual_axes import vary_alike
 from posjax.parallel.gather import gather_params, in_rows
 from posjax.parallel.mesh import mesh_of
 from posjax.typing import Array, Float, Int, Params
@@ -474,7 +475,7 @@ class Transformer(nnx.Module):
         )
         if cache is None and (self.config.remat != "none" or mesh_of(x) is not None):
             layer = jax.checkpoint(layer, prevent_cse=False, policy=_POLICIES[self.config.remat])
-        (x, cache), kept = jax.lax.scan(layer, (x, cache), xs, unroll=not self.config.scan_layers)
+        (x, cache), kept = jax.lax.scan(layer, vary_alike((x, cache), xs), xs, unroll=not self.config.scan_layers)
         if not keep:
             return x, [], cache
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i in range(layers.stop - layers.start)]

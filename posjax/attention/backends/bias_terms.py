@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from posjax.attention.backends import reads
 from posjax.attention.call import AttentionCall
+from posjax.checks import round_up
 from posjax.core.structures import Axes, Bias, Pair, Scan, Table, map_arrays
 from posjax.typing import Array, Bool, Float, Int
 
@@ -247,8 +248,8 @@ def sum_to_the_right(gates: Array) -> Array:
     This is faster than a scan on every device, and its rounding error grows only with the number of blocks.
     """
     block, columns = 32, gates.shape[-1]
-    padded = jnp.pad(gates, [(0, 0)] * (gates.ndim - 1) + [(0, -columns % block)])
-    blocks = padded.reshape(*gates.shape[:-1], -1, block)
+    padded = jnp.pad(gates, [(0, 0)] * (gates.ndim - 1) + [(0, round_up(columns, block) - columns)])
+    blocks = padded.reshape(*gates.shape[:-1], padded.shape[-1] // block, block)
     ones = jnp.tril(jnp.ones((block, block), gates.dtype))
     within = jnp.einsum("...k,kj->...j", blocks, ones, precision=jax.lax.Precision.HIGHEST)
     totals = within[..., 0]

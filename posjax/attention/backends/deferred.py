@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import AbstractDevice
@@ -23,7 +24,13 @@ _deferred = Primitive("posjax_kernel")
 _deferred.multiple_results = True
 
 
-def deferred(function: Callable[..., tuple[Array, ...]], static: tuple[Any, ...], *arrays: Array) -> tuple[Array, ...]:
+def deferred(
+    function: Callable[..., tuple[Array, ...]],
+    static: tuple[Any, ...],
+    home: str,
+    platforms: tuple[str, ...] | None,
+    *arrays: Array,
+) -> tuple[Array, ...]:
     """Calls function(*static, interpret, *arrays), tracing it only when the program is lowered for a CPU, a TPU or a GPU.
 
     The call supports ``jax.vmap`` but not differentiation.
@@ -33,15 +40,20 @@ def deferred(function: Callable[..., tuple[Array, ...]], static: tuple[Any, ...]
         shapes and dtypes of its results are needed; it may then skip everything that these do not depend on. Wrap its body in
         ``jax.jit`` to avoid tracing equal calls again.
       static: hashable arguments, passed before ``interpret``.
+      home: the platform of the kernel, "tpu" or "cuda".
+      platforms: those on which the call may run, None for all. A program for several platforms holds every branch for each of them;
+        where a branch is never taken, the results are zeros.
       *arrays: array arguments, passed after ``interpret``.
 
     Returns:
       The results of ``function``.
     """
-    return tuple(_deferred.bind(*arrays, function=function, static=static, axes=()))
+    return tuple(_deferred.bind(*arrays, function=function, static=static, home=home, platforms=platforms, axes=()))
 
 
-def _traced(interpret: bool | None, *arrays: Array, function: Callable[..., Any], static: tuple[Any, ...], axes: Any) -> Any:
+def _traced(
+    interpret: bool | None, *arrays: Array, function: Callable[..., Any], static: tuple[Any, ...], axes: Any, **_: Any
+) -> Any:
     call = functools.partial(function, *static, interpret)
     for these in axes:
         call = jax.vmap(call, these)
@@ -59,7 +71,7 @@ def _eager(*arrays: Array, **static: Any) -> Sequence[Array]:
         return _compiled(*arrays, **static)
 
 
-_compiled = jax.jit(_deferred.bind, static_argnames=("function", "static", "axes"))
+_compiled = jax.jit(_deferred.bind, static_argnames=("function", "static", "home", "platforms", "axes"))
 
 
 def _batched(arrays: Sequence[Array], dims: Sequence[int | None], *, axes: Any, **static: Any) -> Any:
@@ -71,25 +83,35 @@ def _batched(arrays: Sequence[Array], dims: Sequence[int | None], *, axes: Any, 
 def _some_gpu() -> Iterator[None]:
     """Provides an abstract GPU to Pallas, which needs to know the GPU model when it lowers a kernel.
 
-    Where the mesh in context has no abstract device and this process has no GPU, it is an A100, the least capable model that
-    suffices. Elsewhere the context manager does nothing.
+    Where the mesh in context is not one of GPUs and this process has no GPU, it is an A100, the least capable model that suffices.
+    Elsewhere the context manager does nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if getattr(mesh, "abstract_device", None) is not None or jax.devices()[0].platform == "gpu":
+    device = getattr(mesh, "abstract_device", None)
+    if getattr(device, "platform", None) in ("gpu", "cuda", "rocm") or jax.devices()[0].platform == "gpu":
         yield
         return
-    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=AbstractDevice("NVIDIA A100", 108, "gpu"))):
+    # An empty mesh agrees with the arrays, whose mesh may be one of other devices.
+    nowhere = jax.sharding.AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA A100", 108, "gpu"))
+    with jax.sharding.use_abstract_mesh(nowhere):
         yield
 
 
 def _lowered(platform: str) -> Callable[..., Any]:
     lower = mlir.lower_fun(functools.partial(_traced, _INTERPRETED[platform]))
 
-    def for_gpu(*args: Any, **static: Any) -> Any:
-        with _some_gpu():
-            return lower(*args, **static)
+    def on_platform(ctx: Any, *args: Any, home: str, platforms: tuple[str, ...] | None, **static: Any) -> Any:
+        if platforms is not None and platform not in platforms:
+            return mlir.lower_fun(lambda *_: [jnp.zeros(aval.shape, aval.dtype) for aval in ctx.avals_out])(ctx, *args)
+        if platform not in (home, "cpu"):
+            raise NotImplementedError(
+                f"implementation='pallas' must be lowered where a kernel supports the call, got {platform!r} for the kernel of "
+                f"{home!r}; implementation='xla_chunked' runs on both"
+            )
+        with _some_gpu() if platform == "cuda" else contextlib.nullcontext():
+            return lower(ctx, *args, **static)
 
-    return for_gpu if platform == "cuda" else lower
+    return on_platform
 
 
 batching.primitive_batchers[_deferred] = _batched

@@ -1,8 +1,9 @@
 """Shared parts of the TPU and GPU backends around their Pallas kernels: padding, sharding, tracing and differentiation.
 
-A backend lays a call out as a static plan, a frozen dataclass with a field ``interpret``, and as operands, a dataclass of arrays in
-which a field that the call does not need is None. ``run`` calls a function of both on each device's shard, and ``attend`` makes a
-differentiable function of a backend's ``Kernels``, its forward pass with residuals and its backward pass.
+A backend lays a call out as a static plan, a frozen dataclass with fields ``interpret`` and ``platforms`` and an attribute ``home``
+(see ``deferred``), and as operands, a dataclass of arrays in which a field that the call does not need is None. ``run`` calls a
+function of both on each device's shard, and ``attend`` makes a differentiable function of a backend's ``Kernels``, its forward pass
+with residuals and its backward pass.
 """
 
 import dataclasses
@@ -17,10 +18,19 @@ import numpy as np
 from posjax.attention.backends.constants import LOG2E
 from posjax.attention.backends.deferred import deferred
 from posjax.attention.backends.shards import ShardSpec, exact, per_shard
+from posjax.checks import is_symbolic
 from posjax.core.masks import Mask
 from posjax.typing import Array
 
 OperandsT = TypeVar("OperandsT", bound=Any)  # a dataclass
+
+
+def unsupported_sizes(*arrays: Array) -> str | None:
+    """Returns why the kernels do not support these query, key and value, or None if their sizes are known."""
+    for name, x in zip(("query", "key", "value"), arrays, strict=True):
+        if is_symbolic(*x.shape):
+            return f"{name} has symbolic sizes, {x.shape} (kernels are compiled for known ones)"
+    return None
 
 
 def unsupported_mask(mask: Mask) -> str | None:
@@ -65,7 +75,7 @@ def run(
     present = tuple(field.name for field in dataclasses.fields(operands) if getattr(operands, field.name) is not None)
     static = function, plan, type(operands), present
     if plan.interpret is None:
-        on_shard = functools.partial(deferred, _on_shard, static)
+        on_shard = functools.partial(deferred, _on_shard, static, plan.home, plan.platforms)
     else:
         on_shard = functools.partial(_on_shard, *static, plan.interpret)
     arrays = [getattr(operands, name) for name in present]

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from posjax.core.manual_axes import vary_alike
 from posjax.core.structures import Hinges, Table
 from posjax.typing import Array
 
@@ -138,7 +139,7 @@ def _looked_up_piece(z: Array, read: Hinges, at: Array) -> Array:
     """Evaluates the network by looking up the linear piece of each number; a unit costs one comparison."""
     kinks = jax.lax.stop_gradient(jnp.sort(_kinks(read), axis=-1)).T[:, None, :, None, None]  # [F, 1, N or 1, 1, 1]
     here = jax.lax.stop_gradient(at)
-    none = jnp.zeros(jnp.broadcast_shapes(at.shape, kinks.shape[1:]), jnp.int32)
+    none = vary_alike(jnp.zeros(jnp.broadcast_shapes(at.shape, kinks.shape[1:]), jnp.int32), here, kinks)
     piece, _ = jax.lax.scan(
         lambda n, kink: (n + (here >= kink).astype(jnp.int32), None), none, kinks, unroll=min(kinks.shape[0], 64)
     )

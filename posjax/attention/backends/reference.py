@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from posjax.attention.backends.bias_terms import Tile, bias_terms, value_reads
 from posjax.attention.backends.constants import MASK_VALUE
 from posjax.attention.call import AttentionCall
+from posjax.core.manual_axes import vary_alike
 from posjax.core.structures import StickBreaking
 from posjax.typing import Array, Float
 
@@ -112,7 +113,7 @@ def _transported(call: AttentionCall) -> Float[Array, "B N T S"]:
             moved = rows - strength * (rows * w).sum(-1, keepdims=True) * w
         return jnp.where(passes[..., None, None], moved, rows)
 
-    rows = jax.lax.fori_loop(0, key.shape[1], step, rows)
+    rows = jax.lax.fori_loop(0, key.shape[1], step, vary_alike(rows, call))
     return jnp.einsum("btnh,btsnh->bnts", query, rows)
 
 

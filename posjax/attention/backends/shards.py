@@ -19,6 +19,7 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 from posjax.attention.call import AttentionCall
+from posjax.core.manual_axes import untracked
 from posjax.core.structures import HEAD_AXES, Axes, map_arrays
 from posjax.typing import Array
 
@@ -149,6 +150,7 @@ def on_shards(
     if spec.mesh is None or not (spec.batch or spec.heads or sequence_axis):
         return function
 
+    @untracked
     def on_mesh(call: AttentionCall) -> Array:
         heads = spec.heads if call.key.shape[2] % spec.num_head_shards == 0 else ()
         axes_of = {"b": spec.batch or None, "n": heads or None, "t": sequence_axis}

@@ -6,6 +6,7 @@ z [T, P] per head, because the kernels look up single numbers of a row, which is
 gradient of z.
 """
 
+import dataclasses
 import functools
 import logging
 from typing import Any
@@ -31,6 +32,7 @@ from posjax.attention.backends.kernel_call import pad_to_multiple
 from posjax.attention.backends.shards import ShardSpec, infer_shard_spec
 from posjax.attention.backends.sinks import with_sink
 from posjax.attention.call import AttentionCall
+from posjax.core.manual_axes import untracked
 from posjax.core.masks import Rules, with_padding
 from posjax.core.structures import Table
 from posjax.typing import Array, Float
@@ -46,6 +48,8 @@ def unsupported_reason(call: AttentionCall, *, block_sizes: GpuBlocks | None = N
     query = call.query
     if capability() < LEAST:
         return f"the GPU has compute capability {capability() / 10} (NVIDIA's from {LEAST / 10} on are supported)"
+    if (reason := kernel_call.unsupported_sizes(call.query, call.key, call.value)) is not None:
+        return reason
     if (reason := kernel_call.unsupported_mask(call.mask)) is not None:
         return reason
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
@@ -74,8 +78,14 @@ def _programs(call: AttentionCall) -> tuple[PairProgram, ...]:
     return tuple(map(PairProgram.of, biases_by_form(call.biases).pairs))
 
 
+@untracked
 def attention(
-    call: AttentionCall, *, block_sizes: GpuBlocks | None = None, spec: ShardSpec | None = None, interpret: Any = None
+    call: AttentionCall,
+    *,
+    block_sizes: GpuBlocks | None = None,
+    spec: ShardSpec | None = None,
+    interpret: Any = None,
+    platforms: tuple[str, ...] | None = None,
 ) -> Float[Array, "B T N V"]:
     """Computes attention with the GPU kernels, each device on its shard of batch and heads.
 
@@ -84,6 +94,7 @@ def attention(
       block_sizes: None takes those of the device.
       spec: how a mesh shards batch and heads; None infers it from the query's type.
       interpret: None interprets the kernels where the program is lowered for a CPU; else what ``pallas_call`` takes.
+      platforms: as in ``deferred``.
 
     Returns:
       [B, T, N, V] in the dtype of value. Rows without an allowed key are zero.
@@ -91,7 +102,7 @@ def attention(
     spec = infer_shard_spec(call.query) if spec is None else spec
     call = call.transformed()
     plan, operands = to_operands(call, default_blocks(call) if block_sizes is None else block_sizes, spec, interpret)
-    out, lse = kernel_call.attend(_KERNELS, plan, spec, operands)
+    out, lse = kernel_call.attend(_KERNELS, dataclasses.replace(plan, platforms=platforms), spec, operands)
     length = call.query.shape[1]
     lse = jnp.swapaxes(lse, 1, 2)[:, :length]
     return with_sink(from_blocks(out, length, call.value.shape[-1]), lse, call.sink)

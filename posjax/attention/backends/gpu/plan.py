@@ -8,7 +8,7 @@ blocks, the longest is used; the kernel treats the tiles of the others as partia
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ class Plan:
     uniform: Any
     pairs: tuple[PairProgram, ...]
     interpret: Any
+    platforms: tuple[str, ...] | None = None
+    home: ClassVar[str] = "cuda"
 
     @property
     def last_position(self) -> int:

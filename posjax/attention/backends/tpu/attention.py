@@ -3,6 +3,7 @@
 ``forward.py`` and ``backward.py`` hold one kernel each.
 """
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -31,6 +32,7 @@ from posjax.attention.backends.tpu.step import Operands, Plan
 from posjax.attention.backends.tpu.tiles import LANES, SUBLANES, Counting
 from posjax.attention.backends.tpu.vmem import SMEM, needed, scalars, smaller
 from posjax.attention.call import AttentionCall
+from posjax.core.manual_axes import untracked
 from posjax.core.masks import Rules, with_padding
 from posjax.core.structures import Rotate
 from posjax.typing import Array, Float
@@ -44,6 +46,8 @@ _MOST_COMPARED = 128  # CoPE positions on a chip without a sublane gather, where
 def unsupported_reason(call: AttentionCall, *, block_sizes: Blocks | None = None, spec: ShardSpec | None = None) -> str | None:
     """Returns why the kernel does not support a call, naming the argument at fault, or None if it does; see ``attention``."""
     query, value, chip = call.query, call.value, chip_at_hand(call.query)
+    if (reason := kernel_call.unsupported_sizes(call.query, call.key, call.value)) is not None:
+        return reason
     if (reason := kernel_call.unsupported_mask(call.mask)) is not None:
         return reason
     if query.dtype not in (jnp.float32, jnp.bfloat16):
@@ -113,10 +117,11 @@ def _shapes(call: AttentionCall, blocks: Blocks, chip: Chip) -> tuple[Plan, Oper
         plans.append(plan)
         return x
 
-    shapes = jax.eval_shape(operands)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(operands))  # without mesh axes
     return plans[0], shapes
 
 
+@untracked
 def attention(
     call: AttentionCall,
     *,
@@ -124,6 +129,7 @@ def attention(
     spec: ShardSpec | None = None,
     chip: Chip | None = None,
     interpret: Any = None,
+    platforms: tuple[str, ...] | None = None,
 ) -> Float[Array, "B T N V"]:
     """Computes attention with the Pallas kernels, each device on its shard of batch and heads.
 
@@ -134,6 +140,7 @@ def attention(
       spec: how the mesh shards batch and heads; None infers it from the type of the query.
       chip: the TPU generation; None takes that of the query's mesh, of the mesh in context, or of this process.
       interpret: as in ``pallas_call``; None interprets the kernel only where the program is lowered for a CPU.
+      platforms: as in ``deferred``.
 
     Returns:
       [B, T, N, V] in the dtype of value; rows without an allowed key are zero.
@@ -144,7 +151,7 @@ def attention(
         block_sizes = fitting(chip, call) or Blocks(LANES, LANES, LANES, LANES)
     plan, operands = to_operands(call, block_sizes, chip, spec, interpret)
     length = call.query.shape[1]
-    out, lse = kernel_call.attend(_KERNELS, plan, spec, operands)
+    out, lse = kernel_call.attend(_KERNELS, dataclasses.replace(plan, platforms=platforms), spec, operands)
     return with_sink(from_blocks(out, length), from_blocks(lse.reshape(*out.shape[:4], 1), length)[..., 0], call.sink)
 
 

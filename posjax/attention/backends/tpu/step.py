@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ class Plan:
     rotates_keys: bool  # keys are rotated when they arrive in VMEM
     vmem: int
     interpret: Any
+    platforms: tuple[str, ...] | None = None
+    home: ClassVar[str] = "tpu"
 
     @property
     def groups(self) -> int:

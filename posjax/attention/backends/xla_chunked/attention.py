@@ -27,6 +27,7 @@ from posjax.attention.backends.xla_chunked.backward import cotangent, delta_of, 
 from posjax.attention.backends.xla_chunked.forward import outputs
 from posjax.attention.backends.xla_chunked.layout import Operands, Plan, from_blocks, to_operands, unblock
 from posjax.attention.call import AttentionCall
+from posjax.core.manual_axes import untracked
 from posjax.typing import Array, Float
 
 NAME: str = "xla_chunked"
@@ -37,6 +38,7 @@ def unsupported_reason(call: AttentionCall, **_: Any) -> None:
     """Returns None: every call is supported."""
 
 
+@untracked
 def attention(call: AttentionCall, *, tile: tuple[int, int] | None = None) -> Float[Array, "B T N V"]:
     """Computes attention tile by tile, with first-order gradients for every floating-point array of the call.
 

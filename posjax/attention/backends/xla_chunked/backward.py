@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from posjax.attention.backends.xla_chunked.layout import Operands, Plan, unblock
 from posjax.attention.backends.xla_chunked.query_tile import (
@@ -266,14 +265,12 @@ def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, delta: Array, d
 
 
 def cotangent(x: Operands, d: dict[str, Any]) -> Operands:
-    """Assembles the results of ``gradients`` into the cotangent of the operands, in their dtypes; float0 for integer operands."""
+    """Assembles the results of ``gradients`` into the cotangent of the operands, in their dtypes; None for integer operands."""
 
     def like(primal: Any, gradients: list[Array]) -> Any:
         leaves, _ = floats(primal)
         cast_gradients = iter([d.astype(p.dtype) for d, p in zip(gradients, leaves, strict=True)])
-        return jax.tree.map(
-            lambda p: next(cast_gradients) if jnp.issubdtype(p.dtype, jnp.inexact) else np.zeros(p.shape, jax.dtypes.float0), primal
-        )
+        return jax.tree.map(lambda p: next(cast_gradients) if jnp.issubdtype(p.dtype, jnp.inexact) else None, primal)
 
     rows = like([term.rows for term in x.terms], [unblock(tiles) for tiles in d["rows"]])
     columns = like([term.columns for term in x.terms], d["columns"])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from posjax.attention.backends.bias_terms import BiasTerm, bias_terms
 from posjax.attention.call import AttentionCall
+from posjax.checks import is_symbolic, round_up
 from posjax.core.masks import Mask
 from posjax.typing import Array
 
@@ -57,8 +58,9 @@ def to_operands(call: AttentionCall, *, tile: tuple[int, int] | None = None, is_
       is_part: as in ``Plan``.
     """
     length, keys = call.query.shape[1], call.key.shape[1]
-    rows, columns = tile or (ROWS, max(COLUMNS, ROWS * COLUMNS // length))  # wider tiles where there are few queries
-    rows, columns = min(rows, length), min(columns, keys)
+    # Wider tiles where there are few queries.
+    rows, columns = tile or (ROWS, COLUMNS if is_symbolic(length) else max(COLUMNS, ROWS * COLUMNS // length))
+    rows, columns = tile_size(rows, length), tile_size(columns, keys)
     pad_rows, pad_columns = functools.partial(pad, to=rows), functools.partial(pad, to=columns)
     plan = Plan(rows, columns, keys, call.logits_soft_cap, is_part)
     return plan, Operands(
@@ -76,6 +78,11 @@ def to_operands(call: AttentionCall, *, tile: tuple[int, int] | None = None, is_
         key_positions=pad_columns(call.key_positions, axis=1),
         scale=call.scale,
     )
+
+
+def tile_size(size: int, length: int) -> int:
+    """Returns the size of a tile along an axis, that of the axis if it is shorter."""
+    return size if is_symbolic(length) else min(size, length)
 
 
 def from_blocks(out: Array, length: int) -> Array:
@@ -109,7 +116,7 @@ def pad(x: Any, *, to: int, axis: int) -> Any:
     if x is None or x.shape[axis] == 1 or x.shape[axis] % to == 0:
         return x
     widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % to)
+    widths[axis] = (0, round_up(x.shape[axis], to) - x.shape[axis])
     return jnp.pad(x, widths, mode="edge")
 
 

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from posjax.attention.backends.bias_terms import BiasTerm, Tile, bias_terms, value_index, value_terms
 from posjax.attention.backends.constants import INIT_MAX, MASK_VALUE
 from posjax.attention.backends.sinks import with_sink
-from posjax.attention.backends.xla_chunked.layout import COLUMNS, ROWS, pad, pad_term
+from posjax.attention.backends.xla_chunked.layout import COLUMNS, ROWS, pad, pad_term, tile_size
 from posjax.attention.backends.xla_chunked.query_tile import multiply_by_group
 from posjax.attention.call import AttentionCall
+from posjax.checks import round_up
 from posjax.core.structures import StickBreaking, Transport
 from posjax.typing import Array, Float
 
@@ -36,9 +37,9 @@ def attention(call: AttentionCall, *, tile: tuple[int, int] | None = None) -> Fl
       The result of ``reference.attention``.
     """
     length, keys = call.query.shape[1], call.key.shape[1]
-    rows, columns = (min(size, n) for size, n in zip(tile or (ROWS, COLUMNS), (length, keys), strict=True))
+    rows, columns = map(tile_size, tile or (ROWS, COLUMNS), (length, keys))
     padded, terms, values = _padded(call, rows, columns)
-    tiles = -(-length // rows)
+    tiles = round_up(length, rows) // rows
 
     @jax.checkpoint
     def query_tile(index: Array) -> tuple[Array, Array]:

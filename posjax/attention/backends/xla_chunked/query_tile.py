@@ -45,7 +45,7 @@ class QueryTile:
         key_positions = jax.lax.dynamic_slice_in_dim(x.key_positions, start, plan.columns, axis=1)
         mask = x.mask.cut(self.index * plan.rows, plan.rows, start, plan.columns)
         allowed = mask.allowed(self.query_positions, key_positions)
-        if plan.keys < x.key_positions.shape[1]:
+        if plan.keys != x.key_positions.shape[1]:  # in a form that symbolic lengths allow
             allowed &= (start + jnp.arange(plan.columns) < plan.keys)[None, None, None]
         columns = [term.cut(0, plan.rows, start, plan.columns).columns for term in x.terms]
         return KeyTile(x.key[j], x.value[j], columns, allowed, key_positions)
