@@ -46,7 +46,7 @@ _MOST_COMPARED = 128  # CoPE positions on a chip without a sublane gather, where
 def unsupported_reason(call: AttentionCall, *, block_sizes: Blocks | None = None, spec: ShardSpec | None = None) -> str | None:
     """Returns why the kernel does not support a call, naming the argument at fault, or None if it does; see ``attention``."""
     query, value, chip = call.query, call.value, chip_at_hand(call.query)
-    if (reason := kernel_call.unsupported_mask(call.mask)) is not None:
+    if (reason := kernel_call.unsupported_arrays(call)) is not None:
         return reason
     if query.dtype not in (jnp.float32, jnp.bfloat16):
         return f"query has dtype {query.dtype} (bfloat16 and float32 are supported)"
