@@ -68,8 +68,8 @@ def attention(
         ``alibi``, ``t5`` and other encodings make their biases tile by tile, without an array of T x S numbers.
       segment_ids: integers [B, T] if T = S, or a pair [B, T], [B, S]; only tokens of equal segments attend to each other.
       query_seq_lengths, key_value_seq_lengths: integers [B], the numbers of queries and of keys in each sequence; those after them
-        are padding. Queries do not attend to padding, and padding gets zeros. Padding may hold anything, NaN included in keys and
-        values. Lengths beyond T or S are those of a full sequence.
+        are padding. Queries do not attend to padding, and padding gets zeros. Padding may hold anything, NaN included.
+        Lengths beyond T or S are those of a full sequence.
       local_window_size: number of positions to the (left, right) of the query's in which keys are allowed, None for no limit; an
         integer w means (w, w).
       query_positions, key_positions: non-negative integers, [T] or [B, T] and [S] or [B, S]. None is 0, 1, 2, ...

@@ -218,6 +218,7 @@ def prepare(
     coordinates = coordinates_of_sides(encoding, query_coordinates, key_coordinates, positions, query.shape[0])
     query_hidden, key_hidden = hidden_of_sides(encoding, hidden, query, key)
     mask = Mask(mask, *mask_segments, is_causal, window)
+    query = query if valid[0] is None else jnp.where(valid[0][..., None, None], query, 0)  # as below: no NaN reaches gradients
     key, value = _without_hidden_keys(key, value, mask)
     sides = []
     for order, at, ids, of_side in zip(positions, coordinates or (None, None), segments, (query_hidden, key_hidden), strict=True):
