@@ -269,7 +269,7 @@ def valid_tokens(name: str, lengths: Any, tokens: Array) -> Bool[Array, "B T"] |
         raise ValueError(f"{name} must be integers [{batch}], the length of every sequence, got {dtype}{list(shape)}")
     if known is not None and (least := known.min()) < 0:
         raise ValueError(f"{name} must not be negative, got {least}")
-    return jnp.arange(tokens.shape[1]) < jnp.asarray(lengths).reshape(-1, 1)
+    return jnp.arange(tokens.shape[1])[None] < jnp.asarray(lengths).reshape(-1, 1)
 
 
 def mark_padding(segments: Sides, valid: Sides, query: Array, key: Array) -> tuple[Sides, Sides]:
