@@ -269,7 +269,9 @@ def valid_tokens(name: str, lengths: Any, tokens: Array) -> Bool[Array, "B T"] |
         raise ValueError(f"{name} must be integers [{batch}], the length of every sequence, got {dtype}{list(shape)}")
     if known is not None and (least := known.min()) < 0:
         raise ValueError(f"{name} must not be negative, got {least}")
-    return jnp.arange(tokens.shape[1])[None] < jnp.asarray(lengths).reshape(-1, 1)
+    lengths = jnp.asarray(lengths).reshape(-1, 1)
+    lengths = lengths.astype(np.promote_types(lengths.dtype, np.int32))
+    return jnp.arange(tokens.shape[1], dtype=lengths.dtype)[None] < lengths
 
 
 def mark_padding(segments: Sides, valid: Sides, query: Array, key: Array) -> tuple[Sides, Sides]:

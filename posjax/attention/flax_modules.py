@@ -94,7 +94,7 @@ def attention_fn(
             kept = weights
             if drops:
                 shape = (*batch, *weights.shape[1:])
-                kept = weights * _dropout(rng, dropout_rate, shape, broadcast_dropout).astype(weights.dtype)
+                kept = weights * _dropout(rng, dropout_rate, shape, broadcast_dropout)
             return reference.weighted_values(call, kept), jnp.moveaxis(weights, 2, 1)
 
         check_operands(query, key, value)
@@ -121,7 +121,7 @@ def _dropout(rng: Array, rate: float, shape: tuple[int, ...], broadcast: bool) -
     """
     drawn = (*(1,) * (len(shape) - 2), *shape[-2:]) if broadcast else shape
     keep = jax.random.bernoulli(rng, 1 - rate, drawn)
-    return keep.reshape(-1, *drawn[-3:]) / (1 - rate)
+    return keep.reshape(-1, *drawn[-3:]).astype(jnp.float32) / (1 - rate)
 
 
 def _one_batch_axis(x: Array, batch: tuple[int, ...]) -> Array:

@@ -27,7 +27,13 @@ LENGTHS = jnp.array([T // 2, T // 4], jnp.int32), jnp.array([S // 4, S // 2], jn
 
 
 def of_posjax(implementation):
-    return functools.partial(pj.attention, implementation=implementation)
+    """``attention`` under the strict promotion of ranks and dtypes; jax's tests forbid that of ranks."""
+
+    def attend(*args, **options):
+        with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+            return pj.attention(*args, implementation=implementation, **options)
+
+    return attend
 
 
 def qkv(batch=B, length=T, keys=S, key_heads=K, dtype=jnp.float32):
@@ -121,8 +127,7 @@ def test_masks_and_their_combinations(implementation):
 
         pair = (functools.partial(function, f) for f in (of_posjax(implementation), of_jax))
         cases[name] = (*pair, [*qkv(key_heads=N), *([] if bias is None else [bias])])
-    with jax.numpy_rank_promotion("raise"):  # as in all of jax's tests
-        agree(cases)
+    agree(cases)
 
 
 @pytest.mark.parametrize("implementation", XLA)
@@ -410,7 +415,8 @@ def test_dropout_in_gradients_and_with_a_bias_under_an_encoding():
 
     def ours(query, key, value, bias, broadcast=False, **more):
         attend = pj.attention_fn(encoding, is_causal=True)
-        return attend(query, key, value, bias=bias, broadcast_dropout=broadcast, **options, **more)
+        with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+            return attend(query, key, value, bias=bias, broadcast_dropout=broadcast, **options, **more)
 
     def by_hand(query, key, value, bias, broadcast=False):
         batch = query.shape[:-3]
