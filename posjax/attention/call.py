@@ -218,7 +218,7 @@ def prepare(
     coordinates = coordinates_of_sides(encoding, query_coordinates, key_coordinates, positions, query.shape[0])
     query_hidden, key_hidden = hidden_of_sides(encoding, hidden, query, key)
     mask = Mask(mask, *mask_segments, is_causal, window)
-    query = query if valid[0] is None else jnp.where(valid[0][..., None, None], query, 0)  # as below: no NaN reaches gradients
+    query, query_hidden, key_hidden = _cleared(query, valid[0]), _cleared(query_hidden, valid[0]), _cleared(key_hidden, valid[1])
     key, value = _without_hidden_keys(key, value, mask)
     sides = []
     for order, at, ids, of_side in zip(positions, coordinates or (None, None), segments, (query_hidden, key_hidden), strict=True):
@@ -288,6 +288,13 @@ def _check_rising(encoding: PositionalEncoding, key_positions: Array, key_segmen
             f"key_positions must not fall along a segment for {encoding.name}, which sums over the keys between key and query, "
             f"got {positions[row, at]} before {positions[row, at + 1]} in row {row}"
         )
+
+
+def _cleared(x: Array | None, valid: Array | None) -> Array | None:
+    """Returns x [B, T, ...] with zeros for padding: NaN there would reach gradients, and what an encoding makes of ``hidden``."""
+    if x is None or valid is None:
+        return x
+    return jnp.where(valid.reshape(*valid.shape, *(1,) * (x.ndim - 2)), x, 0)
 
 
 def _without_hidden_keys(key: Array, value: Array | None, mask: Mask) -> tuple[Array, Array | None]:

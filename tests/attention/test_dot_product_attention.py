@@ -212,6 +212,31 @@ def test_padding_is_as_if_it_were_not_there_and_may_hold_nan(implementation):
     close(grads, jax.tree.map(jnp.nan_to_num, want_grads), 1e-4)
 
 
+def itself(x, args):
+    return x
+
+
+def forget(params, inputs):
+    """A bias that is the sum of one number per key and head over the keys after it: of ``hidden`` [B, S, N]."""
+    return pj.ScoreModifications(biases=(pj.Bias(pj.Scan(itself, key=-(inputs.k.hidden[..., None] ** 2), include_key=False)),))
+
+
+@pytest.mark.parametrize("implementation", ["xla_chunked", "pallas"])
+def test_padding_may_hold_nan_where_an_encoding_reads_hidden(implementation):
+    encoding = pj.encoding("forgetting", attend=forget, needs_causal=True, needs_hidden=True)
+    arrays, hidden, lengths = qkv(keys=T), normal(3, B, T, N).at[0, 70:].set(jnp.nan), jnp.array([70, T])
+
+    def function(*arrays, hidden, **given):
+        return pj.attention(*arrays, encoding, {}, hidden=hidden, is_causal=True, **given)
+
+    given = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=implementation)
+    got = jax.jit(functools.partial(function, **given))(*arrays, hidden=hidden)
+    for row, length in enumerate(lengths.tolist()):
+        want = function(*(x[row : row + 1, :length] for x in arrays), hidden=hidden[row : row + 1, :length], implementation="xla")
+        close(got[row : row + 1, :length], want, 2e-5)
+    np.testing.assert_array_equal(got[0, 70:], 0.0)
+
+
 @pytest.mark.parametrize("implementation", XLA)
 def test_queries_without_any_key_get_zeros_where_jax_spreads_them_over_all_keys(implementation):
     arrays = qkv(length=5, keys=7, key_heads=N)
