@@ -1,8 +1,9 @@
 """posjax: positional encodings for Transformers in JAX, as values made of pure functions."""
 
-from posjax.attention.api import attention, attention_fn, attention_weights
+from posjax.attention.api import attention, attention_weights
 from posjax.attention.backends.gpu.blocks import GpuBlocks
 from posjax.attention.backends.tpu.blocks import Blocks
+from posjax.attention.flax_modules import attention_fn
 from posjax.attention.kv_cache import Cache, attend, cache_layout, init_cache
 from posjax.attention.linear import linear_attention
 from posjax.core.chain import chain

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from posjax.attention.arguments import check_encoding, check_operands
+from posjax.attention.arguments import add_batch_axis, check_operands, in_jax_order
 from posjax.attention.backends import reference
 from posjax.attention.backends.gpu.blocks import GpuBlocks
 from posjax.attention.backends.ring.context import find_context
@@ -21,15 +21,18 @@ from posjax.typing import Array, Float, Params
 
 
 def attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K V"],
-    encoding: PositionalEncoding | None = None,
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K V"],
+    encoding: PositionalEncoding | Array | None = None,
     params: Params | None = None,
     *,
     is_causal: bool = False,
     mask: Array | None = None,
+    bias: Array | None = None,
     segment_ids: Array | tuple[Array, Array] | None = None,
+    query_seq_lengths: Array | None = None,
+    key_value_seq_lengths: Array | None = None,
     local_window_size: int | tuple[int | None, int | None] | None = None,
     query_positions: Array | None = None,
     key_positions: Array | None = None,
@@ -40,21 +43,33 @@ def attention(
     logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
     block_sizes: Blocks | GpuBlocks | None = None,
-) -> Float[Array, "B T N V"]:
+    return_residual: bool = False,
+) -> Float[Array, "*B T N V"] | tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]:
     """Computes scaled dot-product attention under a positional encoding.
 
-    out = softmax(scale * q.k + bias) v over the allowed keys; the encoding rotates or widens q and k and supplies the bias.
-    Argument names and layout are those of ``jax.nn.dot_product_attention``, which this function can replace.
+    out = softmax(scale * q.k + biases) v over the allowed keys; the encoding rotates or widens q and k and supplies biases.
+
+    This function replaces ``jax.nn.dot_product_attention``: it takes every argument of that function, with the same meaning and
+    layout, and as there the fourth and fifth positional arguments may be a bias and a mask. It differs in three points. A query
+    without any allowed key gets zeros, where jax spreads its weights evenly over all keys. ``scale`` must be positive. And
+    ``implementation`` names posjax's own; "cudnn" is not one of them.
 
     Args:
-      query: [B, T, N, H] floating point.
+      query: [B, T, N, H] floating point. Query, key and value may all omit the batch axis. The other arrays then have no batch axis
+        either, except that ``mask`` and ``bias`` may have one of length 1, and lengths are single integers.
       key: [B, S, K, H], with K dividing N (grouped-query attention: query head n uses key head n // (N / K)).
       value: [B, S, K, V]; query, key and value have the same dtype.
-      encoding: positional encoding; None is ``identity()``.
-      params: parameters from ``encoding.init``.
+      encoding: positional encoding; None is ``identity()``. An array is the ``bias``.
+      params: parameters from ``encoding.init``. An array without an encoding is the ``mask``.
       is_causal: True allows only keys whose position is not after the query's.
       mask: bool, [B or 1, N or 1, T or 1, S or 1] (leading axes may be omitted), True where attention is allowed.
+      bias: numbers [B or 1, N or 1, T or 1, S or 1] (leading axes may be omitted) that are added to the scaled scores, beside the
+        biases of the encoding. A pair with -inf is not attended to; what an encoding counts along the keys still includes it.
+        ``alibi``, ``t5`` and other encodings make their biases tile by tile, without an array of T x S numbers.
       segment_ids: integers [B, T] if T = S, or a pair [B, T], [B, S]; only tokens of equal segments attend to each other.
+      query_seq_lengths, key_value_seq_lengths: integers [B], the numbers of queries and of keys in each sequence; those after them
+        are padding. Queries do not attend to padding, and padding gets zeros. Padding may hold anything, NaN included.
+        Lengths beyond T or S are those of a full sequence.
       local_window_size: number of positions to the (left, right) of the query's in which keys are allowed, None for no limit; an
         integer w means (w, w).
       query_positions, key_positions: non-negative integers, [T] or [B, T] and [S] or [B, S]. None is 0, 1, 2, ...
@@ -69,41 +84,50 @@ def attention(
         "xla" is dense: the reference, with [T, S] arrays, and the only one with derivatives of every order and mode.
         "xla_chunked" processes one tile at a time on any device. Memory grows with T + S; gradients are first-order, reverse-mode.
         "pallas" is the kernel of the platform that the program is lowered for: TPU, NVIDIA GPU (Ampere or later), or, for tests on
-        a CPU, the TPU kernel in interpret mode. It supports no mask arrays. It takes any number of biases of two tokens (``Pair``,
-        read as numbers, by tables or by small networks, with learned numbers and features), sums of the keys' own gates (``Scan``
-        of keys), and one count of CoPE's form: rope, alibi, t5, tupe, cope with gates="logits", and their chains.
+        a CPU, the TPU kernel in interpret mode. It supports neither ``mask`` nor ``bias``. It takes any number of biases of two
+        tokens (``Pair``, read as numbers, by tables or by small networks, with learned numbers and features), sums of the keys' own
+        gates (``Scan`` of keys), and one count of CoPE's form: rope, alibi, t5, tupe, cope with gates="logits", and their chains.
         On a mesh with an axis named "context" ("sequence", "seq", "cp" and "sp" work too), or with an explicit axis that shards T,
         None, "xla_chunked" and "pallas" run ring attention, in which each device holds its share of the sequence.
       block_sizes: tile sizes of the "pallas" kernel, ``Blocks`` on a TPU and ``GpuBlocks`` on a GPU. None takes the defaults of the
         chip, reduced if the call would not fit a TPU's VMEM. If ``implementation`` is None, they apply where the kernel runs.
+      return_residual: True also returns the log-sum-exp of the scores of each query, with that of a sink if there is one. "pallas"
+        and the ring do not return it, and None selects "xla" or "xla_chunked".
 
     Returns:
-      [B, T, N, V] in the dtype of value. A query without any allowed key gets zeros.
+      [B, T, N, V] in the dtype of value. A query without any allowed key gets zeros. With ``return_residual`` also the log-sum-exp
+      [B, T, N], in the dtype of key and without a gradient; without any allowed key it is a large negative number.
 
     Raises:
       ValueError: an argument has an unsupported shape, dtype or value; the message names it.
       TypeError: ``encoding`` is not a PositionalEncoding, or ``block_sizes`` is neither Blocks nor GpuBlocks.
       NotImplementedError: the given implementation does not support the call; the message names one that does.
     """
+    encoding, params, mask, bias = in_jax_order(encoding, params, mask, bias)
+    tokens = dict(query_positions=query_positions, key_positions=key_positions, segment_ids=segment_ids, hidden=hidden)
+    coordinates = dict(query_coordinates=query_coordinates, key_coordinates=key_coordinates)
+    lengths = dict(query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
+    arrays = dict(mask=mask, bias=bias, scale=scale) | tokens | coordinates | lengths
+    query, key, value, arrays, is_single = add_batch_axis(query, key, value, arrays)
     check_operands(query, key, value)
     load_kernels(query, key, implementation)
     options = dict(is_causal=is_causal, local_window_size=local_window_size, logits_soft_cap=logits_soft_cap)
     spec, context = infer_shard_spec(query), find_context(query)  # before auto_axes hides explicit shardings
 
-    def compute(query: Array, key: Array, value: Array, params: Params, arrays: dict[str, Any]) -> Array:
+    def compute(query: Array, key: Array, value: Array, params: Params, arrays: dict[str, Any]) -> Any:
         call = prepare(query, key, value, encoding, params, **options, **arrays)
-        return run(call, implementation, spec=spec, context=context, block_sizes=block_sizes)
+        return run(call, implementation, spec=spec, context=context, block_sizes=block_sizes, return_lse=return_residual)
 
-    tokens = dict(query_positions=query_positions, key_positions=key_positions, segment_ids=segment_ids, hidden=hidden)
-    coordinates = dict(query_coordinates=query_coordinates, key_coordinates=key_coordinates)
-    arrays = dict(mask=mask, scale=scale) | tokens | coordinates
-    return auto_sharded(compute, query, key, value, params, arrays)
+    out = auto_sharded(compute, query, key, value, params, arrays)
+    if return_residual:
+        out = out[0], jax.lax.stop_gradient(out[1]).astype(key.dtype)
+    return jax.tree.map(lambda x: x[0], out) if is_single else out
 
 
-def auto_sharded(compute: Callable[..., Array], query: Array, *args: Any) -> Array:
+def auto_sharded(compute: Callable[..., Any], query: Array, *args: Any) -> Any:
     """Calls compute(query, *args) with explicit mesh axes, such as those of jax.make_mesh, turned into automatic ones.
 
-    ``compute`` must return an array with query's axes except the last. Inside, the compiler propagates shardings, because a loop
+    ``compute`` must return arrays with query's first three axes. Inside, the compiler propagates shardings, because a loop
     over tiles cannot state the sharding of each of its operations.
     """
     sharding = jax.typeof(query).sharding
@@ -111,7 +135,7 @@ def auto_sharded(compute: Callable[..., Array], query: Array, *args: Any) -> Arr
     explicit = tuple(name for name in types if types[name] == jax.sharding.AxisType.Explicit)
     if not explicit:
         return compute(query, *args)
-    out = jax.sharding.PartitionSpec(*sharding.spec[:3], None)
+    out = jax.sharding.PartitionSpec(*sharding.spec[:3])
     leaves, structure = jax.tree.flatten(args)
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
@@ -125,80 +149,22 @@ def auto_sharded(compute: Callable[..., Array], query: Array, *args: Any) -> Arr
 
 
 def attention_weights(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
     encoding: PositionalEncoding | None = None,
     params: Params | None = None,
     *,
     value: Array | None = None,
     **options: Any,
-) -> Float[Array, "B N T S"]:
+) -> Float[Array, "*B N T S"]:
     """Returns the dense float32 probabilities by which ``attention`` weights the values, for inspection.
 
     Args:
       query, key, encoding, params: as in ``attention``.
       value: needed only if the encoding uses values (``cope(gates="values")``).
-      **options: keyword arguments of ``attention`` other than ``implementation`` and ``block_sizes``.
+      **options: keyword arguments of ``attention`` other than ``implementation``, ``block_sizes`` and ``return_residual``.
     """
-    check_operands(query, key, key if value is None else value)
-    return reference.weights(prepare(query, key, value, encoding, params, **options))
-
-
-def attention_fn(
-    encoding: PositionalEncoding | None = None, params: Params | None = None, *, is_causal: bool = False
-) -> Callable[..., Array]:
-    """Returns ``attention`` in the form that Flax's attention modules call.
-
-        flax.nnx.MultiHeadAttention(..., attention_fn=pj.attention_fn(encoding, params))
-        flax.linen.MultiHeadDotProductAttention(..., attention_fn=pj.attention_fn(encoding, params))
-
-    The function takes query, key and value [B, T, N, H] and ``mask``. Attention is causal if ``is_causal`` is true here or in the
-    call, or if the mask is causal.
-
-    Raises (in the call):
-      ValueError: attention dropout is requested, or query and key have different lengths (the module's own decoding): such calls
-        pass no positions, and those of cached tokens cannot be inferred.
-    """
-
-    def call(
-        query: Array,
-        key: Array,
-        value: Array,
-        bias: None = None,
-        mask: Array | None = None,
-        dropout_rng: Array | None = None,
-        dropout_rate: float = 0.0,
-        broadcast_dropout: bool = True,
-        deterministic: bool = True,
-        dtype: Any = None,
-        precision: Any = None,
-        module: Any = None,
-        is_causal: bool = is_causal,
-        input_positions: Array | None = None,
-    ) -> Array:
-        if bias is not None:
-            raise ValueError("bias must be None: attention_fn takes its biases from the encoding; chain() adds encodings")
-        if module is not None:
-            raise ValueError("sow_weights must be False: attention_fn returns no weights; posjax.attention_weights does")
-        if dropout_rate and not deterministic:
-            raise ValueError(f"dropout_rate must be 0 in the attention module, got {dropout_rate}; drop out what it returns")
-        if query.shape[1] != key.shape[1]:
-            raise ValueError(
-                f"query and key must have one length in attention_fn, got {query.shape[1]} and {key.shape[1]}; "
-                "call posjax.attention with query_positions and key_positions instead"
-            )
-        query, key, value = (x.astype(dtype or x.dtype) for x in (query, key, value))
-        return attention(
-            query,
-            key,
-            value,
-            encoding,
-            params,
-            is_causal=is_causal or causal,
-            mask=None if mask is None else mask.astype(bool),  # Flax's masks hold float ones and zeros
-            query_positions=input_positions,
-            key_positions=input_positions,
-        )
-
-    encoding, causal = check_encoding(encoding), is_causal
-    return call
+    query, key, given, options, is_single = add_batch_axis(query, key, key if value is None else value, options)
+    check_operands(query, key, given)
+    weights = reference.weights(prepare(query, key, None if value is None else given, encoding, params, **options))
+    return weights[0] if is_single else weights

@@ -3,14 +3,16 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from posjax.checks import is_traced
 from posjax.core.encoding import PositionalEncoding, Tokens, identity, what_is
-from posjax.core.masks import FAR, Mask
-from posjax.typing import Array
+from posjax.core.masks import FAR
+from posjax.typing import Array, Bool
 
+Sides = tuple[Array | None, Array | None]  # what queries and keys have of something
 _NONE = identity()
 
 
@@ -47,6 +49,48 @@ def check_operands(query: Array, key: Array, value: Array) -> None:
         )
     if value.dtype != key.dtype:
         raise ValueError(f"value must have the dtype of query and key, {key.dtype}, got {value.dtype}")
+
+
+def in_jax_order(encoding: Any, params: Any, mask: Any, bias: Any) -> tuple[Any, Any, Any, Any]:
+    """Returns encoding, params, mask and bias, where arrays in place of the first two are bias and mask.
+
+    They are in a positional call of ``jax.nn.dot_product_attention``.
+    """
+    if _is_array(encoding):
+        if bias is not None:
+            raise ValueError("bias must be given once, got an array in place of the encoding as well")
+        encoding, bias = None, encoding
+    if encoding is None and _is_array(params):
+        if mask is not None:
+            raise ValueError("mask must be given once, got an array in place of the params as well")
+        params, mask = None, params
+    return encoding, params, mask, bias
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def add_batch_axis(query: Any, key: Any, value: Any, options: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, Any], bool]:
+    """Returns query, key, value and options of a call without a batch with a batch axis of one, and whether it had none.
+
+    NumPy arrays become those of jax. Masks, biases, positions, coordinates and lengths may omit their batch axis in any case.
+
+    Raises:
+      ValueError: some of query, key and value have three axes and others do not.
+    """
+    operands = [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in (query, key, value)]
+    axes = [getattr(x, "ndim", None) for x in operands]
+    if 3 not in axes:
+        return *operands, options, False
+    if axes != [3, 3, 3]:
+        shapes = ", ".join(str(getattr(x, "shape", x)) for x in operands)
+        raise ValueError(f"query, key and value must all have four axes, or all three for a call without a batch, got {shapes}")
+    options = {
+        name: jax.tree.map(lambda x: x[None] if hasattr(x, "ndim") else x, x) if name in ("segment_ids", "hidden") else x
+        for name, x in options.items()
+    }
+    return *(x[None] for x in operands), options, True
 
 
 def check_scale(scale: Any, head_dim: int) -> Any:
@@ -164,42 +208,96 @@ def hidden_of_sides(encoding: PositionalEncoding, hidden: Any, query: Array, key
     return sides
 
 
-def make_mask(
-    query: Array,
-    key: Array,
-    is_causal: bool,
-    mask: Any,
-    query_segments: Any,
-    key_segments: Any,
-    window: tuple[int | None, int | None],
-) -> Mask:
-    batch, length, heads, _ = query.shape
-    keys = key.shape[1]
-    if mask is not None:
-        if getattr(mask, "dtype", None) != jnp.bool_:
-            raise ValueError(
-                f"mask must be boolean, True where attention is allowed, got {getattr(mask, 'dtype', type(mask).__name__)}"
-            )
-        full_shape = (batch, heads, length, keys)
-        mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 4 else mask
-        if mask.ndim != 4 or any(m not in (1, w) for m, w in zip(mask.shape, full_shape, strict=True)):
-            raise ValueError(f"mask must broadcast to [B, N, T, S] = {full_shape}, got {mask.shape}")
-    if query_segments is not None or key_segments is not None:
-        ids: Any
-        for name, ids, size in (("queries", query_segments, length), ("keys", key_segments, keys)):
-            if getattr(ids, "shape", None) != (batch, size) or not jnp.issubdtype(ids.dtype, jnp.integer):
-                got = f"{ids.dtype}{list(ids.shape)}" if hasattr(ids, "shape") else repr(ids)
-                raise ValueError(f"segment_ids must be integers [{batch}, {size}] for the {name}, got {got}; a pair gives both")
-    return Mask(
-        boolean=mask,
-        query_segments=_segments(query_segments),
-        key_segments=_segments(key_segments),
-        is_causal=is_causal,
-        window=window,
-    )
+def canonicalize_mask(mask: Any, query: Array, key: Array) -> Array | None:
+    """Returns ``mask`` with four axes; raises ValueError if it is not boolean or does not broadcast to [B, N, T, S]."""
+    if mask is None:
+        return None
+    if getattr(mask, "dtype", None) != jnp.bool_:
+        raise ValueError(
+            f"mask must be boolean, True where attention is allowed, got {getattr(mask, 'dtype', type(mask).__name__)}; "
+            "numbers that are added to the scores are a bias"
+        )
+    return _of_pairs("mask", mask, query, key)
 
 
-def _segments(ids: Any) -> Array | None:
+def canonicalize_bias(bias: Any, query: Array, key: Array) -> Array | None:
+    """Returns ``bias`` with four axes, floating point; raises ValueError if it has no numbers or does not broadcast to
+    [B, N, T, S].
+    """
+    if bias is None:
+        return None
+    dtype = getattr(bias, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        hint = "; a boolean array is a mask" if dtype == jnp.bool_ else ""
+        raise ValueError(f"bias must be an array of numbers, got {type(bias).__name__ if dtype is None else dtype}{hint}")
+    bias = _of_pairs("bias", bias, query, key)
+    return jnp.asarray(bias, None if jnp.issubdtype(dtype, jnp.floating) else jnp.float32)
+
+
+def _of_pairs(name: str, x: Array, query: Array, key: Array) -> Array:
+    """Returns an array [B or 1, N or 1, T or 1, S or 1] of which leading axes were omitted."""
+    shape = (*query.shape[:1], query.shape[2], query.shape[1], key.shape[1])
+    x = x[(None,) * (4 - x.ndim)] if x.ndim < 4 else x
+    if x.ndim != 4 or any(size not in (1, full) for size, full in zip(x.shape, shape, strict=True)):
+        raise ValueError(f"{name} must broadcast to [B, N, T, S] = {shape}, got {x.shape}")
+    return x
+
+
+def segments_of_sides(segment_ids: Any, query: Array, key: Array) -> tuple[Array | None, Array | None]:
+    """Returns the segments of queries and keys, one array for both if one was given, checked; None for each if there are none."""
+    if segment_ids is None:
+        return None, None
+    sides = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    for name, ids, tokens in zip(("queries", "keys"), sides, (query, key), strict=True):
+        shape = tokens.shape[:2]
+        if getattr(ids, "shape", None) != shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+            got = f"{ids.dtype}{list(ids.shape)}" if hasattr(ids, "shape") else repr(ids)
+            raise ValueError(f"segment_ids must be integers {list(shape)} for the {name}, got {got}; a pair gives both")
+    queries = canonicalize_segments(sides[0])
+    return queries, queries if sides[1] is sides[0] else canonicalize_segments(sides[1])
+
+
+def valid_tokens(name: str, lengths: Any, tokens: Array) -> Bool[Array, "B T"] | None:
+    """Returns which tokens of [B, T, ...] stand before the length of their sequence; None where there are no lengths.
+
+    Raises:
+      ValueError: lengths are not integers [B], or are negative.
+    """
+    if lengths is None:
+        return None
+    known = None if is_traced(lengths) else np.asarray(lengths)
+    batch, shape, dtype = tokens.shape[0], np.shape(lengths), jnp.result_type(lengths)
+    if not jnp.issubdtype(dtype, jnp.integer) or shape not in ((batch,), () if batch == 1 else (batch,)):
+        raise ValueError(f"{name} must be integers [{batch}], the length of every sequence, got {dtype}{list(shape)}")
+    if known is not None and (least := known.min()) < 0:
+        raise ValueError(f"{name} must not be negative, got {least}")
+    lengths = jnp.asarray(lengths).reshape(-1, 1)
+    lengths = lengths.astype(np.promote_types(lengths.dtype, np.int32))
+    return jnp.arange(tokens.shape[1], dtype=lengths.dtype)[None] < lengths
+
+
+def mark_padding(segments: Sides, valid: Sides, query: Array, key: Array) -> tuple[Sides, Sides]:
+    """Returns segments of queries and keys in which padding, the tokens that are not valid, is apart: for encodings and for masks.
+
+    For encodings padding is segment 0. For masks that of queries is below every other segment and that of keys is above: no query
+    attends to padding, padding attends to nothing, and kernels skip blocks of either.
+    """
+    if valid[0] is None and valid[1] is None:
+        return segments, segments
+    if segments[0] is None:
+        segments, below, above = tuple(jnp.ones(x.shape[:2], jnp.int32) for x in (query, key)), 0, 2
+    else:
+        below = jnp.minimum(segments[0].min(), segments[1].min()) - 1
+        above = jnp.maximum(segments[0].max(), segments[1].max()) + 1
+
+    def marked(*padding: Any) -> Sides:
+        sides = zip(segments, valid, padding, strict=True)
+        return tuple(ids if real is None else jnp.where(real, ids, marker) for ids, real, marker in sides)
+
+    return marked(0, 0), marked(below, above)
+
+
+def canonicalize_segments(ids: Any) -> Array | None:
     """Returns segment ids as int32; None for None."""
     if ids is None:
         return None

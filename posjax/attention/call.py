@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.attention.arguments import (
+    canonicalize_bias,
+    canonicalize_mask,
     canonicalize_positions,
     canonicalize_window,
     check_encoding,
@@ -20,7 +22,9 @@ from posjax.attention.arguments import (
     check_soft_cap,
     coordinates_of_sides,
     hidden_of_sides,
-    make_mask,
+    mark_padding,
+    segments_of_sides,
+    valid_tokens,
 )
 from posjax.checks import is_traced
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, Tokens
@@ -54,12 +58,13 @@ class AttentionCall:
       value: [B, S, K, V]; V is 0 if only the weights are computed.
       transforms: transforms of query and key that are still to be applied, by a backend or by ``transformed``, which leaves a
         ``Transport`` alone.
-      biases: what is added to the scores. A read whose query or key is None reads those of this call.
+      biases: what the encoding adds to the scores. A read whose query or key is None reads those of this call.
       mask: the pairs that are allowed to attend.
       query_positions, key_positions: int32 [B or 1, T] and [B or 1, S], the order of the tokens.
       query_coordinates, key_coordinates: [B or 1, T, A] and [B or 1, S, A]; None: one axis, the positions.
       scale: float32 [], the factor of q.k.
       weights: what turns scores into weights.
+      bias: [B or 1, N or 1, T or 1, S or 1], numbers that the caller adds to the scores; None for none.
       logits_soft_cap: c; scores become c * tanh(scores / c) after the bias and before the mask; None for no cap.
       is_self: whether queries and keys are the same tokens in the same order.
     """
@@ -76,6 +81,7 @@ class AttentionCall:
     key_coordinates: Array | None
     scale: Float[Array, ""]
     weights: Softmax | StickBreaking = _SOFTMAX
+    bias: Float[Array, "_ _ _ _"] | None = None
     logits_soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
     is_self: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -185,7 +191,10 @@ def prepare_next(
     *,
     is_causal: bool = False,
     mask: Array | None = None,
+    bias: Array | None = None,
     segment_ids: Any = None,
+    query_seq_lengths: Array | None = None,
+    key_value_seq_lengths: Array | None = None,
     local_window_size: Any = None,
     query_positions: Array | None = None,
     key_positions: Array | None = None,
@@ -217,25 +226,36 @@ def prepare_next(
             "it sums over the keys between key and query, which has no meaning in both directions"
         )
     scale, logits_soft_cap = check_scale(scale, query.shape[-1]), check_soft_cap(logits_soft_cap)
-    query_segments, key_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-    is_self = query.shape[1] == key.shape[1] and query_positions is key_positions and query_segments is key_segments
+    mask, bias = canonicalize_mask(mask, query, key), canonicalize_bias(bias, query, key)
+    segments = segments_of_sides(segment_ids, query, key)
+    valid = (
+        valid_tokens("query_seq_lengths", query_seq_lengths, query),
+        valid_tokens("key_value_seq_lengths", key_value_seq_lengths, key),
+    )
+    is_self = query.shape[1] == key.shape[1] and query_positions is key_positions and segments[0] is segments[1]
+    is_self = is_self and query_seq_lengths is key_value_seq_lengths
+    segments, mask_segments = mark_padding(segments, valid, query, key)
     positions = [
         canonicalize_positions("query_positions", query_positions, query.shape[0], query.shape[1]),
         canonicalize_positions("key_positions", key_positions, key.shape[0], key.shape[1]),
     ]
     coordinates = coordinates_of_sides(encoding, query_coordinates, key_coordinates, positions, query.shape[0])
     query_hidden, key_hidden = hidden_of_sides(encoding, hidden, query, key)
-    rules = make_mask(query, key, is_causal, mask, query_segments, key_segments, window)
-    key, value = _without_hidden_keys(key, value, rules, is_self)
+    rules = Mask(mask, *mask_segments, is_causal, window)
+    query, query_hidden, key_hidden = _cleared(query, valid[0]), _cleared(query_hidden, valid[0]), _cleared(key_hidden, valid[1])
+    key, value = _without_hidden_keys(key, value, rules)
     query_at, key_at = coordinates or (None, None)
-    queries = Tokens.at(positions[0], coordinates=query_at, segments=query_segments, hidden=query_hidden)
-    keys = Tokens.at(positions[1], coordinates=key_at, segments=key_segments, hidden=key_hidden)
+    queries = Tokens.at(positions[0], coordinates=query_at, segments=segments[0], hidden=query_hidden)
+    keys = Tokens.at(positions[1], coordinates=key_at, segments=segments[1], hidden=key_hidden)
     inputs = AttentionInputs(query, key, value, queries, keys, scale, state=state)
     mods = encoding.attend({} if params is None else params, inputs)
     if any(isinstance(bias.at, Scan) for bias in mods.biases) and not encoding.needs_causal:
         raise ValueError(f"needs_causal must be True for {encoding.name}, whose bias is a Scan, got False")
     if encoding.needs_causal:
-        _check_rising(encoding, positions[1] if key_positions is None else key_positions, key_segments)
+        # as given, because inside jit a jax operation returns a tracer even for a concrete array
+        given = segment_ids[1] if isinstance(segment_ids, tuple) else segment_ids
+        ids = given if valid[1] is None else segments[1]
+        _check_rising(encoding, positions[1] if key_positions is None else key_positions, ids)
     _check_weights(encoding, mods, is_causal, rules)
     biases = mods.biases
     first = max((n + 1 for n, transform in enumerate(mods.transforms) if isinstance(transform, Replace)), default=0)
@@ -257,6 +277,7 @@ def prepare_next(
         key_coordinates=key_at,
         scale=jnp.asarray(scale, jnp.float32),
         weights=mods.weights,
+        bias=bias,
         logits_soft_cap=logits_soft_cap,
         is_self=is_self,
     )
@@ -298,15 +319,22 @@ def _check_rising(encoding: PositionalEncoding, key_positions: Array, key_segmen
         )
 
 
-def _without_hidden_keys(key: Array, value: Array | None, mask: Mask, is_self: bool) -> tuple[Array, Array | None]:
+def _cleared(x: Array | None, valid: Array | None) -> Array | None:
+    """Returns x [B, T, ...] with zeros for padding: NaN there would reach gradients, and what an encoding makes of ``hidden``."""
+    if x is None or valid is None:
+        return x
+    return jnp.where(valid.reshape(*valid.shape, *(1,) * (x.ndim - 2)), x, 0)
+
+
+def _without_hidden_keys(key: Array, value: Array | None, mask: Mask) -> tuple[Array, Array | None]:
     """Returns key and value with zeros for keys that no query sees by boolean mask or segments: NaN there would reach all rows.
 
-    A weight of zero times NaN is NaN. If queries and keys are the same tokens, every key of a segment sees itself.
+    A weight of zero times NaN is NaN. If queries and keys have the same segments, some query sees every key.
     """
     visible = None
     if mask.boolean is not None:
         visible = jnp.broadcast_to(mask.boolean.any((1, 2)), key.shape[:2])
-    if mask.key_segments is not None and mask.query_segments is not None and not is_self:
+    if mask.key_segments is not mask.query_segments:
         of_queries = jnp.sort(mask.query_segments, axis=1)
         at = jax.vmap(jnp.searchsorted)(of_queries, mask.key_segments)
         found = jnp.take_along_axis(of_queries, jnp.minimum(at, of_queries.shape[1] - 1), axis=1) == mask.key_segments

@@ -1,7 +1,8 @@
 """Chooses the backend of a prepared call: the one that was named, or the fastest that supports the call where it is lowered.
 
-A backend is a module with the functions of ``Backend``. The kernels of a platform also have ``BLOCK_SIZES_CLS``, and join a program
-by ``jax.lax.platform_dependent`` under their ``NAME``, whichever devices this process has.
+A backend is a module with the functions of ``Backend``. Those in XLA also have ``attention_and_lse``. The kernels of a platform
+also have ``BLOCK_SIZES_CLS``, and join a program by ``jax.lax.platform_dependent`` under their ``NAME``, whichever devices this
+process has.
 """
 
 import functools
@@ -20,6 +21,7 @@ from posjax.attention.backends.xla_chunked import attention as xla_chunked
 from posjax.attention.call import AttentionCall
 from posjax.attention.prefix_sums import with_prefix_sums
 from posjax.checks import is_symbolic
+from posjax.core.structures import StickBreaking
 from posjax.typing import Array, Float
 
 Implementation = Literal["xla", "xla_chunked", "pallas"]
@@ -42,7 +44,7 @@ class Backend(Protocol):
         ...
 
 
-_XLA: dict[str, Backend] = {reference.NAME: reference, xla_chunked.NAME: xla_chunked}
+_XLA: dict[str, Any] = {reference.NAME: reference, xla_chunked.NAME: xla_chunked}
 
 
 def _kernels() -> dict[str, Backend]:
@@ -79,7 +81,8 @@ def run(
     spec: ShardSpec | None = None,
     context: Context | None = None,
     block_sizes: Blocks | GpuBlocks | None = None,
-) -> Float[Array, "B T N V"]:
+    return_lse: bool = False,
+) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Runs attention on a prepared call with one of the backends.
 
     Args:
@@ -88,33 +91,45 @@ def run(
       spec: how a mesh shards the call's batch and heads, for backends that run on each device's shard; None infers it from the
         query's type.
       context: mesh axis that shards sequences; None if there is none.
+      return_lse: also returns the logarithm of the softmax's denominator, in float32. The ring and the kernels do not.
 
     Raises:
-      ValueError: the implementation is unknown, or has no block sizes although some are given.
+      ValueError: the implementation is unknown, or has no block sizes although some are given, or the weights whose denominator is
+        to be returned have none.
       TypeError: ``block_sizes`` is neither Blocks nor GpuBlocks.
       NotImplementedError: the implementation does not support the call; the message names one that does.
     """
     if implementation not in (None, "xla", "xla_chunked", "pallas"):
-        raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
+        hint = "; 'pallas' runs the kernels for NVIDIA GPUs" if implementation == "cudnn" else ""
+        raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}{hint}")
+    if return_lse and isinstance(call.weights, StickBreaking):
+        raise ValueError("return_residual must be False for weights of StickBreaking, which are not a softmax, got True")
     _check_block_sizes(block_sizes, implementation)
-    return _run(call, implementation, infer_shard_spec(call.query) if spec is None else spec, context, block_sizes)
+    spec = infer_shard_spec(call.query) if spec is None else spec
+    return _run(call, implementation, spec, context, block_sizes, return_lse)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), inline=True)  # a second call outside of jit compiles nothing
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5), inline=True)  # a second call outside of jit compiles nothing
 def _run(
     call: AttentionCall,
     implementation: Implementation | None,
     spec: ShardSpec,
     context: Context | None,
     block_sizes: Blocks | GpuBlocks | None,
-) -> Float[Array, "B T N V"]:
+    return_lse: bool,
+) -> Any:
     call = call if implementation == "xla" else with_prefix_sums(call)
+    if return_lse:
+        if implementation == "pallas":
+            raise NotImplementedError("implementation='pallas' cannot return_residual=True; implementation='xla_chunked' can")
+        backend = _XLA[implementation or ("xla" if _is_small(call.query, call.key) else "xla_chunked")]
+        return on_shards(backend.attention_and_lse, spec)(call.transformed())
     ring: Callable[..., Array] | None = None
     if context is not None:
-        from posjax.attention.backends.ring import attention as backend  # imports Pallas
+        from posjax.attention.backends.ring import attention as ring_attention  # imports Pallas
 
-        if implementation == "xla_chunked" or backend.unsupported_reason(call, context) is None:
-            ring = functools.partial(backend.attention, call, context)
+        if implementation == "xla_chunked" or ring_attention.unsupported_reason(call, context) is None:
+            ring = functools.partial(ring_attention.attention, call, context)
     if implementation == "pallas":
         kernel = _kernels()["cuda" if platform_at_hand() == "gpu" else "tpu"]
         reason = kernel.unsupported_reason(call, block_sizes=block_sizes_for(kernel, block_sizes), spec=spec)

@@ -38,16 +38,11 @@ class Mask:
     def cut(self, row_start: Any, row_size: int, column_start: Any, column_size: int) -> "Mask":
         """Returns the mask of one tile of ``row_size`` queries and ``column_size`` keys."""
 
-        def along(x: Array | None, axis: int, start: Any, size: int) -> Array | None:
-            if x is None or x.shape[axis] == 1:
-                return x
-            return jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
-
         return dataclasses.replace(
             self,
-            boolean=along(along(self.boolean, 2, row_start, row_size), 3, column_start, column_size),
-            query_segments=along(self.query_segments, 1, row_start, row_size),
-            key_segments=along(self.key_segments, 1, column_start, column_size),
+            boolean=cut_pairs(self.boolean, row_start, row_size, column_start, column_size),
+            query_segments=_along(self.query_segments, 1, row_start, row_size),
+            key_segments=_along(self.key_segments, 1, column_start, column_size),
         )
 
     def allowed(self, query_positions: Int[Array, "_ t"], key_positions: Int[Array, "_ s"]) -> Bool[Array, "_ _ t s"]:
@@ -69,6 +64,15 @@ class Mask:
         if self.boolean is not None:
             allowed = allowed & self.boolean
         return allowed
+
+
+def cut_pairs(x: Array | None, row_start: Any, row_size: int, column_start: Any, column_size: int) -> Array | None:
+    """Returns one tile of an array [B or 1, N or 1, T or 1, S or 1]; an axis of length 1 stays, and so does None."""
+    return _along(_along(x, 2, row_start, row_size), 3, column_start, column_size)
+
+
+def _along(x: Array | None, axis: int, start: Any, size: int) -> Array | None:
+    return x if x is None or x.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
 
 
 FAR = 2**31 - 1  # position of a padding key: after every query, so that a causal mask excludes it

@@ -1,4 +1,7 @@
-"""``attention`` without an encoding, against a loop in float64; and inside Flax's attention modules."""
+"""``attention`` without an encoding, against a loop in float64; and inside Flax's attention modules.
+
+Its tests beside jax's own function are in test_dot_product_attention.py.
+"""
 
 import itertools
 import math
@@ -170,28 +173,6 @@ def test_any_combination_of_masks(data, length, keys, groups, is_causal, left, r
         "logits_soft_cap": cap,
     }
     agrees(arrays, options, allowed, cap=cap)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"is_causal": True},
-        {"scale": 0.3},
-        {"local_window_size": 2},
-        {"local_window_size": (3, 0)},
-        {"is_causal": True, "local_window_size": (1, 0)},
-        {"mask": np.random.default_rng(4).random((B, 1, T, T)) < 0.7},
-    ],
-    ids=lambda options: " ".join(options) or "plain",
-)
-@pytest.mark.parametrize("key_heads", [1, K, N])
-def test_it_replaces_jax_dot_product_attention(options, key_heads):
-    arrays = [jnp.asarray(x) for x in qkv(keys=T, key_heads=key_heads)]
-    if "mask" in options:  # jax spreads a row that sees nothing over all keys
-        options = options | {"mask": options["mask"] | np.eye(T, dtype=bool)}
-    want = jax.nn.dot_product_attention(*arrays, **options, implementation="xla")
-    np.testing.assert_allclose(pj.attention(*arrays, **options), want, atol=1e-5)
 
 
 # Flax's modules ------------------------------------------------------------------------------------------------------

@@ -48,21 +48,20 @@ def weights(encoding=None, params=None, **options):
     return pj.attention_weights(ones(B, T, N, H), ones(B, T, K, H), encoding, params, **options)
 
 
-def in_linen(attention_fn=None, mask=None, decode_length=None, **options):
-    module = flax.linen.MultiHeadDotProductAttention(
-        num_heads=N, attention_fn=attention_fn, decode=decode_length is not None, **options
-    )
-    long = ones(B, T if decode_length is None else decode_length, N * H)
-    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    variables = module.init(rngs, long)
-    return module.apply(variables, long[:, :1] if decode_length else long, mask=mask, rngs=rngs, mutable=["cache", "intermediates"])
+def broken_sticks(params, inputs):
+    return pj.ScoreModifications(weights=pj.StickBreaking())
 
 
-def in_nnx(decode=False, sow_weights=False, **options):
-    module = nnx.MultiHeadAttention(N, N * H, attention_fn=pj.attention_fn(pj.rope()), decode=decode, rngs=nnx.Rngs(0), **options)
-    if decode:
-        module.init_cache(X.shape)
-    return module(X[:, :1] if decode else X, sow_weights=sow_weights, deterministic=False)
+def in_linen(attention_fn):
+    module = flax.linen.MultiHeadDotProductAttention(num_heads=N, attention_fn=attention_fn, decode=True)
+    variables = module.init(jax.random.key(0), X)
+    return module.apply(variables, X[:, :1], mutable=["cache"])
+
+
+def in_nnx(attention_fn):
+    module = nnx.MultiHeadAttention(N, N * H, attention_fn=attention_fn, decode=True, rngs=nnx.Rngs(0))
+    module.init_cache(X.shape)
+    return module(X[:, :1])
 
 
 # (what is tried, the exception, a pattern its message must match: the argument ... the value ... what would work)
@@ -320,7 +319,12 @@ BAD = {
         r"query_positions must have shape \(4,\) or \(2, 4\), got \(3,\)",
     ),
     # query, key and value
-    "query: three axes": (lambda: call(query=ones(T, N, H)), ValueError, r"query must have shape \[B, T, N, H\], got \(4, 4, 8\)"),
+    "query: three axes": (
+        lambda: call(query=ones(T, N, H)),
+        ValueError,
+        r"query, key and value must all have four axes, or all three .*got \(4, 4, 8\), \(2, 4, 2, 8\), \(2, 4, 2, 8\)",
+    ),
+    "query: two axes": (lambda: call(query=ones(T, N)), ValueError, r"query must have shape \[B, T, N, H\], got \(4, 4\)"),
     "query: a list": (lambda: call(query=[1.0]), ValueError, r"query must have shape \[B, T, N, H\], got \[1\.0\]"),
     "query: integers": (
         lambda: call(query=ones(B, T, N, H, dtype=jnp.int32)),
@@ -362,7 +366,7 @@ BAD = {
     "implementation: unknown": (
         lambda: call(implementation="cudnn"),
         ValueError,
-        r"implementation must be None, 'xla', .*got 'cudnn'",
+        r"implementation must be None, 'xla', .*got 'cudnn'; 'pallas' runs the kernels for NVIDIA GPUs",
     ),
     "cope: in both directions": (
         lambda: call(pj.cope(8), made(pj.cope(8))),
@@ -428,6 +432,57 @@ BAD = {
         lambda: call(mask=ones(T, T, dtype=jnp.int32)),
         ValueError,
         r"mask must be boolean, True where .*, got int32",
+    ),
+    "mask: twice": (
+        lambda: pj.attention(*[ones(B, T, N, H)] * 3, None, ones(T, T, dtype=bool), mask=ones(T, T, dtype=bool)),
+        ValueError,
+        r"mask must be given once, got an array in place of the params as well",
+    ),
+    "bias: twice": (
+        lambda: pj.attention(*[ones(B, T, N, H)] * 3, ones(T, T), bias=ones(T, T)),
+        ValueError,
+        r"bias must be given once, got an array in place of the encoding as well",
+    ),
+    "bias: a mask": (
+        lambda: call(bias=ones(T, T, dtype=bool)),
+        ValueError,
+        r"bias must be an array of numbers, got bool; a boolean array is a mask",
+    ),
+    "bias: a number": (lambda: call(bias=1.0), ValueError, r"bias must be an array of numbers, got float"),
+    "bias: shape": (
+        lambda: call(bias=ones(K, T, T)),
+        ValueError,
+        r"bias must broadcast to \[B, N, T, S\] = \(2, 4, 4, 4\), got \(1, 2, 4, 4\)",
+    ),
+    "lengths: shape": (
+        lambda: call(query_seq_lengths=jnp.array([1, 2, 3])),
+        ValueError,
+        r"query_seq_lengths must be integers \[2\], the length of every sequence, got int32\[3\]",
+    ),
+    "lengths: one number for a batch": (
+        lambda: call(key_value_seq_lengths=3),
+        ValueError,
+        r"key_value_seq_lengths must be integers \[2\], .*got int32\[\]",
+    ),
+    "lengths: floats": (
+        lambda: call(key_value_seq_lengths=jnp.array([1.0, 2.0])),
+        ValueError,
+        r"key_value_seq_lengths must be integers \[2\], .*got float32\[2\]",
+    ),
+    "lengths: negative": (
+        lambda: call(query_seq_lengths=jnp.array([1, -2])),
+        ValueError,
+        r"query_seq_lengths must not be negative, got -2",
+    ),
+    "return_residual: in a kernel": (
+        lambda: call(return_residual=True, implementation="pallas"),
+        NotImplementedError,
+        r"implementation='pallas' cannot return_residual=True; implementation='xla_chunked' can",
+    ),
+    "return_residual: broken sticks": (
+        lambda: call(pj.encoding("sticks", attend=broken_sticks, needs_causal=True), is_causal=True, return_residual=True),
+        ValueError,
+        r"return_residual must be False for weights of StickBreaking, .*got True",
     ),
     "mask: a list": (lambda: call(mask=[[True]]), ValueError, r"mask must be boolean, .*got list"),
     "mask: shape": (
@@ -504,28 +559,41 @@ BAD = {
         TypeError,
         r"encoding must be a PositionalEncoding .*got the class Rope; call it: rope",
     ),
-    "attention_fn: a bias": (
-        lambda: pj.attention_fn(pj.rope())(*[ones(B, T, N, H)] * 3, bias=ones(1, 1, T, T)),
+    "attention_fn: bias": (
+        lambda: pj.attention_fn(pj.rope())(*[ones(B, T, N, H)] * 3, bias=ones(3, 1, T, T)),
         ValueError,
-        r"bias must be None: .*chain\(\)",
+        r"bias must broadcast to .*\(2, 4, 4, 4\), got \(3, 1, 4, 4\)",
     ),
-    "linen: dropout": (
-        lambda: in_linen(pj.attention_fn(pj.rope()), dropout_rate=0.5, deterministic=False),
+    "attention_fn: no key for dropout": (
+        lambda: pj.attention_fn()(*[ones(B, T, N, H)] * 3, dropout_rate=0.5, deterministic=False),
         ValueError,
-        r"dropout_rate must be 0 in the attention module, got 0\.5",
+        r"dropout_rng must be given for dropout_rate=0\.5 and deterministic=False, got None",
+    ),
+    "attention_fn: dropout of all": (
+        lambda: pj.attention_fn()(*[ones(B, T, N, H)] * 3, dropout_rate=1.0),
+        ValueError,
+        r"dropout_rate must be in \[0, 1\), got 1\.0",
+    ),
+    "attention_fn: einsums": (
+        lambda: pj.attention_fn()(*[ones(B, T, N, H)] * 3, qk_attn_weights_einsum=jnp.einsum),
+        ValueError,
+        r"the attention module must have no einsums of its own",
+    ),
+    "attention_fn: counts across": (
+        lambda: pj.attention_fn(pj.cope_alibi())(ones(B, T, N, H), *[ones(B, S, N, H)] * 2),
+        ValueError,
+        r"is_causal must be True \(or a mask given\) for cope_alibi, got is_causal=False and mask=None",
     ),
     "linen: decoding": (
-        lambda: in_linen(pj.attention_fn(pj.rope()), decode_length=T),
+        lambda: in_linen(pj.attention_fn(pj.rope())),
         ValueError,
-        r"query and key must have one length in attention_fn, got 1 and 4; .*query_positions",
+        r"decode must be given to attention_fn where one query has 4 keys and a mask, got None: True if .* False for cross",
     ),
-    "nnx: dropout": (lambda: in_nnx(dropout_rate=0.5), ValueError, r"dropout_rate must be 0 in the attention module, got 0\.5"),
     "nnx: decoding": (
-        lambda: in_nnx(decode=True),
+        lambda: in_nnx(pj.attention_fn(pj.rope())),
         ValueError,
-        r"query and key must have one length .*got 1 and 4; .*query_positions",
+        r"decode must be given to attention_fn where one query has 4 keys and a mask, got None: True if .* False for cross",
     ),
-    "nnx: weights": (lambda: in_nnx(decode=False, sow_weights=True), ValueError, r"sow_weights must be False: .*attention_weights"),
 }
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from posjax.attention.backends.constants import LOG2E
 from posjax.attention.backends.deferred import deferred
 from posjax.attention.backends.shards import ShardSpec, exact, per_shard
+from posjax.attention.call import AttentionCall
 from posjax.checks import is_symbolic
-from posjax.core.masks import Mask
 from posjax.typing import Array
 
 OperandsT = TypeVar("OperandsT", bound=Any)  # a dataclass
@@ -33,11 +33,13 @@ def unsupported_sizes(*arrays: Array) -> str | None:
     return None
 
 
-def unsupported_mask(mask: Mask) -> str | None:
-    """Returns why the kernels do not support this mask, or None if they do."""
-    if mask.boolean is None:
-        return None
-    return "mask is an array (is_causal, segment_ids and local_window_size are made inside of the tile)"
+def unsupported_arrays(call: AttentionCall) -> str | None:
+    """Returns why the kernels do not support the arrays of pairs that a call has, or None if it has none."""
+    if call.mask.boolean is not None:
+        return "mask is an array (is_causal, segment_ids, lengths and local_window_size are made inside of the tile)"
+    if call.bias is not None:
+        return "bias is an array (biases of an encoding are made inside of the tile)"
+    return None
 
 
 def block_sizes_for(backend: Any, block_sizes: Any) -> Any:

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from posjax.attention.backends.bias_terms import Tile, bias_terms, value_reads
-from posjax.attention.backends.constants import MASK_VALUE
+from posjax.attention.backends.constants import INIT_MAX, MASK_VALUE
 from posjax.attention.call import AttentionCall
 from posjax.core.manual_axes import vary_alike
 from posjax.core.structures import StickBreaking
-from posjax.typing import Array, Float
+from posjax.typing import Array, Bool, Float
 
 NAME: str = "xla"
 
@@ -27,9 +27,22 @@ def attention(call: AttentionCall) -> Float[Array, "B T N V"]:
 
     The softmax statistics are float32, and the result has the dtype of ``value``. A row with no allowed key gives zeros.
     """
-    call = call.transformed()
-    probabilities, value = weights(call), call.value
-    batch, heads, length, keys = probabilities.shape
+    return weighted_values(call, weights(call))
+
+
+def attention_and_lse(call: AttentionCall) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Returns the result of ``attention``, and the logarithm of the softmax's denominator, float32.
+
+    The denominator includes a sink. A row without any allowed key has ``MASK_VALUE``, or the sink's logit. The weights of the call
+    must be those of a softmax.
+    """
+    probabilities, lse = _softmax(call)
+    return weighted_values(call, probabilities), jnp.swapaxes(lse, 1, 2)
+
+
+def weighted_values(call: AttentionCall, probabilities: Float[Array, "B N T S"]) -> Float[Array, "B T N V"]:
+    """Returns the values summed with the given weights, and what tables of values add, in the dtype of ``value``."""
+    value, (batch, heads, length, keys) = call.value, probabilities.shape
     grouped = probabilities.reshape(batch, value.shape[2], -1, length, keys).astype(value.dtype)
     out = jnp.einsum("bkgts,bskv->btkgv", grouped, value, preferred_element_type=jnp.float32)
     out = out.reshape(batch, length, heads, value.shape[3])
@@ -46,24 +59,40 @@ def weights(call: AttentionCall) -> Float[Array, "B N T S"]:
 
     A row is zero where no key is allowed.
     """
+    return _broken_sticks(call) if isinstance(call.weights, StickBreaking) else _softmax(call)[0]
+
+
+def _broken_sticks(call: AttentionCall) -> Float[Array, "B N T S"]:
+    allowed, scores = _capped_scores(call)
+    if not call.weights.attend_current:
+        allowed &= call.query_positions[:, None, :, None] != call.key_positions[:, None, None, :]
+    stays = jnp.where(allowed, jax.nn.log_sigmoid(-scores), 0.0)
+    before = jax.lax.cumsum(stays, axis=3, reverse=True) - stays  # over the keys between
+    return jnp.where(allowed, jnp.exp(jax.nn.log_sigmoid(scores) + before), 0.0)
+
+
+def _softmax(call: AttentionCall) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T"]]:
+    """Returns the weights, and the logarithm of their denominator."""
+    allowed, scores = _capped_scores(call)
+    scores = jnp.where(allowed, scores, MASK_VALUE)
+    # not below INIT_MAX, as in the kernels: a row of -inf, which a bias can make, has no weights, and no NaN
+    m = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), INIT_MAX))
+    sink = None if call.sink is None else call.sink.astype(jnp.float32)[None, :, None, None]
+    m = m if sink is None else jax.lax.stop_gradient(jnp.maximum(m, sink))
+    unnormalized = jnp.where(allowed, jnp.exp(scores - m), 0.0)
+    l = unnormalized.sum(-1, keepdims=True)
+    l = l if sink is None else l + jnp.exp(sink - m)
+    is_empty = l == 0.0
+    l = jnp.where(is_empty, 1.0, l)
+    return unnormalized / l, jnp.where(is_empty, MASK_VALUE, m + jnp.log(l))[..., 0]
+
+
+def _capped_scores(call: AttentionCall) -> tuple[Bool[Array, "_ _ T S"], Float[Array, "B N T S"]]:
+    """Returns which pairs are allowed, and the scores under the soft cap, before the mask."""
     tile, scores = scores_of(call)
     if call.logits_soft_cap is not None:
         scores = call.logits_soft_cap * jnp.tanh(scores / call.logits_soft_cap)
-    if isinstance(call.weights, StickBreaking):
-        allowed = tile.allowed
-        if not call.weights.attend_current:
-            allowed &= call.query_positions[:, None, :, None] != call.key_positions[:, None, None, :]
-        stays = jnp.where(allowed, jax.nn.log_sigmoid(-scores), 0.0)
-        before = jax.lax.cumsum(stays, axis=3, reverse=True) - stays  # over the keys between
-        return jnp.where(allowed, jnp.exp(jax.nn.log_sigmoid(scores) + before), 0.0)
-    scores = jnp.where(tile.allowed, scores, MASK_VALUE)
-    m = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    sink = None if call.sink is None else call.sink.astype(jnp.float32)[None, :, None, None]
-    m = m if sink is None else jax.lax.stop_gradient(jnp.maximum(m, sink))
-    unnormalized = jnp.where(tile.allowed, jnp.exp(scores - m), 0.0)
-    l = unnormalized.sum(-1, keepdims=True)
-    l = l if sink is None else l + jnp.exp(sink - m)
-    return unnormalized / jnp.where(l == 0.0, 1.0, l)
+    return tile.allowed, scores
 
 
 def scores_of(call: AttentionCall) -> tuple[Tile, Float[Array, "B N T S"]]:
@@ -81,7 +110,8 @@ def scores_of(call: AttentionCall) -> tuple[Tile, Float[Array, "B N T S"]]:
         query_positions=call.query_positions,
         key_positions=call.key_positions,
     )
-    return tile, tile.logits + sum(term.dense(tile) for term in bias_terms(call))
+    scores = tile.logits + sum(term.dense(tile) for term in bias_terms(call))
+    return tile, scores if call.bias is None else scores + call.bias.astype(jnp.float32)
 
 
 def _transported(call: AttentionCall) -> Float[Array, "B N T S"]:

@@ -178,6 +178,7 @@ def on_shards(
                 query_segments=partition("bt", call.mask.query_segments),
                 key_segments=partition("bt", call.mask.key_segments),
             ),
+            bias=partition("bn", call.bias),
             scale=PartitionSpec(),
         )
         context = jax.sharding.get_abstract_mesh()  # from set_mesh, auto_axes or an outer shard_map; shard_map requires this mesh

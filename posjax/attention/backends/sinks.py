@@ -10,6 +10,7 @@ so backends return the log-sum-exp of each row, differentiably, and know nothing
 import jax
 import jax.numpy as jnp
 
+from posjax.attention.backends.constants import EMPTY_LSE, MASK_VALUE
 from posjax.typing import Array, Float
 
 
@@ -24,3 +25,16 @@ def with_sink(out: Float[Array, "B T N V"], lse: Float[Array, "B T N"], sink: Fl
     if sink is None:
         return out
     return (out.astype(jnp.float32) * jax.nn.sigmoid(lse - sink.astype(jnp.float32))[..., None]).astype(out.dtype)
+
+
+def log_denominator(lse: Float[Array, "B T N"], sink: Float[Array, " N"] | None) -> Float[Array, "B T N"]:
+    """Returns the logarithm of the softmax's denominator, from the log-sum-exp of a backend.
+
+    It includes the sink. A row without any allowed key has ``MASK_VALUE`` or the sink's logit.
+
+    Args:
+      lse: log-sum-exp of the scores of each row, ``EMPTY_LSE`` where no key is allowed.
+      sink: logits, 1 or N; None for no sink.
+    """
+    lse = jnp.where(lse == EMPTY_LSE, MASK_VALUE, lse)
+    return lse if sink is None else jnp.logaddexp(lse, sink.astype(jnp.float32))

@@ -50,7 +50,7 @@ def unsupported_reason(call: AttentionCall, *, block_sizes: GpuBlocks | None = N
         return f"the GPU has compute capability {capability() / 10} (NVIDIA's from {LEAST / 10} on are supported)"
     if (reason := kernel_call.unsupported_sizes(call.query, call.key, call.value)) is not None:
         return reason
-    if (reason := kernel_call.unsupported_mask(call.mask)) is not None:
+    if (reason := kernel_call.unsupported_arrays(call)) is not None:
         return reason
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"query has dtype {query.dtype} (bfloat16, float16 and float32 are supported)"

@@ -155,6 +155,8 @@ def unsupported_reason(call: AttentionCall, context: Context) -> str | None:
         return f"encoding asks for what the ring does not do: {reason}"
     if (mask := call.mask.boolean) is not None:
         return f"mask must be None, got one of shape {mask.shape}; segment_ids and local_window_size travel with the keys"
+    if call.bias is not None:
+        return f"bias must be None, got an array of shape {call.bias.shape}; biases of the encoding travel with the keys"
     if _sums(call) and not (call.mask.is_causal and queries == keys):
         return "an encoding that sums over keys needs is_causal=True and as many keys as queries"
     return None

@@ -108,7 +108,7 @@ def gradients(
     d_final = [block(rows, plan.rows) for rows in d_carries_out]
     grads = backward.gradients(plan, x, (lse, residuals, final), d_out, delta, d_final)
     of_keys = dict(key=[grads["key"]], value=[grads["value"]], columns=grads["columns"], segments=[], positions=[])
-    rest = {name: grads[name] for name in ("query", "rows", "tables", "scale")}
+    rest = {name: grads[name] for name in ("query", "rows", "bias", "tables", "scale")}
     return of_keys, added(acc, rest), [unblock(tiles) for tiles in grads["carries"]]
 
 

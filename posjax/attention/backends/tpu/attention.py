@@ -48,7 +48,7 @@ def unsupported_reason(call: AttentionCall, *, block_sizes: Blocks | None = None
     query, value, chip = call.query, call.value, chip_at_hand(call.query)
     if (reason := kernel_call.unsupported_sizes(call.query, call.key, call.value)) is not None:
         return reason
-    if (reason := kernel_call.unsupported_mask(call.mask)) is not None:
+    if (reason := kernel_call.unsupported_arrays(call)) is not None:
         return reason
     if query.dtype not in (jnp.float32, jnp.bfloat16):
         return f"query has dtype {query.dtype} (bfloat16 and float32 are supported)"

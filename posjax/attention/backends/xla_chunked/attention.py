@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from posjax.attention.backends.sinks import with_sink
+from posjax.attention.backends.sinks import log_denominator, with_sink
 from posjax.attention.backends.xla_chunked import ordered
 from posjax.attention.backends.xla_chunked.backward import cotangent, delta_of, floats, gradients, zeros_like
 from posjax.attention.backends.xla_chunked.forward import outputs
@@ -48,11 +48,23 @@ def attention(call: AttentionCall, *, tile: tuple[int, int] | None = None) -> Fl
     Returns:
       The result of ``reference.attention``.
     """
+    return _attention(call, tile)[0]
+
+
+def attention_and_lse(call: AttentionCall) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Returns the results of ``reference.attention_and_lse``, computed tile by tile."""
+    out, lse = _attention(call)
+    return out, log_denominator(lse, call.sink)
+
+
+def _attention(call: AttentionCall, tile: tuple[int, int] | None = None) -> tuple[Array, Array]:
+    """Returns the output, and the log-sum-exp of every row without a sink, ``EMPTY_LSE`` where no key is allowed."""
     length, call = call.query.shape[1], call.transformed()
     if call.needs_order() is not None:
         return ordered.attention(call, tile=tile)
     out, lse = _attend(*to_operands(call, tile=tile))
-    return with_sink(from_blocks(out, length), from_blocks(lse[..., None], length)[..., 0], call.sink)
+    lse = from_blocks(lse[..., None], length)[..., 0]
+    return with_sink(from_blocks(out, length), lse, call.sink), lse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

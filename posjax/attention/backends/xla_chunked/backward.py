@@ -48,6 +48,13 @@ def _add_at(x: Array, part: Array, start: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, here + part.astype(x.dtype), start, axis=2)
 
 
+def _add_pairs(x: Array, part: Array, row_start: Array, column_start: Array) -> Array:
+    """Adds a tile to x [B or 1, N or 1, T or 1, S or 1]; along an axis of length 1 the tile was summed up."""
+    at = (0, 0, row_start if x.shape[2] > 1 else 0, column_start if x.shape[3] > 1 else 0)
+    here = jax.lax.dynamic_slice(x, at, part.shape)
+    return jax.lax.dynamic_update_slice(x, here + part.astype(x.dtype), at)
+
+
 def _sum(a: list[Array], b: list[Array]) -> list[Array]:
     return [x + y.astype(x.dtype) for x, y in zip(a, b, strict=True)]
 
@@ -81,6 +88,7 @@ class _ByKey(NamedTuple):
     key: Array
     value: Array
     columns: Leaves
+    bias: Leaves  # one array, or none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +125,19 @@ class _TermLeaves:
         return floats([dataclasses.replace(term, rows=rows, tables=table).loaded().rows for term, rows, table in parts])[0]
 
     def scores(
-        self, kv_tile: KeyTile, logits: Array, rows: Leaves, columns: Leaves, tables: Leaves, carries: Leaves, saturated: list
+        self,
+        kv_tile: KeyTile,
+        logits: Array,
+        bias: Array | None,
+        rows: Leaves,
+        columns: Leaves,
+        tables: Leaves,
+        carries: Leaves,
+        saturated: list,
     ) -> tuple[Array, Leaves]:
         """Computes what ``tile_scores`` does, from leaves."""
         parts = self.put_rows(rows), floats(kv_tile.columns)[1](columns), self.put_tables(tables), self.put_carries(carries)
-        scores, carries_out = tile_scores(self.row, kv_tile, logits, *parts, saturated)
+        scores, carries_out = tile_scores(self.row, kv_tile, logits, bias, *parts, saturated)
         return scores, floats(carries_out)[0]
 
     def saturated(self, rows: Leaves, tables: Leaves, carries: Leaves) -> list[Array | None]:
@@ -137,7 +153,8 @@ class _TermLeaves:
             at = row.count - 1 - i
             kv_tile = row.key_tile(at)
             columns = floats(kv_tile.columns)[0]
-            carries = self.scores(kv_tile, row.logits(kv_tile.key), rows, columns, self.tables, carries, unsaturated)[1]
+            logits = row.logits(kv_tile.key)
+            carries = self.scores(kv_tile, logits, kv_tile.bias, rows, columns, self.tables, carries, unsaturated)[1]
             return carries, [r.at[at - 1].set(c) for r, c in zip(received, carries, strict=True)]
 
         received = [jnp.broadcast_to(c, (row.operands.key.shape[0], *c.shape)) for c in self.carries]
@@ -167,12 +184,12 @@ class _Backward:
         row = self.leaves.row
         kv_tile, j = row.key_tile(at), row.kv_tiles[at]
         key, value, columns = kv_tile.key, kv_tile.value, floats(kv_tile.columns)[0]
-        inputs = row.logits(key), self.rows, columns, self.leaves.tables, carries, saturated
+        inputs = row.logits(key), kv_tile.bias, self.rows, columns, self.leaves.tables, carries, saturated
         (scores, _), vjp = jax.vjp(functools.partial(self.leaves.scores, kv_tile), *inputs)
         weights = jnp.where(kv_tile.allowed, jnp.exp(scores - self.lse[..., None]), 0.0)
         d_weights = multiply_by_group("bkgtv,bksv->bkgts", self.d_out.astype(value.dtype), value)
         d_scores = weights * (d_weights - self.delta[..., None])
-        d_logits, d_rows, d_columns, d_tables, d_carries, more_saturated = vjp((d_scores, d_carries))
+        d_logits, d_bias, d_rows, d_columns, d_tables, d_carries, more_saturated = vjp((d_scores, d_carries))
         d_logits = d_logits.astype(key.dtype)
         d_key = by_key.key.at[j].add(sum_over_groups(d_logits, row.query, key.shape[1]))
         d_value = by_key.value.at[j].add(sum_over_groups(weights.astype(value.dtype), self.d_out.astype(value.dtype), key.shape[1]))
@@ -181,7 +198,7 @@ class _Backward:
         d_query = by_query.query + multiply_by_group("bkgts,bksh->bkgth", d_logits, key)
         return (
             _ByQuery(d_query, _sum(by_query.rows, d_rows), _sum(by_query.tables, d_tables)),
-            _ByKey(d_key, d_value, d_columns),
+            _ByKey(d_key, d_value, d_columns, [_add_pairs(d, d_bias, row.index * row.plan.rows, start) for d in by_key.bias]),
             d_carries,
             jax.tree.map(jnp.add, d_saturated, more_saturated),
         )
@@ -223,7 +240,7 @@ def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, delta: Array, d
 
     Returns:
       A dict of gradients. Query, rows and carries have query tiles as their first axis, key and value have key tiles. Rows,
-      columns, tables and carries are lists of the floating-point leaves of all terms.
+      columns, tables and carries are lists of the floating-point leaves of all terms; bias is a list of one array or none.
     """
     lse, first, final = saved
 
@@ -247,7 +264,7 @@ def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, delta: Array, d
 
     columns, tables = floats([term.columns for term in x.terms])[0], floats([term.tables for term in x.terms])[0]
     d_key, d_value = zeros_like([x.key, x.value])
-    start = zeros_like(tables), _ByKey(d_key, d_value, zeros_like(columns))
+    start = zeros_like(tables), _ByKey(d_key, d_value, zeros_like(columns), zeros_like(floats(x.bias)[0]))
     start = jax.tree.map(lambda zeros: jnp.full_like(zeros, runtime_zero(delta)), start)
     (d_tables, by_key), (d_query, d_rows, d_carries, d_scale) = jax.lax.scan(
         one, start, (jnp.arange(x.query.shape[0]), lse, first, final, d_out, delta, d_final)
@@ -258,6 +275,7 @@ def gradients(plan: Plan, x: Operands, saved: Any, d_out: Array, delta: Array, d
         value=by_key.value,
         rows=d_rows,
         columns=by_key.columns,
+        bias=by_key.bias,
         tables=d_tables,
         carries=d_carries,
         scale=d_scale.sum(),
@@ -283,6 +301,7 @@ def cotangent(x: Operands, d: dict[str, Any]) -> Operands:
         value=d["value"].astype(x.value.dtype),
         terms=tuple(dataclasses.replace(term, rows=r, columns=c, tables=t, carry=k) for term, r, c, t, k in parts),
         mask=like(x.mask, []),
+        bias=like(x.bias, d["bias"]),
         query_positions=like(x.query_positions, []),
         key_positions=like(x.key_positions, []),
         scale=d["scale"].astype(x.scale.dtype),

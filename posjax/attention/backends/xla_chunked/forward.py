@@ -37,7 +37,7 @@ def outputs(plan: Plan, x: Operands) -> tuple[Array, Any]:
         def step(at: Array, softmax: tuple[Array, Array, Array], carries: list[Any], saturated: list[Array | None]) -> Any:
             kv_tile = row.key_tile(at)
             logits = row.logits(kv_tile.key)
-            scores, carries = tile_scores(row, kv_tile, logits, rows, kv_tile.columns, tables, carries, saturated)
+            scores, carries = tile_scores(row, kv_tile, logits, kv_tile.bias, rows, kv_tile.columns, tables, carries, saturated)
             scores = jnp.where(kv_tile.allowed, scores, MASK_VALUE)
             m, l, acc = softmax
             m_new = jnp.maximum(m, scores.max(-1))

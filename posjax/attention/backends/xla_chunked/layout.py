@@ -45,6 +45,7 @@ class Operands:
     value: Array  # [J, B, K, s, V]
     terms: tuple[BiasTerm, ...]
     mask: Mask
+    bias: Array | None  # [B or 1, N or 1, T or 1, S or 1]
     query_positions: Array  # [1 or B, T]
     key_positions: Array  # [1 or B, S]
     scale: Array
@@ -70,10 +71,11 @@ def to_operands(call: AttentionCall, *, tile: tuple[int, int] | None = None, is_
         terms=tuple(pad_term(term, rows, columns) for term in bias_terms(call)),
         mask=dataclasses.replace(
             call.mask,
-            boolean=None if call.mask.boolean is None else pad_columns(pad_rows(call.mask.boolean, axis=2), axis=3),
+            boolean=pad_columns(pad_rows(call.mask.boolean, axis=2), axis=3),
             query_segments=pad_rows(call.mask.query_segments, axis=1),
             key_segments=pad_columns(call.mask.key_segments, axis=1),
         ),
+        bias=pad_columns(pad_rows(call.bias, axis=2), axis=3),
         query_positions=pad_rows(call.query_positions, axis=1),
         key_positions=pad_columns(call.key_positions, axis=1),
         scale=call.scale,

@@ -16,17 +16,18 @@ import jax
 import jax.numpy as jnp
 
 from posjax.attention.backends.bias_terms import BiasTerm, Tile, bias_terms, value_index, value_terms
-from posjax.attention.backends.constants import INIT_MAX, MASK_VALUE
+from posjax.attention.backends.constants import EMPTY_LSE, INIT_MAX, MASK_VALUE
 from posjax.attention.backends.sinks import with_sink
 from posjax.attention.backends.xla_chunked.layout import COLUMNS, ROWS, pad, pad_term, tile_size
 from posjax.attention.backends.xla_chunked.query_tile import multiply_by_group
 from posjax.attention.call import AttentionCall
 from posjax.checks import round_up
+from posjax.core.masks import cut_pairs
 from posjax.core.structures import StickBreaking, Transport
 from posjax.typing import Array, Float
 
 
-def attention(call: AttentionCall, *, tile: tuple[int, int] | None = None) -> Float[Array, "B T N V"]:
+def attention(call: AttentionCall, *, tile: tuple[int, int] | None = None) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Computes attention tile by tile, differentiably in every floating-point array of the call.
 
     Args:
@@ -34,7 +35,8 @@ def attention(call: AttentionCall, *, tile: tuple[int, int] | None = None) -> Fl
       tile: (queries, keys) per tile; None chooses both.
 
     Returns:
-      The result of ``reference.attention``.
+      The result of ``reference.attention``, and the log-sum-exp of every row without a sink, ``EMPTY_LSE`` where no key is allowed;
+      under ``StickBreaking`` the logarithm of what is left of the stick.
     """
     length, keys = call.query.shape[1], call.key.shape[1]
     rows, columns = map(tile_size, tile or (ROWS, COLUMNS), (length, keys))
@@ -48,22 +50,26 @@ def attention(call: AttentionCall, *, tile: tuple[int, int] | None = None) -> Fl
     out, lse = jax.lax.map(query_tile, jnp.arange(tiles))  # [I, B, N, t, V] and [I, B, N, t]
     out, lse = (jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:])[:, :, :length] for x in (out, lse))
     out, lse = (jnp.swapaxes(x, 1, 2) for x in (out, lse))
-    return with_sink(out, lse, call.sink).astype(call.value.dtype)
+    return with_sink(out, lse, call.sink).astype(call.value.dtype), lse
 
 
 def _padded(call: AttentionCall, rows: int, columns: int) -> tuple[AttentionCall, tuple[BiasTerm, ...], tuple[BiasTerm, ...]]:
     """Pads a call and its terms to whole tiles."""
     by_query, by_key = functools.partial(pad, to=rows, axis=1), functools.partial(pad, to=columns, axis=1)
     terms, values = (tuple(pad_term(term, rows, columns) for term in of(call)) for of in (bias_terms, value_terms))
-    mask, moves = call.mask, call.transport
-    if mask.boolean is not None:
-        mask = mask.replace(boolean=pad(pad(mask.boolean, to=rows, axis=2), to=columns, axis=3))
+    moves = call.transport
+
+    def by_pair(x: Array | None) -> Array | None:
+        return pad(pad(x, to=rows, axis=2), to=columns, axis=3)
+
+    mask = call.mask.replace(boolean=by_pair(call.mask.boolean))
     padded = call.replace(
         query=by_query(call.query),
         key=by_key(call.key),
         value=by_key(call.value),
         transforms=() if moves is None else (Transport(*map(by_key, (moves.direction, moves.strength, moves.log_decay))),),
         mask=mask.replace(query_segments=by_query(mask.query_segments), key_segments=by_key(mask.key_segments)),
+        bias=by_pair(call.bias),
         query_positions=by_query(call.query_positions),
         key_positions=by_key(call.key_positions),
     )
@@ -108,7 +114,8 @@ def _query_tile(
         else:
             logits, moved = _transported(call, moved, start, rows, first, columns, keys)
         tile = Tile(logits, allowed, positions, key_positions)
-        scores, after = logits, []
+        own_bias = cut_pairs(call.bias, start, rows, first, columns)
+        scores, after = logits if own_bias is None else logits + own_bias.astype(jnp.float32), []
         for term, own, carry in zip(terms, mine, carries, strict=True):
             bias, carry = own.function(tile, own.rows, term.cut(0, rows, first, columns).columns, own.tables, carry)
             scores, after = scores + bias, [*after, carry]
@@ -139,7 +146,7 @@ def _query_tile(
         return acc, m
     is_empty = l == 0.0
     l = jnp.where(is_empty, 1.0, l)
-    return acc / l[..., None], m + jnp.log(l)
+    return acc / l[..., None], jnp.where(is_empty, EMPTY_LSE, m + jnp.log(l))
 
 
 def _part(x: Array, start: Array, size: int) -> Array:

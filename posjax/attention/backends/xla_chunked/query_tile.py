@@ -10,17 +10,19 @@ import jax.numpy as jnp
 
 from posjax.attention.backends.bias_terms import BiasTerm, Tile
 from posjax.attention.backends.xla_chunked.layout import Operands, Plan
+from posjax.core.masks import cut_pairs
 from posjax.typing import Array
 
 
 class KeyTile(NamedTuple):
-    """Holds one key tile, with the mask between it and a query tile."""
+    """Holds one key tile, with the mask and the bias array between it and a query tile."""
 
     key: Array  # [B, K, s, H]
     value: Array  # [B, K, s, V]
     columns: list[Any]  # one entry per term
     allowed: Array
     positions: Array
+    bias: Array | None  # [B or 1, N or 1, t or 1, s or 1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +45,13 @@ class QueryTile:
         j = self.kv_tiles[at]
         start = j * plan.columns
         key_positions = jax.lax.dynamic_slice_in_dim(x.key_positions, start, plan.columns, axis=1)
-        mask = x.mask.cut(self.index * plan.rows, plan.rows, start, plan.columns)
+        pairs = self.index * plan.rows, plan.rows, start, plan.columns
+        mask = x.mask.cut(*pairs)
         allowed = mask.allowed(self.query_positions, key_positions)
         if plan.keys != x.key_positions.shape[1]:  # in a form that symbolic lengths allow
             allowed &= (start + jnp.arange(plan.columns) < plan.keys)[None, None, None]
         columns = [term.cut(0, plan.rows, start, plan.columns).columns for term in x.terms]
-        return KeyTile(x.key[j], x.value[j], columns, allowed, key_positions)
+        return KeyTile(x.key[j], x.value[j], columns, allowed, key_positions, cut_pairs(x.bias, *pairs))
 
     def logits(self, key: Array) -> Array:
         """Computes scale * q.k, [B, N, t, s] float32."""
@@ -119,7 +122,15 @@ def _may_attend(plan: Plan, x: Operands, index: Array, query_positions: Array) -
 
 
 def tile_scores(
-    row: QueryTile, kv_tile: KeyTile, logits: Array, rows: list, columns: list, tables: list, carries: list, saturated: list
+    row: QueryTile,
+    kv_tile: KeyTile,
+    logits: Array,
+    bias: Array | None,
+    rows: list,
+    columns: list,
+    tables: list,
+    carries: list,
+    saturated: list,
 ) -> tuple[Array, list[Any]]:
     """Computes the scores of one tile before the mask, and the carries for the tile to its left.
 
@@ -127,13 +138,13 @@ def tile_scores(
     has saturated, and None for a term to evaluate.
     """
     tile = Tile(logits, kv_tile.allowed, row.query_positions, kv_tile.positions)
-    scores, carries_out = logits, []
+    scores, carries_out = logits if bias is None else logits + bias.astype(jnp.float32), []
     for term, term_rows, by_key, table, carry, constant in zip(row.terms, rows, columns, tables, carries, saturated, strict=True):
         if constant is not None:
             scores = scores + constant[..., None]
         else:
-            bias, carry = term.function(tile, term_rows, by_key, table, carry)
-            scores = scores + bias
+            of_term, carry = term.function(tile, term_rows, by_key, table, carry)
+            scores = scores + of_term
         carries_out.append(carry)
     cap = row.plan.soft_cap
     return scores if cap is None else cap * jnp.tanh(scores / cap), carries_out
