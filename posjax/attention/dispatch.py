@@ -11,12 +11,14 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax
 
 from posjax.attention.backends import reference
+from posjax.attention.backends.derivatives import with_every_derivative
 from posjax.attention.backends.gpu.blocks import GpuBlocks, check_gpu_blocks
 from posjax.attention.backends.kernel_call import block_sizes_for
 from posjax.attention.backends.ring.context import Context
 from posjax.attention.backends.shards import ShardSpec, infer_shard_spec, on_shards
 from posjax.attention.backends.tpu.blocks import Blocks, check_blocks
 from posjax.attention.backends.xla_chunked import attention as xla_chunked
+from posjax.attention.backends.xla_chunked import ordered
 from posjax.attention.call import AttentionCall
 from posjax.attention.prefix_sums import with_prefix_sums
 from posjax.typing import Array, Float
@@ -38,9 +40,6 @@ class Backend(Protocol):
     @staticmethod
     def attention(call: AttentionCall, **options: Any) -> Float[Array, "B T N V"]:
         """Computes attention, differentiably in every floating-point array of the call; rows without an allowed key are zero."""
-
-
-_XLA: dict[str, Backend] = {backend.NAME: backend for backend in (reference, xla_chunked)}
 
 
 def _kernels() -> dict[str, Backend]:
@@ -104,23 +103,40 @@ def _run(
         from posjax.attention.backends.ring import attention as ring
     call = call if implementation == "xla" else with_prefix_sums(call)
     rings = context is not None and ring.unsupported_reason(call, context) is None
+
+    def on_ring(**options: Any) -> Array:
+        return _differentiable(lambda call: ring.attention(call, context, **options), spec)(call)
+
     if implementation == "pallas":
         kernel = _kernels()["cuda" if platform_at_hand() == "gpu" else "tpu"]
         reason = kernel.unsupported_reason(call, block_sizes=block_sizes_for(kernel, block_sizes), spec=spec)
         if reason is not None:
             raise NotImplementedError(f"implementation='pallas' cannot run this call: {reason}; implementation='xla_chunked' can")
         if rings:
-            return ring.attention(call, context, kernel=kernel.NAME, block_sizes=block_sizes)
+            return on_ring(kernel=kernel.NAME, block_sizes=block_sizes)
         return _by_platform(call, spec, block_sizes, elsewhere=kernel)
     if implementation is None:
         if rings:
-            return ring.attention(call, context, block_sizes=block_sizes)
+            return on_ring(block_sizes=block_sizes)
         if not _is_small(call.query, call.key):
             return _by_platform(call, spec, block_sizes)
         implementation = "xla"
     if implementation == "xla_chunked" and context is not None:
-        return ring.attention(call, context, kernel="xla")
-    return on_shards(_XLA[implementation].attention, spec)(call.transformed())
+        return on_ring(kernel="xla")
+    return _on_shards(reference.attention, spec)(call) if implementation == "xla" else _tile_walk(call, spec=spec)
+
+
+def _on_shards(attention: Callable[[AttentionCall], Array], spec: ShardSpec) -> Callable[[AttentionCall], Array]:
+    return lambda call: on_shards(attention, spec)(call.transformed())
+
+
+def _tile_walk(call: AttentionCall, *, spec: ShardSpec) -> Array:
+    walk = _on_shards(xla_chunked.attention, spec)
+    return (walk if call.needs_order() is not None else _differentiable(walk, spec))(call)  # JAX differentiates ordered walks
+
+
+def _differentiable(attention: Callable[[AttentionCall], Array], spec: ShardSpec) -> Callable[[AttentionCall], Array]:
+    return with_every_derivative(attention, _on_shards(ordered.attention, spec))
 
 
 def platform_at_hand() -> str:
@@ -149,7 +165,7 @@ def _by_platform(call: AttentionCall, spec: ShardSpec, block_sizes: Any, elsewhe
     """
 
     def runner(kernel: Backend, sizes: Any) -> Callable[[AttentionCall], Array]:
-        return lambda call: kernel.attention(call, block_sizes=sizes, spec=spec)
+        return _differentiable(lambda call: kernel.attention(call, block_sizes=sizes, spec=spec), spec)
 
     branches = {}
     for name, kernel in _kernels().items():
@@ -157,8 +173,6 @@ def _by_platform(call: AttentionCall, spec: ShardSpec, block_sizes: Any, elsewhe
         if kernel.unsupported_reason(call, block_sizes=sizes, spec=spec) is None:
             branches[name] = runner(kernel, sizes)
 
-    def walk(call: AttentionCall) -> Array:
-        return on_shards(xla_chunked.attention, spec)(call.transformed())
-
-    default = walk if elsewhere is None else runner(elsewhere, block_sizes_for(elsewhere, block_sizes))
+    tile_walk = functools.partial(_tile_walk, spec=spec)
+    default = tile_walk if elsewhere is None else runner(elsewhere, block_sizes_for(elsewhere, block_sizes))
     return jax.lax.platform_dependent(call, **branches, default=default) if branches else default(call)
