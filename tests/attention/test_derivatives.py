@@ -102,9 +102,8 @@ def test_first_and_second_derivatives_are_differences_in_float64(implementation)
     weight = normal(4, 1, T, N, H)
 
     def along(step):
-        return np.vdot(
-            weight, alibi_float64(*(np.asarray(x, np.float64) + step * d for x, d in zip((q, k, v), vector, strict=True)))
-        )
+        moved = (np.asarray(x, np.float64) + step * np.asarray(d, np.float64) for x, d in zip((q, k, v), vector, strict=True))
+        return np.vdot(weight, alibi_float64(*moved))
 
     def loss(qkv):
         return jnp.vdot(weight, pj.attention(*qkv, pj.alibi(), is_causal=True, implementation=implementation))
