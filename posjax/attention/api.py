@@ -81,14 +81,17 @@ def attention(
       scale: factor of q.k; None is 1 / sqrt(H), with H the head dimension before an encoding widens it.
       logits_soft_cap: c; scores become c * tanh(scores / c), after the bias and before the mask. None leaves them as they are.
       implementation: None selects the fastest implementation that supports the call.
-        "xla" is dense: the reference, with [T, S] arrays, and the only one with derivatives of every order and mode.
-        "xla_chunked" processes one tile at a time on any device. Memory grows with T + S; gradients are first-order, reverse-mode.
+        "xla" is dense: the reference, with [T, S] arrays.
+        "xla_chunked" processes one tile at a time on any device. Memory grows with T + S.
         "pallas" is the kernel of the platform that the program is lowered for: TPU, NVIDIA GPU (Ampere or later), or, for tests on
         a CPU, the TPU kernel in interpret mode. It supports neither ``mask`` nor ``bias``. It takes any number of biases of two
         tokens (``Pair``, read as numbers, by tables or by small networks, with learned numbers and features), sums of the keys' own
         gates (``Scan`` of keys), and one count of CoPE's form: rope, alibi, t5, tupe, cope with gates="logits", and their chains.
         On a mesh with an axis named "context" ("sequence", "seq", "cp" and "sp" work too), or with an explicit axis that shards T,
         None, "xla_chunked" and "pallas" run ring attention, in which each device holds its share of the sequence.
+        All have derivatives of every order and mode. ``jax.grad`` runs the backward pass of the implementation. Forward mode and
+        derivatives of gradients, other than those of "xla", process all tiles one at a time in plain XLA, in memory that grows
+        with T + S, and gather the sequence of a ring.
       block_sizes: tile sizes of the "pallas" kernel, ``Blocks`` on a TPU and ``GpuBlocks`` on a GPU. None takes the defaults of the
         chip, reduced if the call would not fit a TPU's VMEM. If ``implementation`` is None, they apply where the kernel runs.
       return_residual: True also returns the log-sum-exp of the scores of each query, with that of a sink if there is one. "pallas"

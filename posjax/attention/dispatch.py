@@ -12,12 +12,14 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax
 
 from posjax.attention.backends import reference
+from posjax.attention.backends.derivatives import with_every_derivative
 from posjax.attention.backends.gpu.blocks import GpuBlocks, check_gpu_blocks
 from posjax.attention.backends.kernel_call import block_sizes_for
 from posjax.attention.backends.ring.context import Context
 from posjax.attention.backends.shards import ShardSpec, infer_shard_spec, on_shards
 from posjax.attention.backends.tpu.blocks import Blocks, check_blocks
 from posjax.attention.backends.xla_chunked import attention as xla_chunked
+from posjax.attention.backends.xla_chunked import ordered
 from posjax.attention.call import AttentionCall
 from posjax.attention.prefix_sums import with_prefix_sums
 from posjax.checks import is_symbolic
@@ -128,8 +130,11 @@ def _run(
     if context is not None:
         from posjax.attention.backends.ring import attention as ring_attention  # imports Pallas
 
+        def on_ring(**options: Any) -> Array:
+            return _differentiable(lambda call: ring_attention.attention(call, context, **options), spec)(call)
+
         if implementation == "xla_chunked" or ring_attention.unsupported_reason(call, context) is None:
-            ring = functools.partial(ring_attention.attention, call, context)
+            ring = on_ring
     if implementation == "pallas":
         kernel = _kernels()["cuda" if platform_at_hand() == "gpu" else "tpu"]
         reason = kernel.unsupported_reason(call, block_sizes=block_sizes_for(kernel, block_sizes), spec=spec)
@@ -146,7 +151,20 @@ def _run(
         implementation = "xla" if _is_small(call.query, call.key) else "xla_chunked"
     if implementation == "xla_chunked" and ring is not None:
         return ring(kernel="xla")
-    return on_shards(_XLA[implementation].attention, spec)(call.transformed())
+    return _on_shards(reference.attention, spec)(call) if implementation == "xla" else _tile_walk(call, spec=spec)
+
+
+def _on_shards(attention: Callable[[AttentionCall], Array], spec: ShardSpec) -> Callable[[AttentionCall], Array]:
+    return lambda call: on_shards(attention, spec)(call.transformed())
+
+
+def _tile_walk(call: AttentionCall, *, spec: ShardSpec) -> Array:
+    walk = _on_shards(xla_chunked.attention, spec)
+    return (walk if call.needs_order() is not None else _differentiable(walk, spec))(call)  # JAX differentiates ordered walks
+
+
+def _differentiable(attention: Callable[[AttentionCall], Array], spec: ShardSpec) -> Callable[[AttentionCall], Array]:
+    return with_every_derivative(attention, _on_shards(lambda call: ordered.attention(call)[0], spec))
 
 
 def platform_at_hand() -> str:
@@ -175,7 +193,7 @@ def _by_platform(call: AttentionCall, spec: ShardSpec, block_sizes: Any, elsewhe
     """
 
     def runner(kernel: Backend, sizes: Any, platforms: tuple[str, ...]) -> Callable[[AttentionCall], Array]:
-        return lambda call: kernel.attention(call, block_sizes=sizes, spec=spec, platforms=platforms)
+        return _differentiable(lambda call: kernel.attention(call, block_sizes=sizes, spec=spec, platforms=platforms), spec)
 
     branches = {}
     for name, kernel in _kernels().items():
@@ -183,10 +201,7 @@ def _by_platform(call: AttentionCall, spec: ShardSpec, block_sizes: Any, elsewhe
         if kernel.unsupported_reason(call, block_sizes=sizes, spec=spec) is None:
             branches[name] = runner(kernel, sizes, (name,))
 
-    def walk(call: AttentionCall) -> Array:
-        return on_shards(xla_chunked.attention, spec)(call.transformed())
-
-    default = walk
+    default: Callable[[AttentionCall], Array] = functools.partial(_tile_walk, spec=spec)
     if elsewhere is not None:
         others = tuple(name for name in ("cpu", *_kernels()) if name not in branches)
         default = runner(elsewhere, block_sizes_for(elsewhere, block_sizes), others)

@@ -1,11 +1,13 @@
 """Operations along a sequence that respect segments: encodings sum and convolve over tokens through these."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from posjax.core.linear_call import linear_call
 from posjax.core.manual_axes import vary_alike
 from posjax.typing import Array, Float, Int
 
@@ -79,11 +81,33 @@ def short_conv(
     return jnp.take_along_axis(y, back, axis=1)[:, past:], (x[:, length:], segments[:, length:])
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _scan(x: Array, starts: Array) -> tuple[Array, Array]:
     """Returns the inclusive sums along the last axis in two parts, begun anew at every start: NaN stays in its segment."""
-    starts = jnp.broadcast_to(starts, x.shape)
-    return jax.lax.associative_scan(_add, (x, jnp.zeros_like(x), starts), axis=x.ndim - 1)[:2]
+    return _sums(x, starts)
+
+
+@_scan.defjvp
+def _scan_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    x, starts = primals
+    (d_high,) = linear_call(_to_the_left, _to_the_right, [starts], tangents[:1], [jax.typeof(x)])
+    return _scan(x, starts), (d_high, jnp.zeros_like(d_high))
+
+
+def _sums(x: Array, starts: Array, reverse: bool = False) -> tuple[Array, Array]:
+    parts = x, jnp.zeros_like(x), jnp.broadcast_to(starts, x.shape)
+    return jax.lax.associative_scan(_add, parts, axis=x.ndim - 1, reverse=reverse)[:2]
+
+
+def _to_the_left(starts: Sequence[Array], x: Sequence[Array]) -> list[Array]:
+    """Sums over the tokens up to each."""
+    return [_sums(x[0], starts[0])[0]]
+
+
+def _to_the_right(starts: Sequence[Array], x: Sequence[Array]) -> list[Array]:
+    """Sums over the tokens from each on: the transpose of ``_to_the_left``."""
+    ends = jnp.concatenate([starts[0][..., 1:], jnp.zeros_like(starts[0][..., :1])], -1)  # of segments, from the right their starts
+    return [_sums(x[0], ends, reverse=True)[0]]
 
 
 Sums = tuple[Array, Array, Array]
@@ -96,18 +120,3 @@ def _add(a: Sums, b: Sums) -> Sums:
     low = (a[0] - (high - rest)) + (b[0] - rest) + (a[1] + b[1])
     total = high + low
     return jnp.where(b[2], b[0], total), jnp.where(b[2], b[1], low - (total - high)), a[2] | b[2]
-
-
-def _scan_forward(x: Array, starts: Array) -> tuple[tuple[Array, Array], Array]:
-    return _scan(x, starts), starts
-
-
-def _scan_backward(starts: Array, gradients: tuple[Array, Array]) -> tuple[Array, None]:
-    high, _ = gradients
-    ends = jnp.concatenate([starts[..., 1:], jnp.zeros_like(starts[..., :1])], -1)  # of segments, from the right their starts
-    parts = high, jnp.zeros_like(high), jnp.broadcast_to(ends, high.shape)
-    sums, _, _ = jax.lax.associative_scan(_add, parts, axis=high.ndim - 1, reverse=True)
-    return sums, None
-
-
-_scan.defvjp(_scan_forward, _scan_backward)

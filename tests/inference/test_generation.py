@@ -52,6 +52,25 @@ def test_filtered_probabilities_are_the_closed_form(sampling, expected):
     np.testing.assert_allclose(jax.nn.softmax(filtered_logits(LOGITS, sampling)), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        (Sampling(top_p=0.25), [0]),
+        (Sampling(top_p=0.5), [0, 1]),
+        (Sampling(top_p=0.75), [0, 1, 2]),
+        (Sampling(top_p=1.0), [0, 1, 2, 3]),
+        (Sampling(top_k=1), [0]),
+        (Sampling(top_k=3), [0, 1, 2]),
+        (Sampling(top_k=4), [0, 1, 2, 3]),
+        (Sampling(top_k=2, top_p=0.5), [0]),  # of the two that are left, each has one half
+        (Sampling(temperature=4.0, top_p=0.5), [0, 1]),
+    ],
+)
+def test_a_set_ends_with_the_token_that_reaches_the_sum(sampling, kept):
+    """Of four tokens with probabilities of exactly one quarter."""
+    assert np.flatnonzero(np.isfinite(filtered_logits(jnp.zeros((1, 4)), sampling)[0])).tolist() == kept
+
+
 def test_draws_have_the_filtered_probabilities():
     count, sampling = 20_000, Sampling(temperature=2.0, top_k=3)
     keys = jax.random.split(jax.random.key(0), count)
@@ -128,6 +147,14 @@ def test_rows_of_one_batch_are_what_each_is_alone(rope_cope):
     assert [row.tolist() for row in rows] == [row[:end] for row, end in zip(expected, ends, strict=True)]
     rows = generate(*rope_cope, PROMPTS[:1] * 3, max_new_tokens=14, sampling=GREEDY, chunk=4, stop_tokens=expected[0][:1])
     assert [row.size for row in rows] == [0, 0, 0]
+
+
+def test_every_token_is_drawn_anew():
+    """A model for which all tokens are equally likely, always."""
+    with_params, params = build("identity", num_layers=1)
+    params["head"]["kernel"] = jnp.zeros_like(params["head"]["kernel"])
+    rows = np.stack(generate(with_params, params, PROMPTS[:2], max_new_tokens=16))
+    assert all(len(set(row.tolist())) > 5 for row in rows) and (rows[0] != rows[1]).any()
 
 
 def test_a_windowed_model_goes_far_past_its_training_length():

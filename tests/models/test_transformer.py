@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import posjax as pj
+from posjax.models import transformer
 from posjax.models.losses import cross_entropy, z_loss
 from posjax.models.transformer import Transformer, TransformerConfig, functional
 
@@ -101,6 +102,25 @@ def test_remat_changes_nothing_but_memory():
     assert grows("full") < 0.5 * grows("attention") < 0.5 * grows("none")
 
 
+@pytest.mark.parametrize("layers", [1, 8])
+def test_initial_weights_have_the_variance_of_their_place(layers):
+    """1 over the width that a matrix reads, and for the two that write to the residual stream 1 / 2L of that."""
+    model = build(num_layers=layers, embed_dim=32, num_heads=2, head_dim=32, mlp_dim=48, activation="swiglu", tie_embeddings=False)
+    params = functional(model)[1]
+    stacked = {name: params["layers"][name]["kernel"] for name in ("query", "key", "value", "up", "gate", "out", "down")}
+    variance = dict.fromkeys(stacked, 1 / 32) | {"out": 1 / 64 / (2 * layers), "down": 1 / 48 / (2 * layers)}
+    cases = [(stacked[name], variance[name]) for name in stacked]
+    cases += [(params["token_embedding"]["embedding"], 1 / 32), (params["head"]["kernel"], 1 / 32)]
+    for x, want in cases:
+        assert abs(float(jnp.square(x).mean()) / want - 1) < 5 * np.sqrt(2 / x.size)  # five standard errors
+        assert abs(float(x.mean())) < 5 * np.sqrt(want / x.size)
+    several = [x.reshape(-1) for kernel in stacked.values() for x in kernel]
+    for n, x in enumerate(several):  # neither layers nor matrices are copies of each other
+        for y in several[:n]:
+            size = min(x.size, y.size)
+            assert abs(np.corrcoef(x[:size], y[:size])[0, 1]) < 5 / np.sqrt(size)
+
+
 def test_compile_size_does_not_grow_with_depth():
     def size(layers):
         with_params, params = functional(build(num_layers=layers))
@@ -119,11 +139,25 @@ def test_dropout_only_with_a_key_and_a_rate(dropout):
     assert bool((plain == noisy).all()) == (dropout == 0.0)
 
 
-def test_dropout_keeps_the_mean():
-    from posjax.models.transformer import _dropout
+def test_every_dropout_has_a_key_of_its_own(monkeypatch):
+    """The embedding's, and those of both branches of every layer; those of another call are others."""
+    keys, plain = [], transformer._dropout
 
+    def recorded(x, rate, key):
+        jax.debug.callback(lambda key: keys.append(tuple(np.asarray(key).tolist())), jax.random.key_data(key))
+        return plain(x, rate, key)
+
+    monkeypatch.setattr(transformer, "_dropout", recorded)
+    model = build(dropout_rate=0.3, num_layers=3)
+    for seed in (0, 1):
+        model(TOKENS, dropout_key=jax.random.key(seed))
+    jax.effects_barrier()
+    assert len(keys) == len(set(keys)) == 2 * (1 + 2 * 3)
+
+
+def test_dropout_keeps_the_mean():
     x = jnp.ones(100_000)
-    kept = _dropout(x, 0.25, jax.random.key(1))
+    kept = transformer._dropout(x, 0.25, jax.random.key(1))
     assert set(np.unique(kept)) == {0.0, np.float32(1 / 0.75)}
     # The share kept is binomial: five standard errors.
     assert abs(float((kept > 0).mean()) - 0.75) < 5 * np.sqrt(0.75 * 0.25 / x.size)

@@ -295,7 +295,7 @@ def test_a_batch_without_weight_is_no_nan():
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
 
 
-def test_noise_differs_by_step_and_by_device_and_repeats():
+def test_noise_differs_by_step_micro_batch_and_device_and_repeats():
     def loss_fn(params, batch, key):
         return jnp.sum(params["w"]) * 0 + jnp.sum(batch["weights"]) * jax.random.uniform(key), jnp.sum(batch["weights"])
 
@@ -312,6 +312,8 @@ def test_noise_differs_by_step_and_by_device_and_repeats():
     step = jax.jit(make_train_step(loss_fn, optimizer))
     assert losses(step, 0) == losses(step, 0) and len(set(losses(step, 0) + losses(step, 1))) == 6
     key = jax.random.fold_in(jax.random.key(0), 0)
+    two = np.mean([jax.random.uniform(jax.random.fold_in(key, micro_batch)) for micro_batch in range(2)])
+    np.testing.assert_allclose(losses(jax.jit(make_train_step(loss_fn, optimizer, accumulate_steps=2)), 0)[0], two, rtol=1e-6)
     mean = np.mean([jax.random.uniform(jax.random.fold_in(key, device)) for device in range(8)])
     twin = pmap_train_step(make_train_step(loss_fn, optimizer, axis_name="data"))
     np.testing.assert_allclose(losses(twin, 0)[0], mean, rtol=1e-6)

@@ -87,9 +87,10 @@ def test_everything_at_once(gates):
     kernel_calls.everything_at_once(Interpreted(STREAMED), gates)
 
 
-@pytest.mark.thorough
-def test_bfloat16_within_its_rounding_of_float32_on_the_same_inputs():
-    check(GATED, dtype="bfloat16", is_causal=True)
+@pytest.mark.parametrize("encoding", [pj.chain(pj.rope(), pj.alibi()), pytest.param(GATED, marks=thorough)], ids=("plain", "gated"))
+def test_bfloat16_within_its_rounding_of_float32_on_the_same_inputs(encoding):
+    """Forward and gradients."""
+    check(encoding, dtype="bfloat16", is_causal=True)
 
 
 @thorough
