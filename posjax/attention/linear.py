@@ -162,7 +162,7 @@ def _features(
     mods = encoding.attend(params, inputs)
     is_plain = isinstance(mods.weights, Softmax) and mods.weights.sink is None
     if mods.biases or not is_plain or not all(isinstance(transform, Rotate) for transform in mods.transforms):
-        raise ValueError(f"encoding must act by rotation alone in linear_attention, got {encoding.name}; rope() does")
+        raise ValueError(f"encoding must act by rotation alone in linear_attention, got {encoding.title}; rope() does")
     rotated = dataclasses.replace(inputs, transforms=mods.transforms)
     rotated_query, rotated_key = rotated.turned_query, rotated.turned_key
     group = query.shape[2] // key.shape[2]

@@ -2,9 +2,10 @@
 
 import jax.numpy as jnp
 
-from posjax.core.encoding import AttentionInputs, PositionalEncoding, hyperparameter, register
+from posjax.checks import bounded, check, short
+from posjax.core.encoding import AttentionInputs, PositionalEncoding, register
 from posjax.core.structures import Pairing, Rotate, ScoreModifications
-from posjax.encodings.absolute import check_theta
+from posjax.encodings.absolute import theta
 from posjax.encodings.phases import angles, geometric_frequencies
 from posjax.typing import Array, Float, Int, Params
 
@@ -32,15 +33,9 @@ class Rope(PositionalEncoding):
     Su et al., arXiv:2104.09864, equation 34.
     """
 
-    theta: Array | float = hyperparameter(10_000.0)
-    fraction: float = 1.0
+    theta: Array | float = theta()
+    fraction: float = bounded(1.0, above=0, most=1)
     pairing: Pairing = "half"
-
-    def __post_init__(self) -> None:
-        check_theta(self.theta)
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction must lie in (0, 1], got {self.fraction!r}")
-        check_pairing(self.pairing)
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         frequencies = geometric_frequencies(self.theta, rotated_width(inputs.query.shape[-1], self.fraction))
@@ -80,20 +75,17 @@ def convert_pairing(
     Raises:
       ValueError: a pairing is unknown, or fraction * H is not an even number of channels.
     """
-    check_pairing(source)
-    check_pairing(target)
+    check("source", source, Pairing)
+    check("target", target, Pairing)
+    check("fraction", fraction, float, above=0, most=1)
+    if not getattr(kernel, "ndim", 0):
+        raise ValueError(f"kernel must be an array [..., H] whose last axis is a head's channels, got {short(kernel)}")
     width = rotated_width(kernel.shape[-1], fraction)
     channels = jnp.arange(kernel.shape[-1])
     if source == target:
         return kernel
     pairs = channels[:width].reshape(width // 2, 2) if source == "interleaved" else channels[:width].reshape(2, width // 2)
     return kernel[..., jnp.concatenate([pairs.T.reshape(-1), channels[width:]])]
-
-
-def check_pairing(pairing: str) -> None:
-    """Raises ValueError for an unknown pairing."""
-    if pairing not in ("half", "interleaved"):
-        raise ValueError(f"pairing must be 'half' or 'interleaved', got {pairing!r}")
 
 
 def decay_bound(distances: Int[Array, " S"], head_dim: int, theta: float = 10_000.0) -> Float[Array, " S"]:

@@ -128,7 +128,7 @@ def cope_positions(
     scans = [bias for bias in call.biases if isinstance(bias.at, Scan)]
     if len(scans) != 1:
         raise ValueError(
-            f"encoding must count by gates once, as cope(64) or chain(rope(), cope(64)) do; {encoding.name} has {len(scans)}"
+            f"encoding must count by gates once, as cope(64) or chain(rope(), cope(64)) do; {encoding.title} has {len(scans)}"
         )
     return gates_and_sums(call)[0]
 
@@ -190,10 +190,10 @@ def decay_curve(
     reach, limit = int(np.abs(distances).max()), encoding.max_length(dims)
     length = reach + 2 if limit is None else limit
     if reach + 2 > length:
-        raise ValueError(f"distances must be at most {length - 2} for {encoding.name} with max_length={limit}, got {reach}")
+        raise ValueError(f"distances must be at most {length - 2} for {encoding.title} with max_length={limit}, got {reach}")
     if encoding.needs_causal and distances.min() < 0:
         raise ValueError(
-            f"distances must not be negative for {encoding.name}, which counts over earlier keys, got {distances.min()}"
+            f"distances must not be negative for {encoding.title}, which counts over earlier keys, got {distances.min()}"
         )
     positions = jnp.arange(1, length)[None]
     nothing = jnp.zeros((1, length - 1, dims.embed_dim))
