@@ -7,8 +7,9 @@ A check goes by the annotation of an argument and by bounds:
     int                       integers, within int32
     float                     integers and floats that float32 holds: finite, and not so small that they become zero
     str, Literal[...], None   a string, one of the values, None
-    jax.Array                 a scalar array of numbers, which may be traced
+    jax.Array                 an array of numbers, which may be traced, of at most ``rank`` axes
     tuple[X, ...]             a tuple or list of these
+    Callable[...]             a function or another callable
     A | B                     either
 
 A bool is not a number, nor is a string that looks like one. NumPy's scalars count as what they hold, and become Python's. An
@@ -24,7 +25,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
@@ -32,8 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 
 INT32 = 2**31 - 1  # the largest integer that arrays of positions and ids hold, and the limit of sizes without one of their own
-_FLOAT32 = np.finfo(np.float32)
-_BASES = (bool, int, float, str, types.NoneType, jax.Array)
+_TINIEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_BASES = (Callable, bool, int, float, str, types.NoneType, jax.Array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Bounds:
     Attributes:
       least, most: smallest and largest number.
       above, below: bounds that are excluded.
-      rank: largest number of axes of an array.
+      rank: largest number of axes of an array; None for any.
       what: the words for the bounds in messages, such as "be positive, or None not to clip"; None composes them.
       hint: what would work, which ends messages.
     """
@@ -52,7 +53,7 @@ class Bounds:
     most: float | None = None
     above: float | None = None
     below: float | None = None
-    rank: int = 0
+    rank: int | None = None
     what: str | None = None
     hint: str = ""
 
@@ -66,23 +67,24 @@ class Bounds:
         )
 
     def of_float(self) -> str:
-        """Returns the bounds of floats in words."""
-        low, high = (self.least, "[") if self.above is None else (self.above, "("), (self.most, "]")
-        high = high if self.below is None else (self.below, ")")
+        """Returns the bounds of floats in words that follow "must"."""
         if self.what is not None:
             return self.what
-        if low[0] is None and high[0] is None:
+        low, high = self.least if self.above is None else self.above, self.most if self.below is None else self.below
+        if low is None and high is None:
             return "be a finite number"
-        if high[0] is None:
-            return "be positive" if low == (0, "(") else f"be {'above' if low[1] == '(' else 'at least'} {low[0]:g}"
-        return f"lie in {low[1]}{low[0]:g}, {high[0]:g}{high[1]}"
+        if high is None:
+            return "be positive" if self.above == 0 else f"be {'at least' if self.above is None else 'above'} {low:g}"
+        if low is None:
+            return f"be {'at most' if self.below is None else 'below'} {high:g}"
+        return f"lie in {'[' if self.above is None else '('}{low:g}, {high:g}{']' if self.below is None else ')'}"
 
-    def of_int(self, with_most: bool = False) -> str:
-        """Returns the bounds of integers in words; the upper one only if it was exceeded or is of this argument."""
+    def of_int(self, exceeds: bool = False) -> str:
+        """Returns what integers are accepted; the upper bound only if a value exceeds it."""
         most = INT32 if self.most is None else self.most
         if self.least is None:
-            return f"an integer of at most {most}" if with_most else "an integer"
-        return f"an integer from {self.least} to {most}" if with_most else f"an integer of at least {self.least}"
+            return f"an integer of at most {most}" if exceeds else "an integer"
+        return f"an integer from {self.least} to {most}" if exceeds else f"an integer of at least {self.least}"
 
 
 def bounded(default: Any = dataclasses.MISSING, *, traced: bool = False, **bounds: Any) -> Any:
@@ -128,14 +130,25 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
-def is_array(value: Any) -> bool:
-    """Returns whether a value is an array of JAX or NumPy."""
-    return isinstance(value, jax.Array | np.ndarray)
+def is_array(value: Any, *kinds: Any) -> bool:
+    """Returns whether a value is an array of JAX or NumPy and, with kinds such as ``jnp.integer``, of one of these."""
+    return isinstance(value, jax.Array | np.ndarray) and (not kinds or any(jnp.issubdtype(value.dtype, kind) for kind in kinds))
+
+
+def check_dtype(name: str, dtype: Any, *kinds: Any) -> np.dtype:
+    """Returns a dtype; raises ValueError if it is none, or of none of some kinds such as ``jnp.floating``."""
+    try:
+        found = jnp.dtype(dtype) if isinstance(dtype, str | type | np.dtype) else None
+    except TypeError:
+        found = None
+    if found is None or not any(jnp.issubdtype(found, kind) for kind in kinds):
+        raise ValueError(f"{name} must be a dtype of {' or '.join(kind.__name__ for kind in kinds)} numbers, got {short(dtype)}")
+    return found
 
 
 def short(value: Any) -> str:
     """Returns a value in one line of a message: an array by its dtype and shape, anything else by the beginning of its repr."""
-    if is_array(value) and np.size(value) != 1:
+    if is_array(value) and (value.size != 1 or is_traced(value) or value.dtype == object):
         return f"{value.dtype}{list(value.shape)}"
     try:
         text = " ".join(repr(value).split())
@@ -153,10 +166,10 @@ def near(word: str, candidates: Iterable[str]) -> str:
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def check_fits(what: str, shapes: Any) -> None:
-    """Raises ValueError if a tree of arrays or of their shapes takes more memory than the host or any device has."""
+def check_fits(what: str, shapes: Any, count: int = 1) -> None:
+    """Raises ValueError if ``count`` copies of a tree of arrays, or of their shapes, take more memory than the host or a device."""
     leaves = [leaf for leaf in jax.tree.leaves(shapes) if hasattr(leaf, "shape")]
-    size = sum(math.prod(leaf.shape) * _itemsize(leaf.dtype) for leaf in leaves)
+    size = count * sum(math.prod(leaf.shape) * _itemsize(leaf.dtype) for leaf in leaves)
     if size > (limit := memory()):
         raise ValueError(f"{what} must fit the memory of this machine, {limit / 2**30:,.0f} GiB, got {size / 2**30:,.0f} GiB")
 
@@ -194,8 +207,8 @@ def _kinds(annotation: Any) -> tuple[Any, ...] | None:
     """Returns what an annotation accepts: bases, ("one of", values) and ("many", kinds); None if a part of it is anything else."""
     annotation = types.NoneType if annotation is None else annotation
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if any(annotation is base for base in _BASES):
-        return (annotation,)
+    if found := [base for base in _BASES if annotation is base or origin is base]:
+        return tuple(found)
     if origin is Literal:
         return (("one of", args),)
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
@@ -216,7 +229,7 @@ def _checked(name: str, given: Any, kinds: tuple[Any, ...], bounds: Bounds) -> A
             return value
         faults.append(fault)
     hint = f"; {bounds.hint}" if bounds.hint else ""
-    if fault := next(filter(None, faults), ""):  # of the right type
+    if fault := next(filter(None, faults), ""):  # the type is right
         got = f"shape {np.shape(value)}" if fault.startswith("be one number") else short(given)
         raise ValueError(f"{name} must {fault}, got {got}{hint}")
     raise ValueError(f"{name} must be {_words(kinds, bounds)}, got {short(given)}{hint}")
@@ -231,7 +244,7 @@ def _fault(value: Any, kind: Any, bounds: Bounds) -> str | None:
             return ""
         return _fault_of_int(value, bounds) if kind is int else _fault_of_float(value, bounds)
     if not isinstance(kind, tuple):
-        return None if isinstance(value, kind) else ""
+        return None if (callable(value) if kind is Callable else isinstance(value, kind)) else ""
     if kind[0] == "one of":
         return None if any(type(value) is type(one) and value == one for one in kind[1]) else ""
     if not isinstance(value, tuple | list):
@@ -243,51 +256,53 @@ def _fault(value: Any, kind: Any, bounds: Bounds) -> str | None:
 def _fault_of_int(value: int, bounds: Bounds) -> str | None:
     most = INT32 if bounds.most is None else bounds.most
     least = -INT32 if bounds.least is None else bounds.least
-    return None if least <= value <= most else bounds.what or f"be {bounds.of_int(value > most)}"
+    if value > most:
+        return f"be {bounds.of_int(exceeds=True)}"
+    return None if value >= least else bounds.what or f"be {bounds.of_int()}"
 
 
 def _fault_of_float(value: float, bounds: Bounds) -> str | None:
-    if not (isinstance(value, int) or math.isfinite(value)):
+    if math.isnan(value) or value in (math.inf, -math.inf):
         if bounds.of_float() == "be a finite number":
             return ""
-        return bounds.of_float() + (" and finite" if math.isinf(value) else "")
+        return bounds.of_float() + (" and finite" if math.isinf(value) and bounds.what is None else "")
     if not bounds.hold(value):
         return bounds.of_float()
-    if abs(value) > _FLOAT32.max or 0 < abs(value) < _FLOAT32.tiny or not bounds.hold(float(np.float32(value))):
-        return f"{bounds.of_float()} in float32, which holds {_FLOAT32.tiny:.1e} to {_FLOAT32.max:.1e}"
+    if (value and not _TINIEST <= abs(value) <= _LARGEST) or not bounds.hold(float(np.float32(value))):
+        return f"{bounds.of_float()} in float32, which holds {_TINIEST:.1e} to {_LARGEST:.1e}"
     return None
 
 
 def _fault_of_array(value: Any, bounds: Bounds) -> str | None:
     if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
         return ""
-    if value.ndim > bounds.rank:
+    if bounds.rank is not None and value.ndim > bounds.rank:
         return "be one number, or a traced scalar"
     # NumPy, because inside jit a jax operation returns a tracer even for a concrete array.
     return None if is_traced(value) or value.ndim else _fault_of_float(float(np.asarray(value)), bounds)
 
 
 def _words(kinds: tuple[Any, ...], bounds: Bounds) -> str:
-    words = []
-    for kind in kinds:
-        if isinstance(kind, tuple) and kind[0] == "one of":
-            words += map(repr, kind[1])
-        elif isinstance(kind, tuple):
-            words.append(f"a tuple, each {_words(kind[1], bounds)}")
-        else:
-            words.append({bool: "True or False", int: bounds.of_int(), float: _number(bounds)}.get(kind) or _NOUNS[kind])
-    # In the order of a sentence: numbers, then what stands for them.
-    words.sort(key=lambda word: (word == "None", word == "a traced scalar"))
-    if len(words) == 2 and words[1] == "a traced scalar":
+    words = [word for kind in kinds for word in _nouns(kind, bounds)]
+    words.sort(key=lambda word: (word == "None", word in _ARRAYS))  # numbers first, then what stands for them
+    if len(words) == 2 and words[1] in _ARRAYS:
         return ", or ".join(words)
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-_NOUNS = {str: "a string", jax.Array: "a traced scalar", types.NoneType: "None"}
+_ARRAYS = "a traced scalar", "an array of numbers"
 
 
-def _number(bounds: Bounds) -> str:
+def _nouns(kind: Any, bounds: Bounds) -> list[str]:
+    if isinstance(kind, tuple):
+        return list(map(repr, kind[1])) if kind[0] == "one of" else [f"a tuple, each {_words(kind[1], bounds)}"]
+    if kind is int:
+        return [bounds.of_int()]
+    if kind is jax.Array:
+        return [_ARRAYS[bounds.rank is None]]
+    if kind is not float:
+        return [{bool: "True or False", str: "a string", Callable: "a function"}.get(kind, "None")]
     verb, _, rest = ("be", "", "a finite number") if bounds.what else bounds.of_float().partition(" ")
     if verb == "lie":
-        return f"a number {rest}"
-    return {"positive": "a positive number", "a finite number": rest}.get(rest, f"a number of {rest}")
+        return [f"a number {rest}"]
+    return [{"positive": "a positive number", "a finite number": rest}.get(rest, f"a number of {rest}")]

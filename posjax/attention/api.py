@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from posjax.attention.arguments import check_encoding, check_operands
+from posjax.attention.arguments import check_encoding, check_operands, check_params
 from posjax.attention.backends import reference
 from posjax.attention.backends.gpu.blocks import GpuBlocks
 from posjax.attention.backends.ring.context import find_context
@@ -16,6 +16,7 @@ from posjax.attention.backends.shards import infer_shard_spec
 from posjax.attention.backends.tpu.blocks import Blocks
 from posjax.attention.call import prepare
 from posjax.attention.dispatch import Implementation, load_kernels, run
+from posjax.checks import check
 from posjax.core.encoding import PositionalEncoding
 from posjax.typing import Array, Float, Params
 
@@ -194,5 +195,6 @@ def attention_fn(
             key_positions=input_positions,
         )
 
-    encoding, causal = check_encoding(encoding), is_causal
+    encoding, causal = check_encoding(encoding), check("is_causal", is_causal, bool)
+    check_params(params)
     return call

@@ -16,13 +16,15 @@ from posjax.attention.arguments import (
     canonicalize_positions,
     canonicalize_window,
     check_encoding,
+    check_params,
     check_scale,
     check_soft_cap,
     coordinates_of_sides,
     hidden_of_sides,
     make_mask,
+    pair_of,
 )
-from posjax.checks import is_traced
+from posjax.checks import check, is_traced
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, Tokens
 from posjax.core.masks import Mask
 from posjax.core.structures import (
@@ -37,6 +39,7 @@ from posjax.core.structures import (
     StickBreaking,
     Table,
     Transport,
+    check_structures,
 )
 from posjax.typing import Array, Float, Int, Params
 
@@ -185,7 +188,7 @@ def prepare(
       ValueError: an option has an unsupported shape, dtype or value; the message names it.
       TypeError: ``encoding`` is not a PositionalEncoding.
     """
-    encoding = check_encoding(encoding)
+    encoding, params, is_causal = check_encoding(encoding), check_params(params), check("is_causal", is_causal, bool)
     window = canonicalize_window(local_window_size)
     if encoding.needs_causal and not is_causal and mask is None and window[1] != 0:
         raise ValueError(
@@ -193,7 +196,7 @@ def prepare(
             "it sums over the keys between key and query, which has no meaning in both directions"
         )
     scale, logits_soft_cap = check_scale(scale, query.shape[-1]), check_soft_cap(logits_soft_cap)
-    query_segments, key_segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    query_segments, key_segments = pair_of("segment_ids", segment_ids)
     is_self = query.shape[1] == key.shape[1] and query_positions is key_positions and query_segments is key_segments
     positions = [
         canonicalize_positions("query_positions", query_positions, query.shape[0], query.shape[1]),
@@ -208,7 +211,8 @@ def prepare(
         positions, coordinates or (None, None), (query_segments, key_segments), (query_hidden, key_hidden), strict=True
     ):
         sides.append(Tokens.at(order, coordinates=at, segments=segments, hidden=of_side))
-    mods = encoding.attend({} if params is None else params, AttentionInputs(query, key, value, *sides, scale))
+    mods = encoding.attend(params, AttentionInputs(query, key, value, *sides, scale))
+    check_structures(encoding.title, mods, query, key)
     if any(isinstance(bias.at, Scan) for bias in mods.biases) and not encoding.needs_causal:
         raise ValueError(f"needs_causal must be True for {encoding.name}, whose bias is a Scan, got False")
     if encoding.needs_causal:

@@ -19,6 +19,7 @@ from posjax.attention.backends.tpu.blocks import Blocks, check_blocks
 from posjax.attention.backends.xla_chunked import attention as xla_chunked
 from posjax.attention.call import AttentionCall
 from posjax.attention.prefix_sums import with_prefix_sums
+from posjax.checks import short
 from posjax.typing import Array, Float
 
 Implementation = Literal["xla", "xla_chunked", "pallas"]
@@ -56,8 +57,15 @@ def load_kernels(query: Array, key: Array, implementation: Implementation | None
 
     Pallas adds to the configuration that jax's caches are keyed by: whatever was compiled before its import compiles once more.
     """
+    check_implementation(implementation)
     if implementation == "pallas" or (implementation is None and not _is_small(query, key)):
         _kernels()
+
+
+def check_implementation(implementation: Any) -> None:
+    """Raises ValueError if ``implementation`` is neither None nor the name of one."""
+    if implementation is not None and not (isinstance(implementation, str) and implementation in ("xla", "xla_chunked", "pallas")):
+        raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {short(implementation)}")
 
 
 def _is_small(query: Array, key: Array) -> bool:
@@ -86,8 +94,7 @@ def run(
       TypeError: ``block_sizes`` is neither Blocks nor GpuBlocks.
       NotImplementedError: the implementation does not support the call; the message names one that does.
     """
-    if implementation not in (None, "xla", "xla_chunked", "pallas"):
-        raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}")
+    check_implementation(implementation)
     _check_block_sizes(block_sizes, implementation)
     return _run(call, implementation, infer_shard_spec(call.query) if spec is None else spec, context, block_sizes)
 

@@ -81,6 +81,8 @@ class Tokens:
         cls, positions: Array, *, coordinates: Array | None = None, segments: Array | None = None, hidden: Array | None = None
     ) -> "Tokens":
         """Makes tokens at positions, integers [T], [1, T] or [B, T]."""
+        if not is_array(positions, jnp.integer) or positions.ndim not in (1, 2):
+            raise ValueError(f"positions must be integers [T] or [B, T], got {short(positions)}")
         return cls(positions if jnp.ndim(positions) == 2 else positions[None], coordinates, segments, hidden)
 
     @property
@@ -134,13 +136,13 @@ class AttentionInputs:
 def _with_checked_arguments(own: Callable[..., Params]) -> Callable[..., Params]:
     @functools.wraps(own)
     def init(self: "PositionalEncoding", key: Array, dims: Dims) -> Params:
-        if not is_array(key):
+        if not is_array(key, jax.dtypes.prng_key) and getattr(key, "dtype", None) != jnp.uint32:
             raise ValueError(f"key must be a PRNG key such as jax.random.key(0), got {short(key)}")
         if not isinstance(dims, Dims):
             raise ValueError(f"dims must be sizes such as Dims(num_heads=8, head_dim=64), got {short(dims)}")
         if not is_traced(key):  # arrays are made at once
             shapes = jax.eval_shape(lambda key: own(self, key, dims), key)
-            check_fits(f"params of {short(self)} for {dims}", shapes)
+            check_fits(f"params of {short(self)} for {dims}", shapes)  # the arguments are in both
         return own(self, key, dims)
 
     return init
@@ -237,9 +239,10 @@ def _comparable(x: Any) -> Any:
 def hyperparameter(default: Any, **bounds: Any) -> Any:
     """Declares a field whose numbers change no shapes and may be traced, so that one compiled program serves many values.
 
-    ``bounds`` are those of ``posjax.checks.Bounds``; the annotation must allow an array, as ``Array | float`` does.
+    ``bounds`` are those of ``posjax.checks.Bounds``; the annotation must allow an array, as ``Array | float`` does, which is a
+    scalar unless ``rank`` is given.
     """
-    return bounded(default, traced=True, **bounds)
+    return bounded(default, traced=True, **{"rank": 0} | bounds)
 
 
 EncodingClass = TypeVar("EncodingClass", bound=type[PositionalEncoding])
@@ -265,11 +268,12 @@ def register(name: str) -> Callable[[EncodingClass], EncodingClass]:
       TypeError: the class is not a subclass of PositionalEncoding.
     """
 
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"the name of an encoding must be a Python identifier, got {short(name)}")
+
     def decorate(cls: EncodingClass) -> EncodingClass:
         if not (isinstance(cls, type) and issubclass(cls, PositionalEncoding)):
             raise TypeError(f"register must decorate a subclass of PositionalEncoding, got {short(cls)}")
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"the name of an encoding must be a Python identifier, got {short(name)}")
         existing = _REGISTRY.get(name)
         if existing is not None and (existing.__module__, existing.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"the name {name!r} is that of {existing.__module__}.{existing.__qualname__}; take another one")

@@ -29,6 +29,7 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 
+from posjax.checks import Bounds, check_fields, is_array, short
 from posjax.typing import Array, Float
 
 Side = Literal["query", "key"]
@@ -68,13 +69,17 @@ def per_head(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"axes": Axes(None, None, 0)})
 
 
-def static(default: Any = dataclasses.MISSING) -> Any:
-    """Declares a field that is part of the compiled program: hashable and compared."""
-    return dataclasses.field(default=default, metadata={"static": True})
+def static(default: Any = dataclasses.MISSING, **bounds: Any) -> Any:
+    """Declares a field that is part of the compiled program: hashable and compared; ``bounds`` as in ``posjax.checks.Bounds``."""
+    return dataclasses.field(default=default, metadata={"static": True, "bounds": Bounds(**bounds)})
 
 
 def structure(cls: type[StructureT]) -> type[StructureT]:
-    """Makes a class a frozen dataclass and a pytree, whose leaves are the fields that are not static."""
+    """Makes a class a frozen dataclass and a pytree, whose leaves are the fields that are not static.
+
+    Static fields are checked by their annotations; the arrays are checked where an encoding is applied, by ``check_structures``.
+    """
+    cls.__post_init__ = check_fields
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
@@ -92,6 +97,50 @@ def map_arrays(function: Callable[[Any, Axes], Any], tree: Any) -> Any:
         return None if value is None else map_arrays(function, value)
 
     return type(tree)(**{field.name: of_field(field) for field in dataclasses.fields(tree)})
+
+
+def check_structures(encoding: str, mods: "ScoreModifications", query: Array, key: Array) -> None:
+    """Raises ValueError if the parts of a ``ScoreModifications`` are not structures, or their arrays have other axes than declared.
+
+    Args:
+      encoding: what messages call the encoding that made them.
+      mods: what its ``attend`` returned.
+      query, key: [B, T, N, H] and [B, S, K, H] of the call.
+    """
+    if not isinstance(mods, ScoreModifications):
+        raise ValueError(f"attend of {encoding} must return ScoreModifications, got {short(mods)}")
+    transforms, biases, read = (Rotate, Replace, Transport), (Bias,), (Table, Hinges, type(None))
+    _check_parts(encoding, "transforms", mods.transforms, transforms)
+    _check_parts(encoding, "biases", mods.biases, biases)
+    _check_parts(encoding, "weights", (mods.weights,), (Softmax, StickBreaking))
+    for bias in mods.biases:
+        _check_parts(encoding, "at of a Bias", (bias.at,), (Pair, Scan))
+        _check_parts(encoding, "read of a Bias", (bias.read,), read)
+    paths = iter(jax.tree_util.tree_leaves_with_path(mods))
+    batch, lengths, heads = query.shape[0], {"query": query.shape[1], "key": key.shape[1]}, (1, query.shape[2], key.shape[2])
+
+    def check(leaf: Any, axes: Axes) -> Any:
+        name = jax.tree_util.keystr(next(paths)[0], simple=True, separator=".")
+        allowed = {axes.heads: heads if axes.side else heads[:2]}
+        if axes.side is not None:
+            allowed |= {0: (1, batch), axes.tokens: (1, lengths[axes.side]) if axes.side == "query" else (lengths["key"],)}
+        last = max(allowed)
+        if not is_array(leaf) or leaf.ndim <= last or any(leaf.shape[axis] not in sizes for axis, sizes in allowed.items()):
+            words = [" or ".join(map(str, sorted(set(allowed[axis])))) for axis in range(last + 1)]
+            got = leaf.shape if is_array(leaf) else short(leaf)
+            raise ValueError(f"{name} of {encoding} must be an array [{', '.join(words)}, ...], got {got}")
+        return leaf
+
+    map_arrays(check, (mods.transforms, mods.biases, mods.weights))
+
+
+def _check_parts(encoding: str, name: str, parts: Any, classes: tuple[type, ...]) -> None:
+    wrong = [parts] if not isinstance(parts, tuple) else [part for part in parts if not isinstance(part, classes)]
+    if wrong:
+        words = " or ".join("None" if cls is type(None) else cls.__name__ for cls in classes)
+        raise ValueError(
+            f"{name} of {encoding} must be {'tuples of ' * (name in ('transforms', 'biases'))}{words}, got {short(wrong[0])}"
+        )
 
 
 def take_tokens(tree: Any, side: Side, start: Any, size: int) -> Any:
@@ -146,7 +195,7 @@ class Rotate:
     query_gain: Leaf = vectors("query", None)
     key_gain: Leaf = vectors("key", None)
     pairing: Pairing = static("half")
-    offset: int = static(0)
+    offset: int = static(0, least=0)
     learned: bool = static(True)
 
     def applied(self, query: Array, key: Array) -> tuple[Array, Array]:

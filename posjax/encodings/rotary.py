@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from posjax.checks import bounded, check, short
+from posjax.checks import bounded, check, is_array, short
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, register
 from posjax.core.structures import Pairing, Rotate, ScoreModifications
 from posjax.encodings.absolute import theta
@@ -46,8 +46,8 @@ class Rope(PositionalEncoding):
 rope = Rope
 
 
-def rotated_width(head_dim: int, fraction: float) -> int:
-    """Returns the number of a head's channels that are rotated.
+def rotated_width(head_dim: int, fraction: float, name: str = "head_dim") -> int:
+    """Returns the number of a head's channels that are rotated; ``name`` is what messages call ``head_dim``.
 
     Raises:
       ValueError: fraction * head_dim is odd, below 2 or not an integer.
@@ -55,7 +55,7 @@ def rotated_width(head_dim: int, fraction: float) -> int:
     width = round(head_dim * fraction)
     if width < 2 or width % 2 or abs(width - head_dim * fraction) > 1e-6:
         raise ValueError(
-            "fraction * head_dim must be an even number of channels of at least 2, "
+            f"fraction * {name} must be an even number of channels of at least 2, "
             f"got {fraction!r} * {head_dim} = {head_dim * fraction:g}"
         )
     return width
@@ -78,9 +78,9 @@ def convert_pairing(
     check("source", source, Pairing)
     check("target", target, Pairing)
     check("fraction", fraction, float, above=0, most=1)
-    if not getattr(kernel, "ndim", 0):
+    if not is_array(kernel) or not kernel.ndim:
         raise ValueError(f"kernel must be an array [..., H] whose last axis is a head's channels, got {short(kernel)}")
-    width = rotated_width(kernel.shape[-1], fraction)
+    width = rotated_width(kernel.shape[-1], fraction, "(the last axis of kernel)")
     channels = jnp.arange(kernel.shape[-1])
     if source == target:
         return kernel
