@@ -8,7 +8,7 @@ A check goes by the annotation of an argument and by bounds:
     float                     integers and floats that float32 holds: finite, and not so small that they become zero
     str, Literal[...], None   a string, one of the values, None
     jax.Array                 an array of numbers, which may be traced, of at most ``rank`` axes
-    tuple[X, ...]             a tuple or list of these
+    tuple[X, ...]             a tuple of these, or a list, which becomes one
     Callable[...]             a function or another callable
     A | B                     either
 
@@ -226,7 +226,7 @@ def _checked(name: str, given: Any, kinds: tuple[Any, ...], bounds: Bounds) -> A
     for kind in kinds:
         fault = _fault(value, kind, bounds)
         if fault is None:
-            return value
+            return tuple(value) if isinstance(value, list) else value
         faults.append(fault)
     hint = f"; {bounds.hint}" if bounds.hint else ""
     if fault := next(filter(None, faults), ""):  # the type is right
@@ -262,13 +262,13 @@ def _fault_of_int(value: int, bounds: Bounds) -> str | None:
 
 
 def _fault_of_float(value: float, bounds: Bounds) -> str | None:
-    if math.isnan(value) or value in (math.inf, -math.inf):
+    if math.inf in (value, -value) or value != value:
         if bounds.of_float() == "be a finite number":
             return ""
-        return bounds.of_float() + (" and finite" if math.isinf(value) and bounds.what is None else "")
+        return bounds.of_float() + (" and finite" if value == value and bounds.what is None else "")
     if not bounds.hold(value):
         return bounds.of_float()
-    if (value and not _TINIEST <= abs(value) <= _LARGEST) or not bounds.hold(float(np.float32(value))):
+    if abs(value) > _LARGEST or 0 < abs(value) < _TINIEST or not bounds.hold(float(np.float32(value))):
         return f"{bounds.of_float()} in float32, which holds {_TINIEST:.1e} to {_LARGEST:.1e}"
     return None
 

@@ -138,9 +138,8 @@ def _check_parts(encoding: str, name: str, parts: Any, classes: tuple[type, ...]
     wrong = [parts] if not isinstance(parts, tuple) else [part for part in parts if not isinstance(part, classes)]
     if wrong:
         words = " or ".join("None" if cls is type(None) else cls.__name__ for cls in classes)
-        raise ValueError(
-            f"{name} of {encoding} must be {'tuples of ' * (name in ('transforms', 'biases'))}{words}, got {short(wrong[0])}"
-        )
+        kind = "a tuple, each " if name in ("transforms", "biases") else ""
+        raise ValueError(f"{name} of {encoding} must be {kind}{words}, got {short(wrong[0])}")
 
 
 def take_tokens(tree: Any, side: Side, start: Any, size: int) -> Any:

@@ -1,6 +1,7 @@
 """Rotary position embedding (RoPE)."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from posjax.checks import bounded, check, is_array, short
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, register
@@ -81,11 +82,11 @@ def convert_pairing(
     if not is_array(kernel) or not kernel.ndim:
         raise ValueError(f"kernel must be an array [..., H] whose last axis is a head's channels, got {short(kernel)}")
     width = rotated_width(kernel.shape[-1], fraction, "(the last axis of kernel)")
-    channels = jnp.arange(kernel.shape[-1])
+    channels = np.arange(kernel.shape[-1])
     if source == target:
         return kernel
     pairs = channels[:width].reshape(width // 2, 2) if source == "interleaved" else channels[:width].reshape(2, width // 2)
-    return kernel[..., jnp.concatenate([pairs.T.reshape(-1), channels[width:]])]
+    return kernel[..., np.concatenate([pairs.T.reshape(-1), channels[width:]])]
 
 
 def decay_bound(distances: Int[Array, " S"], head_dim: int, theta: float = 10_000.0) -> Float[Array, " S"]:
