@@ -142,6 +142,10 @@ never = only(lambda x: False)
 function = only(lambda x: x is None or callable(x))
 
 
+# What a message may name instead: arguments that no longer go with the one that is changed.
+GO_WITH = {"encoding": ("is_causal", "params"), "tokens": ("positions", "segment_ids")}
+
+
 # Right calls -------------------------------------------------------------------------------------------------------------------
 
 
@@ -241,9 +245,12 @@ def attention_calls() -> dict[str, Call]:
         "positions": (jnp.arange(T), positions_of(T)),
         "segment_ids": (ones(B, T, dtype=int), array([(B, T)], "iu", none=True)),
     }
-    made = {"dims": (dims, is_dims), "dtype": (jnp.float32, never)}
+    made = {"dims": (dims, is_dims), "dtype": (jnp.float32, only(lambda x: isinstance(x, str) and x == "half"))}
     required = tuple(operands)
-    sizes = {"block_q": 128, "block_kv": 256, "block_kv_count": 128, "block_kv_resident": 256}
+
+    def multiple(unit: int, most: int) -> Callable[[Any], Any]:
+        return only(lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x <= most and x % unit == 0)
+
     gpu = {"block_q": 64, "block_kv": 64, "block_kv_count": 32, "block_q_rows": 32, "num_warps": 4, "num_stages": 2}
 
     def by_blocks(**sizes: Any) -> Any:
@@ -289,8 +296,10 @@ def attention_calls() -> dict[str, Call]:
         "Blocks": Call(
             by_blocks,
             {
-                name: (size, only(lambda x: isinstance(x, int) and not isinstance(x, bool) and x in (128, 256, 512)))
-                for name, size in sizes.items()
+                "block_q": (128, multiple(128, 2048)),
+                "block_kv": (256, multiple(128, 256)),
+                "block_kv_count": (128, multiple(128, 256)),
+                "block_kv_resident": (256, multiple(256, 2**31 - 1)),
             },
             True,
         ),
@@ -771,6 +780,7 @@ class BadCall:
     argument: str
     change: str
     arguments: dict[str, Any]
+    names: tuple[str, ...] = ()  # what a message may name instead of the argument
 
     def __str__(self) -> str:
         return f"{self.name}: {self.argument} {self.change}"
@@ -793,7 +803,7 @@ def bad_calls(seed: int) -> Iterator[BadCall]:
             at = draw.randrange(len(argument))
             misspelt = argument[:at] + argument[at + 1 :]
             arguments[misspelt] = arguments.pop(argument)
-            yield BadCall(name, misspelt, f"for {argument}", arguments)
+            yield BadCall(name, misspelt, f"for {argument}", arguments, (argument,))
         elif kind < 0.08 and argument in call.required:
             del arguments[argument]
             yield BadCall(name, argument, "left out", arguments)
@@ -852,7 +862,8 @@ def verdict(bad: BadCall) -> str | None:
         return f"raises {type(error).__name__}: {said[:200]}"
     if "\n" in said.strip() or len(said) > MOST_LETTERS:
         return f"says too much, {len(said)} letters in {len(said.splitlines())} lines: {said[:200]!r}"
-    if not re.search(rf"(?<![a-zA-Z]){re.escape(bad.argument)}(?![a-zA-Z])", said, re.IGNORECASE):
+    names = "|".join(map(re.escape, (bad.argument, *bad.names, *GO_WITH.get(bad.argument, ()))))
+    if not re.search(rf"(?<![a-zA-Z])({names})(?![a-zA-Z])", said, re.IGNORECASE):
         return f"does not name the argument: {type(error).__name__}: {said[:200]}"
     if is_right and isinstance(bad.arguments[bad.argument], np.generic):
         try:

@@ -91,13 +91,14 @@ def pair_of(name: str, x: Any) -> tuple[Any, Any]:
 
 def _array_of(name: str, x: Any, what: str) -> Array:
     """Returns an array, or nested lists of numbers as one of NumPy."""
+    given = x
     if not is_array(x):
         try:
             x = np.asarray(x)
         except Exception:
             x = np.asarray("")
-    if x.dtype.kind not in "iufV" and x.dtype != jnp.bfloat16:
-        raise ValueError(f"{name} must be {what}, got {short(x) if x.dtype.kind in 'OUS' else x.dtype}")
+    if not is_array(x, jnp.integer, jnp.floating):
+        raise ValueError(f"{name} must be {what}, got {short(given) if np.ndim(x) == 0 else x.dtype}")
     return x
 
 

@@ -124,11 +124,13 @@ def check_structures(encoding: str, mods: "ScoreModifications", query: Array, ke
         allowed = {axes.heads: heads if axes.side else heads[:2]}
         if axes.side is not None:
             allowed |= {0: (1, batch), axes.tokens: (1, lengths[axes.side]) if axes.side == "query" else (lengths["key"],)}
-        last = max(allowed)
-        if not is_array(leaf) or leaf.ndim <= last or any(leaf.shape[axis] not in sizes for axis, sizes in allowed.items()):
-            words = [" or ".join(map(str, sorted(set(allowed[axis])))) for axis in range(last + 1)]
-            got = leaf.shape if is_array(leaf) else short(leaf)
-            raise ValueError(f"{name} of {encoding} must be an array [{', '.join(words)}, ...], got {got}")
+        axes_of_part = {None: leaf.ndim if is_array(leaf) else 0, 1: 4, 2: 3}[axes.tokens]  # vectors have four, features three
+        is_right = is_array(leaf, jnp.floating, jnp.integer) and leaf.ndim == axes_of_part > max(allowed)
+        if not is_right or any(leaf.shape[axis] not in sizes for axis, sizes in allowed.items()):
+            words = [" or ".join(map(str, sorted(set(allowed[axis])))) for axis in range(max(allowed) + 1)]
+            words += ["..."] * (axes.tokens != 2)
+            got = f"{leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else short(leaf)
+            raise ValueError(f"{name} of {encoding} must be an array of numbers [{', '.join(words)}], got {got}")
         return leaf
 
     map_arrays(check, (mods.transforms, mods.biases, mods.weights))
