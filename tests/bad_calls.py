@@ -17,7 +17,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -137,7 +137,6 @@ encoding_or_none = only(lambda x: x is None or isinstance(x, pj.PositionalEncodi
 operand = {name: array([(B, T, n, H)], "f") for name, n in (("query", N), ("key", K), ("value", K))}
 operand["value"] = array([(B, T, K, None)], "f")
 is_dims = only(lambda x: isinstance(x, pj.Dims))
-anything = only(lambda x: True)
 never = only(lambda x: False)
 function = only(lambda x: x is None or callable(x))
 
@@ -198,7 +197,7 @@ def cap(x: Any) -> Any:
 def attention_calls() -> dict[str, Call]:
     q, k, v = ones(B, T, N, H), ones(B, T, K, H), ones(B, T, K, H)
     operands = {name: (x, operand[name]) for name, x in (("query", q), ("key", k), ("value", v))}
-    encoded = {"encoding": (pj.rope(), encoding_or_none), "params": ({}, anything)}
+    encoded = {"encoding": (pj.rope(), encoding_or_none), "params": ({}, only(lambda x: x is None or isinstance(x, Mapping)))}
     options = {
         "is_causal": (True, flag),
         "mask": (
@@ -245,7 +244,10 @@ def attention_calls() -> dict[str, Call]:
         "positions": (jnp.arange(T), positions_of(T)),
         "segment_ids": (ones(B, T, dtype=int), array([(B, T)], "iu", none=True)),
     }
-    made = {"dims": (dims, is_dims), "dtype": (jnp.float32, only(lambda x: isinstance(x, str) and x == "half"))}
+    made = {
+        "dims": (dims, is_dims),
+        "dtype": (jnp.float32, only(lambda x: x is jnp.float32 or (isinstance(x, str) and x == "half"))),
+    }
     required = tuple(operands)
 
     def multiple(unit: int, most: int) -> Callable[[Any], Any]:
@@ -400,14 +402,17 @@ def constructor_calls() -> dict[str, Call]:
     return calls
 
 
+def _has_no_arrays(x: Any) -> bool:
+    return jax.tree.leaves(x) == []
+
+
 def _penalty(differences: Any, slope: Any) -> Any:
-    return -slope * jnp.abs(differences[0])
+    return (-slope if isinstance(slope, jax.Array) else 1.0) * jnp.abs(differences[0])
 
 
 def structure_calls() -> dict[str, Call]:
     phase = ones(1, T, 1, H // 2)
     table = {
-        "table": (ones(N, 4), anything),
         "side": ("none", choice("none", "query", "key", "value")),
         "interpolate": (False, flag),
     }
@@ -428,7 +433,7 @@ def structure_calls() -> dict[str, Call]:
         "transforms": (None, only(lambda x: x is None or x == ())),
         "weights": (pj.Softmax(), never),
         "query_phase": (phase, array([(b, T, n, H // 2) for b in (1, B) for n in (1, N)], "iuf")),
-        "args": (ones(N), array([(1,), (N,)], "iufb")),
+        "args": (ones(N), lambda x: x if _has_no_arrays(x) else array([(1,), (N,)], "iuf")(x)),
         "query": (ones(1, 1, T), array([(b, n, T) for b in (1, B) for n in (1, N)], "iufb")),
     }
     hinges = {name: ones(1, 3) for name in ("weight_in", "bias_in", "table")}
@@ -439,9 +444,7 @@ def structure_calls() -> dict[str, Call]:
             equal=False,
             weight=0.5,
         ),
-        "Table": Call(
-            functools.partial(pj.Table, ones(N, 4)), {n: x for n, x in table.items() if n != "table"}, equal=False, weight=0.5
-        ),
+        "Table": Call(functools.partial(pj.Table, ones(N, 4)), table, equal=False, weight=0.5),
         "Hinges": Call(
             functools.partial(pj.Hinges, **hinges), {"side": ("none", choice("none", "query"))}, equal=False, weight=0.3
         ),

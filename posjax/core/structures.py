@@ -23,6 +23,7 @@ level of a module, or frozen dataclasses with ``__call__``.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -116,24 +117,33 @@ def check_structures(encoding: str, mods: "ScoreModifications", query: Array, ke
     for bias in mods.biases:
         _check_parts(encoding, "at of a Bias", (bias.at,), (Pair, Scan))
         _check_parts(encoding, "read of a Bias", (bias.read,), read)
-    paths = iter(jax.tree_util.tree_leaves_with_path(mods))
     batch, lengths, heads = query.shape[0], {"query": query.shape[1], "key": key.shape[1]}, (1, query.shape[2], key.shape[2])
 
-    def check(leaf: Any, axes: Axes) -> Any:
-        name = jax.tree_util.keystr(next(paths)[0], simple=True, separator=".")
+    def check(name: str, leaf: Any, axes: Axes) -> None:
         allowed = {axes.heads: heads if axes.side else heads[:2]}
         if axes.side is not None:
             allowed |= {0: (1, batch), axes.tokens: (1, lengths[axes.side]) if axes.side == "query" else (lengths["key"],)}
-        axes_of_part = {None: leaf.ndim if is_array(leaf) else 0, 1: 4, 2: 3}[axes.tokens]  # vectors have four, features three
-        is_right = is_array(leaf, jnp.floating, jnp.integer) and leaf.ndim == axes_of_part > max(allowed)
+        most = {None: math.inf, 1: 4, 2: 3}[axes.tokens]  # vectors have four axes, features three
+        is_right = is_array(leaf, jnp.floating, jnp.integer) and max(allowed) < leaf.ndim <= most
         if not is_right or any(leaf.shape[axis] not in sizes for axis, sizes in allowed.items()):
             words = [" or ".join(map(str, sorted(set(allowed[axis])))) for axis in range(max(allowed) + 1)]
             words += ["..."] * (axes.tokens != 2)
             got = f"{leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else short(leaf)
             raise ValueError(f"{name} of {encoding} must be an array of numbers [{', '.join(words)}], got {got}")
-        return leaf
 
-    map_arrays(check, (mods.transforms, mods.biases, mods.weights))
+    def visit(name: str, part: Any) -> None:
+        for field in dataclasses.fields(part):
+            value, axes = getattr(part, field.name), field.metadata.get("axes")
+            if axes is not None and value is not None:
+                for leaf in [value] if axes.tokens == 1 else jax.tree.leaves(value):
+                    check(f"{name}.{field.name}", leaf, axes)
+            elif axes is None and dataclasses.is_dataclass(value) and not field.metadata.get("static"):
+                visit(f"{name}.{field.name}", value)
+
+    for name in ("transforms", "biases"):
+        for number, part in enumerate(getattr(mods, name)):
+            visit(f"{name}[{number}]", part)
+    visit("weights", mods.weights)
 
 
 def _check_parts(encoding: str, name: str, parts: Any, classes: tuple[type, ...]) -> None:

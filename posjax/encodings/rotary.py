@@ -79,7 +79,7 @@ def convert_pairing(
     check("source", source, Pairing)
     check("target", target, Pairing)
     check("fraction", fraction, float, above=0, most=1)
-    if not is_array(kernel) or not kernel.ndim:
+    if not is_array(kernel, jnp.number, jnp.bool_) or not kernel.ndim:
         raise ValueError(f"kernel must be an array [..., H] whose last axis is a head's channels, got {short(kernel)}")
     width = rotated_width(kernel.shape[-1], fraction, "(the last axis of kernel)")
     channels = np.arange(kernel.shape[-1])
