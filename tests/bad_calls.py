@@ -137,7 +137,7 @@ encoding_or_none = only(lambda x: x is None or isinstance(x, pj.PositionalEncodi
 operand = {name: array([(B, T, n, H)], "f") for name, n in (("query", N), ("key", K), ("value", K))}
 operand["value"] = array([(B, T, K, None)], "f")
 is_dims = only(lambda x: isinstance(x, pj.Dims))
-never = only(lambda x: False)
+never = only(lambda x: False)  # of a value that is not in the call either
 function = only(lambda x: x is None or callable(x))
 
 
@@ -417,6 +417,7 @@ def structure_calls() -> dict[str, Call]:
         "interpolate": (False, flag),
     }
     q = ones(B, T, N, H)
+    per_head = array([(n, *(None,) * rank) for n in (1, N) for rank in range(3)], "iuf")
 
     def modified(at: Any, read: Any, transforms: Any, weights: Any, query_phase: Any, args: Any, query: Any) -> Any:
         made = pj.Pair(_penalty, (query,), (ones(1, 1, T),), args=args) if at is None else at
@@ -432,8 +433,11 @@ def structure_calls() -> dict[str, Call]:
         "read": (None, only(lambda x: x is None)),
         "transforms": (None, only(lambda x: x is None or x == ())),
         "weights": (pj.Softmax(), never),
-        "query_phase": (phase, array([(b, T, n, H // 2) for b in (1, B) for n in (1, N)], "iuf")),
-        "args": (ones(N), lambda x: x if _has_no_arrays(x) else array([(1,), (N,)], "iuf")(x)),
+        "query_phase": (phase, array([(b, T, n, H // 2) for b in (1, B) for n in (1, N)], "iuf", none=True)),
+        "args": (
+            ones(N),
+            lambda x: x if _has_no_arrays(x) else array([(n, *(None,) * rank) for n in (1, N) for rank in range(3)], "iuf")(x),
+        ),
         "query": (ones(1, 1, T), array([(b, n, T) for b in (1, B) for n in (1, N)], "iufb")),
     }
     hinges = {name: ones(1, 3) for name in ("weight_in", "bias_in", "table")}
@@ -522,7 +526,7 @@ def model_calls() -> dict[str, Call]:
         "chunk": (16, integer(1)),
         "window": (None, integer(1, none=True)),
         "sampling": (Sampling(), only(lambda x: isinstance(x, Sampling))),
-        "prompts": (prompts, only(lambda x: False)),
+        "prompts": (prompts, only(lambda x: x is prompts)),
         "stop_tokens": (
             (),
             only(

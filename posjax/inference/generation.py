@@ -71,7 +71,7 @@ def stream(
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling must be a Sampling such as Sampling(temperature=0.8), got {short(sampling)}")
     seed = check("seed", seed, int, least=-(2**63), most=2**63 - 1)
-    if not isinstance(stop_tokens, Sequence | Set) or isinstance(stop_tokens, bytes) or not all(map(_is_id, stop_tokens)):
+    if not isinstance(stop_tokens, Sequence | Set) or isinstance(stop_tokens, str | bytes) or not all(map(_is_id, stop_tokens)):
         raise ValueError(f"stop_tokens must be token ids such as (0, 1), got {short(stop_tokens)}")
     if isinstance(prompts, str | bytes) or not (isinstance(prompts, Sequence) or (is_array(prompts) and prompts.ndim)):
         raise ValueError(f"prompts must be sequences of token ids, one for each row, got {short(prompts)}")

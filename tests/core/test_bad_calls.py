@@ -31,8 +31,8 @@ def test_a_thousand_more(seed):
 
 def test_every_call_is_right_before_it_is_changed():
     for name, call in bad_calls.calls().items():
-        given = {argument: value for argument, (value, _) in call.arguments.items() if value is not None}
-        bad_calls.run(call, given)
+        if not name.startswith("sizes"):  # which draw arrays; the other test has them
+            bad_calls.run(call, {argument: value for argument, (value, _) in call.arguments.items()})
         for argument, (value, domain) in call.arguments.items():
             if domain is not bad_calls.never and value is not None:
                 try:
