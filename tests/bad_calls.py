@@ -137,7 +137,6 @@ encoding_or_none = only(lambda x: x is None or isinstance(x, pj.PositionalEncodi
 operand = {name: array([(B, T, n, H)], "f") for name, n in (("query", N), ("key", K), ("value", K))}
 operand["value"] = array([(B, T, K, None)], "f")
 is_dims = only(lambda x: isinstance(x, pj.Dims))
-never = only(lambda x: False)  # of a value that is not in the call either
 function = only(lambda x: x is None or callable(x))
 
 
@@ -432,12 +431,9 @@ def structure_calls() -> dict[str, Call]:
         "at": (None, only(lambda x: x is None)),
         "read": (None, only(lambda x: x is None)),
         "transforms": (None, only(lambda x: x is None or x == ())),
-        "weights": (pj.Softmax(), never),
+        "weights": (pj.Softmax(), only(lambda x: isinstance(x, pj.Softmax))),
         "query_phase": (phase, array([(b, T, n, H // 2) for b in (1, B) for n in (1, N)], "iuf", none=True)),
-        "args": (
-            ones(N),
-            lambda x: x if _has_no_arrays(x) else array([(n, *(None,) * rank) for n in (1, N) for rank in range(3)], "iuf")(x),
-        ),
+        "args": (ones(N), lambda x: x if _has_no_arrays(x) else per_head(x)),
         "query": (ones(1, 1, T), array([(b, n, T) for b in (1, B) for n in (1, N)], "iufb")),
     }
     hinges = {name: ones(1, 3) for name in ("weight_in", "bias_in", "table")}
