@@ -502,8 +502,9 @@ def model_calls() -> dict[str, Call]:
     config = TransformerConfig(**count)
     with_params, params = functional(Transformer(config, pj.rope(), rngs=nnx.Rngs(0)))
 
-    def model(**arguments: Any) -> Any:
-        return nnx.eval_shape(lambda: Transformer(**arguments, rngs=nnx.Rngs(0)))
+    def model(rngs: Any, **arguments: Any) -> Any:
+        own = isinstance(rngs, nnx.Rngs)  # generators are used in the trace that made them
+        return nnx.eval_shape(lambda: Transformer(**arguments, rngs=nnx.Rngs(0) if own else rngs))
 
     def sized(**sizes: Any) -> Any:
         return Transformer(TransformerConfig(**count | sizes), pj.rope(), rngs=nnx.Rngs(0))
@@ -542,7 +543,11 @@ def model_calls() -> dict[str, Call]:
         "TransformerConfig": Call(TransformerConfig, sizes | flags | choices | numbers, weight=3, required=("vocab_size",)),
         "Transformer": Call(
             model,
-            {"config": (config, only(lambda x: isinstance(x, TransformerConfig))), "encoding": (pj.rope(), is_encoding)},
+            {
+                "config": (config, only(lambda x: isinstance(x, TransformerConfig))),
+                "encoding": (pj.rope(), is_encoding),
+                "rngs": (nnx.Rngs(0), only(lambda x: isinstance(x, nnx.Rngs))),
+            },
             weight=0.5,
             equal=False,
         ),

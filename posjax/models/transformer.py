@@ -212,12 +212,15 @@ class Transformer(nnx.Module):
       rngs: random number generators, ``nnx.Rngs(seed)``. The initial weights of the layers do not depend on the encoding.
 
     Raises:
-      ValueError: the number of encodings does not divide the number of layers.
+      ValueError: the number of encodings does not divide the number of layers, or the weights do not fit the memory of the machine.
+      TypeError: ``config`` is no TransformerConfig, ``encoding`` no encoding and no sequence of them, or ``rngs`` no ``nnx.Rngs``.
     """
 
     def __init__(self, config: TransformerConfig, encoding: PositionalEncoding | Sequence[PositionalEncoding], *, rngs: nnx.Rngs):
         if not isinstance(config, TransformerConfig):
             raise TypeError(f"config must be a TransformerConfig, got {short(config)}")
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs must be flax.nnx.Rngs(seed), got {short(rngs)}")
         pattern = (encoding,) if isinstance(encoding, PositionalEncoding) else encoding
         if not isinstance(pattern, Sequence) or not all(isinstance(one, PositionalEncoding) for one in pattern):
             raise TypeError(f"encoding must be a PositionalEncoding such as rope(), or a sequence of them, got {what_is(encoding)}")
