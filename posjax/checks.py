@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Number = int | float
 INT32 = 2**31 - 1  # the largest integer that arrays of positions and ids hold, and the limit of sizes without one of their own
 _TINIEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _BASES = (Callable, bool, int, float, str, types.NoneType, jax.Array)
@@ -49,10 +50,10 @@ class Bounds:
       hint: what would work, which ends messages.
     """
 
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
+    least: Number | None = None
+    most: Number | None = None
+    above: Number | None = None
+    below: Number | None = None
     rank: int | None = None
     what: str | None = None
     hint: str = ""
@@ -261,7 +262,7 @@ def _fault_of_int(value: int, bounds: Bounds) -> str | None:
     return None if value >= least else bounds.what or f"be {bounds.of_int()}"
 
 
-def _fault_of_float(value: float, bounds: Bounds) -> str | None:
+def _fault_of_float(value: Number, bounds: Bounds) -> str | None:
     if math.inf in (value, -value) or value != value:
         if bounds.of_float() == "be a finite number":
             return ""
@@ -283,6 +284,7 @@ def _fault_of_array(value: Any, bounds: Bounds) -> str | None:
 
 
 def _words(kinds: tuple[Any, ...], bounds: Bounds) -> str:
+    kinds = tuple(kind for kind in kinds if kind is not int or float not in kinds)
     words = [word for kind in kinds for word in _nouns(kind, bounds)]
     words.sort(key=lambda word: (word == "None", word in _ARRAYS))  # numbers first, then what stands for them
     if len(words) == 2 and words[1] in _ARRAYS:

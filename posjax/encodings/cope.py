@@ -71,7 +71,7 @@ class Cope(PositionalEncoding):
     per_head: bool = False
     shared: bool = True
     gate_bias: Array | float = hyperparameter(0.0)
-    clamp: Array | float | None = hyperparameter(None)
+    clamp: Array | float | int | None = hyperparameter(None)
 
     needs_causal = True
 
@@ -227,7 +227,7 @@ def _scan(encoding: "Cope | CopeAlibi | CopeMlp", params: Params, inputs: Attent
     return Scan(shifted_sigmoid, **source, args=(traced_hparam(gate_bias).reshape(1),), bound=bound)
 
 
-def _clamped(embedding: Array, clamp: Array | float) -> Array:
+def _clamped(embedding: Array, clamp: Array | float | int) -> Array:
     """Returns the embedding [..., P, H] with all rows after row ``clamp`` replaced by it, which makes interpolation constant there.
 
     All values are NaN if clamp is out of range.
@@ -265,6 +265,6 @@ def _gate_params(gates: Gates, key: Array, dims: Dims) -> Params:
     return {"gate_kernel": jax.random.normal(key, shape, jnp.float32) * dims.embed_dim**-0.5}
 
 
-def _check_clamp(clamp: Array | float | None, max_position: int) -> None:
+def _check_clamp(clamp: Array | float | int | None, max_position: int) -> None:
     if clamp is not None and not is_traced(clamp) and not (float(clamp).is_integer() and 1 <= float(clamp) < max_position):
         raise ValueError(f"clamp must be an integer from 1 to max_position - 1 = {max_position - 1}, got {clamp!r}; None is that")
