@@ -355,7 +355,7 @@ def constructor_calls() -> dict[str, Call]:
     points = dict.fromkeys(("init", "place", "embed", "attend", "max_length"), (None, function))
     calls["encoding"] = Call(
         pj.encoding,
-        {"name": ("mine", text), **points, "axes": (1, integer(1, 2**15))}
+        {"name": ("mine", text), **points, "axes": (1, integer(1, 2**15)), "cache": ("transformed", choice("transformed", "raw"))}
         | dict.fromkeys(("per_layer", "needs_hidden", "needs_causal"), (False, flag)),
         required=("name",),
     )

@@ -4,7 +4,7 @@
 ``import posjax.attention.kv_cache as kv_cache``. So the function has the package's modules as attributes.
 """
 
-from posjax.attention import api, backends, call, dispatch, kv_cache, linear, prefix_sums
+from posjax.attention import api, arguments, backends, call, dispatch, kv_cache, linear, prefix_sums
 
-for _module in (api, backends, call, dispatch, kv_cache, linear, prefix_sums):
+for _module in (api, arguments, backends, call, dispatch, kv_cache, linear, prefix_sums):
     setattr(api.attention, _module.__name__.rpartition(".")[2], _module)
