@@ -1,26 +1,142 @@
-"""Argument checks with uniform messages: an error names the argument, its value and what would work."""
+"""Argument checks with uniform messages: an error names the argument, its value and what would work.
 
+A check goes by the annotation of an argument and by bounds:
+
+    annotation                accepts
+    bool                      True, False
+    int                       integers, within int32
+    float                     integers and floats that float32 holds: finite, and not so small that they become zero
+    str, Literal[...], None   a string, one of the values, None
+    jax.Array                 an array of numbers, which may be traced, of at most ``rank`` axes
+    tuple[X, ...]             a tuple of these, or a list, which becomes one
+    Callable[...]             a function or another callable
+    A | B                     either
+
+A bool is not a number, nor is a string that looks like one. NumPy's scalars count as what they hold, and become Python's. An
+annotation with any other part is not checked, so that classes of users may hold what they please.
+
+``check`` checks one argument, and ``check_fields`` the fields of a dataclass, whose bounds are in their metadata (``bounded``).
+"""
+
+import dataclasses
 import difflib
+import functools
 import importlib.util
 import math
-import numbers
+import os
 import sys
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 
+Number = int | float
+INT32 = 2**31 - 1  # the largest integer that arrays of positions and ids hold, and the limit of sizes without one of their own
+_TINIEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_BASES = (Callable, bool, int, float, str, types.NoneType, jax.Array)
 
-def check_at_least(name: str, value: Any, least: int) -> None:
-    """Raises ValueError if ``value`` is not an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Limits the numbers that an argument takes.
+
+    Attributes:
+      least, most: smallest and largest number.
+      above, below: bounds that are excluded.
+      rank: largest number of axes of an array; None for any.
+      what: the words for the bounds in messages, such as "be positive, or None not to clip"; None composes them.
+      hint: what would work, which ends messages.
+    """
+
+    least: Number | None = None
+    most: Number | None = None
+    above: Number | None = None
+    below: Number | None = None
+    rank: int | None = None
+    what: str | None = None
+    hint: str = ""
+
+    def hold(self, value: Any) -> bool:
+        """Returns whether a number lies within the bounds."""
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def of_float(self) -> str:
+        """Returns the bounds of floats in words that follow "must"."""
+        if self.what is not None:
+            return self.what
+        low, high = self.least if self.above is None else self.above, self.most if self.below is None else self.below
+        if low is None and high is None:
+            return "be a finite number"
+        if high is None:
+            return "be positive" if self.above == 0 else f"be {'at least' if self.above is None else 'above'} {low:g}"
+        if low is None:
+            return f"be {'at most' if self.below is None else 'below'} {high:g}"
+        return f"lie in {'[' if self.above is None else '('}{low:g}, {high:g}{']' if self.below is None else ')'}"
+
+    def of_int(self, exceeds: bool = False) -> str:
+        """Returns what integers are accepted; the upper bound only if a value exceeds it."""
+        most = INT32 if self.most is None else self.most
+        if self.least is None:
+            return f"an integer of at most {most}" if exceeds else "an integer"
+        return f"an integer from {self.least} to {most}" if exceeds else f"an integer of at least {self.least}"
+
+
+def bounded(default: Any = dataclasses.MISSING, *, traced: bool = False, **bounds: Any) -> Any:
+    """Declares a field of a dataclass with ``Bounds`` for ``check_fields``."""
+    return dataclasses.field(default=default, metadata={"bounds": Bounds(**bounds), "traced": traced})
+
+
+def check_fields(value: Any) -> None:
+    """Checks the fields of a dataclass by their annotations and bounds; NumPy's scalars become Python's.
+
+    Raises:
+      ValueError: a field holds something else; the message names it.
+    """
+    for name, kinds, bounds in _checks_of(type(value)):
+        given = getattr(value, name)
+        plain = _checked(name, given, kinds, bounds)
+        if plain is not given:
+            object.__setattr__(value, name, plain)
+
+
+def check(name: str, value: Any, annotation: Any, **bounds: Any) -> Any:
+    """Returns ``value``, a NumPy scalar as one of Python, if it is what an annotation and ``Bounds`` say.
+
+    Raises:
+      ValueError: it is not; the message names the argument.
+    """
+    return _checked(name, value, _kinds(annotation) or (), Bounds(**bounds))
+
+
+def check_at_least(name: str, value: Any, least: int, most: int = INT32) -> int:
+    """Returns ``value`` if it is an integer from ``least`` to ``most``; raises ValueError if it is not."""
+    return check(name, value, int, least=least, most=most)
+
+
+def check_one_of(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises ValueError if ``value`` is none of some words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {short(value)}")
 
 
 def is_traced(value: Any) -> bool:
     """Returns whether a value is known only at run time: an argument of a function under jit, vmap or grad."""
     return isinstance(value, jax.core.Tracer)
+
+
+def is_array(value: Any, *kinds: Any) -> bool:
+    """Returns whether a value is an array of JAX or NumPy and, with kinds such as ``jnp.integer``, of one of these."""
+    return isinstance(value, jax.Array | np.ndarray) and (not kinds or any(jnp.issubdtype(value.dtype, kind) for kind in kinds))
 
 
 def is_symbolic(*sizes: Any) -> bool:
@@ -33,20 +149,15 @@ def round_up(size: Any, multiple: int) -> Any:
     return (size + multiple - 1) // multiple * multiple
 
 
-def check_finite(name: str, value: Any) -> None:
-    """Raises ValueError if ``value`` is not one finite number; a traced value is checked by shape alone."""
-    is_number = isinstance(value, numbers.Real | jax.Array) and not isinstance(value, bool) and np.shape(value) == ()
-    if not is_number or not (is_traced(value) or math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number, or a traced scalar, got {value!r}")
-
-
-def check_positive(name: str, value: Any, hint: str) -> None:
-    """Raises ValueError if ``value`` is not one positive number; a traced value is checked by shape alone."""
-    if np.shape(value) != ():
-        raise ValueError(f"{name} must be one number, or a traced scalar, got shape {np.shape(value)}; {hint}")
-    # NumPy, because inside jit a jax operation returns a tracer even for a concrete array.
-    if not is_traced(value) and not np.asarray(value) > 0:
-        raise ValueError(f"{name} must be positive, got {value!r}; {hint}")
+def check_dtype(name: str, dtype: Any, *kinds: Any) -> np.dtype:
+    """Returns a dtype; raises ValueError if it is none, or of none of some kinds such as ``jnp.floating``."""
+    try:
+        found = jnp.dtype(dtype) if isinstance(dtype, str | type | np.dtype) else None
+    except TypeError:
+        found = None
+    if found is None or not any(jnp.issubdtype(found, kind) for kind in kinds):
+        raise ValueError(f"{name} must be a dtype of {' or '.join(kind.__name__ for kind in kinds)} numbers, got {short(dtype)}")
+    return found
 
 
 def require(what: str, *modules: str) -> None:
@@ -68,7 +179,164 @@ def _is_installed(name: str) -> bool:
         return False
 
 
-def near(word: str, candidates) -> str:
+def short(value: Any) -> str:
+    """Returns a value in one line of a message: an array by its dtype and shape, anything else by the beginning of its repr."""
+    if is_array(value) and (value.size != 1 or is_traced(value) or value.dtype == object):
+        return f"{value.dtype}{list(value.shape)}"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def near(word: str, candidates: Iterable[str]) -> str:
     """Returns the end of a message about an unknown word: a suggestion of the closest candidate, or an empty string."""
     close = difflib.get_close_matches(str(word), list(candidates), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def check_fits(what: str, shapes: Any, count: int = 1) -> None:
+    """Raises ValueError if ``count`` copies of a tree of arrays, or of their shapes, take more memory than the host or a device."""
+    leaves = [leaf for leaf in jax.tree.leaves(shapes) if hasattr(leaf, "shape")]
+    size = count * sum(math.prod(leaf.shape) * _itemsize(leaf.dtype) for leaf in leaves)
+    if size > (limit := memory()):
+        raise ValueError(f"{what} must fit the memory of this machine, {limit / 2**30:,.0f} GiB, got {size / 2**30:,.0f} GiB")
+
+
+def _itemsize(dtype: Any) -> int:
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.extended) else np.dtype(dtype).itemsize
+
+
+@functools.cache
+def memory() -> int:
+    """Returns the bytes of memory of the host or of a device, whichever has more."""
+    try:
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not POSIX
+        host = 2**40
+    stats = (device.memory_stats() for device in jax.local_devices())
+    return max(host, *((own or {}).get("bytes_limit", 0) for own in stats))
+
+
+# What annotations accept ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _checks_of(cls: type) -> tuple[tuple[str, tuple[Any, ...], Bounds], ...]:
+    """Returns name, kinds and bounds of every field of a dataclass whose annotation says what it accepts."""
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception:  # an annotation names something that is not there when the program runs
+        hints = {field.name: field.type for field in dataclasses.fields(cls)}
+    fields = ((field, _kinds(hints.get(field.name))) for field in dataclasses.fields(cls))
+    return tuple((field.name, kinds, field.metadata.get("bounds", Bounds())) for field, kinds in fields if kinds)
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...] | None:
+    """Returns what an annotation accepts: bases, ("one of", values) and ("many", kinds); None if a part of it is anything else."""
+    annotation = types.NoneType if annotation is None else annotation
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if found := [base for base in _BASES if annotation is base or origin is base]:
+        return tuple(found)
+    if origin is Literal:
+        return (("one of", args),)
+    if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
+        kinds = _kinds(args[0])
+        return None if kinds is None else (("many", kinds),)
+    if origin not in (typing.Union, types.UnionType):
+        return None
+    parts = [_kinds(arg) for arg in args]
+    return None if None in parts else tuple(kind for part in parts for kind in part)
+
+
+def _checked(name: str, given: Any, kinds: tuple[Any, ...], bounds: Bounds) -> Any:
+    value = given.item() if isinstance(given, np.generic) else given
+    faults = []
+    for kind in kinds:
+        fault = _fault(value, kind, bounds)
+        if fault is None:
+            return tuple(value) if isinstance(value, list) else value
+        faults.append(fault)
+    hint = f"; {bounds.hint}" if bounds.hint else ""
+    if fault := next(filter(None, faults), ""):  # the type is right
+        got = f"shape {np.shape(value)}" if fault.startswith("be one number") else short(given)
+        raise ValueError(f"{name} must {fault}, got {got}{hint}")
+    raise ValueError(f"{name} must be {_words(kinds, bounds)}, got {short(given)}{hint}")
+
+
+def _fault(value: Any, kind: Any, bounds: Bounds) -> str | None:
+    """Returns what a value must be by a kind: None if it is that, "" if it has another type."""
+    if kind is jax.Array:
+        return _fault_of_array(value, bounds) if is_array(value) else ""
+    if kind is int or kind is float:
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+            return ""
+        return _fault_of_int(value, bounds) if kind is int else _fault_of_float(value, bounds)
+    if not isinstance(kind, tuple):
+        return None if (callable(value) if kind is Callable else isinstance(value, kind)) else ""
+    if kind[0] == "one of":
+        return None if any(type(value) is type(one) and value == one for one in kind[1]) else ""
+    if not isinstance(value, tuple | list):
+        return ""
+    each = ([_fault(one, own, bounds) for own in kind[1]] for one in value)
+    return None if all(None in faults for faults in each) else ""
+
+
+def _fault_of_int(value: int, bounds: Bounds) -> str | None:
+    most = INT32 if bounds.most is None else bounds.most
+    least = -INT32 if bounds.least is None else bounds.least
+    if value > most:
+        return f"be {bounds.of_int(exceeds=True)}"
+    return None if value >= least else bounds.what or f"be {bounds.of_int()}"
+
+
+def _fault_of_float(value: Number, bounds: Bounds) -> str | None:
+    if math.inf in (value, -value) or value != value:
+        if bounds.of_float() == "be a finite number":
+            return ""
+        return bounds.of_float() + (" and finite" if value == value and bounds.what is None else "")
+    if not bounds.hold(value):
+        return bounds.of_float()
+    if abs(value) > _LARGEST or 0 < abs(value) < _TINIEST or not bounds.hold(float(np.float32(value))):
+        return f"{bounds.of_float()} in float32, which holds {_TINIEST:.1e} to {_LARGEST:.1e}"
+    return None
+
+
+def _fault_of_array(value: Any, bounds: Bounds) -> str | None:
+    if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+        return ""
+    if bounds.rank is not None and value.ndim > bounds.rank:
+        return "be one number, or a traced scalar"
+    # NumPy, because inside jit a jax operation returns a tracer even for a concrete array.
+    return None if is_traced(value) or value.ndim else _fault_of_float(float(np.asarray(value)), bounds)
+
+
+def _words(kinds: tuple[Any, ...], bounds: Bounds) -> str:
+    kinds = tuple(kind for kind in kinds if kind is not int or float not in kinds)
+    words = [word for kind in kinds for word in _nouns(kind, bounds)]
+    words.sort(key=lambda word: (word == "None", word in _ARRAYS))  # numbers first, then what stands for them
+    if len(words) == 2 and words[1] in _ARRAYS:
+        return ", or ".join(words)
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+_ARRAYS = "a traced scalar", "an array of numbers"
+
+
+def _nouns(kind: Any, bounds: Bounds) -> list[str]:
+    if isinstance(kind, tuple):
+        return list(map(repr, kind[1])) if kind[0] == "one of" else [f"a tuple, each {_words(kind[1], bounds)}"]
+    if kind is int:
+        return [bounds.of_int()]
+    if kind is jax.Array:
+        return [_ARRAYS[bounds.rank is None]]
+    if kind is not float:
+        return [{bool: "True or False", str: "a string", Callable: "a function"}.get(kind, "None")]
+    verb, _, rest = ("be", "", "a finite number") if bounds.what else bounds.of_float().partition(" ")
+    if verb == "lie":
+        return [f"a number {rest}"]
+    return [{"positive": "a positive number", "a finite number": rest}.get(rest, f"a number of {rest}")]

@@ -29,9 +29,9 @@ EXCEPTIONS = {
     ("posjax.plots.seeds", "posjax.lab.statistics"): "the intervals that are drawn are the laboratory's; pure functions of arrays",
 }
 # What the backends of attention may know: structures, and never what an encoding is.
-BACKENDS = ("posjax.checks", 
-    "posjax.typing", "posjax.hardware", "posjax.core.structures", "posjax.core.masks", "posjax.core.linear_call",
-    "posjax.attention.call", "posjax.attention.backends",
+BACKENDS = (
+    "posjax.typing", "posjax.checks", "posjax.hardware", "posjax.core.structures", "posjax.core.masks", "posjax.core.linear_call",
+    "posjax.core.manual_axes", "posjax.attention.call", "posjax.attention.backends",
 )  # fmt: skip
 MOST_MODULES = 12  # in a folder, __init__ not counted
 

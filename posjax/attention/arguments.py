@@ -1,16 +1,17 @@
 """Checks the arguments of ``attention`` and brings them into one form, before anything is compiled."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.checks import is_traced
+from posjax.checks import INT32, check, is_array, is_traced, short
 from posjax.core.encoding import PositionalEncoding, Tokens, identity, what_is
 from posjax.core.masks import FAR
-from posjax.typing import Array, Bool
+from posjax.typing import Array, Bool, Params
 
 Sides = tuple[Array | None, Array | None]  # what queries and keys have of something
 _NONE = identity()
@@ -28,8 +29,8 @@ def check_encoding(encoding: Any) -> PositionalEncoding:
 def check_operands(query: Array, key: Array, value: Array) -> None:
     """Raises ValueError if query, key and value do not fit together; query and key are checked first."""
     for name, x, letters in (("query", query, "[B, T, N, H]"), ("key", key, "[B, S, K, H]")):
-        if getattr(x, "ndim", None) != 4:
-            raise ValueError(f"{name} must have shape {letters}, got {getattr(x, 'shape', x)!r}")
+        if not is_array(x) or x.ndim != 4:
+            raise ValueError(f"{name} must have shape {letters}, got {x.shape if is_array(x) else short(x)}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
         if 0 in x.shape:
@@ -43,10 +44,9 @@ def check_operands(query: Array, key: Array, value: Array) -> None:
     if query.shape[2] % key.shape[2]:
         raise ValueError(f"key must have a number of heads that divides the query's {query.shape[2]}, got {key.shape[2]}")
 
-    if getattr(value, "ndim", None) != 4 or value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"value must have shape [B, S, K, V] with B, S, K of key, {key.shape[:3]}, got {getattr(value, 'shape', value)!r}"
-        )
+    if not is_array(value) or value.ndim != 4 or value.shape[:3] != key.shape[:3] or not value.shape[3]:
+        got = value.shape if is_array(value) else short(value)
+        raise ValueError(f"value must have shape [B, S, K, V] with B, S, K of key, {key.shape[:3]}, got {got}")
     if value.dtype != key.dtype:
         raise ValueError(f"value must have the dtype of query and key, {key.dtype}, got {value.dtype}")
 
@@ -56,19 +56,15 @@ def in_jax_order(encoding: Any, params: Any, mask: Any, bias: Any) -> tuple[Any,
 
     They are in a positional call of ``jax.nn.dot_product_attention``.
     """
-    if _is_array(encoding):
+    if is_array(encoding):
         if bias is not None:
             raise ValueError("bias must be given once, got an array in place of the encoding as well")
         encoding, bias = None, encoding
-    if encoding is None and _is_array(params):
+    if encoding is None and is_array(params):
         if mask is not None:
             raise ValueError("mask must be given once, got an array in place of the params as well")
         params, mask = None, params
     return encoding, params, mask, bias
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray)
 
 
 def add_batch_axis(query: Any, key: Any, value: Any, options: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, Any], bool]:
@@ -97,11 +93,8 @@ def check_scale(scale: Any, head_dim: int) -> Any:
     """Returns the factor of q.k, 1 / sqrt(head_dim) for None; raises ValueError if it is not one positive, finite number."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if np.shape(scale) != ():
-        raise ValueError(f"scale must be one number, got shape {np.shape(scale)}; None takes 1 / sqrt(head_dim)")
-    if not is_traced(scale) and not 0 < np.asarray(scale) < math.inf:
-        raise ValueError(f"scale must be positive and finite, got {scale!r}; None takes 1 / sqrt(head_dim)")
-    return scale
+    own = dict(above=0, rank=0, what="be positive and finite", hint="None takes 1 / sqrt(head_dim)")
+    return check("scale", scale, Array | float | None, **own)
 
 
 def check_soft_cap(cap: Any) -> float | None:
@@ -110,9 +103,43 @@ def check_soft_cap(cap: Any) -> float | None:
         return None
     if is_traced(cap):
         raise ValueError("logits_soft_cap must be a number, got a traced array: it is part of the compiled program")
-    if not (np.ndim(cap) == 0 and 0 < np.asarray(cap) < math.inf):
-        raise ValueError(f"logits_soft_cap must be positive, got {cap!r}; None leaves the scores as they are")
-    return float(cap)
+    own = dict(above=0, rank=0, what="be positive", hint="None leaves the scores as they are")
+    return float(check("logits_soft_cap", cap, Array | float | None, **own))
+
+
+def check_params(params: Any) -> Params:
+    """Returns ``params``, {} for None; raises ValueError if they are not a dict."""
+    if params is not None and not isinstance(params, Mapping):
+        raise ValueError(f"params must be a dict of arrays, which encoding.init(key, dims) returns, or None, got {short(params)}")
+    return {} if params is None else params
+
+
+def check_segment_ids(ids: Any, batch: int, length: int, tokens: str = "") -> None:
+    """Raises ValueError if segment ids are not integers [batch, length]; ``tokens`` such as " for the keys" end the shape."""
+    if not is_array(ids, jnp.integer) or ids.shape != (batch, length):
+        got = f"{ids.dtype}{list(ids.shape)}" if is_array(ids) else short(ids)
+        pair = "; a pair gives both" if tokens else ""
+        raise ValueError(f"segment_ids must be integers [{batch}, {length}]{tokens}, got {got}{pair}")
+
+
+def pair_of(name: str, x: Any) -> tuple[Any, Any]:
+    """Returns an argument for queries and for keys, of which a tuple holds one each."""
+    if isinstance(x, tuple) and len(x) != 2:
+        raise ValueError(f"{name} must be one array, or a pair for queries and keys, got a tuple of {len(x)}")
+    return x if isinstance(x, tuple) else (x, x)
+
+
+def _array_of(name: str, x: Any, what: str) -> Array:
+    """Returns an array, or nested lists of numbers as one of NumPy."""
+    given = x
+    if not is_array(x):
+        try:
+            x = np.asarray(x)
+        except Exception:
+            x = np.asarray("")
+    if not is_array(x, jnp.integer, jnp.floating):
+        raise ValueError(f"{name} must be {what}, got {short(given) if np.ndim(x) == 0 else x.dtype}")
+    return x
 
 
 def canonicalize_positions(name: str, positions: Array | None, batch: int, length: int) -> Array:
@@ -123,17 +150,17 @@ def canonicalize_positions(name: str, positions: Array | None, batch: int, lengt
     """
     if positions is None:
         return jnp.arange(length, dtype=jnp.int32)[None]
-    known = None if is_traced(positions) else np.asarray(positions)  # NumPy: jax would wrap what does not fit, and trace under jit
-    positions = jnp.asarray(positions)
+    positions = _array_of(name, positions, "integers")
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, got {positions.dtype}")
     if positions.shape not in ((length,), (1, length), (batch, length)):
         raise ValueError(f"{name} must have shape ({length},) or ({batch}, {length}), got {positions.shape}")
+    known = None if is_traced(positions) else np.asarray(positions)  # NumPy: jax would wrap what does not fit, and trace under jit
     if known is not None and (least := known.min()) < 0:
         raise ValueError(f"{name} must not be negative, got {least}; mask padding out by mask or segment_ids")
     if known is not None and (most := known.max()) >= FAR:
         raise ValueError(f"{name} must be below 2^31 - 1, got {most}; subtract the first one from all")
-    return positions.astype(jnp.int32).reshape(-1, length)
+    return jnp.asarray(positions, jnp.int32).reshape(-1, length)
 
 
 def canonicalize_coordinates(name: str, coordinates: Array, batch: int, length: int) -> Array:
@@ -143,6 +170,7 @@ def canonicalize_coordinates(name: str, coordinates: Array, batch: int, length: 
       ValueError: coordinates are neither integers nor floating point, have the wrong shape, or lie so far out that int32 or float32
         does not hold them.
     """
+    coordinates = _array_of(name, coordinates, "integers or floating point")
     known = None if is_traced(coordinates) else np.asarray(coordinates)
     coordinates = jnp.asarray(coordinates)
     if jnp.issubdtype(coordinates.dtype, jnp.integer):
@@ -156,7 +184,7 @@ def canonicalize_coordinates(name: str, coordinates: Array, batch: int, length: 
         raise ValueError(f"{name} must have shape ({length}, axes) or ({batch}, {length}, axes), got {shape}")
     most = 0.0 if known is None else np.abs(known.astype(np.float64)).max()
     limit, what = (FAR, "2^31 - 1") if coordinates.dtype == jnp.int32 else (2.0**24, "2^24, beyond which float32 has no fractions")
-    if most >= limit:
+    if not most < limit:  # NaN is not either
         raise ValueError(f"{name} must be below {what}, got {most:.10g}; subtract the first one from all")
     return coordinates.reshape(-1, length, shape[-1])
 
@@ -198,13 +226,13 @@ def hidden_of_sides(encoding: PositionalEncoding, hidden: Any, query: Array, key
                 "the array [B, T, D] that query, key and value were projected from"
             )
         return None, None
-    sides = hidden if isinstance(hidden, tuple) else (hidden, hidden)
+    sides = pair_of("hidden", hidden)
     for x, tokens, name in zip(sides, (query, key), ("queries", "keys"), strict=True):
-        if getattr(x, "ndim", None) != 3 or x.shape[:2] != tokens.shape[:2]:
-            raise ValueError(
-                f"hidden must have shape {(*tokens.shape[:2], 'D')} for the {name}, got {getattr(x, 'shape', x)!r}; "
-                "a pair gives both"
-            )
+        if not is_array(x) or x.ndim != 3 or x.shape[:2] != tokens.shape[:2]:
+            got = x.shape if is_array(x) else short(x)
+            raise ValueError(f"hidden must have shape {(*tokens.shape[:2], 'D')} for the {name}, got {got}; a pair gives both")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"hidden must be floating point, got {x.dtype}")
     return sides
 
 
@@ -212,26 +240,23 @@ def canonicalize_mask(mask: Any, query: Array, key: Array) -> Array | None:
     """Returns ``mask`` with four axes; raises ValueError if it is not boolean or does not broadcast to [B, N, T, S]."""
     if mask is None:
         return None
-    if getattr(mask, "dtype", None) != jnp.bool_:
+    if not is_array(mask, jnp.bool_):
+        got = mask.dtype if is_array(mask) else type(mask).__name__
         raise ValueError(
-            f"mask must be boolean, True where attention is allowed, got {getattr(mask, 'dtype', type(mask).__name__)}; "
-            "numbers that are added to the scores are a bias"
+            f"mask must be boolean, True where attention is allowed, got {got}; numbers that are added to the scores are a bias"
         )
     return _of_pairs("mask", mask, query, key)
 
 
 def canonicalize_bias(bias: Any, query: Array, key: Array) -> Array | None:
-    """Returns ``bias`` with four axes, floating point; raises ValueError if it has no numbers or does not broadcast to
-    [B, N, T, S].
-    """
+    """Returns ``bias`` with four axes, floating point; raises ValueError if it holds no numbers or has another shape."""
     if bias is None:
         return None
-    dtype = getattr(bias, "dtype", None)
-    if dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        hint = "; a boolean array is a mask" if dtype == jnp.bool_ else ""
-        raise ValueError(f"bias must be an array of numbers, got {type(bias).__name__ if dtype is None else dtype}{hint}")
+    if not is_array(bias, jnp.floating, jnp.integer):
+        hint = "; a boolean array is a mask" if is_array(bias, jnp.bool_) else ""
+        raise ValueError(f"bias must be an array of numbers, got {bias.dtype if is_array(bias) else type(bias).__name__}{hint}")
     bias = _of_pairs("bias", bias, query, key)
-    return jnp.asarray(bias, None if jnp.issubdtype(dtype, jnp.floating) else jnp.float32)
+    return jnp.asarray(bias, None if jnp.issubdtype(bias.dtype, jnp.floating) else jnp.float32)
 
 
 def _of_pairs(name: str, x: Array, query: Array, key: Array) -> Array:
@@ -247,12 +272,9 @@ def segments_of_sides(segment_ids: Any, query: Array, key: Array) -> tuple[Array
     """Returns the segments of queries and keys, one array for both if one was given, checked; None for each if there are none."""
     if segment_ids is None:
         return None, None
-    sides = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    sides = pair_of("segment_ids", segment_ids)
     for name, ids, tokens in zip(("queries", "keys"), sides, (query, key), strict=True):
-        shape = tokens.shape[:2]
-        if getattr(ids, "shape", None) != shape or not jnp.issubdtype(ids.dtype, jnp.integer):
-            got = f"{ids.dtype}{list(ids.shape)}" if hasattr(ids, "shape") else repr(ids)
-            raise ValueError(f"segment_ids must be integers {list(shape)} for the {name}, got {got}; a pair gives both")
+        check_segment_ids(ids, *tokens.shape[:2], f" for the {name}")
     queries = canonicalize_segments(sides[0])
     return queries, queries if sides[1] is sides[0] else canonicalize_segments(sides[1])
 
@@ -265,10 +287,11 @@ def valid_tokens(name: str, lengths: Any, tokens: Array) -> Bool[Array, "B T"] |
     """
     if lengths is None:
         return None
+    batch, what = tokens.shape[0], f"integers [{tokens.shape[0]}], the length of every sequence"
+    lengths = _array_of(name, lengths, what)
     known = None if is_traced(lengths) else np.asarray(lengths)
-    batch, shape, dtype = tokens.shape[0], np.shape(lengths), jnp.result_type(lengths)
-    if not jnp.issubdtype(dtype, jnp.integer) or shape not in ((batch,), () if batch == 1 else (batch,)):
-        raise ValueError(f"{name} must be integers [{batch}], the length of every sequence, got {dtype}{list(shape)}")
+    if not is_array(lengths, jnp.integer) or lengths.shape not in ((batch,), () if batch == 1 else (batch,)):
+        raise ValueError(f"{name} must be {what}, got {lengths.dtype}{list(lengths.shape)}")
     if known is not None and (least := known.min()) < 0:
         raise ValueError(f"{name} must not be negative, got {least}")
     lengths = jnp.asarray(lengths).reshape(-1, 1)
@@ -307,9 +330,11 @@ def canonicalize_segments(ids: Any) -> Array | None:
 
 
 def canonicalize_window(size: Any) -> tuple[int | None, int | None]:
+    """Returns ``local_window_size`` as a pair (left, right); raises ValueError if it is neither an integer nor a pair of them."""
     sides: Any = size if isinstance(size, tuple | list) and len(size) == 2 else (size, size)
     for side in sides:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int | np.integer) or side < 0):
-            raise ValueError(f"local_window_size must be a non-negative integer or a pair (left, right) of them, got {size!r}")
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int | np.integer) or not 0 <= side <= INT32):
+            what = "a non-negative integer or a pair (left, right) of them, below 2^31"
+            raise ValueError(f"local_window_size must be {what}, got {short(size)}")
     left, right = (None if side is None else int(side) for side in sides)
     return left, right

@@ -18,6 +18,7 @@ from posjax.attention.arguments import (
     canonicalize_positions,
     canonicalize_window,
     check_encoding,
+    check_params,
     check_scale,
     check_soft_cap,
     coordinates_of_sides,
@@ -26,7 +27,7 @@ from posjax.attention.arguments import (
     segments_of_sides,
     valid_tokens,
 )
-from posjax.checks import is_traced
+from posjax.checks import check, is_traced
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, Tokens
 from posjax.core.masks import Mask
 from posjax.core.structures import (
@@ -41,6 +42,7 @@ from posjax.core.structures import (
     StickBreaking,
     Table,
     Transport,
+    check_structures,
 )
 from posjax.typing import Array, Float, Int, Params
 
@@ -218,7 +220,7 @@ def prepare_next(
       ValueError: an option has an unsupported shape, dtype or value; the message names it.
       TypeError: ``encoding`` is not a PositionalEncoding.
     """
-    encoding = check_encoding(encoding)
+    encoding, params, is_causal = check_encoding(encoding), check_params(params), check("is_causal", is_causal, bool)
     window = canonicalize_window(local_window_size)
     if encoding.needs_causal and not is_causal and mask is None and window[1] != 0:
         raise ValueError(
@@ -247,8 +249,8 @@ def prepare_next(
     query_at, key_at = coordinates or (None, None)
     queries = Tokens.at(positions[0], coordinates=query_at, segments=segments[0], hidden=query_hidden)
     keys = Tokens.at(positions[1], coordinates=key_at, segments=segments[1], hidden=key_hidden)
-    inputs = AttentionInputs(query, key, value, queries, keys, scale, state=state)
-    mods = encoding.attend({} if params is None else params, inputs)
+    mods = encoding.attend(params, AttentionInputs(query, key, value, queries, keys, scale, state=state))
+    check_structures(encoding.title, mods, query, key)
     if any(isinstance(bias.at, Scan) for bias in mods.biases) and not encoding.needs_causal:
         raise ValueError(f"needs_causal must be True for {encoding.name}, whose bias is a Scan, got False")
     if encoding.needs_causal:

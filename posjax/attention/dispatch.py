@@ -22,7 +22,7 @@ from posjax.attention.backends.xla_chunked import attention as xla_chunked
 from posjax.attention.backends.xla_chunked import ordered
 from posjax.attention.call import AttentionCall
 from posjax.attention.prefix_sums import with_prefix_sums
-from posjax.checks import is_symbolic
+from posjax.checks import is_symbolic, short
 from posjax.core.structures import StickBreaking
 from posjax.typing import Array, Float
 
@@ -62,8 +62,18 @@ def load_kernels(query: Array, key: Array, implementation: Implementation | None
 
     Pallas adds to the configuration that jax's caches are keyed by: whatever was compiled before its import compiles once more.
     """
+    check_implementation(implementation)
     if implementation == "pallas" or (implementation is None and _has_kernels(query, key)):
         _kernels()
+
+
+def check_implementation(implementation: Any) -> None:
+    """Raises ValueError if ``implementation`` is neither None nor the name of one."""
+    if implementation is not None and not (isinstance(implementation, str) and implementation in ("xla", "xla_chunked", "pallas")):
+        hint = (
+            "; 'pallas' runs the kernels for NVIDIA GPUs" if isinstance(implementation, str) and implementation == "cudnn" else ""
+        )
+        raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {short(implementation)}{hint}")
 
 
 def _has_kernels(query: Array, key: Array) -> bool:
@@ -101,9 +111,7 @@ def run(
       TypeError: ``block_sizes`` is neither Blocks nor GpuBlocks.
       NotImplementedError: the implementation does not support the call; the message names one that does.
     """
-    if implementation not in (None, "xla", "xla_chunked", "pallas"):
-        hint = "; 'pallas' runs the kernels for NVIDIA GPUs" if implementation == "cudnn" else ""
-        raise ValueError(f"implementation must be None, 'xla', 'xla_chunked' or 'pallas', got {implementation!r}{hint}")
+    check_implementation(implementation)
     if return_lse and isinstance(call.weights, StickBreaking):
         raise ValueError("return_residual must be False for weights of StickBreaking, which are not a softmax, got True")
     _check_block_sizes(block_sizes, implementation)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from posjax.attention.api import attention, auto_sharded
-from posjax.attention.arguments import check_encoding, check_operands
+from posjax.attention.arguments import check_encoding, check_operands, check_params
 from posjax.attention.backends import reference
 from posjax.attention.call import prepare
+from posjax.checks import check
 from posjax.core.encoding import PositionalEncoding
 from posjax.typing import Array, Params
 
@@ -50,7 +51,8 @@ def attention_fn(
     Raises (in the call):
       ValueError: an argument is invalid, a call may be either decoding or cross attention, or the module has einsums of its own.
     """
-    encoding, causal = check_encoding(encoding), is_causal
+    encoding, causal = check_encoding(encoding), check("is_causal", is_causal, bool)
+    check_params(params)
 
     def call(
         query: Array,

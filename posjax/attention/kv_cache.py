@@ -22,11 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.attention.arguments import canonicalize_coordinates, check_encoding, check_operands
+from posjax.attention.arguments import (
+    canonicalize_coordinates,
+    canonicalize_positions,
+    check_encoding,
+    check_operands,
+    check_segment_ids,
+)
 from posjax.attention.call import AttentionCall, prepare, prepare_next
 from posjax.attention.dispatch import Implementation, load_kernels, run
 from posjax.attention.linear import LinearCache
-from posjax.checks import check_at_least, is_traced
+from posjax.checks import check_at_least, check_dtype, check_fits, is_traced, short
 from posjax.core.encoding import Dims, PositionalEncoding
 from posjax.core.masks import FAR
 from posjax.core.structures import Bias, Rotate, Transport, key_arrays, map_arrays
@@ -100,8 +106,11 @@ def init_cache(
     if (max_length is None) == (window is None):
         raise ValueError(f"one of max_length and window must be given, got max_length={max_length} and window={window}")
     slots, name = (max_length, "max_length") if window is None else (window, "window")
-    check_at_least(name, slots, 1)
-    check_at_least("batch_size", batch_size, 1)
+    slots, batch_size = check_at_least(name, slots, 1), check_at_least("batch_size", batch_size, 1)
+    _check_dims(dims)
+    dtype = check_dtype("dtype", dtype, jnp.floating)
+    if coordinate_dtype is not None:
+        coordinate_dtype = check_dtype("coordinate_dtype", coordinate_dtype, jnp.integer, jnp.floating)
 
     def one_token(key: Array) -> tuple[Array, Array, tuple[Any, ...], Any]:
         hidden = jnp.zeros((batch_size, 1, dims.embed_dim), dtype)
@@ -112,7 +121,9 @@ def init_cache(
 
     key, value, columns, state = jax.eval_shape(one_token, jax.random.key(0))
     if encoding.cache == "raw" and (encoding.needs_hidden or state is not None):
-        raise ValueError(f"cache must be 'transformed' for {encoding.name}, which has a state or needs hidden, got 'raw'")
+        raise ValueError(f"cache must be 'transformed' for {encoding.title}, which has a state or needs hidden, got 'raw'")
+    shapes = key, value, columns
+    check_fits(f"a cache of batch_size={batch_size} and {name}={slots} for {dims}", shapes, slots)
     return Cache(
         key=widen(1)(key),
         value=widen(1)(value),
@@ -167,6 +178,8 @@ def attend(
       ValueError: an argument is invalid, or there are more tokens than the cache has free slots.
     """
     check_operands(query, key, value)
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache must be what init_cache or the last call of attend returned, got {short(cache)}")
     if key.dtype != cache.key.dtype or key.shape[0] != cache.key.shape[0]:
         raise ValueError(
             f"query, key and value must have the batch size and dtype of the cache, {cache.key.shape[0]} and {cache.key.dtype}, "
@@ -220,6 +233,11 @@ def attend(
         out = jnp.where(full.used <= full.key.shape[1], out, jnp.nan)  # past the end, new tokens overwrite others
         return out, full
     return out, _last(full, cache.window, has_padding=segment_ids is not None)
+
+
+def _check_dims(dims: Any) -> None:
+    if not isinstance(dims, Dims):
+        raise ValueError(f"dims must be sizes such as Dims(num_heads=8, head_dim=64), got {short(dims)}")
 
 
 def _of_new_tokens(coordinates: Array | None, cache: Cache, segments: Array) -> Array | None:
@@ -276,19 +294,18 @@ def next_positions(cache: LayerCache, tokens: int, positions: Array | None, segm
     """Returns positions and segments [B, T] of the next tokens, with defaults for what the caller did not give.
 
     Raises:
-      ValueError: segment_ids are not integers [B, T].
+      ValueError: segment_ids are not integers [B, T], or positions not non-negative ones [T], [1, T] or [B, T].
     """
     batch = cache.next_position.shape[0]
     segments = jnp.ones((batch, tokens), jnp.int32) if segment_ids is None else segment_ids
-    if getattr(segments, "shape", None) != (batch, tokens) or not jnp.issubdtype(segments.dtype, jnp.integer):
-        got = f"{segments.dtype}{list(segments.shape)}" if hasattr(segments, "shape") else repr(segments)
-        raise ValueError(f"segment_ids must be integers [{batch}, {tokens}], got {got}")
+    check_segment_ids(segments, batch, tokens)
     segments = jnp.asarray(segments, jnp.int32)
     if positions is None:
         # Padding repeats the position of the token before it, which stays within every table and in order.
         positions = cache.next_position[:, None] + jnp.cumsum(segments != 0, axis=1, dtype=jnp.int32) - 1
         positions = jnp.maximum(positions, 0)
-    return jnp.broadcast_to(jnp.asarray(positions, jnp.int32), (batch, tokens)), segments
+    positions = canonicalize_positions("positions", positions, batch, tokens)
+    return jnp.broadcast_to(positions, (batch, tokens)), segments
 
 
 def position_after(positions: Array, segments: Array, before: Array) -> Array:
@@ -389,6 +406,8 @@ def cache_layout(encoding: PositionalEncoding | None, dims: Dims, dtype: Any = j
       encoding, dims, dtype: as in ``init_cache``.
     """
     encoding = check_encoding(encoding)
+    _check_dims(dims)
+    dtype = check_dtype("dtype", dtype, jnp.floating)
     params_key, hidden_key, key = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(hidden_key, (1, 1, dims.embed_dim), dtype)
     (unrotated, _), (rotated, value, columns, state) = _cached_arrays(encoding, encoding.init(params_key, dims), dims, hidden, key)

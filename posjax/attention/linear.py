@@ -13,11 +13,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from posjax.attention.arguments import canonicalize_positions, check_encoding, check_operands
-from posjax.checks import round_up
+from posjax.attention.arguments import canonicalize_positions, check_encoding, check_operands, check_params, check_segment_ids
+from posjax.checks import check, round_up
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, Tokens
 from posjax.core.manual_axes import vary_alike
-from posjax.core.structures import Rotate, Softmax
+from posjax.core.structures import Rotate, Softmax, check_structures
 from posjax.typing import Array, Bool, Float, Params
 
 FeatureMap = Literal["elu", "exp"]
@@ -59,15 +59,15 @@ def linear_attention(
     Su et al., arXiv:2104.09864, equation 19.
     """
     check_operands(query, key, value)
-    encoding = check_encoding(encoding)
-    if feature_map not in ("elu", "exp"):
-        raise ValueError(f"feature_map must be 'elu' or 'exp', got {feature_map!r}")
+    encoding, params = check_encoding(encoding), check_params(params)
+    check("feature_map", feature_map, FeatureMap)
+    is_causal = check("is_causal", is_causal, bool)
     batch, length, heads, _ = query.shape
     keys, group = key.shape[1], heads // key.shape[2]
     if (is_causal or segment_ids is not None) and length != keys:
         raise ValueError(f"query and key must have one length for causal or segmented linear attention, got {length} and {keys}")
-    if segment_ids is not None and (segment_ids.shape != (batch, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
-        raise ValueError(f"segment_ids must be integers [{batch}, {length}], got {segment_ids.dtype}{list(segment_ids.shape)}")
+    if segment_ids is not None:
+        check_segment_ids(segment_ids, batch, length)
     query_positions = canonicalize_positions("query_positions", query_positions, batch, length)
     key_positions = canonicalize_positions("key_positions", key_positions, batch, keys)
     inputs = AttentionInputs(query, key, value, Tokens.at(query_positions), Tokens.at(key_positions), 1.0)
@@ -158,16 +158,16 @@ def _features(
     inputs: AttentionInputs, encoding: PositionalEncoding, params: Params | None, feature_map: FeatureMap
 ) -> tuple[Array, Array, Array, Array]:
     """Returns phi of query and key, then both rotated; float32, with one key per query head."""
-    params = {} if params is None else params
     phi = jnp.exp if feature_map == "exp" else lambda x: jax.nn.elu(x) + 1.0
     query, key = (phi(x.astype(jnp.float32)) for x in (inputs.query, inputs.key))
     inputs = dataclasses.replace(inputs, query=query, key=key)
-    mods = encoding.attend(params, inputs)
+    mods = encoding.attend(check_params(params), inputs)
+    check_structures(encoding.title, mods, query, key)
     is_plain = isinstance(mods.weights, Softmax) and mods.weights.sink is None and not mods.biases
     is_stateless = mods.state is None and encoding.cache == "transformed"
     if not (is_plain and is_stateless and all(isinstance(transform, Rotate) for transform in mods.transforms)):
         raise ValueError(
-            f"encoding must act by rotation alone and carry no state in linear_attention, got {encoding.name}; rope() does"
+            f"encoding must act by rotation alone and carry no state in linear_attention, got {encoding.title}; rope() does"
         )
     rotated = dataclasses.replace(inputs, transforms=mods.transforms)
     rotated_query, rotated_key = rotated.turned_query, rotated.turned_key

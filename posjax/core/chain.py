@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from posjax.checks import short
 from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, Tokens, as_value, what_is
 from posjax.core.structures import ScoreModifications, Softmax
 from posjax.typing import Array, Params
@@ -76,6 +77,10 @@ class Chain(PositionalEncoding):
         return any(encoding.needs_causal for encoding in self.encodings)
 
     @property
+    def title(self) -> str:
+        return "+".join(encoding.title for encoding in self.encodings)
+
+    @property
     def cache(self) -> str:
         return "raw" if any(encoding.cache == "raw" for encoding in self.encodings) else "transformed"
 
@@ -93,14 +98,14 @@ class Chain(PositionalEncoding):
 
     def embed(self, params: Params, x: Array, tokens: Tokens) -> Array:
         for name, member in self.members.items():
-            x = member.embed(_part(params, name), x, tokens)
+            x = member.embed(self._part(params, name), x, tokens)
         return x
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         transforms, biases, weights, states = inputs.transforms, (), [], {}
         for name, member in self.members.items():
             before = (inputs.state or {}).get(name)
-            mods = member.attend(_part(params, name), dataclasses.replace(inputs, transforms=transforms, state=before))
+            mods = member.attend(self._part(params, name), dataclasses.replace(inputs, transforms=transforms, state=before))
             transforms, biases = transforms + mods.transforms, biases + mods.biases
             states |= {} if mods.state is None else {name: mods.state}
             is_plain = isinstance(mods.weights, Softmax) and mods.weights.sink is None
@@ -113,9 +118,17 @@ class Chain(PositionalEncoding):
     def max_length(self, dims: Dims) -> int | None:
         return min((limit for one in self.encodings if (limit := one.max_length(dims)) is not None), default=None)
 
+    def _part(self, params: Params, name: str) -> Params:
+        """Returns the params of a member, {} if there are none.
+
+        Raises:
+          ValueError: params are no dict, or hold what no member is called.
+        """
+        params = {} if params is None else params
+        if not isinstance(params, Mapping) or (unknown := [own for own in params if own not in self.members]):
+            names, got = ", ".join(map(repr, self.members)), repr(unknown[0]) if isinstance(params, Mapping) else short(params)
+            raise ValueError(f"params of {short(self)} must be a dict by the names of its members, {names}, got {got}")
+        return params.get(name, {})
+
     def __repr__(self) -> str:
         return f"chain({', '.join(map(repr, self.encodings))})"
-
-
-def _part(params: Params, name: str) -> Params:
-    return (params or {}).get(name, {})

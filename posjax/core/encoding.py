@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.checks import check_at_least, is_traced
+from posjax.checks import bounded, check, check_fields, check_fits, is_array, is_traced, short
 from posjax.core.structures import ScoreModifications, Transform
 from posjax.typing import Array, Float, Int, Params
+
+MOST_CHANNELS = 2**15  # of heads and of channels in a head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Dims:
     """The sizes of a model that determine the shapes of an encoding's parameters.
 
     Attributes:
-      num_heads: N, number of query heads.
-      head_dim: H, channels per head.
+      num_heads: N, number of query heads, at most 32,768.
+      head_dim: H, channels per head, at most 32,768.
       embed_dim: D, channels of the model; needed by learned and tupe. None is N * H.
       max_length: longest sequence in tokens, for encodings with a table of positions (learned, tupe).
       num_kv_heads: K, number of key heads, which divides N. None is N.
@@ -40,21 +42,20 @@ class Dims:
       ValueError: a size is not a positive integer, or num_kv_heads does not divide num_heads.
     """
 
-    num_heads: int
-    head_dim: int
-    embed_dim: int = cast(int, None)  # __post_init__ replaces None
-    max_length: int | None = None
-    num_kv_heads: int = cast(int, None)
+    num_heads: int = bounded(least=1, most=MOST_CHANNELS)
+    head_dim: int = bounded(least=1, most=MOST_CHANNELS)
+    embed_dim: int = bounded(cast(int, None), least=1)  # __post_init__ replaces None
+    max_length: int | None = bounded(None, least=1)
+    num_kv_heads: int = bounded(cast(int, None), least=1)
 
     def __post_init__(self) -> None:
+        for name in ("num_heads", "head_dim"):  # from which the defaults follow
+            check(name, getattr(self, name), int, least=1, most=MOST_CHANNELS)
         if self.embed_dim is None:
             object.__setattr__(self, "embed_dim", self.num_heads * self.head_dim)
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name != "max_length" or value is not None:
-                check_at_least(field.name, value, 1)
+        check_fields(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}")
 
@@ -82,6 +83,8 @@ class Tokens:
         cls, positions: Array, *, coordinates: Array | None = None, segments: Array | None = None, hidden: Array | None = None
     ) -> "Tokens":
         """Makes tokens at positions, integers [T], [1, T] or [B, T]."""
+        if not is_array(positions, jnp.integer) or positions.ndim not in (1, 2):
+            raise ValueError(f"positions must be integers [T] or [B, T], got {short(positions)}")
         return cls(positions if jnp.ndim(positions) == 2 else positions[None], coordinates, segments, hidden)
 
     @property
@@ -135,6 +138,21 @@ class AttentionInputs:
         return functools.reduce(lambda qk, transform: transform.applied(*qk), self.transforms, (self.query, self.key))
 
 
+def _with_checked_arguments(own: Callable[..., Params]) -> Callable[..., Params]:
+    @functools.wraps(own)
+    def init(self: "PositionalEncoding", key: Array, dims: Dims) -> Params:
+        if not is_array(key, jax.dtypes.prng_key) and getattr(key, "dtype", None) != jnp.uint32:
+            raise ValueError(f"key must be a PRNG key such as jax.random.key(0), got {short(key)}")
+        if not isinstance(dims, Dims):
+            raise ValueError(f"dims must be sizes such as Dims(num_heads=8, head_dim=64), got {short(dims)}")
+        if not is_traced(key):  # arrays are made at once
+            shapes = jax.eval_shape(lambda key: own(self, key, dims), key)
+            check_fits(f"params of {short(self)} for {dims}", shapes)  # the arguments are in both
+        return own(self, key, dims)
+
+    return init
+
+
 class PositionalEncoding:
     """Base class of positional encodings: immutable values made of pure functions.
 
@@ -171,6 +189,12 @@ class PositionalEncoding:
     needs_causal: bool = False
     cache: Literal["transformed", "raw"] = "transformed"
 
+    @property
+    def title(self) -> str:
+        """Returns what messages call the encoding: its name, unless that is no call that makes it."""
+        return self.name
+
+    @_with_checked_arguments
     def init(self, key: Array, dims: Dims) -> Params:
         """Returns the learned arrays, float32; {} if nothing is learned."""
         return {}
@@ -209,7 +233,7 @@ class PositionalEncoding:
     def __repr__(self) -> str:
         """Returns the call that makes the encoding, without arguments at their defaults."""
         given = ((f, getattr(self, f.name)) for f in _fields(self))
-        return f"{self.registered_name}({', '.join(f'{f.name}={x!r}' for f, x in given if _is_array(x) or x != f.default)})"
+        return f"{self.registered_name}({', '.join(f'{f.name}={x!r}' for f, x in given if is_array(x) or x != f.default)})"
 
 
 def _fields(encoding: Any) -> tuple[dataclasses.Field, ...]:
@@ -217,22 +241,22 @@ def _fields(encoding: Any) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(encoding)
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray)
-
-
 def _comparable(x: Any) -> Any:
     if is_traced(x):
         return "traced", id(x)
-    if _is_array(x):
+    if is_array(x):
         x = np.asarray(x)
         return x.dtype, x.shape, x.tobytes()
     return tuple(map(_comparable, x)) if isinstance(x, tuple) else x
 
 
-def hyperparameter(default: Any) -> Any:
-    """Declares a field whose numbers change no shapes and may be traced, so that one compiled program serves many values."""
-    return dataclasses.field(default=default, metadata={"traced": True})
+def hyperparameter(default: Any, **bounds: Any) -> Any:
+    """Declares a field whose numbers change no shapes and may be traced, so that one compiled program serves many values.
+
+    ``bounds`` are those of ``posjax.checks.Bounds``; the annotation must allow an array, as ``Array | float`` does, which is a
+    scalar unless ``rank`` is given.
+    """
+    return bounded(default, traced=True, **{"rank": 0} | bounds)
 
 
 EncodingClass = TypeVar("EncodingClass", bound=type[PositionalEncoding])
@@ -243,6 +267,10 @@ ENTRY_POINTS = "posjax.encodings"  # group of the entry points by which packages
 @dataclass_transform(eq_default=False, frozen_default=True, field_specifiers=(dataclasses.field, hyperparameter))
 def register(name: str) -> Callable[[EncodingClass], EncodingClass]:
     """Makes a subclass of PositionalEncoding an encoding: a frozen dataclass, a pytree, and an entry of the registry.
+
+    Its fields are checked by their annotations whenever one is made (``posjax.checks``): an ``int`` is no string, and a ``float``
+    is finite. ``posjax.checks.bounded`` declares bounds. Annotations of other types are not checked. ``init`` refuses params that
+    the memory of the machine does not hold.
 
     Texts such as ``rope + mine(3)``, in configurations and on the command line, then know it by its name. A package offers its
     encodings to every user by an entry point of the group ``posjax.encodings``, whose name is that of the encoding.
@@ -255,11 +283,12 @@ def register(name: str) -> Callable[[EncodingClass], EncodingClass]:
       TypeError: the class is not a subclass of PositionalEncoding.
     """
 
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"the name of an encoding must be a Python identifier, got {short(name)}")
+
     def decorate(cls: EncodingClass) -> EncodingClass:
         if not (isinstance(cls, type) and issubclass(cls, PositionalEncoding)):
-            raise TypeError(f"register must decorate a subclass of PositionalEncoding, got {cls!r}")
-        if not name.isidentifier():
-            raise ValueError(f"the name of an encoding must be a Python identifier, got {name!r}")
+            raise TypeError(f"register must decorate a subclass of PositionalEncoding, got {short(cls)}")
         existing = _REGISTRY.get(name)
         if existing is not None and (existing.__module__, existing.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"the name {name!r} is that of {existing.__module__}.{existing.__qualname__}; take another one")
@@ -275,12 +304,18 @@ def register(name: str) -> Callable[[EncodingClass], EncodingClass]:
 
 @dataclass_transform(eq_default=False, frozen_default=True, field_specifiers=(dataclasses.field, hyperparameter))
 def as_value(cls: EncodingClass) -> EncodingClass:
-    """Makes a class a frozen dataclass and a pytree, whose leaves are the fields that hold arrays or encodings."""
+    """Makes a class a frozen dataclass and a pytree, whose leaves are the fields that hold arrays or encodings.
+
+    Its fields are checked by their annotations before ``__post_init__`` of the class, and the arguments of ``init`` before it runs.
+    """
+    for name, around in (("__post_init__", _with_checked_fields), ("init", _with_checked_arguments)):
+        if name in vars(cls) or not hasattr(cls, name):
+            setattr(cls, name, around(vars(cls).get(name)))
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     names = [field.name for field in _fields(cls)]
 
     def is_child(x: Any) -> bool:
-        return _is_array(x) or isinstance(x, PositionalEncoding) or (isinstance(x, tuple) and any(map(is_child, x)))
+        return is_array(x) or isinstance(x, PositionalEncoding) or (isinstance(x, tuple) and any(map(is_child, x)))
 
     def flatten(encoding: PositionalEncoding) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
         values = {name: getattr(encoding, name) for name in names}
@@ -295,6 +330,15 @@ def as_value(cls: EncodingClass) -> EncodingClass:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
     return cls
+
+
+def _with_checked_fields(own: Callable[[Any], None] | None) -> Callable[[Any], None]:
+    def __post_init__(self: PositionalEncoding) -> None:
+        check_fields(self)
+        if own is not None:
+            own(self)
+
+    return __post_init__
 
 
 def registered() -> Mapping[str, type[PositionalEncoding]]:
@@ -351,6 +395,9 @@ def encoding(
       per_layer, axes, needs_hidden, needs_causal, cache: as in PositionalEncoding.
     """
     given = dict(init=init, place=place, embed=embed, attend=attend, max_length=max_length)
+    for point, function in given.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{point} must be a function, or None for that of PositionalEncoding, got {short(function)}")
     functions = tuple((point, function) for point, function in given.items() if function is not None)
     return _OfFunctions(name, functions, per_layer, axes, needs_hidden, needs_causal, cache)
 
@@ -371,7 +418,7 @@ class _OfFunctions(PositionalEncoding):
     name: str = ""
     functions: tuple[tuple[str, Callable[..., Any]], ...] = ()
     per_layer: bool = False
-    axes: int = 1
+    axes: int = bounded(1, least=1, most=MOST_CHANNELS)
     needs_hidden: bool = False
     needs_causal: bool = False
     cache: Literal["transformed", "raw"] = "transformed"
@@ -387,7 +434,7 @@ def what_is(value: Any) -> str:
     """Describes, for a message, a value that should be an encoding."""
     if isinstance(value, type) and issubclass(value, PositionalEncoding):
         return f"the class {value.__name__}; call it: {value.registered_name}(...)"
-    return repr(value)
+    return short(value)
 
 
 def get_param(params: Params, name: str, encoding: str, shape: tuple[int | None, ...] | None = None) -> Array:
@@ -402,10 +449,12 @@ def get_param(params: Params, name: str, encoding: str, shape: tuple[int | None,
     Raises:
       ValueError: the parameter is missing or has another shape.
     """
-    if not params or name not in params:
-        have = sorted(params) if params else params
+    if not isinstance(params, Mapping) or name not in params:
+        have = sorted(params) if isinstance(params, Mapping) and params else short(params)
         raise ValueError(f"params of {encoding} must hold {name!r}, got {have}; pass what encoding.init(key, dims) returned")
     param = params[name]
+    if not is_array(param):
+        raise ValueError(f"params[{name!r}] of {encoding} must be an array, got {short(param)}")
     if shape is not None and (param.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, param.shape, strict=True))):
         wanted = str(shape).replace("None", "any")
         raise ValueError(f"params[{name!r}] of {encoding} must have shape {wanted}, got {param.shape}")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from posjax.checks import check
 from posjax.typing import Array, Bool, Int
 
 
@@ -30,6 +31,9 @@ class Mask:
     key_segments: Array | None = None
     is_causal: bool = dataclasses.field(default=False, metadata={"static": True})
     window: tuple[int | None, int | None] = dataclasses.field(default=(None, None), metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        check("is_causal", self.is_causal, bool)
 
     def replace(self, **fields: Any) -> "Mask":
         """Returns the mask with some of its fields replaced."""

@@ -23,12 +23,14 @@ level of a module, or frozen dataclasses with ``__call__``.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 
+from posjax.checks import Bounds, check_fields, is_array, short
 from posjax.typing import Array, Float
 
 Side = Literal["query", "key"]
@@ -68,14 +70,18 @@ def per_head(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"axes": Axes(None, None, 0)})
 
 
-def static(default: Any = dataclasses.MISSING) -> Any:
-    """Declares a field that is part of the compiled program: hashable and compared."""
-    return dataclasses.field(default=default, metadata={"static": True})
+def static(default: Any = dataclasses.MISSING, **bounds: Any) -> Any:
+    """Declares a field that is part of the compiled program: hashable and compared; ``bounds`` as in ``posjax.checks.Bounds``."""
+    return dataclasses.field(default=default, metadata={"static": True, "bounds": Bounds(**bounds)})
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(vectors, features, per_head, static))
 def structure(cls: type[StructureT]) -> type[StructureT]:
-    """Makes a class a frozen dataclass and a pytree, whose leaves are the fields that are not static."""
+    """Makes a class a frozen dataclass and a pytree, whose leaves are the fields that are not static.
+
+    Static fields are checked by their annotations; the arrays are checked where an encoding is applied, by ``check_structures``.
+    """
+    cls.__post_init__ = check_fields
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
@@ -93,6 +99,60 @@ def map_arrays(function: Callable[[Any, Axes], Any], tree: Any) -> Any:
         return None if value is None else map_arrays(function, value)
 
     return type(tree)(**{field.name: of_field(field) for field in dataclasses.fields(tree)})
+
+
+def check_structures(encoding: str, mods: "ScoreModifications", query: Array, key: Array) -> None:
+    """Raises ValueError if the parts of a ``ScoreModifications`` are not structures, or their arrays have other axes than declared.
+
+    Args:
+      encoding: what messages call the encoding that made them.
+      mods: what its ``attend`` returned.
+      query, key: [B, T, N, H] and [B, S, K, H] of the call.
+    """
+    if not isinstance(mods, ScoreModifications):
+        raise ValueError(f"attend of {encoding} must return ScoreModifications, got {short(mods)}")
+    transforms, biases, read = (Rotate, Replace, Transport), (Bias,), (Table, Hinges, type(None))
+    _check_parts(encoding, "transforms", mods.transforms, transforms)
+    _check_parts(encoding, "biases", mods.biases, biases)
+    _check_parts(encoding, "weights", (mods.weights,), (Softmax, StickBreaking))
+    for bias in mods.biases:
+        _check_parts(encoding, "at of a Bias", (bias.at,), (Pair, Scan))
+        _check_parts(encoding, "read of a Bias", (bias.read,), read)
+    batch, lengths, heads = query.shape[0], {"query": query.shape[1], "key": key.shape[1]}, (1, query.shape[2], key.shape[2])
+
+    def check(name: str, leaf: Any, axes: Axes) -> None:
+        allowed = {axes.heads: heads if axes.side else heads[:2]}
+        if axes.side is not None:
+            allowed |= {0: (1, batch), axes.tokens: (1, lengths[axes.side]) if axes.side == "query" else (lengths["key"],)}
+        most = {None: math.inf, 1: 4, 2: 3}[axes.tokens]  # vectors have four axes, features three
+        is_right = is_array(leaf, jnp.floating, jnp.integer) and max(allowed) < leaf.ndim <= most
+        if not is_right or any(leaf.shape[axis] not in sizes for axis, sizes in allowed.items()):
+            words = [" or ".join(map(str, sorted(set(allowed[axis])))) for axis in range(max(allowed) + 1)]
+            words += ["..."] * (axes.tokens != 2)
+            got = f"{leaf.dtype}{list(leaf.shape)}" if is_array(leaf) else short(leaf)
+            raise ValueError(f"{name} of {encoding} must be an array of numbers [{', '.join(words)}], got {got}")
+
+    def visit(name: str, part: Any) -> None:
+        for field in dataclasses.fields(part):
+            value, axes = getattr(part, field.name), field.metadata.get("axes")
+            if axes is not None and value is not None:
+                for leaf in [value] if axes.tokens == 1 else jax.tree.leaves(value):
+                    check(f"{name}.{field.name}", leaf, axes)
+            elif axes is None and dataclasses.is_dataclass(value) and not field.metadata.get("static"):
+                visit(f"{name}.{field.name}", value)
+
+    for name in ("transforms", "biases"):
+        for number, part in enumerate(getattr(mods, name)):
+            visit(f"{name}[{number}]", part)
+    visit("weights", mods.weights)
+
+
+def _check_parts(encoding: str, name: str, parts: Any, classes: tuple[type, ...]) -> None:
+    wrong = [parts] if not isinstance(parts, tuple) else [part for part in parts if not isinstance(part, classes)]
+    if wrong:
+        words = " or ".join("None" if cls is type(None) else cls.__name__ for cls in classes)
+        kind = "a tuple, each " if name in ("transforms", "biases") else ""
+        raise ValueError(f"{name} of {encoding} must be {kind}{words}, got {short(wrong[0])}")
 
 
 def take_tokens(tree: Any, side: Side, start: Any, size: int) -> Any:
@@ -147,7 +207,7 @@ class Rotate:
     query_gain: Leaf = vectors("query", default=None)
     key_gain: Leaf = vectors("key", default=None)
     pairing: Pairing = static(default="half")
-    offset: int = static(default=0)
+    offset: int = static(default=0, least=0)
     learned: bool = static(default=True)
 
     def applied(self, query: Array, key: Array) -> tuple[Array, Array]:

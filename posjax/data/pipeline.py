@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 
-from posjax.checks import require
+from posjax.checks import check, require
 from posjax.data.corpus import Corpus
 
 MASKED_SHARE = 0.15  # as in BERT: 15 % of the tokens are predicted; 80 % of these are masked, 10 % replaced, 10 % kept
@@ -64,16 +64,14 @@ def batches(
       ImportError: grain is not installed.
     """
     for name, value in (("length", length), ("batch_size", batch_size), ("process_count", process_count)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check(name, value, int, least=1, what="be at least 1")
     if masked and length < 2:
         raise ValueError(f"length must be at least 2 when masked ([CLS] and a token), got {length}")
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index must be from 0 to process_count - 1 = {process_count - 1}, got {process_index}")
     if batch_size % process_count:
         raise ValueError(f"batch_size must be a multiple of process_count ({process_count}), got {batch_size}")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be from 0 to 2^32 - 1, got {seed}")
+    check("seed", seed, int, least=0, most=2**32 - 1, what="be from 0 to 2^32 - 1")
     require("a pipeline of batches", "grain")
     import grain
 

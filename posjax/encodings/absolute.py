@@ -1,13 +1,20 @@
 """Absolute encodings, added to the embeddings: sinusoidal and learned."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.checks import check_at_least, check_positive, is_symbolic, is_traced
+from posjax.checks import bounded, is_symbolic, is_traced
 from posjax.core.encoding import Dims, PositionalEncoding, Tokens, get_param, hyperparameter, register
 from posjax.encodings.phases import angles, geometric_frequencies
 from posjax.typing import Array, Params
+
+
+def theta() -> Any:
+    """Declares the field theta, the base of frequencies: one positive number, which may be traced."""
+    return hyperparameter(10_000.0, above=0, hint="10_000.0 is usual")
 
 
 @register("sinusoidal")
@@ -26,10 +33,7 @@ class Sinusoidal(PositionalEncoding):
     Vaswani et al., arXiv:1706.03762, section 3.5.
     """
 
-    theta: Array | float = hyperparameter(default=10_000.0)
-
-    def __post_init__(self) -> None:
-        check_theta(self.theta)
+    theta: Array | float = theta()
 
     def embed(self, params: Params, x: Array, tokens: Tokens) -> Array:
         width = x.shape[-1]
@@ -50,20 +54,20 @@ class Learned(PositionalEncoding):
       init_scale: standard deviation of the initial vectors (0.02 in GPT-2 and BERT).
 
     Raises:
-      ValueError: ``Dims.max_length`` is not given, or (in ``embed``) a position is past the table.
+      ValueError: init_scale is negative, ``Dims.max_length`` is not given, or (in ``embed``) a position is past the table.
 
     Gehring et al., arXiv:1705.03122; Devlin et al., arXiv:1810.04805.
     """
 
-    init_scale: float = 0.02
+    init_scale: float = bounded(0.02, least=0)
 
     def init(self, key: Array, dims: Dims) -> Params:
-        length = require_max_length("learned", dims)
+        length = require_max_length(self.registered_name, dims)
         return {"embedding": self.init_scale * jax.random.normal(key, (length, dims.embed_dim), jnp.float32)}
 
     def embed(self, params: Params, x: Array, tokens: Tokens) -> Array:
-        table = get_param(params, "embedding", "learned", (None, x.shape[-1]))
-        check_within("learned", tokens.positions, table.shape[0])
+        table = get_param(params, "embedding", self.registered_name, (None, x.shape[-1]))
+        check_within(self.registered_name, tokens.positions, table.shape[0])
         return x + jnp.take(table, tokens.positions, axis=0).astype(x.dtype)
 
     def max_length(self, dims: Dims) -> int | None:
@@ -73,20 +77,14 @@ class Learned(PositionalEncoding):
 sinusoidal, learned = Sinusoidal, Learned
 
 
-def check_theta(theta: Array | float) -> None:
-    """Raises ValueError if theta is not one positive number; a traced theta is checked by shape alone."""
-    check_positive("theta", theta, "10_000.0 is usual")
-
-
 def require_max_length(name: str, dims: Dims) -> int:
     """Returns the length of a table of positions, ``dims.max_length``.
 
     Raises:
-      ValueError: max_length is None or below 1.
+      ValueError: max_length is None.
     """
     if dims.max_length is None:
         raise ValueError(f"max_length must be given for {name}: Dims(..., max_length=1024), got None")
-    check_at_least("max_length", dims.max_length, 1)
     return dims.max_length
 
 

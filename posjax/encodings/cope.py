@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from posjax.checks import check_at_least, check_finite, is_traced
+from posjax.checks import bounded, is_traced
 from posjax.core.encoding import (
     AttentionInputs,
     Dims,
@@ -24,7 +24,7 @@ from posjax.core.encoding import (
     traced_hparam,
 )
 from posjax.core.structures import Bias, Hinges, Scan, ScoreModifications, Table, sigmoid
-from posjax.encodings.relative import check_slope, slopes_of_heads
+from posjax.encodings.relative import slopes_of_heads
 from posjax.typing import Array, Params
 
 Gates = Literal["logits", "content", "keys", "values"]
@@ -43,7 +43,7 @@ class Cope(PositionalEncoding):
     params["embedding"] is [P, H], or [N, P, H] with per_head, initially zero. gates="keys" adds params["gate_kernel"] [D, K, H].
 
     Args:
-      max_position: P, the number of position embeddings; positions are clamped to P - 1.
+      max_position: P, the number of position embeddings, at most 2^24: float32 counts no further. Positions are clamped to P - 1.
       gates: source of the gate logits. "logits": the scores scale * q.k, after rotation if there is one. "content": the scores
         before rotation. "keys": separate gate keys k = W_g h of the layer's input h, the argument ``hidden`` of
         ``posjax.attention``. "values": q.v.
@@ -59,25 +59,23 @@ class Cope(PositionalEncoding):
         is rounded.
 
     Raises:
-      ValueError: max_position is below 2, gates is unknown, gate_bias is not finite, clamp is out of range (a traced one gives
-        NaN), gates="keys" is used without ``hidden``, or (in attention) neither is_causal nor a mask is given.
+      ValueError: max_position is below 2 or above 2^24, gates is unknown, gate_bias is not finite, clamp is out of range (a traced
+        one gives NaN), gates="keys" is used without ``hidden``, or (in attention) neither is_causal nor a mask is given.
 
     Golovneva et al., arXiv:2405.18719, equations 3 to 6 and Listing 1.
     """
 
-    max_position: int
+    max_position: int = bounded(least=2, most=2**24)
     gates: Gates = "logits"
     scaled: bool = False
     per_head: bool = False
     shared: bool = True
     gate_bias: Array | float = hyperparameter(default=0.0)
-    clamp: Array | int | None = hyperparameter(default=None)
+    clamp: Array | float | int | None = hyperparameter(default=None)
 
     needs_causal = True
 
     def __post_init__(self) -> None:
-        check_at_least("max_position", self.max_position, 2)
-        _check_gates(self.gates, self.gate_bias)
         _check_clamp(self.clamp, self.max_position)
 
     @property
@@ -96,10 +94,10 @@ class Cope(PositionalEncoding):
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         heads, head_dim = inputs.query.shape[2:]
         shape = (heads, self.max_position, head_dim) if self.per_head else (self.max_position, head_dim)
-        embedding = get_param(params, "embedding", "cope", shape)
+        embedding = get_param(params, "embedding", self.registered_name, shape)
         embedding = embedding * inputs.scale if self.scaled else embedding
         embedding = embedding if self.clamp is None else _clamped(embedding, self.clamp)
-        at = _scan(self.gates, self.gate_bias, params, inputs, bound=float(self.max_position - 1))
+        at = _scan(self, params, inputs, bound=float(self.max_position - 1))
         read = Table(embedding if self.per_head else embedding[None], side="query", interpolate=True)
         return ScoreModifications(biases=(Bias(at, read),))
 
@@ -123,17 +121,13 @@ class CopeAlibi(PositionalEncoding):
     Golovneva et al., arXiv:2405.18719, the CoPE_ALiBi rows.
     """
 
-    slope: Array | float | None = hyperparameter(default=None)
+    slope: Array | float | None = hyperparameter(default=None, above=0, hint="None takes ALiBi's slopes")
     learned: bool = False
     gates: Gates = "logits"
     shared: bool = True
     gate_bias: Array | float = hyperparameter(default=0.0)
 
     needs_causal = True
-
-    def __post_init__(self) -> None:
-        check_slope(self.slope)
-        _check_gates(self.gates, self.gate_bias)
 
     @property
     def per_layer(self) -> bool:
@@ -149,10 +143,10 @@ class CopeAlibi(PositionalEncoding):
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         heads = inputs.query.shape[2]
-        slopes = get_param(params, "slope", "cope_alibi", (heads,)) if self.learned else slopes_of_heads(self.slope, heads)
+        slopes = get_param(params, "slope", self.registered_name, (heads,)) if self.learned else slopes_of_heads(self.slope, heads)
         # The network of one hinge, -m relu(p): positions are never negative.
         read = Hinges(jnp.ones((1, 1), jnp.float32), jnp.zeros((1, 1), jnp.float32), -slopes[:, None])
-        return ScoreModifications(biases=(Bias(_scan(self.gates, self.gate_bias, params, inputs), read),))
+        return ScoreModifications(biases=(Bias(_scan(self, params, inputs), read),))
 
 
 @register("cope_mlp")
@@ -167,7 +161,7 @@ class CopeMlp(PositionalEncoding):
     gates="keys" adds ["gate_kernel"] as in ``cope``.
 
     Args:
-      hidden_dim: F, the width of the network.
+      hidden_dim: F, the width of the network, at most 65,536.
       gates, scaled, shared, gate_bias: as in ``cope``.
 
     Raises:
@@ -176,17 +170,13 @@ class CopeMlp(PositionalEncoding):
     Golovneva et al., arXiv:2405.18719, the CoPE_MLP row. The paper does not give the network's shape; this one is ours.
     """
 
-    hidden_dim: int = 64
+    hidden_dim: int = bounded(64, least=1, most=2**16)
     gates: Gates = "logits"
     scaled: bool = False
     shared: bool = True
     gate_bias: Array | float = hyperparameter(default=0.0)
 
     needs_causal = True
-
-    def __post_init__(self) -> None:
-        check_at_least("hidden_dim", self.hidden_dim, 1)
-        _check_gates(self.gates, self.gate_bias)
 
     @property
     def per_layer(self) -> bool:
@@ -208,11 +198,13 @@ class CopeMlp(PositionalEncoding):
         }
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
-        weight_out = get_param(params, "weight_out", "cope_mlp", (self.hidden_dim, inputs.query.shape[3]))
+        weight_out = get_param(params, "weight_out", self.registered_name, (self.hidden_dim, inputs.query.shape[3]))
         weight_out = weight_out * inputs.scale if self.scaled else weight_out
-        weight_in, bias_in = (get_param(params, name, "cope_mlp", (self.hidden_dim,))[None] for name in ("weight_in", "bias_in"))
+        weight_in, bias_in = (
+            get_param(params, name, self.registered_name, (self.hidden_dim,))[None] for name in ("weight_in", "bias_in")
+        )
         read = Hinges(weight_in, bias_in, weight_out[None], side="query")
-        return ScoreModifications(biases=(Bias(_scan(self.gates, self.gate_bias, params, inputs), read),))
+        return ScoreModifications(biases=(Bias(_scan(self, params, inputs), read),))
 
 
 cope, cope_alibi, cope_mlp = Cope, CopeAlibi, CopeMlp
@@ -226,18 +218,18 @@ def shifted_sigmoid(x: Array, args: tuple[Array]) -> Array:
     return jax.nn.sigmoid(x + args[0])
 
 
-def _scan(gates: Gates, gate_bias: Array | float, params: Params, inputs: AttentionInputs, bound: float | None = None) -> Scan:
+def _scan(encoding: "Cope | CopeAlibi | CopeMlp", params: Params, inputs: AttentionInputs, bound: float | None = None) -> Scan:
     """Returns the contextual position of an encoding, as the sum of its gates."""
-    source: dict[str, Any] = {}
-    if gates != "logits":
+    gate_bias, source = encoding.gate_bias, dict[str, Any]()
+    if encoding.gates != "logits":
         scale = jnp.asarray(inputs.scale, jnp.float32).reshape(1)
-        source = dict(query=inputs.query, key=_gate_key(gates, params, inputs), scale=scale)
+        source = dict(query=inputs.query, key=_gate_key(encoding, params, inputs), scale=scale)
     if not is_traced(gate_bias) and float(gate_bias) == 0.0:
         return Scan(sigmoid, **source, bound=bound)
     return Scan(shifted_sigmoid, **source, args=(traced_hparam(gate_bias).reshape(1),), bound=bound)
 
 
-def _clamped(embedding: Array, clamp: Array | int) -> Array:
+def _clamped(embedding: Array, clamp: Array | float | int) -> Array:
     """Returns the embedding [..., P, H] with all rows after row ``clamp`` replaced by it, which makes interpolation constant there.
 
     All values are NaN if clamp is out of range.
@@ -248,7 +240,8 @@ def _clamped(embedding: Array, clamp: Array | int) -> Array:
     return embedding.at[..., row, :].get(mode="fill", fill_value=jnp.nan)
 
 
-def _gate_key(gates: Gates, params: Params, inputs: AttentionInputs) -> Array:
+def _gate_key(encoding: "Cope | CopeAlibi | CopeMlp", params: Params, inputs: AttentionInputs) -> Array:
+    gates = encoding.gates
     if gates == "content":
         return inputs.key
     if gates == "keys":
@@ -257,7 +250,7 @@ def _gate_key(gates: Gates, params: Params, inputs: AttentionInputs) -> Array:
                 "hidden must be given for gates='keys', got None: the array that query, key and value were projected from"
             )
         hidden = inputs.k.hidden
-        kernel = get_param(params, "gate_kernel", "cope", (hidden.shape[-1], *inputs.key.shape[2:]))
+        kernel = get_param(params, "gate_kernel", encoding.registered_name, (hidden.shape[-1], *inputs.key.shape[2:]))
         return jnp.einsum("btd,dkh->btkh", hidden, kernel.astype(hidden.dtype)).astype(inputs.key.dtype)
     if inputs.value is None:
         raise ValueError("value must be given to attention_weights for gates='values', got None")
@@ -274,15 +267,6 @@ def _gate_params(gates: Gates, key: Array, dims: Dims) -> Params:
     return {"gate_kernel": jax.random.normal(key, shape, jnp.float32) * dims.embed_dim**-0.5}
 
 
-def _check_gates(gates: str, gate_bias: Array | float) -> None:
-    if gates not in ("logits", "content", "keys", "values"):
-        raise ValueError(f"gates must be 'logits', 'content', 'keys' or 'values', got {gates!r}")
-    check_finite("gate_bias", gate_bias)
-
-
-def _check_clamp(clamp: Array | int | None, max_position: int) -> None:
-    if clamp is None:
-        return
-    check_finite("clamp", clamp)
-    if not is_traced(clamp) and not (float(clamp).is_integer() and 1 <= float(clamp) < max_position):
+def _check_clamp(clamp: Array | float | int | None, max_position: int) -> None:
+    if clamp is not None and not is_traced(clamp) and not (float(clamp).is_integer() and 1 <= float(clamp) < max_position):
         raise ValueError(f"clamp must be an integer from 1 to max_position - 1 = {max_position - 1}, got {clamp!r}; None is that")

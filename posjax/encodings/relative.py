@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from posjax.checks import check_at_least, check_positive, is_traced
+from posjax.checks import bounded, check_at_least, is_traced
 from posjax.core.encoding import (
     AttentionInputs,
     Dims,
@@ -21,6 +21,8 @@ from posjax.core.encoding import (
 )
 from posjax.core.structures import HEAD_AXES, Bias, Pair, ScoreModifications, Table
 from posjax.typing import Array, Float, Int, Params
+
+MOST_BUCKETS = 4096  # the program has an operation for every second bucket
 
 
 @register("alibi")
@@ -42,10 +44,11 @@ class Alibi(PositionalEncoding):
     Press et al., arXiv:2108.12409.
     """
 
-    slope: Array | float | None = hyperparameter(default=None)
+    slope: Array | float | None = hyperparameter(default=None, above=0, rank=1, hint="None takes ALiBi's slopes")
 
     def __post_init__(self) -> None:
-        check_slope(self.slope)
+        if np.ndim(self.slope) and not is_traced(self.slope):
+            _check_slopes(np.asarray(self.slope))
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         slopes = slopes_of_heads(self.slope, inputs.query.shape[2])
@@ -60,7 +63,8 @@ class T5(PositionalEncoding):
     zero. The bias is added to the scores unscaled. T5 itself does not scale q.k, so a T5 checkpoint also needs ``scale=1``.
 
     Args:
-      num_buckets: number of buckets; if bidirectional, half of them for each direction. The last one holds all longer distances.
+      num_buckets: number of buckets, at most 4,096; if bidirectional, half of them for each direction. The last holds all longer
+        distances.
       max_distance: distance, in positions, from which on all pairs share the last bucket.
       bidirectional: True gives keys after the query their own buckets (encoders); False puts them into bucket 0 (decoders).
 
@@ -70,7 +74,7 @@ class T5(PositionalEncoding):
     Raffel et al., arXiv:1910.10683, section 2.1.
     """
 
-    num_buckets: int = 32
+    num_buckets: int = bounded(32, most=MOST_BUCKETS)
     max_distance: int = 128
     bidirectional: bool = False
 
@@ -81,7 +85,7 @@ class T5(PositionalEncoding):
         return {"bias": jnp.zeros((self.num_buckets, dims.num_heads), jnp.float32)}
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
-        table = get_param(params, "bias", "t5", (self.num_buckets, inputs.query.shape[2]))
+        table = get_param(params, "bias", self.registered_name, (self.num_buckets, inputs.query.shape[2]))
         bucket = T5Bucket(self.num_buckets, self.max_distance, self.bidirectional)
         return ScoreModifications(biases=(Bias(Pair(bucket), Table(table.T)),))
 
@@ -104,14 +108,9 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     return np.concatenate([powers(closest), powers(2 * closest)[0::2][: num_heads - closest]]).astype(np.float32)
 
 
-def check_slope(slope: Array | float | None) -> None:
-    """Raises ValueError if slope is neither None nor positive, one number or one for each head; a traced one may be anything."""
-    if slope is None:
-        return
-    if np.ndim(slope) != 1:
-        check_positive("slope", slope, "None takes ALiBi's slopes")
-    elif not is_traced(slope) and not (np.isfinite(slope) & (np.asarray(slope) > 0)).all():
-        raise ValueError(f"slope must be positive for each head, got {np.asarray(slope)}")
+def _check_slopes(slopes: np.ndarray) -> None:
+    if not slopes.size or not (np.isfinite(slopes) & (slopes > 0)).all():
+        raise ValueError(f"slope must be positive for each head, got {' '.join(str(slopes).split())}")
 
 
 def slopes_of_heads(slope: Array | float | None, num_heads: int) -> Float[Array, " N"]:
@@ -150,11 +149,11 @@ class LinearPenalty:
 
 def check_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> None:
     """Raises ValueError if the buckets have no exact part, no logarithmic part, or cannot be halved for two directions."""
-    check_at_least("num_buckets", num_buckets, 4 if bidirectional else 2)
+    check_at_least("num_buckets", num_buckets, 4 if bidirectional else 2, MOST_BUCKETS)
     if bidirectional and num_buckets % 2:
         raise ValueError(f"num_buckets must be even where bidirectional=True, got {num_buckets}")
     exact = num_buckets // (4 if bidirectional else 2)
-    if isinstance(max_distance, bool) or not isinstance(max_distance, int) or max_distance <= exact:
+    if max_distance <= exact:
         raise ValueError(
             f"max_distance must be an integer past the {exact} exact buckets of num_buckets={num_buckets}, got {max_distance!r}"
         )

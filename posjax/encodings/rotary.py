@@ -1,10 +1,12 @@
 """Rotary position embedding (RoPE)."""
 
 import jax.numpy as jnp
+import numpy as np
 
-from posjax.core.encoding import AttentionInputs, PositionalEncoding, hyperparameter, register
+from posjax.checks import bounded, check, is_array, short
+from posjax.core.encoding import AttentionInputs, PositionalEncoding, register
 from posjax.core.structures import Pairing, Rotate, ScoreModifications
-from posjax.encodings.absolute import check_theta
+from posjax.encodings.absolute import theta
 from posjax.encodings.phases import angles, geometric_frequencies
 from posjax.typing import Array, Float, Int, Params
 
@@ -32,15 +34,9 @@ class Rope(PositionalEncoding):
     Su et al., arXiv:2104.09864, equation 34.
     """
 
-    theta: Array | float = hyperparameter(default=10_000.0)
-    fraction: float = 1.0
+    theta: Array | float = theta()
+    fraction: float = bounded(1.0, above=0, most=1)
     pairing: Pairing = "half"
-
-    def __post_init__(self) -> None:
-        check_theta(self.theta)
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction must lie in (0, 1], got {self.fraction!r}")
-        check_pairing(self.pairing)
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         frequencies = geometric_frequencies(self.theta, rotated_width(inputs.query.shape[-1], self.fraction))
@@ -51,8 +47,8 @@ class Rope(PositionalEncoding):
 rope = Rope
 
 
-def rotated_width(head_dim: int, fraction: float) -> int:
-    """Returns the number of a head's channels that are rotated.
+def rotated_width(head_dim: int, fraction: float, name: str = "head_dim") -> int:
+    """Returns the number of a head's channels that are rotated; ``name`` is what messages call ``head_dim``.
 
     Raises:
       ValueError: fraction * head_dim is odd, below 2 or not an integer.
@@ -60,7 +56,7 @@ def rotated_width(head_dim: int, fraction: float) -> int:
     width = round(head_dim * fraction)
     if width < 2 or width % 2 or abs(width - head_dim * fraction) > 1e-6:
         raise ValueError(
-            "fraction * head_dim must be an even number of channels of at least 2, "
+            f"fraction * {name} must be an even number of channels of at least 2, "
             f"got {fraction!r} * {head_dim} = {head_dim * fraction:g}"
         )
     return width
@@ -80,20 +76,17 @@ def convert_pairing(
     Raises:
       ValueError: a pairing is unknown, or fraction * H is not an even number of channels.
     """
-    check_pairing(source)
-    check_pairing(target)
-    width = rotated_width(kernel.shape[-1], fraction)
-    channels = jnp.arange(kernel.shape[-1])
+    check("source", source, Pairing)
+    check("target", target, Pairing)
+    check("fraction", fraction, float, above=0, most=1)
+    if not is_array(kernel, jnp.number, jnp.bool_) or not kernel.ndim:
+        raise ValueError(f"kernel must be an array [..., H] whose last axis is a head's channels, got {short(kernel)}")
+    width = rotated_width(kernel.shape[-1], fraction, "(the last axis of kernel)")
+    channels = np.arange(kernel.shape[-1])
     if source == target:
         return kernel
     pairs = channels[:width].reshape(width // 2, 2) if source == "interleaved" else channels[:width].reshape(2, width // 2)
-    return kernel[..., jnp.concatenate([pairs.T.reshape(-1), channels[width:]])]
-
-
-def check_pairing(pairing: str) -> None:
-    """Raises ValueError for an unknown pairing."""
-    if pairing not in ("half", "interleaved"):
-        raise ValueError(f"pairing must be 'half' or 'interleaved', got {pairing!r}")
+    return kernel[..., np.concatenate([pairs.T.reshape(-1), channels[width:]])]
 
 
 def decay_bound(distances: Int[Array, " S"], head_dim: int, theta: float = 10_000.0) -> Float[Array, " S"]:

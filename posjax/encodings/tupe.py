@@ -15,10 +15,11 @@ import math
 import jax
 import jax.numpy as jnp
 
+from posjax.checks import bounded
 from posjax.core.encoding import AttentionInputs, Dims, PositionalEncoding, get_param, register
 from posjax.core.structures import Bias, Pair, Replace, ScoreModifications, Table
 from posjax.encodings.absolute import check_within, require_max_length
-from posjax.encodings.relative import T5Bucket, check_buckets, t5_bucket
+from posjax.encodings.relative import MOST_BUCKETS, T5Bucket, check_buckets, t5_bucket
 from posjax.typing import Array, Params
 
 
@@ -51,7 +52,7 @@ class Tupe(PositionalEncoding):
     relative: bool = False
     untie_cls: bool = True
     released: bool = False
-    num_buckets: int = 32
+    num_buckets: int = bounded(32, most=MOST_BUCKETS)
     max_distance: int = 128
 
     def __post_init__(self) -> None:
@@ -62,6 +63,10 @@ class Tupe(PositionalEncoding):
         return "tupe-r" if self.relative else "tupe"
 
     @property
+    def title(self) -> str:
+        return "tupe(relative=True)" if self.relative else "tupe"
+
+    @property
     def _extra_row(self) -> int:
         return int(self.released and self.untie_cls)  # the released table begins with p_0, which no token uses
 
@@ -69,7 +74,7 @@ class Tupe(PositionalEncoding):
         return dims.max_length
 
     def init(self, key: Array, dims: Dims) -> Params:
-        length = require_max_length("tupe", dims)
+        length = require_max_length(self.title, dims)
         keys = jax.random.split(key, 4)
         width, size = dims.embed_dim, 0.02 if self.released else 1.0
         params = {
@@ -93,22 +98,22 @@ class Tupe(PositionalEncoding):
 
     def _project(self, params: Params, positions: Array) -> tuple[Array, Array]:
         """Returns p U^Q and p U^K of the given positions, [..., N, H] and [..., K, H] float32."""
-        table = get_param(params, "position", "tupe", (None, None))
+        table = get_param(params, "position", self.title, (None, None))
         if self.released:
             centred = table - table.mean(-1, keepdims=True)
             table = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
             width = table.shape[1:]
-            scale, offset = (get_param(params, name, "tupe", width)[None] for name in ("norm_scale", "norm_bias"))
+            scale, offset = (get_param(params, name, self.title, width)[None] for name in ("norm_scale", "norm_bias"))
             table = table * scale + offset
         rows = jnp.take(table, positions, axis=0)
         width = table.shape[1]
-        query = jnp.einsum("...d,dnh->...nh", rows, get_param(params, "query_kernel", "tupe", (width, None, None)))
-        key = jnp.einsum("...d,dkh->...kh", rows, get_param(params, "key_kernel", "tupe", (width, None, None)))
+        query = jnp.einsum("...d,dnh->...nh", rows, get_param(params, "query_kernel", self.title, (width, None, None)))
+        key = jnp.einsum("...d,dkh->...kh", rows, get_param(params, "key_kernel", self.title, (width, None, None)))
         if not self.released:
             return query, key
 
         def with_bias(name: str, x: Array) -> Array:
-            offset = get_param(params, name, "tupe", x.shape[-2:])
+            offset = get_param(params, name, self.title, x.shape[-2:])
             return x + offset.reshape((1,) * (x.ndim - 2) + offset.shape)
 
         return with_bias("query_bias", query), with_bias("key_bias", key)
@@ -116,7 +121,7 @@ class Tupe(PositionalEncoding):
     def _thetas(self, params: Params, scale: Array | float) -> tuple[Array, Array]:
         """Returns theta_1 and theta_2, [N] each, as they appear in the score."""
         if not self._extra_row:
-            reset = get_param(params, "reset", "tupe", (2, None))
+            reset = get_param(params, "reset", self.title, (2, None))
             return reset[0], reset[1]
         query, key = self._project(params, jnp.arange(2))
         key = jnp.repeat(key, query.shape[1] // key.shape[1], axis=1)
@@ -127,18 +132,18 @@ class Tupe(PositionalEncoding):
         widened = self._widened(params, inputs)
         if not self.relative:
             return ScoreModifications((widened,))
-        table = get_param(params, "bias", "tupe", (self.num_buckets + self._extra_row, inputs.query.shape[2]))
+        table = get_param(params, "bias", self.title, (self.num_buckets + self._extra_row, inputs.query.shape[2]))
         bucket = TupeBucket(self.num_buckets, self.max_distance, self.untie_cls, self.released)
         return ScoreModifications((widened,), (Bias(Pair(bucket, relative=False), Table(table.T)),))
 
     def _widened(self, params: Params, inputs: AttentionInputs) -> Replace:
         query, key, query_positions, key_positions = inputs.turned_query, inputs.turned_key, inputs.q.positions, inputs.k.positions
-        length = get_param(params, "position", "tupe").shape[0] - self._extra_row
-        check_within("tupe", query_positions, length)
-        check_within("tupe", key_positions, length)
+        length = get_param(params, "position", self.title).shape[0] - self._extra_row
+        check_within(self.title, query_positions, length)
+        check_within(self.title, key_positions, length)
         heads, kv_heads, head_dim = query.shape[2], key.shape[2], inputs.query.shape[3]
         for name, size in (("query_kernel", heads), ("key_kernel", kv_heads)):
-            get_param(params, name, "tupe", (None, size, head_dim))
+            get_param(params, name, self.title, (None, size, head_dim))
         # Attention scales by 1/sqrt(H) of the unwidened head; the query supplies the other factor 1/sqrt(2) of 1/sqrt(2H).
         position_query = self._project(params, query_positions + self._extra_row)[0]
         position_key = self._project(params, key_positions + self._extra_row)[1]

@@ -4,14 +4,14 @@ prompts -> [ chunk, chunk, ... ] -> logits -> token -> logits -> token -> ...   
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.checks import check_at_least
+from posjax.checks import check, check_at_least, is_array, short
 from posjax.inference.sampling import PLAIN, Sampling, sample
 from posjax.models.transformer import Transformer
 from posjax.typing import Array, Params
@@ -65,15 +65,23 @@ def stream(
       ValueError: there are no prompts, one is empty, ids lie outside the vocabulary, a size is below 1, there are more tokens than
         the encoding has positions for, or the model cannot decode.
     """
-    for name, size in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
-        check_at_least(name, size, 1)
+    for name, size in (("max_new_tokens", max_new_tokens), ("chunk", chunk), ("window", window)):
+        if size is not None or name != "window":
+            check_at_least(name, size, 1)
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling must be a Sampling such as Sampling(temperature=0.8), got {short(sampling)}")
+    seed = check("seed", seed, int, least=-(2**63), most=2**63 - 1)
+    if not isinstance(stop_tokens, Sequence | Set) or isinstance(stop_tokens, str | bytes) or not all(map(_is_id, stop_tokens)):
+        raise ValueError(f"stop_tokens must be token ids such as (0, 1), got {short(stop_tokens)}")
+    if isinstance(prompts, str | bytes) or not (isinstance(prompts, Sequence) or (is_array(prompts) and prompts.ndim)):
+        raise ValueError(f"prompts must be sequences of token ids, one for each row, got {short(prompts)}")
     model = with_params(params)
     rows = [np.asarray(prompt) for prompt in prompts]
     if not rows:
         raise ValueError("prompts must hold at least one prompt, got none")
     for number, row in enumerate(rows):
         if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
-            raise ValueError(f"prompts must be sequences of at least one token id, got {prompts[number]!r}")
+            raise ValueError(f"prompts must be sequences of at least one token id, got {short(prompts[number])}")
         if row.min() < 0 or row.max() >= model.config.vocab_size:
             raise ValueError(f"prompts must hold ids from 0 to {model.config.vocab_size - 1}, got {row.min()} to {row.max()}")
     longest = max(map(len, rows))
@@ -81,7 +89,7 @@ def stream(
         limit = encoding.max_length(model.config.dims)
         if limit is not None and longest + max_new_tokens > limit:
             raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} must fit the max_length of {encoding.name}, "
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} must fit the max_length of {encoding.title}, "
                 f"{limit}; ask for at most {max(0, limit - longest)}, or take an encoding without a table, such as rope()"
             )
     width = min(chunk, _rounded(longest))
@@ -95,6 +103,10 @@ def stream(
     pieces = [(part[0], part[1]) for part in zip(*(np.split(x, chunks, axis=1) for x in (tokens, segments)), strict=True)]
     key = jax.random.key(seed)
     return _tokens(with_params, params, cache, pieces, key, max_new_tokens, sampling, frozenset(stop_tokens))
+
+
+def _is_id(token: Any) -> bool:
+    return isinstance(token, int | np.integer) and not isinstance(token, bool)
 
 
 def _rounded(size: int) -> int:

@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 
-from posjax.checks import check_at_least
+from posjax.checks import bounded, check_fields
 from posjax.typing import Array, Float, Int
 
 
@@ -24,17 +23,12 @@ class Sampling:
       ValueError: temperature is below 0 or not finite, top_k is below 1, or top_p lies outside (0, 1].
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: float = bounded(1.0, least=0, hint="0 takes the likeliest token")
+    top_k: int | None = bounded(None, least=1)
+    top_p: float | None = bounded(None, above=0, most=1, hint="None keeps every token")
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}; 0 takes the likeliest token")
-        if self.top_k is not None:
-            check_at_least("top_k", self.top_k, 1)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}; None keeps every token")
+        check_fields(self)
 
 
 PLAIN = Sampling()  # the model's unmodified distribution

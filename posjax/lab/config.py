@@ -4,12 +4,13 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from posjax.checks import check_at_least
+from posjax.checks import bounded, check_at_least, check_fields, check_one_of, short
 from posjax.encodings.spec import spec_of
 from posjax.lab import named_configs
 from posjax.models.transformer import TransformerConfig
@@ -82,10 +83,10 @@ class Config:
     data_dir: str = ""
     tokenizer: Literal["bytes", "bpe"] = "bytes"
     vocab_size: int = 4096
-    seq_length: int = 256
-    num_variables: int = 1
-    num_examples: int | None = None
-    batch_size: int = 16
+    seq_length: int = bounded(256, least=2)  # an input token and a target, or [CLS] and a token
+    num_variables: int = bounded(1, least=1, most=26)
+    num_examples: int | None = bounded(None, least=1)
+    batch_size: int = bounded(16, least=1)
     encoding: str = "rope"
     encodings: tuple[str, ...] = (
         "identity",
@@ -116,45 +117,38 @@ class Config:
     local_window_size: int | None = None
     logits_soft_cap: float | None = None
     implementation: Literal["xla", "xla_chunked", "pallas"] | None = None
-    steps: int = 1000
+    steps: int = bounded(1000, least=1)
     optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: float = bounded(1e-3, above=0)
     warmup_steps: int = 100
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    end_fraction: float = 0.1
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.99
-    clip_norm: float | None = 1.0
-    z_loss: float = 0.0
-    ema_decay: float | None = None
-    accumulate_steps: int = 1
+    end_fraction: float = bounded(0.1, least=0, most=1)
+    weight_decay: float = bounded(0.1, least=0)
+    beta1: float = bounded(0.9, least=0, below=1)
+    beta2: float = bounded(0.99, least=0, below=1)
+    clip_norm: float | None = bounded(1.0, above=0, what="be positive, or None not to clip")
+    z_loss: float = bounded(0.0, least=0)
+    ema_decay: float | None = bounded(None, least=0, below=1, what="lie in [0, 1), or be None for no average")
+    accumulate_steps: int = bounded(1, least=1)
     parallel: Literal["jit", "pmap"] = "jit"
     mesh: str = ""
-    log_every: int = 20
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 3
-    evaluate_every: int | None = None
+    log_every: int = bounded(20, least=1)
+    checkpoint_every: int = bounded(500, least=1)
+    keep_checkpoints: int = bounded(3, least=1)
+    evaluate_every: int | None = bounded(None, least=1)
     eval_lengths: tuple[int, ...] = (1, 2, 4, 8)
-    eval_tokens: int = 32_768
+    eval_tokens: int = bounded(32_768, least=1)
 
     def __post_init__(self) -> None:
         if not isinstance(self.encoding, str):
             object.__setattr__(self, "encoding", spec_of(self.encoding))
+        if not isinstance(self.encodings, tuple | list):
+            raise ValueError(f"encodings must be a tuple of encodings, got {short(self.encodings)}")
         object.__setattr__(self, "encodings", tuple(e if isinstance(e, str) else spec_of(e) for e in self.encodings))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            choices = getattr(field.type, "__args__", ()) if getattr(field.type, "__origin__", None) is Literal else ()
-            if choices and value not in choices:
-                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
-        counts = ("batch_size", "steps", "accumulate_steps", "log_every", "checkpoint_every", "keep_checkpoints")
-        for name in (*counts, "eval_tokens"):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("seq_length", self.seq_length, 2)  # an input token and a target, or [CLS] and a token
-        if self.num_examples is not None:
-            check_at_least("num_examples", self.num_examples, 1)
-        if self.evaluate_every is not None:
-            check_at_least("evaluate_every", self.evaluate_every, 1)
+            if typing.get_origin(field.type) is Literal:
+                check_one_of(field.name, getattr(self, field.name), typing.get_args(field.type))
+        check_fields(self)
         if self.tokenizer == "bpe":
             check_at_least("vocab_size", self.vocab_size, 259)  # 256 bytes, two special tokens, one merge
         for name in ("encodings", "seeds", "eval_lengths"):
@@ -164,20 +158,6 @@ class Config:
             raise ValueError(f"eval_lengths must be multiples of seq_length of at least 1, got {self.eval_lengths}")
         if self.warmup_steps < 0 or self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps must lie in [0, steps={self.steps}], got {self.warmup_steps}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive, or None not to clip, got {self.clip_norm}")
-        for name in ("weight_decay", "z_loss"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), or be None for no average, got {self.ema_decay}")
-        if not 0 <= self.end_fraction <= 1:
-            raise ValueError(f"end_fraction must lie in [0, 1], got {self.end_fraction}")
         if parse_mesh(self.mesh) and self.parallel == "pmap":
             raise ValueError(f"mesh must be '' with parallel='pmap', which cuts rows over all devices, got {self.mesh!r}")
         if any(not 0 <= seed < 2**31 for seed in self.seeds):  # 2^31 is the seed of the evaluation

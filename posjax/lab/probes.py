@@ -121,20 +121,20 @@ def cope_positions(
       key to the query, before it is clamped to the last embedding.
 
     Raises:
-      ValueError: the encoding has no gated bias, or more than one.
+      ValueError: the encoding has no bias that counts by gates, or more than one; a forgetting gate, a logarithm, does not count.
     """
     own = dict(query_positions=query_positions, key_positions=key_positions, hidden=hidden, scale=scale)
     call = prepare(query, key, value, encoding, params, is_causal=True, segment_ids=segment_ids, **own)
-    scans = [bias for bias in call.biases if isinstance(bias.at, Scan)]
-    if len(scans) != 1:
+    counts = [_is_count(bias.at) for bias in call.biases if isinstance(bias.at, Scan)]
+    if sum(counts) != 1:
         raise ValueError(
-            f"encoding must count by gates once, as cope(64) or chain(rope(), cope(64)) do; {encoding.name} has {len(scans)}"
+            f"encoding must count by gates once, as cope(64) or chain(rope(), cope(64)) do; {encoding.title} has {sum(counts)}"
         )
-    return gates_and_sums(call)[0]
+    return gates_and_sums(call)[counts.index(True)]
 
 
 def counts_by_gates(encoding: PositionalEncoding, dims: Dims) -> bool:
-    """Returns whether an encoding has exactly one bias that is read at a sum of gates, as ``cope_positions`` needs."""
+    """Returns whether an encoding has exactly one bias that is read at a count by gates, as ``cope_positions`` needs."""
 
     def scans(key: Array) -> tuple[Scan, ...]:
         heads = (dims.num_heads, dims.num_kv_heads, dims.num_kv_heads)
@@ -143,7 +143,15 @@ def counts_by_gates(encoding: PositionalEncoding, dims: Dims) -> bool:
         call = prepare(query, keys, value, encoding, encoding.init(key, dims), is_causal=True, hidden=hidden)
         return tuple(bias.at for bias in call.biases if isinstance(bias.at, Scan))
 
-    return len(jax.eval_shape(scans, jax.random.key(0))) == 1
+    return sum(map(_is_count, jax.eval_shape(scans, jax.random.key(0)))) == 1
+
+
+def _is_count(scan: Scan) -> bool:
+    """Returns whether the gates of a scan count keys: they lie from 0 to 1, as the logarithm of a forgetting gate does not."""
+    args = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), scan.args)
+    with jax.ensure_compile_time_eval():
+        gates = np.asarray(scan.gate(jnp.linspace(-30.0, 30.0, 7), args))
+    return bool((gates >= 0).all() and (gates <= 1).all())
 
 
 def decay_curve(
@@ -190,10 +198,10 @@ def decay_curve(
     reach, limit = int(np.abs(distances).max()), encoding.max_length(dims)
     length = reach + 2 if limit is None else limit
     if reach + 2 > length:
-        raise ValueError(f"distances must be at most {length - 2} for {encoding.name} with max_length={limit}, got {reach}")
+        raise ValueError(f"distances must be at most {length - 2} for {encoding.title} with max_length={limit}, got {reach}")
     if encoding.needs_causal and distances.min() < 0:
         raise ValueError(
-            f"distances must not be negative for {encoding.name}, which counts over earlier keys, got {distances.min()}"
+            f"distances must not be negative for {encoding.title}, which counts over earlier keys, got {distances.min()}"
         )
     positions = jnp.arange(1, length)[None]
     nothing = jnp.zeros((1, length - 1, dims.embed_dim))

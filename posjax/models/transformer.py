@@ -19,11 +19,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from posjax.attention import kv_cache
 from posjax.attention.api import attention
-from posjax.attention.arguments import canonicalize_coordinates
+from posjax.attention.arguments import canonicalize_coordinates, canonicalize_positions, check_segment_ids
 from posjax.attention.backends.xla_chunked.attention import SAVED
 from posjax.attention.linear import LinearCache, linear_attend, linear_attention
-from posjax.checks import check_at_least
-from posjax.core.encoding import Dims, PositionalEncoding, Tokens
+from posjax.checks import bounded, check_at_least, check_fields, check_fits, is_array, is_traced, short
+from posjax.core.encoding import MOST_CHANNELS, Dims, PositionalEncoding, Tokens, what_is
 from posjax.core.manual_axes import vary_alike
 from posjax.parallel.gather import gather_params, in_rows
 from posjax.parallel.mesh import mesh_of
@@ -66,53 +66,39 @@ class TransformerConfig:
       ValueError: a size is not positive or does not divide another, or a choice is unknown. The message names the argument.
     """
 
-    vocab_size: int
-    num_layers: int = 4
-    embed_dim: int = 128
-    num_heads: int = 4
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    mlp_dim: int | None = None
-    max_length: int = 1024
+    vocab_size: int = bounded(least=1)
+    num_layers: int = bounded(4, least=1)
+    embed_dim: int = bounded(128, least=1)
+    num_heads: int = bounded(4, least=1, most=MOST_CHANNELS)
+    num_kv_heads: int | None = bounded(None, least=1)
+    head_dim: int | None = bounded(None, least=1, most=MOST_CHANNELS)
+    mlp_dim: int | None = bounded(None, least=1)
+    max_length: int = bounded(1024, least=1)
     is_causal: bool = True
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_position: Literal["pre", "post"] = "pre"
     activation: Literal["gelu", "swiglu"] = "gelu"
     tie_embeddings: bool = True
-    dropout_rate: float = 0.0
+    dropout_rate: float = bounded(0.0, least=0, below=1)
     remat: Literal["none", "attention", "full"] = "none"
     scan_layers: bool = True
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["softmax", "linear"] = "softmax"
-    local_window_size: int | None = None
-    logits_soft_cap: float | None = None
+    local_window_size: int | None = bounded(None, least=1)
+    logits_soft_cap: float | None = bounded(None, above=0)
     implementation: Literal["xla", "xla_chunked", "pallas"] | None = None
-    num_classes: int | None = None
+    num_classes: int | None = bounded(None, least=1)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "max_length"):
-            check_at_least(name, getattr(self, name), 1)
-        for name in ("num_kv_heads", "head_dim", "mlp_dim", "local_window_size", "num_classes"):
-            if getattr(self, name) is not None:
-                check_at_least(name, getattr(self, name), 1)
+        check_fields(self)
+        if self.head_dim is None and self.embed_dim > MOST_CHANNELS * self.num_heads:
+            most = f"{MOST_CHANNELS} * num_heads={self.num_heads} where head_dim is not given"
+            raise ValueError(f"embed_dim must be at most {most}, got {self.embed_dim}")
         if self.head_dim is None and self.embed_dim % self.num_heads:
             raise ValueError(
                 f"num_heads must divide embed_dim={self.embed_dim} where head_dim is not given, got {self.num_heads}; "
                 "change one of them or give head_dim"
             )
-        for name, choices in {
-            "norm": ("rmsnorm", "layernorm"),
-            "norm_position": ("pre", "post"),
-            "activation": ("gelu", "swiglu"),
-            "compute_dtype": ("float32", "bfloat16"),
-            "attention": ("softmax", "linear"),
-            "remat": ("none", "attention", "full"),
-            "implementation": (None, "xla", "xla_chunked", "pallas"),
-        }.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate must lie in [0, 1), got {self.dropout_rate!r}")
         if self.attention == "linear" and (self.local_window_size is not None or self.logits_soft_cap is not None):
             raise ValueError(
                 "local_window_size and logits_soft_cap must be None where attention='linear': it has no scores to limit"
@@ -163,7 +149,7 @@ class _Layer(nnx.Module):
         self.key = linear(width, kv_heads)
         self.value = linear(width, kv_heads)
         self.out = linear(heads, width, last)
-        hidden = config.mlp_dim or (4 * width if config.activation == "gelu" else 8 * width // 3)
+        hidden = _mlp_dim(config)
         self.up = linear(width, hidden)
         if config.activation == "swiglu":
             self.gate = linear(width, hidden)
@@ -227,11 +213,19 @@ class Transformer(nnx.Module):
       rngs: random number generators, ``nnx.Rngs(seed)``. The initial weights of the layers do not depend on the encoding.
 
     Raises:
-      ValueError: the number of encodings does not divide the number of layers.
+      ValueError: the number of encodings does not divide the number of layers, or the weights do not fit the memory of the machine.
+      TypeError: ``config`` is no TransformerConfig, ``encoding`` no encoding and no sequence of them, or ``rngs`` no ``nnx.Rngs``.
     """
 
     def __init__(self, config: TransformerConfig, encoding: PositionalEncoding | Sequence[PositionalEncoding], *, rngs: nnx.Rngs):
-        pattern = (encoding,) if isinstance(encoding, PositionalEncoding) else tuple(encoding)
+        if not isinstance(config, TransformerConfig):
+            raise TypeError(f"config must be a TransformerConfig, got {short(config)}")
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs must be flax.nnx.Rngs(seed), got {short(rngs)}")
+        pattern = (encoding,) if isinstance(encoding, PositionalEncoding) else encoding
+        if not isinstance(pattern, Sequence) or not all(isinstance(one, PositionalEncoding) for one in pattern):
+            raise TypeError(f"encoding must be a PositionalEncoding such as rope(), or a sequence of them, got {what_is(encoding)}")
+        pattern = tuple(pattern)
         if not pattern or config.num_layers % len(pattern):
             raise ValueError(f"encoding must be one, or a number that divides num_layers={config.num_layers}, got {len(pattern)}")
         self.config = config
@@ -239,6 +233,8 @@ class Transformer(nnx.Module):
         self.encodings = tuple(dict.fromkeys(layout))
         self.layout = tuple(self.encodings.index(e) for e in layout)
 
+        if not is_traced(rngs.params.key[...]):  # arrays are made at once
+            _check_memory(config)
         width = config.embed_dim
         dtype = jnp.dtype(config.compute_dtype)
         embedding_init = nnx.initializers.normal(width**-0.5)
@@ -334,12 +330,17 @@ class Transformer(nnx.Module):
             raise ValueError("is_causal must be True to decode, got False: an encoder reads all tokens at once")
         if config.attention == "linear" and window is not None:
             raise ValueError(f"window must be None where attention='linear', got {window}: a sum forgets nothing")
+        check_at_least("batch_size", batch_size, 1)
+        for name, size in (("max_length", max_length), ("window", window)):
+            if size is not None:
+                check_at_least(name, size, 1)
         window = min((w for w in (window, config.local_window_size) if w is not None), default=None)
         length = None if window is not None else config.max_length if max_length is None else max_length
 
         def empty(index: int, layers: int) -> kv_cache.LayerCache:
             if config.attention == "linear":
                 shape = (layers, batch_size, config.num_heads, config.dims.head_dim)
+                check_fits(f"a cache of batch_size={batch_size}", jax.ShapeDtypeStruct((*shape, shape[-1]), jnp.float32))
                 sums = jnp.zeros((*shape, shape[-1])), jnp.zeros(shape)
                 return LinearCache(*sums, next_position=jnp.zeros(shape[:2], jnp.int32))
             dtypes = dict(coordinate_dtype=coordinate_dtype, dtype=jnp.dtype(config.compute_dtype))
@@ -373,8 +374,11 @@ class Transformer(nnx.Module):
         Raises:
           ValueError: the cache does not belong to this model, or has no room for the tokens.
         """
-        if len(cache) != len(list(itertools.groupby(self.layout))):
-            raise ValueError(f"cache must be what init_cache of this model returned, got {len(cache)} runs of layers")
+        runs = len(list(itertools.groupby(self.layout)))
+        if not isinstance(cache, tuple) or len(cache) != runs or not all(isinstance(one, kv_cache.LayerCache) for one in cache):
+            got = f"{len(cache)} runs of layers" if isinstance(cache, tuple) else short(cache)
+            raise ValueError(f"cache must be what init_cache of this model returned, got {got}")
+        _check_tokens(tokens)
         kv_cache.check_room(cache[0], tokens.shape[1])
         first = jax.tree.map(lambda x: x[0], cache[0])
         positions, segments = kv_cache.next_positions(first, tokens.shape[1], positions, segment_ids)
@@ -402,10 +406,10 @@ class Transformer(nnx.Module):
         cache: tuple[kv_cache.LayerCache, ...] = (),
     ) -> tuple[Array, list[LayerRecord], tuple[kv_cache.LayerCache | None, ...]]:
         config = self.config
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype}{list(tokens.shape)}")
-        if positions is None:
-            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        _check_tokens(tokens)
+        positions = canonicalize_positions("positions", positions, *tokens.shape)
+        if segment_ids is not None:
+            check_segment_ids(segment_ids, *tokens.shape)
         params = [self._encoding_params(i) for i in range(len(self.encodings))]
         embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         layer_keys = None if dropout_key is None else jax.random.split(layers_key, config.num_layers)
@@ -510,6 +514,28 @@ _POLICIES = {
     "attention": lambda operation, *_, **how: operation.name == "posjax_kernel" or how.get("name") == SAVED,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def _check_tokens(tokens: Any) -> None:
+    if not is_array(tokens, jnp.integer) or tokens.ndim != 2:
+        got = f"{tokens.dtype}{list(tokens.shape)}" if is_array(tokens) else short(tokens)
+        raise ValueError(f"tokens must be integers [B, T], got {got}")
+
+
+def _check_memory(config: TransformerConfig) -> None:
+    """Raises ValueError if the weights of a model, without those of its encodings, fit no memory of this machine."""
+    dims, width = config.dims, config.embed_dim
+    heads = 2 * (dims.num_heads + dims.num_kv_heads) * dims.head_dim
+    hidden = _mlp_dim(config) * (2 if config.activation == "gelu" else 3)
+    rows = config.vocab_size * (1 if config.tie_embeddings else 2) + (config.num_classes or 0)
+    sizes = dict(vocab_size=config.vocab_size, num_layers=config.num_layers, embed_dim=width, mlp_dim=_mlp_dim(config))
+    sizes |= dict(num_heads=dims.num_heads, num_kv_heads=dims.num_kv_heads, head_dim=dims.head_dim, num_classes=config.num_classes)
+    weights = jax.ShapeDtypeStruct((rows + config.num_layers * (heads + hidden), width), jnp.float32)
+    check_fits(f"a Transformer with {', '.join(f'{name}={size}' for name, size in sizes.items())}", weights)
+
+
+def _mlp_dim(config: TransformerConfig) -> int:
+    return config.mlp_dim or (4 * config.embed_dim if config.activation == "gelu" else 8 * config.embed_dim // 3)
 
 
 def functional(model: nnx.Module) -> tuple[Callable[[Params], nnx.Module], Params]:

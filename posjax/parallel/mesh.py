@@ -19,6 +19,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from posjax.checks import check
+
 AXES = ("data", "fsdp", "context", "tensor")  # ordered from the most distant devices to the nearest
 ROWS = ("data", "fsdp")
 
@@ -61,6 +63,9 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else list(devices)
     count = len(devices) if num_devices is None else num_devices
+    check("num_devices", num_devices, int | None)
+    for name, size in dict(data=data, fsdp=fsdp, context=context, tensor=tensor).items():
+        check(name, size, int | None if name == "data" else int)
     if not 1 <= count <= len(devices):
         raise ValueError(f"num_devices must be between 1 and {len(devices)}, the devices at hand, got {count}")
     sizes = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)

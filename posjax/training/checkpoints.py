@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from posjax.checks import require
+from posjax.checks import check, require
 
 MANIFEST = "manifest.json"
 SAVING = "saving"
@@ -64,8 +64,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int = 3):
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
+        check("keep", keep, int, least=1, what="be at least 1")
         # Imported here, not in the first save: importing Orbax clears JAX's compiled programs, so the step would compile twice.
         require("a folder of checkpoints", "orbax")
         from orbax.checkpoint import v1  # noqa: F401

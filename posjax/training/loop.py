@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from posjax.checks import require
+from posjax.checks import check, require
 from posjax.hardware import peak_flops
 from posjax.parallel.distributed import RESTART, PreemptionSync, on_peer_loss
 from posjax.training.checkpoints import Checkpoints
@@ -101,10 +101,8 @@ def fit(
       ValueError: an argument is out of range, or `batches` ended before `steps`.
     """
     for name, value in {"steps": steps, "log_every": log_every, "checkpoint_every": checkpoint_every}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if evaluate_every is not None and evaluate_every < 1:
-        raise ValueError(f"evaluate_every must be at least 1, or None for the end only, got {evaluate_every}")
+        check(name, value, int, least=1, what="be at least 1")
+    check("evaluate_every", evaluate_every, int | None, least=1, what="be at least 1, or None for the end only")
     workdir = Path(workdir)
     say = _say if not quiet and jax.process_index() == 0 else lambda text: None
     checkpoints = Checkpoints(workdir / "checkpoints", keep)

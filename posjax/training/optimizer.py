@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from posjax.checks import is_traced
+from posjax.checks import check, check_one_of
 from posjax.training.schedule import Schedule
-from posjax.typing import Params
+from posjax.typing import Array, Params
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -125,12 +125,16 @@ def make_optimizer(
       An optax transformation. Its state holds the learning rate of the last step under the name `learning_rate`.
 
     Raises:
-      ValueError: clip_norm is not positive, or the optimizer is unknown.
+      ValueError: a number is out of its range or no number, or the optimizer is unknown.
     """
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-    if clip_norm is not None and not is_traced(clip_norm) and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be positive, or None not to clip, got {clip_norm}")
+    check_one_of("optimizer", optimizer, OPTIMIZERS)
+    if not callable(learning_rate):
+        check("learning_rate", learning_rate, Array | float, least=0, rank=0)
+    for name, value in dict(beta1=beta1, beta2=beta2, momentum=momentum).items():
+        check(name, value, Array | float, least=0, below=1, rank=0)
+    for name, value in dict(eps=eps, weight_decay=weight_decay).items():
+        check(name, value, Array | float, least=0, rank=0)
+    check("clip_norm", clip_norm, Array | float | None, above=0, rank=0, what="be positive, or None not to clip")
     direction = optax.scale_by_adam(beta1, beta2, eps)
     if optimizer == "muon":
         # Not optax.contrib.muon: it applies bias correction to the momentum, which differs from the published step, and uses

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from posjax.checks import is_traced
+from posjax.checks import check, check_one_of
+from posjax.typing import Array
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -38,14 +39,11 @@ def learning_rate_schedule(
     Raises:
       ValueError: an argument is out of range. The message names the argument.
     """
-    if decay not in DECAYS:
-        raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {decay!r}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if not is_traced(warmup_steps) and not 0 <= warmup_steps <= steps:
-        raise ValueError(f"warmup_steps must be between 0 and steps ({steps}), got {warmup_steps}")
-    if not is_traced(end_fraction) and not 0.0 <= end_fraction <= 1.0:
-        raise ValueError(f"end_fraction must be between 0 and 1, got {end_fraction}")
+    check_one_of("decay", decay, DECAYS)
+    check("peak", peak, Array | float, least=0, rank=0)
+    check("steps", steps, int, least=1, what="be at least 1")
+    check("warmup_steps", warmup_steps, Array | float, least=0, most=steps, rank=0, what=f"be between 0 and steps ({steps})")
+    check("end_fraction", end_fraction, Array | float, least=0, most=1, rank=0, what="be between 0 and 1")
 
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from posjax.checks import is_traced
+from posjax.checks import check, short
 from posjax.training.state import TrainState
-from posjax.typing import Params
+from posjax.typing import Array, Params
 
 Batch = Any
 LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, jax.Array]]
@@ -56,10 +56,13 @@ def make_train_step(
       ValueError: accumulate_steps is below 1, or (when tracing) does not divide the batch; ema_decay is not in [0, 1), or (when
         tracing) is given for a state without an average, or is missing for a state with one.
     """
-    if accumulate_steps < 1:
-        raise ValueError(f"accumulate_steps must be at least 1, got {accumulate_steps}")
-    if ema_decay is not None and not is_traced(ema_decay) and not 0 <= ema_decay < 1:
-        raise ValueError(f"ema_decay must lie in [0, 1), or be None for no average, got {ema_decay}")
+    check("loss_fn", loss_fn, Callable)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(f"optimizer must be an optax transformation such as make_optimizer(1e-3), got {short(optimizer)}")
+    check("accumulate_steps", accumulate_steps, int, least=1, what="be at least 1")
+    check("axis_name", axis_name, str | None)
+    what = "lie in [0, 1), or be None for no average"
+    check("ema_decay", ema_decay, Array | float | None, least=0, below=1, rank=0, what=what)
     value_and_gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
     def summed(params, batch, key):

@@ -121,7 +121,7 @@ BAD = {
     "cope: several gate_biases": (
         lambda: jax.jit(lambda x: pj.cope(8, gate_bias=x))(jnp.ones(2)),
         ValueError,
-        r"gate_bias must be a finite number, or a traced scalar, got .*\[2\]",
+        r"gate_bias must be one number, or a traced scalar, got shape \(2,\)",
     ),
     "cope: clamp 0": (lambda: pj.cope(8, clamp=0), ValueError, r"clamp must be .* 1 to max_position - 1 = 7, got 0; None"),
     "cope: clamp at the size": (lambda: pj.cope(8, clamp=8), ValueError, r"clamp must be an integer from 1 to .* = 7, got 8; None"),
@@ -154,6 +154,21 @@ BAD = {
         r"params of learned must hold 'embedding', got .*; pass what encoding.init",
     ),
     "t5: no params": (lambda: call(pj.t5()), ValueError, r"params of t5 must hold 'bias', got .*encoding.init"),
+    "tupe: no params of TUPE-R": (
+        lambda: call(pj.tupe(relative=True)),
+        ValueError,
+        r"params of tupe\(relative=True\) must hold '\w+', got .*encoding.init",
+    ),
+    "chain: params of no member": (
+        lambda: call(pj.chain(pj.t5(), pj.t5()), {"t5": made(pj.t5()), "t5_2": made(pj.t5())}),
+        ValueError,
+        r"params of chain\(t5\(\), t5\(\)\) must be a dict by the names of its members, 't5', 't5_1', got 't5_2'",
+    ),
+    "cope_alibi: no gate_kernel": (
+        lambda: call(pj.cope_alibi(gates="keys"), is_causal=True, hidden=ones(B, T, 3)),
+        ValueError,
+        r"params of cope_alibi must hold 'gate_kernel', got",
+    ),
     "tupe: no params": (lambda: call(pj.tupe()), ValueError, r"params of tupe must hold '\w+', got .*encoding.init"),
     "cope: other params": (
         lambda: call(pj.cope(8), {"bias": X}, is_causal=True),
@@ -317,6 +332,23 @@ BAD = {
         lambda: call(query_positions=jnp.arange(3)),
         ValueError,
         r"query_positions must have shape \(4,\) or \(2, 4\), got \(3,\)",
+    ),
+    "positions: fractions while decoding": (
+        lambda: pj.attend(
+            *[ones(B, T, n, H) for n in (N, K, K)], None, None, pj.init_cache(None, DIMS, B, max_length=8), positions=ones(T)
+        ),
+        ValueError,
+        r"positions must be integers, got float32",
+    ),
+    "structures: a leaf of other heads": (
+        lambda: call(pj.encoding("mine", attend=lambda params, inputs: pj.ScoreModifications(weights=pj.Softmax(ones(3))))),
+        ValueError,
+        r"weights.sink of mine must be an array of numbers \[1 or 4, \.\.\.\], got float32\[3\]",
+    ),
+    "structures: a list of biases": (
+        lambda: call(pj.encoding("mine", attend=lambda params, inputs: pj.ScoreModifications(biases=[]))),
+        ValueError,
+        r"biases of mine must be a tuple, each Bias, got \[\]",
     ),
     # query, key and value
     "query: three axes": (
@@ -538,6 +570,11 @@ BAD = {
         lambda: linear(pj.tupe(), made(pj.tupe())),
         ValueError,
         r"encoding must act by rotation alone .*got tupe; rope\(\)",
+    ),
+    "linear: TUPE-R": (
+        lambda: linear(pj.tupe(relative=True), made(pj.tupe(relative=True))),
+        ValueError,
+        r"encoding must act by rotation alone .*got tupe\(relative=True\); rope\(\)",
     ),
     "linear: feature map": (lambda: linear(feature_map="relu"), ValueError, r"feature_map must be 'elu' or 'exp', got 'relu'"),
     "linear: causal of two lengths": (

@@ -166,7 +166,31 @@ def test_gates_have_their_bias(make):
         np.testing.assert_allclose(positions, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("encoding", [pj.rope(), pj.chain(pj.cope(4), pj.cope(8))])
+def log_gate(x, args):
+    return jax.nn.log_sigmoid(x)
+
+
+def forget(params, inputs):
+    scan = pj.Scan(log_gate, key=inputs.key[..., :1], include_key=False)
+    return pj.ScoreModifications(biases=(pj.Bias(scan),))
+
+
+FORGETTING = pj.encoding("forgetting", attend=forget, needs_causal=True)
+
+
+def test_a_forgetting_gate_beside_cope_does_not_count():
+    length = 9
+    query, key = normal(0, 1, length, N, H), normal(1, 1, length, N, H)
+    both, params = pj.chain(FORGETTING, pj.cope(8)), {"cope": pj.cope(8).init(jax.random.key(0), DIMS)}
+    assert probes.counts_by_gates(both, DIMS)
+    logits = np.einsum("btnh,bsnh->bnts", query.astype(np.float64), key) / np.sqrt(H)
+    expected_gates, expected = counted(logits, np.tril(np.ones((length, length), bool)))
+    gates, positions = probes.cope_positions(query, key, key, both, params)
+    np.testing.assert_allclose(gates, expected_gates, atol=2e-6)
+    np.testing.assert_allclose(positions, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", [pj.rope(), pj.chain(pj.cope(4), pj.cope(8)), FORGETTING])
 def test_an_encoding_without_one_count_is_refused(encoding):
     x = jnp.ones((1, 3, N, H))
     assert not probes.counts_by_gates(encoding, DIMS)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax.attention.backends.kernel_biases import PairProgram
+from posjax.checks import short
 from posjax.hardware import gpu_by_kind
 
 LOWERINGS = ("triton", "mosaic")
@@ -44,19 +45,19 @@ class GpuBlocks(NamedTuple):
 def check_gpu_blocks(blocks: GpuBlocks) -> None:
     """Raises ValueError for block sizes that no kernel supports, before anything is compiled."""
     if blocks.lowering not in LOWERINGS:
-        raise ValueError(f"lowering of block_sizes must be {' or '.join(LOWERINGS)}, got {blocks}")
+        raise ValueError(f"lowering of block_sizes must be {' or '.join(LOWERINGS)}, got {short(blocks)}")
     for name in GpuBlocks._fields[:-1]:
         size, (least, most) = getattr(blocks, name), {"num_warps": (1, 16), "num_stages": (1, 8)}.get(name, (16, 256))
         fits = isinstance(size, int) and not isinstance(size, bool) and least <= size <= most
         if not fits or (name != "num_stages" and size & (size - 1)):
             what = "a number" if name == "num_stages" else "a power of two"
-            raise ValueError(f"{name} of block_sizes must be {what} from {least} to {most}, got {blocks}")
+            raise ValueError(f"{name} of block_sizes must be {what} from {least} to {most}, got {short(blocks)}")
     for part, of in (("block_kv_count", "block_kv"), ("block_q_rows", "block_q")):
         if getattr(blocks, part) > getattr(blocks, of):
-            raise ValueError(f"{part} of block_sizes must be at most {of}, got {blocks}")
+            raise ValueError(f"{part} of block_sizes must be at most {of}, got {short(blocks)}")
     if blocks.lowering == "mosaic" and (blocks.block_q, blocks.block_kv, blocks.block_q_rows) != (128, 128, 64):
         raise ValueError(
-            f"block_sizes must have block_q=128, block_kv=128 and block_q_rows=64 with lowering='mosaic', got {blocks}"
+            f"block_sizes must have block_q=128, block_kv=128 and block_q_rows=64 with lowering='mosaic', got {short(blocks)}"
         )
 
 

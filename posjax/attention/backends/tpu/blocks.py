@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from posjax.checks import INT32, short
 from posjax.hardware import tpu_generation
 
 
@@ -36,17 +37,17 @@ def check_blocks(blocks: Any) -> None:
     """
     if not isinstance(blocks, Blocks):
         given = "posjax.Blocks(block_q, block_kv, block_kv_count, block_kv_resident) or posjax.GpuBlocks(...)"
-        raise TypeError(f"block_sizes must be None or {given}, got {blocks!r}")
+        raise TypeError(f"block_sizes must be None or {given}, got {short(blocks)}")
     sizes = blocks._asdict()
     units = {"block_q": "", "block_kv_count": "", "block_kv": "block_kv_count", "block_kv_resident": "block_kv"}
     for name, of in units.items():
         size, unit = sizes[name], sizes.get(of, 128)
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % unit:
-            near = max(1, -(-size // unit)) * unit if isinstance(size, int) else unit
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= INT32 or size % unit:
+            near = max(1, -(-size // unit)) * unit if isinstance(size, int) and size <= INT32 else unit
             what = f"{of}, {unit}" if of else unit
-            raise ValueError(f"{name} of block_sizes must be a positive multiple of {what}, such as {near}, got {blocks}")
+            raise ValueError(f"{name} of block_sizes must be a positive multiple of {what}, such as {near}, got {short(blocks)}")
     if blocks.block_q > 2048:  # the kernel keeps one bit per 128 queries
-        raise ValueError(f"block_q of block_sizes must be at most 2048, got {blocks}")
+        raise ValueError(f"block_q of block_sizes must be at most 2048, got {short(blocks)}")
 
 
 @dataclasses.dataclass(frozen=True)
