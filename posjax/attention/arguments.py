@@ -219,8 +219,10 @@ def canonicalize_mask(mask: Any, query: Array, key: Array) -> Array | None:
 
 
 def canonicalize_bias(bias: Any, query: Array, key: Array) -> Array | None:
-    """Returns ``bias`` with four axes, floating point; raises ValueError if it has no numbers or does not broadcast to
-    [B, N, T, S].
+    """Returns ``bias`` with four axes, floating point.
+
+    Raises:
+      ValueError: it is not an array of numbers, or does not broadcast to [B, N, T, S].
     """
     if bias is None:
         return None
