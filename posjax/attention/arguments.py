@@ -249,7 +249,11 @@ def canonicalize_mask(mask: Any, query: Array, key: Array) -> Array | None:
 
 
 def canonicalize_bias(bias: Any, query: Array, key: Array) -> Array | None:
-    """Returns ``bias`` with four axes, floating point; raises ValueError if it holds no numbers or has another shape."""
+    """Returns ``bias`` with four axes, floating point.
+
+    Raises:
+      ValueError: it is not an array of numbers, or does not broadcast to [B, N, T, S].
+    """
     if bias is None:
         return None
     if not is_array(bias, jnp.floating, jnp.integer):

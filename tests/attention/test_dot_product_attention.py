@@ -385,6 +385,21 @@ def test_a_bias_on_a_mesh_is_sharded_and_the_ring_passes_it_by(implementation):
     close(got[0], want[0], 1e-5)
 
 
+def test_lengths_and_a_bias_of_keys_make_no_array_of_all_pairs():
+    """In the compiled gradient; dense attention, which does, is measured the same way."""
+    length = 2048
+    arrays = jax.eval_shape(lambda: (*qkv(batch=1, length=length, keys=length), jnp.zeros((1, N, 1, length)), jnp.array([700])))
+
+    def temporary_bytes(implementation):
+        def loss(query, key, value, bias, lengths):
+            given = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=implementation)
+            return (pj.attention(query, key, value, bias=bias, **given) ** 2).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("xla_chunked") < length * length < temporary_bytes("xla")  # a boolean for each pair
+
+
 # Flax's attention modules ------------------------------------------------------------------------------------------------
 
 WIDTH, SHORT, LONG = 16, 6, 9
