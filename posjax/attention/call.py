@@ -27,7 +27,7 @@ from posjax.attention.arguments import (
     segments_of_sides,
     valid_tokens,
 )
-from posjax.checks import check, is_traced
+from posjax.checks import check, is_symbolic, is_traced
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, Tokens
 from posjax.core.masks import Mask
 from posjax.core.structures import (
@@ -337,9 +337,12 @@ def _without_hidden_keys(key: Array, value: Array | None, mask: Mask) -> tuple[A
     if mask.boolean is not None:
         visible = jnp.broadcast_to(mask.boolean.any((1, 2)), key.shape[:2])
     if mask.key_segments is not mask.query_segments:
-        of_queries = jnp.sort(mask.query_segments, axis=1)
-        at = jax.vmap(jnp.searchsorted)(of_queries, mask.key_segments)
-        found = jnp.take_along_axis(of_queries, jnp.minimum(at, of_queries.shape[1] - 1), axis=1) == mask.key_segments
+        if is_symbolic(query_count := mask.query_segments.shape[1]):  # which searchsorted does not take; XLA fuses the pairs away
+            found = (mask.query_segments[:, None] == mask.key_segments[:, :, None]).any(-1)
+        else:
+            of_queries = jnp.sort(mask.query_segments, axis=1)
+            at = jax.vmap(jnp.searchsorted)(of_queries, mask.key_segments)
+            found = jnp.take_along_axis(of_queries, jnp.minimum(at, query_count - 1), axis=1) == mask.key_segments
         visible = found if visible is None else visible & found
     if visible is None:
         return key, value

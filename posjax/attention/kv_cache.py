@@ -282,10 +282,23 @@ def _with_columns(call: AttentionCall, columns: tuple[dict[str, Array], ...]) ->
 
 
 def check_room(cache: LayerCache, tokens: int) -> None:
-    """Raises ValueError if a full cache has no room for ``tokens`` more tokens; unchecked if ``cache.used`` is traced."""
-    if isinstance(cache, LinearCache) or cache.window is not None or is_traced(cache.used):
+    """Raises ValueError if a full cache has no room for ``tokens`` more tokens.
+
+    If ``cache.used`` is traced, that is unchecked, except that all tokens of one call must be known to fit.
+    """
+    if isinstance(cache, LinearCache) or cache.window is not None:
         return
-    slots, used = cache.positions.shape[-1], int(np.asarray(cache.used).max())
+    slots = cache.positions.shape[-1]
+    try:
+        tokens <= slots  # noqa: B015, raises
+    except jax.errors.InconclusiveDimensionOperation as error:
+        raise ValueError(
+            f"query must be known to fit the cache, got {tokens} tokens for {slots} slots; "
+            f"jax.export.symbolic_shape(..., constraints=['{slots} >= {tokens}']) says so"
+        ) from error
+    if is_traced(cache.used):
+        return
+    used = int(np.asarray(cache.used).max())
     if used + tokens > slots:
         raise ValueError(f"max_length of the cache must be at least {used + tokens} to hold {tokens} more tokens, got {slots}")
 
