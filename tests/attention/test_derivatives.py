@@ -25,19 +25,18 @@ from forgetting_gate import ForgettingGate
 T, N, H = 132, 2, 8
 DIMS = pj.Dims(num_heads=N, head_dim=H, embed_dim=12, max_length=T)
 SEGMENTS = jnp.asarray(np.repeat([1, 2, 0], [50, 70, T - 120]))[None]
+PACKED = dict(segment_ids=SEGMENTS, local_window_size=(60, 0), logits_soft_cap=2.0)
 CASES = {
+    "rope + cope in windows of packed rows, capped": (pj.chain(pj.rope(), pj.cope(12)), PACKED),
     "rope + cope": (pj.chain(pj.rope(), pj.cope(12)), {}),
-    "alibi + t5 in windows of packed rows, capped": (
-        pj.chain(pj.alibi(), pj.t5(8, 40)),
-        dict(segment_ids=SEGMENTS, local_window_size=(60, 0), logits_soft_cap=2.0),
-    ),
+    "alibi + t5 in windows of packed rows, capped": (pj.chain(pj.alibi(), pj.t5(8, 40)), PACKED),
     "identity": (pj.identity(), {}),
     "rope": (pj.rope(), dict(local_window_size=(20, 0))),
     "tupe": (pj.tupe(), {}),
     "cope": (pj.cope(12, gates="content"), dict(logits_soft_cap=3.0)),
     "forgetting gate": (ForgettingGate(), dict(segment_ids=SEGMENTS)),
 }
-QUICK = ("rope + cope", "alibi + t5 in windows of packed rows, capped")
+QUICK = ("rope + cope in windows of packed rows, capped",)
 
 
 def normal(seed, *shape):
