@@ -168,7 +168,7 @@ def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
     grid.name, walks[2].name = "grid", "key tile"
     before = None
     for node in steps[0].inside:  # before and after the walks, what is done for the first and for the last query tile
-        if any(node is walk or node.section.holds(walk.section) for walk in walks.values()):
+        if any(node is walk or node.section.contains(walk.section) for walk in walks.values()):
             if before is None:
                 earlier = [other.section.bundles for other in steps[0].inside if other.section.first < node.section.first]
                 before = node.section.first - steps[0].section.first - sum(earlier)

@@ -271,7 +271,7 @@ def forms_of(kernel: aot.Kernel) -> list[tuple[aot.Section, int, bool, bool]]:
     branches = any(work.kind == "branch" and work.depth == outermost for work, _ in kernel.tiles)
     forms = []
     for work, turn in kernel.tiles:
-        nested = any(work.holds(loop) for loop in kernel.loops)
+        nested = any(work.contains(loop) for loop in kernel.loops)
         whole = not nested and work.depth == outermost and (work.kind == "branch" or not branches)
         forms.append((work, turn, nested, whole))
     return forms

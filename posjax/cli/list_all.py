@@ -1,4 +1,4 @@
-"""posjax list: encodings and configs."""
+"""posjax list: lists the encodings and the configs."""
 
 from pathlib import Path
 
@@ -13,5 +13,5 @@ def list_all() -> None:
         print(f"  {name:<12} {one_line(name)}")
     print("configs:")
     for path in sorted(Path("configs").glob("*.py")):
-        first = path.read_text().lstrip('"').split("\n")[0]
-        print(f"  {path!s:<28} {first}")
+        first_line = path.read_text().lstrip('"').split("\n")[0]
+        print(f"  {path!s:<28} {first_line}")

@@ -127,7 +127,7 @@ def fit(
 
     def state_message() -> str:
         done = checkpoints.steps()
-        return f"{workdir} is {_saved_at(done[-1] if done else 0)}. To go on, run:\n  {_command(resume_command)}"
+        return f"{workdir} is {_saved_at(done[-1] if done else 0)}. To resume, run:\n  {_command(resume_command)}"
 
     log = _Log(workdir, step, steps, quiet, flops_per_token)
     with noted_signals() as caught, log, PreemptionSync(step) as sync, on_peer_loss(state_message):
@@ -205,7 +205,7 @@ def _check_streaks(streaks: list[np.ndarray], step: int, checkpoints: Checkpoint
 
 def _farewell(workdir: Path, step: int, saved: int, number: int, resume_command: str | None) -> str:
     name, command = signal.Signals(number).name, _command(resume_command)
-    text = f"interrupted by {name} at step {step}; {workdir} is {_saved_at(saved)}. To go on, run:\n  {command}"
+    text = f"interrupted by {name} at step {step}; {workdir} is {_saved_at(saved)}. To resume, run:\n  {command}"
     if jax.process_index() == 0:
         _say(text)
     return text

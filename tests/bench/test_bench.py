@@ -429,7 +429,7 @@ def test_an_interruption_leaves_what_was_measured(run, tmp_path, monkeypatch):
     monkeypatch.setattr(attention.Jobs, "run", lambda self, job: device)
     monkeypatch.setattr(attention, "_measure", interrupted)
     code, _, error = run("bench", "attention", "--out", tmp_path, "--lengths", 8)
-    assert code == 130 and f"what was measured stands in {tmp_path}" in error
+    assert code == 130 and f"the results so far are in {tmp_path}" in error
     rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
     assert rows[0]["ms_min"] == 1.0 and rows[0]["ratio_to_jax_nn"] == 1.0
     assert rows[1]["ms_min"] is None

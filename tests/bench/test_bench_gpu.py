@@ -409,7 +409,7 @@ def test_an_interruption_leaves_what_was_measured(run, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "speed", lambda *args: iter([timed("identity, pallas", 2.0)]))
     monkeypatch.setattr(gpu, "decoder", interrupted)
     code, _, error = run("bench", "gpu", "--sections", "speed", "decoder", "--out", tmp_path)
-    assert code == 130 and f"what was measured stands in {tmp_path}" in error
+    assert code == 130 and f"the results so far are in {tmp_path}" in error
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert [row["section"] for row in written["rows"]] == ["speed", "decoder"]
     assert {path.name for path in tmp_path.iterdir()} == set(gpu.FILES)
@@ -474,7 +474,7 @@ def test_the_module_when_interrupted(capsys, monkeypatch):
     monkeypatch.setattr(gpu, "run", interrupted)
     with pytest.raises(SystemExit) as end:
         command.main(gpu, GpuBench, ["--out", "here"])
-    assert end.value.code == 130 and "interrupted; what was measured stands in here" in capsys.readouterr().err
+    assert end.value.code == 130 and "interrupted; the results so far are in here" in capsys.readouterr().err
 
 
 def test_flags_are_read_like_the_fields():

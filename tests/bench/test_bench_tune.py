@@ -215,7 +215,7 @@ def test_an_interruption_leaves_the_kinds_that_are_done(run, tmp_path, monkeypat
     monkeypatch.setattr(tune, "check_gpu", lambda *what: None)
     monkeypatch.setattr(tune, "_search", search)
     code, _, error = run("bench", "tune", "--out", tmp_path)
-    assert code == 130 and f"what was measured stands in {tmp_path}" in error
+    assert code == 130 and f"the results so far are in {tmp_path}" in error
     assert len(json.loads((tmp_path / "tune.json").read_text())["rows"]) == 1
     lines = json.loads((tmp_path / "gpu_blocks.json").read_text())
     assert next(x["block_q"] for x in lines if (x["bytes"], x["channels"], x["counts"]) == (2, 128, False)) == 16

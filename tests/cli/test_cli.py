@@ -165,7 +165,7 @@ def test_interrupted(run, straight):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    step = int(re.search(r"interrupted by SIGINT at step (\d+); it stops is saved at step \1. To go on, run:\n", out)[1])
+    step = int(re.search(r"interrupted by SIGINT at step (\d+); it stops is saved at step \1. To resume, run:\n", out)[1])
     assert Checkpoints("it stops/checkpoints").steps()[-1] == step < STEPS
     name, *argv = shlex.split(out.splitlines()[-1])
     assert (name, argv) == ("posjax", ["train", "tiny.py", "--workdir", "it stops"])
@@ -197,7 +197,7 @@ def test_what_a_run_leaves_and_a_run_that_is_done(run, straight):
     assert set(row["metrics"]["bits_per_byte"]) == {"16", "32"} and row["metrics"]["limit"] is None
     before = files(straight / "checkpoints") | {path: path.read_bytes() for path in straight.glob("*.json*")}
     code, out, _ = run("train", "tiny.py", "--workdir", "straight")
-    assert code == 0 and "done" in out
+    assert code == 0 and "already trained and evaluated" in out
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -216,7 +216,7 @@ def test_another_config_is_refused(run, straight):
     before = files(straight)
     code, _, err = run("train", "tiny.py", "--workdir", "straight", "--num_heads", "4", "--learning_rate", "0.5")
     assert code == 1 and "Traceback" not in err
-    assert "num_heads=2 there and 4 here, learning_rate=0.001 there and 0.5 here; use another --workdir" in err
+    assert "num_heads is 2 there and 4 here, learning_rate is 0.001 there and 0.5 here; use another --workdir" in err
     assert files(straight) == before
 
 
@@ -302,7 +302,7 @@ def test_compare_goes_on_with_what_is_missing(run, home):
     assert code == 0, err
     assert (done.stat().st_mtime_ns, done.read_bytes()) == before
     first, others = out.split("2 of 4: learned, seed 1")
-    assert "table/learned/seed-0 is trained and evaluated already: done" in first and "tokens/s" not in first
+    assert "table/learned/seed-0 is already trained and evaluated" in first and "tokens/s" not in first
     assert "4 of 4: rope, seed 1" in others and "already" not in others
 
     rows = results("table")
@@ -322,7 +322,7 @@ def test_compare_goes_on_with_what_is_missing(run, home):
     }
     again = files("table")
     code, out, _ = run(*command)
-    assert code == 0 and out.count("trained and evaluated already: done") == 4
+    assert code == 0 and out.count("already trained and evaluated") == 4
     assert {path: data for path, data in files("table").items() if path.suffix != ".png"} == {
         path: data for path, data in again.items() if path.suffix != ".png"
     }
@@ -385,7 +385,7 @@ WRONG = [
     (("train", "--steps", "3"), 1, "a config must come first, .*, got '--steps'"),
     (("train", "tinny.py"), 1, r"config must be a Python file .*, got 'tinny.py'; did you mean tiny.py\?"),
     (("train", "text"), 1, "config must be a Python file .*, got 'text'"),
-    (("train", "raises.py"), 1, "config raises.py does not run: KeyError: 'workdirr'"),
+    (("train", "raises.py"), 1, "config raises.py failed to load: KeyError: 'workdirr'"),
     (("train", "none.py"), 1, "none.py must return a posjax.lab.config.Config, got NoneType"),
     ((*TINY, "--stepz", "3"), 2, "Unrecognized options: --stepz.*Perhaps you meant.*--steps INT"),
     ((*TINY, "--steps", "many"), 2, "--steps.*'many'.*optimizer steps"),
@@ -398,7 +398,7 @@ WRONG = [
     ((*TINY, "--dropout_rate", "1.5"), 2, r"dropout_rate must lie in \[0, 1\), got 1.5"),
     ((*TINY, "--num_heads", "3"), 2, "num_heads must divide embed_dim=16 .*, got 3"),
     ((*TINY, "--num_kv_heads", "4"), 2, "num_kv_heads must divide num_heads=2, got 4"),
-    ((*TINY, "--eval_lengths", "0"), 2, r"eval_lengths must be multiples of seq_length of at least 1, got \(0,\)"),
+    ((*TINY, "--eval_lengths", "0"), 2, r"eval_lengths must be multiples of seq_length, integers of at least 1, got \(0,\)"),
     ((*TINY, "--tokenizer", "bpe", "--vocab_size", "9"), 2, "vocab_size must be an integer of at least 259, got 9"),
     ((*TINY, "--encoding", "roppe"), 1, "encoding must be made of .*, got 'roppe' in 'roppe'; did you mean 'rope'"),
     ((*TINY, "--encoding", "rope +"), 1, r"encoding must look like 'rope' or .*, got 'rope \+'"),
@@ -431,7 +431,7 @@ WRONG = [
     ((*TINY, "--data", "tfds:imdb_review"), 1, "data 'tfds:imdb_review' cannot be used: .*; did you mean 'imdb_reviews'"),
     ((*TINY, "--data_dir", "file/below"), 1, "file/below"),
     ((*TINY, "--task", "flip_flop", "--seq_length", "5"), 1, "length must be .*even.*got 5"),
-    ((*TINY, "--workdir", "file"), 1, "workdir must be a folder that can be written, got 'file'"),
+    ((*TINY, "--workdir", "file"), 1, "workdir must be a writable folder, got 'file'"),
     (
         (*TINY, "--workdir", "broken"),
         1,

@@ -164,7 +164,7 @@ def test_topologies_are_checked(topology):
 
 @pytest.mark.parametrize("topology", ["h200", "h200:", "h200:1x8", "a100:1x1x"])
 def test_topologies_of_gpus_are_checked(topology):
-    with pytest.raises(ValueError, match="topology must be a GPU and a number of slices, hosts and GPUs, such as"):
+    with pytest.raises(ValueError, match="topology must be a GPU and the numbers of slices, hosts and GPUs per host"):
         aot.compile_all([], topology)
 
 
@@ -319,7 +319,7 @@ def test_a_kernel_on_two_chips(monkeypatch):
     assert kernel.name.startswith("walk") and "pallas_call" in kernel.op_name
     assert kernel.vmem >= 4 * 2 * 128 * 128
     grid, inner = kernel.loops
-    assert (grid.depth, inner.depth) == (1, 2) and grid.holds(inner)
+    assert (grid.depth, inner.depth) == (1, 2) and grid.contains(inner)
     assert kernel.bundles > grid.bundles > inner.bundles > 128 * 128 // (8 * 256)
     assert kernel.tiles == ((inner, inner.bundles),)
     (quick,) = aot.compile_ahead(f"{HERE}:walking", {"length": 1024}, "v6e:2x2", schedules=False).kernels

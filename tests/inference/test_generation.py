@@ -282,7 +282,7 @@ def test_other_workdirs_tokens_and_tasks(run):
     code, _, err = run(*flip, "--prompt", "w 7")
     assert code == 1 and "prompt must be words of flip_flop, w, r, i, 0, 1, got '7'" in err
     code, _, err = run(*flip)
-    assert code == 1 and "prompt must hold at least one word of flip_flop" in err
+    assert code == 1 and "prompt must have at least one word of flip_flop" in err
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_other_workdirs_tokens_and_tasks(run):
     [
         (("--workdir", "nowhere"), "workdir must hold checkpoints, which posjax train and posjax compare write, got 'nowhere'"),
         (("--encoding", "alibi"), "workdir run belongs to a run with encoding='rope + cope(8)' there and 'alibi' here"),
-        (("--task", "mlm"), "task must not be mlm to generate"),
+        (("--task", "mlm"), "task must not be 'mlm', because an encoder cannot generate text"),
         (("--prompt-file", "none.txt"), "prompt_file must be a file of UTF-8 text, got 'none.txt'"),
         (("--temperature", "-1"), "temperature must be at least 0, got -1"),
         (("--top-p", "2"), "top_p must lie in (0, 1], got 2"),

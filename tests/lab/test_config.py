@@ -33,19 +33,19 @@ WRONG_FIELDS = [
     ({"keep_checkpoints": 0}, "keep_checkpoints must be an integer of at least 1, got 0"),
     ({"evaluate_every": 0}, "evaluate_every must be an integer of at least 1, got 0"),
     ({"eval_tokens": 0}, "eval_tokens must be an integer of at least 1, got 0"),
-    ({"eval_lengths": (1, 0)}, r"eval_lengths must be multiples of seq_length of at least 1, got \(1, 0\)"),
+    ({"eval_lengths": (1, 0)}, r"eval_lengths must be multiples of seq_length, integers of at least 1, got \(1, 0\)"),
     ({"eval_lengths": ()}, r"eval_lengths must not be empty, got \(\)"),
     ({"encodings": ()}, r"encodings must not be empty, got \(\)"),
     ({"seeds": ()}, r"seeds must not be empty, got \(\)"),
-    ({"seeds": (-1,)}, r"seeds must be from 0 to 2\^31 - 1, got \(-1,\)"),
+    ({"seeds": (-1,)}, r"seeds must lie in \[0, 2\*\*31\), got \(-1,\)"),
     ({"warmup_steps": 11, "steps": 10}, r"warmup_steps must lie in \[0, steps=10\], got 11"),
     ({"learning_rate": -1e-3}, "learning_rate must be positive, got -0.001"),
     ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
-    ({"clip_norm": 0.0}, "clip_norm must be positive, or None not to clip, got 0.0"),
+    ({"clip_norm": 0.0}, "clip_norm must be positive, or None to disable clipping, got 0.0"),
     ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
     ({"z_loss": -1e-4}, "z_loss must be at least 0, got -0.0001"),
-    ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), or be None for no average, got 1.0"),
-    ({"ema_decay": -0.1}, r"ema_decay must lie in \[0, 1\), or be None for no average, got -0.1"),
+    ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), or be None to keep no average, got 1.0"),
+    ({"ema_decay": -0.1}, r"ema_decay must lie in \[0, 1\), or be None to keep no average, got -0.1"),
     ({"beta2": 1.0}, r"beta2 must lie in \[0, 1\), got 1.0"),
     ({"end_fraction": 2.0}, r"end_fraction must lie in \[0, 1\], got 2.0"),
     ({"dropout_rate": 1.5}, r"dropout_rate must lie in \[0, 1\), got 1.5"),
@@ -78,17 +78,17 @@ def test_configs_of_the_project(path):
 
 
 WRONG_FILES = {
-    "raises.py": ("1 / 0", "raises.py does not run: ZeroDivisionError: division by zero"),
-    "syntax.py": ("def get_config(:", "syntax.py does not run: SyntaxError"),
-    "nothing.py": ("x = 1", "nothing.py does not run: AttributeError: .*get_config"),
+    "raises.py": ("1 / 0", "raises.py failed to load: ZeroDivisionError: division by zero"),
+    "syntax.py": ("def get_config(:", "syntax.py failed to load: SyntaxError"),
+    "nothing.py": ("x = 1", "nothing.py failed to load: AttributeError: .*get_config"),
     "dict.py": ("def get_config():\n    return {}", "dict.py must return a posjax.lab.config.Config, got dict"),
     "field.py": (
         "from posjax.lab.config import Config\ndef get_config():\n    return Config(stepz=1)",
-        "field.py does not run: TypeError: .*'stepz'",
+        "field.py failed to load: TypeError: .*'stepz'",
     ),
     "value.py": (
         "from posjax.lab.config import Config\ndef get_config():\n    return Config(steps=0)",
-        "value.py does not run: ValueError: steps must be an integer of at least 1, got 0",
+        "value.py failed to load: ValueError: steps must be an integer of at least 1, got 0",
     ),
     "config.txt": ("x", "config must be a Python file such as configs/quickstart.py, got '.*config.txt'"),
 }
@@ -117,7 +117,7 @@ def test_workdir_belongs_to_one_config(tmp_path):
     assert json.loads(stored.read_text())["steps"] == 200
     before = stored.read_bytes()
     init_or_check_workdir(dataclasses.replace(config, checkpoint_every=7, log_every=3, parallel="pmap"))  # how it runs, not what
-    wrong = r"steps=200 there and 300 here, beta1=0.9 there and 0.8 here; use another --workdir, or remove it"
+    wrong = r"steps is 200 there and 300 here, beta1 is 0.9 there and 0.8 here; use another --workdir, or remove it"
     with pytest.raises(ValueError, match=wrong):
         init_or_check_workdir(dataclasses.replace(config, steps=300, beta1=0.8))
     assert stored.read_bytes() == before
@@ -130,7 +130,7 @@ def test_a_workdir_that_is_older_than_a_field_has_its_default(tmp_path):
     old = {name: value for name, value in fields.items() if name not in ("optimizer", "z_loss", "ema_decay")}
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert init_or_check_workdir(config) == tmp_path
-    wrong = "optimizer='adamw' there and 'muon' here, z_loss=0.0 there and 0.1 here, ema_decay=None there and 0.5 here"
+    wrong = "optimizer is 'adamw' there and 'muon' here, z_loss is 0.0 there and 0.1 here, ema_decay is None there and 0.5 here"
     with pytest.raises(ValueError, match=wrong):
         init_or_check_workdir(dataclasses.replace(config, optimizer="muon", z_loss=0.1, ema_decay=0.5))
     assert set(run_fingerprint(config)) == set(old) - RUN_ONLY  # of which a grid makes the names of its folders
@@ -150,7 +150,7 @@ def test_damaged_stored_config(tmp_path, damage):
 
 def test_workdir_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match=r"workdir must be a folder that can be written, got '.*/file'"):
+    with pytest.raises(ValueError, match=r"workdir must be a writable folder, got '.*/file'"):
         init_or_check_workdir(Config(workdir=str(tmp_path / "file")))
     assert (tmp_path / "file").read_text() == "mine"
 

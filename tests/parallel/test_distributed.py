@@ -178,7 +178,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_any_number_goes_on(ru
         texts = run.finish(started, [distributed.RESTART] * processes)
         step = saved.newest_good()
         assert before + 3 <= step < STEPS
-        assert f"interrupted by SIGTERM at step {step}; stopped is saved at step {step}. To go on, run:" in texts[0][0]
+        assert f"interrupted by SIGTERM at step {step}; stopped is saved at step {step}. To resume, run:" in texts[0][0]
         assert [line["step"] for line in run.lines("stopped")] == list(range(1, step + 1))
         assert all("Traceback" not in err for _, err in texts)
     np.testing.assert_allclose(run.losses("stopped"), one_device, rtol=0, atol=1e-5)
@@ -198,7 +198,9 @@ def test_the_loss_of_one_is_told_and_one_process_goes_on(run, one_device, lost, 
     _, err = run.finish(started, codes)[1 - lost]
     assert time.monotonic() - killed < 40
     saved = Checkpoints(run.folder / name / "checkpoints").newest_good()
-    words = f"posjax: another process of this run was lost; {name} is saved at step {saved}. To go on, run:\n  posjax train tiny.py"
+    words = (
+        f"posjax: another process of this run was lost; {name} is saved at step {saved}. To resume, run:\n  posjax train tiny.py"
+    )
     assert words in err and "Traceback" not in err
     run.whole(name, devices=8)
     np.testing.assert_allclose(run.losses(name), one_device, rtol=0, atol=1e-5)
@@ -218,7 +220,7 @@ def test_a_process_that_is_silent_is_lost(run, monkeypatch):
         os.kill(started[1].pid, signal.SIGKILL)
     _, err = run.finish(started, [distributed.RESTART, -signal.SIGKILL])[0]
     assert time.monotonic() - stopped < 40
-    assert "another process of this run was lost; silent is not saved yet. To go on, run:" in err
+    assert "another process of this run was lost; silent is not saved yet. To resume, run:" in err
 
 
 # Without training -------------------------------------------------------------------------------------------------------
@@ -349,7 +351,7 @@ def test_shares_are_the_rows_of_the_batch_and_stand_at_the_same_place(options, t
     batch, part = next(whole), next(other)
     np.testing.assert_array_equal(batch["tokens"][3:], part["tokens"])
     assert states[0] == states[1] == states[2]
-    with pytest.raises(ValueError, match="batch_size must be a multiple of 4, the shares of the processes, got 6"):
+    with pytest.raises(ValueError, match="batch_size must be a multiple of 4, the number of shares of processes, got 6"):
         train_batches(config, source, 0, (0, 4))
 
 
