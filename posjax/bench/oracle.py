@@ -1,8 +1,8 @@
-"""Reference: causal attention under every encoding in float64, written from the papers, against which contestants are measured.
+"""Float64 reference of causal attention under every encoding, written from the papers, against which contestants are measured.
 
-It shares only the names of parameters with posjax's kernels and encodings. ``xp`` is numpy for outputs, and jax.numpy, in a
-process with 64-bit jax, for gradients of the same code. A block of query rows is computed with all of its keys at once, so memory
-is that of a block.
+It shares only the names of parameters with posjax's kernels and encodings. ``xp`` is numpy for outputs, and jax.numpy (in a process
+with 64-bit jax) for gradients of the same code. Query rows are computed in blocks, each with all of its keys at once, which bounds
+the memory.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _CELLS = 2**21  # scores in memory at once; gradients need about twenty arrays o
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of a call of causal attention.
+    """Holds options of a call of causal attention.
 
     Attributes:
       window: number of keys before a query that it attends to; None: all.
@@ -62,7 +62,7 @@ def gradients(spec: str, arrays: dict[str, np.ndarray], first: int, options: Opt
     import jax.numpy as jnp
 
     if not jax.config.jax_enable_x64:
-        raise RuntimeError("gradients need a process with JAX_ENABLE_X64=1")
+        raise RuntimeError("gradients of the oracle need 64-bit jax; set JAX_ENABLE_X64=1")
     inputs = {name: jnp.asarray(x, jnp.float64) for name, x in arrays.items() if name != "cotangent"}
     total = {name: np.zeros(x.shape) for name, x in inputs.items()}
 
@@ -123,11 +123,11 @@ def _rows(xp: Any, spec: str, arrays: dict[str, Any], start: int, stop: int, opt
             no_bias = (name == "tupe") and args["untie_cls"] and not args["released"]
             scores = scores + (xp.where((i == 0) | (j == 0), 0.0, bias) if no_bias else bias)
         elif name.startswith("cope"):
-            met = {"content": key, "values": value}.get(args["gates"])
+            gate_keys = {"content": key, "values": value}.get(args["gates"])
             if args["gates"] == "keys":
-                met = xp.einsum("bsd,dkh->bksh", arrays["hidden"][:, :stop], params["gate_kernel"])
-                met = xp.repeat(met, query.shape[1] // met.shape[1], axis=1)
-            gate_logits = logits if met is None else scale * query @ xp.swapaxes(met, 2, 3)
+                gate_keys = xp.einsum("bsd,dkh->bksh", arrays["hidden"][:, :stop], params["gate_kernel"])
+                gate_keys = xp.repeat(gate_keys, query.shape[1] // gate_keys.shape[1], axis=1)
+            gate_logits = logits if gate_keys is None else scale * query @ xp.swapaxes(gate_keys, 2, 3)
             gate = xp.where(visible, 1 / (1 + xp.exp(-gate_logits)), 0.0)
             count = xp.flip(xp.cumsum(xp.flip(gate, -1), -1), -1)
             mean_gate = gate.sum() / (visible.sum() * math.prod(gate.shape[:2]))
@@ -146,11 +146,11 @@ def _parameters(spec: str, arrays: dict[str, Any]) -> list[tuple[str, dict[str, 
     everything = members(spec)
     names = [name for name, _ in everything]
     if "tupe" in names and "rope" in names[names.index("tupe") :]:
-        raise NotImplementedError("the oracle has no rotation after tupe")
+        raise NotImplementedError(f"the oracle does not support rope after tupe in a chain, got {spec!r}")
     for name, args in everything:
-        own = "tupe-r" if name == "tupe" and args["relative"] else name
-        taken[own] = taken.get(own, -1) + 1
-        label = f"{own}_{taken[own]}" if taken[own] else own
+        base = "tupe-r" if name == "tupe" and args["relative"] else name
+        taken[base] = taken.get(base, -1) + 1
+        label = f"{base}_{taken[base]}" if taken[base] else base
         prefix = "params/" if len(everything) == 1 else f"params/{label}/"
         parts.append((name, args, {k.removeprefix(prefix): x for k, x in arrays.items() if k.startswith(prefix)}))
     return parts
@@ -162,17 +162,17 @@ def _rotate(xp: Any, x: Any, positions: np.ndarray, args: dict[str, Any]) -> Any
     cos, sin = np.cos(phase), np.sin(phase)
     if args["pairing"] == "half":
         a, b = x[..., : width // 2], x[..., width // 2 : width]
-        turned = xp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+        rotated = xp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
     else:
         a, b = x[..., 0:width:2], x[..., 1:width:2]
-        turned = xp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(*x.shape[:-1], width)
-    return xp.concatenate([turned, x[..., width:]], -1)
+        rotated = xp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(*x.shape[:-1], width)
+    return xp.concatenate([rotated, x[..., width:]], -1)
 
 
 def _slopes(heads: int) -> np.ndarray:
     """Returns ALiBi's slopes: 2^(-8/P) and its powers, with P the largest power of two up to N heads.
 
-    The remaining heads have every other slope of 2 P heads.
+    The remaining heads get every other slope of 2 P heads.
     """
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (n + 1) / power) for n in range(power)]

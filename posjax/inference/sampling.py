@@ -30,11 +30,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}; 0 takes the likeliest token")
+            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}; 0 takes the most likely token")
         if self.top_k is not None:
             check_at_least("top_k", self.top_k, 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}; None keeps every token")
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}; None keeps all tokens")
 
 
 PLAIN = Sampling()  # the model's unmodified distribution

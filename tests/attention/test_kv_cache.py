@@ -285,7 +285,7 @@ def test_linear_attention_keeps_two_sums():
 def test_models_that_cannot_decode_say_so():
     for changes, window, message in (
         ({"is_causal": False}, None, "is_causal must be True to decode, got False"),
-        ({"attention": "linear"}, 3, "window must be None where attention='linear', got 3"),
+        ({"attention": "linear"}, 3, "window must be None with attention='linear', got 3"),
     ):
         with_params, params = build("rope", **changes)
         with pytest.raises(ValueError, match=message):

@@ -414,14 +414,14 @@ WRONG = [
     ((*TINY, "--batch_size", "12"), 1, "batch_size must be a multiple of 8 on 8 devices with accumulate_steps=1, got 12"),
     ((*TINY, "--accumulate_steps", "3"), 1, "batch_size must be a multiple of 24 on 8 devices with accumulate_steps=3, got 8"),
     ((*TINY, "--accumulate_steps", "2", "--parallel", "pmap"), 1, "batch_size must be a multiple of 16 on 8 devices .*, got 8"),
-    ((*TINY, "--data", "texxt"), 1, "data 'texxt' cannot be used: .*a file or folder that exists.*; did you mean 'text'"),
-    ((*TINY, "--data", "empty"), 1, "data 'empty' cannot be used: source must hold text"),
+    ((*TINY, "--data", "texxt"), 1, "data 'texxt' cannot be used: .*an existing file or folder.*; did you mean 'text'"),
+    ((*TINY, "--data", "empty"), 1, "data 'empty' cannot be used: source must contain text"),
     (
         (*TINY, "--data", "binary.txt"),
         1,
-        "data 'binary.txt' cannot be used: source must hold UTF-8 text only.*convert it or move it",
+        "data 'binary.txt' cannot be used: source must contain only UTF-8 text.*convert or move the file",
     ),
-    ((*TINY, "--data", "dangling"), 1, "cannot read .*gone.txt .No such file.*correct it or take it out"),
+    ((*TINY, "--data", "dangling"), 1, "cannot read .*gone.txt .No such file.*make it readable or remove it"),
     (
         (*TINY, "--data", "short.txt", "--seq_length", "64"),
         1,

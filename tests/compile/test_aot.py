@@ -393,7 +393,7 @@ def test_jobs_are_those_of_posjax_and_splash():
         ({"encodings": (), "peers": False}, "encodings must not be empty without peers"),
         ({"encodings": ("cope(64) / identity",)}, "encodings must each be for one layer"),
         ({"seq_len": 1}, "seq_len must be an integer of at least 2, got 1"),
-        ({"kv_heads": 3}, "kv_heads must divide heads, 8, got 3"),
+        ({"kv_heads": 3}, "kv_heads must divide heads=8, got 3"),
         ({"tile": 192}, "tile must be a multiple of 128, got 192"),
     ],
 )

@@ -49,11 +49,11 @@ WRONG_FIELDS = [
     ({"beta2": 1.0}, r"beta2 must lie in \[0, 1\), got 1.0"),
     ({"end_fraction": 2.0}, r"end_fraction must lie in \[0, 1\], got 2.0"),
     ({"dropout_rate": 1.5}, r"dropout_rate must lie in \[0, 1\), got 1.5"),
-    ({"embed_dim": 30, "num_heads": 4}, "num_heads must divide embed_dim=30 where head_dim is not given, got 4"),
+    ({"embed_dim": 30, "num_heads": 4}, "num_heads must divide embed_dim=30 if head_dim is None, got 4"),
     ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads must divide num_heads=4, got 3"),
     ({"num_layers": 0}, "num_layers must be an integer of at least 1, got 0"),
     ({"tokenizer": "bpe", "vocab_size": 100}, "vocab_size must be an integer of at least 259, got 100"),
-    ({"attention": "linear", "local_window_size": 4}, "local_window_size and .* must be None where attention='linear'"),
+    ({"attention": "linear", "local_window_size": 4}, "local_window_size and .* must be None with attention='linear'"),
 ]
 
 

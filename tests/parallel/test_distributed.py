@@ -325,7 +325,7 @@ def test_row_share_of_a_torus(monkeypatch):
 
 
 def test_row_share_errors(monkeypatch):
-    words = r"all rows of a batch in common or none, .* process 0 has parts \[0\] of 2, process 1 has parts \[0, 1\] of 2"
+    words = r"either all rows of a batch or none, .* process 0 has parts \[0\] of 2, process 1 has parts \[0, 1\] of 2"
     with pytest.raises(ValueError, match=words):
         row_share(mesh_over(3, 2, context=3))
     monkeypatch.setattr(jax, "process_index", lambda: 2)
@@ -371,7 +371,7 @@ def test_a_checkpoint_of_processes_at_different_places_is_for_as_many(tmp_path, 
     with monkeypatch.context() as two:
         two.setattr("posjax.training.checkpoints._gather", lambda own: [own, {"json": {"at": 8}}])
         checkpoints.save(1, state, {"at": 7})
-    words = "saved by 2 processes that stood at different places in their data, so that 1 cannot resume from it; run as many"
+    words = "saved by 2 processes at different positions in their data, so that 1 cannot resume from it; start 2 processes"
     with pytest.raises(CheckpointError, match=words):
         checkpoints.restore_latest(state)
 
@@ -427,12 +427,12 @@ def test_clusters_are_found_and_variables_go_before(joined):
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({distributed.ADDRESS: "a:1"}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set too, as JAX_COORDINATOR_ADDRESS is"),
+        ({distributed.ADDRESS: "a:1"}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set along with JAX_COORDINATOR_ADDRESS"),
         (
             {distributed.COUNT: "2", distributed.INDEX: "0"},
-            "JAX_COORDINATOR_ADDRESS must be set too, as JAX_NUM_PROCESSES, JAX_PROCESS_ID is",
+            "JAX_COORDINATOR_ADDRESS must be set along with JAX_NUM_PROCESSES, JAX_PROCESS_ID",
         ),
-        (HAND | {distributed.INDEX: "2"}, "JAX_PROCESS_ID must be from 0 to JAX_NUM_PROCESSES - 1 = 1, got 2"),
+        (HAND | {distributed.INDEX: "2"}, "JAX_PROCESS_ID must lie in [0, JAX_NUM_PROCESSES=2), got 2"),
         (HAND | {distributed.COUNT: "two"}, "JAX_NUM_PROCESSES must be an integer, got 'two'"),
         (HAND | {distributed.COUNT: "0"}, "JAX_NUM_PROCESSES must be at least 1, got 0"),
         (HAND | {distributed.ADDRESS: "node1"}, "JAX_COORDINATOR_ADDRESS must be host:port, got 'node1'"),
@@ -451,4 +451,4 @@ def test_processes_that_do_not_meet_say_so(run):
     common = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     process = subprocess.run([sys.executable, "-c", code], env=common, capture_output=True, text=True, timeout=60)
     assert process.returncode == 1
-    assert f"posjax: the processes of this run did not meet within 2 s at {distributed.ADDRESS}=127.0.0.1:" in process.stderr
+    assert f"posjax: the processes of this run did not connect within 2 s at {distributed.ADDRESS}=127.0.0.1:" in process.stderr
