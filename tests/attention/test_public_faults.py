@@ -79,7 +79,7 @@ def test_slopes_of_each_head_where_a_call_sees_some_heads():
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(cut, cut, cut, P("model")), out_specs=cut)
     close(sharded(QUERY, KEY, VALUE, jnp.asarray(alibi_slopes(N))), want, 1e-5)
     without = jax.shard_map(lambda *x: pj.attention(*x, pj.alibi(), is_causal=True), mesh=mesh, in_specs=(cut,) * 3, out_specs=cut)
-    with pytest.raises(ValueError, match="slope must be given inside of a shard_map over the axis 'model'"):
+    with pytest.raises(ValueError, match="slope must be an array inside a shard_map over the axis 'model'"):
         without(QUERY, KEY, VALUE)
 
 

@@ -100,9 +100,9 @@ BAD = {
     "t5: odd buckets": (
         lambda: pj.t5(num_buckets=7, bidirectional=True),
         ValueError,
-        r"num_buckets must be even where bidirectional=True, got 7",
+        r"num_buckets must be even with bidirectional=True, got 7",
     ),
-    "t5: max_distance": (lambda: pj.t5(32, 16), ValueError, r"max_distance must be .* past the 16 exact buckets.*, got 16"),
+    "t5: max_distance": (lambda: pj.t5(32, 16), ValueError, r"max_distance must be .* above the 16 exact buckets.*, got 16"),
     "t5: max_distance a float": (lambda: pj.t5(32, 64.0), ValueError, r"max_distance must be an integer.*, got 64\.0"),
     "tupe: buckets": (lambda: pj.tupe(num_buckets=2), ValueError, r"num_buckets must be .* at least 4, got 2"),
     "cope: max_position 1": (lambda: pj.cope(1), ValueError, r"max_position must be .* at least 2, got 1"),
@@ -131,55 +131,59 @@ BAD = {
     "cope_alibi: gates": (lambda: pj.cope_alibi(gates="no"), ValueError, r"gates must be 'logits', .* got 'no'"),
     "cope_mlp: hidden_dim": (lambda: pj.cope_mlp(hidden_dim=0), ValueError, r"hidden_dim must be .* at least 1, got 0"),
     "cope_mlp: gates": (lambda: pj.cope_mlp(gates=None), ValueError, r"gates must be 'logits', .* got None"),
-    "chain: nothing": (lambda: pj.chain(), ValueError, r"chain needs at least one encoding, got none; identity\(\)"),
+    "chain: nothing": (lambda: pj.chain(), ValueError, r"encodings must be at least one, got none; identity\(\)"),
     "chain: a function": (
         lambda: pj.chain(pj.rope),
         TypeError,
-        r"chain takes PositionalEncoding values such as rope\(\), got the class Rope; call it: rope",
+        r"encodings must be PositionalEncoding values such as rope\(\), got the class Rope; call it: rope",
     ),
-    "chain: a list": (lambda: pj.chain([pj.rope()]), TypeError, r"chain takes PositionalEncoding values such as rope\(\), got \["),
+    "chain: a list": (
+        lambda: pj.chain([pj.rope()]),
+        TypeError,
+        r"encodings must be PositionalEncoding values such as rope\(\), got \[",
+    ),
     # parameters of an encoding
     "learned: no length": (
         lambda: pj.learned().init(jax.random.key(0), pj.Dims(2, 4)),
         ValueError,
-        r"max_length must be given for learned.*got None",
+        r"max_length must be a number for learned, got None",
     ),
     "tupe: no length": (
         lambda: pj.tupe().init(jax.random.key(0), pj.Dims(2, 4)),
         ValueError,
-        r"max_length must be given for tupe.*got None",
+        r"max_length must be a number for tupe, got None",
     ),
     "learned: no params": (
         lambda: pj.learned().embed({}, X, pj.Tokens.at(jnp.arange(T)[None])),
         ValueError,
-        r"params of learned must hold 'embedding', got .*; pass what encoding.init",
+        r"params of learned must have the key 'embedding', got .*; pass the result of encoding.init",
     ),
-    "t5: no params": (lambda: call(pj.t5()), ValueError, r"params of t5 must hold 'bias', got .*encoding.init"),
-    "tupe: no params": (lambda: call(pj.tupe()), ValueError, r"params of tupe must hold '\w+', got .*encoding.init"),
+    "t5: no params": (lambda: call(pj.t5()), ValueError, r"params of t5 must have the key 'bias', got .*encoding.init"),
+    "tupe: no params": (lambda: call(pj.tupe()), ValueError, r"params of tupe must have the key '\w+', got .*encoding.init"),
     "cope: other params": (
         lambda: call(pj.cope(8), {"bias": X}, is_causal=True),
         ValueError,
-        r"params of cope must hold 'embedding', got \['bias'\]; .*encoding.init",
+        r"params of cope must have the key 'embedding', got \['bias'\]; .*encoding.init",
     ),
     "cope_alibi: no params": (
         lambda: call(pj.cope_alibi(learned=True), is_causal=True),
         ValueError,
-        r"params of cope_alibi must hold 'slope', got",
+        r"params of cope_alibi must have the key 'slope', got",
     ),
     "cope_mlp: no params": (
         lambda: call(pj.cope_mlp(), is_causal=True),
         ValueError,
-        r"params of cope_mlp must hold 'weight_out', got",
+        r"params of cope_mlp must have the key 'weight_out', got",
     ),
     "cope_mlp: part of the params": (
         lambda: call(pj.cope_mlp(8), {"weight_out": ones(8, H)}, is_causal=True),
         ValueError,
-        r"params of cope_mlp must hold 'weight_in', got",
+        r"params of cope_mlp must have the key 'weight_in', got",
     ),
     "chain: params of one member": (
         lambda: call(pj.chain(pj.t5(), pj.cope(8)), {"t5": made(pj.t5())}, is_causal=True),
         ValueError,
-        r"params of cope must hold 'embedding', got",
+        r"params of cope must have the key 'embedding', got",
     ),
     "cope keys: no hidden": (
         lambda: with_params(pj.cope(8, gates="keys")),
@@ -214,7 +218,7 @@ BAD = {
     "fractions in a table of positions": (
         lambda: pj.learned().embed(made(pj.learned()), X, pj.Tokens(jnp.arange(T)[None], jnp.zeros((1, T, 1)))),
         ValueError,
-        r"coordinates must be integers for learned, which has a vector for each position, got float32",
+        r"coordinates must be integers for learned, which has a vector per position, got float32",
     ),
     "keys out of order": (
         lambda: call(
@@ -281,17 +285,17 @@ BAD = {
     "learned: a long sequence": (
         lambda: pj.learned().embed(made(pj.learned()), ones(B, 6, N * H), pj.Tokens.at(jnp.arange(6)[None])),
         ValueError,
-        r"learned has positions for a max_length of 5, got a sequence that needs 6; .*rope\(\)",
+        r"positions must be below the max_length of learned, 5, got a sequence that needs 6; .*rope\(\)",
     ),
     "learned: a long sequence under jit": (
         lambda: jax.jit(pj.learned().embed)(made(pj.learned()), ones(B, 6, N * H), pj.Tokens(jnp.arange(6)[None])),
         ValueError,
-        r"learned has positions for a max_length of 5, got a sequence that needs 6",
+        r"positions must be below the max_length of learned, 5, got a sequence that needs 6",
     ),
     "learned: a far position": (
         lambda: pj.learned().embed(made(pj.learned()), X, pj.Tokens.at(jnp.array([[0, 1, 2, 9]]))),
         ValueError,
-        r"max_length of 5, got a sequence that needs 10",
+        r"max_length of learned, 5, got a sequence that needs 10",
     ),
     "learned: a negative position": (
         lambda: pj.learned().embed(made(pj.learned()), X, pj.Tokens.at(jnp.array([[-1, 0, 1, 2]]))),
@@ -301,12 +305,12 @@ BAD = {
     "tupe: a far position": (
         lambda: call(pj.tupe(), made(pj.tupe()), key_positions=jnp.array([0, 1, 2, 5])),
         ValueError,
-        r"tupe has positions for a max_length of 5, got a sequence that needs 6",
+        r"positions must be below the max_length of tupe, 5, got a sequence that needs 6",
     ),
     "tupe: a long sequence": (
         lambda: call(pj.tupe(), made(pj.tupe()), key=ones(B, S, K, H), value=ones(B, S, K, H)),
         ValueError,
-        r"tupe has positions for a max_length of 5, got a sequence that needs 6",
+        r"positions must be below the max_length of tupe, 5, got a sequence that needs 6",
     ),
     "positions: negative": (
         lambda: call(query_positions=jnp.arange(T) - 1),
@@ -470,7 +474,7 @@ BAD = {
     "weights: value gates without values": (
         lambda: weights(pj.cope_alibi(gates="values"), is_causal=True),
         ValueError,
-        r"value must be given .*gates='values'.*got None",
+        r"value must be an array .*gates='values'.*got None",
     ),
     "weights: value of another length": (
         lambda: weights(value=ones(B, 3, K, H)),

@@ -199,8 +199,8 @@ def test_encodings_of_a_module(tmp_path, monkeypatch):
     for spec, message in {
         "my_encodings:absent": "encoding my_encodings:absent cannot be imported: .*absent",
         "no_such_module:x": "encoding no_such_module:x cannot be imported: No module named",
-        "my_encodings:number": "my_encodings:number must be an encoding, or a class or function that makes one, got 7",
-        "my_encodings:wrong": "my_encodings:wrong must make a PositionalEncoding, got 7",
+        "my_encodings:number": "my_encodings:number must be an encoding, or a class or function that returns one, got 7",
+        "my_encodings:wrong": "my_encodings:wrong must return a PositionalEncoding, got 7",
         "my_encodings:made(1, 2)": r"my_encodings:made takes my_encodings:made\(theta=3.0\)",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -219,7 +219,10 @@ WRONG_SPECS = [
     ("rope.x", "encoding must look like .*, got 'rope.x'"),
     ("64", "encoding must look like .*, got '64'"),
     ("rope(**{})", "encoding must look like .*, got 'rope"),
-    ("cope(max_positions=8)", r"cope takes cope\(max_position.*got 'cope\(max_positions=8\)': missing .*'max_position'"),
+    (
+        "cope(max_positions=8)",
+        r"cope must be called as cope\(max_position.*got 'cope\(max_positions=8\)': missing .*'max_position'",
+    ),
     ("cope(len('a'))", r"arguments of cope must be plain values such as 64 or 'keys', got"),
     ("cope(1)", "max_position must be .*at least 2, got 1"),
     ("cope(8, gates='sums')", "gates must be .*'keys'.*, got 'sums'"),

@@ -292,7 +292,7 @@ def test_wrong_calls_are_refused():
         build()(TOKENS.astype(jnp.float32))
     with pytest.raises(ValueError, match=r"num_classes must be a number to classify, got None"):
         build().classify(TOKENS)
-    with pytest.raises(ValueError, match=r"learned has positions for a max_length of 8, got a sequence that needs 12"):
+    with pytest.raises(ValueError, match=r"positions must be below the max_length of learned, 8, got a sequence that needs 12"):
         build(pj.learned(), max_length=8)(TOKENS)
     with pytest.raises(ValueError, match=r"is_causal must be True \(or a mask given\) for cope"):
         build(pj.cope(4), is_causal=False)(TOKENS)

@@ -67,7 +67,7 @@ def test_sweeps_are_read(text, expected):
         ("learning_rate=1,,2", "sweep must not have empty values, got"),
         ("learning_rate=1,1.0", "sweep values must all differ, got 1 more than once in"),
         ("rope.thet=1", "rope has no argument 'thet'; it takes theta, fraction, pairing"),
-        ("rop.theta=1", "'rop' is no encoding; did you mean 'rope'"),
+        ("rop.theta=1", "'rop' is not an encoding; did you mean 'rope'"),
         ("identity.theta=1", "takes no arguments"),
     ],
 )
