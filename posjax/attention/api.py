@@ -1,6 +1,6 @@
 """``attention``: scaled dot-product attention under any encoding and mask, on any of the backends.
 
-A call passes through ``call.prepare``, which applies the encoding, and ``dispatch.run``, which chooses the backend.
+A call goes through ``call.prepare``, which applies the encoding, and ``dispatch.run``, which selects the backend.
 """
 
 from collections.abc import Callable
@@ -58,13 +58,12 @@ def attention(
       local_window_size: number of positions to the (left, right) of the query's in which keys are allowed, None for no limit; an
         integer w means (w, w).
       query_positions, key_positions: non-negative integers, [T] or [B, T] and [S] or [B, S]. None is 0, 1, 2, ...
-      query_coordinates, key_coordinates: [T, A] or [B, T, A] and [S, A] or [B, S, A] integers or floats on A axes: what encodings
-        read in place of the positions, which remain the order of the tokens for masks, windows and counts. None is the position on
-        every axis.
-      hidden: [B, T, D], what query, key and value were projected from, or a pair for queries and keys; for encodings that need it,
-        such as ``cope(64, gates="keys")``.
+      query_coordinates, key_coordinates: [T, A] or [B, T, A] and [S, A] or [B, S, A] integers or floats on A axes, which encodings
+        read in place of the positions; masks, windows and counts still use the positions. None is the position on every axis.
+      hidden: [B, T, D], the activations that query, key and value were projected from, or a pair for queries and keys; for
+        encodings that need it, such as ``cope(64, gates="keys")``.
       scale: factor of q.k; None is 1 / sqrt(H), with H the head dimension before an encoding widens it.
-      logits_soft_cap: c; scores become c * tanh(scores / c), after the bias and before the mask. None leaves them as they are.
+      logits_soft_cap: c; scores become c * tanh(scores / c), after the bias and before the mask. None applies no cap.
       implementation: None selects the fastest implementation that supports the call.
         "xla" is dense: the reference, with [T, S] arrays, and the only one with derivatives of every order and mode.
         "xla_chunked" processes one tile at a time on any device. Memory grows with T + S; gradients are first-order, reverse-mode.
@@ -73,9 +72,9 @@ def attention(
         read as numbers, by tables or by small networks, with learned numbers and features), sums of the keys' own gates (``Scan``
         of keys), and one count of CoPE's form: rope, alibi, t5, tupe, cope with gates="logits", and their chains.
         On a mesh with an axis named "context" ("sequence", "seq", "cp" and "sp" work too), or with an explicit axis that shards T,
-        None, "xla_chunked" and "pallas" run ring attention, in which each device holds its share of the sequence.
+        None, "xla_chunked" and "pallas" run ring attention, in which each device holds a shard of the sequence.
       block_sizes: tile sizes of the "pallas" kernel, ``Blocks`` on a TPU and ``GpuBlocks`` on a GPU. None takes the defaults of the
-        chip, reduced if the call would not fit a TPU's VMEM. If ``implementation`` is None, they apply where the kernel runs.
+        chip, reduced if the call would not fit into a TPU's VMEM. If ``implementation`` is None, they apply if the kernel runs.
 
     Returns:
       [B, T, N, V] in the dtype of value. A query without any allowed key gets zeros.
@@ -130,7 +129,7 @@ def attention_weights(
     value: Array | None = None,
     **options: Any,
 ) -> Float[Array, "B N T S"]:
-    """Returns the dense float32 probabilities by which ``attention`` weights the values, for inspection.
+    """Computes the dense float32 probabilities with which ``attention`` weights the values, for inspection.
 
     Args:
       query, key, encoding, params: as in ``attention``.
@@ -174,14 +173,14 @@ def attention_fn(
         input_positions: Array | None = None,
     ) -> Array:
         if bias is not None:
-            raise ValueError("bias must be None: attention_fn takes its biases from the encoding; chain() adds encodings")
+            raise ValueError("bias must be None in attention_fn; pass an encoding, such as chain(rope(), alibi()), instead")
         if module is not None:
-            raise ValueError("sow_weights must be False: attention_fn returns no weights; posjax.attention_weights does")
+            raise ValueError("sow_weights must be False with attention_fn; use posjax.attention_weights")
         if dropout_rate and not deterministic:
-            raise ValueError(f"dropout_rate must be 0 in the attention module, got {dropout_rate}; drop out what it returns")
+            raise ValueError(f"dropout_rate must be 0 with attention_fn, got {dropout_rate}; apply dropout to its result")
         if query.shape[1] != key.shape[1]:
             raise ValueError(
-                f"query and key must have one length in attention_fn, got {query.shape[1]} and {key.shape[1]}; "
+                f"query and key must have the same length in attention_fn, got {query.shape[1]} and {key.shape[1]}; "
                 "call posjax.attention with query_positions and key_positions instead"
             )
         return attention(

@@ -1,4 +1,4 @@
-"""Checks the arguments of ``attention`` and brings them into one form, before anything is compiled."""
+"""Checks and canonicalizes the arguments of ``attention`` before anything is compiled."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ def check_encoding(encoding: Any) -> PositionalEncoding:
 
 
 def check_operands(query: Array, key: Array, value: Array) -> None:
-    """Raises ValueError if query, key and value do not fit together; query and key are checked first."""
+    """Raises ValueError if query, key and value do not fit together; query and key are checked before value."""
     for name, x, letters in (("query", query, "[B, T, N, H]"), ("key", key, "[B, S, K, H]")):
         if getattr(x, "ndim", None) != 4:
             raise ValueError(f"{name} must have shape {letters}, got {getattr(x, 'shape', x)!r}")
@@ -65,9 +65,9 @@ def check_soft_cap(cap: Any) -> float | None:
     if cap is None:
         return None
     if is_traced(cap):
-        raise ValueError("logits_soft_cap must be a number, got a traced array: it is part of the compiled program")
+        raise ValueError("logits_soft_cap must be a concrete number, got a traced array; it is part of the compiled program")
     if not (np.ndim(cap) == 0 and 0 < np.asarray(cap) < math.inf):
-        raise ValueError(f"logits_soft_cap must be positive, got {cap!r}; None leaves the scores as they are")
+        raise ValueError(f"logits_soft_cap must be positive and finite, got {cap!r}; None applies no cap")
     return float(cap)
 
 
@@ -79,16 +79,17 @@ def canonicalize_positions(name: str, positions: Array | None, batch: int, lengt
     """
     if positions is None:
         return jnp.arange(length, dtype=jnp.int32)[None]
-    known = None if is_traced(positions) else np.asarray(positions)  # NumPy: jax would wrap what does not fit, and trace under jit
+    # NumPy, because jax would wrap numbers that do not fit into int32, and trace them under jit.
+    known = None if is_traced(positions) else np.asarray(positions)
     positions = jnp.asarray(positions)
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, got {positions.dtype}")
     if positions.shape not in ((length,), (1, length), (batch, length)):
         raise ValueError(f"{name} must have shape ({length},) or ({batch}, {length}), got {positions.shape}")
     if known is not None and (least := known.min()) < 0:
-        raise ValueError(f"{name} must not be negative, got {least}; mask padding out by mask or segment_ids")
+        raise ValueError(f"{name} must not be negative, got {least}; exclude padding by mask or segment_ids")
     if known is not None and (most := known.max()) >= FAR:
-        raise ValueError(f"{name} must be below 2^31 - 1, got {most}; subtract the first one from all")
+        raise ValueError(f"{name} must be below 2^31 - 1, got {most}; subtract the first from all")
     return positions.astype(jnp.int32).reshape(-1, length)
 
 
@@ -96,8 +97,7 @@ def canonicalize_coordinates(name: str, coordinates: Array, batch: int, length: 
     """Converts coordinates [T, A] or [B, T, A] to int32 or float32 [1 or B, length, A].
 
     Raises:
-      ValueError: coordinates are neither integers nor floating point, have the wrong shape, or lie so far out that int32 or float32
-        does not hold them.
+      ValueError: coordinates are neither integers nor floating point, have the wrong shape, or are too large for int32 or float32.
     """
     known = None if is_traced(coordinates) else np.asarray(coordinates)
     coordinates = jnp.asarray(coordinates)
@@ -113,7 +113,7 @@ def canonicalize_coordinates(name: str, coordinates: Array, batch: int, length: 
     most = 0.0 if known is None else np.abs(known.astype(np.float64)).max()
     limit, what = (FAR, "2^31 - 1") if coordinates.dtype == jnp.int32 else (2.0**24, "2^24, beyond which float32 has no fractions")
     if most >= limit:
-        raise ValueError(f"{name} must be below {what}, got {most:.10g}; subtract the first one from all")
+        raise ValueError(f"{name} must be below {what}, got {most:.10g}; subtract the first from all")
     return coordinates.reshape(-1, length, shape[-1])
 
 
@@ -126,7 +126,7 @@ def coordinates_of_sides(
     given = {"query_coordinates": queries, "key_coordinates": keys}
     if (queries is None) != (keys is None):
         missing = next(name for name, x in given.items() if x is None)
-        raise ValueError(f"{missing} must be given where the other side's coordinates are, got None")
+        raise ValueError(f"{missing} must be an array if the other side's coordinates are given, got None")
     if queries is None:
         return tuple(Tokens(order).on_axes(encoding.axes) for order in positions)
     made = []
@@ -137,19 +137,19 @@ def coordinates_of_sides(
         made.append(x)
     if made[0].shape[-1] != made[1].shape[-1] or made[0].dtype != made[1].dtype:
         raise ValueError(
-            "query_coordinates and key_coordinates must have as many axes and one dtype, "
+            "query_coordinates and key_coordinates must have the same number of axes and the same dtype, "
             f"got {made[0].dtype}{list(made[0].shape)} and {made[1].dtype}{list(made[1].shape)}"
         )
     return tuple(made)
 
 
 def hidden_of_sides(encoding: PositionalEncoding, hidden: Any, query: Array, key: Array) -> tuple[Array | None, Array | None]:
-    """Returns what queries and keys were projected from, checked; None for each if it was not given."""
+    """Returns the activations that queries and keys were projected from, after checks; None for each if not given."""
     if hidden is None:
         if encoding.needs_hidden:
             raise ValueError(
-                f"hidden must be given for {encoding.name}, got None: "
-                "the array [B, T, D] that query, key and value were projected from"
+                f"hidden must be an array [B, T, D] for {encoding.name}, got None; "
+                "pass the activations that query, key and value were projected from"
             )
         return None, None
     sides = hidden if isinstance(hidden, tuple) else (hidden, hidden)

@@ -1,7 +1,7 @@
-"""Chooses the backend of a prepared call: the one that was named, or the fastest that supports the call where it is lowered.
+"""Selects the backend of a prepared call: the requested one, or the fastest that supports it on the platform of the program.
 
-A backend is a module with the functions of ``Backend``. The kernels of a platform also have ``BLOCK_SIZES_CLS``, and join a program
-by ``jax.lax.platform_dependent`` under their ``NAME``, whichever devices this process has.
+A backend is a module with the functions of ``Backend``. The kernels of a platform also have ``BLOCK_SIZES_CLS``, and are selected
+by ``jax.lax.platform_dependent`` under their ``NAME``, whatever devices this process has.
 """
 
 import functools
@@ -27,7 +27,7 @@ _SMALL = 128 * 128  # query-key pairs; up to here tiled attention is a single ti
 
 @runtime_checkable
 class Backend(Protocol):
-    """The interface of a backend's module."""
+    """Defines the interface of a backend's module."""
 
     NAME: str
 
@@ -44,7 +44,7 @@ _XLA: dict[str, Backend] = {backend.NAME: backend for backend in (reference, xla
 
 
 def _kernels() -> dict[str, Backend]:
-    """Returns the backends of platforms. They import Pallas, which would make up a quarter of the time of ``import posjax``."""
+    """Returns the platforms' backends. They import Pallas, which would take a quarter of the time of ``import posjax``."""
     from posjax.attention.backends.gpu import attention as gpu
     from posjax.attention.backends.tpu import attention as tpu
 
@@ -52,9 +52,9 @@ def _kernels() -> dict[str, Backend]:
 
 
 def load_kernels(query: Array, key: Array, implementation: Implementation | None) -> None:
-    """Imports the kernels if a call with this query and key may run one. Call it before the first operation of the call.
+    """Imports the kernels if a call with this query and key may run one. Must be called before the first operation of the call.
 
-    Pallas adds to the configuration that jax's caches are keyed by: whatever was compiled before its import compiles once more.
+    Importing Pallas changes the configuration in the keys of jax's caches, so that programs from before it are compiled again.
     """
     if implementation == "pallas" or (implementation is None and not _is_small(query, key)):
         _kernels()
@@ -92,7 +92,7 @@ def run(
     return _run(call, implementation, infer_shard_spec(call.query) if spec is None else spec, context, block_sizes)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), inline=True)  # a second call outside of jit compiles nothing
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), inline=True)  # so that a second call outside jit compiles nothing
 def _run(
     call: AttentionCall,
     implementation: Implementation | None,
@@ -137,7 +137,7 @@ def _check_block_sizes(block_sizes: Any, implementation: Implementation | None) 
     if implementation not in (None, "pallas"):
         raise ValueError(
             f"block_sizes must be None with implementation={implementation!r}, got {block_sizes}; "
-            "implementation='pallas' has block sizes"
+            "they apply to implementation='pallas'"
         )
 
 

@@ -63,7 +63,7 @@ def linear_attention(
     batch, length, heads, _ = query.shape
     keys, group = key.shape[1], heads // key.shape[2]
     if (is_causal or segment_ids is not None) and length != keys:
-        raise ValueError(f"query and key must have one length for causal or segmented linear attention, got {length} and {keys}")
+        raise ValueError(f"query and key must have the same length with is_causal or segment_ids, got {length} and {keys}")
     if segment_ids is not None and (segment_ids.shape != (batch, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
         raise ValueError(f"segment_ids must be integers [{batch}, {length}], got {segment_ids.dtype}{list(segment_ids.shape)}")
     query_positions = canonicalize_positions("query_positions", query_positions, batch, length)
@@ -97,7 +97,7 @@ def _reordered(x: Array, order: Array) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearCache:
-    """The state of causal linear attention, float32; its size does not depend on the number of tokens.
+    """Holds the state of causal linear attention, float32; its size does not depend on the number of tokens.
 
     Attributes:
       memory: [B, N, H, V], sum of rotated key features times values.
@@ -162,7 +162,7 @@ def _features(
     mods = encoding.attend(params, inputs)
     is_plain = isinstance(mods.weights, Softmax) and mods.weights.sink is None
     if mods.biases or not is_plain or not all(isinstance(transform, Rotate) for transform in mods.transforms):
-        raise ValueError(f"encoding must act by rotation alone in linear_attention, got {encoding.name}; rope() does")
+        raise ValueError(f"encoding must act only by rotation in linear_attention, such as rope(), got {encoding.name}")
     rotated = dataclasses.replace(inputs, transforms=mods.transforms)
     rotated_query, rotated_key = rotated.turned_query, rotated.turned_key
     group = query.shape[2] // key.shape[2]

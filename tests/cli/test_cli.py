@@ -408,7 +408,7 @@ WRONG = [
     (
         (*TINY, "--encoding", "alibi", "--attention", "linear"),
         1,
-        "encoding 'alibi' does not fit .* must act by rotation alone.*alibi",
+        "encoding 'alibi' does not fit .* must act only by rotation.*alibi",
     ),
     ((*TINY, "--encoding", "cope(8)", "--task", "mlm"), 1, r"encoding 'cope\(8\)' does not fit .*is_causal.*"),
     ((*TINY, "--batch_size", "12"), 1, "batch_size must be a multiple of 8 on 8 devices with accumulate_steps=1, got 12"),
