@@ -273,7 +273,7 @@ def test_the_cache_of_another_encoding_is_refused(made_for):
             continue
         with pytest.raises(ValueError, match="encoding must be the one that the cache was created for") as caught:
             attend(params)
-        assert f"{made_for}, got {encoding}:" in str(caught.value)
+        assert f"{made_for}, got {encoding}" in str(caught.value)
 
 
 def test_the_cache_of_an_encoding_with_arrays_takes_it_with_others():

@@ -165,5 +165,7 @@ def test_what_does_not_fit_is_refused():
         pj.attention(query, key, value, twice, {"wall": params, "wall_1": params}, is_causal=True, hidden=hidden)
     with pytest.raises(ValueError, match="needs_causal must be True for stick, whose weights are StickBreaking"):
         pj.attention(query, key, value, pj.encoding("stick", attend=stick), {}, is_causal=True)
-    with pytest.raises(NotImplementedError, match="what the kernel does not do: weights are those of StickBreaking"):
+    with pytest.raises(
+        NotImplementedError, match="a structure that the kernel does not support: weights are those of StickBreaking"
+    ):
         pj.attention(query, key, value, CASES["stick"], {}, is_causal=True, implementation="pallas")
