@@ -229,7 +229,7 @@ def _bytes_asked_for(failure: str, arguments: int) -> int | None:
     return size if temporaries else max(0, size - arguments)
 
 
-# What to change ----------------------------------------------------------------------------------------------------------
+# Advice and search -------------------------------------------------------------------------------------------------------
 
 
 REMATS = ("none", "attention", "full")

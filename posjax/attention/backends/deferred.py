@@ -69,7 +69,7 @@ def _batched(arrays: Sequence[Array], dims: Sequence[int | None], *, axes: Any, 
 
 @contextlib.contextmanager
 def _some_gpu() -> Iterator[None]:
-    """Provides an abstract GPU to Pallas, which needs to know the GPU model when it lowers a kernel.
+    """Provides an abstract GPU to Pallas, which needs the GPU model when it lowers a kernel.
 
     If the mesh in context has no abstract device and this process has no GPU, it is an A100, the least capable supported model.
     Otherwise the context manager does nothing.
