@@ -1,4 +1,4 @@
-"""A rotation with an amplitude: RoPE whose vectors are also made longer, as extensions of the context do."""
+"""RoPE with an amplitude, which also scales query and key, as methods for context extension do."""
 
 import jax.numpy as jnp
 

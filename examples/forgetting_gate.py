@@ -1,4 +1,4 @@
-"""A forgetting bias: every token has a gate per head, by which all that came before it counts less (arXiv:2503.02130)."""
+"""A forgetting bias: every token has a gate per head that reduces the weight of all tokens before it (arXiv:2503.02130)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A static bias: a penalty that grows with the root of the distance, with a learned slope per head."""
+"""A static bias: a penalty proportional to the square root of the distance, with a learned slope per head."""
 
 import jax.numpy as jnp
 
@@ -6,7 +6,7 @@ import posjax as pj
 
 
 def penalty(differences, slope):
-    """Returns the bias of one head, from query minus key on every axis of the coordinates."""
+    """Returns the bias of one head, given the difference of query and key on each axis of the coordinates."""
     return -slope * jnp.sqrt(jnp.abs(differences[0]).astype(jnp.float32))
 
 

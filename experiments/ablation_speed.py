@@ -1,10 +1,10 @@
-"""posjax ablate beside posjax train: the same numbers, and in how much less time.
+"""Compares posjax ablate with posjax train: their numbers agree, and the grid takes less time.
 
     python experiments/ablation_speed.py            # a quarter of an hour on two cores
 
-Flip-flop at the small scale, four encodings, eight seeds: once as a grid, once as thirty-two runs one after the other, each command
-in a process of its own, compilation included. Compared are losses and gradient norms at every log point and the errors at the end.
-Writes results/ablation_speed.json.
+Trains flip-flop at the small scale with four encodings and eight seeds: once as a grid, and once as thirty-two runs one after
+another, each command in a separate process and including compilation. Compares losses and gradient norms at every log point, and
+the errors at the end. Writes results/ablation_speed.json.
 """
 
 import json
@@ -20,11 +20,11 @@ from common import markdown, write
 ENCODINGS = ("learned", "rope", "alibi", "cope(64)")
 SEEDS = 8
 RECIPE = {"embed_dim": 32, "steps": 400, "learning_rate": 3e-3, "log_every": 50}
-COMPARED_UNTIL = 200  # steps; after that the order of sums tells runs apart, if anything does
+COMPARED_UNTIL = 200  # steps; later, differences in the order of sums may accumulate
 
 
 def posjax(*arguments: object) -> float:
-    """Seconds that a command took."""
+    """Runs a posjax command and returns the seconds that it takes."""
     began = time.perf_counter()
     flags = [str(part) for name, value in RECIPE.items() for part in (f"--{name}", value)]
     command = [sys.executable, "-m", "posjax", *map(str, arguments), *flags]
@@ -42,27 +42,29 @@ def main() -> None:
         together = posjax("ablate", "flip_flop", "--encodings", *ENCODINGS, "--seeds", SEEDS, "--workdir", grid)
         groups = {json.loads(p.read_text())["spec"]: p.parent for p in grid.glob("*/rows.json")}
         results = json.loads((grid / "results.json").read_text())["rows"]
-        own = {(row["encoding"], row["seed"]): row["metrics"]["error"] for row in results}
+        grid_errors = {(row["encoding"], row["seed"]): row["metrics"]["error"] for row in results}
         rows = []
         for spec in ENCODINGS:
-            logged, seconds, difference, of_errors = lines(groups[spec] / "metrics.jsonl"), 0.0, 0.0, 0.0
+            logged, seconds, difference, error_difference = lines(groups[spec] / "metrics.jsonl"), 0.0, 0.0, 0.0
             for seed in range(SEEDS):
                 alone = Path(folder) / f"{spec}-{seed}"
                 seconds += posjax("train", "flip_flop", "--encoding", spec, "--seeds", seed, "--workdir", alone)
                 for ours, theirs in zip(logged, lines(alone / "metrics.jsonl"), strict=True):
                     if ours["step"] <= COMPARED_UNTIL:
-                        apart = (abs(ours[name][seed] - theirs[name]) for name in ("loss", "grad_norm"))
-                        difference = max(difference, *apart)
+                        differences = (abs(ours[name][seed] - theirs[name]) for name in ("loss", "grad_norm"))
+                        difference = max(difference, *differences)
                 (row,) = json.loads((alone / "results.json").read_text())["rows"]
                 errors = row["metrics"]["error"]
-                of_errors = max(of_errors, *(abs(errors[column] - own[spec, seed][column]) for column in errors))
+                error_difference = max(
+                    error_difference, *(abs(errors[column] - grid_errors[spec, seed][column]) for column in errors)
+                )
             counted = json.loads((groups[spec] / "rows.json").read_text())["compilations"]
             rows.append(
                 {
                     "encoding": spec,
                     "seconds_one_by_one": round(seconds, 1),
                     "largest_difference_to_step_200": difference,
-                    "largest_difference_of_errors": of_errors,
+                    "largest_difference_of_errors": error_difference,
                     "training_programs_compiled": counted["train"],
                 }
             )

@@ -1,11 +1,11 @@
-"""Memory of a device for attention over 131,072 tokens, forward and backward, cut over 1, 2, 4 and 8 devices; compiled, not run.
+"""Memory per device of attention over 131,072 tokens, forward and backward, sharded over 1, 2, 4 and 8 devices; compiled, not run.
 
-    python experiments/context_memory.py                        # in plain XLA, compiled for CPUs; some minutes on two CPU cores
-    python experiments/context_memory.py --topology v5e:2x4     # by the kernels, compiled for chips that are not there; likewise
+    python experiments/context_memory.py                        # plain XLA, compiled for CPUs; some minutes on two CPU cores
+    python experiments/context_memory.py --topology v5e:2x4     # the kernels, compiled for chips that are not attached; likewise
 
-Eight heads of 128 channels in bfloat16, causal, one sequence. Counted are a device's shares of query, key, value, the result and
-all their gradients, and what comes and goes. One device needs no ring and takes none; a ring of one is there for comparison, since
-what a ring keeps is what falls with the number of devices. experiments/results/context_memory.json, and context_memory_v5e.json.
+One causal sequence with eight heads of 128 channels in bfloat16. The memory includes a device's shards of query, key, value, the
+output and all gradients, and temporary arrays. A single device does not use a ring; a ring of one device is included for
+comparison with the larger rings. Writes experiments/results/context_memory.json, or context_memory_v5e.json.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import jax.numpy as jnp
 import tyro
-from common import write  # beside this one
+from common import write
 from jax.sharding import NamedSharding, PartitionSpec
 
 import posjax as pj
@@ -43,10 +43,10 @@ CASES = {"no ring": (1, False)} | {str(context): (context, True) for context in 
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """Compiles and writes down.
+    """Configures the target of the compilation.
 
     Attributes:
-      topology: of eight chips, whose compiler posjax[tpu-aot] has; none: CPUs.
+      topology: topology of eight TPU chips; needs posjax[tpu-aot]. None: CPUs.
     """
 
     topology: str | None = None
@@ -55,7 +55,7 @@ class Where:
 def step(
     encoding: str, context: int, is_ring: bool, is_chunked: bool, devices: Sequence[Any]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """What is compiled, and its arguments."""
+    """Returns the function to compile and its arguments."""
     applied = ENCODINGS[encoding]
     mesh = make_mesh(context, context=context, devices=devices)
     cut = NamedSharding(mesh, PartitionSpec(None, "context"))
@@ -65,14 +65,14 @@ def step(
 
     def both(query, key, value, params):
         def call(*args):
-            if is_ring and context == 1:  # which nobody asks for but here
+            if is_ring and context == 1:  # posjax.attention never uses a ring of one device
                 prepared = prepare(*args[:3], applied, args[3], is_causal=True)
                 kernel = "xla" if is_chunked else "tpu"
                 return ring.attention(prepared, Context(ShardSpec(mesh), "context"), kernel=kernel)
             return pj.attention(*args[:3], applied, args[3], is_causal=True, implementation=implementation)
 
         out, back = jax.vjp(call, query, key, value, params)
-        return out, back(out)  # as of a loss that is half the sum of squares
+        return out, back(out)  # the gradients of half the sum of squares
 
     return jax.jit(both, out_shardings=(cut, (cut, cut, cut, None))), (x, x, x, params)
 
@@ -91,7 +91,7 @@ def main(where: Where) -> None:
         jobs = [("context_memory:step", case | dict(is_chunked=False)) for case in cases]
         reports = aot.compile_all(jobs, where.topology, schedules=False)
         if failed := [report.failed for report in reports if report.failed is not None]:
-            sys.exit(f"{len(failed)} of {len(jobs)} did not compile; the first says: {failed[0]}")
+            sys.exit(f"{len(failed)} of {len(jobs)} calls failed to compile; the first error is: {failed[0]}")
         memories = [report.memory for report in reports]
     kinds = {"argument": "argument_bytes", "output": "output_bytes", "temp": "temporary_bytes"}
     sizes = [{to: memory[kind] for kind, to in kinds.items()} for memory in memories]
@@ -99,7 +99,7 @@ def main(where: Where) -> None:
     for name in ENCODINGS:
         sums = [sum(size.values()) for case, size in zip(cases, sizes, strict=True) if case["encoding"] == name]
         lines.append([name, *(f"{total / 2**20:,.0f}" for total in sums)])
-    print_table("MiB of a device", ["encoding", *CASES], lines, [])
+    print_table("MiB per device", ["encoding", *CASES], lines, [])
     rows = [case | size for case, size in zip(cases, sizes, strict=True)]
     if where.topology is None:
         write("context_memory", rows)

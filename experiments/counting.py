@@ -1,10 +1,10 @@
-"""Counting: the tables of CoPE's paper (arXiv:2405.18719) for 1, 3 and 5 variables, and with more and fewer passes.
+"""Counting: the tables of CoPE's paper (arXiv:2405.18719) with 1, 3 and 5 variables, and with more and fewer passes.
 
     python experiments/counting.py                               # programs of up to 64 operations; under 15 minutes on two cores
     python experiments/counting.py --scale paper --only "1 variable" "3 variables"    # one GPU
 
-The model reads a program that sets, increments and passes, and must tell the value of a variable. Error in percent of the answers
-on the training distribution and with other weights of "pass"; no program that was trained on is among the tests. Recipe of the
+The model reads a program of sets, increments and passes, and predicts the value of a variable. Reports the error in percent of the
+answers on the training distribution and with other weights of "pass"; no training program is among the tests. Recipe of the
 paper: 4 layers, dimension 256, post-norm, dropout 0.1, Adam at 7e-5, batch 64, 100 epochs of 10,000 programs, 3 seeds.
 """
 
@@ -21,7 +21,7 @@ from posjax.lab.config import Config
 from posjax.lab.evaluation import EvalSet
 from posjax.lab.source import Source
 
-# The relative encoding of the paper learns vectors that are added to keys; the nearest here is RoPE.
+# The paper's relative encoding learns vectors that are added to keys; RoPE is the closest encoding here.
 PUBLISHED = {
     1: {"learned": "5.3 (0.8)", "rope": "1.1 (0.4)", "cope": "0.0"},
     3: {"learned": "67.6 (1.5)", "rope": "17.8 (7.8)", "cope": "1.2 (2.1)"},
@@ -30,7 +30,7 @@ PUBLISHED = {
 PUBLISHED_PASSES = {"pass_100": {"rope": "8.8 (1.1)", "cope": "0.0"}, "pass_10": {"rope": "34.1 (2.5)", "cope": "4.0 (4.1)"}}
 SETS = ("in distribution", "pass_100", "pass_10")
 SEEDS, MARGIN = {1: 8, 3: 8, 5: 4}, 1.0
-RATES = {"learned": 3e-3, "rope": 3e-3, "cope(64)": 3e-3}  # the best of three, with tuning seeds (learning_rates.py)
+RATES = {"learned": 3e-3, "rope": 3e-3, "cope(64)": 3e-3}  # the best of three, chosen with the tuning seeds of learning_rates.py
 
 
 def recipe(scale: str) -> Config:

@@ -1,15 +1,15 @@
-"""Longer than trained: the tables of ALiBi (arXiv:2108.12409), CABLE (Table 1) and DAPE (Table 6), with windows beside them.
+"""Length extrapolation: the tables of ALiBi (arXiv:2108.12409), CABLE (Table 1) and DAPE (Table 6), and windows as a control.
 
     python experiments/extrapolation.py                  # trained on 64 bytes, evaluated to 512; under 15 minutes on two cores
     python experiments/extrapolation.py --scale paper    # trained on 1,024 BPE tokens; one GPU
 
 A decoder reads the source code of Python's standard library, or --data. The same 63 bytes of every excerpt are scored with more and
-more text before them, at 1 to 8 times the trained length; and with attention limited to a window of 1, 2 and 4 times that
-length, where the numbers are those of text of any length. A window is a control: an encoding that is flat because it looks no
-further than it was trained has no advantage over one that is not allowed to.
+more text before them, at 1 to 8 times the training length; and with attention limited to a window of 1, 2 and 4 times that length,
+for which the numbers hold for text of any length. The window is a control: an encoding whose loss is flat because it attends no
+further than it was trained has no advantage over one that is limited to that distance.
 
-Bits per byte where the papers give perplexity of words of whole rows: what compares is which curves fall, stay and rise. KERPLE,
-FIRE, CABLE and DAPE themselves are not among our encodings; their rows are left out.
+Our unit is bits per byte, whereas the papers report the perplexity of words over full rows: only the direction of the curves is
+comparable. KERPLE, FIRE, CABLE and DAPE themselves are not among our encodings; their rows are left out.
 """
 
 import argparse
@@ -70,12 +70,12 @@ def recipe(options: argparse.Namespace) -> Config:
 
 
 def at(times: int) -> str:
-    """The column of rows so many times as long as the trained ones."""
+    """Returns the column name of rows that are ``times`` as long as training rows."""
     return f"{times}x"
 
 
 def windowed(times: int) -> str:
-    """The column of text of any length under a window."""
+    """Returns the column name of text of any length under a window of ``times`` the training length."""
     return f"any length, window {times}x"
 
 

@@ -1,12 +1,13 @@
-"""Flip-flop language modelling: CoPE's paper (arXiv:2405.18719), after few steps and many, at the trained length and past it.
+"""Flip-flop language modelling from CoPE's paper (arXiv:2405.18719), after few and many steps, at the training length and beyond.
 
     python experiments/flip_flop.py                  # a small model, strings of 64 tokens; under fifteen minutes on two cores
     python experiments/flip_flop.py --scale paper    # dimension 256, 4 layers, 2 heads, strings of 512; one GPU
 
-The model reads writes, reads and ignores, each followed by a bit, and must tell the last bit written after each read. Error in
-percent of these bits on the training distribution (80 % ignored) and on two others: dense (10 %) and sparse (98 %). Recipe of the
-paper: 10,000 steps of 16 strings of 512 tokens, AdamW at 3e-4, linear decay. In strings as long as trained no distance is new;
-the tests with 4x have strings four times as long. flip_flop_variants.py has CoPE's variants, flip_flop_shapes.py other shapes.
+The model reads writes, reads and ignores, each followed by a bit, and predicts the last written bit after each read. Reports the
+error in percent of these bits on the training distribution (80 % ignored) and on two others: dense (10 %) and sparse (98 %). Recipe
+of the paper: 10,000 steps of 16 strings of 512 tokens, AdamW at 3e-4, linear decay. Strings of the training length contain no new
+distances; the "4x" tests have strings four times as long. flip_flop_variants.py tests CoPE's variants, flip_flop_shapes.py other
+shapes.
 """
 
 import argparse
@@ -29,10 +30,10 @@ SHAPE = (256, 4, 2)  # dimension, layers, heads
 SETS = ("in distribution", "dense", "sparse")
 LONGER = tuple(f"4x, {name}" for name in SETS)
 SHORT, MARGIN = 500, 1.0
-# The small scale: an eighth of the width. One layer cannot do the task, so that two layers stay two, and four become three.
+# The small scale has an eighth of the width. One layer cannot solve the task, so two layers stay two, and four become three.
 SMALL = {"embed_dim": {256: 32, 128: 16}, "num_layers": {4: 3, 2: 2}}
-# The best of three in the distribution, 3e-3 where several have no errors, with tuning seeds (learning_rates.py). CoPE has fewer
-# steps, about as many as take the time of RoPE's.
+# The best of three in distribution (3e-3 if several have no errors), chosen with the tuning seeds of learning_rates.py. CoPE has
+# fewer steps, which take about as long as RoPE's.
 RATES = {"learned": 1e-3, "rope": 3e-3, "cope(64)": 3e-3, "cope_alibi(slope=1.0)": 3e-3, "alibi": 1e-3}
 STEPS = {"learned": 2000, "rope": 1600, "cope(64)": 1000}
 
@@ -58,13 +59,13 @@ def recipe(scale: str) -> Config:
 
 
 def size(scale: str, dim: int, layers: int, heads: int) -> dict[str, int]:
-    """A published shape at a scale, as fields of a configuration."""
+    """Returns a published shape at a scale, as fields of a configuration."""
     published = {"embed_dim": dim, "num_layers": layers, "num_heads": heads}
     return published if scale == "paper" else {name: SMALL.get(name, {}).get(value, value) for name, value in published.items()}
 
 
 def sized(config: Config, specs: tuple[str, ...], shape: Mapping[str, int]) -> list[Point]:
-    """Points of a shape, which stands in their settings."""
+    """Returns the points of a shape, with the shape in their settings."""
     return grid(config, [("encoding", specs), *((name, (value,)) for name, value in shape.items())])
 
 
@@ -73,7 +74,7 @@ def encodings(config: Config) -> tuple[str, str, str]:
 
 
 def tests(config: Config, source: Source) -> dict[str, EvalSet]:
-    """More than 100,000 reads at the small scale, in strings as long as trained and four times as long."""
+    """Returns test sets of the training length and of four times that; more than 100,000 reads at the small scale."""
     longer = flip_flop(length=4 * config.seq_length)
     counts = (2048, 6144, 2048, 512, 256, 1024)
     drawn = [source.task, *source.task.variants.values(), longer, *longer.variants.values()]
@@ -92,7 +93,7 @@ def parts(options: argparse.Namespace) -> dict[str, Part]:
 
 
 def name_of(shape: Mapping[str, int]) -> str:
-    """As the paper writes it: dimension, layers / heads."""
+    """Formats a shape as the paper does: dimension, layers / heads."""
     return "{embed_dim} {num_layers}/{num_heads}".format(**shape)
 
 

@@ -4,7 +4,7 @@
     python experiments/flip_flop_shapes.py --scale paper    # one GPU, hours
 
 The task and the recipe are those of flip_flop.py, which has the eighth shape. The small scale has strings of 32 tokens, 500 steps
-and four seeds, which say whether a shape learns the task and not which encoding is better: no claim rests on this table.
+and four seeds. These show whether a shape learns the task, not which encoding is better: no claim rests on this table.
 """
 
 import argparse

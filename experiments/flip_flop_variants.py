@@ -1,10 +1,10 @@
-"""Flip-flop language modelling: ALiBi, and the variants of CoPE's paper (arXiv:2405.18719), in longer strings too.
+"""Flip-flop language modelling: ALiBi and the variants of CoPE's paper (arXiv:2405.18719), including longer strings.
 
     python experiments/flip_flop_variants.py                  # under fifteen minutes on two cores
     python experiments/flip_flop_variants.py --scale paper    # one GPU
 
-The task, the recipe and the tests are those of flip_flop.py. A penalty that counts what is not ignored finds the last write at any
-distance; one that counts tokens does not.
+The task, the recipe and the tests are those of flip_flop.py. A penalty on the number of tokens that are not ignored finds the last
+write at any distance; a penalty on the number of all tokens does not.
 """
 
 import argparse
@@ -30,7 +30,7 @@ MAIN = ("rope", "alibi", "cope_alibi(slope=1.0)")
 
 
 def variants(config: Config) -> dict[str, str]:
-    """The published rows by their names there."""
+    """Returns {name in the paper: encoding} of the published rows."""
     slopes = {"1": "1.0", "1/4": "0.25", "1/16": "0.0625"}
     first = f"cope({min(64, config.seq_length)})" + " / identity" * (config.num_layers - 1)
     return {

@@ -1,11 +1,11 @@
-"""What the compiler makes of the GPU kernels with their own block sizes, ahead of time; no GPU is needed.
+"""Compiles the GPU kernels ahead of time with their default block sizes and records their registers; needs no GPU.
 
     pip install 'posjax[gpu-aot]'
     python experiments/gpu_compiles.py                    # a quarter of an hour on two CPU cores
 
-Each encoding that the kernels know, forward and backward, causal, 8 heads, for each GPU, type, head dimension and lowering. A row
-of experiments/results/gpu_compiles.json has registers of a thread and the bytes of them that spill to memory, of every kernel, or
-the reason of a failure. The exit code is 1 where a call failed.
+Compiles causal attention with 8 heads, forward and backward, for each encoding that the kernels support, GPU, dtype, head dimension
+and lowering. A row of experiments/results/gpu_compiles.json has the registers per thread and the spilled bytes of every kernel, or
+the reason of a failure. The exit code is 1 if a call failed.
 """
 
 import contextlib
@@ -28,20 +28,20 @@ from posjax.hardware import GPUS
 RESULTS = Path(__file__).parent / "results" / "gpu_compiles.json"
 LENGTH, HEADS = 8192, 8
 KERNELS = ("forward", "query_plain", "key_plain", "query_band", "key_band")
-Call = tuple[str, str, int, GpuBlocks]  # encoding, type, head dimension, block sizes
+Call = tuple[str, str, int, GpuBlocks]  # encoding, dtype, head dimension, block sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Compiles attention, forward and backward, and writes down what came of it.
+    """Configures the sweep.
 
     Attributes:
-      chips: GPUs.
-      encodings: such as rope or "rope + cope(64)".
-      dtypes: of query, key and value.
-      head_dims: channels of a head.
-      lowerings: of the kernels.
-      out: the file of all rows.
+      chips: GPU models.
+      encodings: encodings such as rope or "rope + cope(64)".
+      dtypes: dtypes of query, key and value.
+      head_dims: channels per head.
+      lowerings: lowerings of the kernels.
+      out: JSON file for all rows.
     """
 
     chips: tuple[Literal["a100", "h100", "h200", "b200"], ...] = ("a100", "h200")
@@ -53,7 +53,7 @@ class Sweep:
 
 
 def calls_for(chip: str, config: Sweep) -> list[Call]:
-    """With the blocks that each lowering has for them; where it has none, or cannot do a call, that is left out."""
+    """Lists the calls with the default blocks of each lowering, without calls that a lowering does not support."""
     major, minor = GPUS[chip].capability
     calls = []
     for spec, dtype, head_dim in itertools.product(config.encodings, config.dtypes, config.head_dims):
@@ -73,8 +73,8 @@ def job(spec: str, dtype: str, head_dim: int, blocks: GpuBlocks) -> aot.Job:
 def row_of(chip: str, call: Call, report: aot.Report) -> dict[str, Any]:
     spec, dtype, head_dim, blocks = call
     kernels = {k.name.removeprefix("posjax_attention_"): {"registers": k.registers, "spilled": k.spilled} for k in report.kernels}
-    kernels = {name.removeprefix("mosaic_"): of for name, of in kernels.items()}
-    failed = report.failed or (None if "forward" in kernels else "the program has no kernel in it")
+    kernels = {name.removeprefix("mosaic_"): usage for name, usage in kernels.items()}
+    failed = report.failed or (None if "forward" in kernels else "the program contains no kernel")
     row = {"chip": chip, "encoding": spec, "dtype": dtype, "head_dim": head_dim, "blocks": blocks._asdict(), "failed": failed}
     return row | {"seconds": round(report.seconds, 1), "temp_bytes": report.memory.get("temp"), "kernels": kernels}
 
@@ -94,8 +94,8 @@ def run(config: Sweep) -> int:
 
 
 def show(chip: str, rows: list[dict[str, Any]]) -> None:
-    """Prints a GPU's table."""
-    lines, notes = [], ["registers of a thread, + bytes that spill; blocks: queries x keys, strip, rows, warps, stages, lowering"]
+    """Prints the table of one GPU."""
+    lines, notes = [], ["registers per thread + spilled bytes; blocks: queries x keys, strip, rows, warps, stages, lowering"]
     for row in rows:
         name = f"{row['encoding']}, {row['dtype']}, {row['head_dim']}"
         if row["failed"]:

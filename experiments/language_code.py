@@ -1,10 +1,11 @@
-"""Language modelling on code: a table of CoPE's paper (arXiv:2405.18719), with what its gates and its last position are worth.
+"""Language modelling on code: a table of CoPE's paper (arXiv:2405.18719), with ablations of CoPE's gates and last position.
 
     python experiments/language_code.py                  # source code of Python's standard library; under 15 minutes on two cores
     python experiments/language_code.py --scale paper    # 4 layers, 8 heads, dimension 256, 4,096 tokens; one GPU
 
-Bits per byte on held-out files at the training length; the paper has perplexity of tokens of another corpus. The part "gates" has
-the kinds of gates and where CoPE acts, "clamp" the last position and the gates' bias, all in one program.
+Reports bits per byte on held-out files at the training length; the paper reports the perplexity of tokens of another corpus. The
+part "gates" varies the kind of gates and the layers with CoPE; "clamp" varies the last position and the bias of the gates, all in
+one compiled program.
 """
 
 import argparse
@@ -29,10 +30,10 @@ GATES = {  # WikiText-103, perplexity on its validation split; CoPE is 22.55
     "cope(64, scaled=True)": "-",
     "cope(64) / identity": "-",
 }
-# One at a time. Published P are 16 (22.45), 64 and 1,024 (22.46): clamp is P - 1.
+# Varied one at a time. The published values of P = clamp + 1 are 16 (22.45), 64 and 1,024 (22.46).
 CLAMPS = {"clamp": (3, 7, 15, 31), "gate_bias": (-4.0, -2.0, 2.0)}
 COLUMN, SHORT, MARGIN = "64 tokens", 260, 0.02  # bits per byte
-# The best of five, with tuning seeds (learning_rates.py).
+# The best of five, chosen with the tuning seeds of learning_rates.py.
 RATES = {"learned": 8e-3, "rope": 8e-3, "cope(64)": 4e-3, "rope + cope(64)": 4e-3, "alibi": 4e-3}
 
 
@@ -77,7 +78,7 @@ def parts(options: argparse.Namespace) -> dict[str, Part]:
     claims += [Claim(spec, "rope", COLUMN, MARGIN, steps=SHORT) for spec in PUBLISHED if spec != "rope"]
     claims.append(Claim("rope + cope(64)", "cope(64)", COLUMN, MARGIN))
 
-    def beside_cope(specs: tuple[str, ...]) -> Part:
+    def compared_with_cope(specs: tuple[str, ...]) -> Part:
         shorter = dataclasses.replace(config, steps=240, checkpoint_every=240)
         own = [Claim(spec, "cope(64)", COLUMN, MARGIN, steps=240, primary=False) for spec in specs]
         rates = dict.fromkeys(specs, RATES.get("cope(64)", config.learning_rate))
@@ -85,8 +86,8 @@ def parts(options: argparse.Namespace) -> dict[str, Part]:
 
     return {
         "main": Part(tuned(config, tuple(PUBLISHED), RATES), tests, claims=claims),
-        "gates": beside_cope(tuple(GATES)),
-        "clamp": beside_cope(clamps),
+        "gates": compared_with_cope(tuple(GATES)),
+        "clamp": compared_with_cope(clamps),
     }
 
 

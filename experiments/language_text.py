@@ -3,8 +3,8 @@
     python experiments/language_text.py --data path/to/wikitext        # a file or a folder; under fifteen minutes on two cores
     python experiments/language_text.py --data path --scale paper      # GPT-2's shape, 1,024 tokens; GPUs, days
 
-A decoder reads bytes (BPE tokens at the published scale). Bits per byte on held-out text at the training length, where the paper
-has perplexity of words: 22 and 24 there are 4.46 and 4.58 bits a word, some 0.02 bits a byte apart.
+A decoder reads bytes (BPE tokens at the published scale). Reports bits per byte on held-out text at the training length; the paper
+reports the perplexity of words: 22 and 24 are 4.46 and 4.58 bits per word, which differ by about 0.02 bits per byte.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PUBLISHED = {  # perplexity, validation and test
 }
 MAIN = ("learned", "rope", "cope(64)", "rope + cope(64)")
 COLUMN, SHORT, MARGIN = "128 tokens", 300, 0.02  # bits per byte
-# Those of language_code.py, whose models have the same size.
+# The rates of language_code.py, whose models have the same size.
 RATES = language_code.RATES
 
 

@@ -1,11 +1,11 @@
-"""Learning rates of the encodings that are compared: five for text, three for masked words and for the synthetic tasks.
+"""Sweeps the learning rate of every encoding: five rates for text, three for masked words and for the synthetic tasks.
 
     python experiments/learning_rates.py --only code    # each line under fifteen minutes on two cores
     python experiments/learning_rates.py --only "masked words" "masked words, higher"
     python experiments/learning_rates.py --only flip_flop selective_copy counting
 
-Tuning seeds are none of the final ones. The recipes are those of language_code.py, tupe.py, flip_flop.py, selective_copy.py and
-counting.py, with fewer steps; each encoding is then trained there at the learning rate that is best for it here.
+The tuning seeds differ from the final seeds. The recipes are those of language_code.py, tupe.py, flip_flop.py, selective_copy.py
+and counting.py with fewer steps; those experiments then train each encoding at the learning rate that is best here.
 """
 
 import argparse
@@ -33,19 +33,19 @@ MASKED = ("learned", "sinusoidal", "identity", "t5(bidirectional=True)", "tupe",
 def parts(options: argparse.Namespace) -> dict[str, Part]:
     small = argparse.Namespace(scale="cpu", data=None)
 
-    def of(config: Config, specs: tuple[str, ...], rates: tuple[float, ...], steps: int, tests) -> Part:
+    def swept(config: Config, specs: tuple[str, ...], rates: tuple[float, ...], steps: int, tests) -> Part:
         config = dataclasses.replace(config, steps=steps, checkpoint_every=steps)
         points = grid(config, [("encoding", specs), ("learning_rate", rates)])
         return Part(points, tests, seeds=2, first_seed=TUNING_SEEDS[0])
 
     def synthetic(module, steps: int, more: tuple[str, ...] = ()) -> Part:
         config = module.recipe("cpu")
-        return of(config, (*module.encodings(config), *more), RATES, steps, module.tests)
+        return swept(config, (*module.encodings(config), *more), RATES, steps, module.tests)
 
     return {
-        "code": of(language_code.recipe(small), TEXT, TEXT_RATES, 600, lambda c, s: {"64": excerpts_in_rows(c, s)}),
-        "masked words": of(tupe.recipe(small), MASKED, RATES, 400, tupe.tests),
-        "masked words, higher": of(tupe.recipe(small), MASKED[3:], HIGHER, 400, tupe.tests),
+        "code": swept(language_code.recipe(small), TEXT, TEXT_RATES, 600, lambda c, s: {"64": excerpts_in_rows(c, s)}),
+        "masked words": swept(tupe.recipe(small), MASKED, RATES, 400, tupe.tests),
+        "masked words, higher": swept(tupe.recipe(small), MASKED[3:], HIGHER, 400, tupe.tests),
         "flip_flop": synthetic(flip_flop, 500, ("cope_alibi(slope=1.0)", "alibi")),
         "selective_copy": synthetic(selective_copy, 1000),
         "counting": synthetic(counting, 400),

@@ -1,9 +1,9 @@
-"""Whether more steps turn over what language_code.py and extrapolation.py find after 800 to 1,000: the same models, trained longer.
+"""Tests whether the results of language_code.py and extrapolation.py after 800 to 1,000 steps persist in longer training.
 
     python experiments/more_steps.py                  # source code of Python's standard library; under 15 minutes on two cores
     python experiments/more_steps.py --scale paper    # the models of extrapolation.py; GPUs, days
 
-Nothing is published to stand beside these numbers. The test sets and the recipe are those of extrapolation.py.
+There are no published numbers to compare with. The test sets and the recipe are those of extrapolation.py.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""RoFormer's figure 2, the decay of a rotated product with distance, and the product itself beside it.
+"""Reproduces RoFormer's figure 2, the decay of a bound on rotated products with distance, and compares it with the products.
 
     python experiments/roformer_decay.py                  # half a minute; nothing is trained
 
@@ -6,13 +6,14 @@ The paper (arXiv:2104.09864, section 3.4.3) groups a head's channels in pairs, h
 
     |sum_m h_m e^(i d theta_m)|  <=  max_m |h_(m+1) - h_m|  *  sum_m |S_m|,      S_m = sum_(l<m) e^(i d theta_l)
 
-Figure 2 draws the mean of |S_m| over distance d to 256. This program draws it for heads of 64 and 128 channels, to 4,096 tokens
-too, next to the products of equal and of random queries and keys, all relative to distance 0.
+Figure 2 plots the mean of |S_m| against the distance d, up to 256. This program plots it for heads of 64 and 128 channels, up to
+4,096 tokens, next to the products of equal and of random queries and keys, all relative to distance 0.
 
-Expect: to 256 tokens the bound falls to a fifth, in waves, with 45 % of the steps upwards; further out it falls no more, and for 64
-channels rises to a third. Equal queries and keys have a product that falls in waves too, to a third at 250, and is negative now and
-then from 725 tokens on (1,707 with 128 channels). The product of random ones does not decay at all: its root mean square is the
-same at every distance. The inequality always holds, and products use less than a hundredth of what it allows, in the median.
+Expected result: up to 256 tokens the bound falls to a fifth, in waves, with 45 % of the steps upwards; further out it stops
+falling, and for 64 channels rises to a third. The product of equal queries and keys also falls in waves, to a third at 250, and
+becomes negative at some distances from 725 tokens on (1,707 with 128 channels). The product of random ones does not decay at all:
+its root mean square is the same at every distance. The inequality always holds; the median product is below a hundredth of the
+bound.
 
 Writes results/roformer_decay.json and .png.
 """
@@ -32,7 +33,7 @@ SHOWN = (50, 250, 1000, 4096)
 
 
 def bound_in_numpy(distances: np.ndarray, head_dim: int, theta: float = THETA) -> np.ndarray:
-    """mean_m |S_m| [S] as the formula is printed, in float64."""
+    """Computes mean_m |S_m| [S] as the paper's formula states it, in float64."""
     frequencies = [theta ** (-2.0 * m / head_dim) for m in range(head_dim // 2)]
     partial, total = np.zeros(len(distances), complex), np.zeros(len(distances))
     for frequency in frequencies:
@@ -42,7 +43,7 @@ def bound_in_numpy(distances: np.ndarray, head_dim: int, theta: float = THETA) -
 
 
 def products(query: np.ndarray, key: np.ndarray, distances: np.ndarray, theta: float = THETA) -> np.ndarray:
-    """q.k after posjax's rotation, [pairs, S]: queries [pairs, H] at every distance from keys [pairs, H] at position 0."""
+    """Computes q.k after posjax's rotation, [pairs, S], for queries [pairs, H] at every distance from keys [pairs, H] at 0."""
 
     def spread(x: np.ndarray, length: int) -> jax.Array:
         return jnp.broadcast_to(jnp.asarray(x, jnp.float32)[None, None], (1, length, *x.shape))
@@ -55,7 +56,7 @@ def products(query: np.ndarray, key: np.ndarray, distances: np.ndarray, theta: f
 
 
 def bounds_of(query: np.ndarray, key: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    """The right side of the inequality, [pairs, S], of bound_in_numpy's shape [S]; h is zero past the last pair of channels."""
+    """Computes the right side of the inequality, [pairs, S], from bound_in_numpy's [S]; h is zero past the last channel pair."""
     half = query.shape[-1] // 2
     h = (query[:, :half] + 1j * query[:, half:]) * (key[:, :half] - 1j * key[:, half:])
     steps = np.abs(np.diff(h, axis=1, append=0.0)).max(1)
@@ -63,13 +64,13 @@ def bounds_of(query: np.ndarray, key: np.ndarray, shape: np.ndarray) -> np.ndarr
 
 
 def sign_changes(values: np.ndarray) -> float:
-    """The share of steps from one distance to the next at which a product changes its sign."""
+    """Computes the fraction of steps from one distance to the next at which a product changes its sign."""
     signs = np.sign(values)
     return float((signs[..., 1:] * signs[..., :-1] < 0).mean())
 
 
 def measure(head_dim: int) -> tuple[dict, dict[str, np.ndarray]]:
-    """The row of one head dimension, and its curves over distance."""
+    """Returns the row of one head dimension, and its curves over distance."""
     distances = np.arange(FARTHEST + 1)
     exact, ours = bound_in_numpy(distances, head_dim), np.asarray(decay_bound(jnp.asarray(distances), head_dim, THETA), float)
     normal = np.random.default_rng(0).standard_normal
@@ -101,7 +102,7 @@ def measure(head_dim: int) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def draw(curves: dict[int, dict[str, np.ndarray]]):
-    """A row of panels for each head dimension, near distances on the left and all on the right."""
+    """Plots a row of panels per head dimension, with near distances on the left and all distances on the right."""
     names = {
         "random": "random q, k: single products / sqrt(H)",
         "rms": f"random q, k: root mean square of {DRAWS}",
@@ -109,14 +110,14 @@ def draw(curves: dict[int, dict[str, np.ndarray]]):
         "bound": "RoFormer's bound, mean of |S_m|",
     }
     figure, grid = new_figure(10.0, 3.0 * len(curves), len(curves), 2, squeeze=False)
-    for panels, (head_dim, of) in zip(grid, curves.items(), strict=True):
+    for panels, (head_dim, curve) in zip(grid, curves.items(), strict=True):
         for axes, reach in zip(panels, (256, FARTHEST), strict=True):
-            x = of["distance"][: reach + 1]
-            for number, line in enumerate(of["random"][: 4 if reach == 256 else 1]):
+            x = curve["distance"][: reach + 1]
+            for number, line in enumerate(curve["random"][: 4 if reach == 256 else 1]):
                 axes.plot(x, line[: reach + 1], color=GREY, linewidth=0.6, alpha=0.5, label=None if number else names["random"])
-            axes.plot(x, of["rms"][: reach + 1], color=BLUE, linewidth=1.4, label=names["rms"])
-            axes.plot(x, of["equal"][: reach + 1], color=RED, linewidth=1.2, label=names["equal"])
-            axes.plot(x, of["bound"][: reach + 1], color=BLACK, linestyle="--", linewidth=1.4, label=names["bound"])
+            axes.plot(x, curve["rms"][: reach + 1], color=BLUE, linewidth=1.4, label=names["rms"])
+            axes.plot(x, curve["equal"][: reach + 1], color=RED, linewidth=1.2, label=names["equal"])
+            axes.plot(x, curve["bound"][: reach + 1], color=BLACK, linestyle="--", linewidth=1.4, label=names["bound"])
             axes.axhline(0, color="0.6", linewidth=0.6, zorder=0)
             axes.set_title(f"heads of {head_dim} channels", fontsize=10)
             axes.set_xlabel("distance (tokens)")

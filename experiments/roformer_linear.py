@@ -1,10 +1,11 @@
-"""RoFormer's linear attention (arXiv:2104.09864, section 4.4): rotation helps it, as it helps softmax attention.
+"""RoFormer's linear attention (arXiv:2104.09864, section 4.4), with and without RoPE, compared with softmax attention.
 
     python experiments/roformer_linear.py                  # under fifteen minutes on two cores
-    python experiments/roformer_linear.py --scale paper    # 12 layers, dimension 768, enwik8 of your own (--data), one GPU, hours
+    python experiments/roformer_linear.py --scale paper    # 12 layers, dimension 768, your copy of enwik8 (--data), one GPU, hours
 
-The paper trains a Performer of 12 layers with and without RoPE on enwik8 and shows that the loss falls faster and ends lower with
-it; it gives a figure and no numbers. Here: bits per byte of a decoder with RoFormer's linear attention (elu + 1) and with softmax.
+The paper trains a Performer of 12 layers with and without RoPE on enwik8; the loss falls faster and ends lower with RoPE, in a
+figure without numbers. This experiment reports bits per byte of a decoder with RoFormer's linear attention (elu + 1) and with
+softmax.
 """
 
 import argparse

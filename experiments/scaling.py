@@ -1,17 +1,17 @@
-"""How a training step divides between computing and each axis of the mesh on 64, 256 and 512 chips; no TPU is needed.
+"""Predicts how a training step divides between computation and each mesh axis on 64, 256 and 512 chips; needs no TPU.
 
     python experiments/scaling.py                          # pretrain_7b on v5p, an hour on two CPU cores
     python experiments/scaling.py --only "fsdp" --chips 64 256
 
-The whole step of a decoder of 7 billion parameters under RoPE and CoPE is compiled for each number of chips by their own compiler;
-shares are those of ``posjax plan``: what computes and what moves at the peaks of the data sheets, with nothing beside anything.
-Strong: the batch of the configuration on ever more chips. Weak: as many sequences for every chip. Three meshes:
+Compiles the full step of a decoder with 7 billion parameters, RoPE and CoPE for each number of chips; shares are those of
+``posjax plan``: computation and communication at the peaks of the data sheets, without overlap. Strong scaling keeps the batch of
+the configuration on more and more chips; weak scaling keeps the number of sequences per chip. Three meshes:
 
     fsdp                 rows and state over all chips
-    data, fsdp, tensor   the state over 16, heads and MLP over 4, copies for the rest
+    data, fsdp, tensor   the state over 16, heads and MLP over 4, replicas over the remaining chips
     context              sequences of 32,768 tokens, a quarter as many, each over 4 chips
 
-experiments/results/scaling.json keeps each plan; one that is there is not made again as long as jax and libtpu are the same.
+experiments/results/scaling.json stores each plan; stored plans are reused as long as the versions of jax and libtpu are the same.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ SEQUENCES = 512  # of 8,192 tokens, strong scaling
 
 
 def meshes(chips: int) -> dict[str, dict[str, Any]]:
-    """Fields of the configuration by the name of the mesh."""
+    """Returns {name of the mesh: fields of the configuration}."""
     long = dict(seq_length=32_768)
     return {
         "fsdp": dict(mesh=f"fsdp={chips}"),
@@ -45,11 +45,11 @@ def meshes(chips: int) -> dict[str, dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """Compiles and writes down what is missing, and draws the figure.
+    """Configures which plans to compile.
 
     Attributes:
-      only: meshes; all of them if none is named.
-      chips: numbers of them.
+      only: names of meshes; all if empty.
+      chips: numbers of chips.
     """
 
     only: tuple[str, ...] = ()
@@ -57,25 +57,25 @@ class Scaling:
 
 
 def sequences(kind: str, chips: int, fields: Mapping[str, Any]) -> int:
-    """In a batch, of the length that the mesh has."""
+    """Returns the number of sequences in a batch, given the sequence length of the mesh."""
     return (SEQUENCES if kind == "strong" else chips) * 8192 // fields.get("seq_length", 8192)
 
 
 def main(config: Scaling) -> None:
-    of = {name: n for name, n in versions().items() if name in ("python", "jax", "jaxlib", "libtpu")}
+    current = {name: n for name, n in versions().items() if name in ("python", "jax", "jaxlib", "libtpu")}
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    rows = {(r["mesh"], r["kind"], r["chips"]): r for r in stored.get("rows", ()) if stored.get("versions") == of}
+    rows = {(r["mesh"], r["kind"], r["chips"]): r for r in stored.get("rows", ()) if stored.get("versions") == current}
     for name in meshes(64):
         for kind in ("strong", "weak"):
             for chips in TOPOLOGIES:
-                asked = (not config.only or name in config.only) and chips in config.chips
-                if asked and (name, kind, chips) not in rows:
+                is_selected = (not config.only or name in config.only) and chips in config.chips
+                if is_selected and (name, kind, chips) not in rows:
                     fields = meshes(chips)[name]
                     fields |= dict(batch_size=sequences(kind, chips, fields))
                     alike = [r for r in rows.values() if r["fields"] == fields and r["chips"] == chips]
-                    made = alike[0]["plan"] if alike else measured(chips, fields)
-                    rows[name, kind, chips] = dict(mesh=name, kind=kind, chips=chips, fields=fields, plan=made)
-                    RESULTS.write_text(json.dumps({"versions": of, "rows": list(rows.values())}, indent=1) + "\n")
+                    plan = alike[0]["plan"] if alike else measured(chips, fields)
+                    rows[name, kind, chips] = dict(mesh=name, kind=kind, chips=chips, fields=fields, plan=plan)
+                    RESULTS.write_text(json.dumps({"versions": current, "rows": list(rows.values())}, indent=1) + "\n")
     show(list(rows.values()))
     draw(list(rows.values()))
 
@@ -91,21 +91,26 @@ def measured(chips: int, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    heads = ["mesh", "scaling", "chips", "GiB", "s a step", "MFU", *_GROUPS]
+    heads = ["mesh", "scaling", "chips", "GiB", "s per step", "MFU", *_GROUPS]
     lines = []
     for row in rows:
         plan, first = row["plan"], [row["mesh"], row["kind"], str(row["chips"])]
         if plan["failed"] is not None:
-            lines.append([*first, "no fit", *[""] * (len(heads) - 4)])
+            lines.append([*first, "does not fit", *[""] * (len(heads) - 4)])
             continue
         used = sum(plan["memory"].values())
-        verdict = "" if used <= plan["capacity"] else " (no fit)"
+        verdict = "" if used <= plan["capacity"] else " (does not fit)"
         grouped = dict.fromkeys(_GROUPS, 0.0)
         for name, share in plan["shares"].items():
             grouped[name if name in grouped else "weights"] += share
         numbers = [f"{used / 2**30:.1f}{verdict}", f"{plan['step']:.2f}", f"{plan['mfu']:.0%}"]
         lines.append([*first, *numbers, *(f"{share:.1%}" for share in grouped.values())])
-    print_table(f"{CONFIG} on v5p: shares of a step", heads, lines, ["weights: and their gradients, over data, fsdp and others."])
+    print_table(
+        f"{CONFIG} on v5p: shares of a step",
+        heads,
+        lines,
+        ["weights: communication of weights and gradients, over data, fsdp and other axes"],
+    )
 
 
 _GROUPS = ("compute", "weights", "tensor", "context")
@@ -113,7 +118,7 @@ _COLORS = {"compute": GREY, "memory": SKY, "fsdp": BLUE, "data+fsdp": GREEN, "te
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """Stacked shares of a step, a panel for each mesh and kind."""
+    """Plots the stacked shares of a step, with a panel for each mesh and kind of scaling."""
     names = list(meshes(64))
     figure, grid = new_figure(10.0, 5.0, 2, len(names), squeeze=False, sharey=True, sharex=True)
     seen: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What the experiments score models on: excerpts of text and strings of a task, as items that intervals resample. Not a program."""
+"""Test sets of the experiments: excerpts of text and strings of a task, as items that intervals resample. Not a program."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -19,7 +19,7 @@ Tests = Callable[[Config, int | None], Mapping[str, EvalSet | None]]
 
 
 def excerpts_in_rows(config: Config, source: Source, steps: Steps = frozenset()) -> EvalSet:
-    """The validation text's excerpts, read in rows as long as the trained ones; every token is scored. An excerpt is an item."""
+    """Returns the validation excerpts, read in rows of the training length; all tokens are scored, and an excerpt is an item."""
     length = config.seq_length
     stream = _streams(source.validation)
     rows = stream.shape[1] // length
@@ -27,22 +27,22 @@ def excerpts_in_rows(config: Config, source: Source, steps: Steps = frozenset())
     after = np.concatenate([stream[:, 1:], np.zeros_like(stream[:, :1])], axis=1)[:, : rows * length].reshape(-1, length)
     weights = np.ones(inputs.shape, np.float32)
     if rows * length == stream.shape[1]:
-        weights[rows - 1 :: rows, -1] = 0.0  # nothing follows an excerpt
+        weights[rows - 1 :: rows, -1] = 0.0  # the last token of an excerpt has no target
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), inputs.shape)
     return EvalSet(_batches(inputs, after, weights, positions), np.repeat(np.arange(len(stream)), rows), steps=steps)
 
 
 def ends_of_excerpts(config: Config, source: Source, length: int, window: int | None = None, steps: Steps = frozenset()) -> EvalSet:
-    """The end of every excerpt, as long as a trained row, read with what stands before it in a row of ``length`` tokens.
+    """Returns the ends of excerpts, each as long as a training row, read with the text before them in rows of ``length`` tokens.
 
-    The same tokens are scored at every length, so that what differs is how much text stands before them and nothing else. With a
-    window, a layer looks ``window - 1`` tokens back: what stands farther away than that, a layer at a time, cannot matter and is
-    left out of the row, whose tokens keep their positions. The numbers are then those of rows of any length.
+    The same tokens are scored at every length, so that only the amount of preceding text differs. With a window, a layer attends
+    ``window - 1`` tokens back; tokens that are out of reach of all layers together are left out of the row, whose other tokens keep
+    their positions. The numbers then hold for rows of any length.
     """
-    scored = config.seq_length - 1  # the last token of an excerpt has nothing to predict
+    scored = config.seq_length - 1  # the last token of an excerpt has no target
     stream = _streams(source.validation)
     if stream.shape[1] < length:
-        raise ValueError(f"excerpts must have {length} tokens with the one that opens them, got {stream.shape[1]}")
+        raise ValueError(f"excerpts must have {length} tokens, including BOS, got {stream.shape[1]}")
     begin = stream.shape[1] - length
     if window is not None:
         reach = scored + 1 + config.num_layers * (window - 1)
@@ -57,7 +57,7 @@ def ends_of_excerpts(config: Config, source: Source, length: int, window: int | 
 
 
 def strings(config: Config, source: Source, task: Task, count: int, by_row: bool = False, steps: Steps = frozenset()) -> EvalSet:
-    """``count`` strings of a task in ``ITEMS`` blocks. Where a model is trained on a fixed set, none of them is in it."""
+    """Returns ``count`` strings of a task in ``ITEMS`` blocks; strings of a fixed training set are excluded."""
     size = count // ITEMS
     per_batch = max(n for n in range(1, count + 1) if count % n == 0 and n * task.length <= max(_BATCH_TOKENS, task.length))
     drawn = test_rows(config, source, task)
@@ -65,13 +65,13 @@ def strings(config: Config, source: Source, task: Task, count: int, by_row: bool
     while sum(map(len, rows.get("tokens", ()))) < count:
         for name, x in next(drawn).items():
             rows.setdefault(name, []).append(x)
-    whole = {name: np.concatenate(parts)[:count] for name, parts in rows.items()}
-    batches = [{name: x[i : i + per_batch] for name, x in whole.items()} for i in range(0, count, per_batch)]
+    joined = {name: np.concatenate(parts)[:count] for name, parts in rows.items()}
+    batches = [{name: x[i : i + per_batch] for name, x in joined.items()} for i in range(0, count, per_batch)]
     return EvalSet(batches, np.minimum(np.arange(count) // size, ITEMS - 1), by_row=by_row, steps=steps)
 
 
 def majority(tests: Mapping[str, EvalSet]) -> dict[str, float]:
-    """The error in percent of always giving the commonest answer, by test set."""
+    """Computes the error in percent of always giving the most common answer, by test set."""
     errors = {}
     for column, one in tests.items():
         answers = np.concatenate([batch["targets"][batch["weights"] > 0] for batch in one.batches])
@@ -80,10 +80,12 @@ def majority(tests: Mapping[str, EvalSet]) -> dict[str, float]:
 
 
 def _streams(corpus: Corpus) -> np.ndarray:
-    """Every document with the token that opens it, [documents, n]; they must be excerpts, all of one length."""
+    """Returns every document with its BOS token, [documents, n]; documents must be excerpts of one length."""
     lengths = np.unique(np.diff(corpus.offsets))
     if len(lengths) != 1:
-        raise ValueError("the validation text has no document as long as the longest rows that are scored")
+        raise ValueError(
+            f"the validation text must have a document as long as the longest scored rows, got lengths {lengths.tolist()[:5]}"
+        )
     text = np.asarray(corpus.tokens, np.int32).reshape(-1, lengths[0])
     return np.concatenate([np.full((len(text), 1), corpus.bos, np.int32), text], axis=1)
 
@@ -96,7 +98,7 @@ def _batches(inputs: np.ndarray, after: np.ndarray, weights: np.ndarray, positio
 
 
 def text_digest(corpora: Sequence[Corpus]) -> Iterator[bytes]:
-    """The tokens of corpora and where their documents begin, for a hash that says which text a number is of."""
+    """Yields the tokens and document offsets of corpora, for a hash that identifies the text behind a number."""
     for corpus in corpora:
         yield np.ascontiguousarray(corpus.offsets, np.int64).tobytes()
         yield np.ascontiguousarray(corpus.tokens, np.int32).tobytes()

@@ -3,10 +3,10 @@
     python experiments/selective_copy.py                  # 16 letters among 16 blanks; under fifteen minutes on two cores
     python experiments/selective_copy.py --scale paper    # 256 among 256, 100,000 steps; one GPU
 
-The model reads letters with blanks among them and must write the letters down. Error in percent of the letters and of whole
-strings, on the training distribution, with half as many blanks (dense) and with twice as many (sparse). The paper's numbers reach
-100 %, above guessing letters, so they must count strings. Strings of the sparse set are longer than the trained ones: learned
-positions answer there from rows of their table that were never trained.
+The model reads letters with blanks among them and copies the letters. Reports the error in percent of letters and of strings, on
+the training distribution, with half as many blanks (dense) and with twice as many (sparse). The paper's numbers reach 100 %, above
+the error of random letters, so they must count strings. Strings of the sparse set are longer than training strings, so learned
+positions use rows of their table there that were never trained.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PUBLISHED = {
 SETS = ("in distribution", "dense", "sparse")
 WHOLE = tuple(f"{name}, strings" for name in SETS)
 SHORT, MARGIN = 500, 1.0
-# The best of three in the distribution, 3e-3 where several have no errors, with tuning seeds (learning_rates.py).
+# The best of three in distribution (3e-3 if several have no errors), chosen with the tuning seeds of learning_rates.py.
 RATES = {"learned": 1e-2, "rope": 3e-3, "cope(64)": 3e-3}
 
 

@@ -1,27 +1,27 @@
-"""Why a Transformer needs positions, and which part of what they add knows about two at once.
+"""Demonstrates why a Transformer needs positions, and which term of its expansion depends on two positions at once.
 
     python experiments/symmetry.py                        # a minute or two; nothing is trained
 
-Two arguments of Su Jianlin's (RoFormer, arXiv:2104.09864, section 2, and his articles that led to it), as numbers.
+Checks two arguments by Su Jianlin (RoFormer, arXiv:2104.09864, section 2, and earlier articles) numerically.
 
-1. Symmetry. Without positions an encoder sees a set: permute the other tokens, and the last token's output stays. Each encoding
-   breaks that, and so does a causal mask, in two layers or more: in a single layer the last token still sees a set.
+1. Symmetry. Without positions, an encoder sees a set: permuting the other tokens does not change the last token's output. Each
+   encoding breaks this symmetry, and so does a causal mask with two layers or more: in one layer, the last token still sees a set.
 
 2. Expansion. Add small vectors p_m and p_n to the embeddings of two tokens of a model f without positions:
 
      f(.., x_m + p_m, .., x_n + p_n, ..) = f + p_m.g_m + p_n.g_n + p_m.H_mm.p_m / 2 + p_n.H_nn.p_n / 2 + p_m.H_mn.p_n + O(|p|^3)
 
-   with f's gradient g and Hessian H at p = 0. The first five terms know one position each, or none; the sixth alone knows two.
-   With sinusoids for p and the identity for H_mn it is sum_k cos((m - n) theta_k), a function of the distance; with the H_mn of a
-   model it is not.
+   with f's gradient g and Hessian H at p = 0. Each of the first five terms depends on at most one position; only the sixth depends
+   on two. With sinusoids for p and the identity for H_mn, it is sum_k cos((m - n) theta_k), a function of the distance; with the
+   H_mn of a model, it is not.
 
-Expect: differences of rounding, 5e-7, for identity() without a mask and with one in a single layer, and of 0.1 to 2.2 for all
-others, in logits of standard deviation 1; a remainder that falls with the third power of p, 3.0 fitted; one position each for
-the terms before the sixth; and of the sixth term's variance over pairs (m, n), all explained by m - n where H_mn is the identity,
-10 % (3 to 31) where it is that of a random model.
+Expected result: differences at the level of rounding, 5e-7, for identity() without a mask and for one causal layer, and of 0.1 to
+2.2 for all others, in logits of standard deviation 1; a remainder that falls with the third power of p (fitted: 3.0); one position
+each in the terms before the sixth; and m - n explains all of the sixth term's variance over pairs (m, n) if H_mn is the identity,
+and 10 % (3 to 31) if it is that of a random model.
 
-The expansion is in float64. posjax's models take their softmax in float32, so that the model is written out here once more, with
-the weights of a posjax.models.transformer.Transformer, and compared with it. Writes results/symmetry.json and .png.
+The expansion is in float64. posjax's models compute softmax in float32, so the model is implemented here again, with the weights of
+a posjax.models.transformer.Transformer, and compared with it. Writes results/symmetry.json and .png.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ from posjax.plots.style import BLACK, RED, new_figure, save, styles
 
 ENCODINGS = ("identity", "sinusoidal", "learned", "rope", "alibi", "t5", "tupe", "tupe(relative=True)", "cope(16)", "rope+cope(16)")
 LENGTH, VOCABULARY, WIDTH, HEADS = 24, 32, 64, 4
-POSITIONS, MODELS = 128, 10  # of the sixth term's pairs; random models
+POSITIONS, MODELS = 128, 10  # positions of the sixth term's pairs, and number of random models
 TERMS = ("p_m.g_m", "p_n.g_n", "p_m.H_mm.p_m / 2", "p_n.H_nn.p_n / 2", "p_m.H_mn.p_n")
 
 
@@ -51,9 +51,9 @@ TERMS = ("p_m.g_m", "p_n.g_n", "p_m.H_mm.p_m / 2", "p_n.H_nn.p_n / 2", "p_m.H_mn
 
 
 def change_under_permutation(spec: str, is_causal: bool, num_layers: int, permutations: int = 8) -> float:
-    """max |difference| of the last token's logits when the tokens before it are permuted, over one text's permutations.
+    """Computes the largest change of the last token's logits over permutations of the tokens before it.
 
-    Tables that begin at zero would do nothing before training: every leaf of the encoding gets noise of standard deviation 0.3.
+    Noise of standard deviation 0.3 is added to every leaf of the encoding, because tables that are initially zero have no effect.
     """
     config = TransformerConfig(
         VOCABULARY, num_layers, WIDTH, HEADS, max_length=LENGTH, is_causal=is_causal, tie_embeddings=False, implementation="xla"
@@ -85,7 +85,7 @@ def symmetry_rows() -> list[dict]:
 
 
 def random_model(seed: int, num_layers: int = 2) -> tuple[Transformer, dict, jax.Array]:
-    """An encoder without positions, its weights, and the embeddings [T, D] of a random text."""
+    """Returns an encoder without positions, its weights, and the tokens [T] of a random text."""
     config = TransformerConfig(
         VOCABULARY, num_layers, WIDTH, HEADS, max_length=LENGTH, is_causal=False, tie_embeddings=False, implementation="xla"
     )
@@ -95,7 +95,7 @@ def random_model(seed: int, num_layers: int = 2) -> tuple[Transformer, dict, jax
 
 
 def forward(params: dict, x: jax.Array) -> jax.Array:
-    """The same encoder from embeddings [T, D] to logits [T, V], in the type of its arguments."""
+    """Applies the same encoder to embeddings [T, D] and returns logits [T, V], in the dtype of its arguments."""
 
     def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
         return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
@@ -113,13 +113,13 @@ def forward(params: dict, x: jax.Array) -> jax.Array:
 
 
 def scalar_of(seed: int) -> tuple[Partial, jax.Array, float]:
-    """f(x), a logit of the first token of a random encoder, its text's embeddings, and how far float32 posjax is from it."""
+    """Returns f, a logit of the first token of a random encoder, the embeddings of its text, and the error of float32 posjax."""
     model, params, tokens = random_model(seed)
     theirs = np.asarray(model(tokens[None])[0], float)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
     x = params["token_embedding"]["embedding"][tokens] * np.sqrt(WIDTH)
     error = float(np.abs(np.asarray(forward(params, x)) - theirs).max())
-    return Partial(first_logit, params), x, error  # a Partial may be an argument of jit, so that all models share one program
+    return Partial(first_logit, params), x, error  # a Partial can be an argument of jit, so that all models share one program
 
 
 def first_logit(params: dict, x: jax.Array) -> jax.Array:
@@ -127,7 +127,7 @@ def first_logit(params: dict, x: jax.Array) -> jax.Array:
 
 
 def expansion(f: Callable, x: jax.Array, m: int, n: int, p_m: jax.Array, p_n: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(the five terms after f in the order of TERMS, what is left of f(x + p) after all six), by forward over reverse."""
+    """Returns the five terms after f in the order of TERMS, and the remainder of f(x + p), by forward-over-reverse."""
     at_m, at_n = jnp.zeros_like(x).at[m].set(p_m), jnp.zeros_like(x).at[n].set(p_n)
     gradient, along_m = jax.jvp(jax.grad(f), (x,), (at_m,))
     _, along_n = jax.jvp(jax.grad(f), (x,), (at_n,))
@@ -137,33 +137,33 @@ def expansion(f: Callable, x: jax.Array, m: int, n: int, p_m: jax.Array, p_n: ja
 
 
 def sinusoids(positions: int, width: int = WIDTH) -> np.ndarray:
-    """[P, D] of the sinusoidal encoding, in float64."""
+    """Returns the vectors [P, D] of the sinusoidal encoding, in float64."""
     phase = np.arange(positions)[:, None] * geometric_frequencies(10_000.0, width)
     return np.stack([np.sin(phase), np.cos(phase)], -1).reshape(positions, width)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
 def remainders(f: Callable, x: jax.Array, m: int, n: int, sizes: jax.Array) -> jax.Array:
-    """The remainder for vectors p_m and p_n of each of these norms, [sizes]."""
+    """Computes the remainder for vectors p_m and p_n of each of these norms, [sizes]."""
     table = sinusoids(POSITIONS)
     unit = table / np.linalg.norm(table, axis=1, keepdims=True)
     return jax.lax.map(lambda size: expansion(f, x, m, n, size * unit[5], size * unit[40])[1], sizes)
 
 
 def fitted_power(sizes: np.ndarray, values: np.ndarray) -> float:
-    """k of values = c sizes^k, by least squares of the logarithms."""
+    """Fits values = c sizes^k by least squares of the logarithms, and returns k."""
     return float(np.polyfit(np.log(sizes), np.log(np.abs(values)), 1)[0])
 
 
 @partial(jax.jit, static_argnums=(2, 3))
 def cross_hessian(f: Callable, x: jax.Array, m: int, n: int) -> jax.Array:
-    """H_mn, [D, D]."""
+    """Computes H_mn, [D, D]."""
     row = jax.grad(lambda at_m, at_n: f(x.at[m].set(at_m).at[n].set(at_n)), argnums=0)
     return jax.jacfwd(row, argnums=1)(x[m], x[n])
 
 
 def explained(values: np.ndarray) -> dict[str, float]:
-    """Shares of the variance of values [P, P] over pairs (m, n): by m - n alone, and by a sum of a function of m and one of n."""
+    """Computes the fractions of the variance of values [P, P] that m - n explains, and that a function of m plus one of n does."""
     place = np.arange(len(values))
     distance = (place[:, None] - place[None, :] + len(values) - 1).ravel()
     flat = values.ravel()
@@ -178,12 +178,12 @@ def explained(values: np.ndarray) -> dict[str, float]:
 
 @partial(jax.jit, static_argnums=(2, 3))
 def terms_over_pairs(f: Callable, x: jax.Array, m: int, n: int, table: jax.Array) -> jax.Array:
-    """The five terms for p_m and p_n of every pair of rows of table [P, D], each on its own: [P, P, 5]."""
+    """Computes the five terms for p_m and p_n of every pair of rows of table [P, D]: [P, P, 5]."""
     return jax.vmap(lambda p: jax.vmap(lambda q: expansion(f, x, m, n, p, q)[0])(table))(table)
 
 
 def measure_expansion(models: int = MODELS, m: int = 3, n: int = 11) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What goes into the file, and the arrays of the figure. In float64: call it under ``jax.enable_x64``."""
+    """Returns the results for the file, and the arrays of the figure. Must be called under ``jax.enable_x64``."""
     table, sizes = sinusoids(POSITIONS), np.geomspace(1e-2, 0.3, 9)  # embeddings have a norm of 8
     rows, lines, maps = [], [], []
     for seed in range(models):
@@ -194,13 +194,13 @@ def measure_expansion(models: int = MODELS, m: int = 3, n: int = 11) -> tuple[di
         rows.append(found | explained(maps[-1]))
     f, x, _ = scalar_of(0)
     few = np.asarray(terms_over_pairs(f, x, m, n, jnp.asarray(table[:16])))
-    of_terms = {name: explained(few[..., k])["by_one_position_each"] for k, name in enumerate(TERMS)}
+    term_shares = {name: explained(few[..., k])["by_one_position_each"] for k, name in enumerate(TERMS)}
     place = np.arange(POSITIONS)
     closed = np.cos((place[:, None] - place)[..., None] * geometric_frequencies(10_000.0, WIDTH)).sum(-1)
     identity = table @ table.T
-    of_identity = {"error_of_closed_form": float(np.abs(identity - closed).max())} | explained(identity)
-    independent = (2 * POSITIONS - 2) / (POSITIONS**2 - 1)  # as many numbers as pairs, drawn at random, and 2 P - 1 means of them
-    found = {"models": rows, "identity": of_identity, "one_position_each": of_terms, "by_distance_of_noise": independent}
+    identity_shares = {"error_of_closed_form": float(np.abs(identity - closed).max())} | explained(identity)
+    independent = (2 * POSITIONS - 2) / (POSITIONS**2 - 1)  # the share that 2 P - 1 means explain of P^2 independent random numbers
+    found = {"models": rows, "identity": identity_shares, "one_position_each": term_shares, "by_distance_of_noise": independent}
     return found, {"sizes": sizes, "left": np.stack(lines), "mixed": maps[0], "identity": identity}
 
 
@@ -234,13 +234,13 @@ def draw(symmetry: list[dict], found: dict[str, np.ndarray]):
     remainder.set_yscale("log")
     remainder.set_xlabel("size of p (norm of each vector)")
     remainder.set_ylabel("|f(x + p) - six terms| (logits)")
-    remainder.set_title("what the expansion leaves", fontsize=10)
+    remainder.set_title("remainder of the expansion", fontsize=10)
     panels = ((flat, "identity", "p_m.p_n: depends on m - n alone"), (generic, "mixed", "p_m.H_mn.p_n, H of a random model"))
     for axes, key, title in panels:
         values = found[key] - found[key].mean()
         reach = np.abs(values).max()
         image = axes.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, origin="lower")
-        figure.colorbar(image, ax=axes, shrink=0.85, label="less its mean (logits)" if key == "mixed" else "less its mean")
+        figure.colorbar(image, ax=axes, shrink=0.85, label="minus its mean (logits)" if key == "mixed" else "minus its mean")
         axes.grid(False)
         axes.set_xlabel("position n (tokens)")
         axes.set_ylabel("position m (tokens)")

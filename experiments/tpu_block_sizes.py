@@ -1,15 +1,16 @@
-"""Which block sizes the TPU kernel takes on each generation, from schedules of its compiler; no TPU is needed.
+"""Selects the block sizes of the TPU kernel for each generation from compiled schedules; needs no TPU.
 
     python experiments/tpu_block_sizes.py                                          # all generations: half an hour on two CPU cores
-    python experiments/tpu_block_sizes.py --generations v6e --tiles 512 512 256 1024 512 256 --table /tmp/blocks.json
+    python experiments/tpu_block_sizes.py --generations v6e --tiles 512 512 256 1024 512 256 --table blocks.json
 
-Causal attention in bfloat16, heads of 128 channels, forward and backward, is compiled with every tile, holding as many keys at once
-as compile: with no position, and with rope + cope(64), which takes a smaller tile where that one does not fit, as a call does. What
-counts is bundles (cycles) of a head of SEQUENCE tokens, as ``tpu_cost_of_counting.py`` finds them: without position, and with
-rope + cope(64) where gates are around one half and where they are small, a third each. Waiting for memory is not in it.
+Compiles causal attention in bfloat16 with heads of 128 channels, forward and backward, with every tile and as many resident keys as
+compile: without positions, and with rope + cope(64), which gets a smaller tile if this one does not fit, as in an actual call. The
+cost of a tile is the number of bundles (cycles) of a head of SEQUENCE tokens, computed as in ``tpu_cost_of_counting.py``: the mean
+over attention without positions, rope + cope(64) with gates around one half, and rope + cope(64) with small gates. It excludes
+stalls on memory.
 
-The best go to posjax/attention/backends/tpu/blocks.json, which the package reads; all numbers, with what the compiler refused, to
-experiments/results/tpu_block_sizes.json.
+Writes the best block sizes to posjax/attention/backends/tpu/blocks.json, which the package reads, and all numbers, including
+rejected block sizes, to experiments/results/tpu_block_sizes.json.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "tpu_block_sizes.json"
 SEQUENCE = 8192
 GATES = ("half", "small")
 TILES = ((512, 512, 256), (1024, 512, 256), (512, 1024, 256), (1024, 1024, 256), (2048, 512, 256), (1024, 512, 128))
-SMALL = ((512, 512, 256), (256, 512, 256), (512, 256, 256), (256, 256, 256))  # for little VMEM
+SMALL = ((512, 512, 256), (256, 512, 256), (512, 256, 256), (256, 256, 256))  # for chips with at most LITTLE VMEM
 LITTLE = 16 * 2**20
 
 
@@ -41,10 +42,10 @@ class Search:
     """Compiles the attention kernel with several block sizes and keeps the best.
 
     Attributes:
-      generations: of TPU.
-      tiles: queries, keys and strip of each tile to try; by default TILES, or SMALL on chips of LITTLE VMEM.
-      table: the file of the best; generations that are not searched stay as they are in it.
-      numbers: the file of all numbers.
+      generations: TPU generations.
+      tiles: queries, keys and strip of each tile to try; by default TILES, or SMALL on chips with at most LITTLE VMEM.
+      table: JSON file for the best block sizes; generations that are not searched keep theirs.
+      numbers: JSON file for all numbers.
     """
 
     generations: tuple[Literal["v4", "v5e", "v5p", "v6e", "tpu7x"], ...] = ("v4", "v5e", "v5p", "v6e", "tpu7x")
@@ -60,18 +61,18 @@ def gates_of(kind: str) -> costs.Gates:
 
 
 def compiled(generation: str, first: shipped.Blocks, spec: str, rejected: list[str]) -> tuple[shipped.Blocks, Any]:
-    """The first blocks from ``first`` on that compile, and the parts of their kernels; what did not compile joins ``rejected``."""
+    """Returns the first blocks, from ``first`` downwards, that compile, and the parts of their kernels; extends ``rejected``."""
     for blocks in smaller(first):
         try:
             return blocks, costs.compiled(generation, blocks, (spec,))
         except (RuntimeError, AssertionError) as error:
             words = re.search(r"takes about .*? VMEM|Used .*? vmem", str(error)) or [str(error).split("\n")[0][:200]]
             rejected.append(f"{spec}, {tuple(blocks)}: {words[0]}")
-    raise RuntimeError(f"{spec} compiles with no blocks for {generation}: {rejected[-1]}")
+    raise RuntimeError(f"{spec} does not compile with any block sizes for {generation}; the last error is: {rejected[-1]}")
 
 
 def measure(generation: str, tile: tuple[int, int, int]) -> dict[str, Any]:
-    """A row: the blocks of each encoding, bundles of a head of each kind of gates, forward and backward, and their mean."""
+    """Returns a row: the blocks of each encoding, the bundles of a head for each kind of gates and pass, and their mean."""
     rejected: list[str] = []
     row: dict[str, Any] = {"generation": generation, "tile": list(tile), "rejected": rejected, "blocks": {}, "bundles": {}}
     held = shipped.Blocks(*tile, block_kv_resident=SEQUENCE)
@@ -95,15 +96,15 @@ def search(config: Search) -> None:
             for number, tile in enumerate(tiles):
                 progress(f"{generation}: {' x '.join(map(str, tile))}", number, len(tiles))
                 rows.append(measure(generation, tile))
-        own = [row for row in rows if row["generation"] == generation]
-        cheapest = min(own, key=lambda row: row["cost"])
+        measured = [row for row in rows if row["generation"] == generation]
+        cheapest = min(measured, key=lambda row: row["cost"])
         best[generation] = shipped.Blocks(*cheapest["blocks"]["identity"])
-        show(generation, own, cheapest)
+        show(generation, measured, cheapest)
         write(config, rows, best)
 
 
 def show(generation: str, rows: list[dict[str, Any]], cheapest: dict[str, Any]) -> None:
-    """Prints a generation's table."""
+    """Prints the table of one generation."""
     lines, notes = [], []
     for row in rows:
         name = f"{' x '.join(map(str, row['tile']))}{'*' if row is cheapest else ''}"
@@ -111,7 +112,7 @@ def show(generation: str, rows: list[dict[str, Any]], cheapest: dict[str, Any]) 
         sizes = [" x ".join(map(str, row["blocks"][spec])) for spec in ("identity", costs.SPEC)]
         lines.append([name, *sizes, *cells, f"{row['cost'] / 1000:,.0f}"])
         notes += row["rejected"]
-    notes.append(f"Thousand bundles of a head of {SEQUENCE:,} tokens, forward / backward; * costs least in the mean.")
+    notes.append(f"Thousands of bundles for a head of {SEQUENCE:,} tokens, forward / backward; * has the lowest mean.")
     heads = ["tile", "identity's blocks", f"{costs.SPEC}'s", "identity", *(f"{kind} gates" for kind in GATES), "mean"]
     results.print_table(generation, heads, lines, notes)
 

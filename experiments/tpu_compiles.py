@@ -1,15 +1,15 @@
-"""Does every attention kernel compile for every TPU? Forward and backward, ahead of time; no TPU is needed.
+"""Tests whether every attention kernel compiles for every TPU generation, forward and backward, ahead of time; needs no TPU.
 
     python experiments/tpu_compiles.py                                        # all 840 calls: four hours on two CPU cores
     python experiments/tpu_compiles.py --chips v4 v6e --lengths 131072 1024   # a part of them
 
-Each encoding that the kernel knows, on each chip, in bfloat16 and float32, with heads of 64, 128 and 256 channels: causal attention
-of 4 query heads over 2 key heads within segments, and at PLAIN_LENGTH tokens also of 4 over 4 without segments. Gradients are
-of query, key, value and all parameters. A call whose program lacks a forward or a backward kernel has failed, too.
+Compiles causal attention for each encoding that the kernel supports, on each chip, in bfloat16 and float32, with heads of 64, 128
+and 256 channels: 4 query heads over 2 key heads with segments, and at PLAIN_LENGTH tokens also 4 over 4 without segments. Gradients
+are taken of query, key, value and all parameters. A call whose program lacks a forward or a backward kernel counts as failed.
 
-experiments/results/tpu_compiles.json has a row for each call, written a few calls at a time: seconds to trace and compile and
-VMEM of the kernels, or the reason of the failure. Calls that stand in it already are not made again, as long
-as versions and sources of the kernel are those that it names; else it begins anew. The exit code is 1 where a call failed.
+experiments/results/tpu_compiles.json has a row for each call, written a few calls at a time: seconds to trace and compile, and VMEM
+of the kernels, or the reason of the failure. Calls that are in the file are skipped, as long as the versions and the kernel sources
+are the same; otherwise all calls are repeated. The exit code is 1 if a call failed.
 """
 
 import dataclasses
@@ -39,24 +39,24 @@ from posjax.core import masks
 from posjax.encodings.spec import parse_encoding
 from posjax.hardware import GENERATIONS
 
-SOURCES = Path(blocks.__file__).parent  # of the kernels
-SHARED = (Path(deferred.__file__), Path(shards.__file__), Path(masks.__file__))  # and what else a call runs
+SOURCES = Path(blocks.__file__).parent  # the kernels
+SHARED = (Path(deferred.__file__), Path(shards.__file__), Path(masks.__file__))  # other code that a call runs
 RESULTS = Path(__file__).parent / "results" / "tpu_compiles.json"
 DTYPES = ("bfloat16", "float32")
 HEAD_DIMS = (64, 128, 256)
 PLAIN_LENGTH = 8192
-CALL = ("length", "chip", "encoding", "dtype", "head_dim", "plain")  # what a row is of
+CALL = ("length", "chip", "encoding", "dtype", "head_dim", "plain")  # fields that identify a call
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Compiles attention, forward and backward, and writes down what came of it.
+    """Configures the sweep.
 
     Attributes:
-      chips: generations of TPU.
-      lengths: tokens; queries and keys.
-      encodings: such as rope or "rope + cope(64)".
-      workers: compilers that run side by side.
+      chips: TPU generations.
+      lengths: numbers of tokens; queries and keys have the same.
+      encodings: encodings such as rope or "rope + cope(64)".
+      workers: number of compilers that run in parallel.
     """
 
     chips: tuple[Literal["v4", "v5e", "v5p", "v6e", "tpu7x"], ...] = ("v4", "v5e", "v5p", "v6e", "tpu7x")
@@ -66,7 +66,7 @@ class Sweep:
 
 
 def attention_job(length: int, encoding: str, dtype: str, head_dim: int, plain: bool) -> tuple[Callable, tuple]:
-    """What posjax.compile.aot compiles, in its own process: attention and its gradients, and their arguments."""
+    """Returns attention with its gradients, and their arguments, for posjax.compile.aot to compile in a separate process."""
     chosen = parse_encoding(encoding)
     heads, kv_heads = (4, 4) if plain else (4, 2)
     dims = pj.Dims(heads, head_dim, max_length=length, num_kv_heads=kv_heads)
@@ -87,7 +87,7 @@ def attention_job(length: int, encoding: str, dtype: str, head_dim: int, plain: 
 
 
 def measure(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of calls for one chip."""
+    """Compiles calls for one chip and returns their rows."""
     jobs = [("tpu_compiles:attention_job", {name: value for name, value in call.items() if name != "chip"}) for call in batch]
     reports = aot.compile_all(jobs, GENERATIONS[batch[0]["chip"]].topology, schedules=False)
     rows = []
@@ -105,7 +105,7 @@ def calls(config: Sweep) -> list[tuple]:
 
 
 def basis() -> dict[str, Any]:
-    """What results depend on. They hold for no other versions, nor other sources."""
+    """Returns the versions and the hash of the sources that results depend on."""
     sources = sorted([*SOURCES.glob("*.py"), *SOURCES.glob("*.json"), *SHARED])
     digest = hashlib.sha256(b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in sources))
     named = ("python", "posjax", "jax", "jaxlib", "libtpu")
@@ -113,12 +113,12 @@ def basis() -> dict[str, Any]:
 
 
 def sweep(config: Sweep) -> int:
-    """Makes the calls that are not in the file yet. Returns how many failed, earlier ones too."""
+    """Compiles the calls that are not in the file yet, and returns the number of failures, including earlier ones."""
     started = basis()
     rows = {}
     if RESULTS.exists():
-        found = json.loads(RESULTS.read_text())
-        rows = {tuple(row[name] for name in CALL): row for row in found.pop("rows") if found == started and not was_killed(row)}
+        stored = json.loads(RESULTS.read_text())
+        rows = {tuple(row[name] for name in CALL): row for row in stored.pop("rows") if stored == started and not was_killed(row)}
     asked = calls(config)
     missing = [dict(zip(CALL, call, strict=True)) for call in asked if call not in rows]
     alike = itertools.groupby(missing, lambda call: [call[name] for name in ("length", "chip", "encoding")])
@@ -126,14 +126,14 @@ def sweep(config: Sweep) -> int:
     with Live(summary(config, rows, "starting"), auto_refresh=False) as live, ThreadPoolExecutor(config.workers) as pool:
         try:
             for made in as_completed([pool.submit(measure, batch) for batch in batches]):
-                if basis() != started:  # which of the sources it was compiled from, nobody knows
-                    raise RuntimeError("the sources changed meanwhile; start again, from a copy if it goes on changing")
+                if basis() != started:  # it is unknown which sources the calls were compiled from
+                    raise RuntimeError("the sources changed during the sweep; run it again, from a copy if they keep changing")
                 rows |= {tuple(row[name] for name in CALL): row for row in made.result()}
                 write(started, rows)
                 for row in made.result():
                     live.console.print(f"{describe(row)}: {outcome(row)}", markup=False, highlight=False, soft_wrap=True)
                 left = sum(call not in rows for call in asked)
-                live.update(summary(config, rows, f"{left} of {len(asked)} calls to go"), refresh=True)
+                live.update(summary(config, rows, f"{left} of {len(asked)} calls left"), refresh=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -141,12 +141,12 @@ def sweep(config: Sweep) -> int:
 
 
 def was_killed(row: dict[str, Any]) -> bool:
-    """Whether somebody ended the compiler, or the machine had too little memory for it: that tells nothing of the kernel."""
+    """Returns whether the compiler was killed, by a user or for lack of memory, which says nothing about the kernel."""
     return re.search(r"killed by signal (2|9|15)\b", row["failed"] or "") is not None
 
 
 def write(started: dict[str, Any], rows: dict[tuple, dict[str, Any]]) -> None:
-    """A row a line; the file is never seen half written."""
+    """Writes the results atomically, one row per line."""
     lines = ",\n  ".join(json.dumps(rows[key]) for key in sorted(rows))
     part = RESULTS.with_name(RESULTS.name + ".part")
     part.write_text(f'{json.dumps(started, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n')
@@ -161,15 +161,15 @@ def describe(call: dict[str, Any]) -> str:
 def outcome(row: dict[str, Any]) -> str:
     if row["failed"] is not None:
         return f"FAILED: {row['failed']}"
-    said = [f"{row['seconds']:.0f} s"]
+    parts = [f"{row['seconds']:.0f} s"]
     for kernel in row["kernels"]:
         name = re.sub(r"posjax_attention_|\.\d+$", "", kernel["name"])
-        said.append(f"{name} {(kernel['vmem_bytes'] or 0) / 2**20:.1f} MiB")
-    return "; ".join(said)
+        parts.append(f"{name} {(kernel['vmem_bytes'] or 0) / 2**20:.1f} MiB")
+    return "; ".join(parts)
 
 
 def summary(config: Sweep, rows: dict[tuple, dict[str, Any]], now: str) -> Group:
-    """Encodings by chips: how many calls compiled, and how many did not."""
+    """Builds a table of encodings by chips: how many calls compiled, and how many failed."""
     table = Table("encoding", *config.chips)
     for encoding in config.encodings:
         cells = []

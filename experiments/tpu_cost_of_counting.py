@@ -1,26 +1,26 @@
-"""What rope + cope(64) costs next to attention without position in the TPU kernel, in bundles (cycles); no TPU is needed.
+"""Estimates the cost of rope + cope(64) over attention without positions in the TPU kernel, in bundles (cycles); needs no TPU.
 
-    python experiments/tpu_cost_of_counting.py                                       # gates that are drawn: two minutes
-    python experiments/tpu_cost_of_counting.py --workdir runs/mine                   # and those of a model with cope(64): four
+    python experiments/tpu_cost_of_counting.py                                       # random gates: two minutes
+    python experiments/tpu_cost_of_counting.py --workdir runs/mine                   # also gates of a model with cope(64): four
 
-Two halves. The compiler's schedule gives the bundles of every part of the kernel: the forms of a tile, the forms of a strip that
-counts, what loops within them do in a turn. A walk over gates in NumPy, which takes the kernel's decisions, gives how often each
-part runs. Causal attention, bfloat16, heads of 128 channels, each with keys of its own (query heads that share keys rotate them
-once), forward and backward with gradients of everything.
+The cost has two factors. The compiler's schedule gives the bundles of every part of the kernel: the variants of a tile, the
+variants of a counting strip, and one iteration of the loops within them. A simulation in NumPy, which makes the kernel's decisions
+for given gates, gives how often each part runs. The setting is causal attention in bfloat16 with heads of 128 channels, each with
+its own keys (query heads that share keys rotate them only once), forward and backward with all gradients.
 
 Gates are
 
     half      those of unit normal queries and keys
-    small     around 0.02: logits of -4, with a noise of half a unit normal query and key
-    sparse    0.02 in the mean: logits of -4.4 + unit normal query and key, as in posjax bench attention
-    trained   of every layer and head of a model that was trained with cope, on validation text as one context, however short
-              those were that it learned from; sequences of more than CONTEXT tokens are that text end to end
+    small     around 0.02: logits of -4, plus half the logit of unit normal queries and keys
+    sparse    with a mean of 0.02: logits of -4.4 plus those of unit normal queries and keys, as in posjax bench attention
+    trained   those of every layer and head of a model trained with cope, over validation text as one context, even if the model was
+              trained on shorter ones; sequences of more than CONTEXT tokens repeat that text
 
-Bundles leave out waiting for memory, and for a matrix unit that is still busy. The programs that are compiled hold all their keys
-at once. In longer sequences every resident block of keys is taken to cost the same parts, but for the rotation of keys on arrival,
-which XLA then does outside of the kernel, as it does the sums of gradients over blocks.
+Bundles exclude stalls on memory and on busy matrix units. The compiled programs hold all keys at once. In longer sequences, every
+resident block of keys is assumed to cost the same parts, except for the rotation of keys on arrival, which XLA then does outside
+the kernel, like the sums of gradients over blocks.
 
-All numbers go to experiments/results/tpu_cost_of_counting_CHIP.json.
+Writes all numbers to experiments/results/tpu_cost_of_counting_CHIP.json.
 """
 
 import collections
@@ -43,25 +43,25 @@ from posjax.bench.attention import versions
 from posjax.compile import aot
 from posjax.hardware import GENERATIONS
 
-SPEC, LAST = "rope + cope(64)", 63  # the last position
+SPEC, LAST = "rope + cope(64)", 63  # LAST: the last position
 CONTEXT = 8192
 DRAWN = {"half": (0.0, 1.0), "small": (-4.0, 0.5), "sparse": (-4.4, 1.0)}  # mean and standard deviation of logits
-NEED = ("few cells", "many cells")  # to be looked up in a quarter of a strip, in the order of the kernel's loops over groups
+NEED = ("few cells", "many cells")  # lookups in a quarter of a strip, in the order of the kernel's loops over groups
 SLOTS = max(generation.delay_slots for generation in GENERATIONS.values())
-Gates = Callable[[slice, slice], np.ndarray]  # queries, keys -> [t, s] before the mask
-Parts = dict[str, int]  # own bundles of each part
+Gates = Callable[[slice, slice], np.ndarray]  # (queries, keys) -> gates [t, s] before masking
+Parts = dict[str, int]  # bundles of each part, without nested parts
 Turns = collections.Counter  # how often each part runs
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Compiles attention without position and with rope + cope(64), and walks over gates.
+    """Configures the estimate.
 
     Attributes:
       chip: TPU generation.
-      lengths: tokens; the parts are shown for CONTEXT.
-      workdir: of posjax train, or DIR/ENCODING/seed-N of posjax compare: also takes the gates of that model.
-      out: the file of all numbers; by default that of the chip.
+      lengths: sequence lengths in tokens; the parts are printed for CONTEXT.
+      workdir: a workdir of posjax train, or DIR/ENCODING/seed-N of posjax compare, to include the gates of its model.
+      out: JSON file for all numbers; None: results/tpu_cost_of_counting_CHIP.json.
     """
 
     chip: Literal["v4", "v5e", "v5p", "v6e", "tpu7x"] = "v6e"
@@ -75,20 +75,20 @@ class Cost:
 
 @dataclasses.dataclass
 class Node:
-    """A section with those in it, in the order of the program. What has no name belongs to the part around it."""
+    """Represents a section with its nested sections, in program order. A node without a name belongs to the part around it."""
 
     section: aot.Section
     inside: "list[Node]" = dataclasses.field(default_factory=list)
     name: str = ""
-    turns: int = 1  # of a loop, where their number is known before compilation
+    turns: int = 1  # trip count of a loop, if known before compilation
 
     def working(self) -> "list[Node]":
-        """What multiplies matrices, looked for below conditions that are about nothing else."""
+        """Returns the nodes that multiply matrices, looking inside branches that only wrap them."""
         found = [node for node in self.inside if node.section.products]
         return found[0].working() if len(found) == 1 and found[0].section.kind == "branch" and found[0].inside else found
 
     def loops(self) -> "list[Node]":
-        """The outermost loops, perhaps itself."""
+        """Returns the outermost loops, which may be this node itself."""
         return [self] if self.section.kind == "loop" else self.loops_within()
 
     def loops_within(self) -> "list[Node]":
@@ -102,9 +102,9 @@ def end_of(section: aot.Section) -> int:
     return section.first + section.bundles
 
 
-def apart(sections: Sequence[aot.Section]) -> list[aot.Section]:
-    """Sections within each other or apart. A loop may begin in the delay slots of the branch around it, and end in another's."""
-    made = []
+def disjoint_or_nested(sections: Sequence[aot.Section]) -> list[aot.Section]:
+    """Adjusts sections so that any two are disjoint or nested: a loop may begin or end in the delay slots of a branch."""
+    adjusted = []
     for section in sections:
         first, end = section.first, end_of(section)
         for other in sections:
@@ -113,16 +113,18 @@ def apart(sections: Sequence[aot.Section]) -> list[aot.Section]:
                 first = begin
             if section.kind == "loop" and other.kind == "branch" and begin <= first < stop < end <= stop + SLOTS:
                 end = stop
-        made.append(dataclasses.replace(section, first=first, bundles=end - first))
-    return made
+        adjusted.append(dataclasses.replace(section, first=first, bundles=end - first))
+    return adjusted
 
 
 def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
-    """Own bundles of each part, without the parts in it, found by where it stands in the program."""
+    """Returns the bundles of each part without nested parts; parts are identified by their place in the program."""
 
     def expect(right: bool, what: str, found: Any) -> None:
         if not right:
-            raise AssertionError(f"{kernel.name} is not built as this script knows it: wanted {what}, found {found}")
+            raise AssertionError(
+                f"{kernel.name} does not have the structure that this script expects: expected {what}, got {found}"
+            )
 
     def loop_in(node: Node, where: str) -> Node:
         loops = node.loops()
@@ -130,7 +132,7 @@ def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
         return loops[0]
 
     def pair(nodes: list[Node], name: str, turns: tuple[int, int] = (1, 1), beyond: bool = False) -> None:
-        """The form without a mask, then the one with it, each in so many turns; ``beyond``: with a loop at the end of a turn."""
+        """Names the variants without and with a mask, of ``turns`` iterations each; ``beyond``: each has a loop at its end."""
         expect(len(nodes) == 2, f"two forms of {name}", len(nodes))
         products = []
         for form, turn, which in zip(nodes, turns, ("", ", masked"), strict=True):
@@ -149,10 +151,12 @@ def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
 
     top = Node(aot.Section("branch", 0, kernel.bundles, 0, 0))
     around = [top]
-    for section in sorted(apart(kernel.sections), key=lambda s: (s.first, -s.bundles, s.kind)):  # a branch over just a loop first
+    for section in sorted(
+        disjoint_or_nested(kernel.sections), key=lambda s: (s.first, -s.bundles, s.kind)
+    ):  # a branch over just a loop first
         while section.first >= end_of(around[-1].section):
             around.pop()
-        expect(end_of(section) <= end_of(around[-1].section), "sections within each other or apart", (around[-1].section, section))
+        expect(end_of(section) <= end_of(around[-1].section), "disjoint or nested sections", (around[-1].section, section))
         around[-1].inside.append(Node(section))
         around.append(around[-1].inside[-1])
 
@@ -163,12 +167,12 @@ def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
         node.name = "query tile" if node is steps[0] else "arrival"
     walks = {len(loop.working()): loop for loop in steps[0].loops_within() if loop.working()}
     is_forward = "forward" in kernel.name
-    wanted = {2} | ({3} if counts else set())  # for straight, also masked, and bending
-    expect(set(walks) == wanted, f"loops over key tiles and steps of the band, with so many forms: {wanted}", set(walks))
+    expected = {2} | ({3} if counts else set())  # straight with and without a mask, and bending
+    expect(set(walks) == expected, f"loops over key tiles and steps of the band, with {expected} variants", set(walks))
     grid.name, walks[2].name = "grid", "key tile"
     before = None
-    for node in steps[0].inside:  # before and after the walks, what is done for the first and for the last query tile
-        if any(node is walk or node.section.holds(walk.section) for walk in walks.values()):
+    for node in steps[0].inside:  # the code before the walks is for the first query tile, the code after them for the last
+        if any(node is walk or node.section.contains(walk.section) for walk in walks.values()):
             if before is None:
                 earlier = [other.section.bundles for other in steps[0].inside if other.section.first < node.section.first]
                 before = node.section.first - steps[0].section.first - sum(earlier)
@@ -181,7 +185,9 @@ def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
     pair(walks[2].working(), "plain")
     if counts:
         walks[3].name, (*straight, bending) = "step", walks[3].working()
-        together = queries_of_pair(blocks) // LANES  # backward takes some pairs at a time: ``BackwardCounting.in_windows``
+        together = (
+            queries_of_pair(blocks) // LANES
+        )  # the backward pass takes several pairs at a time: ``BackwardCounting.in_windows``
         pairs = blocks.block_q // LANES // together
         turns = [pairs // math.gcd(pairs, most // together) for most in (8, 4)]
         pair(straight, "straight", (1, 1) if is_forward else (turns[0], turns[1]), beyond=not is_forward)
@@ -213,14 +219,14 @@ def parts_of(kernel: aot.Kernel, counts: bool, blocks: Blocks) -> Parts:
 
 
 class Step(NamedTuple):
-    """A step of the band in which pairs of groups of a query tile count.
+    """Describes a step of the band in which pairs of groups of a query tile count.
 
     Attributes:
       number: the distance from the diagonal, in strips.
-      mask: of the forms' names.
-      wide_steps: queries passed too many cells for the backward pass to go straight.
+      mask: suffix of the variants' names.
+      wide_steps: whether queries passed too many cells for the straight variant of the backward pass.
       need, cells: [groups, quarters], see ``needs``.
-      passed: the same with counts past the last position.
+      passed: like ``cells``, but including counts past the last position.
     """
 
     number: int
@@ -232,14 +238,14 @@ class Step(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What counting did in a query tile.
+    """Describes the counting in a query tile.
 
     Attributes:
-      forward: turns of the parts.
-      steps: in the order of the forward pass.
-      limit: of each pair, the strip from which on it counted.
-      counts: of each query.
-      cell_span: for the next tile.
+      forward: how often each part runs in the forward pass.
+      steps: the steps, in the order of the forward pass.
+      limit: the first strip in which each pair counted.
+      counts: the count of each query.
+      cell_span: the cell span for the next tile.
     """
 
     forward: Turns
@@ -250,12 +256,12 @@ class Tile(NamedTuple):
 
 
 def queries_of_pair(blocks: Blocks) -> int:
-    """Queries."""
+    """Returns the number of queries in a pair of groups."""
     return 2 * LANES if blocks.block_q % (2 * LANES) == 0 else LANES
 
 
 def count_tile(gates: Gates | None, tile: int, length: int, blocks: Blocks, cell_span: int) -> Tile:
-    """The band of a query tile, as the forward kernel walks through it."""
+    """Simulates the counting of a query tile as the forward kernel does it."""
     strip, held = blocks.block_kv_count, min(blocks.block_kv_resident, length) // blocks.block_kv_count
     size = queries_of_pair(blocks)
     queries = (tile * blocks.block_q + np.arange(blocks.block_q)).reshape(-1, size)  # of each pair
@@ -292,7 +298,7 @@ def count_tile(gates: Gates | None, tile: int, length: int, blocks: Blocks, cell
 
 
 def walk_over(gates: Gates | None, length: int, blocks: Blocks) -> tuple[Turns, Turns]:
-    """Turns of each part in the forward and in the backward kernel, of one head; without ``gates`` nothing is counted."""
+    """Returns how often each part of the forward and backward kernels runs for one head; without ``gates``, nothing counts."""
     forward, backward = Turns(), Turns()
     tiles, held = length // blocks.block_q, min(blocks.block_kv_resident, length)
     for turns in (forward, backward):
@@ -320,7 +326,7 @@ def walk_over(gates: Gates | None, length: int, blocks: Blocks) -> tuple[Turns, 
             add_quarters(backward, "back: ", step.need)
             backward["back: node"] += int(step.cells[step.need == 1].sum())
         first = i * blocks.block_q
-        for j in range(-(-int(tile.limit.max()) // per_tile)):  # what was not counted
+        for j in range(-(-int(tile.limit.max()) // per_tile)):  # tiles without counting
             whole = (j + 1) * blocks.block_kv <= first + 1 and (tile.limit >= (j + 1) * per_tile).all()
             for turns in (forward, backward):
                 turns["key tile"] += 1
@@ -329,7 +335,7 @@ def walk_over(gates: Gates | None, length: int, blocks: Blocks) -> tuple[Turns, 
 
 
 def cell_span_of(first: np.ndarray, last: np.ndarray, before: np.ndarray) -> int:
-    """``WindowedCounts.cell_span`` from counts [t, quarters] at the first and last key of each quarter, and right of the strip."""
+    """Computes ``WindowedCounts.cell_span`` from counts [t, quarters] at the ends of each quarter, and right of the strip."""
     base, margin = np.floor(before)[:, None], 2.0**-10
 
     def cell(counts: np.ndarray) -> np.ndarray:
@@ -342,7 +348,7 @@ def cell_span_of(first: np.ndarray, last: np.ndarray, before: np.ndarray) -> int
 
 
 def needs(first: np.ndarray, last: np.ndarray, unseen: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """As ``Needs``: a group's need in each quarter (0 nothing, then NEED), the most cells a query passes there, and in all."""
+    """Returns each group's need per quarter (0: none, then NEED), and the most cells a query passes per quarter and in total."""
     first, last = np.minimum(first, LAST).astype(int), np.minimum(last, LAST)
     cells = first - last.astype(int)
     need = np.where(last >= LAST, 0, np.where(cells < SUBLANES, 1, 2))
@@ -360,12 +366,12 @@ def add_quarters(turns: Turns, prefix: str, need: np.ndarray) -> None:
 
 
 def gates_of(query: np.ndarray, key: np.ndarray, mean: float = 0.0, deviation: float = 1.0) -> Gates:
-    """From query and key [T, H]."""
+    """Returns the gates of query and key [T, H]."""
     query, key = (np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in (query, key))
 
     def gates(rows: slice, columns: slice) -> np.ndarray:
         size = math.sqrt(query.shape[1])
-        take = [np.arange(part.start, part.stop) % len(query) for part in (rows, columns)]  # end to end
+        take = [np.arange(part.start, part.stop) % len(query) for part in (rows, columns)]  # longer sequences repeat the text
         logits = mean + (deviation / size) * (query[take[0]] @ key[take[1]].T)
         return 0.5 * np.tanh(0.5 * logits) + 0.5
 
@@ -378,14 +384,14 @@ def drawn(kind: str, length: int) -> list[Gates]:
 
 
 def trained(workdir: str) -> tuple[list[Gates], dict[str, Any]]:
-    """(gates of every layer and head over one context, what the model is)."""
+    """Returns the gates of every layer and head over one context, and a description of the model."""
     from posjax.bench.inputs import workdir_config
     from posjax.lab import run as runs
     from posjax.lab.source import eval_batches, open_source
 
     config, spec = workdir_config(workdir)
     about = {"encoding": spec, "layers": config.num_layers, "heads": config.num_heads, "context_of_training": config.seq_length}
-    # Validation text is cut where evaluation needs no more of it: beyond the context here.
+    # Evaluation loads only as much validation text as it needs; ask for more than the context here.
     config = dataclasses.replace(config, eval_lengths=(CONTEXT // config.seq_length + 2,), eval_tokens=CONTEXT)
     config = dataclasses.replace(config, implementation="xla_chunked", batch_size=1)
     source = open_source(config)
@@ -412,16 +418,16 @@ PASSES = "forward", "backward"
 
 
 def bundles(parts: Parts, turns: Mapping[str, float]) -> float:
-    """Of a head."""
+    """Returns the bundles of one head."""
     return sum(own * turns.get(name, 0) for name, own in parts.items())
 
 
 def compiled(chip: str, blocks: Blocks, specs: Sequence[str] = ("identity", SPEC)) -> dict[tuple[str, str], Parts]:
-    """The parts of each encoding and pass.
+    """Compiles the kernels and returns the parts for each encoding and pass.
 
     Raises:
-      RuntimeError: what did not compile.
-      AssertionError: a kernel whose structure is another than this script knows.
+      RuntimeError: an encoding did not compile.
+      AssertionError: a kernel does not have the structure that this script expects.
     """
     length = min(CONTEXT, blocks.block_kv_resident)
     job = dict(with_gradients=True, seq_len=length, heads=4, kv_heads=4, head_dim=128, batch=1, dtype="bfloat16")
@@ -437,7 +443,7 @@ def compiled(chip: str, blocks: Blocks, specs: Sequence[str] = ("identity", SPEC
 
 
 def row_of(length: int, kind: str, heads: list[Gates], blocks: Blocks, built: dict[tuple[str, str], Parts]) -> dict[str, Any]:
-    """Ratios and turns, means over heads."""
+    """Returns a row with ratios and numbers of runs, as means over heads."""
     row: dict[str, Any] = {"length": length, "gates": kind}
     plain = dict(zip(PASSES, walk_over(None, length, blocks), strict=True))
     walks = [dict(zip(PASSES, walk_over(gates, length, blocks), strict=True)) for gates in heads]
@@ -457,9 +463,9 @@ def run(config: Cost) -> None:
     blocks = CHIPS[config.chip].blocks("bfloat16", 128)
     for length in config.lengths:
         if length % blocks.block_q or length % min(blocks.block_kv_resident, length):
-            raise ValueError(f"lengths must be whole blocks, {blocks}, got {length}")
+            raise ValueError(f"lengths must be multiples of the block sizes {blocks}, got {length}")
     built = compiled(config.chip, blocks)
-    model, of_model = trained(config.workdir) if config.workdir else ([], None)
+    model, description = trained(config.workdir) if config.workdir else ([], None)
     kinds = [*DRAWN, *(["trained"] if model else [])]
     rows = [
         row_of(length, kind, model if kind == "trained" else drawn(kind, length), blocks, built)
@@ -467,7 +473,7 @@ def run(config: Cost) -> None:
         for kind in kinds
     ]
     about = {"versions": versions(), "chip": config.chip, "blocks": blocks._asdict(), "spec": SPEC}
-    about |= {"drawn": DRAWN, "trained": of_model}
+    about |= {"drawn": DRAWN, "trained": description}
     about["bundles"] = {", ".join(key): parts for key, parts in built.items()}
     out = config.out or Path(__file__).parent / "results" / f"tpu_cost_of_counting_{config.chip}.json"
     out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
@@ -475,18 +481,20 @@ def run(config: Cost) -> None:
 
 
 def show(rows: list[dict[str, Any]], built: dict[tuple[str, str], Parts], kinds: list[str]) -> None:
-    """Prints the parts at CONTEXT, and the ratios of all lengths."""
+    """Prints the parts at CONTEXT tokens, and the ratios at all lengths."""
     here = [row for row in rows if row["length"] == CONTEXT]
     for direction in PASSES if here else ():
         lines = []
-        whole = bundles(built["identity", direction], here[0][direction]["identity_turns"])
+        baseline = bundles(built["identity", direction], here[0][direction]["identity_turns"])
         for spec, key in (("identity", "identity_turns"), (SPEC, "turns")):
             for name, own in built[spec, direction].items():
                 turns = [row[direction][key].get(name, 0) for row in here]
-                cells = [f"{n:,.0f} / {own * n / whole:.3f}" for n in turns]
+                cells = [f"{n:,.0f} / {own * n / baseline:.3f}" for n in turns]
                 lines.append([spec if name == "grid" else "", name, str(own), *cells])
-            lines.append(["", "all", "", *(f"{bundles(built[spec, direction], row[direction][key]) / whole:.3f}" for row in here)])
-        notes = ["bundles: of a turn; then turns in a head / bundles of them all over those of a head of identity"]
+            lines.append(
+                ["", "all", "", *(f"{bundles(built[spec, direction], row[direction][key]) / baseline:.3f}" for row in here)]
+            )
+        notes = ["bundles: of one run; then runs per head / their bundles relative to a head of identity"]
         results.print_table(f"{direction}, {CONTEXT:,} tokens", ["encoding", "part", "bundles", *kinds], lines, notes)
     lines = []
     for length in dict.fromkeys(row["length"] for row in rows):

@@ -1,11 +1,11 @@
-"""What the experiments that train share: scales, the grid, its results as JSON and figures. Not a program.
+"""Code that experiments with training share: scales, the grid, and its results as JSON and figures. Not a program.
 
     python experiments/NAME.py                    the small scale, on two CPU cores in under fifteen minutes
-    python experiments/NAME.py --time             first, on a new machine: seconds of a step, from which equal time follows
+    python experiments/NAME.py --time             first, on a new machine: seconds per step, which define equal time
     python experiments/NAME.py --scale paper      the published scale, for a GPU
 
-Runs stay in runs/experiments/NAME_SCALE, where the same command goes on. Results are results/NAME_SCALE.json and, in
-NAME_SCALE_items.npz, the score of every item (excerpt of text, block of strings) by every seed, which intervals are made from.
+Runs are stored in runs/experiments/NAME_SCALE; rerun the command to resume. Results are results/NAME_SCALE.json and
+NAME_SCALE_items.npz, which has the score of every seed on every item (excerpt of text, block of strings), the basis of intervals.
 """
 
 import argparse
@@ -38,21 +38,21 @@ from posjax.lab.source import Source, open_source
 from posjax.training.checkpoints import CheckpointError
 from posjax.training.loop import Interrupted
 
-# Final seeds are none that anything was tried or tuned with.
+# The final seeds were not used for development or tuning.
 FIRST_SEED, TUNING_SEEDS = 40, (100, 101, 102)
-_QUANTUM = 1024  # a text's score in an item is stored in steps of this part of a nat
+_QUANTUM = 1024  # losses of items are stored as multiples of 1 / _QUANTUM nats
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One grid of an experiment.
+    """Describes one grid of an experiment.
 
     Attributes:
-      points: of one task and text.
-      tests: (configuration, source) -> what is scored, by column.
-      seeds: how many each point gets; an even number keeps two cores busy.
-      claims: the contrasts that the part is run for; labels are those of points.
-      first_seed: seeds count up from here.
+      points: settings; all have the same task and text.
+      tests: (configuration, source) -> test sets by column.
+      seeds: number of seeds per point; an even number keeps two cores busy.
+      claims: claimed contrasts between labels of points.
+      first_seed: the first of the consecutive seeds.
     """
 
     points: Sequence[Point]
@@ -67,10 +67,10 @@ class Part:
 
 
 def lasting(config: Config, **fields: Any) -> Config:
-    """A configuration whose learning rate stays at its peak, for trainings that are scored after several numbers of steps.
+    """Returns a configuration with a constant learning rate, for runs that are scored after several numbers of steps.
 
-    Scored is a moving average of the parameters, which does for a constant learning rate what its decay does at the end of a run:
-    a run of 500 steps is then the first part of one of 2,000. Each small layer is compiled by itself, for speed.
+    A moving average of the parameters is scored, which has the effect of learning-rate decay at the end of a run; a run of 500
+    steps is therefore the first part of a run of 2,000. Layers are compiled separately, which is faster for small ones.
     """
     return dataclasses.replace(config, decay="constant", ema_decay=0.99, scan_layers=False, **fields)
 
@@ -78,12 +78,12 @@ def lasting(config: Config, **fields: Any) -> Config:
 def tuned(
     config: Config, specs: Sequence[str], rates: Mapping[str, float] | None = None, steps: Mapping[str, int] | None = None
 ) -> list[Point]:
-    """A point for each encoding, at its own learning rate and number of steps, or at those of the configuration."""
-    made = []
+    """Returns a point per encoding, with the given learning rate and number of steps, or those of the configuration."""
+    points = []
     for spec in specs:
-        own = {"learning_rate": (rates or {}).get(spec), "steps": (steps or {}).get(spec), "encodings": (spec,)}
-        made += grid(dataclasses.replace(config, **{name: value for name, value in own.items() if value}), [])
-    return made
+        fields = {"learning_rate": (rates or {}).get(spec), "steps": (steps or {}).get(spec), "encodings": (spec,)}
+        points += grid(dataclasses.replace(config, **{name: value for name, value in fields.items() if value}), [])
+    return points
 
 
 def main(
@@ -93,20 +93,22 @@ def main(
     table: Callable[[Mapping[str, "Found"]], str],
     arguments: Mapping[str, str] | None = None,
 ) -> None:
-    """Runs an experiment from the command line: trains, writes results/NAME_SCALE.json and a figure a part, prints the tables.
+    """Runs an experiment from the command line: trains, writes results/NAME_SCALE.json and a figure per part, prints the tables.
 
     Args:
-      name: of the file.
-      description: its docstring.
-      parts: options -> grids by name.
-      table: what was found, by part -> Markdown, ours beside the published numbers.
-      arguments: more options, {"--flag": help}.
+      name: name of the experiment's file.
+      description: docstring of that file.
+      parts: options -> {part: grid}.
+      table: {part: result} -> Markdown table of our numbers next to the published ones.
+      arguments: further options, {"--flag": help}.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=("cpu", "paper"), default="cpu")
-    parser.add_argument("--seeds", type=int, help="instead of the experiment's own number")
-    parser.add_argument("--time", action="store_true", help="trains nothing: seconds of a step of every program, on this machine")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="parts to run; the others keep what results they have")
+    parser.add_argument("--seeds", type=int, help="number of seeds; default: the experiment's")
+    parser.add_argument(
+        "--time", action="store_true", help="measure the seconds per step of every program on this machine, without training"
+    )
+    parser.add_argument("--only", nargs="+", metavar="PART", help="parts to run; the others keep their results")
     for flag, text in (arguments or {}).items():
         parser.add_argument(flag, help=text)
     options = parser.parse_args()
@@ -114,16 +116,16 @@ def main(
     if unknown := [part for part in options.only or () if part not in grids]:
         parser.error(f"--only must name {', '.join(grids)}, got {unknown[0]}")
     if options.only:
-        grids = {part: own for part, own in grids.items() if part in options.only}
+        grids = {part: one for part, one in grids.items() if part in options.only}
     if options.seeds:
-        grids = {part: dataclasses.replace(own, seeds=options.seeds) for part, own in grids.items()}
-    spread_over_cores(max(len(own.points) * own.seeds for own in grids.values()))
+        grids = {part: dataclasses.replace(one, seeds=options.seeds) for part, one in grids.items()}
+    spread_over_cores(max(len(one.points) * one.seeds for one in grids.values()))
     result = f"{name}_{options.scale}"
     if options.time:
         return _time(f"{result}_steps", grids)
     try:
-        found = stored(result) | {part: _run(result, part, own) for part, own in grids.items()}
-    except Interrupted as stopped:  # which has said how to go on
+        found = stored(result) | {part: _run(result, part, one) for part, one in grids.items()}
+    except Interrupted as stopped:  # run_grid has printed how to resume
         sys.exit(stopped.exit_code)
     except (ValueError, CheckpointError, KernelCompileError) as error:
         sys.exit(f"{name}: {error}")
@@ -139,12 +141,12 @@ def main(
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a part of an experiment found.
+    """Holds the results of a part of an experiment.
 
     Attributes:
-      rows: of every point and seed, with "items": {step: {column: [sums [I], counts [I]]}}.
-      claims: as ``contrasts.measured_claims`` makes them.
-      about: seeds, steps, seconds, costs, what the baselines get ...
+      rows: a row for every point and seed, with "items": {step: {column: [sums [I], counts [I]]}}.
+      claims: the measured claims, from ``contrasts.measured_claims``.
+      about: metadata: seeds, steps, seconds, costs, errors of baselines and others.
     """
 
     rows: Rows
@@ -152,7 +154,7 @@ class Found:
     about: dict[str, Any]
 
     def of(self, **wanted: Any) -> Rows:
-        """Rows whose encoding, label, seed or settings are those."""
+        """Returns the rows with the given encoding, label, seed or settings."""
 
         def fits(row: Mapping[str, Any]) -> bool:
             return all(row.get(name, row["settings"].get(name)) == value for name, value in wanted.items())
@@ -161,32 +163,32 @@ class Found:
 
     @property
     def scale(self) -> float:
-        """From a mean score to the unit of the tables."""
+        """Returns the factor from a mean score to the unit of the tables."""
         return self.about["scale"]
 
     def steps(self, rows: Rows) -> int:
-        """How many steps these were trained for."""
+        """Returns the number of steps that these rows were trained for."""
         return max(rows[0]["items"])
 
 
 def costs_of(result: str, part: str, points: Sequence[Point]) -> dict[str, float]:
-    """Seconds of a step of every point by its label, as ``--time`` measured them side by side.
+    """Returns the seconds per step of every point by label, as measured by ``--time``.
 
     Raises:
-      ValueError: they have not been measured.
+      ValueError: a point has not been measured.
     """
     path = RESULTS / f"{result}_steps.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     seconds = {row["label"]: row["seconds_a_step"] for row in rows if row["part"] == part}
     if missing := [point.label for point in points if point.label not in seconds]:
-        raise ValueError(f"seconds of a step of {missing[0]!r} must be known first: run the same command with --time")
+        raise ValueError(f"the seconds per step of {missing[0]!r} must be measured first; run the same command with --time")
     return {point.label: seconds[point.label] for point in points}
 
 
 def _time(name: str, grids: Mapping[str, Part]) -> None:
-    """Seconds of a step of every program on one core while the others make steps too: each program in turn, several times.
+    """Measures the seconds per step of every program on one core while the other cores run steps, too, in several rounds.
 
-    The least of a program's times counts: whatever else the machine does can only add to it.
+    The result is the minimum over rounds, because other load on the machine can only add to the time.
     """
     measured: list[tuple[str, Any, list[float]]] = []
     pieces, count = 10, 10
@@ -210,7 +212,7 @@ def _time(name: str, grids: Mapping[str, Part]) -> None:
         for part, (labels, group, _, _), seconds in measured
         for label in labels
     ]
-    heads = ["part", "setting", "milliseconds a step", "to the first"]
+    heads = ["part", "setting", "milliseconds per step", "relative to the first"]
     first = {row["part"]: row["seconds_a_step"] for row in reversed(rows)}
     lines = [
         [row["part"], row["label"], f"{1000 * row['seconds_a_step']:.1f}", f"{row['seconds_a_step'] / first[row['part']]:.2f}"]
@@ -220,45 +222,47 @@ def _time(name: str, grids: Mapping[str, Part]) -> None:
     print(markdown(heads, lines))
 
 
-def _run(result: str, part: str, own: Part) -> Found:
+def _run(result: str, part: str, grid_part: Part) -> Found:
     folder = Path("runs/experiments") / result / part
-    config = own.points[0].config
+    config = grid_part.points[0].config
     source = open_source(config)
-    for point in own.points:
+    for point in grid_part.points:
         runs.check(point.config, (point.config.encoding,), source, devices=1)
-    made = dict(own.tests(config, source))
-    steps = {point.label: point.config.steps for point in own.points}
-    costs = costs_of(result, part, own.points) if own.claims else {}
-    asked = steps_asked(own.claims, steps, costs, config.log_every)
+    test_sets = dict(grid_part.tests(config, source))
+    steps = {point.label: point.config.steps for point in grid_part.points}
+    costs = costs_of(result, part, grid_part.points) if grid_part.claims else {}
+    scored_steps = steps_asked(grid_part.claims, steps, costs, config.log_every)
 
     def tests(config: Config, limit: int | None) -> dict[str, EvalSet | None]:
         wanted = (config.encoding, config.steps)
-        labels = [point.label for point in own.points if (point.config.encoding, point.config.steps) == wanted]
+        labels = [point.label for point in grid_part.points if (point.config.encoding, point.config.steps) == wanted]
         placed: dict[str, EvalSet | None] = {}
-        for column, one in made.items():
-            steps = frozenset().union(*(asked.get((label, column), ()) for label in labels))
+        for column, one in test_sets.items():
+            steps = frozenset().union(*(scored_steps.get((label, column), ()) for label in labels))
             too_long = limit is not None and max(batch["positions"].max() for batch in one.batches) >= limit
             placed[column] = None if too_long else dataclasses.replace(one, steps=steps)
         return placed
 
     again = shlex.join(["python", *sys.argv])
-    print(f"{part}: {len(own.points)} settings, {own.seeds} seeds", flush=True)
-    rows = run_grid(own.points, own.all_seeds, folder, source, tests=tests, command=again, say=lambda t: print(t, flush=True))
+    print(f"{part}: {len(grid_part.points)} settings, {grid_part.seeds} seeds", flush=True)
+    rows = run_grid(
+        grid_part.points, grid_part.all_seeds, folder, source, tests=tests, command=again, say=lambda t: print(t, flush=True)
+    )
     is_text = source.task is None
     rows = [row | {"items": _rounded(row["items"]) if is_text else row["items"]} for row in rows]
     finished = list(read_rows(folder))
     seconds = sum(group["seconds"] for group in finished)
-    total = sum(steps.values()) * own.seeds
+    total = sum(steps.values()) * grid_part.seeds
     measure, label = MEASURES.get(config.task, TASK_MEASURE)
     scale = metric_scale(config, source)
     dots = {
         column: {name: values([r for r in rows if r["label"] == name], most, column, scale) for name, most in steps.items()}
-        for column in made
+        for column in test_sets
     }
     figure = plots.dots(dots, label, {row["label"]: row["encoding"] for row in rows})
     plots.save(figure, RESULTS / f"{result}_{part.replace(' ', '_')}.png")
     about = {
-        "seeds": list(own.all_seeds),
+        "seeds": list(grid_part.all_seeds),
         "runs": len(rows),
         "steps": config.steps,
         "seconds": round(seconds, 1),
@@ -274,14 +278,14 @@ def _run(result: str, part: str, own: Part) -> Found:
         excerpts = source.validation.num_documents
         about["text"] = {"sha256": digest[:16], "train_tokens": len(source.train.tokens), "excerpts": excerpts}
     else:
-        about["majority"] = majority(made)
-        about["answers"] = {column: int(sum(b["weights"].sum() for b in one.batches)) for column, one in made.items()}
-    claims = measured_claims(own.claims, rows, costs, config.log_every, scale, exact=not is_text)
+        about["majority"] = majority(test_sets)
+        about["answers"] = {column: int(sum(b["weights"].sum() for b in one.batches)) for column, one in test_sets.items()}
+    claims = measured_claims(grid_part.claims, rows, costs, config.log_every, scale, exact=not is_text)
     return Found(rows, claims, about)
 
 
 def _rounded(items: Mapping[int, Mapping[str, np.ndarray]]) -> dict[int, dict[str, np.ndarray]]:
-    """Sums of losses such that their means are whole numbers of quanta, as they are stored."""
+    """Rounds sums of losses so that their means are multiples of the quantum, as in the file."""
 
     def one(found: np.ndarray) -> np.ndarray:
         sums, counts = np.asarray(found, float)
@@ -291,9 +295,9 @@ def _rounded(items: Mapping[int, Mapping[str, np.ndarray]]) -> dict[int, dict[st
 
 
 def _write_items(result: str, found: Mapping[str, Found]) -> None:
-    """results/RESULT_items.npz: "part|label|step|column" [S, I], and "part|column" [I], how much counts in each item.
+    """Writes results/RESULT_items.npz with scores "part|label|step|column" [S, I] and weights "part|column" [I] of the items.
 
-    Scores are sums of wrong answers; for text, the mean loss of an item in 1024ths of a nat.
+    Scores are sums of wrong answers or, for text, the mean loss of an item in 1024ths of a nat.
     """
     arrays: dict[str, np.ndarray] = {}
     for part, one in found.items():
@@ -311,7 +315,7 @@ def _write_items(result: str, found: Mapping[str, Found]) -> None:
 
 
 def stored(result: str) -> dict[str, Found]:
-    """What results/RESULT.json and its items hold, by part; {} where there are none."""
+    """Loads the results in results/RESULT.json and its items, by part; returns {} if there are none."""
     path, items = RESULTS / f"{result}.json", RESULTS / f"{result}_items.npz"
     if not (path.exists() and items.exists()):
         return {}
@@ -336,7 +340,7 @@ def stored(result: str) -> dict[str, Found]:
 
 
 def _slim(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of results, with its training curve at no more than 25 places and four digits."""
+    """Returns a row of results with a training curve of at most 25 points and four digits."""
     steps, losses = row["curve"]["step"], row["curve"]["loss"]
     kept = range(len(steps) - 1, -1, -max(1, math.ceil(len(steps) / 25)))[::-1]
     curve = {"step": [steps[i] for i in kept], "loss": [None if losses[i] is None else round(losses[i], 4) for i in kept]}
@@ -344,6 +348,6 @@ def _slim(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _described(config: Config) -> dict[str, Any]:
-    """The fields that differ from the defaults, of which paths say nothing to anybody else."""
+    """Returns the fields that differ from the defaults, without paths, which are specific to the machine."""
     fields = [f for f in dataclasses.fields(config) if f.name not in ("workdir", "data_dir", "data", "encoding", "encodings")]
     return {f.name: getattr(config, f.name) for f in fields if getattr(config, f.name) != f.default}

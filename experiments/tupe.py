@@ -1,10 +1,10 @@
-"""TUPE (arXiv:2006.15595): masked language models with positions apart from words, [CLS] tied and untied, and how fast they learn.
+"""TUPE (arXiv:2006.15595): masked language models with untied positions, with and without untied [CLS], and their learning speed.
 
     python experiments/tupe.py                  # under fifteen minutes on two cores
-    python experiments/tupe.py --scale paper    # BERT-Base on text of your own (--data); GPUs, days
+    python experiments/tupe.py --scale paper    # BERT-Base on your own text (--data); GPUs, days
 
-The paper's table is of GLUE after pre-training, which we do not have: what is compared here is the loss of the masked tokens, and
-the step at which a model has the loss that learned absolute positions (BERT) have at the end.
+The paper's table reports GLUE after pre-training, which we do not have. This experiment compares the loss of the masked tokens, and
+the step at which a model reaches the final loss of learned absolute positions (BERT).
 """
 
 import argparse
@@ -33,7 +33,7 @@ PUBLISHED = {  # GLUE dev average
     "identity": ("no positions", "-"),
 }
 MARGIN = 0.02  # nats
-# The best of three, and of a fourth, higher one, with tuning seeds (learning_rates.py).
+# The best of three rates, and for some encodings a fourth, higher one, chosen with the tuning seeds of learning_rates.py.
 _LOWER = ("learned", "sinusoidal", "identity", "tupe", "tupe(untie_cls=False)", "tupe(relative=True)")
 RATES = dict.fromkeys(_LOWER, 3e-3) | {"t5(bidirectional=True)": 1e-2}
 
@@ -68,7 +68,7 @@ def recipe(options: argparse.Namespace) -> Config:
 
 
 def tests(config: Config, source: Source) -> dict[str, EvalSet]:
-    """Rows of the validation text with some of their tokens masked; a row is an item."""
+    """Returns rows of the validation text with masked tokens; a row is an item."""
     return {"masked words": EvalSet(list(test_sets(config, source, None)[str(config.seq_length)]))}
 
 
@@ -92,11 +92,11 @@ def parts(options: argparse.Namespace) -> dict[str, Part]:
 
 
 def steps_to(rows: Rows, losses: Mapping[int, float]) -> list[float]:
-    """The share of all steps after which the training loss, a mean over four log points, is that of another run of the seed."""
+    """Returns the fraction of steps after which the training loss, a mean over four log points, reaches ``losses`` of the seed."""
     shares = []
     for row in rows:
-        steps, found = row["curve"]["step"], row["curve"]["loss"]
-        smooth = [sum(found[i - 3 : i + 1]) / 4 for i in range(3, len(found))]
+        steps, loss_curve = row["curve"]["step"], row["curve"]["loss"]
+        smooth = [sum(loss_curve[i - 3 : i + 1]) / 4 for i in range(3, len(loss_curve))]
         shares.append(next((steps[i + 3] / steps[-1] for i, loss in enumerate(smooth) if loss <= losses[row["seed"]]), 1.0))
     return shares
 

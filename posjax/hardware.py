@@ -9,7 +9,7 @@ _MIB, _GIB = 2**20, 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A TPU generation. Figures are per TensorCore unless stated otherwise.
+    """Describes a TPU generation, with figures per TensorCore unless stated otherwise.
 
     Attributes:
       topology: smallest topology that libtpu compiles for; others, such as "v5e:16x16", work too.
@@ -60,7 +60,7 @@ GENERATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A GPU model.
+    """Describes a GPU model.
 
     Attributes:
       device_kind: name that JAX gives it.

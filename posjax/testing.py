@@ -5,7 +5,7 @@
     def test_mine():
         check_encoding(mine(size=3), shift=7)
 
-Every rule is a function whose docstring says what must hold. ``check_encoding`` runs all that apply.
+Every rule is a function whose docstring states the rule. ``check_encoding`` runs all rules that apply.
 """
 
 import copy
@@ -159,7 +159,7 @@ def causality(layer: _Layer) -> None:
 
 
 def coordinates(layer: _Layer) -> None:
-    """An encoding reads coordinates, not the order of tokens, and no more axes than it says."""
+    """An encoding reads coordinates, not the order of tokens, and no more axes than it declares."""
     limit = layer.encoding.max_length(layer.dims)
     positions = jnp.arange(_LENGTH)[None] * (2 if limit is None or limit > 2 * _LENGTH else 1)
     operands, hidden = layer.operands(layer.params, layer.x, positions)

@@ -1,7 +1,7 @@
-"""Attention under a positional encoding: one entry, its backends, the key-value cache and linear attention.
+"""Attention under a positional encoding: the entry point, its backends, the key-value cache and linear attention.
 
-``posjax.attention`` is the function, and hides this package from the dotted forms ``posjax.attention.kv_cache`` and
-``import posjax.attention.kv_cache as kv_cache``. So the function has the package's modules as attributes.
+``posjax.attention`` is the function, which shadows this package in ``posjax.attention.kv_cache`` and
+``import posjax.attention.kv_cache as kv_cache``. The function therefore has the package's modules as attributes.
 """
 
 from posjax.attention import api, arguments, backends, call, dispatch, flax_modules, kv_cache, linear, prefix_sums

@@ -1,6 +1,6 @@
 """``attention``: scaled dot-product attention under any encoding and mask, on any of the backends.
 
-A call passes through ``call.prepare``, which applies the encoding, and ``dispatch.run``, which chooses the backend.
+A call goes through ``call.prepare``, which applies the encoding, and ``dispatch.run``, which selects the backend.
 """
 
 from collections.abc import Callable
@@ -73,13 +73,12 @@ def attention(
       local_window_size: number of positions to the (left, right) of the query's in which keys are allowed, None for no limit; an
         integer w means (w, w).
       query_positions, key_positions: non-negative integers, [T] or [B, T] and [S] or [B, S]. None is 0, 1, 2, ...
-      query_coordinates, key_coordinates: [T, A] or [B, T, A] and [S, A] or [B, S, A] integers or floats on A axes: what encodings
-        read in place of the positions, which remain the order of the tokens for masks, windows and counts. None is the position on
-        every axis.
-      hidden: [B, T, D], what query, key and value were projected from, or a pair for queries and keys; for encodings that need it,
-        such as ``cope(64, gates="keys")``.
+      query_coordinates, key_coordinates: [T, A] or [B, T, A] and [S, A] or [B, S, A] integers or floats on A axes, which encodings
+        read in place of the positions; masks, windows and counts still use the positions. None is the position on every axis.
+      hidden: [B, T, D], the activations that query, key and value were projected from, or a pair for queries and keys; for
+        encodings that need it, such as ``cope(64, gates="keys")``.
       scale: factor of q.k; None is 1 / sqrt(H), with H the head dimension before an encoding widens it.
-      logits_soft_cap: c; scores become c * tanh(scores / c), after the bias and before the mask. None leaves them as they are.
+      logits_soft_cap: c; scores become c * tanh(scores / c), after the bias and before the mask. None applies no cap.
       implementation: None selects the fastest implementation that supports the call.
         "xla" is dense: the reference, with [T, S] arrays.
         "xla_chunked" processes one tile at a time on any device. Memory grows with T + S.

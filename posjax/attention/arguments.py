@@ -1,4 +1,4 @@
-"""Checks the arguments of ``attention`` and brings them into one form, before anything is compiled."""
+"""Checks and canonicalizes the arguments of ``attention`` before anything is compiled."""
 
 import math
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def check_encoding(encoding: Any) -> PositionalEncoding:
 
 
 def check_operands(query: Array, key: Array, value: Array) -> None:
-    """Raises ValueError if query, key and value do not fit together; query and key are checked first."""
+    """Raises ValueError if query, key and value do not fit together; query and key are checked before value."""
     for name, x, letters in (("query", query, "[B, T, N, H]"), ("key", key, "[B, S, K, H]")):
         if not is_array(x) or x.ndim != 4:
             raise ValueError(f"{name} must have shape {letters}, got {x.shape if is_array(x) else short(x)}")
@@ -157,7 +157,7 @@ def canonicalize_positions(name: str, positions: Array | None, batch: int, lengt
         raise ValueError(f"{name} must have shape ({length},) or ({batch}, {length}), got {positions.shape}")
     known = None if is_traced(positions) else np.asarray(positions)  # NumPy: jax would wrap what does not fit, and trace under jit
     if known is not None and (least := known.min()) < 0:
-        raise ValueError(f"{name} must not be negative, got {least}; mask padding out by mask or segment_ids")
+        raise ValueError(f"{name} must not be negative, got {least}; exclude padding by mask or segment_ids")
     if known is not None and (most := known.max()) >= FAR:
         raise ValueError(f"{name} must be below 2^31 - 1, got {most}; subtract the first one from all")
     return jnp.asarray(positions, jnp.int32).reshape(-1, length)
@@ -167,8 +167,7 @@ def canonicalize_coordinates(name: str, coordinates: Array, batch: int, length: 
     """Converts coordinates [T, A] or [B, T, A] to int32 or float32 [1 or B, length, A].
 
     Raises:
-      ValueError: coordinates are neither integers nor floating point, have the wrong shape, or lie so far out that int32 or float32
-        does not hold them.
+      ValueError: coordinates are neither integers nor floating point, have the wrong shape, or are too large for int32 or float32.
     """
     coordinates = _array_of(name, coordinates, "integers or floating point")
     known = None if is_traced(coordinates) else np.asarray(coordinates)
@@ -198,7 +197,7 @@ def coordinates_of_sides(
     given = {"query_coordinates": queries, "key_coordinates": keys}
     if (queries is None) != (keys is None):
         missing = next(name for name, x in given.items() if x is None)
-        raise ValueError(f"{missing} must be given where the other side's coordinates are, got None")
+        raise ValueError(f"{missing} must be an array if the other side's coordinates are given, got None")
     if queries is None:
         of_queries, of_keys = (Tokens(order).on_axes(encoding.axes) for order in positions)
         return of_queries, of_keys
@@ -211,19 +210,19 @@ def coordinates_of_sides(
         made.append(x)
     if made[0].shape[-1] != made[1].shape[-1] or made[0].dtype != made[1].dtype:
         raise ValueError(
-            "query_coordinates and key_coordinates must have as many axes and one dtype, "
+            "query_coordinates and key_coordinates must have the same number of axes and the same dtype, "
             f"got {made[0].dtype}{list(made[0].shape)} and {made[1].dtype}{list(made[1].shape)}"
         )
     return made[0], made[1]
 
 
 def hidden_of_sides(encoding: PositionalEncoding, hidden: Any, query: Array, key: Array) -> tuple[Array | None, Array | None]:
-    """Returns what queries and keys were projected from, checked; None for each if it was not given."""
+    """Returns the activations that queries and keys were projected from, after checks; None for each if not given."""
     if hidden is None:
         if encoding.needs_hidden:
             raise ValueError(
-                f"hidden must be given for {encoding.name}, got None: "
-                "the array [B, T, D] that query, key and value were projected from"
+                f"hidden must be an array [B, T, D] for {encoding.name}, got None; "
+                "pass the activations that query, key and value were projected from"
             )
         return None, None
     sides = pair_of("hidden", hidden)

@@ -1,7 +1,7 @@
-"""``AttentionCall``: one call of attention, checked and prepared, in the form that every backend takes.
+"""``AttentionCall``: a checked and prepared call of attention, in the form that every backend takes.
 
-``prepare`` is the only place where an encoding is applied. What it returns holds arrays, structures and a mask; no backend knows
-which encoding they came from.
+``prepare`` is the only place where an encoding is applied. Its result consists of arrays, structures and a mask; backends do not
+depend on encodings.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ _SOFTMAX = Softmax()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionCall:
-    """A prepared call of attention.
+    """Holds a prepared call of attention.
 
     Attributes:
       query: [B, T, N, H], as given or with new channels.
@@ -100,7 +100,7 @@ class AttentionCall:
         return self.replace(query=query, key=key, transforms=rest, biases=_with_vectors(self.biases, self.query, self.key))
 
     def with_transformed_keys(self) -> "AttentionCall":
-        """Returns the call with its pending rotations applied to the key alone."""
+        """Returns the call with its pending rotations applied only to the key."""
         if not self.transforms:
             return self
         _, key = _applied(self.transforms, self.query, self.key)
@@ -109,7 +109,7 @@ class AttentionCall:
 
     @property
     def sink(self) -> Array | None:
-        """Returns the logits of one more key without a value, [N or 1]; None if there is none."""
+        """Returns the logits of an additional key without a value, [N or 1]; None if there is none."""
         return getattr(self.weights, "sink", None)
 
     @property
@@ -123,17 +123,17 @@ class AttentionCall:
         return next((transform for transform in self.transforms if isinstance(transform, Transport)), None)
 
     def needs_order(self) -> str | None:
-        """Returns what of the call only a walk along the keys can do that is not a softmax of their scores; None if nothing."""
+        """Returns which part of the call needs a walk along the keys other than a softmax of scores; None if no part does."""
         if isinstance(self.weights, StickBreaking):
             return "weights are those of StickBreaking"
         if self.transport is not None:
-            return "keys are moved by a Transport"
+            return "keys are transformed by a Transport"
         if any(getattr(bias.read, "side", None) == "value" for bias in self.biases):
             return "a Table adds to the output (side='value')"
         return None
 
     def filled(self) -> "AttentionCall":
-        """Returns the call with arrays in place of every None that stands for the call's own query, key or coordinates.
+        """Returns the call with every None that stands for its own query, key or coordinates replaced by the array.
 
         The features of a ``Pair`` stay None if the coordinates are the positions, which every tile has.
         """
@@ -158,7 +158,7 @@ def _applied(transforms: tuple[Any, ...], query: Array, key: Array) -> tuple[Arr
 
 
 def _with_vectors(biases: tuple[Bias, ...], query: Array | None, key: Array | None) -> tuple[Bias, ...]:
-    """Returns biases that read these vectors wherever they read those of the call; None leaves that side as it is."""
+    """Returns biases that read these vectors wherever they read those of the call; None leaves that side unchanged."""
 
     def of_bias(bias: Bias) -> Bias:
         read = bias.read
@@ -224,8 +224,8 @@ def prepare_next(
     window = canonicalize_window(local_window_size)
     if encoding.needs_causal and not is_causal and mask is None and window[1] != 0:
         raise ValueError(
-            f"is_causal must be True (or a mask given) for {encoding.name}, got is_causal={is_causal} and mask=None: "
-            "it sums over the keys between key and query, which has no meaning in both directions"
+            f"is_causal must be True (or a mask given) for {encoding.name}, got is_causal={is_causal} and mask=None; "
+            "the encoding sums over the keys between key and query, which is defined in one direction only"
         )
     scale, logits_soft_cap = check_scale(scale, query.shape[-1]), check_soft_cap(logits_soft_cap)
     mask, bias = canonicalize_mask(mask, query, key), canonicalize_bias(bias, query, key)
@@ -252,7 +252,7 @@ def prepare_next(
     mods = encoding.attend(params, AttentionInputs(query, key, value, queries, keys, scale, state=state))
     check_structures(encoding.title, mods, query, key)
     if any(isinstance(bias.at, Scan) for bias in mods.biases) and not encoding.needs_causal:
-        raise ValueError(f"needs_causal must be True for {encoding.name}, whose bias is a Scan, got False")
+        raise ValueError(f"needs_causal must be True for {encoding.name}, which has a Scan, got False")
     if encoding.needs_causal:
         # as given, because inside jit a jax operation returns a tracer even for a concrete array
         given = segment_ids[1] if isinstance(segment_ids, tuple) else segment_ids
@@ -261,7 +261,7 @@ def prepare_next(
     _check_weights(encoding, mods, is_causal, rules)
     biases = mods.biases
     first = max((n + 1 for n, transform in enumerate(mods.transforms) if isinstance(transform, Replace)), default=0)
-    if first:  # what a Replace holds is made of what all transforms before it left
+    if first:  # a Replace holds the results of all transforms before it
         biases = _with_vectors(biases, query, key)
         query, key = mods.transforms[first - 1].applied(query, key)
     call = AttentionCall(
@@ -287,13 +287,13 @@ def prepare_next(
 
 
 def _check_weights(encoding: PositionalEncoding, mods: ScoreModifications, is_causal: bool, mask: Mask) -> None:
-    """Raises ValueError if what an encoding does along the order of keys does not fit the call or itself."""
+    """Raises ValueError if structures of an encoding that depend on the order of keys are incompatible with it or the call."""
     transports = sum(isinstance(transform, Transport) for transform in mods.transforms)
     if transports > 1:
-        raise ValueError(f"encoding may transport keys once, got {transports} Transports in {encoding.name}")
+        raise ValueError(f"encoding must have at most one Transport, got {transports} in {encoding.name}")
     if transports and not (is_causal and mask.boolean is None):
         raise ValueError(
-            f"is_causal must be True and mask None for {encoding.name}, which transports keys, got is_causal={is_causal}"
+            f"is_causal must be True and mask None for {encoding.name}, which has a Transport, got is_causal={is_causal}"
         )
     if isinstance(mods.weights, StickBreaking) and not encoding.needs_causal:
         raise ValueError(f"needs_causal must be True for {encoding.name}, whose weights are StickBreaking, got False")
@@ -304,7 +304,7 @@ def _check_weights(encoding: PositionalEncoding, mods: ScoreModifications, is_ca
 
 
 def _check_rising(encoding: PositionalEncoding, key_positions: Array, key_segments: Array | None) -> None:
-    """Raises ValueError if the keys of a segment do not stand in the order of their positions, as far as values are known."""
+    """Raises ValueError if the keys of a segment are not in the order of their positions, as far as values are concrete."""
     if is_traced(key_positions) or is_traced(key_segments):
         return
     positions = np.atleast_2d(np.asarray(key_positions))
@@ -316,7 +316,7 @@ def _check_rising(encoding: PositionalEncoding, key_positions: Array, key_segmen
     if falls.any():
         row, at = np.argwhere(falls)[0]
         raise ValueError(
-            f"key_positions must not fall along a segment for {encoding.name}, which sums over the keys between key and query, "
+            f"key_positions must not decrease along a segment for {encoding.name}, which sums over the keys between key and query, "
             f"got {positions[row, at]} before {positions[row, at + 1]} in row {row}"
         )
 

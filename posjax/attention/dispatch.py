@@ -1,4 +1,4 @@
-"""Chooses the backend of a prepared call: the one that was named, or the fastest that supports the call where it is lowered.
+"""Selects the backend of a prepared call: the requested one, or the fastest that supports it on the platform of the program.
 
 A backend is a module with the functions of ``Backend``. Those in XLA also have ``attention_and_lse``. The kernels of a platform
 also have ``BLOCK_SIZES_CLS``, and join a program by ``jax.lax.platform_dependent`` under their ``NAME``, whichever devices this
@@ -32,7 +32,7 @@ _SMALL = 128 * 128  # query-key pairs; up to here tiled attention is a single ti
 
 @runtime_checkable
 class Backend(Protocol):
-    """The interface of a backend's module."""
+    """Defines the interface of a backend's module."""
 
     NAME: str
 
@@ -50,7 +50,7 @@ _XLA: dict[str, Any] = {reference.NAME: reference, xla_chunked.NAME: xla_chunked
 
 
 def _kernels() -> dict[str, Backend]:
-    """Returns the backends of platforms. They import Pallas, which would make up a quarter of the time of ``import posjax``."""
+    """Returns the platforms' backends. They import Pallas, which would take a quarter of the time of ``import posjax``."""
     from posjax.attention.backends.gpu import attention as gpu
     from posjax.attention.backends.tpu import attention as tpu
 
@@ -58,9 +58,9 @@ def _kernels() -> dict[str, Backend]:
 
 
 def load_kernels(query: Array, key: Array, implementation: Implementation | None) -> None:
-    """Imports the kernels if a call with this query and key may run one. Call it before the first operation of the call.
+    """Imports the kernels if a call with this query and key may run one. Must be called before the first operation of the call.
 
-    Pallas adds to the configuration that jax's caches are keyed by: whatever was compiled before its import compiles once more.
+    Importing Pallas changes the configuration in the keys of jax's caches, so that programs from before it are compiled again.
     """
     check_implementation(implementation)
     if implementation == "pallas" or (implementation is None and _has_kernels(query, key)):
@@ -189,7 +189,7 @@ def _check_block_sizes(block_sizes: Any, implementation: Implementation | None) 
     if implementation not in (None, "pallas"):
         raise ValueError(
             f"block_sizes must be None with implementation={implementation!r}, got {block_sizes}; "
-            "implementation='pallas' has block sizes"
+            "they apply to implementation='pallas'"
         )
 
 

@@ -42,12 +42,12 @@ from posjax.typing import Array, Float, Int, Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The cache of one attention layer, with S slots. It is immutable: ``attend`` returns an updated one.
+    """Holds the cache of one attention layer, with S slots. It is immutable; ``attend`` returns an updated one.
 
     Attributes:
       key: [B, S, K, W], after the transforms of the encoding, or as given if the encoding's ``cache`` is "raw".
       value: [B, S, K, V].
-      columns: for a transport and each bias their arrays per key by name, [B, N or K or 1, S, ...].
+      columns: for a transport and each bias, the arrays per key by name, [B, N or K or 1, S, ...].
       positions: int32 [B, S].
       coordinates: [B, S, A]; None if they are the positions.
       segments: int32 [B, S]; 0 for empty slots and padding.
@@ -55,7 +55,7 @@ class Cache:
       used: int32 [], number of slots written; not counted in a window cache.
       state: the encoding's ``ScoreModifications.state`` after the last call, zeros before the first; None if it has none.
       window: number of earlier positions that a token attends to, equal to S; None: a full-length cache, where it attends to all.
-      made_for: the encoding that shaped the cache, without its arrays: a pytree structure.
+      made_for: pytree structure of the encoding that the cache was created for.
     """
 
     key: Array
@@ -94,8 +94,8 @@ def init_cache(
       batch_size: B.
       max_length: number of slots of a full cache, in tokens, including padding of prompts.
       window: number of slots of a sliding window: a token attends to that many positions before it, as with ``local_window_size``.
-      coordinate_dtype: int32 or float32 if the calls will have coordinates of their own, on as many axes as the encoding reads;
-        None if coordinates are the positions.
+      coordinate_dtype: int32 or float32 if calls will pass coordinates, on as many axes as the encoding reads; None if coordinates
+        are the positions.
       dtype: dtype of query, key and value.
 
     Raises:
@@ -104,7 +104,7 @@ def init_cache(
     """
     encoding = check_encoding(encoding)
     if (max_length is None) == (window is None):
-        raise ValueError(f"one of max_length and window must be given, got max_length={max_length} and window={window}")
+        raise ValueError(f"exactly one of max_length and window must be set, got max_length={max_length} and window={window}")
     slots, name = (max_length, "max_length") if window is None else (window, "window")
     slots, batch_size = check_at_least(name, slots, 1), check_at_least("batch_size", batch_size, 1)
     _check_dims(dims)
@@ -165,7 +165,7 @@ def attend(
       encoding, params: as in ``attention``; the cache must have been created for this encoding.
       cache: result of ``init_cache`` or of the previous call.
       positions: [T], [1, T] or [B, T] integers, non-decreasing along a row; None continues from ``cache.next_position``.
-      coordinates: [T, A] or [B, T, A], as in ``attention``, in a cache that was made with a ``coordinate_dtype``.
+      coordinates: [T, A] or [B, T, A], as in ``attention``, for a cache that was created with a ``coordinate_dtype``.
       segment_ids: [B, T] integers. 0 marks padding, to which no token attends; other tokens attend within their segment. None puts
         all tokens into segment 1.
       hidden: [B, T, D], as in ``attention``.
@@ -188,12 +188,12 @@ def attend(
     encoding = check_encoding(encoding)
     if cache.made_for != jax.tree.structure(encoding):
         made_for = jax.tree.unflatten(cache.made_for, ["..."] * cache.made_for.num_leaves)
-        raise ValueError(f"encoding must be the one that the cache was made for, {made_for}, got {encoding}: cached keys need it")
+        raise ValueError(f"encoding must be the one that the cache was created for, {made_for}, got {encoding}")
     check_room(cache, query.shape[1])
     load_kernels(query, cache.key, implementation)
     if (coordinates is None) != (cache.coordinates is None):
         given, made = ("None", "with") if coordinates is None else ("an array", "without")
-        raise ValueError(f"coordinates must agree with the cache, which was made {made} a coordinate_dtype, got {given}")
+        raise ValueError(f"coordinates must match the cache, which was created {made} a coordinate_dtype, got {given}")
     positions, segments = next_positions(cache, key.shape[1], positions, segment_ids)
     options: dict[str, Any] = dict(
         is_causal=True, local_window_size=cache.window, scale=scale, logits_soft_cap=logits_soft_cap, query_positions=positions
@@ -300,11 +300,11 @@ def check_room(cache: LayerCache, tokens: int) -> None:
         return
     used = int(np.asarray(cache.used).max())
     if used + tokens > slots:
-        raise ValueError(f"max_length of the cache must be at least {used + tokens} to hold {tokens} more tokens, got {slots}")
+        raise ValueError(f"max_length of the cache must be at least {used + tokens} to add {tokens} tokens, got {slots}")
 
 
 def next_positions(cache: LayerCache, tokens: int, positions: Array | None, segment_ids: Array | None) -> tuple[Array, Array]:
-    """Returns positions and segments [B, T] of the next tokens, with defaults for what the caller did not give.
+    """Returns positions and segments [B, T] of the next tokens, with defaults for arguments that are None.
 
     Raises:
       ValueError: segment_ids are not integers [B, T], or positions not non-negative ones [T], [1, T] or [B, T].
@@ -314,7 +314,7 @@ def next_positions(cache: LayerCache, tokens: int, positions: Array | None, segm
     check_segment_ids(segments, batch, tokens)
     segments = jnp.asarray(segments, jnp.int32)
     if positions is None:
-        # Padding repeats the position of the token before it, which stays within every table and in order.
+        # Padding repeats the position of the token before it, which keeps positions in order and within every table.
         positions = cache.next_position[:, None] + jnp.cumsum(segments != 0, axis=1, dtype=jnp.int32) - 1
         positions = jnp.maximum(positions, 0)
     positions = canonicalize_positions("positions", positions, batch, tokens)
@@ -383,12 +383,12 @@ def store(stacked: Any, layer: Array, cache: LayerCache, tokens: int) -> Any:
     return dataclasses.replace(updated, **_slots(write, stacked, cache))
 
 
-# What is cached under an encoding -----------------------------------------------------------------------------------
+# Layout of a cache --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheEntry:
-    """An array that a cache stores for every token and layer.
+    """Describes an array that a cache stores for every token and layer.
 
     Attributes:
       name: "key", "value", or the number of a bias and the name of the array in it.
@@ -405,15 +405,15 @@ class CacheEntry:
     bytes: int
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.holds}, {self.dtype}{list(self.shape)}, {self.bytes:,} bytes a token"
+        return f"{self.name}: {self.holds}, {self.dtype}{list(self.shape)}, {self.bytes:,} bytes per token"
 
 
 def cache_layout(encoding: PositionalEncoding | None, dims: Dims, dtype: Any = jnp.float32) -> tuple[CacheEntry, ...]:
-    """Lists what a decoder caches per token in one layer under an encoding.
+    """Lists the arrays that a decoder caches per token in one layer under an encoding.
 
         for line in cache_layout(chain(rope(), cope(64, gates="content")), dims): print(line)
 
-    The list comes from running the encoding on one random token.
+    The list is determined by running the encoding on one random token.
 
     Args:
       encoding, dims, dtype: as in ``init_cache``.
@@ -455,7 +455,9 @@ def _cached_arrays(
         jax.random.normal(k, (batch, 1, n, dims.head_dim), hidden.dtype) for k, n in zip(keys, heads, strict=True)
     )
     limit = encoding.max_length(dims)
-    position = jnp.full((1, 1), 1 if limit is None else min(1, limit - 1), jnp.int32)  # at position 0 a rotation is the identity
+    position = jnp.full(
+        (1, 1), 1 if limit is None else min(1, limit - 1), jnp.int32
+    )  # not position 0, where rotations are the identity
     coordinates = None if coordinate_dtype is None else jnp.ones((1, 1, encoding.axes), coordinate_dtype)
     own: dict[str, Any] = dict(
         query_positions=position, key_positions=position, query_coordinates=coordinates, key_coordinates=coordinates

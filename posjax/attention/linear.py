@@ -99,7 +99,7 @@ def _reordered(x: Array, order: Array) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearCache:
-    """The state of causal linear attention, float32; its size does not depend on the number of tokens.
+    """Holds the state of causal linear attention, float32; its size does not depend on the number of tokens.
 
     Attributes:
       memory: [B, N, H, V], sum of rotated key features times values.

@@ -1,7 +1,7 @@
-"""Scans of the keys' own numbers as differences of prefix sums, which any backend evaluates like a bias of two positions.
+"""Scans with one number per key as differences of prefix sums, which any backend evaluates like a bias of two positions.
 
-The gates of such a ``Scan`` depend on keys alone (a forgetting gate), so the sum between query and key is a difference of two sums
-that are computed once per token. A walk that counts along the keys is then not needed.
+The gates of such a ``Scan`` depend only on keys (a forgetting gate), so the sum between query and key is a difference of two sums
+that are computed once per token. No walk that counts along the keys is needed.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from posjax.typing import Array
 
 
 def with_prefix_sums(call: AttentionCall) -> AttentionCall:
-    """Returns the call with its key-only scans replaced by pairs, where both are the same number.
+    """Returns the call with its key-only scans replaced by equivalent pairs, if there are any.
 
-    They are if queries and keys are the same tokens and each query sees all keys of its segment back to the end of its window, so
-    not under a boolean mask.
+    They are equivalent if queries and keys are the same tokens and each query attends to all keys of its segment back to the end of
+    its window, i.e. not under a boolean mask.
     """
     is_known = not is_symbolic(call.key.shape[1])  # sums over a symbolic length are left to the walk along the keys
     if not (call.is_self and call.mask.is_causal and call.mask.boolean is None and is_known):
@@ -43,7 +43,7 @@ def _as_pair(bias: Bias, call: AttentionCall) -> Bias:
 
 
 def _differs(scan: Scan) -> bool:
-    """Returns whether heads that share a key have gates of their own."""
+    """Returns whether heads that share a key have different gates."""
     return any(leaf.shape[0] > 1 for leaf in jax.tree.leaves(scan.args))
 
 

@@ -26,7 +26,7 @@ def main() -> None:
     try:
         with translate_compile_errors(job.get("contestant", {}).get("implementation")):
             answer = task(job)
-    except Exception as error:  # the parent reports it; a contestant may raise anything
+    except Exception as error:  # a contestant may raise anything; the parent process reports it
         lines = str(error).strip().split("\n")
         answer = {"failed": f"{type(error).__name__}: {lines[0]}"[:300]}
     Path(job["result"]).write_text(json.dumps(answer))
@@ -63,7 +63,7 @@ def write_reference(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Calls one contestant once: returns its time and peak memory, and writes its results."""
+    """Calls one contestant once, writes its results, and returns its time and peak memory."""
     contestant, first = Contestant(**job["contestant"]), job["first"]
     arrays = dict(np.load(job["inputs"]))
     arrays["cotangent"][:, :first] = 0.0  # only gradients of the rows that the reference covers
@@ -73,13 +73,13 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     if on_cpu:
         _limit_memory(prepared.temp_bytes)
     before = _peak_bytes()
-    start = _forget_peak()
+    start = _reset_peak()
     clock = time.perf_counter()
     result = prepared.call()
     seconds = time.perf_counter() - clock
     after = _peak_bytes()
-    found = prepared.fetch(result)
-    np.savez(job["arrays"], **found | {"out": found["out"][:, first:]})
+    results = prepared.fetch(result)
+    np.savez(job["arrays"], **results | {"out": results["out"][:, first:]})
     return {
         "seconds": seconds,
         "peak_bytes_process": max(before, after),
@@ -102,15 +102,15 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _forget_peak() -> int:
-    """Resets the peak, which includes compilation, to the current resident memory where the system can, and returns the peak."""
+def _reset_peak() -> int:
+    """Resets the peak, which includes compilation, to the current resident memory if the system can; returns the peak."""
     if _RESET.exists():
         _RESET.write_text("5")
     return _peak_bytes()
 
 
 def _limit_memory(temp_bytes: int | None) -> None:
-    """Limits the process's memory to what is free, so that a call that does not fit raises instead of being killed by the system.
+    """Limits the process's memory to the free memory, so that a call that needs more raises an error instead of being killed.
 
     Raises:
       MemoryError: the program's temporary arrays do not fit.
@@ -121,7 +121,9 @@ def _limit_memory(temp_bytes: int | None) -> None:
 
     free = next(int(s.split()[1]) * 1024 for s in Path("/proc/meminfo").read_text().splitlines() if s.startswith("MemAvailable"))
     if temp_bytes is not None and temp_bytes > free:
-        raise MemoryError(f"needs {temp_bytes / 2**30:.1f} GiB beside inputs and outputs, {free / 2**30:.1f} GiB are free")
+        raise MemoryError(
+            f"needs {temp_bytes / 2**30:.1f} GiB besides inputs and outputs, but only {free / 2**30:.1f} GiB are free"
+        )
     size = next(int(line.split()[1]) * 1024 for line in _STATUS.read_text().splitlines() if line.startswith("VmSize"))
     resource.setrlimit(resource.RLIMIT_AS, (size + free, resource.RLIM_INFINITY))
 

@@ -1,4 +1,4 @@
-"""``posjax bench attention``: time, memory and error of causal attention, side by side in one run.
+"""``posjax bench attention``: compares contestants in time, memory and error of causal attention, in one run.
 
     inputs -> reference -> each contestant once, in a process of its own: memory, error -> all in turn, in this process: time
 
@@ -45,15 +45,15 @@ class AttentionBench:
       implementations: implementations of posjax.attention: xla (dense), xla_chunked (tiled), pallas.
       passes: forward, or both: forward and backward with gradients of query, key, value and all parameters.
       gates: gates of contextual encodings: half (random input), sparse (mean gate 0.02), saturating (0.98).
-      workdir: folder with checkpoints; adds the gates of a trained model: query, key and value of its validation text.
-      layer: layer of that model, from 0.
-      heads: N, number of heads; with a workdir, those of its model.
-      head_dim: H, channels per head; with a workdir, those of its model.
+      workdir: folder with checkpoints; adds the gates of a trained model, from query, key and value on its validation text.
+      layer: index of that model's layer, from 0.
+      heads: N, number of heads; with a workdir, it must equal the model's.
+      head_dim: H, channels per head; with a workdir, it must equal the model's.
       batch: B, batch size.
       dtype: dtype of query, key and value; parameters are float32.
       peers: includes other installed packages: jax.nn on cuDNN, tokamax on a GPU, torch, x-transformers.
-      peer_limit_seconds: a peer whose call takes longer is called once; the rounds of a peer take at most this time.
-      repeats: rounds in which every contestant is called once.
+      peer_limit_seconds: time limit for all rounds of a peer; a peer whose single call takes longer is called only once.
+      repeats: number of rounds; each calls every contestant once.
       out: folder for attention.json, attention.md and attention.png.
     """
 
@@ -88,14 +88,14 @@ class AttentionBench:
             raise ValueError(f"peer_limit_seconds must be positive, got {self.peer_limit_seconds}")
         for spec in self.encodings:
             if isinstance(parse_encoding(spec), tuple):
-                raise ValueError(f"encodings must each be for one layer, got {spec!r}; give its layers one by one")
+                raise ValueError(f"encodings must each be for one layer, got {spec!r}; list the encodings of its layers separately")
         if self.workdir:
             check_workdir(self.workdir, self.layer, self.heads, self.head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row of the benchmark: a contestant, a length, a pass, and the gates (None if the encoding has none)."""
+    """Identifies one row of the benchmark: a contestant, a length, a pass, and the gates (None if the encoding has none)."""
 
     contestant: Contestant
     length: int
@@ -111,15 +111,15 @@ def run(config: AttentionBench, contestants: Sequence[Contestant] | None = None,
     """Runs the benchmark and writes attention.json, attention.md and attention.png, even if interrupted.
 
     Args:
-      config: what to measure.
+      config: the settings of the benchmark.
       contestants: contestants to measure; None: the encodings, implementations and peers of the config.
       quiet: hides the progress on the terminal.
 
     Returns:
-      Rows in the order of lengths, passes and contestants, as in attention.json. The notes of a failed row have the reason.
+      Rows in the order of lengths, passes and contestants, as in attention.json. The notes of a failed row give the reason.
 
     Raises:
-      ValueError: the inputs cannot be made, or the folder cannot be written.
+      ValueError: the inputs cannot be created, or the folder is not writable.
       RuntimeError: jax has no device.
     """
     out = make_folder(config.out)
@@ -146,16 +146,16 @@ def run(config: AttentionBench, contestants: Sequence[Contestant] | None = None,
 
 
 def check_workdir(workdir: str, layer: int, heads: int, head_dim: int) -> None:
-    """Checks that a trained model has the heads of a benchmark, and the layer.
+    """Checks that a trained model has the layer, the heads and the channels of a benchmark.
 
     Raises:
-      ValueError: the workdir has no checkpoints, or its model has no such layer, or other heads or channels.
+      ValueError: the workdir has no checkpoints, or its model does not have this layer, or has other heads or channels.
     """
     from posjax.bench.inputs import workdir_config
 
     trained = workdir_config(workdir)[0]
     if layer >= trained.num_layers:
-        raise ValueError(f"layer must be below the {trained.num_layers} layers of {workdir!r}, got {layer}")
+        raise ValueError(f"layer must be below {trained.num_layers}, the number of layers of workdir {workdir!r}, got {layer}")
     dims = trained.transformer(vocab_size=2).dims
     if (dims.num_heads, dims.head_dim) != (heads, head_dim):
         raise ValueError(
@@ -173,12 +173,12 @@ def make_folder(out: str) -> Path:
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"out must be a folder that can be written, got {out!r}: {error}") from None
+        raise ValueError(f"out must be a writable folder, got {out!r}: {error}") from None
     return Path(out)
 
 
 def list_cases(config: AttentionBench, contestants: Sequence[Contestant]) -> list[Case]:
-    """Lists the cases to measure: contextual encodings with every kind of gates, others once."""
+    """Lists the cases to measure: contextual encodings with every kind of gates, other encodings once."""
     gates = (*config.gates, *(("trained",) if config.workdir else ()))
     return [
         Case(contestant, length, direction, kind)
@@ -218,9 +218,9 @@ class Jobs:
         self.folder = folder
         self.files: dict[Any, Path] = {}
 
-    def file(self, *what: Any) -> Path:
+    def file(self, *key: Any) -> Path:
         """Returns the path of a file, the same for each call with equal arguments."""
-        return self.files.setdefault(what, self.folder / f"{len(self.files)}.npz")
+        return self.files.setdefault(key, self.folder / f"{len(self.files)}.npz")
 
     def run(self, job: dict[str, Any], timeout: float | None = None, **environment: str) -> dict[str, Any]:
         """Runs a job and returns its answer, or {"failed": reason} if the process died or exceeded ``timeout`` seconds."""
@@ -242,7 +242,7 @@ class Jobs:
         if result.exists():
             return json.loads(result.read_text())
         if done.returncode in (-9, 137):
-            return {"failed": "killed, most likely for want of memory"}
+            return {"failed": "killed, most likely because it ran out of memory"}
         last = [line for line in done.stderr.strip().split("\n") if line.strip()][-1:]
         return {"failed": f"exit code {done.returncode}: {''.join(last)}"[:300]}
 
@@ -301,12 +301,12 @@ def errors(found: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray])
       reference: the same arrays, of dense attention.
 
     Returns:
-      A dict: error_out; with gradients also error_grads, the largest error of a gradient, and worst_gradient, its name.
+      A dict with error_out and, with gradients, error_grads, the largest error of a gradient, and worst_gradient, its name.
 
     Raises:
-      FloatingPointError: a number in ``found`` is not finite.
+      FloatingPointError: a number in ``results`` is not finite.
     """
-    if not all(np.isfinite(x).all() for x in found.values()):
+    if not all(np.isfinite(x).all() for x in results.values()):
         raise FloatingPointError("not finite")
     gradients = [name for name in found if name.startswith("grads/")]
     whole = float(np.sqrt(sum(np.sum(reference[name] ** 2) for name in gradients)))
@@ -319,8 +319,8 @@ def errors(found: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray])
 
     row: Row = {"error_out": error("out")}
     if gradients:
-        of = {name.removeprefix("grads/"): error(name) for name in gradients}
-        row |= {"error_grads": max(of.values()), "worst_gradient": max(of, key=of.get)}
+        by_name = {name.removeprefix("grads/"): error(name) for name in gradients}
+        row |= {"error_grads": max(by_name.values()), "worst_gradient": max(by_name, key=by_name.get)}
     return row
 
 
@@ -344,7 +344,7 @@ def _time(config: AttentionBench, cases: list[Case], rows: list[Row], jobs: Jobs
             try:
                 prepared = prepare(case.contestant, case.direction == "both", arrays, config.dtype, compiled)
                 prepared.call()
-            except Exception as error:  # it succeeded alone, but here other contestants use memory too
+            except Exception as error:  # it succeeded alone, but other contestants use memory here
                 row["notes"].append(f"not timed in rounds: {type(error).__name__}")
                 continue
             ready.append((row, rounds, prepared, []))
@@ -374,11 +374,11 @@ def _hardware(device: dict[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages in the benchmark."""
-    found = {"python": platform.python_version(), "posjax": posjax.__version__}
+    packages = {"python": platform.python_version(), "posjax": posjax.__version__}
     for package in ("jax", "jaxlib", "libtpu", "numpy", "tokamax", "torch", "x-transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            packages[package] = importlib.metadata.version(package)
+    return packages
 
 
 @contextlib.contextmanager
@@ -389,4 +389,4 @@ def show_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True, disable=quiet) as bar:
         task = bar.add_task("starting", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)

@@ -55,11 +55,11 @@ def attention_options(options: Options, query: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """An implementation of attention to be measured.
+    """Names an implementation of attention to measure.
 
     Attributes:
       kind: posjax, jax.nn, tokamax, torch, x-transformers, or function (a user-defined JAX function of query, key, value).
-      encoding: text of the encoding.
+      encoding: the encoding as text.
       implementation: implementation of posjax.attention, or of the dot_product_attention of jax.nn or tokamax (empty: tokamax's
         default); "package.module:name" for kind function; else empty.
       lowering: lowering of posjax's kernels on a GPU; empty: the preferred one.
@@ -85,24 +85,24 @@ class Contestant:
 
 def list_contestants(encodings: tuple[str, ...], implementations: tuple[str, ...], peers: bool, on_gpu: bool) -> list[Contestant]:
     """Lists the baseline, then posjax, then the installed peers."""
-    found = [Contestant("jax.nn", implementation="xla")]
+    contestants = [Contestant("jax.nn", implementation="xla")]
     encodings = tuple(dict.fromkeys(("identity", *encodings)))
-    found += [Contestant("posjax", encoding, implementation) for implementation in implementations for encoding in encodings]
+    contestants += [Contestant("posjax", encoding, implementation) for implementation in implementations for encoding in encodings]
     if peers and on_gpu:
-        found += gpu_peers()
+        contestants += gpu_peers()
     if peers and importlib.util.find_spec("torch"):
-        found.append(Contestant("torch"))
+        contestants.append(Contestant("torch"))
         if importlib.util.find_spec("x_transformers"):
-            found += [Contestant("x-transformers", encoding) for encoding in encodings if _x_transformers_has(encoding)]
-    return found
+            contestants += [Contestant("x-transformers", encoding) for encoding in encodings if _x_transformers_has(encoding)]
+    return contestants
 
 
 def gpu_peers() -> list[Contestant]:
-    """Lists the peers on a GPU, without positions: cuDNN and, if it is installed, tokamax."""
-    found = [Contestant("jax.nn", implementation="cudnn")]
+    """Lists the peers on a GPU, which have no positional encoding: cuDNN and, if it is installed, tokamax."""
+    peers = [Contestant("jax.nn", implementation="cudnn")]
     if importlib.util.find_spec("tokamax"):
-        found += [Contestant("tokamax"), Contestant("tokamax", implementation="triton")]
-    return found
+        peers += [Contestant("tokamax"), Contestant("tokamax", implementation="triton")]
+    return peers
 
 
 def _x_transformers_has(encoding: str) -> bool:
@@ -124,7 +124,7 @@ def counts(encoding: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A compiled contestant with its inputs bound.
+    """Holds a compiled contestant with its inputs bound.
 
     Attributes:
       call: computes once and waits for the result, which is the argument of ``fetch``.
@@ -151,14 +151,14 @@ def prepare(
 
     Args:
       contestant: the contestant.
-      with_gradients: forward and backward, with gradients of query, key, value and all parameters.
+      with_gradients: whether to compute gradients of query, key, value and all parameters, too.
       arrays: result of ``posjax.bench.inputs.make_inputs``.
-      dtype: type of query, key, value and cotangent.
+      dtype: dtype of query, key, value and cotangent.
       compiled: cache of compiled programs, which is updated: inputs of the same shapes reuse a program.
       options: options of the call, for posjax only.
 
     Raises:
-      Any error of the contestant: NotImplementedError for unsupported calls.
+      Exception: any error of the contestant, such as NotImplementedError for an unsupported call.
     """
     if contestant.kind in ("torch", "x-transformers"):
         return _prepare_torch(contestant, with_gradients, arrays, dtype)
@@ -201,7 +201,7 @@ def _jax_function(contestant: Contestant, options: Options) -> Callable[[dict[st
 
     def ours(inputs: dict[str, Any]) -> Any:
         args = inputs["query"], inputs["key"], inputs["value"], encoding, inputs["params"]
-        own = dict(hidden=inputs.get("hidden"))
+        more = dict(hidden=inputs.get("hidden"))
         blocks = None
         if contestant.lowering:
             blocks = default_blocks(prepare_call(*args, is_causal=True, **own), (contestant.lowering,))
@@ -223,7 +223,7 @@ def _tokamax_function(implementation: str | None) -> Callable[[dict[str, Any]], 
 
 
 def _prepare_torch(contestant: Contestant, with_gradients: bool, arrays: dict[str, np.ndarray], dtype: str) -> Prepared:
-    """Prepares a torch contestant; torch has heads before tokens, so arrays are transposed before timing starts."""
+    """Prepares a torch contestant; torch's layout is [B, N, T, H], so arrays are transposed before timing starts."""
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
@@ -251,7 +251,7 @@ def _prepare_torch(contestant: Contestant, with_gradients: bool, arrays: dict[st
 
     for leaf in leaves.values():
         leaf.requires_grad_(with_gradients)
-    # Warm up, so that what torch loads on its first calls is not measured.
+    # Warm up, so that memory and time exclude the libraries that torch loads on its first call.
     warm = torch.ones(1, 1, 2, query.shape[-1], requires_grad=True, **options)
     torch.nn.functional.scaled_dot_product_attention(warm, warm, warm, is_causal=True).sum().backward()
 

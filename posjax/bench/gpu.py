@@ -1,12 +1,12 @@
-"""``posjax bench gpu``: speed and accuracy of the attention kernels on the GPU of this machine, in one run of eight minutes.
+"""``posjax bench gpu``: speed and accuracy of the attention kernels on this machine's GPU, in one run of about eight minutes.
 
-    python -m posjax.bench.gpu --out runs/gpu        # with nothing installed beyond jax, flax and optax
+    python -m posjax.bench.gpu --out runs/gpu        # needs only jax, flax and optax
 
     speed      attention over 8,192 tokens, forward and backward, interleaved: cuDNN, no position, RoPE, CoPE, RoPE + CoPE
     accuracy   each encoding and dtype against dense float32 on the CPU, beside XLA's dense one here; bitwise equality of two runs
     decoder    1.1 billion parameters: tokens per second of prefill and of a train step
 
-A section ends when its share of the time is over, and notes what it left out. gpu.json is written after every row.
+A section ends when its share of the time has elapsed, and notes what it omitted. gpu.json is rewritten after every row.
 """
 
 import dataclasses
@@ -31,23 +31,23 @@ _SHARES = {"speed": 3, "accuracy": 3, "decoder": 4}  # relative shares of the ti
 
 @dataclasses.dataclass(frozen=True)
 class GpuBench:
-    """Measures speed and accuracy of the attention kernels, and a decoder of a billion parameters, on the GPU of this machine.
+    """Measures speed and accuracy of the attention kernels, and the speed of a decoder, on the GPU of this machine.
 
     Attributes:
       sections: sections to run, in this order.
-      seconds: when to stop; what is being measured then is brought to its end.
+      seconds: time limit; the measurement in progress is completed.
       length: sequence length of the speed section, in tokens.
-      heads: N, number of heads in the speed section; with a workdir, those of its model.
-      head_dim: H, channels per head in the speed section; with a workdir, those of its model.
-      workdir: folder with checkpoints, as in posjax bench attention; also times the gates of its model.
-      layer: layer of that model, from 0.
+      heads: N, number of heads in the speed section; with a workdir, it must equal the model's.
+      head_dim: H, channels per head in the speed section; with a workdir, it must equal the model's.
+      workdir: folder with checkpoints, as in posjax bench attention; adds the gates of its model to the speed section.
+      layer: index of that model's layer, from 0.
       encodings: encodings of the accuracy section.
       dtypes: dtypes of the accuracy section.
       head_dims: channels per head in the accuracy section.
       contexts: sequence lengths of the decoder, in tokens.
       layers: number of layers of the decoder.
-      embed_dim: channels of the decoder, a multiple of 128, the channels of a head.
-      repeats: rounds in which every contestant is called.
+      embed_dim: width of the decoder, a multiple of 128; its heads have 128 channels.
+      repeats: number of rounds; each calls every contestant.
       out: folder for gpu.json, gpu.md and gpu.png.
     """
 
@@ -86,7 +86,7 @@ class GpuBench:
             raise ValueError(f"seconds must be positive, got {self.seconds}")
         for spec in self.encodings:
             if isinstance(parse_encoding(spec), tuple):
-                raise ValueError(f"encodings must each be for one layer, got {spec!r}; give its layers one by one")
+                raise ValueError(f"encodings must each be for one layer, got {spec!r}; list the encodings of its layers separately")
         if self.workdir:
             check_workdir(self.workdir, self.layer, self.heads, self.head_dim)
 
@@ -95,20 +95,20 @@ def run(config: GpuBench, quiet: bool = False, implementation: str = "pallas") -
     """Runs the benchmark and writes gpu.json after every row, and gpu.md and gpu.png at the end, even if interrupted.
 
     Args:
-      config: what to measure.
+      config: the settings of the benchmark.
       quiet: hides the progress on the terminal.
-      implementation: implementation of posjax.attention; others than pallas need no GPU.
+      implementation: implementation of posjax.attention; only pallas needs a GPU.
 
     Returns:
-      Rows in the order of sections, as in gpu.json. The notes of a failed row have the reason.
+      Rows in the order of sections, as in gpu.json. The notes of a failed row give the reason.
 
     Raises:
       NotImplementedError: there is no GPU that the kernels support.
-      ValueError: the folder cannot be written.
+      ValueError: the folder is not writable.
     """
     begun = time.perf_counter()
     if implementation == "pallas":
-        check_gpu("posjax bench gpu", "posjax bench attention measures on any")
+        check_gpu("posjax bench gpu", "posjax bench attention runs on any device")
     out = make_folder(config.out)
     rows: list[Row] = []
     specs = config.encodings if "accuracy" in config.sections else ()
@@ -162,40 +162,40 @@ def _write_tables(rows: Sequence[Row], config: GpuBench, out: Path) -> str | Non
 def fill_ratios(rows: Sequence[Row]) -> None:
     """Sets the ratios of each row: its time to cuDNN's and to identity's, or its tokens per second to RoPE's.
 
-    Identity is that of the same lowering. A ratio is None if one of its values is missing.
+    The row of identity has the same lowering. A ratio is None if one of its values is missing.
     """
     first = _lowerings(rows)[0]
     for row in rows:
         if row["section"] == "speed":
-            own = row["lowering"] if row["kind"] == "posjax" else first
-            row["ratio_to_identity"] = _over(row["ms_min"], _speed(rows, "identity", row["pass"], own))
+            lowering = row["lowering"] if row["kind"] == "posjax" else first
+            row["ratio_to_identity"] = _over(row["ms_min"], _speed(rows, "identity", row["pass"], lowering))
             row["ratio_to_cudnn"] = _over(row["ms_min"], _cudnn(rows, row["pass"]))
         elif row["section"] == "decoder":
             for name in ("prefill", "train"):
-                own = row[f"{name}_tokens_per_second"]
-                row[f"{name}_ratio_to_rope"] = _over(own, _decoder(rows, "rope", row["context"], name))
+                rate = row[f"{name}_tokens_per_second"]
+                row[f"{name}_ratio_to_rope"] = _over(rate, _decoder(rows, "rope", row["context"], name))
 
 
 def targets(rows: Sequence[Row]) -> list[Row]:
     """Returns the performance targets of the kernels: name, limit, whether more is better, measured value, and whether met."""
-    made = []
+    ratios = []
     for lowering in _lowerings(rows):
         by_name = f" ({lowering})" if lowering else ""
         for way, limit in (("forward", 1.15), ("both", 1.25)):
             for spec in ENCODINGS[2:]:
-                found = _over(_speed(rows, spec, way, lowering), _speed(rows, "identity", way, lowering))
-                made.append((f"time of {spec} over identity's, half gates, {_PASSES[way]}{by_name}", limit, False, found))
+                ratio = _over(_speed(rows, spec, way, lowering), _speed(rows, "identity", way, lowering))
+                ratios.append((f"time of {spec} over identity's, half gates, {_PASSES[way]}{by_name}", limit, False, ratio))
         for way in _PASSES:
-            found = _over(_cudnn(rows, way), _speed(rows, "identity", way, lowering))
+            ratio = _over(_cudnn(rows, way), _speed(rows, "identity", way, lowering))
             limit = 0.8 if lowering == "mosaic" else 0.6
-            made.append((f"speed of identity over cuDNN's, {_PASSES[way]}{by_name}", limit, True, found))
+            ratios.append((f"speed of identity over cuDNN's, {_PASSES[way]}{by_name}", limit, True, ratio))
     for spec in ENCODINGS[2:]:
-        found = _over(_decoder(rows, spec, 4096, "prefill"), _decoder(rows, "rope", 4096, "prefill"))
-        made.append((f"tokens a second of the decoder's prefill, {spec} over rope, 4,096 tokens", 0.9, True, found))
+        ratio = _over(_decoder(rows, spec, 4096, "prefill"), _decoder(rows, "rope", 4096, "prefill"))
+        ratios.append((f"tokens per second of the decoder's prefill, {spec} over rope, 4,096 tokens", 0.9, True, ratio))
     return [
-        {"target": what, "limit": limit, "more_is_better": more, "found": found}
-        | {"met": None if found is None else found >= limit if more else found <= limit}
-        for what, limit, more, found in made
+        {"target": name, "limit": limit, "more_is_better": more, "found": ratio}
+        | {"met": None if ratio is None else ratio >= limit if more else ratio <= limit}
+        for name, limit, more, ratio in ratios
     ]
 
 
@@ -214,19 +214,19 @@ def _over(one: float | None, other: float | None) -> float | None:
 
 def _speed(rows: Sequence[Row], spec: str, way: str, lowering: str) -> float | None:
     """Returns the milliseconds of posjax's kernel, with half gates if the encoding has gates."""
-    own = (row for row in rows if row["section"] == "speed" and row["kind"] == "posjax" and row["gates"] in (None, "half"))
+    ours = (row for row in rows if row["section"] == "speed" and row["kind"] == "posjax" and row["gates"] in (None, "half"))
     wanted = spec, way, lowering
-    return next((row["ms_min"] for row in own if (row["encoding"], row["pass"], row["lowering"]) == wanted), None)
+    return next((row["ms_min"] for row in ours if (row["encoding"], row["pass"], row["lowering"]) == wanted), None)
 
 
 def _cudnn(rows: Sequence[Row], way: str) -> float | None:
-    own = (row for row in rows if row["section"] == "speed" and row["contestant"] == "jax.nn, cudnn")
-    return next((row["ms_min"] for row in own if row["pass"] == way), None)
+    cudnn = (row for row in rows if row["section"] == "speed" and row["contestant"] == "jax.nn, cudnn")
+    return next((row["ms_min"] for row in cudnn if row["pass"] == way), None)
 
 
-def _decoder(rows: Sequence[Row], spec: str, context: int, what: str) -> float | None:
-    own = (row for row in rows if row["section"] == "decoder")
-    return next((row[f"{what}_tokens_per_second"] for row in own if (row["encoding"], row["context"]) == (spec, context)), None)
+def _decoder(rows: Sequence[Row], spec: str, context: int, part: str) -> float | None:
+    rates = (row for row in rows if row["section"] == "decoder")
+    return next((row[f"{part}_tokens_per_second"] for row in rates if (row["encoding"], row["context"]) == (spec, context)), None)
 
 
 # Tables and figure ------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ _COLUMNS = {
 
 def groups(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]], list[str]]]:
     """Returns (heading, column heads, cells, notes) of each table: the speed passes, accuracy dtypes, decoder, and targets."""
-    made = []
+    tables = []
     for heading in dict.fromkeys(_heading(row) for row in rows):
         group = [row for row in rows if _heading(row) == heading]
         columns = _COLUMNS[group[0]["section"]]
@@ -274,14 +274,14 @@ def groups(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]], l
             lines.append([*_label(row), *numbers])
             for note in row["notes"]:
                 notes.setdefault(note, []).append(", ".join(filter(None, _label(row))))
-        said = [f"{'all' if len(who) == len(group) > 1 else '; '.join(who)}: {note}" for note, who in notes.items()]
-        made.append((heading, [*_HEADS[group[0]["section"]], *(head for head, _, _ in columns)], lines, said))
+        texts = [f"{'all' if len(who) == len(group) > 1 else '; '.join(who)}: {note}" for note, who in notes.items()]
+        tables.append((heading, [*_HEADS[group[0]["section"]], *(head for head, _, _ in columns)], lines, texts))
     lines = []
     for row in targets(rows):
         limit = f"at {'least' if row['more_is_better'] else 'most'} {row['limit']}"
-        found = "not measured" if row["found"] is None else f"{row['found']:.2f}"
-        lines.append([row["target"], limit, found, {None: "", True: "met", False: "missed"}[row["met"]]])
-    return [*made, ("targets", ["what", "wanted", "found", ""], lines, [])]
+        measured = "not measured" if row["found"] is None else f"{row['found']:.2f}"
+        lines.append([row["target"], limit, measured, {None: "", True: "met", False: "missed"}[row["met"]]])
+    return [*tables, ("targets", ["ratio", "target", "measured", ""], lines, [])]
 
 
 _HEADS = {"speed": ("contestant", "gates"), "accuracy": ("encoding", "call, channels"), "decoder": ("encoding", "context")}
@@ -328,7 +328,7 @@ def draw(rows: Sequence[Row]) -> Any:
             add(_heading(row), "time (ms)", row, row["ms_min"])
         elif row["section"] == "decoder":
             for name in ("prefill", "train"):
-                add(f"{name}, {row['context']:,} tokens", "tokens a second", row, row[f"{name}_tokens_per_second"])
+                add(f"{name}, {row['context']:,} tokens", "tokens per second", row, row[f"{name}_tokens_per_second"])
     return plots.bars(panels, looks) if panels else None
 
 

@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks on a local GPU: a time budget, parallel compilation, and interleaved timing."""
+"""Code that the benchmarks on a local GPU share: a time budget, parallel compilation, and interleaved timing."""
 
 import concurrent.futures
 import math
@@ -12,29 +12,29 @@ import jax
 from posjax.attention.backends.gpu.blocks import LEAST, capability
 from posjax.bench.contestants import Prepared
 
-LATE = "not measured: the time was over"
+LATE = "not measured: the time limit was reached"
 INTERRUPTED = "not measured: interrupted"
-_BURST = 0.02  # seconds of back-to-back calls, which hide the time of a launch
+_BURST = 0.02  # seconds of back-to-back calls, which hide the launch time
 
 
 class Clock:
-    """A time budget in seconds that starts at construction."""
+    """Tracks a time budget in seconds, which starts at construction."""
 
     def __init__(self, seconds: float):
         self.end = time.perf_counter() + seconds
 
     @property
     def left(self) -> float:
-        """Returns the seconds left; negative once the time is over."""
+        """Returns the seconds left; negative once the time is used up."""
         return self.end - time.perf_counter()
 
 
-def check_gpu(what: str, instead: str) -> None:
+def check_gpu(command: str, instead: str) -> None:
     """Checks that jax has a GPU that the kernels support.
 
     Args:
-      what: the command that needs a GPU, for the message.
-      instead: sentence of the message that says what works without one.
+      command: the command that needs a GPU, for the error message.
+      instead: a sentence for the error message on what works without a GPU.
 
     Raises:
       NotImplementedError: there is no such GPU.
@@ -42,20 +42,21 @@ def check_gpu(what: str, instead: str) -> None:
     try:
         platform = jax.default_backend()
     except (RuntimeError, AssertionError):  # jax raises these if a requested platform is missing
-        found = f"jax finds no device with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}"
-        raise NotImplementedError(f"{what} needs an NVIDIA GPU; {found}. {instead}") from None
+        missing = f"jax finds no device with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}"
+        raise NotImplementedError(f"{command} needs an NVIDIA GPU; {missing}. {instead}") from None
     if platform != "gpu":
-        raise NotImplementedError(f"{what} needs an NVIDIA GPU; jax's platform here is {platform}. {instead}")
+        raise NotImplementedError(f"{command} needs an NVIDIA GPU, but jax's platform is {platform}. {instead}")
     if capability() < LEAST:
         kind = jax.devices()[0].device_kind
-        raise NotImplementedError(f"{what} needs an NVIDIA GPU of compute capability {LEAST / 10} or later, got {kind}. {instead}")
+        needed = f"an NVIDIA GPU of compute capability {LEAST / 10} or later"
+        raise NotImplementedError(f"{command} needs {needed}, got {kind}. {instead}")
 
 
 def hardware() -> dict[str, Any]:
     """Returns the device and the number of CPU cores that compile for it."""
     first = jax.devices()[0]
-    found = {"platform": first.platform, "device_kind": first.device_kind, "devices": jax.device_count(), "cores": cores()}
-    return found | ({"compute_capability": str(first.compute_capability)} if first.platform == "gpu" else {})
+    machine = {"platform": first.platform, "device_kind": first.device_kind, "devices": jax.device_count(), "cores": cores()}
+    return machine | ({"compute_capability": str(first.compute_capability)} if first.platform == "gpu" else {})
 
 
 def cores() -> int:
@@ -71,8 +72,8 @@ def reason(error: Exception) -> str:
 def side_by_side(tasks: Sequence[Callable[[], Any]], clock: Clock) -> Iterator[Any]:
     """Runs tasks in parallel threads and yields their results in order.
 
-    A task that raises, or that would begin after the time is over, yields the reason as text. Compilation takes most of the time of
-    a benchmark, and one core per program.
+    A task that raises, or that would begin after the time limit, yields the reason as text. Most of the time of a benchmark is
+    compilation, which uses one core per program.
     """
 
     def attempt(task: Callable[[], Any]) -> Any:
@@ -93,31 +94,31 @@ def side_by_side(tasks: Sequence[Callable[[], Any]], clock: Clock) -> Iterator[A
 Times = list[list[float] | str]
 
 
-def milliseconds(ready: Sequence[Prepared], repeats: int, clock: Clock, found: Times | None = None) -> Times:
-    """Times all contestants in interleaved rounds: returns for each its milliseconds per round, or why a call failed, as text.
+def milliseconds(ready: Sequence[Prepared], repeats: int, clock: Clock, times: Times | None = None) -> Times:
+    """Times all contestants in interleaved rounds, and returns for each the milliseconds per round, or the reason of a failure.
 
-    At least one round is run; no further round begins once the time is over. ``found`` is an empty list that is filled and
+    At least one round is run; no further round begins after the time limit. ``times`` is an empty list that is filled and
     returned, so that an interrupted caller has the times measured so far.
     """
-    found = [] if found is None else found
-    found += [[] for _ in ready]
+    times = [] if times is None else times
+    times += [[] for _ in ready]
     sizes = [1] * len(ready)
     for turn in range(-1, repeats):  # round -1 sets the number of calls per burst
         if turn > 0 and clock.left <= 0:
             break
         for n, prepared in enumerate(ready):
-            if isinstance(found[n], str):
+            if isinstance(times[n], str):
                 continue
             try:
-                taken = _timed(prepared, sizes[n])
-            except Exception as error:  # it succeeded alone, but here others use memory too
-                found[n] = reason(error)
+                seconds = _timed(prepared, sizes[n])
+            except Exception as error:  # it succeeded alone, but other contestants use memory here
+                times[n] = reason(error)
                 continue
             if turn < 0:
-                sizes[n] = min(20, math.ceil(_BURST / max(taken, 1e-6)))
+                sizes[n] = min(20, math.ceil(_BURST / max(seconds, 1e-6)))
             else:
-                found[n].append(1000 * taken)
-    return found
+                times[n].append(1000 * seconds)
+    return times
 
 
 def _timed(prepared: Prepared, size: int) -> float:

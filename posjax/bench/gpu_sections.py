@@ -1,7 +1,7 @@
 """The sections of ``posjax bench gpu``: speed of attention, its accuracy, and a decoder. Each yields its rows one by one.
 
-A section compiles its programs in parallel, one core per program, and then measures one at a time. A case that its time is too
-short for yields a row with a note.
+A section compiles its programs in parallel, one core per program, and then measures one at a time. A case that does not fit into
+the time of its section yields a row with a note.
 """
 
 import concurrent.futures
@@ -31,7 +31,7 @@ from posjax.training.optimizer import make_optimizer
 from posjax.training.state import TrainState, init_state
 from posjax.training.step import make_train_step
 
-ENCODINGS = ("identity", "rope", "cope(64)", "rope + cope(64)")  # of the sections speed and decoder
+ENCODINGS = ("identity", "rope", "cope(64)", "rope + cope(64)")  # in the sections speed and decoder
 Tell = Callable[[str], None]  # called with the description of the current work
 
 
@@ -39,7 +39,7 @@ Tell = Callable[[str], None]  # called with the description of the current work
 
 
 def speed(config: Any, implementation: str, clock: Clock, tell: Tell) -> Iterator[Row]:
-    """Times causal attention in bfloat16, forward, and forward and backward: calls each program once, then all in rounds."""
+    """Times causal attention in bfloat16, forward and with backward: calls each program once alone, then all in rounds."""
     lowerings = lowerings_of(implementation, "bfloat16")
     wanted = [Contestant("posjax", spec, implementation, lowering) for lowering in lowerings for spec in ENCODINGS]
     wanted += gpu_peers() if jax.default_backend() == "gpu" else []
@@ -50,27 +50,27 @@ def speed(config: Any, implementation: str, clock: Clock, tell: Tell) -> Iterato
 
     def compiled(who: Contestant, direction: str, gates: tuple[str | None, ...]) -> list[Prepared]:
         programs: dict = {}  # one program for all gates
-        made = [inputs.make_inputs(who.encoding, kind or "half", config.length, sizes, recorded) for kind in gates]
-        return [prepare(who, direction == "both", arrays, "bfloat16", programs) for arrays in made]
+        arrays_of_gates = [inputs.make_inputs(who.encoding, kind or "half", config.length, sizes, recorded) for kind in gates]
+        return [prepare(who, direction == "both", arrays, "bfloat16", programs) for arrays in arrays_of_gates]
 
     cases = [(who, way, kinds if counts(who.encoding) else (None,)) for way in ("forward", "both") for who in wanted]
     tell("speed: compiling")
-    found = side_by_side([functools.partial(compiled, *case) for case in cases], clock)
+    answers = side_by_side([functools.partial(compiled, *case) for case in cases], clock)
     rows: list[Row] = []
     ready: list[tuple[Row, Prepared]] = []  # the rows to be timed
-    for (who, way, gates), made in zip(cases, found, strict=True):
+    for (who, way, gates), answer in zip(cases, answers, strict=True):
         for number, kind in enumerate(gates):
             row = {"section": "speed", "contestant": who.name, "kind": who.kind, "encoding": who.encoding, "gates": kind}
             row |= {"lowering": who.lowering, "pass": way, "ms_min": None, "ms_median": None, "tflops": None, "notes": []}
             rows.append(row)
-            why = made if isinstance(made, str) else _first_call(made[number])  # alone, so that no other call uses memory
-            if why is not None:
-                row["notes"].append(why)
+            failure = answer if isinstance(answer, str) else _first_call(answer[number])  # alone, so that no other call uses memory
+            if failure is not None:
+                row["notes"].append(failure)
                 continue
-            row["temp_bytes"] = made[number].temp_bytes
-            ready.append((row, made[number]))
+            row["temp_bytes"] = answer[number].temp_bytes
+            ready.append((row, answer[number]))
     tell("speed: rounds")
-    operations = 2 * config.heads * config.length**2 * config.head_dim  # of two matrix products, half of which is masked
+    operations = 2 * config.heads * config.length**2 * config.head_dim  # two matrix products, half of which is masked
     rounds: Times = []
     interrupted = None
     try:
@@ -109,7 +109,7 @@ def _first_call(prepared: Prepared) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call of attention with 4 query heads; inputs are rounded to bfloat16's 8 bits, which every dtype represents exactly."""
+    """Describes a call of attention with 4 query heads; inputs are rounded to bfloat16, which every dtype represents exactly."""
 
     name: str
     length: int
@@ -130,7 +130,7 @@ CALLS = (
 
 
 def calls_of(spec: str) -> list[Call]:
-    """Returns the calls that differ for an encoding: sparse gates only if it has gates."""
+    """Returns the calls to measure for an encoding: sparse gates only if it has gates."""
     return [call for call in CALLS if call.gates == "half" or counts(spec)]
 
 
@@ -139,7 +139,7 @@ class References:
 
     def __init__(self, specs: Sequence[str], head_dims: Sequence[int], folder: Path):
         self.pool = concurrent.futures.ThreadPoolExecutor(cores())
-        self.answers = {spec: self.pool.submit(self._ask, spec, head_dims, folder / slug(spec)) for spec in specs}
+        self.answers = {spec: self.pool.submit(self._compute, spec, head_dims, folder / slug(spec)) for spec in specs}
 
     def __enter__(self) -> "References":
         return self
@@ -156,7 +156,7 @@ class References:
         return dict(np.load(self.answers[spec].result().file("reference", head_dim, call)))
 
     @staticmethod
-    def _ask(spec: str, head_dims: Sequence[int], folder: Path) -> Jobs:
+    def _compute(spec: str, head_dims: Sequence[int], folder: Path) -> Jobs:
         folder.mkdir()
         jobs = Jobs(folder)
         for head_dim, call in itertools.product(head_dims, calls_of(spec)):
@@ -189,19 +189,19 @@ def accuracy(config: Any, implementation: str, clock: Clock, tell: Tell, referen
         for prefix, kernel in (("", (implementation, lowering)), ("xla_", ("xla",))):
             prepared = prepare(Contestant("posjax", spec, *kernel), True, arrays, dtype, {}, call.options)
             result = prepared.fetch(prepared.call())
-            found |= {prefix + name: x for name, x in errors(result, want).items()}
+            fields |= {prefix + name: x for name, x in errors(result, expected).items()}
             if not prefix:
                 again = prepared.fetch(prepared.call())
-                found["same_bits"] = all(np.array_equal(result[name], again[name]) for name in result)
-        return found
+                fields["same_bits"] = all(np.array_equal(result[name], again[name]) for name in result)
+        return fields
 
     tell("accuracy")
     answers = side_by_side([functools.partial(measured, *case) for case in cases], clock)
-    for (dtype, head_dim, call, spec, lowering), found in zip(cases, answers, strict=True):
+    for (dtype, head_dim, call, spec, lowering), answer in zip(cases, answers, strict=True):
         row = {"section": "accuracy", "encoding": spec, "lowering": lowering, "call": call.name, "notes": []}
         row |= {"dtype": dtype, "head_dim": head_dim}
         row |= dict.fromkeys(("error_out", "error_grads", "worst_gradient", "xla_error_out", "xla_error_grads", "same_bits"))
-        yield row | ({"notes": [found]} if isinstance(found, str) else found)
+        yield row | ({"notes": [answer]} if isinstance(answer, str) else answer)
 
 
 # Decoder -----------------------------------------------------------------------------------------------------------------
@@ -210,22 +210,23 @@ _VOCABULARY, _CHANNELS = 32_768, 128
 
 
 def decoder(config: Any, implementation: str, clock: Clock, tell: Tell) -> Iterator[Row]:
-    """Measures tokens per second of a decoder on one sequence: a forward pass, and a step of AdamW with full rematerialization."""
+    """Measures the tokens per second of a decoder on one sequence: a forward pass, and an AdamW step with full remat."""
     for number, context in enumerate(config.contexts):
-        own = Clock(clock.left / (len(config.contexts) - number))
+        context_clock = Clock(clock.left / (len(config.contexts) - number))
         tell(f"decoder: compiling, {context:,} tokens")
         tasks = {}
         for spec in ENCODINGS:
             tasks |= {(spec, part): task for part, task in _programs(config, implementation, spec, context).items()}
-        found = dict(zip(tasks, side_by_side(list(tasks.values()), own), strict=True))
+        compiled = dict(zip(tasks, side_by_side(list(tasks.values()), context_clock), strict=True))
         for spec in ENCODINGS:
             tell(f"decoder: {spec}, {context:,} tokens")
             row = {"section": "decoder", "encoding": spec, "context": context, "parameters": None, "notes": []}
             row |= {"prefill_tokens_per_second": None, "train_tokens_per_second": None}
-            programs = {part: found.pop((spec, part)) for part in ("start", "prefill", "step")}
-            whys = [program for program in programs.values() if isinstance(program, str)]
+            programs = {part: compiled.pop((spec, part)) for part in ("start", "prefill", "step")}
+            failures = [program for program in programs.values() if isinstance(program, str)]
             try:
-                yield row | ({"notes": list(dict.fromkeys(whys))} if whys else _tokens_a_second(**programs, repeats=config.repeats))
+                rates = {} if failures else _tokens_per_second(**programs, repeats=config.repeats)
+                yield row | rates | {"notes": list(dict.fromkeys(failures))}
             except Exception as error:  # e.g. too little memory
                 yield row | {"notes": [reason(error)]}
 
@@ -273,23 +274,23 @@ def _programs(config: Any, implementation: str, spec: str, context: int) -> dict
     }
 
 
-def _tokens_a_second(start: Any, prefill: Any, step: Any, repeats: int) -> Row:
+def _tokens_per_second(start: Any, prefill: Any, step: Any, repeats: int) -> Row:
     """Runs the three compiled programs and returns the tokens per second of the fastest of ``repeats`` calls."""
     state, batch = start()
     row = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params))}
-    row["prefill_tokens_per_second"] = batch["tokens"].size / _least(lambda: prefill(state.params, batch["tokens"]), repeats)
+    row["prefill_tokens_per_second"] = batch["tokens"].size / _fastest(lambda: prefill(state.params, batch["tokens"]), repeats)
 
     def train() -> Any:
         nonlocal state
         state, metrics = step(state, batch)
         return metrics
 
-    row["train_tokens_per_second"] = batch["tokens"].size / _least(train, repeats)
+    row["train_tokens_per_second"] = batch["tokens"].size / _fastest(train, repeats)
     return row | {"train_temp_bytes": step.memory_analysis().temp_size_in_bytes}
 
 
-def _least(call: Callable[[], Any], repeats: int) -> float:
-    """Returns the least time of ``repeats`` calls, in seconds, after a warmup call."""
+def _fastest(call: Callable[[], Any], repeats: int) -> float:
+    """Returns the time of the fastest of ``repeats`` calls, in seconds, after a warmup call."""
     jax.block_until_ready(call())
     times = []
     for _ in range(repeats):

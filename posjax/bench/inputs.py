@@ -1,6 +1,7 @@
 """Inputs of the contestants of a benchmark: flat dicts of float32 arrays, the same for all contestants, stored as .npz files.
 
-query, key, value, cotangent [B, T, N, H]; params/... the encoding's parameters
+query, key, value, cotangent [B, T, N, H]
+params/...                   the encoding's parameters
 """
 
 import json
@@ -15,7 +16,7 @@ from posjax.core.encoding import Dims
 from posjax.encodings.spec import parse_encoding, slug
 from posjax.typing import Params
 
-# The mean of q.k / sqrt(H). Its standard deviation is one, so that the mean gates are 0.5, 0.02 and 0.98.
+# Means of q.k / sqrt(H). With its standard deviation of one, the mean gates are 0.5, 0.02 and 0.98.
 GATES = {"half": 0.0, "sparse": -4.4, "saturating": 4.4}
 
 
@@ -24,15 +25,15 @@ def make_inputs(
 ) -> dict[str, np.ndarray]:
     """Draws normally distributed query, key, value and cotangent, and parameters without zero leaves, as after training.
 
-    Mean gates other than a half are set by a constant in the last channel of query and key. That channel belongs to the slowest
-    rotation of RoPE, so that gates from rotated logits keep their mean for thousands of tokens.
+    A constant in the last channel of query and key sets mean gates other than 0.5. RoPE rotates that channel most slowly, so that
+    gates from rotated logits keep their mean over thousands of tokens.
 
     Args:
       spec: the encoding.
       gates: one of GATES, or "trained" for ``recorded``.
       length: T.
       config: configuration of the benchmark: batch, heads, head_dim, dtype.
-      recorded: result of ``recorded_inputs``; used for gates "trained".
+      recorded: result of ``recorded_inputs``, for gates="trained".
       kv_heads: number of key and value heads; None: as many as query heads.
     """
     rng = np.random.default_rng(length)
@@ -59,7 +60,7 @@ def make_inputs(
 
 
 def _as_if_learned(path: tuple, leaf: np.ndarray, length: int, head_dim: int, rng: np.random.Generator) -> np.ndarray:
-    """Replaces zero leaves by random values: a bias of zero would hide errors, and its gates would have no gradient."""
+    """Replaces zero leaves by random values, because a bias of zero would hide errors, and its gates would have no gradient."""
     if leaf.any():
         return leaf
     # CoPE_MLP's output grows with the count, which has no upper bound.
@@ -71,10 +72,10 @@ def recorded_inputs(workdir: str, layer: int, tokens: int) -> dict[str, Any]:
     """Records the inputs of attention in one layer of a trained model, over at least ``tokens`` tokens of its validation data.
 
     Rows have the training length of the model. ``make_inputs`` concatenates and truncates them, so that a longer sequence consists
-    of several texts, with gates between unrelated tokens across them.
+    of several texts, with gates between their unrelated tokens.
 
     Args:
-      workdir: a folder with checkpoints, from posjax train, or DIR/ENCODING/seed-N from posjax compare.
+      workdir: a folder with checkpoints: a workdir of posjax train, or DIR/ENCODING/seed-N of posjax compare.
       layer: index of the layer, from 0.
       tokens: number of tokens to record; the result has fewer if the validation data have fewer.
 
@@ -101,14 +102,14 @@ def recorded_inputs(workdir: str, layer: int, tokens: int) -> dict[str, Any]:
         arrays = {name: getattr(record, name) for name in ("query", "key", "value", "hidden")}
         return {name: x for name, x in arrays.items() if x is not None}, record.params
 
-    found: list[dict[str, np.ndarray]] = []
+    batches: list[dict[str, np.ndarray]] = []
     for batch in eval_batches(config, source, config.seq_length):
         arrays, used = jax.device_get(attend(params, {name: batch[name] for name in ("tokens", "positions", "segment_ids")}))
         repeat = arrays["query"].shape[2] // arrays["key"].shape[2]
-        found.append({name: np.repeat(x, repeat if name in ("key", "value") else 1, axis=2) for name, x in arrays.items()})
-        if sum(x["query"][..., 0, 0].size for x in found) >= tokens:
+        batches.append({name: np.repeat(x, repeat if name in ("key", "value") else 1, axis=2) for name, x in arrays.items()})
+        if sum(x["query"][..., 0, 0].size for x in batches) >= tokens:
             break
-    joined = {name: np.concatenate([x[name] for x in found]) for name in found[0]}
+    joined = {name: np.concatenate([x[name] for x in batches]) for name in batches[0]}
     return joined | {"encoding": spec, "params": used}
 
 
@@ -126,7 +127,7 @@ def workdir_config(workdir: str) -> tuple[Any, str]:
     above = next((place for place in (folder, folder.parent.parent) if (place / "config.json").exists()), None)
     if above is None or not (folder / "checkpoints").is_dir():
         raise ValueError(
-            f"workdir must hold checkpoints, as runs/mine of posjax train or runs/quickstart/cope-64/seed-0 of posjax compare, "
+            "workdir must hold checkpoints, such as runs/NAME of posjax train or runs/NAME/cope-64/seed-0 of posjax compare, "
             f"got {workdir!r}"
         )
     stored = json.loads((above / "config.json").read_text())

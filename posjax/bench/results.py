@@ -12,12 +12,12 @@ FILES = ("attention.json", "attention.md", "attention.png")
 
 
 def fill_ratios(rows: Sequence[Row]) -> None:
-    """Sets each row's ratio to identity in the same implementation, and to jax.nn.dot_product_attention without position."""
+    """Sets each row's ratios to identity in the same implementation and to jax.nn.dot_product_attention, which has no positions."""
     times = {(row["kind"], row["implementation"], row["encoding"], row["length"], row["pass"]): row["ms_min"] for row in rows}
     for row in rows:
-        where = row["length"], row["pass"]
-        identity = times.get(("posjax", row["implementation"], "identity", *where)) if row["kind"] == "posjax" else None
-        plain = times.get(("jax.nn", "xla", "identity", *where))
+        case = row["length"], row["pass"]
+        identity = times.get(("posjax", row["implementation"], "identity", *case)) if row["kind"] == "posjax" else None
+        plain = times.get(("jax.nn", "xla", "identity", *case))
         for name, baseline in (("ratio_to_identity", identity), ("ratio_to_jax_nn", plain)):
             row[name] = row["ms_min"] / baseline if row["ms_min"] and baseline else None
 
@@ -27,7 +27,7 @@ def memory(row: Row) -> int | None:
     return row["peak_bytes_growth"] if row["device_peak_bytes"] is None else row["device_peak_bytes"]
 
 
-# Column heads, the fields of a row, and their formats. The last two columns appear only in the file.
+# Column heads, fields of a row, and formats. The last two columns appear only in the file.
 _COLUMNS = (
     ("ms", "ms_min", ".2f"),
     ("x id", "ratio_to_identity", ".2f"),
@@ -58,7 +58,7 @@ def cells(rows: Sequence[Row], wide: bool) -> tuple[list[str], list[list[str]]]:
 
 
 def _number(value: float | None, form: str) -> str:
-    """Formats a number in about seven characters at most: large numbers lose their decimals."""
+    """Formats a number in at most about seven characters; large numbers have no decimals."""
     if value is None:
         return ""
     return f"{value:,.0f}" if form.endswith("f") and abs(value) >= 1000 else format(value, form)
@@ -66,19 +66,19 @@ def _number(value: float | None, form: str) -> str:
 
 def groups(rows: Sequence[Row]) -> list[tuple[str, list[Row], list[str]]]:
     """Returns (heading, rows, notes) for each length and pass; a note names its contestants, or "all"."""
-    made = []
+    tables = []
     for length, direction in dict.fromkeys((row["length"], row["pass"]) for row in rows):
         group = [row for row in rows if (row["length"], row["pass"]) == (length, direction)]
         notes: dict[str, list[str]] = {}
         for row in group:
-            first_only = ["time of one call, the first of its process"] if row["rounds"] == 0 else []
+            first_only = ["time of a single call, the first in its process"] if row["rounds"] == 0 else []
             for note in first_only + row["notes"]:
                 notes.setdefault(note, []).append(_label(row))
-        whole = sum(row["ms_min"] is not None for row in group)
-        lines = [f"{'all' if len(who) >= whole > 1 else '; '.join(who)}: {note}" for note, who in notes.items()]
+        num_measured = sum(row["ms_min"] is not None for row in group)
+        lines = [f"{'all' if len(who) >= num_measured > 1 else '; '.join(who)}: {note}" for note, who in notes.items()]
         heading = f"{length:,} tokens, {'forward' if direction == 'forward' else 'forward and backward'}"
-        made.append((heading, group, lines))
-    return made
+        tables.append((heading, group, lines))
+    return tables
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -116,8 +116,8 @@ LEGEND = (
     "is their mean."
 )
 _LEGEND_OF_FILE = (
-    "temp MB is the compiler's figure. CoPE's gradient jumps where a count passes a whole number, and float32 puts some counts on "
-    "the other side: an error of 1e-4 in its gradients, and more in long sequences, can come of that alone."
+    "temp MB is the compiler's figure. CoPE's gradient is discontinuous where a count crosses an integer, and rounding to float32 "
+    "moves some counts across: this alone can cause errors of 1e-4 in its gradients, and larger ones in long sequences."
 )
 
 
@@ -136,11 +136,11 @@ def write(rows: Sequence[Row], config: Row, hardware: Row, versions: Row, out: P
 
 
 def write_json(rows: Sequence[Row], config: Row, hardware: Row, versions: Row, path: Path, **more: Any) -> None:
-    """Writes the rows, the hardware, versions and config behind them, and ``more`` derived values to a JSON file, atomically."""
-    asked = {name: value for name, value in config.items() if name != "out"}
+    """Writes rows with their hardware, versions and config, and ``more`` derived values, to a JSON file atomically."""
+    settings = {name: value for name, value in config.items() if name != "out"}
     part = path.with_name(path.name + ".part")
-    found = {"hardware": hardware, "versions": versions, "config": asked, **more, "rows": list(rows)}
-    part.write_text(json.dumps(found, indent=1) + "\n")
+    content = {"hardware": hardware, "versions": versions, "config": settings, **more, "rows": list(rows)}
+    part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)
 
 

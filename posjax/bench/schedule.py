@@ -3,8 +3,8 @@
     contestants x generations -> posjax.compile.aot, in separate processes -> kernels: loops, bundles of a tile, VMEM, HBM
         -> distance to the roofline of the chip: schedule.json, schedule.md
 
-A bundle takes one cycle. The count excludes stalls, for memory or for a busy matrix unit, so it is a lower bound of the time. It is
-reproducible: the same program has the same count.
+A bundle takes one cycle. The count excludes stalls on memory and on busy matrix units, so it is a lower bound on the time. It is
+reproducible: the same program always has the same count.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class ScheduleBench:
 
     Attributes:
       generations: TPU generations.
-      encodings: encodings such as rope, "cope(64)" or "rope + cope(64)"; with implementation="pallas".
+      encodings: encodings such as rope, "cope(64)" or "rope + cope(64)", compiled with implementation="pallas".
       passes: forward, or both: forward and backward with gradients of query, key, value and all parameters.
       seq_len: sequence length in tokens.
       heads: N, number of heads.
@@ -50,8 +50,8 @@ class ScheduleBench:
       head_dim: H, channels per head.
       batch: B, batch size.
       dtype: dtype of query, key and value; parameters are float32.
-      peers: includes splash attention, with its default blocks and with those of ``tile``.
-      tile: queries and keys of a tile of splash attention.
+      peers: includes splash attention, with its default block sizes and with ``tile``.
+      tile: number of queries and keys per tile of splash attention.
       out: folder for schedule.json and schedule.md.
     """
 
@@ -83,42 +83,42 @@ class ScheduleBench:
         if self.kv_heads is not None:
             check_at_least("kv_heads", self.kv_heads, 1)
             if self.heads % self.kv_heads:
-                raise ValueError(f"kv_heads must divide heads, {self.heads}, got {self.kv_heads}")
+                raise ValueError(f"kv_heads must divide heads={self.heads}, got {self.kv_heads}")
         if self.tile < 128 or self.tile % 128:
             raise ValueError(f"tile must be a multiple of 128, got {self.tile}")
         for spec in self.encodings:
             if isinstance(parse_encoding(spec), tuple):
-                raise ValueError(f"encodings must each be for one layer, got {spec!r}; give its layers one by one")
+                raise ValueError(f"encodings must each be for one layer, got {spec!r}; list the encodings of its layers separately")
 
 
 def run(config: ScheduleBench, quiet: bool = False) -> list[Row]:
     """Compiles all contestants and writes schedule.json and schedule.md after each group of contestants.
 
     Returns:
-      Rows in the order of generations, passes and contestants, as in schedule.json. The notes of a failed row have the reason.
+      Rows in the order of generations, passes and contestants, as in schedule.json. The notes of a failed row give the reason.
 
     Raises:
       ImportError: libtpu is not installed.
       RuntimeError: no compilation could start, e.g. because libtpu does not support a generation.
-      ValueError: the folder cannot be written.
+      ValueError: the folder is not writable.
     """
     out = make_folder(config.out)
     chips = {name: dataclasses.asdict(GENERATIONS[name]) for name in config.generations}
     wanted = _contestants(config)
-    together: dict[tuple[str, str], list[int]] = {}  # one process for both passes of an encoding, and one for splash
-    for n, (about, _) in enumerate(wanted):
-        together.setdefault((about["kind"], about["encoding"]), []).append(n)
+    jobs: dict[tuple[str, str], list[int]] = {}  # one process for both passes of an encoding, and one for splash
+    for n, (fields, _) in enumerate(wanted):
+        jobs.setdefault((fields["kind"], fields["encoding"]), []).append(n)
     rows: list[Row] = []
     with show_progress(quiet) as progress:
         for number, name in enumerate(config.generations):
-            before, found = rows, {}
-            for part, numbers in enumerate(together.values()):
+            before, compiled = rows, {}
+            for part, numbers in enumerate(jobs.values()):
                 kind, encoding = wanted[numbers[0]][0]["kind"], wanted[numbers[0]][0]["encoding"]
                 label = f"{name}: {encoding if kind == 'posjax' else kind}"
-                progress(label, number * len(together) + part, len(config.generations) * len(together))
+                progress(label, number * len(jobs) + part, len(config.generations) * len(jobs))
                 reports = aot.compile_all([wanted[n][1] for n in numbers], GENERATIONS[name].topology)
-                found |= {n: _row(config, name, wanted[n][0], report) for n, report in zip(numbers, reports, strict=True)}
-                rows = before + [found[n] for n in sorted(found)]
+                compiled |= {n: _row(config, name, wanted[n][0], report) for n, report in zip(numbers, reports, strict=True)}
+                rows = before + [compiled[n] for n in sorted(compiled)]
                 _write(rows, config, chips, out)
     return rows
 
@@ -140,19 +140,19 @@ def _contestants(config: ScheduleBench) -> list[tuple[Row, aot.Job]]:
     """Returns (fields of its row, its compilation job) of every contestant, pass by pass."""
     sizes = {name: getattr(config, name) for name in ("seq_len", "heads", "head_dim", "batch", "dtype")}
     sizes["kv_heads"] = config.kv_heads or config.heads
-    found: list[tuple[Row, aot.Job]] = []
+    contestants: list[tuple[Row, aot.Job]] = []
     for direction in config.passes:
         for spec in config.encodings:
-            about = {"contestant": f"{spec}, pallas", "kind": "posjax", "encoding": spec, "pass": direction}
+            fields = {"contestant": f"{spec}, pallas", "kind": "posjax", "encoding": spec, "pass": direction}
             job = sizes | {"spec": spec, "with_gradients": direction == "both"}
-            found.append((about, ("posjax.bench.schedule:posjax_job", job)))
+            contestants.append((fields, ("posjax.bench.schedule:posjax_job", job)))
         for tile in dict.fromkeys((_DEFAULT_TILE, config.tile)) if config.peers else ():
             for fused in (False, True) if direction == "both" else (False,):
                 name = f"splash {tile} x {tile}" + (", fused backward" if fused else "")
-                about = {"contestant": name, "kind": "splash", "encoding": "identity", "pass": direction, "tile": [tile, tile]}
+                fields = {"contestant": name, "kind": "splash", "encoding": "identity", "pass": direction, "tile": [tile, tile]}
                 job = sizes | {"tile": tile, "with_gradients": direction == "both", "fused": fused}
-                found.append((about, ("posjax.bench.schedule:splash_job", job)))
-    return found
+                contestants.append((fields, ("posjax.bench.schedule:splash_job", job)))
+    return contestants
 
 
 # In the compiler's process ----------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def splash_job(
     batch: int,
     dtype: str,
 ) -> tuple[Callable, tuple]:
-    """Builds a call of splash attention, of jax.experimental, for posjax.compile.aot."""
+    """Builds a call of splash attention (jax.experimental.pallas) for posjax.compile.aot."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
@@ -222,16 +222,16 @@ def _maybe_both(forward: Callable, args: tuple, cotangent: Any, with_gradients: 
 # Rows -------------------------------------------------------------------------------------------------------------------
 
 
-def _row(config: ScheduleBench, generation: str, about: Row, report: aot.Report) -> Row:
-    tile = about.get("tile") or _own_tile(config, generation)
-    row = {"generation": generation, **about, "tile": tile, "compile_seconds": report.seconds, "device_kind": report.device_kind}
+def _row(config: ScheduleBench, generation: str, fields: Row, report: aot.Report) -> Row:
+    tile = fields.get("tile") or _posjax_tile(config, generation)
+    row = {"generation": generation, **fields, "tile": tile, "compile_seconds": report.seconds, "device_kind": report.device_kind}
     row |= {"hbm_bytes": report.memory, "xla_flops": report.flops, "xla_bytes_accessed": report.bytes_accessed}
-    row["kernels"] = [_kernel(config, generation, tile, "fused" in about["contestant"], report, k) for k in report.kernels]
+    row["kernels"] = [_kernel(config, generation, tile, "fused" in fields["contestant"], report, k) for k in report.kernels]
     row["notes"] = [] if report.failed is None else [report.failed.strip().split("\n")[0][:300]]
     return row
 
 
-def _own_tile(config: ScheduleBench, generation: str) -> list[int] | None:
+def _posjax_tile(config: ScheduleBench, generation: str) -> list[int] | None:
     """Returns the queries and keys of a tile of posjax's kernel; None if the package has no TPU kernel."""
     if importlib.util.find_spec("posjax.attention.backends.tpu.blocks") is None:
         return None
@@ -244,7 +244,7 @@ def _own_tile(config: ScheduleBench, generation: str) -> list[int] | None:
 def _kernel(
     config: ScheduleBench, generation: str, tile: Sequence[int] | None, fused: bool, report: aot.Report, kernel: aot.Kernel
 ) -> Row:
-    """Describes a kernel for its row; forms that process a full tile have their distance to the roofline."""
+    """Describes a kernel for its row; variants that process a full tile have a distance to the roofline."""
     roofline = _roofline(config, generation, tile, fused, report, kernel.name) if tile else None
     forms = [
         dataclasses.asdict(work)
@@ -264,14 +264,14 @@ def _kernel(
 def forms_of(kernel: aot.Kernel) -> list[tuple[aot.Section, int, bool, bool]]:
     """Returns (work, bundles per iteration, whether the work has loops, whether it processes a full tile) of ``kernel.tiles``.
 
-    Work on a strip of a tile does not process a full tile. Neither do loops beside the loop over tiles, such as one that rotates
-    keys on arrival.
+    Work on a strip of a tile does not process a full tile. Neither do loops next to the loop over tiles, such as one that rotates
+    keys as they are loaded.
     """
     outermost = min((work.depth for work, _ in kernel.tiles), default=0)
     branches = any(work.kind == "branch" and work.depth == outermost for work, _ in kernel.tiles)
     forms = []
     for work, turn in kernel.tiles:
-        nested = any(work.holds(loop) for loop in kernel.loops)
+        nested = any(work.contains(loop) for loop in kernel.loops)
         whole = not nested and work.depth == outermost and (work.kind == "branch" or not branches)
         forms.append((work, turn, nested, whole))
     return forms
@@ -282,7 +282,7 @@ def _roofline(
 ) -> float | None:
     """Computes the bundles of a tile at the roofline, or returns None for a kernel whose matrix products are unknown.
 
-    The roofline is the larger of the matrix products at peak, and of moving the inputs and outputs of the call once.
+    The roofline is the longer of two times: the matrix products at peak, and moving the inputs and outputs of the call once.
     """
     products = next((count for part, count in _PRODUCTS if part in name), None)
     if products is None:
@@ -299,19 +299,19 @@ def _roofline(
 # Tables -----------------------------------------------------------------------------------------------------------------
 
 LEGEND = (
-    "tile: bundles of the work on a tile, of each form that it takes (with and without a mask, counting a strip of it), and of "
-    "other loops that multiply matrices; + where loops in it are counted for one turn. turn: bundles of a turn of the loop "
-    "around it, with what that does beside the work. x roof: a turn over what a whole tile would take at the chip's peak (its "
-    "products on the matrix units, or inputs and outputs of the call moved once); below 1 it would wait for the matrix units; "
-    "clocks but v4's follow from published peaks. whole: bundles of the kernel. VMEM: MB that the kernel holds. HBM: MB of the "
-    "whole call at its peak."
+    "tile: bundles of the work on a tile, for each variant (with and without a mask, counting a strip), and of other loops that "
+    "multiply matrices; + if it contains loops, which count for one iteration. iteration: bundles of one iteration of the loop "
+    "around the work, including other code in that loop. x roof: ratio of an iteration to the time of a full tile at the chip's "
+    "peak (its matrix products, or moving inputs and outputs of the call once); below 1, the kernel would wait for the matrix "
+    "units. Clock rates other than v4's are derived from published peaks. bundles: bundles of the whole kernel. VMEM: MB "
+    "that the kernel occupies. HBM: peak MB of the whole call."
 )
-_HEADS = ["contestant", "kernel", "tile", "turn", "x roof", "whole", "VMEM", "HBM"]
+_HEADS = ["contestant", "kernel", "tile", "iteration", "x roof", "bundles", "VMEM", "HBM"]
 
 
 def groups(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]], list[str]]]:
     """Returns (heading, column heads, cells, notes) for each generation and pass, with a line for each kernel."""
-    made = []
+    tables = []
     for generation, direction in dict.fromkeys((row["generation"], row["pass"]) for row in rows):
         group = [row for row in rows if (row["generation"], row["pass"]) == (generation, direction)]
         lines, notes = [], {}
@@ -321,9 +321,9 @@ def groups(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]], l
                 lines.append([row["contestant"], "", *["-"] * (len(_HEADS) - 2)])
             for note in row["notes"]:
                 notes.setdefault(note, []).append(row["contestant"])
-        said = [f"{'; '.join(who)}: {note}" for note, who in notes.items()]
-        made.append((f"{generation}, {'forward' if direction == 'forward' else 'forward and backward'}", _HEADS, lines, said))
-    return made
+        texts = [f"{'; '.join(who)}: {note}" for note, who in notes.items()]
+        tables.append((f"{generation}, {'forward' if direction == 'forward' else 'forward and backward'}", _HEADS, lines, texts))
+    return tables
 
 
 def _cells(row: Row, kernel: Row, first: bool) -> list[str]:

@@ -19,24 +19,25 @@ from posjax.cli.common import fail, parse
 USAGE = """\
 usage: posjax VERB CONFIG [--field value ...] [--workdir DIR]
 
-  train      trains one encoding; the same command goes on where it stopped
-  compare    trains every encoding of the config on the same data, evaluates longer than trained, draws the figures
-  ablate     trains a whole grid at once: --sweep learning_rate=1e-3,3e-4 --sweep rope.theta=1e4,1e5 --seeds 8
+  train      trains and evaluates one encoding
+  compare    trains every encoding of the config on the same data, evaluates beyond the training length, draws figures
+  ablate     trains a grid of settings: --sweep learning_rate=1e-3,3e-4 --sweep rope.theta=1e4,1e5 --seeds 8
   evaluate   evaluates the newest checkpoint of a workdir
-  generate   goes on from a prompt with the newest checkpoint of a workdir: --prompt "def "
-  plan       what a step takes on chips that are not attached: --topology v5p:8x8x8 [--search]
-  bench      measures: posjax bench attention [--lengths 2048 8192 ...] | schedule [--generations v6e ...] | gpu | tune
+  generate   completes a prompt with the newest checkpoint of a workdir: --prompt "def "
+  plan       predicts memory and time of a step on chips that are not attached: --topology v5p:8x8x8 [--search]
+  bench      runs a benchmark: attention [--lengths 2048 8192 ...] | schedule [--generations v6e ...] | gpu | tune
   list       lists the encodings and the configs
 
 CONFIG is a name that posjax list shows, such as quickstart, or a Python file of your own.
 posjax VERB CONFIG --help explains every field.
 
-train, compare and evaluate run in several processes too: the same command in each, and a workdir that all can write.
-SLURM, Open MPI, TPU pods and Kubernetes jobs are recognised; elsewhere set JAX_COORDINATOR_ADDRESS (host:port of
-process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. When one is not heard of for POSJAX_HEARTBEAT_SECONDS (60), all stop.
+train, compare and evaluate also run in several processes: start the same command in each, with a shared workdir.
+SLURM, Open MPI, TPU pods and Kubernetes jobs are detected; elsewhere set JAX_COORDINATOR_ADDRESS (host:port of
+process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. If a process sends no heartbeat for POSJAX_HEARTBEAT_SECONDS
+(default 60), all processes stop.
 
-exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by SIGINT (the run is saved), 75 stopped by SIGTERM (saved)
-or by the loss of a process: run the same command again
+exit codes: 0 success; 1 error; 2 wrong usage; 130 interrupted by SIGINT; 75 stopped by SIGTERM or by the loss of a
+process. After 130 or 75, rerun the command to resume from the newest checkpoint.
 """
 VERBS = ("train", "compare", "ablate", "evaluate", "generate", "plan", "bench", "list")
 
@@ -74,16 +75,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             return run(rest)
         if verb == "ablate":
             return run(rest, shlex.join(["posjax", *argv]))
-        config = parse(rest)
+        config = parse(rest, verb)
         distributed.join()
-        with _terminable(), distributed.on_peer_loss(lambda: f"to go on, run:\n  {shlex.join(['posjax', *argv])}"):
+        with _terminable(), distributed.on_peer_loss(lambda: f"to resume, run:\n  {shlex.join(['posjax', *argv])}"):
             run(config, shlex.join(["posjax", *argv]))
             distributed.wait_for_all()  # the first process may still draw figures
     except Interrupted as stopped:  # the training loop has printed how to resume
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt as error:  # outside the training loop, or a second interrupt
         code = distributed.RESTART if isinstance(error, _Terminated) else 130
-        fail(f"interrupted. To go on, run:\n  {shlex.join(['posjax', *argv])}", code, distributed.leave)
+        fail(f"interrupted. To resume, run:\n  {shlex.join(['posjax', *argv])}", code, distributed.leave)
     except distributed.ProcessLost as error:
         fail(str(error), distributed.RESTART, functools.partial(distributed.leave, together=False))
     except (ValueError, ImportError, OSError, NotImplementedError, CheckpointError, NonFiniteLoss, KernelCompileError) as error:
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class _Terminated(KeyboardInterrupt):
-    """Signals a SIGTERM outside the training loop; inside it, the loop handles the signal and saves."""
+    """Signals a SIGTERM outside the training loop; inside it, the loop handles SIGTERM and saves."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""posjax ablate: every combination of encodings and sweeps with every seed."""
+"""posjax ablate: trains every combination of encodings and swept values with every seed."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ def _ablation_flags() -> type:
 
     @dataclasses.dataclass(frozen=True)
     class Ablation:
-        """Configures an ablation, beyond the fields of a configuration. A single number, --seeds 8, stands for seeds 0 to 7.
+        """Configures an ablation, in addition to the fields of a configuration. --seeds 8, a single number, means seeds 0 to 7.
 
         Attributes:
           sweep: field=a,b,c, once per field: a field of the configuration (learning_rate=1e-3,3e-4) or an argument of an encoding
-            (rope.theta=1e4,1e5); all combinations are run. encoding=rope,alibi replaces encodings.
-          runs_at_once: concurrent runs on a device; None means as many as its memory allows, and one on a CPU.
+            (rope.theta=1e4,1e5). All combinations are run. encoding=rope,alibi replaces encodings.
+          runs_at_once: number of concurrent runs on a device; None means as many as fit in its memory, and one on a CPU.
         """
 
         sweep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -28,13 +28,13 @@ def _ablation_flags() -> type:
 
         def __post_init__(self) -> None:
             if self.runs_at_once is not None and self.runs_at_once < 1:
-                raise ValueError(f"runs_at_once must be at least 1, or None for as many as fit, got {self.runs_at_once}")
+                raise ValueError(f"runs_at_once must be at least 1, or None for as many as fit in memory, got {self.runs_at_once}")
 
     return Ablation
 
 
 def ablate(args: Sequence[str], command: str) -> None:
-    """Runs posjax ablate: every combination of encodings and sweeps with every seed; runs of equal shapes share one program."""
+    """Runs posjax ablate: trains every combination with every seed; runs of equal shapes share one compiled program."""
     from posjax.lab import run as runs
     from posjax.lab.ablation.engine import spread_over_cores
     from posjax.lab.ablation.grids import run_grid
@@ -42,7 +42,7 @@ def ablate(args: Sequence[str], command: str) -> None:
     from posjax.lab.config import init_or_check_workdir
     from posjax.lab.source import open_source
 
-    ablation, config = parse(args, _ablation_flags())
+    ablation, config = parse(args, "ablate", _ablation_flags())
     points = grid(config, [parse_sweep(text) for text in ablation.sweep])
     seeds = tuple(range(config.seeds[0])) if len(config.seeds) == 1 and config.seeds[0] > 0 else config.seeds
     spread_over_cores(len(points) * len(seeds))

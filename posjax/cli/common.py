@@ -1,4 +1,4 @@
-"""Shared parts of the verbs: flags, workdir and data, tables and figures."""
+"""Code that several verbs share: flags, workdir and data, tables and figures."""
 
 import dataclasses
 import functools
@@ -17,7 +17,10 @@ def fail(message: str, code: int = 1, leave: Callable[[int], None] = sys.exit) -
 def parse(args: Sequence[str], options: type | None = None):
     """Parses the name or file of a config and the flags that follow it into a Config; tyro handles --help and misspelled flags.
 
-    With ``options``, a dataclass of further flags, returns (options, Config).
+    Args:
+      args: the command line after the verb.
+      verb: the verb, for --help.
+      options: a dataclass of further flags; the result is then the pair (options, Config).
 
     Raises:
       ValueError: the first argument is not a config, or the config cannot be loaded.
@@ -39,9 +42,9 @@ def parse(args: Sequence[str], options: type | None = None):
     cli = functools.partial(tyro.cli, args=flags, prog="posjax VERB CONFIG")
     if options is None:
         return cli(Config, default=default, config=(tyro.conf.FlagConversionOff,))
-    both = dataclasses.make_dataclass("Both", [("verb", options), ("run", Config)])  # the field names are headings in --help
-    found = cli(both, default=both(options(), default), config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
-    return found.verb, found.run
+    both = dataclasses.make_dataclass("Both", [(verb, options), ("config", Config)])  # the field names are headings in --help
+    parsed = cli(both, default=both(options(), default), config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
+    return getattr(parsed, verb), parsed.config
 
 
 def _warmup_steps(config, flags: Sequence[str]) -> int:
@@ -57,10 +60,10 @@ def _warmup_steps(config, flags: Sequence[str]) -> int:
 
 
 def open_run(config, specs: Sequence[str]):
-    """Checks a run before anything is trained, and returns its workdir, created if necessary, and its data.
+    """Checks a run before training starts, creates its workdir if necessary, and returns (workdir, data).
 
     Raises:
-      ValueError: the configuration, the encodings or the data cannot be used; the workdir is not created.
+      ValueError: the configuration, an encoding or the data cannot be used. No workdir is created then.
     """
     from posjax.encodings.spec import parse_encoding
     from posjax.lab import run as runs
@@ -111,7 +114,7 @@ def heading_of(config, source, label: str) -> str:
         entropy = unigram_bits_per_byte(source.validation)
         heading += f"; unigram entropy of the validation text: {entropy:.3f} bits per byte"
     if source.task is None:
-        heading += ".\nColumns are evaluation lengths in tokens; 'max n' is where an encoding's table of positions ends"
+        heading += ".\nColumns are evaluation lengths in tokens; 'max n' marks lengths beyond an encoding's limit of n positions"
     return heading
 
 

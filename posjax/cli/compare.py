@@ -1,4 +1,4 @@
-"""posjax compare: every encoding and seed."""
+"""posjax compare: trains every encoding with every seed."""
 
 from posjax.cli.common import open_run, printer, report_rows
 

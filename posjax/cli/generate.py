@@ -11,7 +11,7 @@ def generate(args: Sequence[str]) -> None:
     from posjax.attention.backends.compile_errors import translate_compile_errors
     from posjax.lab.prompting import Prompting, continue_prompts
 
-    prompting, config = parse(args, Prompting)
+    prompting, config = parse(args, "generate", Prompting)
     # A model may generate control sequences, which a terminal would execute.
     controls = {n: "\N{REPLACEMENT CHARACTER}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
 

@@ -1,4 +1,4 @@
-"""posjax list: encodings and configs."""
+"""posjax list: lists the encodings and the configs."""
 
 
 def list_all() -> None:

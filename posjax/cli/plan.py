@@ -1,4 +1,4 @@
-"""posjax plan: prints the cost of a training step as tables, and suggests changes if it does not fit."""
+"""posjax plan: prints the cost of a training step as tables, and suggests changes if it does not fit in memory."""
 
 import dataclasses
 import json
@@ -20,13 +20,14 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Planning:
-    """Configures posjax plan, beyond the fields of a configuration.
+    """Configures posjax plan, in addition to the fields of a configuration.
 
     Attributes:
-      topology: a TPU and its shape, e.g. v5p:8x8x8 (v4, v5e, v5p, v6e, tpu7x), or a GPU and slices x hosts x GPUs, h200:1x1x8.
-      search: tries meshes and remat policies, and ranks those that fit.
+      topology: a TPU generation and a shape, e.g. v5p:8x8x8 (v4, v5e, v5p, v6e, tpu7x), or a GPU and the numbers of slices, hosts
+        and GPUs per host, e.g. h200:1x1x8.
+      search: compiles several meshes and remat policies and ranks them.
       candidates: number of plans that a search compiles, one to two minutes each.
-      out: JSON file for the plans. Empty: none.
+      out: JSON file to write the plans to. Empty: none is written.
     """
 
     topology: str = "v5e:16x16"
@@ -42,21 +43,21 @@ class Planning:
 
 
 def plan(args: Sequence[str]) -> None:
-    """Runs posjax plan: memory, collectives and the roofline of a step, compiled for chips that are not attached."""
-    planning, config = parse(args, Planning)
-    own = load_config(args[0])
-    changed = {f.name: v for f in dataclasses.fields(own) if (v := getattr(config, f.name)) != getattr(own, f.name)}
+    """Runs posjax plan: predicts memory, collectives and time of a step by compiling it for chips that are not attached."""
+    planning, config = parse(args, "plan", Planning)
+    base = load_config(args[0])
+    changed = {f.name: v for f in dataclasses.fields(base) if (v := getattr(config, f.name)) != getattr(base, f.name)}
     run(args[0], config, changed, planning)
 
 
 def run(path: str, config: Config, fields: Mapping[str, Any], planning: Planning) -> list[Plan]:
-    """Compiles the plans of a command, prints them and returns them, the best first for a search.
+    """Compiles the plans of a command, prints them and returns them; a search puts the best plan first.
 
     Args:
-      path: file of the configuration.
-      config: the configuration of the file, with ``fields`` replaced.
-      fields: fields that differ from the file's.
-      planning: flags of posjax plan.
+      path: the config file.
+      config: the configuration in that file, with ``fields`` replaced.
+      fields: the fields whose values differ from the file's.
+      planning: the flags of posjax plan.
 
     Raises:
       ValueError: no mesh of the topology divides batch_size and seq_length.
@@ -65,17 +66,17 @@ def run(path: str, config: Config, fields: Mapping[str, Any], planning: Planning
 
     variants = [dict(fields)]
     if planning.search:
-        variants = [dict(fields) | found for found in candidates(config, _count(planning.topology), planning.candidates)]
+        variants = [dict(fields) | candidate for candidate in candidates(config, _count(planning.topology), planning.candidates)]
         if not variants:
-            found = f"{config.batch_size} sequences of {config.seq_length}"
-            raise ValueError(f"batch_size and seq_length must divide over some mesh of {planning.topology}, got {found}")
+            got = f"batch_size={config.batch_size} and seq_length={config.seq_length}"
+            raise ValueError(f"batch_size and seq_length must be divisible over some mesh of {planning.topology}, got {got}")
     with show_progress(quiet=False) as progress:
         progress("compiling", 0, len(variants))
-        made: list[Plan] = []
+        compiled: list[Plan] = []
 
         def done(plan: Plan) -> None:
-            made.append(plan)
-            progress("compiling", len(made), len(variants))
+            compiled.append(plan)
+            progress("compiling", len(compiled), len(variants))
 
         plans = make_plans(path, planning.topology, variants, done=done)
     if planning.search:
@@ -88,11 +89,11 @@ def run(path: str, config: Config, fields: Mapping[str, Any], planning: Planning
     return plans
 
 
-_TWO_DEVICES = ("v4", "tpu7x")  # chips of these count as two jax devices, one per core
+_TWO_DEVICES = ("v4", "tpu7x")  # generations whose chips are two JAX devices each, one per core
 
 
 def _count(topology: str) -> int:
-    """Returns the number of jax devices of a topology."""
+    """Returns the number of JAX devices in a topology."""
     name, _, shape = topology.partition(":")
     return math.prod(int(n) for n in shape.split("x")) * (2 if name in _TWO_DEVICES else 1)
 
@@ -106,8 +107,13 @@ def _print_ranking(plans: Sequence[Plan]) -> None:
         else:
             verdict = "yes" if plan.fits else "no"
             lines.append([mesh_flag(plan.mesh), plan.remat, used, verdict, f"{plan.step_s:.3f}", f"{plan.mfu(plan.step_s):.0%}"])
-    heads = ["mesh", "remat", "GiB of a device", "fits", "s a step", "MFU"]
-    print_table(f"{plans[0].topology}: of {plans[0].capacity / _GIB:.0f} GiB, those that fit by their time", heads, lines, [])
+    heads = ["mesh", "remat", "GiB per device", "fits", "s per step", "MFU"]
+    print_table(
+        f"{plans[0].topology}, {plans[0].capacity / _GIB:.0f} GiB per device: plans that fit, fastest first, then the others",
+        heads,
+        lines,
+        [],
+    )
 
 
 def _print_plan(plan: Plan, config: Config) -> None:
@@ -116,44 +122,47 @@ def _print_plan(plan: Plan, config: Config) -> None:
     tokens = plan.batch_size * plan.seq_length
     print(
         f"\n{plan.config} on {plan.topology}, {devices} devices: {mesh}; remat {plan.remat}, accumulate_steps "
-        f"{plan.accumulate_steps}\n{plan.parameters / 1e9:.3f} billion parameters, {plan.batch_size} sequences of "
-        f"{plan.seq_length:,} tokens a step, {tokens:,} in all"
+        f"{plan.accumulate_steps}\n{plan.parameters / 1e9:.3f} billion parameters; {plan.batch_size} sequences of "
+        f"{plan.seq_length:,} tokens per step, {tokens:,} tokens in total"
     )
     lines = [[name, f"{size / _GIB:.3f}"] for name, size in plan.memory.items()]
-    lines += [["in all", f"{plan.used / _GIB:.3f}"], ["of", f"{plan.capacity / _GIB:.1f}"]]
-    print_table("Memory of a device", ["what", "GiB"], lines, [])
+    lines += [["total", f"{plan.used / _GIB:.3f}"], ["capacity", f"{plan.capacity / _GIB:.1f}"]]
+    print_table("Memory per device", ["kind", "GiB"], lines, [])
     if not plan.fits:
-        why = plan.failed or "it does not fit"
+        why = plan.failed or "as compiled"
         hints = "".join(f"\n  {hint}" for hint in advice(plan, dataclasses.replace(config, remat=plan.remat)))
-        print(f"Does not fit: {plan.used / _GIB:.2f} GiB of {plan.capacity / _GIB:.1f} ({why}). To make it smaller:{hints}")
+        print(
+            f"Does not fit: needs {plan.used / _GIB:.2f} of {plan.capacity / _GIB:.1f} GiB ({why}). To reduce memory, try:{hints}"
+        )
         return
-    cut = plan.mesh["fsdp"] * plan.mesh["context"] * plan.mesh["tensor"]
+    shards = plan.mesh["fsdp"] * plan.mesh["context"] * plan.mesh["tensor"]
     rows = plan.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
-    whole = 2 * plan.parameters if config.compute_dtype == "bfloat16" else 4 * plan.parameters
+    weight_bytes = 2 * plan.parameters if config.compute_dtype == "bfloat16" else 4 * plan.parameters
     length = plan.seq_length // plan.mesh["context"]
     print(
-        f"Fits. A device keeps 1/{cut} of the large weights and of their moments. Whole it has what one collective\n"
-        f"moves, {plan.largest / 2**20:.0f} MiB at most of weights or gradients, {plan.largest / whole:.1%} of the "
-        f"{whole / 2**20:,.0f} of all weights.\n"
-        f"Of {plan.batch_size} sequences it has {rows}, {length:,} tokens of each, 1/{plan.mesh['context']}."
+        f"Fits. Each device stores 1/{shards} of the large weights and of their optimizer moments. The largest collective\n"
+        f"gathers {plan.largest / 2**20:.0f} MiB of weights or gradients at once, {plan.largest / weight_bytes:.1%} of the "
+        f"{weight_bytes / 2**20:,.0f} MiB of all weights.\n"
+        f"Each device processes {rows} of {plan.batch_size} sequences, and {length:,} tokens of each "
+        f"(1/{plan.mesh['context']} of a sequence)."
     )
     lines = []
     for one in plan.collectives:
         share = f"{one.overlapped_bytes / max(one.bytes, 1):.0%}"
         lines.append([one.kind, "+".join(one.axes) or "?", str(one.count), f"{one.bytes / 2**20:,.1f}", share])
-    heads = ["collective", "axes", "count", "MiB", "beside computation"]
-    print_table("Between devices, in a step of one device", heads, lines, [])
+    heads = ["collective", "axes", "count", "MiB", "overlapped with computation"]
+    print_table("Communication per device and step", heads, lines, [])
     shares = plan.shares()
     lines = [[name, f"{1e3 * time:,.1f}", f"{shares[name]:.1%}" if name in shares else ""] for name, time in plan.seconds.items()]
     notes = []
     if plan.uncounted:
-        notes = [f"memory: without {plan.uncounted} loop(s), as walks over tiles are, of which the program does not tell the turns"]
-    print_table("Roofline", ["what", "ms", "share"], lines, notes)
+        notes = [f"memory excludes {plan.uncounted} loop(s) whose trip count the program does not state, such as loops over tiles"]
+    print_table("Roofline", ["resource", "ms", "share"], lines, notes)
     flops = ", ".join(f"{name} {value / 1e12:,.1f}" for name, value in plan.flops.items())
     print(
-        f"Tera-operations of a device: {flops}.\n"
-        f"A step takes {plan.step_s_lower:.3f} s where all overlaps (MFU {plan.mfu(plan.step_s_lower):.0%}), "
-        f"{plan.step_s:.3f} s as compiled "
-        f"(MFU {plan.mfu(plan.step_s):.0%}, {tokens / plan.step_s:,.0f} tokens/s): bounds from data sheets. "
+        f"Tera-operations per device and step: {flops}.\n"
+        f"A step takes {plan.step_s_lower:.3f} s if communication overlaps fully (MFU {plan.mfu(plan.step_s_lower):.0%}), and "
+        f"{plan.step_s:.3f} s with the overlap as compiled\n"
+        f"(MFU {plan.mfu(plan.step_s):.0%}, {tokens / plan.step_s:,.0f} tokens/s). Times are lower bounds from data sheets. "
         f"Compiled in {plan.compile_seconds:.0f} s."
     )

@@ -1,4 +1,4 @@
-"""posjax train: one encoding, one seed; then its evaluation."""
+"""posjax train: trains and evaluates one encoding with one seed."""
 
 from posjax.cli.common import open_run, printer, report_rows
 

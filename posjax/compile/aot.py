@@ -1,16 +1,16 @@
 """Ahead-of-time compilation for TPUs and GPUs that are not attached, with reports on the compiled programs.
 
     compile_all([("package.module:function", {...}), ...], "v6e:2x2")
-        -> a child process with libtpu: function(**kwargs) -> jit -> lower -> compile, one job after the other
-        -> a Report for each: memory, operations, collectives, and for every Pallas kernel the bundles of its loops
+        -> a child process with libtpu: function(**kwargs) -> jit -> lower -> compile, one job after another
+        -> a Report for each job: memory, operations, collectives, and the bundles in the loops of every Pallas kernel
 
 For a topology of GPUs, such as "h200:1x1x8", reports list the registers of kernels instead (``aot_gpu.py``).
 
 The compiler for TPUs is part of libtpu, which needs no TPU (``pip install 'posjax[tpu-aot]'``). It reads its settings from the
-environment before jax starts, and may abort its process over a program that it rejects; it therefore runs in a child process.
+environment before jax starts, and may abort its process if it rejects a program; it therefore runs in a child process.
 
-A TPU core issues one bundle (one very long instruction) per cycle, in order, so the number of bundles in a loop is the number of
-cycles of one iteration unless it waits for memory or for a matrix unit. This number is the same on every run.
+A TPU core issues one bundle (one very long instruction word) per cycle, in order. The number of bundles in a loop is therefore the
+number of cycles of one iteration, unless it waits for memory or for a matrix unit. It is the same in every run.
 """
 
 import dataclasses
@@ -54,8 +54,8 @@ class Section:
     depth: int
     products: int
 
-    def holds(self, other: "Section") -> bool:
-        """Returns whether this section contains the other. A branch that skips exactly one loop contains that loop."""
+    def contains(self, other: "Section") -> bool:
+        """Returns whether this section contains the other; a branch that skips exactly one loop contains that loop."""
         if (self.first, self.bundles) == (other.first, other.bundles):
             return self.kind == "branch" and other.kind == "loop"
         return self.first <= other.first and other.first + other.bundles <= self.first + self.bundles
@@ -67,12 +67,12 @@ class Kernel:
 
     Attributes:
       name: name of its instruction.
-      op_name: the place in the program that calls it.
+      op_name: HLO metadata: the operation in the JAX program that it comes from.
       bundles: number of bundles of the kernel; None if the compiler wrote no schedule for it.
       sections: loops and branches in the order of their first bundles; the outermost loop is that of the grid.
-      vmem: bytes that it occupies in VMEM at a time: scratch, and the blocks in flight.
+      vmem: bytes of VMEM that it occupies: scratch, and the blocks in flight.
       registers: registers per thread, on a GPU; None if unknown.
-      spilled: bytes per thread that do not fit into registers.
+      spilled: bytes per thread that are spilled from registers.
     """
 
     name: str
@@ -91,25 +91,26 @@ class Kernel:
     def tiles(self) -> tuple[tuple[Section, int], ...]:
         """Returns the variants of the work on a tile, each with the bundles of one iteration of the loop around it.
 
-        The work is the outermost section that multiplies matrices itself; if there are loops within the grid's loop, it lies in
-        them. Its variants are, for example, with and without a mask. An iteration excludes the other branches and loops in the
-        innermost loop around the work, such as the start and the end of a row of tiles. Loops within the work count one iteration.
+        The work is the outermost section that multiplies matrices itself, inside the loops within the grid's loop if there are any.
+        It may have several variants, for example with and without a mask. An iteration excludes the other branches and loops in the
+        innermost loop around the work, such as the start and the end of a row of tiles. Loops within the work count for one
+        iteration.
         """
-        return tuple((work, self._turn(around, work)) for work, around in self._forms(None, None) if around)
+        return tuple((work, self._bundles_per_iteration(around, work)) for work, around in self._forms(None, None) if around)
 
     def _forms(self, at: Section | None, around: Section | None) -> list[tuple[Section, Section | None]]:
-        inside = [s for s in self.sections if s.products and (at is None or at.holds(s))]
-        found = [s for s in inside if not any(other.holds(s) for other in inside)]
-        inner = [s for s in found if any(s == loop or s.holds(loop) for loop in inside if loop.kind == "loop")]
+        inside = [s for s in self.sections if s.products and (at is None or at.contains(s))]
+        found = [s for s in inside if not any(other.contains(s) for other in inside)]
+        inner = [s for s in found if any(s == loop or s.contains(loop) for loop in inside if loop.kind == "loop")]
         if around is not None and around.depth == 1 and inner:
             found = inner
         elif at is not None and (not found or at.products > sum(s.products for s in found)):
             return [(at, around)]
         return [form for s in found for form in self._forms(s, s if s.kind == "loop" else around)]
 
-    def _turn(self, loop: Section, work: Section) -> int:
-        beside = [s for s in self.sections if loop.holds(s) and not (s == work or s.holds(work) or work.holds(s))]
-        outermost = [s for s in beside if not any(other.holds(s) for other in beside)]
+    def _bundles_per_iteration(self, loop: Section, work: Section) -> int:
+        beside = [s for s in self.sections if loop.contains(s) and not (s == work or s.contains(work) or work.contains(s))]
+        outermost = [s for s in beside if not any(other.contains(s) for other in beside)]
         return loop.bundles - sum(s.bundles for s in outermost)
 
 
@@ -120,12 +121,12 @@ class Report:
     Attributes:
       target: "package.module:function".
       topology: such as "v6e:2x2".
-      failed: the reason of the failure; None if the program compiled.
+      failed: why compilation failed; None if the program compiled.
       device_kind: jax's name of the device.
       seconds: time to trace, lower and compile.
       memory: bytes of HBM on each device: argument, output, temp, alias, peak.
-      flops: operations of the program on a device, as XLA counts them; a Pallas kernel counts only if it declares its cost.
-      bytes_accessed: bytes that the program accesses, counted likewise; accesses within VMEM count, too.
+      flops: operations of the program on a device, as XLA counts them; Pallas kernels count only if they declare their cost.
+      bytes_accessed: bytes that the program accesses, as XLA counts them, including accesses to VMEM.
       cost: work of a device in one run, read from the program's text with every iteration of its loops, without Pallas kernels.
       kernels: Pallas kernels of the program.
       custom_calls: number of calls of each other custom-call target.
@@ -144,11 +145,11 @@ class Report:
     custom_calls: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> "Report":
+    def from_json(cls, fields: Mapping[str, Any]) -> "Report":
         """Creates a report from the result of ``dataclasses.asdict``, after a round trip through JSON."""
-        kernels = tuple(Kernel(**k | {"sections": tuple(Section(**s) for s in k["sections"])}) for k in found.get("kernels", ()))
-        cost = found.get("cost") and Cost.from_json(found["cost"])
-        return cls(**{**found, "kernels": kernels, "cost": cost})
+        kernels = tuple(Kernel(**k | {"sections": tuple(Section(**s) for s in k["sections"])}) for k in fields.get("kernels", ()))
+        cost = fields.get("cost") and Cost.from_json(fields["cost"])
+        return cls(**{**fields, "kernels": kernels, "cost": cost})
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
@@ -171,7 +172,7 @@ def compile_ahead(
     """Compiles one function for a device that is not attached; see ``compile_all``.
 
     Raises:
-      RuntimeError: the function did not compile. The message has the topology and the reason.
+      RuntimeError: the function did not compile; the message gives the topology and the reason.
     """
     (report,) = compile_all([(target, kwargs)], topology, flags=flags, schedules=schedules)
     if report.failed is not None:
@@ -180,20 +181,21 @@ def compile_ahead(
 
 
 def compile_all(jobs: Sequence[Job], topology: str, *, flags: Sequence[str] = (), schedules: bool = True) -> list[Report]:
-    """Compiles functions for a TPU or a GPU that is not attached, one after the other in a separate process.
+    """Compiles functions for a TPU or a GPU that is not attached, one after another in a separate process.
 
     Args:
       jobs: pairs (target, kwargs). The target is "package.module:function". The function is called with kwargs, which must be
-        JSON, and with the devices of the topology if it has an argument ``devices``. It returns a pair: a function or a jax.jit
-        object to compile, and its arguments as a tuple of trees of jax.ShapeDtypeStruct. An argument without a sharding is placed
-        on the first device or, if another argument is on a mesh, on every device of that mesh.
-      topology: such as "v6e:2x2" or "v5p:8x8x8" (GENERATIONS has the smallest ones), or "h200:1x1x8" for slices, hosts and GPUs.
+        JSON-serializable, and with the devices of the topology if it has an argument ``devices``. It returns a pair: a function or
+        a jax.jit object to compile, and its arguments as a tuple of trees of jax.ShapeDtypeStruct. An argument without a sharding
+        is placed on the first device or, if another argument is on a mesh, on every device of that mesh.
+      topology: such as "v6e:2x2" or "v5p:8x8x8" (GENERATIONS has the smallest ones), or "h200:1x1x8" for slices, hosts and GPUs per
+        host.
       flags: flags of libtpu, such as "--xla_tpu_scoped_vmem_limit_kib=65536", or of XLA for GPUs.
       schedules: whether reports include the bundles and sections of kernels, or their registers. Compilation is faster without
         them, several times so on TPUs.
 
     Returns:
-      A report for each job. A job that raised an exception or ended its process has ``failed`` set; the others are still compiled.
+      A report for each job. If a job raises an exception or ends its process, its report has ``failed`` set; the others still run.
 
     Raises:
       ImportError: libtpu, or the CUDA plugin, is not installed.
@@ -208,13 +210,13 @@ def compile_all(jobs: Sequence[Job], topology: str, *, flags: Sequence[str] = ()
     while len(reports) < len(jobs):
         left = [n for n in range(len(jobs)) if n not in reports]
         with tempfile.TemporaryDirectory() as folder:
-            found, begun, message = _run_child([jobs[n] for n in left], topology, flags, schedules, Path(folder))
-        reports |= {left[n]: report for n, report in found.items()}
-        if len(found) == len(left):
+            finished, begun, message = _run_child([jobs[n] for n in left], topology, flags, schedules, Path(folder))
+        reports |= {left[n]: report for n, report in finished.items()}
+        if len(finished) == len(left):
             break
         if begun is None:
             raise RuntimeError(f"compiling for {topology} failed: {message}")
-        if begun not in found:
+        if begun not in finished:
             reports[left[begun]] = Report(jobs[left[begun]][0], topology, failed=message)
     return [reports[n] for n in range(len(jobs))]
 
@@ -222,24 +224,24 @@ def compile_all(jobs: Sequence[Job], topology: str, *, flags: Sequence[str] = ()
 def _run_child(
     jobs: Sequence[Job], topology: str, flags: Sequence[str], schedules: bool, folder: Path
 ) -> tuple[dict[int, Report], int | None, str]:
-    """Runs jobs in a child process; returns reports of the finished ones, the last one that started, and why the child ended."""
+    """Runs jobs in a child process; returns the reports of finished jobs, the last job that started, and why the process ended."""
     answers, dump, errors = folder / "answers", folder / "dump", folder / "errors"
     dump.mkdir()
     answers.touch()
-    order = {"jobs": [[target, dict(kwargs)] for target, kwargs in jobs], "topology": topology}
-    order |= {"answers": str(answers), "dump": str(dump)}
+    request = {"jobs": [[target, dict(kwargs)] for target, kwargs in jobs], "topology": topology}
+    request |= {"answers": str(answers), "dump": str(dump)}
     with errors.open("wb") as file:
         child = subprocess.run(
             [sys.executable, "-m", "posjax.compile.aot"],
-            input=json.dumps(order).encode(),
+            input=json.dumps(request).encode(),
             env=_environment(topology, dump if schedules else None, flags),
             stdout=file,
             stderr=file,
         )
     lines = [json.loads(line) for line in answers.read_text().splitlines() if line.endswith("}")]
-    begun, said = max(((line["begin"], line["said"]) for line in lines if "begin" in line), default=(None, 0))
-    found = {line["end"]: Report.from_json(line["report"]) for line in lines if "end" in line}
-    return found, begun, _last_words(errors.read_bytes()[said:].decode(errors="replace"), child.returncode)
+    begun, start = max(((line["begin"], line["output_bytes"]) for line in lines if "begin" in line), default=(None, 0))
+    finished = {line["end"]: Report.from_json(line["report"]) for line in lines if "end" in line}
+    return finished, begun, _exit_reason(errors.read_bytes()[start:].decode(errors="replace"), child.returncode)
 
 
 def _dumping(dump: Path) -> list[str]:
@@ -263,19 +265,19 @@ def _environment(topology: str, dump: Path | None, flags: Sequence[str]) -> dict
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": generation_of(topology).accelerator_type,
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs on a TPU, so several processes may compile at once
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs on a TPU, so several processes can compile at once
         "LIBTPU_INIT_ARGS": " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags]).strip(),
     }
 
 
-def _last_words(text: str, code: int) -> str:
-    """Describes why a process ended, from the last informative lines of its output; lines of a failed check take precedence."""
+def _exit_reason(text: str, code: int) -> str:
+    """Describes why a process ended, from the last informative lines of its output; failed checks and errors take precedence."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     noise = re.compile(r"@|\*\*\*|PC:|=+$|[IW]\d{4} |E\d{4} .*RAW:|https://symbolize|File \"")
-    telling = [line for line in lines if not noise.match(line)]
-    marked = [line for line in telling if re.match(r"F\d{4} ", line) or re.search("check fail|error|fatal", line, re.I)]
+    informative = [line for line in lines if not noise.match(line)]
+    marked = [line for line in informative if re.match(r"F\d{4} ", line) or re.search("check fail|error|fatal", line, re.I)]
     ended = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
-    return "; ".join([f"the compiler's process ended ({ended})", *(line[:400] for line in (marked or telling)[-3:])])
+    return "; ".join([f"the compiler's process ended ({ended})", *(line[:400] for line in (marked or informative)[-3:])])
 
 
 # Output of the compiler --------------------------------------------------------------------------------------------------
@@ -294,7 +296,7 @@ def read_schedule(text: str, delay_slots: int) -> tuple[int, tuple[Section, ...]
         0x19   : > { %5 = sbr.rel (%p1) target = $region4 }                               from here, past the delay slots,
         0x1a   : > { ... }
         0x1b PF: > { ... }                                       /* Start/End empty region 4 */     to here: a branch
-        0x1c   : > { %9 = sbr.rel (!%p2) target = $region9 }                              and back: a loop
+        0x1c   : > { %9 = sbr.rel (!%p2) target = $region9 }                              a jump back: a loop
     """
     bundles, depths = [], []
     for line in text.splitlines():
@@ -321,14 +323,14 @@ def read_schedule(text: str, delay_slots: int) -> tuple[int, tuple[Section, ...]
     )
 
 
-_CALLED = re.compile(r'custom_call_target="([^"]+)"')
+_CALL_TARGET = re.compile(r'custom_call_target="([^"]+)"')
 
 
 def read_program(text: str) -> tuple[list[Kernel], dict[str, int]]:
     """Parses optimised HLO into its kernels, without schedules, and the number of calls of each other custom-call target."""
     kernels, others = [], {}
     for i in itertools.chain.from_iterable(computations(text)[0].values()):
-        if i.opcode != "custom-call" or not (match := _CALLED.search(i.attributes)):
+        if i.opcode != "custom-call" or not (match := _CALL_TARGET.search(i.attributes)):
             continue
         op_name = found[1] if (found := re.search(r'op_name="([^"]*)"', i.attributes)) else ""
         if match[1] == aot_gpu.TRITON:
@@ -346,7 +348,7 @@ def read_program(text: str) -> tuple[list[Kernel], dict[str, int]]:
 
 
 def _with_schedule(kernel: Kernel, dump: Path, delay_slots: int) -> Kernel:
-    """Adds the schedule to a kernel. Identical kernels are compiled once, under the name of one of them."""
+    """Adds its schedule to a kernel. Identical kernels are compiled only once, under the name of one of them."""
     files = {re.sub(r"^\d+-|-\d+-final_bundles\.txt$", "", path.name): path for path in sorted(dump.glob("*-final_bundles.txt"))}
     stem = re.sub(r"\.\d+$", "", kernel.name)
     near = [path for name, path in files.items() if re.sub(r"\.\d+$", "", name) == stem]
@@ -361,22 +363,22 @@ def _with_schedule(kernel: Kernel, dump: Path, delay_slots: int) -> Kernel:
 
 
 def main() -> None:
-    order = json.loads(sys.stdin.read())
+    request = json.loads(sys.stdin.read())
     from jax.experimental import topologies
 
-    if aot_gpu.gpu_of(order["topology"]) is not None:
-        devices = aot_gpu.devices(order["topology"])
+    if aot_gpu.gpu_of(request["topology"]) is not None:
+        devices = aot_gpu.devices(request["topology"])
     else:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=order["topology"]).devices
-    with open(order["answers"], "a") as answers:
-        for n, (target, kwargs) in enumerate(order["jobs"]):
-            print(json.dumps({"begin": n, "said": os.fstat(2).st_size}), file=answers, flush=True)
-            for path in Path(order["dump"]).iterdir():
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=request["topology"]).devices
+    with open(request["answers"], "a") as answers:
+        for n, (target, kwargs) in enumerate(request["jobs"]):
+            print(json.dumps({"begin": n, "output_bytes": os.fstat(2).st_size}), file=answers, flush=True)
+            for path in Path(request["dump"]).iterdir():
                 path.unlink()
             try:
-                report = _compile(target, kwargs, order["topology"], devices, Path(order["dump"]))
-            except Exception as error:  # the parent reports it; a job may raise anything
-                report = Report(target, order["topology"], failed=f"{type(error).__name__}: {error}".strip()[:2000])
+                report = _compile(target, kwargs, request["topology"], devices, Path(request["dump"]))
+            except Exception as error:  # a job may raise anything; the parent process reports it
+                report = Report(target, request["topology"], failed=f"{type(error).__name__}: {error}".strip()[:2000])
             print(json.dumps({"end": n, "report": dataclasses.asdict(report)}), file=answers, flush=True)
 
 
@@ -391,8 +393,8 @@ def _compile(target: str, kwargs: dict[str, Any], topology: str, devices: Sequen
     gpu = aot_gpu.gpu_of(topology)
     cores = getattr(first, "num_cores", 1) if gpu is None else gpu.processors
     kind = jax.sharding.AbstractDevice(first.device_kind, cores, first.platform)
-    asked = jax.sharding.AbstractMesh((), (), abstract_device=kind)  # for code that queries the device that it will run on
-    with jax.sharding.use_abstract_mesh(asked):
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=kind)  # for code that queries the device that it will run on
+    with jax.sharding.use_abstract_mesh(mesh):
         function, args = make(**kwargs)
         jitted = function if hasattr(function, "lower") else jax.jit(function)
         start = time.perf_counter()
@@ -425,7 +427,7 @@ def _compile(target: str, kwargs: dict[str, Any], topology: str, devices: Sequen
 
 
 def _meshes(args: Any) -> list[Any]:
-    """Returns the meshes that arguments are sharded over."""
+    """Returns the meshes that the arguments are sharded over."""
     import jax
 
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
@@ -438,7 +440,7 @@ def _placed(args: Any, device: Any) -> Any:
 
     leaves = [leaf for leaf in jax.tree.leaves(args) if hasattr(leaf, "shape")]
     if not leaves:
-        raise ValueError(f"what a target returns must be (function, arguments) with at least one array among them, got {args!r}")
+        raise ValueError(f"a target must return (function, arguments) with an array among the arguments, got arguments {args!r}")
     meshes = _meshes(args)
     default = jax.sharding.SingleDeviceSharding(device)
     if meshes:

@@ -1,7 +1,7 @@
 """Compilation for NVIDIA GPUs that are not attached, as ``posjax.compile.aot`` uses it, and the registers of kernels.
 
-XLA accepts the description of a GPU in place of the GPU, and contains the compiler of PTX. The registers that a kernel uses and the
-bytes that it spills come from running ``ptxas``, of the package nvidia-cuda-nvcc, on the PTX.
+XLA accepts the description of a GPU in place of the GPU itself, and compiles for it to PTX. Running ``ptxas`` (package
+nvidia-cuda-nvcc) on the PTX reports the registers that a kernel uses and the bytes that it spills.
 """
 
 import dataclasses
@@ -41,7 +41,9 @@ def gpu_of(topology: str) -> Gpu | None:
     """Returns the GPU of a topology such as "h200:1x1x8" (slices, hosts, GPUs per host), or None for a topology of TPUs."""
     name = topology.partition(":")[0]
     if name in GPUS and not re.fullmatch(r"[^:]+:\d+x\d+x\d+", topology):
-        raise ValueError(f"topology must be a GPU and a number of slices, hosts and GPUs, such as {name}:1x1x8, got {topology!r}")
+        raise ValueError(
+            f"topology must be a GPU and the numbers of slices, hosts and GPUs per host, e.g. {name}:1x1x8, got {topology!r}"
+        )
     return GPUS.get(name)
 
 
@@ -54,11 +56,11 @@ def check_installed() -> None:
 
 def environment(dump: Path | None, flags: Sequence[str]) -> dict[str, str]:
     """Returns the environment variables that jax must start with; ``dump`` is a folder for PTX, or None to write none."""
-    own = [] if _toolkit() is None else [f"--xla_gpu_cuda_data_dir={_toolkit()}"]
-    own += [] if dump is None else [f"--xla_dump_to={dump}", "--xla_dump_emitter_re=ptx"]
-    of_mosaic = {} if _toolkit() is None else {"MOSAIC_GPU_CUDA_ROOT": str(_toolkit())}
-    of_mosaic |= {} if dump is None else {"MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    return of_mosaic | {"XLA_FLAGS": " ".join([*own, *flags]), "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "cpu"}
+    xla = [] if _toolkit() is None else [f"--xla_gpu_cuda_data_dir={_toolkit()}"]
+    xla += [] if dump is None else [f"--xla_dump_to={dump}", "--xla_dump_emitter_re=ptx"]
+    mosaic = {} if _toolkit() is None else {"MOSAIC_GPU_CUDA_ROOT": str(_toolkit())}
+    mosaic |= {} if dump is None else {"MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    return mosaic | {"XLA_FLAGS": " ".join([*xla, *flags]), "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "cpu"}
 
 
 def _toolkit() -> Path | None:
@@ -83,7 +85,7 @@ def resources(dump: Path, gpu: Gpu) -> dict[str, dict[str, int]]:
     ptxas = shutil.which("ptxas") if toolkit is None else str(toolkit / "bin" / "ptxas")
     found: dict[str, dict[str, int]] = {}
     for path in sorted(dump.glob("*.ptxas")):  # Mosaic runs ptxas itself and dumps its output
-        found |= {name.removesuffix("_mosaic_gpu_kernel"): of for name, of in read_ptxas(path.read_text()).items()}
+        found |= {name.removesuffix("_mosaic_gpu_kernel"): usage for name, usage in read_ptxas(path.read_text()).items()}
     for path in sorted(dump.glob("*.ptx")) if ptxas else ():
         if path.with_suffix(".ptxas").exists():
             continue

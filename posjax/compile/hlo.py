@@ -1,7 +1,7 @@
 """Cost of one run of a compiled program on one device, read from the program's text (optimised HLO).
 
-The compiler's cost analysis counts the body of a loop once, as does a plain search for collectives in the text. Here an instruction
-counts as often as the loops around it run it, and each collective comes with the mesh axes that it communicates over.
+The compiler's cost analysis counts the body of a loop once, as does a plain search for collectives in the text. This module counts
+an instruction as often as the loops around it run it, and reports each collective with the mesh axes that it communicates over.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ class Collective:
       kind: such as all-reduce.
       axes: the mesh axes that they communicate over, such as ("fsdp",); () if unknown.
       count: how many a device takes part in.
-      bytes: total bytes on a device, of their results (all-gather) or of their operands (all others).
+      bytes: total bytes on a device: of the results of all-gathers, and of the operands of all others.
       largest: bytes of the largest one.
       overlapped_bytes: the part of ``bytes`` whose communication the compiler overlaps with computation.
-      op_names: the places in the program that they come from.
+      op_names: HLO metadata: the operations in the JAX program that they come from.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class Cost:
       flops: operations of matrix products (a multiplication and an addition are two), without those of custom kernels.
       bytes: bytes read from and written to its memory.
       collectives: communication by kind and axes.
-      uncounted: number of loops whose length the text does not state; only the collectives in them are counted, once each.
+      uncounted: number of loops whose trip count the text does not state; of these, only collectives are counted, once each.
     """
 
     flops: float
@@ -58,15 +58,15 @@ class Cost:
     uncounted: int
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> "Cost":
+    def from_json(cls, fields: Mapping[str, Any]) -> "Cost":
         """Creates a cost from the result of ``dataclasses.asdict``, after a round trip through JSON."""
-        collectives = [c | {"axes": tuple(c["axes"]), "op_names": tuple(c["op_names"])} for c in found["collectives"]]
-        return cls(**{**found, "collectives": tuple(Collective(**c) for c in collectives)})
+        collectives = [c | {"axes": tuple(c["axes"]), "op_names": tuple(c["op_names"])} for c in fields["collectives"]]
+        return cls(**{**fields, "collectives": tuple(Collective(**c) for c in collectives)})
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """Holds one line of HLO: ``name = shape opcode(inside), attributes``."""
+    """Holds one instruction of HLO: ``name = shape opcode(inside), attributes``."""
 
     name: str
     shape: str
@@ -119,12 +119,12 @@ def read_cost(text: str, mesh: Mapping[str, int] | None = None) -> Cost:
     """
     program, entry = computations(text)
     shapes = {name: {i.name: i.shape for i in body} for name, body in program.items()}
-    turns = _turns(program, entry)
+    runs = _runs(program, entry)
     fused = {called for body in program.values() for i in body if i.opcode == "fusion" for called in _called(i, "calls")}
     flops = moved = 0.0
     collectives: dict[tuple[str, tuple[str, ...]], dict[str, list]] = {}
     for name, body in program.items():
-        times = turns.get(name)
+        times = runs.get(name)
         if times is None:
             continue
         for i in body:
@@ -155,7 +155,7 @@ def read_cost(text: str, mesh: Mapping[str, int] | None = None) -> Cost:
             )
             for (kind, axes), ones in sorted(collectives.items())
         ),
-        uncounted=sum(_trips(i, program) is None for n in turns for i in program[n] if i.opcode == "while"),
+        uncounted=sum(_trips(i, program) is None for n in runs for i in program[n] if i.opcode == "while"),
     )
 
 
@@ -167,12 +167,12 @@ def _called(i: Instruction, *names: str) -> list[str]:
     return [match[1] for match in found if match]
 
 
-def _turns(program: dict[str, list[Instruction]], entry: str) -> dict[str, int]:
-    """Counts the runs of each reachable computation: 0 within a loop of unknown length; all branches count as taken."""
-    turns: dict[str, int] = {}
+def _runs(program: dict[str, list[Instruction]], entry: str) -> dict[str, int]:
+    """Counts the runs of each reachable computation: 0 within a loop of unknown trip count; all branches count as taken."""
+    runs: dict[str, int] = {}
 
     def visit(name: str, times: int) -> None:
-        turns[name] = turns.get(name, 0) + times
+        runs[name] = runs.get(name, 0) + times
         for i in program.get(name, ()):
             if i.opcode == "while":
                 for called in _called(i, "body"):
@@ -188,7 +188,7 @@ def _turns(program: dict[str, list[Instruction]], entry: str) -> dict[str, int]:
                     visit(called, times)
 
     visit(entry, 1)
-    return turns
+    return runs
 
 
 def _trips(loop: Instruction, program: dict[str, list[Instruction]]) -> int | None:
@@ -247,7 +247,7 @@ def _axes(attributes: str, mesh: Mapping[str, int] | None) -> tuple[str, ...]:
 
 
 def _groups(attributes: str, devices: int) -> np.ndarray | None:
-    """Parses device numbers [groups, devices of a group] in any form that HLO has for them; for a permutation, pairs of devices."""
+    """Parses the device numbers of each group, [groups, devices], in any notation of HLO; for a permutation, pairs of devices."""
     if pairs := _pairs(attributes):
         return np.array(pairs)
     if match := re.search(r"replica_groups=\{(\{[\d,]*\}(?:,\{[\d,]*\})*)\}", attributes):
@@ -262,7 +262,7 @@ def _groups(attributes: str, devices: int) -> np.ndarray | None:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
         ids = np.arange(math.prod(sizes.values()))
         numbers, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups()[1:3])
-        if numbers is not None:  # a list of devices, or the shape and transpose of 0, 1, 2, ... that give it
+        if numbers is not None:  # a list of devices, or 0, 1, 2, ... in a shape, transposed
             ids = np.array(numbers) if order is None else ids.reshape(numbers).transpose(order)
         over = re.findall(r"'([^']+)'", match[4])
         names = list(sizes)
@@ -308,24 +308,24 @@ def _convolution(i: Instruction, shapes: Mapping[str, str]) -> float:
         at = np.arange(out[labels[3].index(letter)])[:, None] * stride + np.arange(size)[None] * dilated - low
         reach = (image[labels[1].index(letter)] - 1) * spread
         pairs *= ((at >= 0) & (at <= reach) & (at % spread == 0)).sum()
-    of_batch = math.prod(out[labels[3].index(letter)] for letter in "bf")
-    return 2.0 * of_batch * kernel[labels[2].index("i")] * pairs
+    batch_and_features = math.prod(out[labels[3].index(letter)] for letter in "bf")
+    return 2.0 * batch_and_features * kernel[labels[2].index("i")] * pairs
 
 
 # Memory ------------------------------------------------------------------------------------------------------------------
 
-# Opcodes that move no data, and those that run other computations, which are counted separately.
+# Opcodes that move no data, and opcodes that run other computations, which are counted separately.
 _FREE = {"parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 _FREE |= {"while", "conditional", "call"}
-_CUTS = ("dynamic-slice", "slice", "gather")
+_SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def _moved(i: Instruction, shapes: Mapping[str, str], program: dict[str, list[Instruction]]) -> int:
-    """Counts the bytes that an instruction reads and writes; of an array that it slices or updates, only that part counts."""
+    """Counts the bytes that an instruction reads and writes; if it slices or updates an array, only that part counts."""
     if i.opcode in _FREE or i.opcode.endswith(("-start", "-done")):
         return 0
     read = [size_of(shapes.get(operand, "")) for operand in i.operands]
-    if i.opcode in _CUTS:
+    if i.opcode in _SLICES:
         return 2 * size_of(i.shape)
     if i.opcode == "dynamic-update-slice":
         return 2 * read[1]
@@ -335,18 +335,18 @@ def _moved(i: Instruction, shapes: Mapping[str, str], program: dict[str, list[In
     for number, size in enumerate(read):
         if (part := _part_used(i, number, program)) is None:
             continue
-        cut, updated = part
-        read[number] = min(size, cut)
+        sliced, updated = part
+        read[number] = min(size, sliced)
         if updated:  # in place: the rest of the result is the operand
             written -= max(0, min(written, size) - updated)
     return sum(read) + written
 
 
 def _part_used(fusion: Instruction, number: int, program: dict[str, list[Instruction]]) -> tuple[int, int] | None:
-    """Counts the bytes that a fusion slices from an operand, and those that it updates in it; None if it reads the full operand."""
+    """Counts the bytes that a fusion slices from an operand and those that it updates in it; None if it reads the full operand."""
     body = [x for called in _called(fusion, "calls") for x in program.get(called, ())]
     shapes = {x.name: x.shape for x in body}
-    cut = updated = 0
+    sliced = updated = 0
     names = [x.name for x in body if x.opcode == "parameter" and int(x.inside) == number]
     for name in names:  # grows in the loop: bitcasts of the operand are followed
         for user in (x for x in body if name in x.operands):
@@ -356,14 +356,14 @@ def _part_used(fusion: Instruction, number: int, program: dict[str, list[Instruc
                 within = [_part_used(user, at, program) for at, operand in enumerate(user.operands) if operand == name]
                 if None in within:
                     return None
-                cut, updated = cut + sum(part[0] for part in within), updated + sum(part[1] for part in within)
-            elif user.opcode in _CUTS and user.operands[0] == name:
-                cut += size_of(user.shape)
+                sliced, updated = sliced + sum(part[0] for part in within), updated + sum(part[1] for part in within)
+            elif user.opcode in _SLICES and user.operands[0] == name:
+                sliced += size_of(user.shape)
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == name and user.operands.count(name) == 1:
                 updated += size_of(shapes.get(user.operands[1], ""))
             else:
                 return None
-    return (cut, updated) if names else None
+    return (sliced, updated) if names else None
 
 
 def size_of(shape: str) -> int:

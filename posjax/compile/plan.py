@@ -1,12 +1,12 @@
 """Cost of a training step on chips that are not attached: memory by kind, operations, communication between chips, and time.
 
-    configuration, mesh, topology -> the whole step, compiled by the chips' own compiler (``posjax.compile.aot``)
-        -> memory of a chip as the compiler has laid it out
-        -> work of a chip, read from the program with each loop counted at its length (``posjax.compile.hlo``)
+    configuration, mesh, topology -> the full step, compiled by the chips' own compiler (``posjax.compile.aot``)
+        -> memory of a chip, as the compiler allocates it
+        -> work of a chip, read from the program with every iteration of its loops (``posjax.compile.hlo``)
         -> seconds, from data sheets (``posjax.compile.roofline``)
 
-Times are bounds from data sheets, not measurements: matrix units and links run at their peaks, and nothing waits. An attention
-kernel counts by its matrix products alone; ``posjax bench schedule`` prints what CoPE's counting costs in addition.
+Times are lower bounds from data sheets, not measurements: they assume that matrix units and links run at their peaks and never
+wait. Only the matrix products of attention kernels count; ``posjax bench schedule`` prints what CoPE's counting costs in addition.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ from posjax.lab.flops import attention_flops, model_flops
 
 
 def _kernel_flops(config: Config, mesh: Mapping[str, int], counts: bool) -> float:
-    """Computes the operations of the attention kernels on a chip, which the text of the program does not show.
+    """Computes the operations of the attention kernels on a chip, which the text of the program does not state.
 
-    The backward pass takes five matrix products for two in the forward pass. On a ring of C chips, each waits for the one with the
-    most work: where the order of chunks is fixed, a call takes the time of 3 C - 1 pairs of chunks, compared with 2 C.
+    The backward pass takes five matrix products, the forward pass two. On a ring of C chips, each waits for the one with the most
+    work: if encodings count, the order of chunks is fixed, and a call takes the time of 3 C - 1 pairs of chunks instead of 2 C.
     """
     parts = mesh["context"]
     wait = (3 * parts - 1) / (2 * parts) if counts and parts > 1 else 1.0
@@ -44,21 +44,21 @@ class Plan:
     """Describes the cost of a training step on a topology. Bytes, operations and seconds are per chip and step.
 
     Attributes:
-      config: file of the configuration.
+      config: path of the config file.
       topology, mesh, remat, accumulate_steps, batch_size, seq_length: the settings that were compiled.
       parameters: number of parameters of the model, over all chips.
       compile_seconds: seconds of compilation.
       memory: bytes by kind: parameters, optimizer, average, batch, activations (with gradients and all other temporary arrays).
       capacity: bytes of memory of a chip.
-      largest: the most bytes of weights, or of their gradients, that one collective gathers on a device.
+      largest: maximum bytes of weights, or of their gradients, that one collective gathers on a device.
       flops: operations: model (without recomputation), products (matrix products as compiled), attention (within kernels).
       peak_flops: peak bfloat16 operations per second of a chip.
-      bytes_moved: bytes to and from memory, without loops whose length the program does not state.
-      uncounted: the number of such loops; loops over tiles in plain XLA are among them.
+      bytes_moved: bytes to and from memory, without loops whose trip count the program does not state.
+      uncounted: the number of such loops, such as loops over tiles in plain XLA.
       collectives: communication by kind and axes.
       seconds: times by resource: compute, memory, and the axes of the mesh joined by "+".
       overlapped_s: seconds of communication that the compiler overlaps with computation.
-      failed: why there is no program; None if there is one. Without a program, fields that depend on it are zero or empty.
+      failed: why compilation failed; None if it succeeded. If it failed, fields that depend on the program are zero or empty.
     """
 
     config: str
@@ -125,9 +125,9 @@ class Plan:
 
 
 def step_job(devices: Sequence[Any], config: str, folder: str, **fields: Any) -> Any:
-    """Returns the training step for ``posjax.compile.aot`` to compile in its own process.
+    """Builds the training step for ``posjax.compile.aot``, in the process that compiles it.
 
-    Before that, it writes the sizes of the step's arguments to note.json in ``folder``.
+    It also writes the sizes of the step's arguments to note.json in ``folder``.
     """
     import jax
 
@@ -156,19 +156,19 @@ def make_plans(
     """Compiles the training step of a configuration for a topology, once per variant, and returns the cost of each.
 
     Args:
-      config: file of a configuration.
+      config: path of a config file.
       topology: such as "v5p:8x8x8", or "h200:1x1x8".
-      variants: for each variant, the fields of the configuration that it changes.
+      variants: the fields of the configuration that each variant changes.
       done: called with each plan as soon as it is complete.
 
     Raises:
       ValueError: the topology or a field does not exist.
       ImportError: the compiler is not installed.
     """
-    plans, given = [], load_config(config)
+    plans, base = [], load_config(config)
     for fields in variants:
         with tempfile.TemporaryDirectory() as folder:
-            changed = dataclasses.replace(given, **fields)  # raises for an invalid field before a process starts
+            changed = dataclasses.replace(base, **fields)  # raises for an invalid field before a process starts
             job = "posjax.compile.plan:step_job", dict(config=os.path.abspath(config), folder=folder) | dict(fields)
             (report,) = aot.compile_all([job], topology, schedules=False)
             note_file = Path(folder, "note.json")
@@ -187,7 +187,7 @@ def _plan(path: str, config: Config, topology: str, report: aot.Report, note: di
     if report.failed is not None:
         if (rest := _bytes_asked_for(report.failed, sum(note["memory"].values()))) is None:
             return Plan(**common, memory=note["memory"], failed=report.failed)
-        return Plan(**common, memory=note["memory"] | {"activations": rest}, failed="the compiler gave up")
+        return Plan(**common, memory=note["memory"] | {"activations": rest}, failed="the compiler ran out of memory")
     peak = max(report.memory.get("peak", 0), report.memory["argument"] + report.memory["temp"])
     cost = report.cost
     counts = "cope" in config.encoding
@@ -201,12 +201,12 @@ def _plan(path: str, config: Config, topology: str, report: aot.Report, note: di
             name = "+".join(collective.axes)
             seconds[name] = seconds.get(name, 0.0) + time
             overlapped_s += time * collective.overlapped_bytes / max(collective.bytes, 1)
-    of_weights = [c for c in cost.collectives if "fsdp" in c.axes or (c.kind != "collective-permute" and "context" in c.axes)]
+    gathers = [c for c in cost.collectives if "fsdp" in c.axes or (c.kind != "collective-permute" and "context" in c.axes)]
     return Plan(
         **common,
         compile_seconds=report.seconds,
         memory=note["memory"] | {"activations": max(0, peak - sum(note["memory"].values()))},
-        largest=max((c.largest for c in of_weights), default=0),
+        largest=max((c.largest for c in gathers), default=0),
         flops=flops,
         bytes_moved=cost.bytes,
         uncounted=cost.uncounted,
@@ -217,9 +217,9 @@ def _plan(path: str, config: Config, topology: str, report: aot.Report, note: di
 
 
 def _bytes_asked_for(failure: str, arguments: int) -> int | None:
-    """Returns the bytes that a program would have needed besides its arguments, from the compiler's out-of-memory message.
+    """Parses the bytes that a program would have needed besides its arguments from the compiler's out-of-memory message.
 
-    None if the message states no size.
+    Returns None if the message states no size.
     """
     temporaries = re.search(r"temporaries \(([\d.]+)([KMGT])\) exceeds", failure)
     total = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ", failure)
@@ -229,7 +229,7 @@ def _bytes_asked_for(failure: str, arguments: int) -> int | None:
     return size if temporaries else max(0, size - arguments)
 
 
-# What to change ----------------------------------------------------------------------------------------------------------
+# Advice and search -------------------------------------------------------------------------------------------------------
 
 
 REMATS = ("none", "attention", "full")
@@ -242,41 +242,42 @@ def advice(plan: Plan, config: Config) -> list[str]:
     state = sum(memory.get(name, 0) for name in ("parameters", "optimizer", "average")) + gradients
     activations = memory.get("activations", 0) - gradients
     rows = config.batch_size // (mesh["data"] * mesh["fsdp"]) // config.accumulate_steps
-    of_activations, of_state = [], []
+    for_activations, for_state = [], []
     if plan.remat != "full":
-        of_activations.append("--remat full keeps the input of each layer alone and computes the rest again")
+        for_activations.append("--remat full stores only the input of each layer and recomputes the rest")
     if rows > 1:
         room = max(plan.capacity - state, 1)
         parts = next((n for n in range(2, rows + 1) if rows % n == 0 and activations / n <= room), rows)
-        fewer = f"has {rows // parts} of a device's {rows} sequences in memory at a time"
-        of_activations.append(f"--accumulate_steps {parts * config.accumulate_steps} {fewer}")
+        fewer = f"processes {rows // parts} of a device's {rows} sequences at a time"
+        for_activations.append(f"--accumulate_steps {parts * config.accumulate_steps} {fewer}")
     elif config.seq_length % (4 * mesh["context"]) == 0:
         wider = mesh | {"context": 2 * mesh["context"]}
         narrower = next((axis for axis in ("data", "fsdp") if wider[axis] % 2 == 0), None)
         if narrower:
             wider[narrower] //= 2
-            of_activations.append(f"--mesh {mesh_flag(wider)} cuts each sequence over {wider['context']} devices")
+            for_activations.append(f"--mesh {mesh_flag(wider)} shards each sequence over {wider['context']} devices")
     if mesh["data"] > 1:
-        whole = mesh | {"data": 1, "fsdp": mesh["fsdp"] * mesh["data"]}
-        of_state.append(f"--mesh {mesh_flag(whole)} cuts the state over all devices, not over {mesh['fsdp'] * mesh['context']}")
+        sharded = mesh | {"data": 1, "fsdp": mesh["fsdp"] * mesh["data"]}
+        shards = mesh["fsdp"] * mesh["context"]
+        for_state.append(f"--mesh {mesh_flag(sharded)} shards the state over all devices instead of {shards}")
     kv_heads = config.num_kv_heads or config.num_heads
     if mesh["tensor"] < 8 and kv_heads % (2 * mesh["tensor"]) == 0 and mesh["fsdp"] % 2 == 0:
-        cut = mesh | {"tensor": 2 * mesh["tensor"], "fsdp": mesh["fsdp"] // 2}
-        of_activations.append(f"--mesh {mesh_flag(cut)} cuts heads, MLP and logits over {cut['tensor']} devices")
-    first, second = (of_state, of_activations) if state > 0.5 * plan.used else (of_activations, of_state)
+        split = mesh | {"tensor": 2 * mesh["tensor"], "fsdp": mesh["fsdp"] // 2}
+        for_activations.append(f"--mesh {mesh_flag(split)} shards heads, MLP and logits over {split['tensor']} devices")
+    first, second = (for_state, for_activations) if state > 0.5 * plan.used else (for_activations, for_state)
     return [*first, *second, "a topology with more devices"]
 
 
 def mesh_flag(mesh: Mapping[str, int]) -> str:
-    """Formats a mesh as a value of --mesh."""
+    """Formats a mesh as the value of --mesh."""
     return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "data=1"
 
 
 def candidates(config: Config, devices: int, limit: int = 6) -> Iterator[dict[str, Any]]:
     """Yields meshes and remat policies worth compiling, the most promising first.
 
-    Batch rows and heads are never split, and a shard of a sequence has at least 256 tokens. If there are rows for all devices, the
-    meshes that shard neither sequences nor heads come first. Each mesh comes with less recomputation before more.
+    Single rows and heads are never split, and a shard of a sequence has at least 256 tokens. If there are rows for all devices,
+    meshes that shard neither sequences nor heads come first. Each mesh is tried with less recomputation before more.
     """
     kv_heads = config.num_kv_heads or config.num_heads
     found = []

@@ -1,4 +1,4 @@
-"""The roofline: how long a device computes, accesses memory and communicates over its links at the peak rates of its data sheet."""
+"""Roofline model: how long a device computes, accesses memory and communicates at the peak rates of its data sheet."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ class Chip:
       flops: peak bfloat16 operations per second.
       bandwidth: bytes per second to and from memory.
       torus: bytes per second that a TPU sends along one dimension of the torus, in both directions together, or that a GPU sends to
-        the other GPUs of its host.
+        other GPUs of its host.
       network: bytes per second that a GPU sends to other hosts; None for a TPU, which has only the torus.
     """
 
@@ -42,8 +42,8 @@ def seconds_of(one: Collective, mesh: Mapping[str, int], places: Sequence[Sequen
     """Computes how many seconds the collectives of one kind take with nothing else on their links.
 
     With V bytes on n chips, an all-gather and a reduce-scatter each send (n - 1) / n V bytes to every chip; an all-reduce is one of
-    each. A group that lies along d dimensions of the torus uses 2 d links of each chip, or half of those of a dimension in which it
-    is a line that does not close.
+    each. A group that lies along d dimensions of the torus uses 2 d links of each chip; a dimension in which it is an open line
+    instead of a ring contributes half as much.
     """
     parts = math.prod(mesh[axis] for axis in one.axes)
     if parts < 2:

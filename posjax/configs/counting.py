@@ -1,11 +1,12 @@
-"""Counting: the value of a variable after sets, increments and passes. Three to five minutes an encoding on two CPU cores.
+"""Counting: the value of a variable after sets, increments and passes. Three to five minutes per encoding on two CPU cores.
 
     posjax compare counting
     posjax compare counting --seq_length 512 --embed_dim 256 --num_layers 4 --num_examples 10000 --learning_rate 7e-5 \\
         --steps 15625 --workdir runs/counting_paper
 
-The second is the setting of Golovneva et al., arXiv:2405.18719 (4 layers, dimension 256, post-norm, Adam at 7e-5, batch 64, 10,000
-programs a hundred times over), and wants an accelerator. seq_length is the longest program, in operations and in tokens.
+The second command uses the setting of Golovneva et al., arXiv:2405.18719 (4 layers, dimension 256, post-norm, Adam at 7e-5, batch
+64, 100 epochs of 10,000 programs), and needs an accelerator. seq_length is the maximum length of a program, in operations and in
+tokens.
 """
 
 from posjax.lab.config import Config

@@ -1,12 +1,12 @@
-"""Flip-flop language modelling: remember the last written bit and ignore the rest. A minute an encoding on two CPU cores.
+"""Flip-flop language modelling: remember the last written bit and ignore the rest. A minute per encoding on two CPU cores.
 
     posjax compare flip_flop
     posjax ablate flip_flop --seeds 5 --workdir runs/flip_flop_seeds
     posjax compare flip_flop --seq_length 512 --embed_dim 256 --num_layers 4 --steps 10000 --workdir runs/flip_flop_paper
 
-The third is the setting of Golovneva et al., arXiv:2405.18719 (learning rate 3e-4, linear decay, batch 16), and wants an
-accelerator. Errors are of the bits after a read, in percent: on the training distribution, and with few (dense) and many (sparse)
-tokens to ignore.
+The third command uses the setting of Golovneva et al., arXiv:2405.18719 (learning rate 3e-4, linear decay, batch 16), and needs an
+accelerator. The error is the percentage of wrong bits after a read: on the training distribution, and with few (dense) and many
+(sparse) tokens to ignore.
 """
 
 from posjax.lab.config import Config

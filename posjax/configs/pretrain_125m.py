@@ -1,13 +1,13 @@
-"""A decoder of 125 million parameters under RoPE and CoPE: 64 sequences of 8,192 tokens, half a million a step, 10 billion in all.
+"""A decoder with 125 million parameters, RoPE and CoPE; half a million tokens per step, 10 billion in total.
 
     posjax train pretrain_125m --data tfds:NAME
 
 It has not been run. What its compiler says of 32 chips (posjax plan pretrain_125m --topology v5e:4x8):
 
-    memory of a chip   parameters 0.015, optimizer 0.029, activations 4.67; in all 4.72 of 16 GiB
-    between chips      over fsdp all-gather 430 MiB (83 % beside computation), reduce-scatter 251, all-reduce 36
+    memory per chip    parameters 0.015, optimizer 0.029, activations 4.67; total 4.72 of 16 GiB
+    communication      over fsdp all-gather 430 MiB (83 % overlapped), reduce-scatter 251, all-reduce 36
     roofline           compute 117 ms (93 %), memory 46, fsdp 8 (7 %)
-    a step             0.117 s where all overlaps (MFU 86 %), 0.121 s as compiled (MFU 83 %): bounds from data sheets
+    time per step      0.117 s with full overlap (MFU 86 %), 0.121 s as compiled (MFU 83 %)
 """
 
 from posjax.lab.config import Config

@@ -1,21 +1,21 @@
-"""A decoder of 1.1 billion parameters under RoPE and CoPE: 256 sequences of 8,192 tokens, 2 million a step, 105 billion in all.
+"""A decoder with 1.1 billion parameters, RoPE and CoPE; 2 million tokens per step, 105 billion in total.
 
     posjax train pretrain_1b --data tfds:NAME
 
 It has not been run. What its compiler says of 256 chips (posjax plan pretrain_1b --topology v5e:16x16):
 
-    memory of a chip   parameters 0.016, optimizer 0.033, activations 2.46; in all 2.51 of 16 GiB
-    between chips      over fsdp all-gather 3,032 MiB (96 % beside computation), all-reduce 3,294
+    memory per chip    parameters 0.016, optimizer 0.033, activations 2.46; total 2.51 of 16 GiB
+    communication      over fsdp all-gather 3,032 MiB (96 % overlapped), all-reduce 3,294
     roofline           compute 479 ms (90 %), memory 96, fsdp 50 (10 %)
-    a step             0.479 s where all overlaps (MFU 77 %), 0.514 s as compiled (MFU 72 %): bounds from data sheets
+    time per step      0.479 s with full overlap (MFU 77 %), 0.514 s as compiled (MFU 72 %)
 
-and of sequences of 131,072 tokens (--seq_length 131072 --batch_size 16 --mesh fsdp=16,context=16), of which a chip has 8,192:
+and for sequences of 131,072 tokens (--seq_length 131072 --batch_size 16 --mesh fsdp=16,context=16), 8,192 of them per chip:
 
-    memory of a chip   in all 2.53 of 16 GiB
-    between chips      over context 119,112 MiB by permutation (95 % beside computation), over both axes all-gather 3,032,
+    memory per chip    total 2.53 of 16 GiB
+    communication      over context 119,112 MiB by permutation (95 % overlapped), over both axes all-gather 3,032,
                        all-reduce 3,292
     roofline           compute 3,587 ms (73 %), memory 1,796, context 1,249 (26 %), both axes 50 (1 %)
-    a step             3.59 s where all overlaps (MFU 49 %), 3.69 s as compiled (MFU 47 %)
+    time per step      3.59 s with full overlap (MFU 49 %), 3.69 s as compiled (MFU 47 %)
 """
 
 from posjax.lab.config import Config

@@ -1,20 +1,20 @@
-"""A decoder of 7.1 billion parameters under RoPE and CoPE: 512 sequences of 8,192 tokens, 4 million a step, 210 billion in all.
+"""A decoder with 7.1 billion parameters, RoPE and CoPE; 4 million tokens per step, 210 billion in total.
 
     posjax train pretrain_7b --data tfds:NAME
 
 It has not been run. What its compiler says of 512 chips (posjax plan pretrain_7b --topology v5p:8x8x8):
 
-    memory of a chip   parameters 0.053, optimizer 0.106, activations 4.27; in all 4.43 of 95 GiB
-    between chips      over fsdp all-reduce 40,963 MiB: parts of 8 rows are put together by sums
+    memory per chip    parameters 0.053, optimizer 0.106, activations 4.27; total 4.43 of 95 GiB
+    communication      over fsdp all-reduce 40,963 MiB (shards of 8 rows are gathered by all-reduce)
     roofline           compute 1,116 ms (89 %), memory 142, fsdp 143 (11 %)
-    a step             1.116 s where all overlaps (MFU 79 %), 1.259 s as compiled (MFU 70 %): bounds from data sheets
+    time per step      1.116 s with full overlap (MFU 79 %), 1.259 s as compiled (MFU 70 %)
 
-and of sequences of 131,072 tokens (--seq_length 131072 --batch_size 32 --mesh fsdp=32,context=16), of which a chip has 8,192:
+and for sequences of 131,072 tokens (--seq_length 131072 --batch_size 32 --mesh fsdp=32,context=16), 8,192 of them per chip:
 
-    memory of a chip   in all 4.76 of 95 GiB
-    between chips      over context 179,396 MiB by permutation, all beside computation, over both axes all-reduce 40,961
+    memory per chip    total 4.76 of 95 GiB
+    communication      over context 179,396 MiB by permutation, all overlapped; over both axes all-reduce 40,961
     roofline           compute 4,997 ms (86 %), memory 1,737, context 627 (11 %), both axes 143 (2 %)
-    a step             5.00 s where all overlaps (MFU 52 %), 5.14 s as compiled (MFU 51 %)
+    time per step      5.00 s with full overlap (MFU 52 %), 5.14 s as compiled (MFU 51 %)
 """
 
 from posjax.lab.config import Config

@@ -2,7 +2,7 @@
 
     posjax compare quickstart
 
-A decoder of four layers reads bytes, 64 at a time, and is evaluated at up to 512.
+Trains decoders of four layers on rows of 64 bytes, and evaluates them on rows of up to 512.
 """
 
 from posjax.lab.config import Config

@@ -1,10 +1,11 @@
-"""Selective copying: write down the tokens, leave out the blanks. Three to four minutes an encoding on two CPU cores.
+"""Selective copying: copy the tokens without the blanks. Three to four minutes per encoding on two CPU cores.
 
     posjax compare selective_copy
     posjax compare selective_copy --seq_length 512 --steps 100000 --workdir runs/selective_copy_paper
 
-The second is the setting of Golovneva et al., arXiv:2405.18719 (256 tokens and 256 blanks, dimension 64, 2 layers, 2 heads), and
-wants an accelerator. seq_length is tokens plus blanks; the test sets have half (dense) and twice (sparse) as many blanks.
+The second command uses the setting of Golovneva et al., arXiv:2405.18719 (256 tokens and 256 blanks, dimension 64, 2 layers, 2
+heads), and needs an accelerator. seq_length is tokens plus blanks; the test sets have half (dense) and twice (sparse) as many
+blanks.
 """
 
 from posjax.lab.config import Config

@@ -13,13 +13,13 @@ from posjax.typing import Array, Params
 
 
 def chain(*encodings: PositionalEncoding) -> PositionalEncoding:
-    """Combines several encodings into one: embeddings and transforms apply in their order, biases are summed.
+    """Combines several encodings into one: embeddings and transforms are applied in order, biases are summed.
 
     In ``chain(rope(), cope(64))`` CoPE's gates use the logits after rotation, and its position embeddings are multiplied with the
     query before rotation.
 
     Args:
-      *encodings: at least one encoding. ``init`` returns {name: params} for the members that have parameters; a second member of
+      *encodings: at least one encoding. ``init`` returns {name: params} of the members that have parameters; a second member with
         the same name is called name_1, and so on.
 
     Raises:
@@ -27,19 +27,19 @@ def chain(*encodings: PositionalEncoding) -> PositionalEncoding:
       TypeError: an argument is not a PositionalEncoding.
     """
     if not encodings:
-        raise ValueError("chain needs at least one encoding, got none; identity() is the empty encoding")
+        raise ValueError("encodings must be at least one, got none; identity() is an encoding without effect")
     for encoding in encodings:
         if not isinstance(encoding, PositionalEncoding):
-            raise TypeError(f"chain takes PositionalEncoding values such as rope(), got {what_is(encoding)}")
+            raise TypeError(f"encodings must be PositionalEncoding values such as rope(), got {what_is(encoding)}")
     return Chain(encodings)
 
 
 @as_value
 class Chain(PositionalEncoding):
-    """Applies its members in order: the encoding that ``chain`` returns.
+    """Applies its members in order; ``chain`` constructs it.
 
     Attributes:
-      encodings: the members, in their order.
+      encodings: the members, in order.
     """
 
     encodings: tuple[PositionalEncoding, ...]
@@ -111,7 +111,7 @@ class Chain(PositionalEncoding):
             is_plain = isinstance(mods.weights, Softmax) and mods.weights.sink is None
             weights += [] if is_plain else [(name, mods.weights)]
         if len(weights) > 1:
-            raise ValueError(f"one member of a chain may have weights of its own, got {' and '.join(name for name, _ in weights)}")
+            raise ValueError(f"only one member of a chain may define weights, got {' and '.join(name for name, _ in weights)}")
         transforms = transforms[len(inputs.transforms) :]
         return ScoreModifications(transforms, biases, *(own for _, own in weights), state=states or None)
 

@@ -1,12 +1,12 @@
 """The interface of a positional encoding, a value made of pure functions, and the registry of encodings by name.
 
-An encoding may act at three points of a model, and most act at one:
+An encoding may act at three points of a model; most act at only one:
 
     tokens -> place -> embed -> [ per layer: q, k, v -> attend ] -> logits
 
-``place`` returns the coordinates of the tokens, ``embed`` adds to their embeddings, and ``attend`` says what happens to attention
-scores, in the structures of ``posjax.core.structures``. ``identity`` acts at none (NoPE); ``chain`` acts wherever its members do,
-in their order.
+``place`` returns the coordinates of the tokens, ``embed`` adds to their embeddings, and ``attend`` describes the modifications of
+attention scores by the structures in ``posjax.core.structures``. ``identity`` acts at none (NoPE); ``chain`` acts wherever its
+members do, in order.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ MOST_CHANNELS = 2**15  # of heads and of channels in a head
 
 @dataclasses.dataclass(frozen=True)
 class Dims:
-    """The sizes of a model that determine the shapes of an encoding's parameters.
+    """Holds the sizes of a model that determine the shapes of an encoding's parameters.
 
     Attributes:
       num_heads: N, number of query heads, at most 32,768.
@@ -63,14 +63,14 @@ class Dims:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The tokens on one side of an attention call.
+    """Describes the tokens on one side of an attention call.
 
     Attributes:
-      order: integers [B or 1, T], rising along a segment. Causality, windows, scans and caches go by it.
-      coordinates: [B or 1, T, A], integers or floats: what encodings read. An encoding of one axis reads axis 0. None: the order,
+      order: integers [B or 1, T], increasing along a segment; determines causality, windows, scans and caches.
+      coordinates: integers or floats [B or 1, T, A], which encodings read. An encoding with one axis reads axis 0. None: the order,
         on every axis.
       segments: integers [B, T]; 0 is padding in a cache. None: all tokens are in one segment.
-      hidden: [B, T, D], what query, key and value were projected from (after the norm); None if the caller did not give it.
+      hidden: [B, T, D], the activations that query, key and value were projected from (after the norm); None if not given.
     """
 
     order: Int[Array, "_ T"]
@@ -93,7 +93,7 @@ class Tokens:
         return self.order if self.coordinates is None else self.coordinates[..., 0]
 
     def on_axes(self, axes: int) -> Array:
-        """Returns the coordinates, [B or 1, T, A], or the order on as many axes if there are none."""
+        """Returns the coordinates, [B or 1, T, A], or, if there are none, the order on each of ``axes`` axes."""
         if self.coordinates is not None:
             return self.coordinates
         return jnp.broadcast_to(self.order[..., None], (*self.order.shape, axes))
@@ -102,11 +102,11 @@ class Tokens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionInputs:
-    """The inputs of an attention call, as an encoding sees them.
+    """Holds the inputs of an attention call for ``PositionalEncoding.attend``.
 
     Attributes:
-      query: [B, T, N, H] as given.
-      key: [B, S, K, H] as given.
+      query: [B, T, N, H], before any transform.
+      key: [B, S, K, H], before any transform.
       value: [B, S, K, V]; None if only the weights are computed.
       q, k: the tokens of queries and of keys.
       scale: factor of q.k.
@@ -126,12 +126,12 @@ class AttentionInputs:
 
     @property
     def turned_query(self) -> Array:
-        """Returns the query as earlier members of a chain left it."""
+        """Returns the query after the transforms of earlier members of a chain."""
         return self._turned()[0]
 
     @property
     def turned_key(self) -> Array:
-        """Returns the key as earlier members of a chain left it."""
+        """Returns the key after the transforms of earlier members of a chain."""
         return self._turned()[1]
 
     def _turned(self) -> tuple[Array, Array]:
@@ -156,10 +156,10 @@ def _with_checked_arguments(own: Callable[..., Params]) -> Callable[..., Params]
 class PositionalEncoding:
     """Base class of positional encodings: immutable values made of pure functions.
 
-    An encoding is a frozen dataclass that ``register`` has decorated, and overrides the methods of the points where it acts. Its
-    fields are its arguments. Those that hold arrays, such as a swept theta, are leaves of the encoding as a pytree, and all others
-    are static: an encoding can be an argument of ``jax.jit``, mapped over by ``jax.vmap`` and scanned over. Encodings with equal
-    arguments are equal, hash alike, can be pickled, and share one compiled program.
+    An encoding is a frozen dataclass, decorated with ``register``, that overrides the methods of the points at which it acts. Its
+    fields are its arguments. Fields that hold arrays, such as a swept theta, are leaves of the encoding as a pytree, and all others
+    are static. An encoding can therefore be an argument of ``jax.jit``, mapped over by ``jax.vmap`` and scanned over. Encodings
+    with equal arguments are equal, have equal hashes, can be pickled, and share one compiled program.
 
         @pj.register("constant")
         class Constant(pj.PositionalEncoding):
@@ -169,10 +169,10 @@ class PositionalEncoding:
                 return x + self.value
 
     Attributes:
-      name: name in tables and messages, and key in the params of ``chain``; by default that of ``register``.
+      name: name in tables and messages, and key in the params of ``chain``; by default the name given to ``register``.
       registered_name: the name in the registry.
       per_layer: True if every layer learns its own params, False if all layers share one set; or a dict with the structure of
-        params, down to the level below which one value holds.
+        params, which may end at any level with a value for everything below.
       axes: A, the number of axes of the coordinates that it reads.
       needs_hidden: True if ``attend`` reads ``Tokens.hidden``.
       needs_causal: True if a bias sums over the keys between key and query, so that attention must be causal or masked.
@@ -200,7 +200,7 @@ class PositionalEncoding:
         return {}
 
     def place(self, tokens: Tokens, key: Array | None = None) -> Array | None:
-        """Returns the coordinates of the tokens, [B or 1, T, A] or None for their order; models call it once, before ``embed``.
+        """Returns the coordinates of the tokens, [B or 1, T, A], or None for their order; models call it once, before ``embed``.
 
         Args:
           tokens: with the coordinates that the caller gave.
@@ -213,7 +213,7 @@ class PositionalEncoding:
         return x
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
-        """Returns what happens to the scores of an attention call."""
+        """Returns the modifications of the scores of an attention call."""
         return ScoreModifications()
 
     def max_length(self, dims: Dims) -> int | None:
@@ -261,12 +261,12 @@ def hyperparameter(default: Any, **bounds: Any) -> Any:
 
 EncodingClass = TypeVar("EncodingClass", bound=type[PositionalEncoding])
 _REGISTRY: dict[str, type[PositionalEncoding]] = {}
-ENTRY_POINTS = "posjax.encodings"  # group of the entry points by which packages offer encodings
+ENTRY_POINTS = "posjax.encodings"  # entry-point group through which packages provide encodings
 
 
 @dataclass_transform(eq_default=False, frozen_default=True, field_specifiers=(dataclasses.field, hyperparameter))
 def register(name: str) -> Callable[[EncodingClass], EncodingClass]:
-    """Makes a subclass of PositionalEncoding an encoding: a frozen dataclass, a pytree, and an entry of the registry.
+    """Returns a class decorator that makes a subclass of PositionalEncoding a frozen dataclass, a pytree and a registry entry.
 
     Its fields are checked by their annotations whenever one is made (``posjax.checks``): an ``int`` is no string, and a ``float``
     is finite. ``posjax.checks.bounded`` declares bounds. Annotations of other types are not checked. ``init`` refuses params that
@@ -291,7 +291,7 @@ def register(name: str) -> Callable[[EncodingClass], EncodingClass]:
             raise TypeError(f"register must decorate a subclass of PositionalEncoding, got {short(cls)}")
         existing = _REGISTRY.get(name)
         if existing is not None and (existing.__module__, existing.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"the name {name!r} is that of {existing.__module__}.{existing.__qualname__}; take another one")
+            raise ValueError(f"the name {name!r} is taken by {existing.__module__}.{existing.__qualname__}; use another one")
         cls = as_value(cls)
         cls.registered_name = name
         if "name" not in vars(cls):
@@ -342,7 +342,7 @@ def _with_checked_fields(own: Callable[[Any], None] | None) -> Callable[[Any], N
 
 
 def registered() -> Mapping[str, type[PositionalEncoding]]:
-    """Returns the registry: classes by name, those of posjax first, then a user's and those of installed packages."""
+    """Returns the registry, {name: class}: first posjax's encodings, then the user's and those of installed packages."""
     for entry in _entry_points():
         if entry.name not in _REGISTRY:
             cls = entry.load()
@@ -385,9 +385,9 @@ def encoding(
     needs_causal: bool = False,
     cache: Literal["transformed", "raw"] = "transformed",
 ) -> PositionalEncoding:
-    """Makes an encoding of functions, for people who prefer these to a class.
+    """Creates an encoding from functions, as an alternative to a class.
 
-    Two encodings are equal if their functions are the same objects: define functions at the level of a module.
+    Two encodings are equal only if their functions are the same objects; define functions at module level.
 
     Args:
       name: name in tables and messages.
@@ -431,7 +431,7 @@ class _OfFunctions(PositionalEncoding):
 
 
 def what_is(value: Any) -> str:
-    """Describes, for a message, a value that should be an encoding."""
+    """Describes a value that should be an encoding, for error messages."""
     if isinstance(value, type) and issubclass(value, PositionalEncoding):
         return f"the class {value.__name__}; call it: {value.registered_name}(...)"
     return short(value)
@@ -461,12 +461,12 @@ def get_param(params: Params, name: str, encoding: str, shape: tuple[int | None,
     return param
 
 
-# Traced hyperparameters: numbers that change no shapes, so that one compiled program serves many values -----------------
+# Traced hyperparameters: numbers that do not affect shapes, so that many values share one compiled program --------------
 
 
 def traced_hparam(value: Array | float | int) -> Float[Array, ""]:
     """Converts a hyperparameter to a float32 scalar with gradient zero.
 
-    Some kernels do not compute a gradient for it, so no implementation does.
+    Some kernels cannot compute its gradient, so for consistency no implementation does.
     """
     return jax.lax.stop_gradient(jnp.asarray(value, jnp.float32))

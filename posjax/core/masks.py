@@ -1,7 +1,7 @@
-"""Masks: which pairs of query and key are allowed to attend.
+"""Masks: the pairs of query and key that are allowed to attend.
 
-``Mask`` holds the masking arguments of an attention call. ``Rules`` decides from the ranges of positions and segments of a block of
-queries and a block of keys whether all, some or no pairs are allowed: kernels skip blocks in which none is.
+``Mask`` holds the masking arguments of an attention call. ``Rules`` determines from the ranges of positions and segments of a block
+of queries and a block of keys whether all, some or no pairs are allowed; kernels skip blocks without allowed pairs.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from posjax.typing import Array, Bool, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """The mask of an attention call.
+    """Holds the mask of an attention call.
 
     Attributes:
       boolean: [B or 1, N or 1, T or 1, S or 1], True where attention is allowed; None allows all pairs.
@@ -83,7 +83,7 @@ FAR = 2**31 - 1  # position of a padding key: after every query, so that a causa
 
 
 class Extent(NamedTuple):
-    """The smallest and largest position and segment in a block of queries or of keys."""
+    """Holds the smallest and largest position and segment in a block of queries or keys."""
 
     first: Array
     last: Array
@@ -92,7 +92,7 @@ class Extent(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """The positional and segment rules of a mask, without its boolean array."""
+    """Holds the rules of a mask for positions and segments, without its boolean array."""
 
     is_causal: bool
     left: int | None
@@ -127,7 +127,7 @@ class Rules(NamedTuple):
         return yes
 
     def pairs(self, query_positions: Array, key_positions: Array, query_segments: Any, key_segments: Any) -> Array:
-        """Returns which pairs are allowed, as bool, for positions and segments of queries and keys that broadcast together."""
+        """Returns a boolean array of allowed pairs, for positions and segments of queries and keys that broadcast together."""
         allowed = jnp.ones(key_positions.shape, bool) if not self.is_causal else query_positions >= key_positions
         if self.left is not None:
             allowed &= query_positions - key_positions <= self.left
@@ -168,7 +168,7 @@ def extents(positions: Array, segments: Array | None, size: int) -> Array:
 def with_padding(mask: Mask, queries: int, key_positions: Array, padding: int) -> tuple[Array, Array | None, Array | None]:
     """Appends ``padding`` keys that no query attends to.
 
-    Returns key positions, query segments and key segments. Both segments are None if the mask needs none to exclude the padding.
+    Returns key positions, query segments and key segments. Segments are None if the mask excludes the padding without them.
     """
     segments = mask.query_segments, mask.key_segments
     length = key_positions.shape[1]

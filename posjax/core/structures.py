@@ -1,25 +1,25 @@
-"""Score modifications: the structures in which an encoding says what it does to attention, and which backends know.
+"""Score modifications: the structures by which an encoding describes its effect on attention, and which backends implement.
 
     transforms   Rotate | Replace | Transport        query and key, before their product
     biases       Bias(at, read)                      added to the scores
-      at         Pair | Scan                         where: a function of two tokens, or a sum along the keys between them
-      read       None | Table | Hinges               what is read there: the number itself, a table, or a network of one number
-    weights      Softmax | StickBreaking             what turns scores into weights
+      at         Pair | Scan                         index: a function of two tokens, or a sum along the keys between them
+      read       None | Table | Hinges               value at the index: the index itself, a table, or a network of one number
+    weights      Softmax | StickBreaking             converts scores to weights
 
 The score of query i and key j is ``scale * q_i.k_j`` of the transformed query and key, plus all biases. No structure is a [T, S]
 array: each holds arrays per query, per key and per head, and pure functions that are evaluated on tiles.
 
-The layout of an array tells its axes, so that meshes, caches and rings know how to split every leaf from the class alone:
+The layout of an array is fixed by its field, so that meshes, caches and rings can split every leaf of a structure:
 
     vectors    [B or 1, T or S, N or K or 1, ...]
     features   [B or 1, N or K or 1, T or S]
     tables and args   [N or 1, ...]
 
-A 1 is shared by all. The axis of keys is never 1 unless there is one key: entry j depends on key j alone, because a decoder caches
-it. Phases, gains, gates and features are float32 or int32; vectors have the dtype of query and key.
+An axis of length 1 is shared by all. The axis of keys has length 1 only if there is one key, and entry j must depend only on key j,
+because decoders cache it. Phases, gains, gates and features are float32 or int32; vectors have the dtype of query and key.
 
-The functions in structures are part of the compiled program. They must compare equal when they are made twice: functions at the
-level of a module, or frozen dataclasses with ``__call__``.
+The functions in structures are part of the compiled program. They must compare equal when they are created twice: use functions at
+module level, or frozen dataclasses with ``__call__``.
 """
 
 import dataclasses
@@ -36,13 +36,13 @@ from posjax.typing import Array, Float
 Side = Literal["query", "key"]
 Pairing = Literal["half", "interleaved"]
 StructureT = TypeVar("StructureT")
-Leaf = Any  # an array, or what stands for it in a tree of specs, of numbers or of None
+Leaf = Any  # an array, or its replacement in a tree of specs, of numbers or of None
 HEAD_AXES = ("tensor", "model", "heads", "tp", "mp")  # names of mesh axes that shard the axes of heads
 
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """Tells the axes of the arrays in a field of a structure.
+    """Describes the axes of the arrays in a field of a structure.
 
     Attributes:
       side: the tokens along ``tokens``; None for an array that has no tokens.
@@ -86,7 +86,7 @@ def structure(cls: type[StructureT]) -> type[StructureT]:
 
 
 def map_arrays(function: Callable[[Any, Axes], Any], tree: Any) -> Any:
-    """Returns a tree of structures with function(leaf, axes) in place of every leaf."""
+    """Maps function(leaf, axes) over the leaves of a tree of structures."""
     if isinstance(tree, tuple):
         return tuple(map_arrays(function, part) for part in tree)
 
@@ -156,7 +156,7 @@ def _check_parts(encoding: str, name: str, parts: Any, classes: tuple[type, ...]
 
 
 def take_tokens(tree: Any, side: Side, start: Any, size: int) -> Any:
-    """Returns a tree of structures for ``size`` of its queries or keys, from ``start`` on; an axis of length 1 stays."""
+    """Slices ``size`` queries or keys from ``start`` on out of a tree of structures; axes of length 1 are kept."""
 
     def part(leaf: Array, axes: Axes) -> Array:
         if axes.side != side or axes.tokens is None or leaf.shape[axes.tokens] == 1:
@@ -167,7 +167,7 @@ def take_tokens(tree: Any, side: Side, start: Any, size: int) -> Any:
 
 
 def key_arrays(tree: Any) -> list[tuple[str, Array, Axes]]:
-    """Returns the arrays per key of a tree of structures, by name such as "at.key": what a decoder caches."""
+    """Returns the arrays per key of a tree of structures, which decoders cache, with names such as "at.key"."""
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     found: list[tuple[str, Array, Axes]] = []
     remaining = iter(names)
@@ -225,25 +225,26 @@ class Rotate:
 
 @structure
 class Replace:
-    """Replaces query and key by others, usually with new channels behind the old ones, made from ``AttentionInputs.turned_query``
-    and ``turned_key``. It is done before any kernel.
+    """Replaces query and key, usually by ``AttentionInputs.turned_query`` and ``turned_key`` with additional channels.
+
+    The replacement takes place before any kernel.
 
     Attributes:
-      query: [B, T, N, C].
-      key: [B, S, K, C].
+      query: the new query, [B, T, N, C].
+      key: the new key, [B, S, K, C].
     """
 
     query: Leaf = vectors("query")
     key: Leaf = vectors("key")
 
     def applied(self, query: Array, key: Array) -> tuple[Array, Array]:
-        """Returns the query and the key that it holds."""
+        """Returns the new query and key."""
         return self.query, self.key
 
 
 @structure
 class Transport:
-    """Moves every key along the tokens between it and the query, by one linear map per token.
+    """Transforms every key by one linear map per token between it and the query.
 
         score_ij = scale * q_i . M_i M_{i-1} .. M_{j+1} k_j
 
@@ -262,7 +263,7 @@ class Transport:
     log_decay: Leaf = vectors("key", default=None)
 
     def applied(self, query: Array, key: Array) -> tuple[Array, Array]:
-        """Returns query and key as they are: what it does depends on the pair."""
+        """Returns query and key unchanged, because the effect depends on the pair."""
         return query, key
 
 
@@ -290,26 +291,26 @@ def apply_rotation(
     return jnp.concatenate([x[..., :offset], rotated, x[..., end:]], axis=-1)
 
 
-# Where a bias is read -------------------------------------------------------------------------------------------------------------
+# Indices of biases --------------------------------------------------------------------------------------------------------------
 
 
 @structure
 class Pair:
-    """Locates a pair by a function of features that its two tokens have.
+    """Computes the index of a pair by a function of features of its two tokens.
 
-    ``function`` sees one head and must be elementwise on arrays that broadcast together: arithmetic, comparisons, ``where``,
-    ``exp``, ``log``, ``sqrt``, ``cos``, ``floor`` and loops of fixed length over scalars ``args[n]``. Two attributes of a function
-    let kernels do less. ``uniform`` maps (first query position, last, first key position, last) to True if all pairs in these
-    ranges have the index of the first query and the last key, and a table is then read once a tile. ``scales_with_args`` is True
-    if f(d, c * args) = c * f(d, args).
+    ``function`` receives one head and must be elementwise on arrays that broadcast together: arithmetic, comparisons, ``where``,
+    ``exp``, ``log``, ``sqrt``, ``cos``, ``floor`` and loops of fixed length over scalars ``args[n]``. Two optional attributes of a
+    function save work in kernels. ``uniform`` maps (first query position, last, first key position, last) to True if all pairs in
+    these ranges have the index of the first query and the last key, so that a table is read once per tile. ``scales_with_args`` is
+    True if f(d, c * args) = c * f(d, args).
 
     Attributes:
       function: relative: function(differences, args) of a tuple of arrays, query feature minus key feature; otherwise
         function(query_features, key_features, args) of two tuples.
-      query: features of queries, each [B or 1, N or 1, T]; None: the coordinates of the call, one feature an axis.
-      key: features of keys, each [B or 1, N or K or 1, S]; None likewise.
+      query: features of queries, each [B or 1, N or 1, T]; None: the coordinates of the call, one feature per axis.
+      key: features of keys, each [B or 1, N or K or 1, S]; None: likewise.
       args: arrays [N or 1, ...], passed to the function without their first axis.
-      relative: whether the function sees differences alone.
+      relative: whether the function receives only differences.
       learned: whether ``args`` have gradients. If False these are zero, and a kernel may evaluate the function in its tiles.
     """
 
@@ -323,7 +324,7 @@ class Pair:
 
 @structure
 class Scan:
-    """Locates a pair by the sum of gates over the keys from the query back to the key: CoPE's contextual position.
+    """Computes the index of a pair as the sum of gates over the keys from the query back to the key: CoPE's contextual position.
 
         at_ij = sum of gate(x_il) over the keys l from j to i that query i may attend to
 
@@ -332,12 +333,12 @@ class Scan:
     Attributes:
       gate: elementwise function(x, args) of one head.
       query, key: source of x. Neither: the scores scale * q.k of the transformed query and key, before any bias. Both: the product
-        scale * query.key of vectors [B, T, N, R] and [B, S, K, R]. Key alone, [B, S, N or K, 1]: the key's own number.
+        scale * query.key of vectors [B, T, N, R] and [B, S, K, R]. Only key, [B, S, N or K, 1]: a number per key.
       scale: [1] float32, the factor of the product; None is one.
       args: arrays [N or 1, ...], passed to the gate without their first axis.
       include_key: whether the gate of key j itself counts.
       include_query: whether the gate of the query's own key, at its own position, counts.
-      bound: number from which on what is read is constant along the keys, for gates that are not negative; None if there is none.
+      bound: index from which on the value read is constant, for gates that are not negative; None if there is none.
     """
 
     gate: Callable[..., Array] = static()
@@ -350,7 +351,7 @@ class Scan:
     bound: float | None = static(default=None)
 
 
-# What is read there ---------------------------------------------------------------------------------------------------------------
+# Reads of biases --------------------------------------------------------------------------------------------------------------
 
 
 @structure
@@ -359,13 +360,13 @@ class Table:
 
     Attributes:
       table: side "none": numbers [N or 1, W]. Side "query" or "key": vectors [N or 1, W, R], whose product with a vector of the
-        query or of the key is read. Side "value": vectors [N or 1, W, V] that add nothing to the score, but with the weight of the
-        pair to the output, as a value of the pair: out_i += sum_j p_ij table[at_ij].
-      query: side "query": vectors [B, T, N or 1, R] that meet the table; None: the query of the call before any transform.
+        query or of the key is read. Side "value": vectors [N or 1, W, V] that are added to the output with the weight of the pair,
+        not to the score: out_i += sum_j p_ij table[at_ij].
+      query: side "query": vectors [B, T, N or 1, R] to multiply with the table; None: the query of the call before any transform.
       key: side "key": vectors [B, S, K or 1, R]; None: the key before any transform.
       side: "none", "query", "key" or "value".
-      interpolate: False reads at integers and finds zero outside [0, W). True interpolates between the two nearest entries and
-        clamps to the ends.
+      interpolate: False reads at integers, with zero outside [0, W). True interpolates between the two nearest entries and clamps
+        to the ends.
     """
 
     table: Leaf = per_head()
@@ -377,11 +378,11 @@ class Table:
 
 @structure
 class Hinges:
-    """Reads a network of one number, sum_f z[f] relu(weight_in[f] at + bias_in[f]) + offset: a piecewise linear function.
+    """Evaluates a piecewise linear function of the index, sum_f z[f] relu(weight_in[f] at + bias_in[f]) + offset.
 
     Attributes:
       weight_in, bias_in: [N or 1, F].
-      table: z, [N or 1, F]; with ``side`` "query" vectors [N or 1, F, R] that meet the query.
+      table: z, [N or 1, F]; with ``side`` "query", vectors [N or 1, F, R] to multiply with the query.
       offset: [N or 1]; None is zero.
       query: side "query": vectors [B, T, N or 1, R]; None: the query of the call before any transform.
       side: "none" or "query".
@@ -397,11 +398,11 @@ class Hinges:
 
 @structure
 class Bias:
-    """Adds to a score what is read at a pair: float32, after the scale and before the soft cap and the mask.
+    """Adds a float32 value to the score of a pair, after the scale and before the soft cap and the mask.
 
     Attributes:
-      at: where: ``Pair`` or ``Scan``.
-      read: what is read there: ``Table``, ``Hinges``, or None for the number itself.
+      at: the index: ``Pair`` or ``Scan``.
+      read: the value at the index: ``Table``, ``Hinges``, or None for the index itself.
     """
 
     at: Pair | Scan
@@ -410,10 +411,11 @@ class Bias:
 
 @structure
 class Softmax:
-    """Turns scores into weights by a softmax over the allowed keys.
+    """Converts scores to weights by a softmax over the allowed keys.
 
     Attributes:
-      sink: logits [N or 1] of one more key that has no value, so that the weights of a row may sum to less than one; None for none.
+      sink: logits [N or 1] of an additional key without a value, so that the weights of a row may sum to less than one; None: no
+        such key.
     """
 
     sink: Leaf = per_head(default=None)
@@ -421,10 +423,10 @@ class Softmax:
 
 @structure
 class StickBreaking:
-    """Turns scores into weights by breaking a stick from the query back: w_ij = sigmoid(z_ij) prod_{j < l < i} (1 - sigmoid(z_il)).
+    """Converts scores to stick-breaking weights, from the query back: w_ij = sigmoid(z_ij) prod_{j < l < i} (1 - sigmoid(z_il)).
 
-    z are the scores with all biases; l runs over the allowed keys between. Weights of a row sum to at most one, recent keys come
-    first, and no positions are needed. Attention must be causal. (Tan et al., arXiv:2410.17980.)
+    z are the scores with all biases; l runs over the allowed keys in between. The weights of a row sum to at most one and favor
+    recent keys, so that no positions are needed. Attention must be causal. (Tan et al., arXiv:2410.17980.)
 
     Attributes:
       attend_current: whether j and l may be the query's own token, at its own position.
@@ -435,7 +437,7 @@ class StickBreaking:
 
 @structure
 class ScoreModifications:
-    """Says what an encoding does in one attention call.
+    """Describes the effect of an encoding on one attention call.
 
     Attributes:
       transforms: applied to query and key in their order.
@@ -452,5 +454,5 @@ class ScoreModifications:
 
 
 def sigmoid(x: Array, args: Any = ()) -> Array:
-    """Returns 1 / (1 + exp(-x)): the gate of CoPE, which kernels know."""
+    """Returns 1 / (1 + exp(-x)), the gate of CoPE, for which kernels have a fast path."""
     return jax.nn.sigmoid(x)

@@ -31,15 +31,15 @@ _LAYOUT = "1"  # part of every cache name: change it when the file format change
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Holds the tokens of one split of one source.
+    """Holds the tokens of one split of a source.
 
     Attributes:
-      source: the source given to `load_corpus`.
+      source: the source passed to `load_corpus`.
       split: "train" or "validation", or a TFDS split.
       tokens: tokens of all documents, concatenated without separators, [n] in the smallest unsigned dtype; read-only and
         memory-mapped.
       offsets: offset in `tokens` at which each document begins, followed by n; int64 [documents + 1].
-      vocab_size: V, the number of token ids: those of the tokenizer and, last, the two special ones.
+      vocab_size: V, the number of token ids: the tokenizer's ids, followed by two special ones.
       num_bytes: length of the text in bytes, from which bits per byte are computed.
       tokenizer_path: path of the BPE file. None if tokens are bytes.
     """
@@ -84,7 +84,7 @@ class Corpus:
         """
         tokens = np.asarray(tokens).ravel()
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
-            raise ValueError(f"tokens must be from 0 to {self.vocab_size - 1}, got {tokens.min()} to {tokens.max()}")
+            raise ValueError(f"tokens must lie in [0, {self.vocab_size - 1}], got {tokens.min()} to {tokens.max()}")
         pieces, start = [], 0
         for end in [*np.flatnonzero(tokens >= self.bos), len(tokens)]:
             if self.tokenizer_path is None:
@@ -105,10 +105,10 @@ def load_corpus(
     vocab_size: int | None = None,
     data_dir: str | Path | None = None,
 ) -> Corpus:
-    """Loads a corpus from the cache, and builds it first if it is not there.
+    """Loads a corpus from the cache, building it first if necessary.
 
     Args:
-      source: one of three kinds. "stdlib" is the .py files of the running Python's standard library, with one file in ten
+      source: one of three kinds. "stdlib" stands for the .py files of the running Python's standard library, with one file in ten
         held out for validation. "tfds:NAME", "tfds:NAME/CONFIG" or "tfds:NAME:FEATURE" is a text data set of TFDS; if it
         has no validation split, the last tenth of train is held out and removed from train. Any other string is the path
         of a folder of UTF-8 text files, with one file in ten held out (hidden files and caches are ignored), or of one
@@ -118,7 +118,7 @@ def load_corpus(
       vocab_size: for "bpe" only, V including the two special ids; at least 259, by default 8192. For a small text the BPE
         may run out of merges before that; `vocab_size` of the corpus is then smaller.
       data_dir: directory of the caches, by default $POSJAX_DATA_DIR or ~/.cache/posjax. If neither the argument nor the
-        variable is given, data sets that TFDS has already prepared are found in TFDS's default directory.
+        variable is set, TFDS data sets are read from, or prepared in, TFDS's default directory.
 
     Raises:
       ValueError: an argument is invalid, the split is empty, or a file is not text.
@@ -128,27 +128,27 @@ def load_corpus(
     if tokenizer not in ("bytes", "bpe"):
         raise ValueError(f"tokenizer must be 'bytes' or 'bpe', got {tokenizer!r}{near(tokenizer, ('bytes', 'bpe'))}")
     if tokenizer == "bytes" and vocab_size not in (None, NUM_BYTES + NUM_SPECIAL):
-        raise ValueError(f"vocab_size must be 258 or left out when tokenizer is 'bytes', got {vocab_size!r}")
+        raise ValueError(f"vocab_size must be 258 or None with tokenizer='bytes', got {vocab_size!r}")
     vocab_size = DEFAULT_BPE_VOCAB if vocab_size is None else vocab_size
     if tokenizer == "bpe" and vocab_size <= NUM_BYTES + NUM_SPECIAL:
-        raise ValueError(f"vocab_size must be at least 259 when tokenizer is 'bpe', got {vocab_size!r}")
+        raise ValueError(f"vocab_size must be at least 259 with tokenizer='bpe', got {vocab_size!r}")
 
-    given = data_dir or os.environ.get("POSJAX_DATA_DIR")
-    cache = Path(given or "~/.cache/posjax").expanduser()
-    text = open_source(str(source), cache, Path(given).expanduser() if given else None)
+    chosen_dir = data_dir or os.environ.get("POSJAX_DATA_DIR")
+    cache = Path(chosen_dir or "~/.cache/posjax").expanduser()
+    text = open_source(str(source), cache, Path(chosen_dir).expanduser() if chosen_dir else None)
     if not text.has_split(split):
         raise ValueError(f"split must be one of {', '.join(text.splits)}, got {split!r}{near(split, text.splits)}")
     tokenizer_path = _trained_bpe(text, vocab_size, cache) if tokenizer == "bpe" else None
     name = _cache_name(text.key, split, tokenizer, str(vocab_size) if tokenizer_path else "")
     folder = _build_once(cache / CORPORA / name, lambda new: _write_corpus(new, text, split, tokenizer_path))
-    facts = json.loads((folder / "corpus.json").read_text())
+    metadata = json.loads((folder / "corpus.json").read_text())
     return Corpus(
         source=str(source),
         split=split,
-        tokens=np.memmap(folder / "tokens.bin", dtype=facts["dtype"], mode="r"),
+        tokens=np.memmap(folder / "tokens.bin", dtype=metadata["dtype"], mode="r"),
         offsets=np.load(folder / "offsets.npy"),
-        vocab_size=facts["vocab_size"],
-        num_bytes=facts["num_bytes"],
+        vocab_size=metadata["vocab_size"],
+        num_bytes=metadata["num_bytes"],
         tokenizer_path=tokenizer_path,
     )
 
@@ -156,8 +156,8 @@ def load_corpus(
 def excerpts(corpus: Corpus, length: int, count: int) -> Corpus:
     """Selects up to ``count`` excerpts of ``length`` tokens, spread evenly over a corpus, each within one document.
 
-    Use it for evaluation: the first tokens of a split would cover only its first few documents. Each excerpt becomes one document
-    of the returned corpus. If no document has ``length`` tokens, the corpus is returned unchanged.
+    Intended for evaluation, because the first tokens of a split would cover only its first few documents. Each excerpt becomes one
+    document of the returned corpus. If no document has ``length`` tokens, the corpus is returned unchanged.
     """
     fits = np.diff(corpus.offsets) // length
     total = int(fits.sum())
@@ -175,7 +175,7 @@ def excerpts(corpus: Corpus, length: int, count: int) -> Corpus:
 def unigram_bits_per_byte(corpus: Corpus) -> float:
     """Returns the bits per byte of a unigram model, a baseline that any model must beat.
 
-    This is the entropy of the token frequencies of the corpus, times tokens per byte.
+    It is the entropy of the corpus's token frequencies, times tokens per byte.
     """
     counts = np.bincount(corpus.tokens, minlength=1).astype(np.float64)
     share = counts[counts > 0] / counts.sum()
@@ -190,14 +190,14 @@ def _cache_name(*parts: str) -> str:
 
 
 def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Returns `folder`, after filling it with `build` if it does not exist. An existing folder is always complete."""
+    """Returns `folder`, which `build` fills first if it does not exist. An existing folder is always complete."""
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(".unfinished-*"):  # left by builds that were killed more than a day ago
+    for leftover in folder.parent.glob(".unfinished-*"):  # removed if its build was killed more than a day ago
         with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > 86_400:
-                shutil.rmtree(left)
+            if time.time() - leftover.stat().st_mtime > 86_400:
+                shutil.rmtree(leftover)
     unfinished = folder.parent / f".unfinished-{uuid.uuid4().hex}"
     unfinished.mkdir()
     try:
@@ -205,7 +205,7 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         try:
             unfinished.rename(folder)
         except OSError:
-            if not folder.exists():  # otherwise another process has built the same content first
+            if not folder.exists():  # if it exists, another process has built the same content first
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -217,7 +217,7 @@ def _write_corpus(folder: Path, text: Text, split: str, tokenizer_path: Path | N
     dtype = np.min_scalar_type(size - 1)
     lengths, num_bytes = [], 0
 
-    def counted():
+    def documents():
         nonlocal num_bytes
         for document in text.documents(split):
             if document:
@@ -225,14 +225,14 @@ def _write_corpus(folder: Path, text: Text, split: str, tokenizer_path: Path | N
                 yield document
 
     with (folder / "tokens.bin").open("wb") as file:
-        for tokens in _encode(counted(), tokenizer_path):
+        for tokens in _encode(documents(), tokenizer_path):
             lengths.append(len(tokens))
             tokens.astype(dtype).tofile(file)
     if not num_bytes:
-        raise ValueError(f"source must hold text, its {split} split has none (source {text.key.splitlines()[0]!r})")
+        raise ValueError(f"source must contain text, but the {split} split of {text.key.splitlines()[0]!r} is empty")
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    facts = {"dtype": dtype.name, "vocab_size": size + NUM_SPECIAL, "num_bytes": num_bytes}
-    (folder / "corpus.json").write_text(json.dumps(facts))
+    metadata = {"dtype": dtype.name, "vocab_size": size + NUM_SPECIAL, "num_bytes": num_bytes}
+    (folder / "corpus.json").write_text(json.dumps(metadata))
 
 
 def _encode(documents, tokenizer_path: Path | None) -> Iterator[np.ndarray]:
@@ -259,7 +259,7 @@ def _load_tokenizer(path: Path):
 
 
 def _trained_bpe(text: Text, vocab_size: int, cache: Path) -> Path:
-    """Returns the path of a byte-level BPE trained on the train split and shared by all splits. Trains it if it is not cached."""
+    """Returns the path of a byte-level BPE for all splits, trained on the train split if it is not in the cache."""
 
     def train(folder):
         tokenizers = _import_tokenizers()
@@ -275,5 +275,5 @@ def _trained_bpe(text: Text, vocab_size: int, cache: Path) -> Path:
         bpe.save(str(folder / "bpe.json"))
 
     if "train" not in text.splits:
-        raise ValueError(f"tokenizer 'bpe' needs a source with a train split, got splits {list(text.splits)}")
+        raise ValueError(f"tokenizer='bpe' needs a source with a train split, got splits {list(text.splits)}")
     return _build_once(cache / TOKENIZERS / _cache_name(text.key, str(vocab_size)), train) / "bpe.json"

@@ -13,10 +13,10 @@ def list_files(root: str | Path, wanted: Callable[[Path], bool]) -> list[str]:
 
     Args:
       root: folder to search.
-      wanted: predicate on a relative path. Files that it rejects are left out, and folders that it rejects are not entered.
+      wanted: predicate on a relative path. Files that it rejects are left out; folders that it rejects are not entered.
 
     Raises:
-      OSError: a folder cannot be read. The message names it and the reason.
+      OSError: a folder cannot be read. The message gives its name and the reason.
     """
     root = Path(root)
     found = []
@@ -31,7 +31,7 @@ def read_file(path: Path) -> bytes:
     """Returns the bytes of a file.
 
     Raises:
-      OSError: the file cannot be read. The message names it and the reason.
+      OSError: the file cannot be read. The message gives its name and the reason.
     """
     try:
         return path.read_bytes()
@@ -41,7 +41,7 @@ def read_file(path: Path) -> bytes:
 
 
 def _unreadable(error: OSError) -> None:
-    message = f"cannot read {error.filename} ({error.strerror}); correct it or take it out of the source"
+    message = f"cannot read {error.filename} ({error.strerror}); make it readable or remove it from the source"
     raise OSError(message) from error
 
 
@@ -52,8 +52,8 @@ def _hash(path: str) -> bytes:
 def validation_paths(paths: Iterable[str]) -> set[str]:
     """Returns the paths held out for validation: those whose hash falls in the lowest tenth.
 
-    The hash depends only on the path, so a file stays in its split on every machine and when other files are added or removed.
-    If this would hold out all or none of the files, as it may for a few files, the one with the lowest hash is held out instead.
+    The hash depends only on the path, so a file is in the same split on every machine, whatever files are added or removed. If this
+    would hold out all or none of the files, as can happen with few files, the file with the lowest hash is held out instead.
     """
     paths = list(paths)
     limit = int(VALIDATION_SHARE * 2**64)

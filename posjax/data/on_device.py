@@ -1,8 +1,8 @@
 """Sampling of batches from a corpus on the device, by a pure function, so that a training run can be one compiled program.
 
-    corpus -> {"text": [n], "starts": [documents]} on the device;  (that, key) -> batch
+    corpus -> data = {"text": [n], "starts": [documents]} on the device;  draw(data, key) -> batch
 
-Rows are those of ``posjax.data.pipeline``, but drawn with replacement, where Grain shuffles.
+Rows are those of ``posjax.data.pipeline``, but are drawn with replacement, whereas Grain shuffles them.
 """
 
 from collections.abc import Callable
@@ -23,20 +23,22 @@ def on_device(corpus: Corpus, *, length: int, batch_size: int, masked: bool = Fa
     """Prepares a corpus for sampling batches on the device.
 
     Args:
-      corpus: the text, below 2^31 tokens.
+      corpus: the text, of fewer than 2^31 tokens.
       length: T, tokens in a row.
       batch_size: rows in a batch, each drawn uniformly from all rows of the corpus.
       masked: whether to return batches for an encoder.
 
     Returns:
-      data, the arrays to put on the device, and draw, a pure function (data, key) -> batch; ``pipeline.batches`` describes the
-      batch. data is an argument, because as a constant it would enlarge the program by the size of the corpus.
+      (data, draw): the arrays to put on the device, and a pure function (data, key) -> batch; ``pipeline.batches`` describes the
+      batch. ``draw`` takes data as an argument, because a constant would enlarge the program by the size of the corpus.
 
     Raises:
       ValueError: the corpus is shorter than a row, or too long for 32-bit indices.
     """
     if len(corpus.tokens) + corpus.num_documents >= 2**31:
-        raise ValueError(f"a corpus on the device must have fewer than 2^31 tokens, {corpus.source!r} has {len(corpus.tokens):,}")
+        raise ValueError(
+            f"corpus must have fewer than 2^31 tokens to be on the device, got {corpus.source!r} with {len(corpus.tokens):,}"
+        )
     rows = count_rows(corpus, length, masked=masked)
     starts = corpus.offsets[:-1] + np.arange(corpus.num_documents)  # index of each document's BOS in the stream
     data = {"text": np.asarray(corpus.tokens), "starts": starts.astype(np.int32)}
@@ -52,7 +54,7 @@ def on_device(corpus: Corpus, *, length: int, batch_size: int, masked: bool = Fa
 
 
 def language_rows(data: dict[str, Array], index: Array, length: int, bos: int) -> dict[str, Array]:
-    """Returns the language-model rows with the given indices [B], from the stream of BOS and documents split every ``length``."""
+    """Returns the language-model rows with the given indices [B], from the stream of documents split every ``length`` tokens."""
     begin = index[:, None] * length
     place = begin + jnp.arange(length + 1, dtype=jnp.int32)
     starts = data["starts"]

@@ -4,7 +4,7 @@
 
 A corpus is read as one stream, with a BOS before each document, and split every T tokens. A row is one such window and
 the token that follows it, so that each token of the stream except the first is predicted once per epoch. Row i depends
-only on the seed and i, so resuming is exact and splitting over processes costs nothing.
+only on the seed and i, so resuming is exact and splitting over processes needs no communication.
 """
 
 import functools
@@ -37,7 +37,7 @@ def batches(
     and weights (float32; 0 where a target does not count).
 
     For a language model, the target of a token is the next token. Segments are the documents of a row, counted from 1,
-    and positions start from 0 in each. A target in the next document does not count. With `masked`, a row is [CLS]
+    and positions start at 0 in each. A target in the next document does not count. With `masked`, a row is [CLS]
     (position 0) and length - 1 tokens of the text, without separators between documents: one segment with positions 0 to
     length - 1. Each of these tokens is selected with probability 15 %. Of the selected tokens, 80 % are replaced by
     [MASK], 10 % by a random token other than the special ones, and 10 % are kept. The targets are the original tokens;
@@ -50,14 +50,14 @@ def batches(
       seed: seed of the order and the masks, from 0 to 2^32 - 1.
       shuffle: whether to shuffle the rows, differently in each epoch. If False, rows come in the order of the text.
       repeat: whether to repeat forever, without the last tokens that do not fill a window. If False, the iterator stops
-        after one epoch and leaves nothing out: the last window and the last batch are padded with segment 0 and weight 0.
+        after one epoch, which covers all tokens: the last window and the last batch are padded with segment 0 and weight 0.
       process_index, process_count: this process gets rows [index * b, (index + 1) * b) of each batch, with
         b = batch_size / process_count. The concatenated batches of all processes equal the batch of a single process.
       masked: whether to return batches for an encoder.
 
     Returns:
-      A Grain iterator. Its state is a dict that JSON can represent. A new iterator with the same arguments, set to this
-      state, continues with exactly the batches that would have followed.
+      A Grain iterator. Its state is a JSON-serializable dict. A new iterator with the same arguments, set to this state,
+      continues with exactly the batches that would have followed.
 
     Raises:
       ValueError: an argument is out of range, or length exceeds the length of the corpus.
@@ -66,9 +66,9 @@ def batches(
     for name, value in (("length", length), ("batch_size", batch_size), ("process_count", process_count)):
         check(name, value, int, least=1, what="be at least 1")
     if masked and length < 2:
-        raise ValueError(f"length must be at least 2 when masked ([CLS] and a token), got {length}")
+        raise ValueError(f"length must be at least 2 with masked=True ([CLS] and a token), got {length}")
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must be from 0 to process_count - 1 = {process_count - 1}, got {process_index}")
+        raise ValueError(f"process_index must lie in [0, process_count={process_count}), got {process_index}")
     if batch_size % process_count:
         raise ValueError(f"batch_size must be a multiple of process_count ({process_count}), got {batch_size}")
     check("seed", seed, int, least=0, most=2**32 - 1, what="be from 0 to 2^32 - 1")
@@ -85,12 +85,12 @@ def batches(
         dataset = dataset.random_map(functools.partial(_mask, corpus=corpus))
     share = batch_size // process_count
     dataset = dataset.batch(share, drop_remainder=True).slice(slice(process_index, None, process_count))
-    # Rows are cheap to make: two threads keep a few batches ready. Grain's default would buffer 500.
+    # Rows are cheap to create, so two threads suffice to keep a few batches ready. Grain's default would buffer 500.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
 class _Rows:
-    """Random access to the rows of a language model: the stream of BOS and documents, split every `length` tokens."""
+    """Provides random access to the rows of a language model: the stream of BOS and documents, split every `length` tokens."""
 
     def __init__(self, corpus: Corpus, length: int, fill_to: int | None):
         self.corpus, self.length = corpus, length
@@ -121,7 +121,7 @@ class _Rows:
 
 
 class _MaskedRows:
-    """Random access to the rows of a masked model before masking: [CLS] and length - 1 tokens of text."""
+    """Provides random access to the rows of a masked model before masking: [CLS] and length - 1 tokens of text."""
 
     def __init__(self, corpus: Corpus, length: int, fill_to: int | None):
         self.corpus, self.length = corpus, length
@@ -153,7 +153,7 @@ def count_rows(corpus: Corpus, length: int, *, masked: bool = False) -> int:
 def _row_count(total: int, stride: int, length: int, fill_to: int | None) -> int:
     """Returns the number of rows in a stream of `total` tokens with `stride` tokens per row.
 
-    Counts only full rows if fill_to is None. Otherwise also counts a partial row and rounds up to a multiple of fill_to.
+    Counts only full rows if fill_to is None. Otherwise also counts a partial last row, and rounds up to a multiple of fill_to.
     """
     if total < stride:
         raise ValueError(f"length must be at most {length - stride + total} for a corpus this small, got {length}")
@@ -164,7 +164,7 @@ def _row_count(total: int, stride: int, length: int, fill_to: int | None) -> int
 
 
 def _fill_up(row: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-    """Casts a row to its final dtypes and pads it with zeros to `length`; segment 0 and weight 0 mark padding."""
+    """Casts a row to its final dtypes and pads it with zeros to `length`, so that padding has segment 0 and weight 0."""
     full = {}
     for name in ("tokens", "targets", "weights", "segment_ids", "positions"):
         full[name] = np.zeros(length, np.float32 if name == "weights" else np.int32)
@@ -173,7 +173,7 @@ def _fill_up(row: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
 
 
 def _mask(row: dict[str, np.ndarray], rng: np.random.Generator, *, corpus: Corpus) -> dict[str, np.ndarray]:
-    """Selects the tokens to predict, and masks, replaces or keeps them."""
+    """Selects the tokens to predict, and masks, replaces or keeps each of them."""
     tokens = row["tokens"]
     chosen = (rng.random(tokens.shape) < MASKED_SHARE) & (row["positions"] > 0)  # neither [CLS] nor padding
     fate = rng.random(tokens.shape)

@@ -1,6 +1,6 @@
 """Text sources: TFDS data sets, including the source code of the standard library, and files and folders.
 
-`open_source` identifies a source and its current state. No text is read before `documents` is iterated over.
+`open_source` identifies a source and its current state. Text is read only when `documents` is iterated over.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ TFDS, CORPORA, TOKENIZERS = CACHED = ("tfds", "corpora", "tokenizers")  # folder
 
 @dataclass(frozen=True)
 class Text:
-    """An open text source: `documents(split)` yields its texts, and `key` changes whenever they do."""
+    """Represents an open text source: `documents(split)` yields its texts, and `key` changes whenever they change."""
 
     key: str
     documents: Callable[[str], Iterator[bytes]]
@@ -41,7 +41,7 @@ def open_source(source: str, cache: Path, tfds_dir: Path | None) -> Text:
         return _open_file(path.resolve())
     siblings = [str(path.parent / other.name) for other in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = near(source, ["stdlib", *siblings])
-    raise ValueError(f"source must be 'stdlib', 'tfds:NAME' or a file or folder that exists, got {source!r}{hint}")
+    raise ValueError(f"source must be 'stdlib', 'tfds:NAME' or an existing file or folder, got {source!r}{hint}")
 
 
 def _import_tfds():
@@ -52,7 +52,7 @@ def _import_tfds():
 
 
 def _prepare(make_builder, progress):
-    """Prepares a TFDS data set if it is not prepared yet, and returns its builder.
+    """Prepares a TFDS data set unless it is already prepared, and returns its builder.
 
     TFDS builds in a temporary folder and renames it. If another process finishes first, its result is used.
     """
@@ -97,7 +97,7 @@ def _open_tfds(source: str, data_dir: Path | None) -> Text:
     except tfds.core.DatasetNotFoundError as error:
         names = tfds.list_builders(with_community_datasets=False)
         hint = near(name.partition("/")[0], names)
-        raise ValueError(f"source names a data set that TFDS does not know, got {source!r}{hint}") from error
+        raise ValueError(f"source must name a TFDS data set, got {source!r}{hint}") from error
     builder = _prepare(make_builder, sys.stderr)
     split_of = {split: split for split in builder.info.splits}
     if "validation" not in split_of and "train" in split_of:
@@ -116,16 +116,16 @@ def _text_feature(tfds, builder, feature: str, source: str) -> str:
     texts = sorted(name for name in features if isinstance(features[name], tfds.features.Text))
     if feature:
         if feature not in texts:
-            raise ValueError(f"source must name a text feature of {texts}, got {source!r}{near(feature, texts)}")
+            raise ValueError(f"source must name one of the text features {texts}, got {source!r}{near(feature, texts)}")
         return feature
     if "text" in texts or len(texts) == 1:
         return "text" if "text" in texts else texts[0]
-    raise ValueError(f"source must name one text feature of {texts}, as in 'tfds:NAME:FEATURE', got {source!r}")
+    raise ValueError(f"source must name one of the text features {texts}, as in 'tfds:NAME:FEATURE', got {source!r}")
 
 
 def _state(path: Path) -> str:
-    facts = path.stat()
-    return f"{facts.st_size}:{facts.st_mtime_ns}"
+    stat = path.stat()
+    return f"{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def _read_text(path: Path) -> bytes:
@@ -137,14 +137,14 @@ def _read_text(path: Path) -> bytes:
         place = error.start
     if place >= 0:
         raise ValueError(
-            f"source must hold UTF-8 text only, {path} has the byte {data[place]:#04x} at {place}; convert it or move it elsewhere"
+            f"source must contain only UTF-8 text, but {path} has the byte {data[place]:#04x} at {place}; convert or move the file"
         )
     return data
 
 
 def _open_folder(folder: Path, cache: Path) -> Text:
-    made = {cache / name for name in CACHED}  # excluded, because the cache may be inside the folder, or be the folder itself
-    paths = list_files(folder, lambda path: not path.name.startswith(".") and folder / path not in made)
+    cached = {cache / name for name in CACHED}  # excluded, because the cache may be inside the folder, or be the folder itself
+    paths = list_files(folder, lambda path: not path.name.startswith(".") and folder / path not in cached)
     if len(paths) == 1:
         return _open_file(folder / paths[0])
     held_out = validation_paths(paths)

@@ -1,11 +1,11 @@
 """Synthetic tasks: flip-flop, selective copy and counting, as pure samplers that run on the device.
 
 A `Task` is an immutable value. `task.sample(key, batch_size)` is a pure function of its key with static shapes, so a
-training run, data included, can be one compiled program. Nothing is stored on or read from disk.
+training run can be one compiled program that includes its data. Nothing is written to or read from disk.
 
     tokens [B, T] int32      the input of the model
     targets [B, T] int32     the token to predict at each position, which is the next token
-    weights [B, T] float32   1 where the task defines an answer; 0 elsewhere, where loss and error do not count
+    weights [B, T] float32   1 where the task defines an answer; 0 elsewhere, which loss and error ignore
 
 B is the batch size and T `task.length`.
 """
@@ -24,14 +24,14 @@ MIN_OPERATIONS = 3  # counting: the shortest program
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, so that it can be a static argument
 class Task:
-    """A synthetic task: a pure sampler, with its vocabulary and its test sets.
+    """Describes a synthetic task: a pure sampler, its vocabulary and its test sets.
 
     Attributes:
-      name: short name, which for a variant includes the setting ("flip_flop_dense").
+      name: short name; for a variant, it includes the setting ("flip_flop_dense").
       length: T, the length of every sequence.
       words: the text of each token id; its length is the vocabulary size.
       sample: `sample(key, batch_size) -> (tokens, targets, weights)`, described at the top of this file. `batch_size` is
-        static: compile it with `jax.jit(task.sample, static_argnums=1)`.
+        static: compile with `jax.jit(task.sample, static_argnums=1)`.
       variants: the out-of-distribution test sets of the paper by name, each a Task with the same vocabulary.
       pad_token: id of the token that pads short sequences at the end. None if every sequence is full.
     """
@@ -49,7 +49,7 @@ class Task:
         return len(self.words)
 
     def batch(self, key: jax.Array, batch_size: int) -> dict[str, jax.Array]:
-        """Samples a batch with the segment ids and positions that a model takes.
+        """Samples a batch, including the segment ids and positions that a model takes.
 
         Each row is one segment; padding has segment 0.
 
@@ -69,17 +69,17 @@ class Task:
         """
         tokens = np.asarray(tokens)
         if tokens.ndim != 1:
-            raise ValueError(f"tokens must be one row [T], got shape {tokens.shape}; pass tokens[i] of a batch")
+            raise ValueError(f"tokens must be one row [T], got shape {tokens.shape}; pass one row of a batch, tokens[i]")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise ValueError(f"tokens must be ids of {self.name}, 0 to {self.vocab_size - 1}, got {tokens.min()} to {tokens.max()}")
         return " ".join(self.words[token] for token in tokens if token != self.pad_token)
 
 
 def _check_integer(name: str, value: int, minimum: int, maximum: int | None = None) -> None:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < minimum or (maximum is not None and value > maximum):
-        limits = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        raise ValueError(f"{name} must be a whole number, {limits}, got {value!r}")
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or value < minimum or (maximum is not None and value > maximum):
+        limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise ValueError(f"{name} must be an integer {limits}, got {value!r}")
 
 
 def _check_number(name: str, value: float, wanted: str, holds: Callable[[float], bool]) -> None:
@@ -88,7 +88,7 @@ def _check_number(name: str, value: float, wanted: str, holds: Callable[[float],
 
 
 def _predict_next(tokens: jax.Array, answered: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (tokens, targets, weights) of strings [B, T]; `answered` [B, T] marks positions whose next token counts."""
+    """Returns (tokens, targets, weights) for strings [B, T]; `answered` [B, T] marks positions whose next token is an answer."""
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))  # the last token has no target: its weight is 0
     weights = answered.astype(jnp.float32).at[:, -1].set(0.0)
     return tokens.astype(jnp.int32), targets.astype(jnp.int32), weights
@@ -126,7 +126,7 @@ def flip_flop(length: int = 512, ignore_probability: float = 0.8) -> Task:
 def _flip_flop(name: str, length: int, ignore_probability: float) -> Task:
     _check_integer("length", length, 4)
     if length % 2:
-        raise ValueError(f"length must be even (pairs of an instruction and a bit), got {length}")
+        raise ValueError(f"length must be even, because a string is pairs of an instruction and a bit, got {length}")
     _check_number("ignore_probability", ignore_probability, "from 0 to 1", lambda p: 0 <= p <= 1)
     pairs = length // 2
 
@@ -159,9 +159,9 @@ def selective_copy(num_tokens: int = 256, num_blanks: int = 256, vocab_size: int
     a separator; then the letters again, without the last one, which has no next token: T = 2 num_tokens + num_blanks.
     Loss and error count the copied letters. Token ids: blank 0, letters 1 to V - 2, separator V - 1.
 
-    The paper specifies 16 tokens and has no code. Counting the blank and the separator among the 16 follows the layout of
-    Gu and Dao's task (arXiv:2312.00752). The paper reports errors of 100 %, which exceed those of guessing letters, so it
-    must count a string as wrong if any letter is wrong.
+    The paper specifies 16 tokens and comes without code. Counting the blank and the separator among the 16 follows the
+    layout of Gu and Dao's task (arXiv:2312.00752). The paper reports errors of 100 %, more than random letters would give,
+    so it must count a string as wrong if any letter is wrong.
 
     Args:
       num_tokens: number of letters to copy.
@@ -242,7 +242,7 @@ def counting(
 
     Args:
       num_variables: number of variables, 1 to 26; the paper has 1, 3 and 5.
-      max_operations: largest number of operations, at least 3.
+      max_operations: maximum number of operations, at least 3.
       set_weight, increment_weight, pass_weight: relative weights of the operations; set_weight must be above 0.
         `variants` contains the paper's other tests, "pass_100" and "pass_10".
       length: T, at least 3.
@@ -265,10 +265,10 @@ def _counting(name, num_variables, max_operations, set_weight, increment_weight,
     _check_integer("length", length, 3)
     for argument, weight in (("increment_weight", increment_weight), ("pass_weight", pass_weight)):
         _check_number(argument, weight, "0 or a positive number", lambda w: 0 <= w < float("inf"))
-    wanted = "a positive number (a question needs a variable that is set)"
+    wanted = "a positive number, because the question needs a variable that is set"
     _check_number("set_weight", set_weight, wanted, lambda w: 0 < w < float("inf"))
 
-    # Conditioned on at least one set, see the docstring; computed once, in float64.
+    # Conditioned on at least one set (see the docstring of `counting`), and computed once, in float64.
     no_set_yet = (pass_weight / (pass_weight + set_weight)) ** np.arange(max_operations + 1)
     with np.errstate(divide="ignore"):
         count_logits = jnp.asarray(np.log(1.0 - no_set_yet[MIN_OPERATIONS:]), jnp.float32)
@@ -325,7 +325,7 @@ def _write_programs(outcomes, within, num_variables, asked, answer, length):
     statement = (jnp.where(is_pass, PASS, variable), jnp.where(is_set, EQUALS, PLUS), zeros + ZERO, zeros + END)
     piece = jnp.arange(len(statement))[None, None, :]
     places = (ends - sizes)[:, :, None] + piece - cut[:, :, None]
-    places = jnp.where((piece < sizes[:, :, None]) & (places >= 0), places, length)  # out of bounds, so that the scatter drops them
+    places = jnp.where((piece < sizes[:, :, None]) & (places >= 0), places, length)  # out of bounds: the scatter drops these
     question = jnp.stack([jnp.full_like(answer, PRINT), _FIRST_VARIABLE + asked.astype(answer.dtype), answer], axis=1)
 
     places = jnp.concatenate([places.reshape(batch_size, -1), body - cut + jnp.arange(3)[None, :]], axis=1)

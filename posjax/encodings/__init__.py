@@ -1,4 +1,4 @@
-"""The encodings, a module for each family. All of them are in the registry, ``posjax.core.encoding.registered()``."""
+"""The encodings, one module per family. All of them are in the registry, ``posjax.core.encoding.registered()``."""
 
 from posjax.encodings import absolute, cope, relative, rotary, tupe
 

@@ -92,18 +92,18 @@ def check_within(name: str, positions: Array, length: int) -> None:
     """Raises ValueError if positions are fractions or fall outside a table of ``length`` rows, as far as shapes and values show."""
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise ValueError(
-            f"coordinates must be integers for {name}, which has a vector for each position, got {positions.dtype}; "
-            "rope() and alibi() take fractions"
+            f"coordinates must be integers for {name}, which has a vector per position, got {positions.dtype}; "
+            "rope() and alibi() accept fractions"
         )
     reach = positions.shape[-1]
     if not is_traced(positions) and positions.size:
         # NumPy, because inside jit a jax operation returns a tracer even for a concrete array.
         known = np.asarray(positions)
         if known.min() < 0:
-            raise ValueError(f"positions must not be negative, got {known.min()}; mask padding out by mask or segment_ids")
+            raise ValueError(f"positions must not be negative, got {known.min()}; exclude padding by mask or segment_ids")
         reach = int(known.max()) + 1
     if not is_symbolic(reach) and reach > length:
         raise ValueError(
-            f"{name} has positions for a max_length of {length}, got a sequence that needs {reach}; "
-            f"train with Dims(max_length={reach}) or take an encoding without a table, such as rope() or alibi()"
+            f"positions must be below the max_length of {name}, {length}, got a sequence that needs {reach}; "
+            f"train with Dims(max_length={reach}) or use an encoding without a table, such as rope() or alibi()"
         )

@@ -1,6 +1,6 @@
 """Contextual Position Encoding (CoPE): positions counted by gates that depend on content.
 
-    g_ij = sigmoid(q_i.k_j / sqrt(H))          gate: whether key j counts for query i (+ gate_bias inside)
+    g_ij = sigmoid(q_i.k_j / sqrt(H))          gate: how much key j counts for query i (gate_bias is added to its argument)
     p_ij = sum of g_ik for k = j .. i          position: the count from key to query, both included
     bias_ij = q_i.e(p_ij)                      e interpolated between integer positions, clamped at the last
 
@@ -188,7 +188,7 @@ class CopeMlp(PositionalEncoding):
 
     def init(self, key: Array, dims: Dims) -> Params:
         gate_key, key = jax.random.split(key)
-        # The kinks -b/w cover positions 0 .. 64: with gates of 1/2, most of the first hundred tokens are there.
+        # The kinks -b/w cover positions 0 .. 64, which contain most of the first hundred tokens if gates are 1/2.
         kinks = jnp.linspace(0.0, 64.0, self.hidden_dim, endpoint=False)
         weight = jnp.abs(jax.random.normal(key, (self.hidden_dim,))) * 0.1 + 0.01
         return _gate_params(self.gates, gate_key, dims) | {
@@ -247,13 +247,13 @@ def _gate_key(encoding: "Cope | CopeAlibi | CopeMlp", params: Params, inputs: At
     if gates == "keys":
         if inputs.k.hidden is None:
             raise ValueError(
-                "hidden must be given for gates='keys', got None: the array that query, key and value were projected from"
+                "hidden must be an array for gates='keys', got None; pass the array that query, key and value were projected from"
             )
         hidden = inputs.k.hidden
         kernel = get_param(params, "gate_kernel", encoding.registered_name, (hidden.shape[-1], *inputs.key.shape[2:]))
         return jnp.einsum("btd,dkh->btkh", hidden, kernel.astype(hidden.dtype)).astype(inputs.key.dtype)
     if inputs.value is None:
-        raise ValueError("value must be given to attention_weights for gates='values', got None")
+        raise ValueError("value must be an array for gates='values', got None; pass it to attention_weights")
     width = inputs.query.shape[-1]
     if inputs.value.shape[-1] != width:
         raise ValueError(f"value must have the head dimension of query, {width}, for gates='values', got {inputs.value.shape[-1]}")

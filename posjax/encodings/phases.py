@@ -1,4 +1,4 @@
-"""Angles of sinusoids and rotations: position times frequency, accurate far past the point where a float32 product is not."""
+"""Angles of sinusoids and rotations: position times frequency, accurate at positions where a float32 product is not."""
 
 import math
 
@@ -53,7 +53,7 @@ def angles(positions: Array, frequencies: np.ndarray | Array) -> Float[Array, ".
       [..., F] radians, in [-pi, pi) on the exact path.
     """
     positions = jnp.asarray(positions)
-    frequencies = frequencies.reshape((1,) * positions.ndim + (-1,))  # of the rank of the product
+    frequencies = frequencies.reshape((1,) * positions.ndim + (-1,))  # explicit rank, for strict rank promotion
     if not isinstance(frequencies, np.ndarray) or not jnp.issubdtype(positions.dtype, jnp.integer):
         return positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     turns = np.mod(frequencies.astype(np.float64) / (2 * np.pi), 1.0)

@@ -1,4 +1,4 @@
-"""Relative biases that depend on the two positions alone: ALiBi and T5."""
+"""Relative biases that depend only on positions: ALiBi and T5."""
 
 import dataclasses
 import functools
@@ -38,8 +38,8 @@ class Alibi(PositionalEncoding):
         32; its gradient is zero.
 
     Raises:
-      ValueError: slope is neither one positive number nor one for each head (a traced one that is not positive gives NaN), or it is
-        None inside of a ``jax.shard_map`` over an axis that shards heads, where a call does not see all heads.
+      ValueError: slope is neither one positive number nor one per head (a traced one that is not positive gives NaN), or it is None
+        inside a ``jax.shard_map`` over an axis that shards heads, where a call does not see all heads.
 
     Press et al., arXiv:2108.12409.
     """
@@ -116,8 +116,8 @@ def _check_slopes(slopes: np.ndarray) -> None:
 def slopes_of_heads(slope: Array | float | None, num_heads: int) -> Float[Array, " N"]:
     """Returns the slope of each head, [N] float32.
 
-    Every head has ``slope`` or, of an array, its own, and NaN if it is not positive. If ``slope`` is None, the heads have ALiBi's
-    slopes.
+    Every head has ``slope`` or its element of an array; slopes that are not positive become NaN. If ``slope`` is None, the heads
+    have ALiBi's slopes.
 
     Raises:
       ValueError: slope is an array of another length, or None where a call may see only some of the heads.
@@ -127,7 +127,7 @@ def slopes_of_heads(slope: Array | float | None, num_heads: int) -> Float[Array,
         manual = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual]
         if cut := [name for name in manual if name in HEAD_AXES and mesh.shape[name] > 1]:
             raise ValueError(
-                f"slope must be given inside of a shard_map over the axis {cut[0]!r}, where a call does not see all heads, "
+                f"slope must be an array inside a shard_map over the axis {cut[0]!r}, where a call does not see all heads, "
                 "got None; pass each device its part of posjax.encodings.relative.alibi_slopes(num_heads)"
             )
         return jnp.asarray(alibi_slopes(num_heads))
@@ -139,7 +139,7 @@ def slopes_of_heads(slope: Array | float | None, num_heads: int) -> Float[Array,
 
 @dataclasses.dataclass(frozen=True)
 class LinearPenalty:
-    """Returns -slope |difference along axis 0|, float32, for ``Pair``."""
+    """Computes -slope |difference along axis 0|, float32, for ``Pair``."""
 
     scales_with_args = True
 
@@ -151,11 +151,11 @@ def check_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> N
     """Raises ValueError if the buckets have no exact part, no logarithmic part, or cannot be halved for two directions."""
     check_at_least("num_buckets", num_buckets, 4 if bidirectional else 2, MOST_BUCKETS)
     if bidirectional and num_buckets % 2:
-        raise ValueError(f"num_buckets must be even where bidirectional=True, got {num_buckets}")
+        raise ValueError(f"num_buckets must be even with bidirectional=True, got {num_buckets}")
     exact = num_buckets // (4 if bidirectional else 2)
     if max_distance <= exact:
         raise ValueError(
-            f"max_distance must be an integer past the {exact} exact buckets of num_buckets={num_buckets}, got {max_distance!r}"
+            f"max_distance must be an integer above the {exact} exact buckets of num_buckets={num_buckets}, got {max_distance!r}"
         )
 
 
@@ -191,7 +191,7 @@ def _bucket_thresholds(span: int, exact: int, max_distance: int) -> tuple[int, .
 
 @dataclasses.dataclass(frozen=True)
 class T5Bucket:
-    """Returns T5's bucket of a pair from the difference i - j along axis 0, for ``Pair``."""
+    """Computes T5's bucket of a pair from the difference i - j along axis 0, for ``Pair``."""
 
     num_buckets: int
     max_distance: int
@@ -206,8 +206,7 @@ class T5Bucket:
     def uniform(self, first_query: Array, last_query: Array, first_key: Array, last_key: Array) -> Array:
         """Returns whether all pairs in a range of queries and a range of keys are in one bucket.
 
-        They are if all are in the furthest bucket of their direction, or, where keys ahead of the query share bucket 0, all in
-        bucket 0.
+        This holds if all are in the furthest bucket of their direction or, with bidirectional=False, all in bucket 0.
         """
         span = self.num_buckets // 2 if self.bidirectional else self.num_buckets
         furthest = max((span // 2, *_bucket_thresholds(span, span // 2, self.max_distance)))

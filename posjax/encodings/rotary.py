@@ -13,7 +13,7 @@ from posjax.typing import Array, Float, Int, Params
 
 @register("rope")
 class Rope(PositionalEncoding):
-    """Rotates pairs of query and key channels by their position (RoPE), so that q.k depends on the positions' difference alone.
+    """Rotates pairs of query and key channels by their position (RoPE), so that q.k depends only on the difference of positions.
 
     With R = fraction * H rotated channels and phase p * theta^(-2m/R) for m = 0 .. R/2 - 1, pair m at position p becomes
 
@@ -68,7 +68,7 @@ def convert_pairing(
     """Reorders the output channels of a query or key projection, so that attention is the same under the other pairing.
 
     Args:
-      kernel: [..., H], any array whose last axis is a head's channels, such as a kernel [D, N, H] or a bias [N, H].
+      kernel: [..., H], an array whose last axis is the channels of a head, such as a kernel [D, N, H] or a bias [N, H].
       source: pairing that the projection was trained with.
       target: pairing that the projection will be used with.
       fraction: ``fraction`` of ``rope``.

@@ -1,10 +1,10 @@
 """The text form of encodings, for configurations and command lines.
 
 rope                                   an encoding with its defaults
-cope(max_position=64, gates="keys")    with arguments, as in Python
-rope + cope(64)                        chain
-cope(64) / identity / identity         layer by layer, repeated down the stack
-my_package.mine:encoding(3)            a class or a function of a module that can be imported, or an encoding that stands there
+cope(max_position=64, gates="keys")    an encoding with arguments, as in Python
+rope + cope(64)                        a chain
+cope(64) / identity / identity         one encoding per layer, repeated over the layers
+my_package.mine:encoding(3)            a class or a function in a module that can be imported, or an encoding value without (3)
 """
 
 import ast
@@ -30,7 +30,7 @@ def traced_arguments(make: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def spec_of(encoding: PositionalEncoding | Sequence[PositionalEncoding]) -> str:
-    """Returns the text form of an encoding, or of one for each of several layers: what ``parse_encoding`` turns into an equal one.
+    """Returns the text form of an encoding, or of one per layer, from which ``parse_encoding`` constructs an equal one.
 
     >>> spec_of(chain(rope(), cope(64)))
     'rope + cope(max_position=64)'
@@ -49,8 +49,8 @@ def spec_of(encoding: PositionalEncoding | Sequence[PositionalEncoding]) -> str:
         is_same = False
     if not is_same:
         raise ValueError(
-            f"encoding must have a text form, got {text}: give it a name by pj.register and plain arguments, "
-            "or put it into a module and write package.module:name"
+            f"encoding must have a text form, got {text}; give it a name by pj.register and plain arguments, "
+            "or define it in a module and write package.module:name"
         )
     return text.removesuffix("()")
 
@@ -120,13 +120,13 @@ def _unmarked(text: str) -> str:
 
 
 def _name(call: ast.Call) -> str | None:
-    """Returns what a call names, "rope" or "module:name"; None if it is neither."""
+    """Returns the name in a call, "rope" or "module:name"; None if it has neither form."""
     is_imported = isinstance(call.func, ast.Attribute) and call.func.attr.startswith(_MARK)
     return _unmarked(ast.unparse(call.func)) if isinstance(call.func, ast.Name) or is_imported else None
 
 
 def _maker(call: ast.Call) -> Any:
-    """Returns what a member of a chain names: a registered class, or an object of a module.
+    """Returns the object named by a member of a chain: a registered class, or an object in a module.
 
     Raises:
       ValueError: the module cannot be imported or has no such object.
@@ -157,19 +157,19 @@ def _construct(call: ast.Call, spec: str, settings: Sequence[Any]) -> Positional
     if isinstance(make, PositionalEncoding) and not (args or keywords):
         return make
     if not callable(make):
-        raise ValueError(f"{name} must be an encoding, or a class or function that makes one, got {make!r} in {spec!r}")
+        raise ValueError(f"{name} must be an encoding, or a class or function that returns one, got {make!r} in {spec!r}")
     signature = inspect.signature(make)
     usage = f"{name}{signature.replace(return_annotation=inspect.Signature.empty)}"
     try:
         signature.bind(*args, **keywords)
     except TypeError as error:
-        raise ValueError(f"{name} takes {usage}, got {spec!r}: {error}") from None
+        raise ValueError(f"{name} must be called as {usage}, got {spec!r}: {error}") from None
     try:
         encoding = make(*args, **keywords)
     except TypeError as error:  # such as 8 < "a"
-        raise ValueError(f"{name} takes {usage}, got {spec!r}: {error}") from None
+        raise ValueError(f"{name} must be called as {usage}, got {spec!r}: {error}") from None
     if not isinstance(encoding, PositionalEncoding):
-        raise ValueError(f"{name} must make a PositionalEncoding, got {encoding!r} in {spec!r}")
+        raise ValueError(f"{name} must return a PositionalEncoding, got {encoding!r} in {spec!r}")
     return encoding
 
 
@@ -179,9 +179,9 @@ _PLACEHOLDER = re.compile(r"_(\d+)")
 
 
 def parametrize_spec(spec: str) -> tuple[str, tuple[float, ...]]:
-    """Replaces the numbers of a spec that may be traced by ``_0``, ``_1``, ... and returns the result and the numbers.
+    """Replaces the traceable numbers in a spec by ``_0``, ``_1``, ... and returns the new spec and the numbers.
 
-    Defaults are written out.
+    Traceable arguments at their defaults are included.
 
     >>> parametrize_spec("rope + cope(64)")
     ('rope(theta=_0) + cope(64, gate_bias=_1)', (10000.0, 0.0))
@@ -203,7 +203,7 @@ def parametrize_spec(spec: str) -> tuple[str, tuple[float, ...]]:
 
 
 def substitute(spec: str, settings: dict[int, float]) -> str:
-    """Substitutes numbers for some placeholders of a spec; the others are renumbered from ``_0``.
+    """Replaces some placeholders of a spec by numbers and renumbers the others from ``_0``.
 
     >>> substitute("rope(theta=_0) + cope(64, gate_bias=_1)", {0: 500.0})
     'rope(theta=500.0) + cope(64, gate_bias=_0)'
@@ -232,7 +232,7 @@ def with_argument(spec: str, name: str, argument: str, value: Any) -> str:
     """
     if name not in registered():
         near = difflib.get_close_matches(name, registered(), n=1)
-        raise ValueError(f"{name!r} is no encoding" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise ValueError(f"{name!r} is not an encoding" + (f"; did you mean {near[0]!r}?" if near else ""))
     known = list(inspect.signature(registered()[name]).parameters)
     if argument not in known:
         takes = f"takes {', '.join(known)}" if known else "takes no arguments"
@@ -245,7 +245,7 @@ def with_argument(spec: str, name: str, argument: str, value: Any) -> str:
 
 
 def _rewritten(spec: str, change: Callable[[ast.Call], ast.Call]) -> str:
-    """Applies ``change`` to every encoding of a spec; equal layers are changed once, so that they stay equal."""
+    """Applies ``change`` to every encoding in a spec; equal layers are changed only once, so that they stay equal."""
 
     def text(call: ast.Call) -> str:
         return _unmarked(ast.unparse(call if call.args or call.keywords else call.func))

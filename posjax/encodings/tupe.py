@@ -1,4 +1,4 @@
-"""TUPE: separate correlations of words and of positions, with [CLS] untied from all positions.
+"""TUPE: separate correlations of words and positions, with [CLS] untied from all positions.
 
 The score of Ke et al. (equation 10) is
 
@@ -25,7 +25,7 @@ from posjax.typing import Array, Params
 
 @register("tupe")
 class Tupe(PositionalEncoding):
-    """Adds a correlation of absolute positions, with projections of their own, to the scores (TUPE-A; TUPE-R with ``relative``).
+    """Adds a correlation of separately projected absolute positions to the scores (TUPE-A; TUPE-R with ``relative``).
 
         score_ij = (q_i.k_j) / sqrt(2H) + reset((p_i U^Q).(p_j U^K) / sqrt(2H) [+ b_{j-i} with ``relative``])
 
@@ -41,10 +41,10 @@ class Tupe(PositionalEncoding):
         gives p one more row, from which theta_1 = p_0.p_0 and theta_2 = p_1.p_1 are computed by products through U (p_1 is also the
         row of [CLS] itself). In TUPE-R, the column of [CLS] has an extra bucket, and its row uses bucket num_buckets / 2, which no
         distance falls into.
-      num_buckets, max_distance: of the relative bias, as in bidirectional ``t5``.
+      num_buckets, max_distance: arguments of the relative bias, as in bidirectional ``t5``.
 
     Raises:
-      ValueError: Dims.max_length is not given, a position is past it, or ``t5`` rejects the bucket arguments.
+      ValueError: Dims.max_length is not given, a position exceeds it, or ``t5`` rejects the bucket arguments.
 
     Ke et al., arXiv:2006.15595, section 3.
     """
@@ -180,9 +180,9 @@ def _join(parts: list[Array], like: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class TupeBucket:
-    """Returns the index of b_{j-i} inside the reset for a pair of positions, for ``Pair``.
+    """Computes the index of b_{j-i} inside the reset for a pair of positions, for ``Pair``.
 
-    Pairs with [CLS] have no bias in the paper, an index past the table, and buckets of their own in the released code.
+    Pairs with [CLS] have no bias in the paper (an index beyond the table), and separate buckets in the released code.
     """
 
     num_buckets: int

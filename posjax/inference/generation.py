@@ -53,17 +53,17 @@ def stream(
     Args:
       with_params, params: a decoder in the form that ``functional`` returns.
       prompts: B non-empty sequences of token ids.
-      max_new_tokens: largest number of new tokens per row.
+      max_new_tokens: maximum number of new tokens per row.
       sampling: how tokens are drawn.
       seed: seed of the random draws. The draws of row b do not depend on the other rows.
       stop_tokens: ids that end a row. They are not yielded; a row that has stopped yields -1.
-      chunk: number of prompt tokens that are processed at once.
+      chunk: number of prompt tokens that are processed at a time.
       window: number of earlier tokens that are kept and attended to, in constant memory. None means all, or the model's local
         window.
 
-    Raises (at the call, before anything is compiled):
+    Raises (when called, before anything is compiled):
       ValueError: there are no prompts, one is empty, ids lie outside the vocabulary, a size is below 1, there are more tokens than
-        the encoding has positions for, or the model cannot decode.
+        the encoding supports, or the model cannot decode.
     """
     for name, size in (("max_new_tokens", max_new_tokens), ("chunk", chunk), ("window", window)):
         if size is not None or name != "window":
@@ -78,12 +78,12 @@ def stream(
     model = with_params(params)
     rows = [np.asarray(prompt) for prompt in prompts]
     if not rows:
-        raise ValueError("prompts must hold at least one prompt, got none")
+        raise ValueError("prompts must contain at least one prompt, got none")
     for number, row in enumerate(rows):
         if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
             raise ValueError(f"prompts must be sequences of at least one token id, got {short(prompts[number])}")
         if row.min() < 0 or row.max() >= model.config.vocab_size:
-            raise ValueError(f"prompts must hold ids from 0 to {model.config.vocab_size - 1}, got {row.min()} to {row.max()}")
+            raise ValueError(f"prompts must have ids from 0 to {model.config.vocab_size - 1}, got {row.min()} to {row.max()}")
     longest = max(map(len, rows))
     for encoding in model.encodings:
         limit = encoding.max_length(model.config.dims)
@@ -126,14 +126,14 @@ def _tokens(
     logits = jnp.zeros((len(pieces[0][0]), with_params(params).config.vocab_size))
     for tokens, segments in pieces:
         logits, cache = _read(with_params, params, tokens, segments, logits, cache)
-    going = np.ones(len(logits), bool)
+    active = np.ones(len(logits), bool)
     for number in range(count):
         token, logits, cache = _step(with_params, sampling, params, key, number, logits, cache)
         drawn = np.asarray(token)
-        going &= ~np.isin(drawn, list(stops))
-        if not going.any():
+        active &= ~np.isin(drawn, list(stops))
+        if not active.any():
             return
-        yield np.where(going, drawn, -1)
+        yield np.where(active, drawn, -1)
 
 
 @functools.partial(jax.jit, static_argnames="with_params", donate_argnames=("logits", "cache"))

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 class TextRow:
     """Decodes one row of tokens to text incrementally.
 
-    Holds back incomplete UTF-8 characters and text that may be the beginning of a stop text.
+    Incomplete UTF-8 characters, and text that may be the beginning of a stop text, are held back.
 
     Args:
       bytes_of: returns the bytes of a token.
-      stops: texts that end the row. The earliest one in the text ends it and is left out.
+      stops: texts that end the row. The text ends before the earliest occurrence of any of them.
     """
 
     def __init__(self, bytes_of: Callable[[int], bytes], stops: Sequence[str] = ()):
@@ -32,9 +32,9 @@ class TextRow:
         if self.ended:
             return ""
         text = self._held + new
-        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        self.ended = last or bool(found)
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        self.ended = last or bool(places)
         begun = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        cut = min(found) if found else len(text) if last else len(text) - begun
+        cut = min(places) if places else len(text) if last else len(text) - begun
         self._held = text[cut:]
         return text[:cut]

@@ -22,18 +22,18 @@ class Config:
     """Configures a training run: the task and data, the model, the optimizer, and the evaluation.
 
     Attributes:
-      workdir: folder for all outputs of the run. Empty: runs/ and the name of the config.
+      workdir: folder for all outputs of the run. Empty: runs/NAME for configs/NAME.py.
       task: lm (next token), mlm (masked tokens, an encoder with [CLS]), or a synthetic task: flip_flop, selective_copy, counting.
       data: stdlib (source code of Python's standard library), tfds:NAME, or a file or folder of text.
-      data_dir: folder for prepared data. Empty: $POSJAX_DATA_DIR or ~/.cache/posjax.
+      data_dir: folder for prepared data. Empty: $POSJAX_DATA_DIR, or else ~/.cache/posjax.
       tokenizer: bytes, or bpe (trained on the train split).
       vocab_size: vocabulary size of the bpe tokenizer.
-      seq_length: tokens per training sequence. Synthetic tasks set their own.
+      seq_length: tokens per training sequence; synthetic tasks derive their own length from it.
       num_variables: number of variables in the counting task, 1 to 26.
       num_examples: size of a fixed training set for a synthetic task; None draws new examples at every step.
       batch_size: sequences per step, over all devices.
       encoding: encoding for train and evaluate, e.g. rope, "rope + cope(64)", or "cope(64) / identity" for alternating layers;
-        package.module:name is an encoding of your own. In Python it may be the value itself, which becomes text.
+        package.module:name is an encoding of your own. Config also accepts the encoding as a Python value.
       encodings: encodings for compare.
       seeds: seeds for compare; train uses the first.
       num_layers: number of Transformer layers.
@@ -45,17 +45,18 @@ class Config:
       norm: rmsnorm or layernorm.
       norm_position: pre or post.
       activation: gelu or swiglu.
-      tie_embeddings: computes the logits with the token embeddings.
-      dropout_rate: dropout after the embedding and after each branch.
+      tie_embeddings: uses the token embeddings as the output projection, too.
+      dropout_rate: dropout rate after the embedding and after each attention and MLP block.
       remat: what the backward pass recomputes to save memory: none, attention (all but attention) or full (whole layers).
-      scan_layers: compiles one layer for all; False compiles each separately: faster steps of small models, slower compilation.
+      scan_layers: compiles one layer and scans over all; False compiles each layer separately, which makes steps of small models
+        faster and compilation slower.
       compute_dtype: float32 or bfloat16; parameters stay float32.
-      attention: softmax, or linear (with an encoding that only rotates).
+      attention: softmax, or linear (for encodings that only rotate).
       local_window_size: number of earlier positions that a token attends to; None means all.
       logits_soft_cap: soft cap of the attention scores; None disables it.
-      implementation: attention implementation: xla is dense, xla_chunked is tiled; None selects the fastest.
+      implementation: attention implementation: xla (dense), xla_chunked (tiled) or pallas (kernels); None selects the fastest.
       steps: number of optimizer steps.
-      optimizer: adamw, or muon: Muon for the matrices of the layers and AdamW for all else, at one learning rate.
+      optimizer: adamw, or muon: Muon for the matrices of the layers and AdamW for all else, with the same learning rate.
       learning_rate: peak learning rate.
       warmup_steps: steps of linear warmup to the peak; a --steps that leaves no room for it shortens it in proportion.
       decay: cosine, linear or constant, after the peak.
@@ -63,18 +64,18 @@ class Config:
       weight_decay: weight decay, on matrices only.
       beta1: first-moment decay of AdamW.
       beta2: second-moment decay of AdamW.
-      clip_norm: largest global norm of the gradient; None disables clipping.
+      clip_norm: maximum global norm of the gradient; None disables clipping.
       z_loss: weight of the mean of logsumexp(logits)^2 in the training loss, e.g. 1e-4; the logged loss excludes it.
       ema_decay: decay of a moving average of the parameters for evaluation and generation, e.g. 0.999; None keeps no average.
       accumulate_steps: micro-batches per step.
       parallel: jit (with named sharding) or pmap.
-      mesh: devices per axis, e.g. data=2,fsdp=4; the axes are data, fsdp, context, tensor. Empty: rows over all devices.
-      log_every: steps between lines of metrics.
+      mesh: devices per axis, e.g. data=2,fsdp=4; the axes are data, fsdp, context and tensor. Empty: data over all devices.
+      log_every: steps between log lines.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: number of checkpoints to keep.
       evaluate_every: steps between evaluations during training; None evaluates only at the end.
       eval_lengths: lengths of the final evaluation, as multiples of seq_length.
-      eval_tokens: tokens of the validation split to evaluate at each length.
+      eval_tokens: number of validation tokens to evaluate at each length.
     """
 
     workdir: str = ""
@@ -155,20 +156,20 @@ class Config:
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty, got ()")
         if any(multiple < 1 for multiple in self.eval_lengths):
-            raise ValueError(f"eval_lengths must be multiples of seq_length of at least 1, got {self.eval_lengths}")
+            raise ValueError(f"eval_lengths must be multiples of seq_length, integers of at least 1, got {self.eval_lengths}")
         if self.warmup_steps < 0 or self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps must lie in [0, steps={self.steps}], got {self.warmup_steps}")
         if parse_mesh(self.mesh) and self.parallel == "pmap":
-            raise ValueError(f"mesh must be '' with parallel='pmap', which cuts rows over all devices, got {self.mesh!r}")
+            raise ValueError(f"mesh must be '' with parallel='pmap', which shards rows over all devices, got {self.mesh!r}")
         if any(not 0 <= seed < 2**31 for seed in self.seeds):  # 2^31 is the seed of the evaluation
-            raise ValueError(f"seeds must be from 0 to 2^31 - 1, got {self.seeds}")
+            raise ValueError(f"seeds must lie in [0, 2**31), got {self.seeds}")
         self.transformer(vocab_size=2)
 
     def transformer(self, vocab_size: int) -> TransformerConfig:
         """Returns the model configuration; tables of positions are as long as the training sequences."""
-        own = {f.name for f in dataclasses.fields(self)}
-        same = {f.name: getattr(self, f.name) for f in dataclasses.fields(TransformerConfig) if f.name in own}
-        return TransformerConfig(**same | {"vocab_size": vocab_size}, max_length=self.seq_length, is_causal=self.task != "mlm")
+        names = {f.name for f in dataclasses.fields(self)}
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(TransformerConfig) if f.name in names}
+        return TransformerConfig(**shared | {"vocab_size": vocab_size}, max_length=self.seq_length, is_causal=self.task != "mlm")
 
     @property
     def seed(self) -> int:
@@ -178,18 +179,18 @@ class Config:
 # Fields that may change when a run is resumed; a change of any other field makes it a different run.
 _SAVING = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints"}
 RUN_ONLY = _SAVING | {"parallel", "mesh", "implementation", "remat", "scan_layers", "encodings"}
-_LATER = ("optimizer", "z_loss", "ema_decay")  # newer fields: runs begun before they existed resume with their defaults
+_LATER = ("optimizer", "z_loss", "ema_decay")  # newer fields: runs that started without them resume with their defaults
 
 
 def run_fingerprint(config: Config) -> dict[str, Any]:
-    """Returns the fields that identify a run; fields of `_LATER` are included only where they differ from the default."""
+    """Returns the fields that identify a run; fields in ``_LATER`` are included only if they differ from the default."""
     defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in _LATER}
-    own = {name: value for name, value in dataclasses.asdict(config).items() if name not in RUN_ONLY}
-    return {name: value for name, value in own.items() if name not in defaults or value != defaults[name]}
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in RUN_ONLY}
+    return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
 
 
 def load_config(path: str) -> Config:
-    """Loads the Config that ``get_config()`` of a Python file returns, and sets its workdir to runs/NAME if it has none.
+    """Loads the Config that ``get_config()`` in a Python file returns; an empty workdir becomes runs/NAME.
 
     Args:
       path: name of a configuration of posjax, such as quickstart, or path of a Python file.
@@ -213,7 +214,7 @@ def load_config(path: str) -> Config:
         spec.loader.exec_module(module)
         config = module.get_config()
     except Exception as error:
-        raise ValueError(f"config {path} does not run: {type(error).__name__}: {error}") from error
+        raise ValueError(f"config {path} failed to load: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ValueError(f"get_config() of {path} must return a posjax.lab.config.Config, got {type(config).__name__}")
     return config if config.workdir else dataclasses.replace(config, workdir=f"runs/{file.stem}")
@@ -229,7 +230,7 @@ def init_or_check_workdir(config: Config) -> Path:
     """
     workdir = Path(config.workdir)
     stored = workdir / "config.json"
-    now, defaults = (json.loads(json.dumps(dataclasses.asdict(made))) for made in (config, Config()))
+    now, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (config, Config()))
     if stored.exists():
         try:
             before = defaults | dict(json.loads(stored.read_text()))  # a stored config may lack newer fields
@@ -239,8 +240,11 @@ def init_or_check_workdir(config: Config) -> Path:
             ) from None
         differ = [name for name in now if name not in RUN_ONLY and before.get(name) != now[name]]
         if differ:
-            what = ", ".join(f"{name}={before.get(name)!r} there and {now[name]!r} here" for name in differ)
-            raise ValueError(f"workdir {workdir} belongs to a run with {what}; use another --workdir, or remove it to start over")
+            changes = ", ".join(f"{name} is {before.get(name)!r} there and {now[name]!r} here" for name in differ)
+            raise ValueError(
+                f"workdir {workdir} belongs to a run with another configuration: {changes}; use another --workdir, or remove it to "
+                "start over"
+            )
         return workdir
     if jax.process_index() > 0:
         return workdir
@@ -250,5 +254,5 @@ def init_or_check_workdir(config: Config) -> Path:
         part.write_text(json.dumps(now, indent=1) + "\n")
         part.replace(stored)
     except OSError as error:
-        raise ValueError(f"workdir must be a folder that can be written, got {config.workdir!r}: {error}") from None
+        raise ValueError(f"workdir must be a writable folder, got {config.workdir!r}: {error}") from None
     return workdir

@@ -1,4 +1,4 @@
-"""Evaluates a trained model: its metrics and the data of its figures, as JSON."""
+"""Evaluates a trained model and returns its metrics and the data of its figures as JSON values."""
 
 import dataclasses
 import math
@@ -29,9 +29,10 @@ def evaluate(config: Config, with_params: Callable[[Params], Transformer], param
     """Evaluates a model at every length, or on every test set, of the configuration.
 
     Returns:
-      metrics: {measure: {column: value or None}, "limit": longest sequence or None, "parameters": count}; columns are lengths
-      in tokens for text and test sets for synthetic tasks; the value is None where the encoding cannot represent that length.
-      loss_by_index, attention_distance, decay, line: the data of the figures (text only).
+      A dict with the entries
+        metrics: {measure: {column: value or None}, "limit": longest sequence or None, "parameters": count}. Columns are lengths in
+          tokens for text, and test sets for synthetic tasks; a value is None if the encoding does not support that length.
+        loss_by_index, attention_distance, decay, line: the data of the figures (text only).
     """
     limit = max_eval_length(config, with_params(params).encodings, source)
     metrics: dict[str, Any] = {"limit": limit, "parameters": sum(x.size for x in jax.tree.leaves(params))}
@@ -57,21 +58,21 @@ def evaluate(config: Config, with_params: Callable[[Params], Transformer], param
 
 
 def max_eval_length(config: Config, encodings: Iterable[PositionalEncoding], source: Source) -> int | None:
-    """Returns the longest sequence length that all these encodings can represent; None: no limit."""
+    """Returns the longest sequence length that all these encodings support; None if there is no limit."""
     dims = dataclasses.replace(config.transformer(source.vocab_size).dims, max_length=source.max_length)
     return min((n for e in encodings if (n := e.max_length(dims)) is not None), default=None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvalSet:
-    """A test set: the rows that every model is scored on.
+    """Holds a test set: the rows that every model is scored on.
 
     Attributes:
       batches: inputs of the model, all of one shape.
-      items: [rows of all batches] integers, the item of each row; None: every row is an item. An item is the unit of resampling for
-        intervals, such as an excerpt of a text; its score is the quotient of two sums over its rows.
+      items: integers [rows of all batches], the item of each row; None: every row is an item. An item, e.g. an excerpt of text, is
+        the unit of resampling for intervals; its score is the quotient of two sums over its rows.
       by_row: scores each row as one answer, which is wrong if any answer in the row is wrong.
-      local_window_size: number of earlier positions that a token attends to during scoring; None: as the configuration says.
+      local_window_size: number of earlier positions that a token attends to during scoring; None: the configuration's value.
       steps: training steps after which a grid scores this set, besides the last step.
     """
 
@@ -85,8 +86,8 @@ class EvalSet:
 def test_sets(config: Config, source: Source, limit: int | None) -> dict[str, Iterator[dict[str, np.ndarray]] | None]:
     """Returns the test batches of each column of the results, up to about ``eval_tokens`` tokens each.
 
-    A column is a length of a text, or a synthetic task or one of its variants. A length beyond ``limit`` has None in place of its
-    batches. Every model of a configuration gets the same batches.
+    A column is a length in tokens, or a synthetic task or one of its variants. The value of a length beyond ``limit`` is None. All
+    models of a configuration get the same batches.
     """
     if source.task is not None:
         variants = {"in distribution": source.task, **source.task.variants}
@@ -110,9 +111,9 @@ def take_tokens(batch_iterator: Iterator[dict[str, np.ndarray]], tokens: int) ->
 
 
 def metric_scale(config: Config, source: Source) -> float:
-    """Returns the factor that converts a mean to the unit of tables.
+    """Returns the factor that converts a mean score to the unit of the tables.
 
-    Wrong answers of a synthetic task become percent; the loss of an lm, in nats per token, becomes bits per byte.
+    The error rate of a synthetic task becomes percent; the loss of an lm, in nats per token, becomes bits per byte.
     """
     if source.task is not None:
         return 100.0
@@ -125,8 +126,8 @@ def score(
 ) -> Callable[[Params, dict[str, Array]], tuple[Array, Array]]:
     """Returns a function (params, batch) -> (numerator, denominator), both [B], that scores each row of a batch.
 
-    The numerator is the number of wrong answers, or the loss in nats; the denominator is the weight of the answers or tokens. The
-    mean over several rows is the quotient of the two sums.
+    The numerator is the weighted number of wrong answers, or the loss in nats; the denominator is the total weight of the answers
+    or tokens. The mean over several rows is the quotient of the two sums.
     """
 
     def wrong(params: Params, batch: dict[str, Array]) -> tuple[Array, Array]:
@@ -224,7 +225,7 @@ def _cope_line(
     counts = [probes.counts_by_gates(encoding, dims) for encoding in model.encodings]
     counting = [layer for layer, index in enumerate(model.layout) if counts[index]]
     text = bytes(source.validation.tokens[:200_000]) if config.tokenizer == "bytes" else b""
-    max_bytes = min(70, config.seq_length)  # in bytes, with the end of the line
+    max_bytes = min(70, config.seq_length)  # including the newline
     min_bytes = min(40, max_bytes // 2)
     line_form = rb"\n((?=.{%d,%d}\n) *\w[ -~]*\n)" % (min_bytes - 1, max_bytes - 1)
     line_match = re.search(line_form, text[config.seq_length :])
@@ -234,12 +235,12 @@ def _cope_line(
     tokens = np.frombuffer(text[end - config.seq_length : end], np.uint8)[None].astype(np.int32)
 
     @jit_for_all
-    def counted(params: Params) -> tuple[Array, Array]:
+    def gates_and_positions(params: Params) -> tuple[Array, Array]:
         record = with_params(params).records(tokens)[counting[-1]]
-        own = dict(hidden=record.hidden)
-        return probes.cope_positions(record.query, record.key, record.value, record.encoding, record.params, **own)
+        arrays = record.query, record.key, record.value
+        return probes.cope_positions(*arrays, record.encoding, record.params, hidden=record.hidden)
 
-    gates, positions = (x[0, :, -1, -len(line_match[1]) :].tolist() for x in jax.device_get(counted(params)))
+    gates, positions = (x[0, :, -1, -len(line_match[1]) :].tolist() for x in jax.device_get(gates_and_positions(params)))
     return {"layer": counting[-1], "text": line_match[1].decode(), "gates": gates, "positions": positions}
 
 

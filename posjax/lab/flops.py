@@ -12,8 +12,8 @@ def attention_flops(config: Config) -> float:
     Each visible (query, key) pair costs 4 H operations per head.
     """
     length, window = config.seq_length, config.local_window_size
-    seen = length if window is None else min(window + 1, length)
-    pairs = seen * (seen + 1) / 2 + (length - seen) * seen if config.task != "mlm" else length * length
+    visible = length if window is None else min(window + 1, length)
+    pairs = visible * (visible + 1) / 2 + (length - visible) * visible if config.task != "mlm" else length * length
     heads = config.num_heads * (config.head_dim or config.embed_dim // config.num_heads)
     return 4.0 * config.num_layers * config.batch_size * heads * pairs
 
@@ -22,6 +22,6 @@ def model_flops(config: Config, parameters: int) -> float:
     """Counts the operations of a training step without recomputation, as MFU does (Chowdhery et al., arXiv:2204.02311, appendix B).
 
     A step costs three forward passes. A forward pass costs two operations per token and parameter, plus attention's products. All
-    ``parameters`` count as operands of a matrix product; the embedding is one where it also computes the logits.
+    ``parameters`` count as operands of a matrix product, the embedding included, which is exact if it also computes the logits.
     """
     return 6.0 * parameters * config.batch_size * config.seq_length + 3.0 * attention_flops(config)

@@ -1,6 +1,6 @@
-"""Measures how a trained model uses positions: pure functions of arrays, whose results ``posjax.plots`` draws.
+"""Measures of how a trained model uses positions: pure functions of arrays, whose results ``posjax.plots`` draws.
 
-Attention is given as the probabilities that ``posjax.attention_weights`` returns. Nothing here depends on models or training.
+Attention is passed as the probabilities that ``posjax.attention_weights`` returns. Nothing here depends on models or training.
 """
 
 import math
@@ -22,13 +22,13 @@ from posjax.typing import Array, Float, Int, Params
 def loss_by_index(
     losses: Float[Array, "B T"], weights: Float[Array, "B T"], num_bins: int
 ) -> tuple[Float[Array, " num_bins"], Float[Array, " num_bins"]]:
-    """Computes the mean loss by token index, which shows whether more context helps, and how far.
+    """Computes the mean loss by token index, which shows whether, and up to what length, more context helps.
 
     Index t belongs to bin floor(t * num_bins / T). Rows of several batches may be concatenated along B.
 
     Args:
       losses: [B, T], in any unit.
-      weights: [B, T], 0 for tokens that are left out.
+      weights: [B, T], 0 for tokens to leave out.
       num_bins: number of bins, at most T.
 
     Returns:
@@ -64,10 +64,10 @@ def attention_distance(
       weights: [B, N, T, S] attention probabilities a.
       query_positions: i, integers [T] or [B, T].
       key_positions: j, integers [S] or [B, S].
-      query_weights: [B, T], how much each query counts, 0 for padding; None counts all alike.
+      query_weights: [B, T] weight of each query, 0 for padding; None: all queries have equal weight.
 
     Returns:
-      [N] float32; NaN where no query counts.
+      [N] float32; NaN if all query weights are 0.
     """
     i = jnp.atleast_2d(query_positions)[:, None, :, None]
     j = jnp.atleast_2d(key_positions)[:, None, None, :]
@@ -83,10 +83,10 @@ def attention_entropy(weights: Float[Array, "B N T S"], query_weights: Float[Arr
 
     Args:
       weights: [B, N, T, S] attention probabilities a.
-      query_weights: [B, T], how much each query counts, 0 for padding; None counts all alike.
+      query_weights: [B, T] weight of each query, 0 for padding; None: all queries have equal weight.
 
     Returns:
-      [N] float32; NaN where no query counts.
+      [N] float32; NaN if all query weights are 0.
     """
     return _mean_over_queries(jax.scipy.special.entr(weights.astype(jnp.float32)).sum(-1), query_weights)
 
@@ -171,18 +171,18 @@ def decay_curve(
         score_ij = q_i.k_j / sqrt(H) after rotation + bias_ij + (H / D) PE_i.PE_j / sqrt(H)
         curve[d] = mean over i of score_{i,i-d} - score_{i,i}
 
-    PE is the encoding's addition to an embedding of zero; H / D of its product is the expected contribution in a head with random,
+    PE is what the encoding adds to an embedding of zero; H / D of its product is the expected contribution in a head with random,
     equal W_q and W_k. Products of content and PE average to zero and are left out, as is position 0, TUPE's [CLS].
-    In closed form: rope sqrt(H) (mean of cos(d theta_m) - 1), alibi -m_n d, sinusoidal sqrt(H) (mean of cos - 1) / 2.
+    Closed forms: rope sqrt(H) (mean of cos(d theta_m) - 1), alibi -m_n d, sinusoidal sqrt(H) (mean of cos - 1) / 2.
 
     CoPE's bias is linear in the query and its gates depend on q.k: pass a query of the trained model, and a key that sets the gate
-    (a zero key makes every gate 0.5; with the default nearly all gates are 1, and the curve is a relative bias at d + 1).
-    With a table of positions, the mean at a larger distance covers fewer positions.
+    (a zero key makes every gate 0.5; with the default key nearly all gates are 1, and the curve is a relative bias at d + 1).
+    If the encoding has a table of positions, the mean at a larger distance covers fewer positions.
 
     Args:
       encoding, params: the encoding and its parameters, as ``init`` returned them or trained.
       distances: i - j in tokens, integers; negative for keys after the query, where the encoding supports them.
-      dims: sizes. Scores are dense, [N, L, L], where L is the largest distance + 2, or the encoding's max_length if it has one.
+      dims: sizes of the model. Scores are dense, [N, L, L]; L is the encoding's max_length, or else the largest distance + 2.
       query: [N, H] or [H], the same at every position; None: ones, the scale of normalized channels.
       key: [K, H] or [H]; None: ones.
 
@@ -194,7 +194,7 @@ def decay_curve(
     """
     distances = np.asarray(distances)
     if distances.ndim != 1 or not np.issubdtype(distances.dtype, np.integer) or not distances.size:
-        raise ValueError(f"distances must be integers [S], at least one, got {distances.dtype}{list(distances.shape)}")
+        raise ValueError(f"distances must be a non-empty integer array [S], got {distances.dtype}{list(distances.shape)}")
     reach, limit = int(np.abs(distances).max()), encoding.max_length(dims)
     length = reach + 2 if limit is None else limit
     if reach + 2 > length:
@@ -204,16 +204,16 @@ def decay_curve(
             f"distances must not be negative for {encoding.title}, which counts over earlier keys, got {distances.min()}"
         )
     positions = jnp.arange(1, length)[None]
-    nothing = jnp.zeros((1, length - 1, dims.embed_dim))
-    everywhere = [
+    zero_embeddings = jnp.zeros((1, length - 1, dims.embed_dim))
+    qkv = [
         _everywhere(x, length - 1, heads, dims.head_dim)
         for x, heads in ((query, dims.num_heads), (key, dims.num_kv_heads), (key, dims.num_kv_heads))
     ]
-    own = dict(query_positions=positions, key_positions=positions, hidden=nothing)
-    with jax.default_matmul_precision("highest"):  # by default accelerators round products to too few bits for a curve near zero
-        call = prepare(*everywhere, encoding, params, is_causal=encoding.needs_causal, **own)
+    options = dict(query_positions=positions, key_positions=positions, hidden=zero_embeddings)
+    with jax.default_matmul_precision("highest"):  # accelerators' default rounds products too coarsely for a curve near zero
+        call = prepare(*qkv, encoding, params, is_causal=encoding.needs_causal, **options)
         scores = scores_of(call)[1][0]
-        added = encoding.embed(params, nothing, Tokens(positions))[0]
+        added = encoding.embed(params, zero_embeddings, Tokens(positions))[0]
         scores += call.scale * dims.head_dim / dims.embed_dim * (added @ added.T)
     scores -= jnp.diagonal(scores, axis1=1, axis2=2)[..., None]
     column = np.arange(length - 1)[:, None] - distances
@@ -225,7 +225,7 @@ def decay_curve(
 def rope_bound(distances: Int[Array, " S"], head_dim: int, theta: float = 10_000.0) -> Float[Array, " S"]:
     """Computes the shape of RoFormer's decay bound, for comparison with ``decay_curve`` of rope: sqrt(H) (b_d / b_0 - 1).
 
-    b is ``rotary.decay_bound``. The result is scaled to start where the curve does and is therefore no longer a bound on it: for
+    b is ``rotary.decay_bound``. The result is scaled to start where the curve starts and is therefore no longer a bound on it: for
     equal queries and keys, the bound itself lies far above the curve.
 
     Args:

@@ -24,15 +24,15 @@ class Prompting:
     """Configures generation: the prompts, the sampling, and when to stop.
 
     Attributes:
-      prompt: one or more texts, completed as one batch. None given: starts at the beginning of a document. For a synthetic task,
-        words of the task.
+      prompt: one or more texts, completed as one batch. Without any, generation starts at the beginning of a document. For a
+        synthetic task, words of the task.
       prompt_file: file of UTF-8 text, used as one more prompt. Empty: none.
-      max_new_tokens: largest number of new tokens.
+      max_new_tokens: maximum number of new tokens per prompt.
       temperature: sampling temperature; 0 takes the most likely token.
       top_k: samples from the k most likely tokens only; None means all.
       top_p: samples from the smallest set of most likely tokens with at least this total probability; None means all.
-      seed: random seed of the sampling (seeds is for training).
-      stop: texts at which the output ends; the output does not include them.
+      seed: random seed for sampling (seeds is for training).
+      stop: texts that end the output, which does not include them.
     """
 
     prompt: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class Prompting:
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
         check_at_least("seed", self.seed, 0)
         if "" in self.stop:
-            raise ValueError("stop must not be empty, got ''")
+            raise ValueError("stop must not contain an empty text, got ''")
         _ = self.sampling
 
     @property
@@ -71,13 +71,13 @@ class Prompting:
 
 
 def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str], None]) -> None:
-    """Writes each prompt and its completion by the newest intact checkpoint, streaming the text as it is generated.
+    """Completes prompts with the newest intact checkpoint and streams each prompt and its completion to ``write``.
 
-    All prompts are completed as one batch. The first completion is written while it is generated; each of the others is written
-    once the one before it has ended.
+    All prompts are completed as one batch. The first completion is written while it is generated; each of the others follows once
+    the one before it has ended.
 
     Args:
-      config: the configuration of the run, with a workdir of ``posjax train`` or of ``posjax compare``.
+      config: the configuration of the run, with a workdir that ``posjax train`` or ``posjax compare`` wrote.
       prompting: the prompts and the sampling.
       write: called with each piece of text.
 
@@ -87,7 +87,9 @@ def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str]
       CheckpointError: no checkpoint is intact.
     """
     if config.task == "mlm":
-        raise ValueError("task must not be mlm to generate: an encoder reads all tokens at once; use a decoder, as of --task lm")
+        raise ValueError(
+            "task must not be 'mlm', because an encoder cannot generate text; use a decoder, such as one trained with --task lm"
+        )
     parse_encoding(config.encoding)
     prompts = prompting.prompts
     folder = _trained(config)
@@ -127,7 +129,7 @@ def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str]
 
 
 def _trained(config: Config) -> Path:
-    """Returns the folder of the run that has the checkpoints, without creating anything."""
+    """Returns the folder of the run that holds the checkpoints, without creating anything."""
     workdir = Path(config.workdir)
     folder = workdir
     if not (folder / "checkpoints").is_dir():  # a comparison has one folder per encoding and seed
@@ -135,7 +137,7 @@ def _trained(config: Config) -> Path:
     if not (folder / "checkpoints").is_dir():
         raise ValueError(
             f"workdir must hold checkpoints, which posjax train and posjax compare write, got {config.workdir!r}: neither "
-            f"{workdir / 'checkpoints'} nor {folder / 'checkpoints'} is there"
+            f"{workdir / 'checkpoints'} nor {folder / 'checkpoints'} exists"
         )
     stored = workdir / "config.json"
     if stored.exists():
@@ -148,17 +150,17 @@ def _trained(config: Config) -> Path:
 
 
 def _encode(source: Source, text: str) -> np.ndarray:
-    """Encodes a prompt as token ids: a text begins a document, a prompt of a synthetic task is a row of its words.
+    """Encodes a prompt as token ids: a text becomes the beginning of a document, a prompt of a synthetic task a row of its words.
 
     Raises:
-      ValueError: a prompt of a synthetic task is empty, or has a word that the task does not have.
+      ValueError: a prompt of a synthetic task is empty, or has a word that is not in the task's vocabulary.
     """
     if source.task is None:
         return np.concatenate([[source.train.bos], source.train.encode(text)]).astype(np.int32)
     words = text.split()
     if not words:
         known = ", ".join(source.task.words[:20])
-        raise ValueError(f"prompt must hold at least one word of {source.task.name}, such as {known}; got {text!r}")
+        raise ValueError(f"prompt must have at least one word of {source.task.name}, such as {known}; got {text!r}")
     for word in words:
         if word not in source.task.words:
             near = difflib.get_close_matches(word, source.task.words, n=1)
@@ -170,7 +172,7 @@ def _encode(source: Source, text: str) -> np.ndarray:
 
 
 def token_bytes(source: Source) -> Callable[[int], bytes]:
-    """Returns a function from a token id to the bytes it adds to a text; one character may span several tokens."""
+    """Returns a function from a token id to the bytes that it adds to a text; one character may span several tokens."""
     if source.task is not None:
         return lambda token: f" {source.task.words[token]}".encode()
     corpus = source.train

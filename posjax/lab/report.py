@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 
 def write_results(rows: Sequence[Row], measure: str, workdir: Path, heading: str) -> str:
-    """Writes results.json and results.md, and returns the Markdown table of the latter."""
+    """Writes results.json and results.md, and returns the Markdown table in results.md."""
     slim = [{"encoding": row["encoding"], "seed": row["seed"], "metrics": row["metrics"]} for row in rows]
     (workdir / "results.json").write_text(json.dumps({"rows": slim}, indent=1) + "\n")
     table = markdown_table(rows, measure)
@@ -39,7 +39,7 @@ def _grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
 def table_cells(rows: Sequence[Row], measure: str) -> tuple[list[str], list[list[str]]]:
     """Returns column heads and cells: the mean over seeds, with the standard deviation if there are several.
 
-    For a length that an encoding does not support, the cell has its maximum: "max 64".
+    For a length that an encoding does not support, the cell gives the encoding's maximum: "max 64".
     """
     columns = list(rows[0]["metrics"][measure])
     cells = []
@@ -90,9 +90,9 @@ def by_label(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def seeds_of(rows: Sequence[Row], measure: str, column: str) -> dict[str, list[float]]:
-    """Returns {setting: value of each seed} of one column.
+    """Returns the values of one column as {setting: one value per seed}.
 
-    A seed whose training diverged has the value NaN; a seed whose encoding does not support the column's length is left out.
+    The value of a seed whose training diverged is NaN; seeds whose encoding does not support the column's length are left out.
     """
     return {
         label: [
@@ -111,7 +111,7 @@ def _out_of_reach(row: Row, measure: str) -> list[str]:
 
 
 def training_curves(rows: Sequence[Row]) -> dict[str, tuple[list[int], list[list[float]]]]:
-    """Returns {setting: (steps, loss of each seed)}, without diverged seeds, which would dominate the scale of the axis."""
+    """Returns {setting: (steps, losses of each seed)}, without diverged seeds, which would dominate the scale of the axis."""
     good = by_label([row for row in rows if row["diverged"] is None])
     return {
         label: (group[0]["curve"]["step"], [[math.nan if x is None else x for x in row["curve"]["loss"]] for row in group])
@@ -141,9 +141,9 @@ def ablation_cells(rows: Sequence[Row], measure: str) -> tuple[list[str], list[l
 
 
 def spread(values: Sequence[float]) -> str:
-    """Formats the values of the seeds of a setting as "mean ± deviation [low, high]", as far as there are enough values.
+    """Formats the values of a setting's seeds as "mean ± deviation [low, high]"; one value has neither deviation nor interval.
 
-    If all values are equal, such as no errors at all, there is no interval: they carry no information about other seeds.
+    If all values are equal, for example because no seed makes errors, the interval is omitted: it would have width zero.
     """
     found = summary(values)
     if found.mean is None:
@@ -163,7 +163,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def write_figures(rows: Sequence[Row], measure: str, label: str, train_length: int, workdir: Path) -> list[Path]:
-    """Draws the figures for which the rows have data, and returns their files. ``label`` is the measure in words, for axes."""
+    """Draws the figures for which the rows have data, and returns their files. ``label`` names the measure on axes."""
     grouped = by_encoding(rows)
     first = {encoding: group[0] for encoding, group in grouped.items()}
     written = []

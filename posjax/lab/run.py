@@ -1,4 +1,4 @@
-"""Runs: trains and evaluates the model that a configuration describes, for the command line and for scripts."""
+"""Trains and evaluates the model that a configuration describes, for the command line and for scripts."""
 
 import dataclasses
 import json
@@ -38,11 +38,11 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
 
     Args:
       config, source: the configuration and the data of the run.
-      specs: encodings to be compared.
-      devices: number of devices that a batch is sharded over; None: as the configuration's mesh says.
+      specs: the encodings to train.
+      devices: number of devices that a batch is sharded over; None: taken from the configuration's mesh.
 
     Raises:
-      ValueError: the mesh does not fit the devices, the batch does not divide over them, seq_length does not divide over the
+      ValueError: the mesh does not fit the devices, batch_size is not divisible over them, seq_length is not divisible over the
         context axis, the text is shorter than a sequence, two encodings have the same name, or the model does not support an
         encoding.
     """
@@ -60,7 +60,7 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
     if mesh is not None and source.max_length % (2 * mesh.shape["context"]) and mesh.shape["context"] > 1:
         raise ValueError(
             f"seq_length must be a multiple of {2 * mesh.shape['context']}, two chunks for each of the {mesh.shape['context']} "
-            f"devices of context in mesh {config.mesh!r}, got {source.max_length}"
+            f"devices of the context axis in mesh {config.mesh!r}, got {source.max_length}"
         )
     names = [slug(spec) for spec in specs]
     if twice := [spec for spec, name in zip(specs, names, strict=True) if names.count(name) > 1]:
@@ -74,8 +74,8 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
         try:
             eval_batches(config, source, length)
         except ValueError as error:
-            what = f"eval_lengths={config.eval_lengths} times seq_length={config.seq_length}"
-            raise ValueError(f"{what} must fit the validation split of {config.data!r}: {error}") from error
+            product = f"eval_lengths={config.eval_lengths} times seq_length={config.seq_length}"
+            raise ValueError(f"{product} must fit the validation split of {config.data!r}: {error}") from error
     for spec in specs:
         try:
             with_params, params = abstract_model(config, spec, source)
@@ -102,7 +102,7 @@ def _rows(mesh: Mesh) -> int:
 
 
 def _rules(mesh: Mesh) -> Rules:
-    """Returns the partition rules: a replicated state where only rows are sharded, else a sharded state."""
+    """Returns the partition rules: the state is replicated if only rows are sharded, else it is sharded."""
     return PARTITION_RULES if mesh.size == mesh.shape["data"] else SHARDED_RULES
 
 
@@ -114,7 +114,7 @@ def _maker(config: Config, spec: str, source: Source, seed: int | Array, setting
 def abstract_model(
     config: Config, spec: str, source: Source, settings: Sequence[Any] = ()
 ) -> tuple[Callable[[Params], Transformer], Params]:
-    """Returns what ``build_model`` does, with shapes in place of parameters: it draws and compiles nothing."""
+    """Returns the result of ``build_model`` with shapes in place of parameters, without drawing or compiling anything."""
     return functional(nnx.eval_shape(_maker(config, spec, source, 0, settings)))
 
 
@@ -140,8 +140,8 @@ def make_loss(
 ) -> Callable[[Params, Any, Array], tuple[Array, Array]]:
     """Returns the training loss, a function (params, batch, key) -> (sum of weighted nats, sum of weights).
 
-    Its gradient is that of the nats plus ``z_weight`` times ``z_loss``. Its value is the nats alone, so that runs with and without
-    z-loss have comparable losses.
+    Its gradient includes ``z_weight`` times ``z_loss``. Its value does not, so that the losses of runs with and without z-loss are
+    comparable.
     """
 
     def loss(params: Params, batch: dict[str, Array], key: Array) -> tuple[Array, Array]:
@@ -162,22 +162,22 @@ def abstract_step(
 ) -> tuple[Any, tuple[TrainState, Any]]:
     """Builds the train step of a configuration for compilation on devices that need not be attached.
 
-    It draws no parameters and reads no text.
+    No parameters are drawn and no text is read.
 
         job = {"config": "pretrain_1b", "mesh": "fsdp=64,tensor=4"}
         posjax.compile.aot.compile_ahead("posjax.lab.run:abstract_step", job, "v5e:16x16")
 
     Args:
       config: a configuration, or the path of a config file.
-      devices: the devices of the mesh; all of them are used.
-      vocab_size: vocabulary size of the tokenizer of a text, special tokens included; None: the configuration's.
+      devices: the devices of the mesh, all of which are used.
+      vocab_size: vocabulary size of a text's tokenizer, including special tokens; None: the configuration's.
       **fields: fields of the configuration to replace.
 
     Returns:
       The jax.jit object, and (state, batch) as jax.ShapeDtypeStructs with shardings.
 
     Raises:
-      ValueError: the mesh does not fit the devices, the batch does not divide over them, or the configuration is invalid.
+      ValueError: the mesh does not fit the devices, batch_size is not divisible over them, or the configuration is invalid.
     """
     config = dataclasses.replace(load_config(config) if isinstance(config, str) else config, **fields)
     mesh = _mesh(config, devices)
@@ -187,8 +187,8 @@ def abstract_step(
             f"mesh={config.mesh!r} and accumulate_steps={config.accumulate_steps}, got {config.batch_size}"
         )
     if config.task in ("lm", "mlm"):
-        own = config.vocab_size if config.tokenizer == "bpe" else NUM_BYTES + NUM_SPECIAL
-        source = Source(own if vocab_size is None else vocab_size, config.seq_length)
+        default = config.vocab_size if config.tokenizer == "bpe" else NUM_BYTES + NUM_SPECIAL
+        source = Source(default if vocab_size is None else vocab_size, config.seq_length)
     else:
         source = open_source(config)
     with_params, params = abstract_model(config, config.encoding, source)
@@ -204,9 +204,9 @@ def abstract_step(
 def train(
     config: Config, spec: str, seed: int, workdir: Path, source: Source, *, command: str | None = None, quiet: bool = False
 ) -> Params:
-    """Trains one model, resuming from a checkpoint in ``workdir``, and returns its parameters or their moving average.
+    """Trains one model, resuming from the newest checkpoint in ``workdir`` if there is one, and returns its parameters.
 
-    The average is returned where ``config.ema_decay`` is set.
+    If ``config.ema_decay`` is set, their moving average is returned instead.
 
     Raises:
       KernelCompileError: the attention kernel failed to compile on this device.
@@ -227,7 +227,7 @@ def train(
 
     share = row_share(mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    sized = config if source.task is None else dataclasses.replace(config, seq_length=source.task.length)
+    actual = config if source.task is None else dataclasses.replace(config, seq_length=source.task.length)
     with translate_compile_errors(config.implementation):
         state = fit(
             pmap_train_step(step) if config.parallel == "pmap" else jit_train_step(step, mesh, _rules(mesh)),
@@ -244,7 +244,7 @@ def train(
             resume_command=command,
             quiet=quiet,
             shares=share[1],
-            flops_per_token=model_flops(sized, parameters) / (sized.batch_size * sized.seq_length),
+            flops_per_token=model_flops(actual, parameters) / (actual.batch_size * actual.seq_length),
         )
     return state.eval_params
 
@@ -271,7 +271,7 @@ def _first_state(config: Config, params: Params, seed: int) -> TrainState:
     return init_state(params, optimizer_of(config), seed, ema=config.ema_decay is not None)
 
 
-# Fields of a configuration that may be traced: runs that differ only in these share one compiled program.
+# Fields of a configuration that may be traced, so that runs that differ only in these share one compiled program.
 TRACED_FIELDS = ("learning_rate", "warmup_steps", "end_fraction", "weight_decay", "beta1", "beta2", "clip_norm")
 
 
@@ -294,14 +294,14 @@ def evaluate_params(config: Config, spec: str, params: Params, source: Source) -
 
 
 def restore_params(config: Config, spec: str, seed: int, workdir: Path, source: Source) -> Params:
-    """Restores the parameters of the newest intact checkpoint in a workdir, or their moving average where one is kept.
+    """Restores the parameters of the newest intact checkpoint in a workdir, or their moving average if one is kept.
 
     Raises:
       CheckpointError: the workdir has no checkpoint, or none that is intact.
     """
     restored = Checkpoints(workdir / "checkpoints").restore_latest(_start(config, spec, seed, source)[1])
     if restored is None:
-        raise CheckpointError(f"workdir {workdir} has no checkpoint to evaluate; posjax train makes one")
+        raise CheckpointError(f"workdir {workdir} has no checkpoint; run posjax train first")
     return restored.state.eval_params
 
 
@@ -311,7 +311,10 @@ def restore_params(config: Config, spec: str, seed: int, workdir: Path, source: 
 def compare(
     config: Config, workdir: Path, source: Source, *, command: str | None, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Trains and evaluates every encoding with every seed and returns the rows of results; finished pairs are read from disk."""
+    """Trains and evaluates every encoding with every seed, and returns the rows of results.
+
+    Results of finished runs are read from disk.
+    """
     rows = []
     pairs = [(spec, seed) for spec in config.encodings for seed in config.seeds]
     for number, (spec, seed) in enumerate(pairs, 1):
@@ -332,10 +335,13 @@ def train_and_evaluate(
     command: str | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Trains and evaluates one encoding with one seed and returns its results; an existing ``evaluation.json`` is read instead."""
+    """Trains and evaluates one encoding with one seed, and returns its results.
+
+    If the run is finished, its results are read from ``evaluation.json``.
+    """
     done = folder / "evaluation.json"
     if done.exists():
-        say(f"{folder} is trained and evaluated already: done")
+        say(f"{folder} is already trained and evaluated")
         return json.loads(done.read_text())
     params = train(config, spec, seed, folder, source, command=command)
     result = evaluate_params(config, spec, params, source)

@@ -15,7 +15,7 @@ from posjax.lab.config import Config
 from posjax.typing import Array
 
 EVAL_SEED, _EXAMPLES_SEED = 2**31, 2**31 + 1  # seeds of the evaluation data and of fixed training sets
-_EVAL_BATCH_TOKENS = 4096  # minimum tokens per evaluation batch: small batches cost more to dispatch than to compute
+_EVAL_BATCH_TOKENS = 4096  # minimum tokens per evaluation batch; smaller batches take longer to dispatch than to compute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Source:
 
     Attributes:
       vocab_size: V.
-      max_length: length of the longest sequence that the model's tables of positions must hold: seq_length for text; for a
-        synthetic task the longest of the task and its variants.
-      train, validation: the splits of a text, the second reduced to the excerpts that are evaluated; None for synthetic tasks.
+      max_length: length that the model's tables of positions must support: seq_length for text; for a synthetic
+        task, the length of the longest of the task and its variants.
+      train, validation: the splits of a text, the second reduced to the excerpts that are evaluated; None for a synthetic task.
       task: the synthetic task; None for text.
     """
 
@@ -38,7 +38,7 @@ class Source:
 
 
 def open_source(config: Config) -> Source:
-    """Loads the data that a configuration trains on, and prepares them on first use.
+    """Loads the data that a configuration trains on, preparing them on first use.
 
     Raises:
       ValueError: the data cannot be loaded.
@@ -53,7 +53,7 @@ def open_source(config: Config) -> Source:
             train, validation = (load_corpus(config.data, split, **options) for split in ("train", "validation"))
         except ValueError as error:
             raise ValueError(f"data {config.data!r} cannot be used: {error}") from error
-        # The longest rows begin with a BOS token, so an excerpt has one token less.
+        # The longest rows begin with a BOS token, so an excerpt is one token shorter.
         excerpt_length = config.seq_length * max(config.eval_lengths) - 1
         validation = excerpts(validation, excerpt_length, max(1, config.eval_tokens // excerpt_length))
         return Source(train.vocab_size, config.seq_length, train=train, validation=validation)
@@ -67,18 +67,18 @@ def open_source(config: Config) -> Source:
 
 
 def batch_key(seed: int | Array, number: int | Array) -> Array:
-    """Returns the random key of batch ``number`` for a run whose data are drawn on the device."""
+    """Returns the random key of batch ``number`` for a run that draws its data on the device."""
     return jax.random.fold_in(jax.random.key(seed), number)
 
 
 def on_device(config: Config, source: Source) -> tuple[Any, Callable[[Any, Array], dict[str, Array]]]:
     """Returns a data set and a pure function that draws batches from it on the device, for runs compiled as one program.
 
-    For a synthetic task the batches equal those of ``train_batches``. For a text, rows are drawn with replacement. With
+    For a synthetic task, the batches equal those of ``train_batches``. For a text, rows are drawn with replacement. With
     ``num_examples``, rows are drawn with replacement from a fixed training set, which is the same for every seed.
 
     Returns:
-      (data, draw): arrays to put on the device, and (data, ``batch_key``) -> batch.
+      (data, draw): arrays to put on the device, and a function (data, key) -> batch, with keys from ``batch_key``.
     """
     if source.task is not None and config.num_examples is None:
         return (), lambda data, key: source.task.batch(key, config.batch_size)
@@ -100,7 +100,7 @@ def _examples(config: Config, task: synthetic.Task) -> dict[str, Array]:
 
 
 class TaskBatches:
-    """Iterates without end over the batches of one seed, drawn from ``data`` by ``draw``, as ``on_device`` returns them.
+    """Iterates without end over the batches of one seed; ``data`` and ``draw`` are as ``on_device`` returns them.
 
     Each batch is reduced to the rows of ``share``, (index, count). The full batch is drawn first, because the content of a row
     depends on the batch size.
@@ -133,8 +133,8 @@ class TaskBatches:
 def test_rows(config: Config, source: Source, task: synthetic.Task) -> Iterator[dict[str, np.ndarray]]:
     """Yields evaluation batches of ``batch_size`` rows of ``task``, the same for every model.
 
-    With ``num_examples``, rows that also occur in the training set are replaced by further draws: the counting task draws the
-    same short programs repeatedly.
+    With ``num_examples``, rows that also occur in the training set are replaced by further draws, because the counting task draws
+    short programs repeatedly.
     """
     drawn = TaskBatches((), lambda data, key: task.batch(key, config.batch_size), EVAL_SEED)
     if config.num_examples is None:
@@ -154,18 +154,18 @@ def _without(drawn: Iterator[dict[str, np.ndarray]], trained: set[bytes], size: 
 
 
 def train_batches(config: Config, source: Source, seed: int, share: tuple[int, int] = (0, 1)) -> Iterator[dict[str, np.ndarray]]:
-    """Returns an iterator over the training batches of a run; they depend on the seed and not on the encoding.
+    """Returns an iterator over the training batches of a run, which depend on the seed but not on the encoding.
 
     Args:
       share: (index, count), as ``mesh.row_share`` returns it: the share of the rows that this process loads. The iterator's state
         can be restored with any share.
 
     Raises:
-      ValueError: the batch does not divide into the shares, or the text is shorter than a sequence.
+      ValueError: batch_size is not divisible by count, or the text is shorter than a sequence.
     """
     index, count = share
     if config.batch_size % count:
-        raise ValueError(f"batch_size must be a multiple of {count}, the shares of the processes, got {config.batch_size}")
+        raise ValueError(f"batch_size must be a multiple of {count}, the number of shares of processes, got {config.batch_size}")
     if source.task is not None:
         return TaskBatches(*on_device(config, source), seed, share)
     return batches(
@@ -182,7 +182,7 @@ def train_batches(config: Config, source: Source, seed: int, share: tuple[int, i
 def eval_batches(config: Config, source: Source, length: int) -> Iterator[dict[str, np.ndarray]]:
     """Returns an iterator over the validation data.
 
-    A text is read in its own order, so that every ``length`` covers the same text; a task yields its test rows.
+    A text is read in order, so that every ``length`` covers the same text; a task yields its test rows.
     """
     if source.task is not None:
         return test_rows(config, source, source.task)

@@ -18,7 +18,7 @@ CONFIDENCE = 0.95
 
 
 class Summary(NamedTuple):
-    """Summary statistics of the values of one setting, in the unit of the values.
+    """Holds summary statistics of the values of one setting, in the unit of the values.
 
     Attributes:
       count: number of values.
@@ -34,7 +34,7 @@ class Summary(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The difference of two means.
+    """Holds the difference of two means.
 
     Attributes:
       mean: mean of the first minus mean of the second.
@@ -52,7 +52,7 @@ def summary(values: Sequence[float] | Array) -> Summary:
       values: [n], one for each seed; n may be 0 or 1.
 
     Raises:
-      ValueError: values do not have exactly one axis, or one is not finite: leave diverged seeds out, and say so.
+      ValueError: values do not have exactly one axis, or one is not finite. Leave out diverged seeds, and report that.
     """
     values = _checked("values", values)
     if not values.size:
@@ -80,9 +80,9 @@ def difference(first: Sequence[float] | Array, second: Sequence[float] | Array, 
         raise ValueError(f"first and second must have at least one value each, got {first.size} and {second.size}")
     if paired:
         if first.size != second.size:
-            raise ValueError(f"first and second must have one value for each seed where paired, got {first.size} and {second.size}")
-        of_pairs = summary(first - second)
-        return Difference(of_pairs.mean, of_pairs.interval)
+            raise ValueError(f"first and second must have the same size with paired=True, got {first.size} and {second.size}")
+        pairs = summary(first - second)
+        return Difference(pairs.mean, pairs.interval)
     mean = float(first.mean() - second.mean())
     if min(first.size, second.size) == 1:
         return Difference(mean, None)
@@ -94,12 +94,12 @@ def difference(first: Sequence[float] | Array, second: Sequence[float] | Array, 
 
 
 class Contrast(NamedTuple):
-    """The difference between two settings, paired over seeds and items.
+    """Holds the difference between two settings, paired over seeds and items.
 
     Attributes:
       mean: mean of the first minus mean of the second.
-      error: its standard error, over seeds and items.
-      interval: (low, high), its 95 % interval.
+      error: standard error over seeds and items.
+      interval: (low, high), the 95 % interval.
       p_value: two-sided p value of the hypothesis of no difference.
       freedom: degrees of freedom of the t distribution: seeds - 1.
     """
@@ -112,20 +112,20 @@ class Contrast(NamedTuple):
 
 
 def crossed_contrast(first: Array, second: Array, counts: Array, *, resamples: int = 2000) -> Contrast:
-    """Compares two settings that were trained with the same seeds and scored on the same items, by a crossed bootstrap.
+    """Compares two settings with the same seeds and items by a crossed bootstrap.
 
     D = sum_si (first_si - second_si) / (S sum_i counts_i). A resample draws S seeds and I items with replacement, the same ones for
     both settings, and computes D over them. The standard error is the standard deviation of D over resamples times
     sqrt(S / (S - 1)), which corrects the underestimate of a bootstrap of S seeds. The interval and the p value use Student's t with
-    S - 1 degrees of freedom. The interval covers the variation over seeds and over texts. (Owen 2007, "The pigeonhole bootstrap",
-    shows that it is never too narrow if seeds and items interact; the factor is from Hesterberg 2015.)
+    S - 1 degrees of freedom. The interval accounts for the variation over seeds and over items. (Owen 2007, "The
+    pigeonhole bootstrap", shows that it is never too narrow if seeds and items interact; the factor is from Hesterberg 2015.)
 
-    The seeds and the items are drawn by ``rng.multinomial(S, [1/S] * S, resamples)``, then by the same with I in place of S, with
-    rng = ``numpy.random.default_rng(0)``, so that the numbers are reproducible.
+    The draws are reproducible: with rng = ``numpy.random.default_rng(0)``, seeds are drawn first, by
+    ``rng.multinomial(S, [1/S] * S, resamples)``, and items second, by the same call with I in place of S.
 
     Args:
       first, second: [S, I] sums of losses or of wrong answers, for each seed and item; lower is better.
-      counts: [I], number of tokens or answers that each sum covers.
+      counts: [I], number of tokens or answers in each sum.
       resamples: number of bootstrap resamples.
 
     Raises:
@@ -137,13 +137,13 @@ def crossed_contrast(first: Array, second: Array, counts: Array, *, resamples: i
     if min(first.shape) < 2:
         raise ValueError(f"first must have at least two seeds and two items, got shape {first.shape}")
     if not all(np.isfinite(x).all() for x in (first, second, counts)):
-        raise ValueError("first, second and counts must be finite; a seed that diverged counts as the worst one")
+        raise ValueError("first, second and counts must be finite; replace the scores of a diverged seed by the worst seed's")
     (seeds, items), differences = first.shape, first - second
     mean = float(differences.sum() / (seeds * counts.sum()))
     rng = np.random.default_rng(0)
-    of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)
-    of_items = rng.multinomial(items, np.full(items, 1 / items), resamples)
-    resampled = ((of_seeds @ differences) * of_items).sum(1) / (seeds * (of_items @ counts))
+    seed_counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)
+    item_counts = rng.multinomial(items, np.full(items, 1 / items), resamples)
+    resampled = ((seed_counts @ differences) * item_counts).sum(1) / (seeds * (item_counts @ counts))
     error = float(resampled.std() * math.sqrt(seeds / (seeds - 1)))
     p_value = 1.0 if mean == 0 else float(2 * stats.t.sf(abs(mean) / error, seeds - 1)) if error else 0.0
     return Contrast(mean, error, _around(mean, error, seeds - 1), p_value, seeds - 1)
@@ -163,9 +163,9 @@ def within(contrast: Contrast, margin: float) -> float:
 def sign_flips(differences: Sequence[float] | Array) -> float:
     """Computes the exact p value of paired differences [n], n at most 20, by a sign-flip permutation test.
 
-    The p value is the fraction of all 2^n sign assignments whose sum is at least as far from zero. The only assumption is that
-    differences are symmetric around zero if there is no effect: the errors of models that either solve a task or fail are far from
-    normal.
+    The p value is the fraction of all 2^n sign assignments whose sum is at least as far from zero. The test assumes only
+    that differences are symmetric around zero if there is no effect, and thus suits models that either solve a task or fail, whose
+    errors are far from normal.
 
     Raises:
       ValueError: there are no differences or more than 20, or one is not finite.
@@ -185,14 +185,16 @@ def binomial_bounds(wrong: int, total: int) -> tuple[float, float]:
       ValueError: wrong is not between 0 and total, or total is below 1.
     """
     if not 0 <= wrong <= total or total < 1:
-        raise ValueError(f"wrong must be from 0 to total, at least 1, got {wrong} of {total}")
+        raise ValueError(f"wrong must lie in [0, total] with total at least 1, got wrong={wrong} and total={total}")
     tail = (1 - CONFIDENCE) / 2
     low = 0.0 if wrong == 0 else float(stats.beta.ppf(tail, wrong, total - wrong + 1))
     return low, 1.0 if wrong == total else float(stats.beta.isf(tail, wrong + 1, total - wrong))
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """Adjusts p values for multiple tests, so that of those at most 0.05 no more than one in twenty is expected to be wrong.
+    """Adjusts p values for multiple tests by controlling the false discovery rate.
+
+    Among the tests with an adjusted p value of at most 0.05, no more than one in twenty is expected to be a false discovery:
 
     q_(k) = min over j >= k of m p_(j) / j, with the m p values in ascending order (Benjamini and Hochberg 1995).
     """
@@ -211,7 +213,7 @@ def _around(mean: float, error: float, freedom: float) -> tuple[float, float]:
 def _checked(name: str, values: Sequence[float] | Array) -> np.ndarray:
     values = np.asarray(values, float)
     if values.ndim != 1:
-        raise ValueError(f"{name} must have one axis, a value for each seed, got shape {values.shape}")
+        raise ValueError(f"{name} must have one axis with a value per seed, got shape {values.shape}")
     if not np.isfinite(values).all():
         raise ValueError(f"{name} must be finite, got {values[~np.isfinite(values)][0]}; leave diverged seeds out")
     return values

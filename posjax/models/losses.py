@@ -12,8 +12,8 @@ def cross_entropy(
     """Computes the weighted cross-entropy of logits and integer targets, in nats and in float32.
 
     Returns:
-      The weighted loss of each token [B, T] (zero where the weight is zero, whatever target and logits are there), its sum over all
-      tokens, and the sum of the weights.
+      The weighted loss of each token [B, T] (zero if its weight is zero, whatever its target and logits), its sum over all tokens,
+      and the sum of the weights.
     """
     logits, targets = _counted(logits, weights), jnp.where(weights == 0, 0, targets)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -22,10 +22,10 @@ def cross_entropy(
 
 
 def z_loss(logits: Float[Array, "B T V"], weights: Float[Array, "B T"]) -> Float[Array, ""]:
-    """Computes the weighted sum of logsumexp(logits)^2, which keeps softmax near exp(logits) (PaLM, arXiv:2204.02311, sec. 5)."""
+    """Computes the weighted sum of logsumexp(logits)^2, which keeps log-normalizers near zero (PaLM, arXiv:2204.02311, sec. 5)."""
     return (jax.nn.logsumexp(_counted(logits, weights), axis=-1) ** 2 * weights).sum()
 
 
 def _counted(logits: Float[Array, "B T V"], weights: Float[Array, "B T"]) -> Float[Array, "B T V"]:
-    """Returns logits in float32, zero where a token has no weight: a product of zero and NaN would be NaN."""
+    """Returns logits in float32, zero for tokens without weight, because a product of zero and NaN would be NaN."""
     return jnp.where((weights == 0)[..., None], 0.0, logits.astype(jnp.float32))

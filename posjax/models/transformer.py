@@ -96,15 +96,16 @@ class TransformerConfig:
             raise ValueError(f"embed_dim must be at most {most}, got {self.embed_dim}")
         if self.head_dim is None and self.embed_dim % self.num_heads:
             raise ValueError(
-                f"num_heads must divide embed_dim={self.embed_dim} where head_dim is not given, got {self.num_heads}; "
-                "change one of them or give head_dim"
+                f"num_heads must divide embed_dim={self.embed_dim} if head_dim is None, got {self.num_heads}; "
+                "change one of them or set head_dim"
             )
         if self.attention == "linear" and (self.local_window_size is not None or self.logits_soft_cap is not None):
             raise ValueError(
-                "local_window_size and logits_soft_cap must be None where attention='linear': it has no scores to limit"
+                "local_window_size and logits_soft_cap must be None with attention='linear', which has no scores, got "
+                f"{self.local_window_size} and {self.logits_soft_cap}"
             )
         if self.attention == "linear" and self.implementation is not None:
-            raise ValueError(f"implementation must be None where attention='linear', got {self.implementation!r}")
+            raise ValueError(f"implementation must be None with attention='linear', got {self.implementation!r}")
         _ = self.dims  # num_kv_heads must divide num_heads
 
     @property
@@ -115,8 +116,14 @@ class TransformerConfig:
 
 
 class LayerRecord(NamedTuple):
-    """Holds the attention inputs of one layer, for probes: query, key, value [B, T, N or K, H], hidden [B, T, D] (None unless the
-    encoding needs it), the encoding and its params."""
+    """Holds the attention inputs of one layer, for probes.
+
+    Attributes:
+      query: [B, T, N, H].
+      key, value: [B, T, K, H].
+      hidden: [B, T, D]; None unless the encoding needs it.
+      encoding, params: the encoding of the layer and its parameters.
+    """
 
     query: Array
     key: Array
@@ -127,7 +134,7 @@ class LayerRecord(NamedTuple):
 
 
 class _Layer(nnx.Module):
-    """One attention branch and one MLP branch.
+    """Applies one attention branch and one MLP branch.
 
     ``Transformer`` builds all L layers in one vmapped call, so every parameter has a leading axis of layers.
     """
@@ -204,7 +211,7 @@ class _Layer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A Transformer with a positional encoding: a causal language model, or a bidirectional encoder.
+    """Transformer with a positional encoding: a causal language model or a bidirectional encoder.
 
     Args:
       config: architecture of the model.
@@ -227,7 +234,9 @@ class Transformer(nnx.Module):
             raise TypeError(f"encoding must be a PositionalEncoding such as rope(), or a sequence of them, got {what_is(encoding)}")
         pattern = tuple(pattern)
         if not pattern or config.num_layers % len(pattern):
-            raise ValueError(f"encoding must be one, or a number that divides num_layers={config.num_layers}, got {len(pattern)}")
+            raise ValueError(
+                f"encoding must be one, or a sequence whose length divides num_layers={config.num_layers}, got {len(pattern)}"
+            )
         self.config = config
         layout = pattern * (config.num_layers // len(pattern))
         self.encodings = tuple(dict.fromkeys(layout))
@@ -269,7 +278,7 @@ class Transformer(nnx.Module):
           tokens: token ids, integers [B, T] below V.
           positions: positions of the tokens, [B, T] or [1, T]. None means 0, 1, 2, ...
           segment_ids: segment of each token; tokens of different segments do not attend to each other. None means one segment.
-          coordinates: [T, A] or [B, T, A], what encodings read in place of the positions, as in ``posjax.attention``.
+          coordinates: [T, A] or [B, T, A], which encodings read in place of the positions, as in ``posjax.attention``.
           dropout_key: PRNG key for dropout. None disables dropout.
           place_key: PRNG key for encodings that draw the coordinates of tokens while training, once for all layers. None gives the
             coordinates of evaluation.
@@ -316,18 +325,17 @@ class Transformer(nnx.Module):
 
         Args:
           batch_size: B, the number of sequences.
-          max_length: number of tokens that the cache holds, padding included. None means ``config.max_length``. A model with a
-            local window keeps only that window, and linear attention only its running sums, whatever the length of the text:
-            neither needs max_length.
+          max_length: number of tokens that the cache holds, padding included. None means ``config.max_length``. It has no effect on
+            a model with a local window, which caches only that window, or with linear attention, which caches only running sums.
           window: number of earlier tokens that are kept and attended to; ``config.local_window_size`` applies if it is smaller.
-          coordinate_dtype: dtype of the coordinates that ``decode`` will be given; None if it will be given none.
+          coordinate_dtype: dtype of the coordinates that ``decode`` will receive; None if it will receive none.
 
         Raises:
-          ValueError: the model is an encoder, linear attention is given a window, or a size is below 1.
+          ValueError: the model is an encoder, window is set with linear attention, or a size is below 1.
         """
         config = self.config
         if not config.is_causal:
-            raise ValueError("is_causal must be True to decode, got False: an encoder reads all tokens at once")
+            raise ValueError("is_causal must be True to decode, got False; an encoder cannot decode")
         if config.attention == "linear" and window is not None:
             raise ValueError(f"window must be None where attention='linear', got {window}: a sum forgets nothing")
         check_at_least("batch_size", batch_size, 1)
@@ -368,8 +376,8 @@ class Transformer(nnx.Module):
           coordinates: as in ``__call__``, for a cache that was made with a ``coordinate_dtype``.
 
         Returns:
-          float32 logits [B, T, V], which match those of one call on the full sequence (NaN where a traced call exceeds the capacity
-          of the cache), and the updated cache.
+          float32 logits [B, T, V], which match those of one call on the full sequence (NaN if a traced call exceeds the capacity of
+          the cache), and the updated cache.
 
         Raises:
           ValueError: the cache does not belong to this model, or has no room for the tokens.
@@ -415,7 +423,7 @@ class Transformer(nnx.Module):
         layer_keys = None if dropout_key is None else jax.random.split(layers_key, config.num_layers)
 
         if segment_ids is not None:
-            unknown = (tokens < 0) | (tokens >= config.vocab_size)  # of padding: its vector of NaN would reach every row
+            unknown = (tokens < 0) | (tokens >= config.vocab_size)  # an embedding of NaN would reach every row, even from padding
             tokens = jnp.where((segment_ids == 0) & unknown, 0, tokens)
         x = self._part("token_embedding")(tokens) * jnp.asarray(math.sqrt(config.embed_dim), jnp.dtype(config.compute_dtype))
         placed: list[Array | None] = []  # the coordinates for each encoding; None if they are the positions
@@ -455,13 +463,13 @@ class Transformer(nnx.Module):
         keep: bool,
         cache: kv_cache.LayerCache | None,
     ) -> tuple[Array, list[LayerRecord], kv_cache.LayerCache | None]:
-        """Runs consecutive layers that have the same encoding, as one scan; ``where`` holds what tells the tokens apart."""
+        """Runs consecutive layers with the same encoding as one scan; ``where`` holds positions, coordinates and segment ids."""
         encoding = self.encodings[index]
         shared, own = _split_params(encoding, params)
         graph, stacked, structure = self._weights("layers")
 
         def layer(carry: tuple[Array, Any], xs: tuple[Any, Params, Array | None, Array]) -> tuple[Any, Any]:
-            x, cache = carry  # the cache is carried, not scanned over, so that each layer updates its slice of one buffer in place
+            x, cache = carry  # the cache is in the carry, so that each layer updates its slice of one buffer in place
             weights, own, key, i = xs
             mine = jax.tree.map(lambda all: jax.lax.dynamic_index_in_dim(all, i, keepdims=False), cache)
             params = _join_params(shared, own)
@@ -508,7 +516,7 @@ class Transformer(nnx.Module):
         return logits.astype(jnp.float32)
 
 
-# What the backward pass saves of a layer. No policy saves the all-gathered weights.
+# Policies that select what a layer saves for the backward pass. None of them saves the all-gathered weights.
 _POLICIES = {
     "none": lambda operation, *_, **__: operation.name != "sharding_constraint",
     "attention": lambda operation, *_, **how: operation.name == "posjax_kernel" or how.get("name") == SAVED,
@@ -541,7 +549,7 @@ def _mlp_dim(config: TransformerConfig) -> int:
 def functional(model: nnx.Module) -> tuple[Callable[[Params], nnx.Module], Params]:
     """Splits a model into a pure function and its parameters, for use with jit, grad, vmap, scan and pmap.
 
-    ``with_params(params)(tokens)`` is then a pure function of the parameters.
+    ``with_params(params)(tokens)`` is a pure function of the parameters.
 
     Returns:
       ``with_params``, which returns the model with the given parameters, and the current parameters, a nested dict of arrays.

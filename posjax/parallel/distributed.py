@@ -6,8 +6,8 @@ Every process runs the same command.
     SLURM, Open MPI, a TPU pod, a K8s job       JAX's cluster detection
     hand                                        JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID
 
-Process 0 is the coordinator. A process that sends no heartbeat for POSJAX_HEARTBEAT_SECONDS (default 60) counts as lost, and all
-others stop. Processes that wait for a device of a killed process stop at once, because its connections break.
+Process 0 is the coordinator. A process that sends no heartbeat for POSJAX_HEARTBEAT_SECONDS (default 60) is considered lost, and
+all others stop. Processes that wait for a device of a killed process stop at once, because their connections to it break.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from posjax.parallel.jax_private import coordinator_client, detect_cluster
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HEARTBEAT = "POSJAX_HEARTBEAT_SECONDS"
-RESTART = 75  # EX_TEMPFAIL: the exit code of a run that rerunning the same command resumes
+RESTART = 75  # EX_TEMPFAIL: the exit code if rerunning the same command resumes the run
 
 _MEETING_SECONDS = 300
 _POLL_SECONDS = 0.5  # how often a process polls whether another one has received a signal
@@ -35,11 +35,11 @@ _numbers = itertools.count()  # barriers and syncs need unique names; all proces
 
 
 class ProcessLost(RuntimeError):
-    """Raised when another process of the run is gone, and with it a part of the state. The command line exits with RESTART."""
+    """Raised when another process of the run, and with it a part of the state, is lost. The command line exits with RESTART."""
 
 
 def join() -> None:
-    """Connects the processes of this run. Call it before JAX initializes its devices. Does nothing for a single process.
+    """Connects the processes of this run. Must be called before JAX initializes its devices. Does nothing for a single process.
 
     Raises:
       ValueError: an environment variable is invalid, or some are set and others are missing.
@@ -50,7 +50,7 @@ def join() -> None:
     if count is not None and count < 1:
         raise ValueError(f"{COUNT} must be at least 1, got {count}")
     if count is not None and index is not None and not 0 <= index < count:
-        raise ValueError(f"{INDEX} must be from 0 to {COUNT} - 1 = {count - 1}, got {index}")
+        raise ValueError(f"{INDEX} must lie in [0, {COUNT}={count}), got {index}")
     if ADDRESS in given and not given[ADDRESS].rpartition(":")[2].isdecimal():
         raise ValueError(f"{ADDRESS} must be host:port, got {given[ADDRESS]!r}")
     heartbeat = _integer(HEARTBEAT) if os.environ.get(HEARTBEAT) else 60
@@ -63,12 +63,12 @@ def join() -> None:
         cluster = None if len(given) == 3 else detect_cluster()
         if cluster is None and 0 < len(given) < 3:
             missing = " and ".join(name for name in (ADDRESS, COUNT, INDEX) if name not in given)
-            raise ValueError(f"{missing} must be set too, as {', '.join(given)} is: no cluster environment provides it")
+            raise ValueError(f"{missing} must be set along with {', '.join(given)}, because no cluster environment provides it")
         if not given and (cluster is None or cluster.get_process_count() == 1):
             return
-        # JAX's preemption service would replace Python's SIGTERM handler, and nothing would end the process before the loop runs.
+        # JAX's preemption service would replace Python's SIGTERM handler, and SIGTERM would have no effect before the loop runs.
         jax.config.update("jax_enable_preemption_service", False)
-        with _abort_message(lambda: f"the processes of this run did not meet within {_MEETING_SECONDS} s{where}", 1):
+        with _abort_message(lambda: f"the processes of this run did not connect within {_MEETING_SECONDS} s{where}", 1):
             jax.distributed.initialize(
                 given.get(ADDRESS),
                 count,
@@ -78,8 +78,8 @@ def join() -> None:
                 heartbeat_timeout_seconds=heartbeat,
             )
     except (RuntimeError, KeyError, OSError) as error:
-        alone = "" if COUNT in given else f" ({COUNT}=1 runs in this process alone)"
-        raise ConnectionError(f"the processes of this run did not meet{alone}: {error}") from error
+        alone = "" if COUNT in given else f"; set {COUNT}=1 to run in this process alone"
+        raise ConnectionError(f"the processes of this run could not connect: {error}{alone}") from error
 
 
 def _integer(name: str) -> int:
@@ -93,7 +93,7 @@ def _client() -> Any:
     client = coordinator_client()
     if client is None:
         raise ValueError(
-            f"{jax.process_count()} processes must meet through jax.distributed.initialize() or posjax.parallel.distributed.join()"
+            f"{jax.process_count()} processes must first call jax.distributed.initialize() or posjax.parallel.distributed.join()"
         )
     return client
 
@@ -106,7 +106,7 @@ def wait_for_all() -> None:
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """Runs the body on process 0 first and then on all others, so that they find the files that it wrote to a shared disk."""
+    """Runs the body on process 0 first and then on all others, so that they find the files that it writes to a shared disk."""
     if jax.process_index() > 0:
         wait_for_all()
     try:
@@ -125,16 +125,16 @@ class PreemptionSync:
     Steps are dispatched asynchronously, so a process may be some steps ahead of another, but all must have run the same steps when
     they save. A thread of each process therefore polls the coordinator for a signal (this involves no device, and no step waits
     for it). If there is one, the thread publishes the last step that its process may have begun, and its process begins no further
-    step until all processes have published theirs. All then stop after the latest of these steps. The threads publish whatever
-    their processes wait for, so there is no deadlock. (JAX's `reached_preemption_sync_point` is similar, but works for SIGTERM
-    only, through a handler that Python's replaces.)
+    step until all processes have published theirs. All then stop after the latest of these steps. The threads publish even while
+    their processes are blocked, so there is no deadlock. (JAX's `reached_preemption_sync_point` is similar, but works only for
+    SIGTERM, through a handler that Python's handler replaces.)
 
     Args:
       step: the step that all processes are at.
     """
 
     def __init__(self, step: int):
-        self._step, self._asked, self._answer = step, False, None
+        self._step, self._is_stopping, self._answer = step, False, None
         self._lock, self._agreed, self._closed = threading.Lock(), threading.Event(), threading.Event()
 
     def __enter__(self) -> "PreemptionSync":
@@ -148,7 +148,7 @@ class PreemptionSync:
         self._closed.set()
 
     def signal_after(self, step: int, caught: Sequence[int]) -> int | None:
-        """Returns the signal for which to stop after `step`, or None to begin the next step.
+        """Returns the signal that stops the run after `step`, or None to begin the next step.
 
         Args:
           step: the step that has begun. All processes make the same calls, step by step.
@@ -156,12 +156,12 @@ class PreemptionSync:
         """
         if jax.process_count() == 1:
             return caught[0] if caught else None
-        if caught and not self._asked:
+        if caught and not self._is_stopping:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has set it already
                 self._client.key_value_set(f"{self._name}/signal", str(caught[0]))
         with self._lock:
-            self._step, asked = step, self._asked
-        if not asked:
+            self._step, is_stopping = step, self._is_stopping
+        if not is_stopping:
             return None
         self._agreed.wait()
         if isinstance(self._answer, Exception):
@@ -177,7 +177,7 @@ class PreemptionSync:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # not set yet
                 number = int(self._client.key_value_try_get(f"{self._name}/signal"))
         with self._lock:
-            self._asked, begun = True, self._step + 1
+            self._is_stopping, begun = True, self._step + 1
         try:
             self._client.key_value_set(f"{self._name}/{jax.process_index()}", str(begun))
             keys = [f"{self._name}/{index}" for index in range(jax.process_count())]
@@ -200,9 +200,9 @@ _leaving: int | None = None
 def on_peer_loss(message: Callable[[], str]) -> Iterator[None]:
     """Ends this process with the message `message()` if another process is lost within the body.
 
-    If a collective fails, ProcessLost is raised. If the coordinator is gone, or reports a process without heartbeat, JAX logs that
-    and aborts from one of its threads, and offers no callback before it does. The abort is therefore caught: its handler prints the
-    same message and the process exits with RESTART.
+    If a collective fails, ProcessLost is raised. If the coordinator is lost, or reports a process without a heartbeat, JAX logs it
+    and aborts from one of its threads without a callback. The abort is therefore caught: its handler prints the same message, and
+    the process exits with RESTART.
 
     Args:
       message: returns the state of the run and how to resume it, for the message.
@@ -236,7 +236,7 @@ def _abort_message(message: Callable[[], str], code: int) -> Iterator[None]:
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _HANDLER(number: int) -> None:  # Python's handlers run in the main thread, which may wait for the lost process
+def _HANDLER(number: int) -> None:  # Python's handlers run in the main thread, which may be waiting for the lost process
     if _leaving is not None:
         os._exit(_leaving)
     message, code = _abort_messages[-1]
@@ -256,12 +256,12 @@ def _on_abort(handler: Any) -> None:
 
 
 def leave(code: int, together: bool = True) -> None:
-    """Ends this process without waiting for the others. `sys.exit` would wait minutes for processes that do not end too.
+    """Ends this process without waiting for the others; `sys.exit` would wait minutes for processes that do not end.
 
     Args:
       code: the exit code.
-      together: whether to wait up to 10 seconds for the others, which may be about to end for the same reason and should be able
-        to print their own messages.
+      together: whether to wait up to 10 seconds for the others, so that processes that end for the same reason can print their own
+        messages.
     """
     global _leaving
     if not jax.distributed.is_initialized():

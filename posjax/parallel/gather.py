@@ -1,4 +1,4 @@
-"""All-gathering of sharded weights where they are used, and sharding of activations like the batch."""
+"""All-gathers of sharded weights where they are used, and sharding of activations like the batch."""
 
 import functools
 import re
@@ -32,28 +32,28 @@ def gather_params(weights: Any, path: str, rules: Rules = SHARDED_RULES) -> Any:
         spec = next(spec for pattern, spec in rules if re.search(pattern, name))
         kept = fitting_spec(PartitionSpec(*spec[max(0, len(spec) - leaf.ndim) :]), leaf.shape, mesh)
         used = PartitionSpec(*(tuple(name for name in axis_names(axes) if name not in WEIGHTS) or None for axes in kept))
-        return leaf if used == kept else _whole(mesh, used, kept, leaf)
+        return leaf if used == kept else _gathered(mesh, used, kept, leaf)
 
     return jax.tree_util.tree_map_with_path(one, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _whole(mesh: Mesh, used: PartitionSpec, kept: PartitionSpec, leaf: jax.Array) -> jax.Array:
+def _gathered(mesh: Mesh, used: PartitionSpec, kept: PartitionSpec, leaf: jax.Array) -> jax.Array:
     """Reshards ``leaf`` from ``kept`` to ``used``."""
     return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, used))
 
 
-def _whole_forward(mesh, used, kept, leaf):
+def _gathered_forward(mesh, used, kept, leaf):
     return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, used)), None
 
 
-def _whole_backward(mesh, used, kept, _, gradient):
+def _gathered_backward(mesh, used, kept, _, gradient):
     """Reduce-scatters the gradient. With only one of the two constraints, the compiler would shard the summands instead."""
     summed = jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, used))
     return (jax.lax.with_sharding_constraint(summed, NamedSharding(mesh, kept)),)
 
 
-_whole.defvjp(_whole_forward, _whole_backward)
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def in_rows(x: jax.Array) -> jax.Array:

@@ -35,8 +35,8 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in filter(None, text.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
         if name not in AXES or name in sizes or not (size == "-1" or (size.isdecimal() and int(size) > 0)):
-            axes = f"each of {', '.join(AXES)} once at most, -1 for what is left"
-            raise ValueError(f"mesh must be like 'data=2,fsdp=4', {axes}, got {text!r} ({part!r})")
+            axes = f"each of {', '.join(AXES)} at most once, -1 for the remaining devices"
+            raise ValueError(f"mesh must look like 'data=2,fsdp=4', {axes}, got {text!r} ({part!r})")
         sizes[name] = int(size)
     return sizes
 
@@ -54,9 +54,9 @@ def make_mesh(
 
     Args:
       num_devices: number of devices. None takes all.
-      data, fsdp, context, tensor: sizes of the mesh axes. At most one may be -1, which takes the devices that the others leave.
+      data, fsdp, context, tensor: sizes of the mesh axes. At most one may be -1, which stands for the remaining devices.
         data=None is -1 if no other axis is -1, else 1.
-      devices: devices to choose from. None means `jax.devices()`. They may be devices that programs are only compiled for.
+      devices: devices to choose from. None means `jax.devices()`. They may be devices that are not attached, to compile for them.
 
     Raises:
       ValueError: num_devices is below 1 or above the number of devices, or the axes do not use all of them.
@@ -67,25 +67,25 @@ def make_mesh(
     for name, size in dict(data=data, fsdp=fsdp, context=context, tensor=tensor).items():
         check(name, size, int | None if name == "data" else int)
     if not 1 <= count <= len(devices):
-        raise ValueError(f"num_devices must be between 1 and {len(devices)}, the devices at hand, got {count}")
+        raise ValueError(f"num_devices must be between 1 and {len(devices)}, the number of available devices, got {count}")
     sizes = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
     if data is None:
         sizes["data"] = 1 if -1 in sizes.values() else -1
     rest = math.prod(size for size in sizes.values() if size != -1)
     given = " * ".join(name for name, size in sizes.items() if size != -1)
-    found = " * ".join(str(size) for size in sizes.values() if size != -1)
+    product = " * ".join(str(size) for size in sizes.values() if size != -1)
     if list(sizes.values()).count(-1) > 1:
-        raise ValueError(f"one of data, fsdp, context, tensor at most must be -1, got {sizes}")
+        raise ValueError(f"at most one of data, fsdp, context, tensor may be -1, got {sizes}")
     if -1 in sizes.values() and (min(size for size in sizes.values() if size != -1) < 1 or count % rest):
-        raise ValueError(f"{given} must divide the number of devices, {count}, got {found}")
+        raise ValueError(f"{given} must divide the number of devices, {count}, got {product}")
     if -1 not in sizes.values() and (min(sizes.values()) < 1 or rest != count):
-        raise ValueError(f"{given} must be the number of devices, {count}, got {found}")
+        raise ValueError(f"{given} must be the number of devices, {count}, got {product}")
     shape = tuple(count // rest if size == -1 else size for size in sizes.values())
-    return Mesh(_laid_out(devices[:count], shape), AXES, axis_types=(AxisType.Auto,) * 4)
+    return Mesh(_device_grid(devices[:count], shape), AXES, axis_types=(AxisType.Auto,) * 4)
 
 
-def _laid_out(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """Arranges devices in an array so that neighbors along an axis are neighbors on a TPU torus or, elsewhere, share a process."""
+def _device_grid(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Arranges devices in an array so that neighbors along an axis are neighbors on a TPU torus or, elsewhere, in one process."""
     if devices[0].platform == "tpu" and len(devices) > 1:
         try:
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -95,16 +95,16 @@ def _laid_out(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def mesh_of(x: jax.Array) -> Mesh | None:
-    """Returns the mesh that a traced array's type carries; None for a single device or a mesh without the axes AXES."""
+    """Returns the mesh in the type of a traced array; None for a single device or a mesh without the axes AXES."""
     mesh = jax.typeof(x).sharding.mesh
     is_ours = set(AXES) <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
     return mesh if is_ours and mesh.size > 1 else None
 
 
 def row_share(mesh: Mesh) -> tuple[int, int]:
-    """Returns (index, count): a batch is loaded in `count` shares of rows, and this process loads the one with that index.
+    """Returns (index, count): a batch is loaded in `count` shares of rows, and this process loads the share with this index.
 
-    Processes whose devices hold the same rows, as when "context" or "tensor" spans processes, all load the same full share.
+    Processes whose devices hold the same rows, because "context" or "tensor" spans processes, all load the same share.
 
     Raises:
       ValueError: two processes share some rows but not all, or the mesh has no device of this process.
@@ -115,7 +115,7 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
 def _row_parts(mesh: Mesh) -> tuple[int, int, list[int]]:
     """Returns the result of `row_share` and the indices of the row blocks on this process's devices.
 
-    The rows of a batch are split into one block per index along ROWS. The blocks of a process need not be contiguous where the mesh
+    The rows of a batch are split into one block per index along ROWS. The blocks of a process need not be contiguous if the mesh
     follows a torus.
     """
     parts = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in ROWS), -1)
@@ -125,14 +125,14 @@ def _row_parts(mesh: Mesh) -> tuple[int, int, list[int]]:
             held.setdefault(device.process_index, set()).add(part)
     if jax.process_index() not in held:
         raise ValueError(f"mesh must have devices of every process, got none of process {jax.process_index()}")
-    own = sorted(held[jax.process_index()])
+    local = sorted(held[jax.process_index()])
     shares = sorted({tuple(sorted(rows)) for rows in held.values()})
-    if len(shares) * len(own) != len(parts) or len(set().union(*shares)) != len(parts):
+    if len(shares) * len(local) != len(parts) or len(set().union(*shares)) != len(parts):
         raise ValueError(
-            f"processes must have all rows of a batch in common or none, got a mesh of {dict(mesh.shape)} in which "
+            f"two processes must share either all rows of a batch or none, got a mesh of {dict(mesh.shape)} in which "
             + ", ".join(f"process {index} has parts {sorted(rows)} of {len(parts)}" for index, rows in sorted(held.items()))
         )
-    return shares.index(tuple(own)), len(shares), own
+    return shares.index(tuple(local)), len(shares), local
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
@@ -149,33 +149,33 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
       mesh: a mesh from `make_mesh`.
 
     Raises:
-      ValueError: the mesh does not divide B or T, or `row_share` raises.
+      ValueError: B or T is not divisible over the mesh, or `row_share` raises.
     """
     _, count, parts = _row_parts(mesh)
     devices = len(parts)
 
     shardings = batch_shardings(batch, mesh)
 
-    def is_there(leaf, sharding):
+    def is_placed(leaf, sharding):
         return isinstance(leaf, jax.Array) and leaf.sharding == sharding
 
     for leaf, sharding in zip(jax.tree.leaves(batch), jax.tree.leaves(shardings), strict=True):
-        if not is_there(leaf, sharding):
+        if not is_placed(leaf, sharding):
             check_divisible(leaf, devices)
             if leaf.ndim > 1 and leaf.shape[1] % mesh.shape["context"]:
-                raise ValueError(f"context must divide the length of a sequence, {leaf.shape[1]}, got {mesh.shape['context']}")
+                raise ValueError(f"context must divide the sequence length, {leaf.shape[1]}, got {mesh.shape['context']}")
     if jax.process_count() == 1:
         return jax.device_put(batch, shardings)  # one call for all leaves: a call per leaf takes as long as a small step
 
     def put(leaf, sharding):
-        if is_there(leaf, sharding):
+        if is_placed(leaf, sharding):
             return leaf
-        own = np.asarray(leaf).reshape(devices, -1, *leaf.shape[1:])
+        blocks = np.asarray(leaf).reshape(devices, -1, *leaf.shape[1:])
         shape = (count * leaf.shape[0], *leaf.shape[1:])
 
         def part(where):
             first = where[0].indices(shape[0])[0]
-            return own[(parts.index(first // own.shape[1]), slice(None), *where[1:])]
+            return blocks[(parts.index(first // blocks.shape[1]), slice(None), *where[1:])]
 
         return jax.make_array_from_callback(shape, sharding, part)
 
@@ -184,6 +184,4 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
 def check_divisible(leaf: Any, devices: int) -> None:
     if leaf.shape[0] % devices:
-        raise ValueError(
-            f"the batch size must be a multiple of the number of devices: {leaf.shape[0]} rows do not divide over {devices} devices"
-        )
+        raise ValueError(f"the batch size must be a multiple of the number of devices, {devices}, got {leaf.shape[0]} rows")

@@ -35,7 +35,7 @@ SHARDED_RULES: Rules = (
 def state_shardings(state: Any, mesh: Mesh, rules: Rules = PARTITION_RULES) -> Any:
     """Returns the NamedSharding that the rules assign to each leaf of `state` (arrays or ShapeDtypeStructs), as a matching pytree.
 
-    Drops axes of a rule that the mesh lacks, or that do not divide the leaf, starting from the last one.
+    Axes of a rule that the mesh lacks or that do not divide the leaf are dropped, starting from the last one.
     """
 
     def sharding(path, leaf):
@@ -47,7 +47,7 @@ def state_shardings(state: Any, mesh: Mesh, rules: Rules = PARTITION_RULES) -> A
 
 
 def fitting_spec(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Returns ``spec`` without mesh axes that the mesh lacks or that do not divide the shape, dropped from the last one on."""
+    """Returns ``spec`` without axes that the mesh lacks or that do not divide the shape, dropped starting from the last one."""
 
     def fitting(axes, size):
         names = [name for name in axis_names(axes) if mesh.shape.get(name, 1) > 1]
@@ -68,4 +68,4 @@ def shard_state(state: Any, mesh: Mesh, rules: Rules = PARTITION_RULES) -> Any:
     shardings = state_shardings(state, mesh, rules)
     if jax.process_count() == 1:
         return jax.device_put(state, shardings)
-    return jax.jit(lambda state: state, out_shardings=shardings)(state)  # device_put takes no keys to other processes
+    return jax.jit(lambda state: state, out_shardings=shardings)(state)  # device_put cannot move PRNG keys to other processes

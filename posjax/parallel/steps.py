@@ -93,11 +93,11 @@ def _jit(step: Step, mesh: Mesh, shardings: Any, batch: Any) -> Any:
 
 
 def _check_axis(step: Step, axis_name: str | None) -> None:
-    """Raises ValueError if ``make_train_step`` made a step for another mapped axis; other functions reduce as they please."""
+    """Raises ValueError if ``make_train_step`` built the step for another mapped axis; other functions are not checked."""
     given = getattr(step, "axis_name", axis_name)
     if given != axis_name:
         raise ValueError(
-            f"step must be made with axis_name={axis_name!r}, got axis_name={given!r}: make_train_step(..., axis_name=...)"
+            f"step must be built by make_train_step(..., axis_name={axis_name!r}), got a step with axis_name={given!r}"
         )
 
 
@@ -110,21 +110,21 @@ def pmap_train_step(step: Step, num_devices: int | None = None, axis_name: str =
 
     Args:
       step: a train step made with `axis_name`.
-      num_devices: number of devices. None takes all.
+      num_devices: number of devices. None means all.
       axis_name: name of the mapped axis.
 
     Raises:
-      ValueError: the step was made without this axis name, and each device would train on its own gradients.
+      ValueError: the step was made without this axis name, so that each device would train on its own gradients.
     """
     _check_axis(step, axis_name)
     devices = make_mesh(num_devices).local_devices
     mapped = jax.pmap(step, axis_name, in_axes=(None, 0), out_axes=None, devices=devices, donate_argnums=0)
 
-    def cut(leaf):
+    def split(leaf):
         check_divisible(leaf, len(devices))
         return leaf.reshape(len(devices), leaf.shape[0] // len(devices), *leaf.shape[1:])
 
     def call(state, batch):
-        return mapped(state, jax.tree.map(cut, batch))
+        return mapped(state, jax.tree.map(split, batch))
 
     return call

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def loss_by_length(
     rows: Mapping[str, Mapping[int, Sequence[float]]], train_length: int, label: str = "loss (bits per byte)"
 ) -> "Figure":
-    """Plots loss against evaluation length: thin lines for seeds, a thick line for their mean, a cross where a curve ends early.
+    """Plots loss against evaluation length, with thin lines for seeds and a thick line for their mean.
+
+    A cross marks the maximum length of an encoding that does not support all lengths.
 
     Args:
       rows: {encoding: {length in tokens: loss of each seed}}; lengths that the encoding does not support are absent or empty.
@@ -40,7 +42,7 @@ def loss_by_length(
         if x[-1] < lengths[-1]:
             (stopped,) = axes.plot(x[-1], means[-1], "x", color=style.color, markersize=11, markeredgewidth=2.2, zorder=4)
     if stopped is not None:
-        axes.plot([], [], "x", color=BLACK, markersize=9, markeredgewidth=2.2, label="cannot go longer")
+        axes.plot([], [], "x", color=BLACK, markersize=9, markeredgewidth=2.2, label="maximum length")
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
@@ -52,7 +54,7 @@ def loss_by_length(
 
 
 def loss_by_index(curves: Mapping[str, tuple[Array, Array]], train_length: int, label: str = "loss (bits per byte)") -> "Figure":
-    """Plots loss against the index of the token in its text.
+    """Plots loss against the index of a token in its text.
 
     Args:
       curves: {encoding: (index in tokens [S], loss [S])}, as ``posjax.lab.probes.loss_by_index`` returns them.
@@ -76,7 +78,7 @@ def loss_by_index(curves: Mapping[str, tuple[Array, Array]], train_length: int, 
 
 def _mark_training(axes: "Axes", length: int) -> None:
     axes.axvline(length, color="0.4", linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
-    # Above the frame, where no curve can cross it.
+    # The label is above the frame, where no curve can cross it.
     axes.annotate(
         f"trained on {length:,} tokens",
         (length, 1.0),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def cope_over_line(text: str, gates: Array, positions: Array, titles: Sequence[str]) -> "Figure":
-    """Plots CoPE over a line of text: each character's gate (bars) and contextual position (line), for the last character as query.
+    """Plots CoPE over a line of text: the gate (bars) and contextual position (line) of each character, with the last as query.
 
     Args:
       text: S characters, up to about 80; the last is the query.
@@ -41,30 +41,30 @@ def cope_over_line(text: str, gates: Array, positions: Array, titles: Sequence[s
         axes.set_title(title, fontsize=9, loc="left", pad=3)
         axes.grid(False)
         axes.tick_params(axis="x", length=0, pad=3)
-        counted = axes.twinx()
-        (line,) = counted.plot(x, position, color=RED, linewidth=1.4, label="contextual position")
-        counted.set_ylim(0, max(1.0, 1.08 * position.max()))
-        counted.locator_params(axis="y", nbins=4)
+        position_axes = axes.twinx()
+        (line,) = position_axes.plot(x, position, color=RED, linewidth=1.4, label="contextual position")
+        position_axes.set_ylim(0, max(1.0, 1.08 * position.max()))
+        position_axes.locator_params(axis="y", nbins=4)
         axes.set_ylabel("gate\n(0 to 1)", fontsize=8, color=BLUE)
-        counted.set_ylabel("position\n(tokens)", fontsize=8, color=RED)
-        for side, own, color in (("left", axes, BLUE), ("right", counted, RED)):
-            own.tick_params(axis="y", labelsize=8, labelcolor=color)
-            own.spines[["top", "left" if side == "right" else "right"]].set_visible(False)
-        counted.spines["left"].set_visible(False)
+        position_axes.set_ylabel("position\n(tokens)", fontsize=8, color=RED)
+        for side, y_axes, color in (("left", axes, BLUE), ("right", position_axes, RED)):
+            y_axes.tick_params(axis="y", labelsize=8, labelcolor=color)
+            y_axes.spines[["top", "left" if side == "right" else "right"]].set_visible(False)
+        position_axes.spines["left"].set_visible(False)
     labels = [{" ": "·", "\n": "⏎", "\r": "⏎", "\t": "→"}.get(c, c if c.isprintable() else "�") for c in text]
     axes.set_xticks(x, labels, family="monospace", fontsize=9, parse_math=False)
     axes.set_xlim(-0.8, len(text) - 0.2)
     axes.get_xticklabels()[-1].set(color=RED, fontweight="bold")
-    axes.set_xlabel("the text, a character a token; the query is the last")
+    axes.set_xlabel("text, one token per character; the last is the query")
     figure.legend(handles=[bars, line], loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
 def attention_distance(data: Mapping[str, Array]) -> "Figure":
-    """Plots the attention distance of heads by layer: a panel for each encoding, a dot for each head, a line through layer means.
+    """Plots the attention distance of heads by layer: a panel per encoding, a dot per head, and a line through layer means.
 
     Args:
-      data: {encoding: [L, N] mean distance in tokens}, of L layers, each as ``posjax.lab.probes.attention_distance`` returns it.
+      data: {encoding: [L, N] mean distance in tokens}; each layer is as ``posjax.lab.probes.attention_distance`` returns it.
     """
     columns, rows = _grid(len(data))
     figure, panels = new_figure(1.0 + 2.0 * columns, 0.8 + 1.9 * rows, rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -72,8 +72,8 @@ def attention_distance(data: Mapping[str, Array]) -> "Figure":
         distances = np.asarray(data[name], float)
         layers, heads = distances.shape
         layer = np.arange(1, layers + 1)
-        aside = np.linspace(-0.25, 0.25, heads) if heads > 1 else np.zeros(1)
-        axes.plot(layer[:, None] + aside, distances, "o", markersize=4, color=style.color, alpha=0.6, mew=0, clip_on=False)
+        offsets = np.linspace(-0.25, 0.25, heads) if heads > 1 else np.zeros(1)
+        axes.plot(layer[:, None] + offsets, distances, "o", markersize=4, color=style.color, alpha=0.6, mew=0, clip_on=False)
         axes.plot(layer, distances.mean(1), color=style.color, linewidth=1.5)
         axes.set_title(name, fontsize=10)
         axes.set_yscale("symlog", linthresh=1.0, linscale=0.4)  # a head that attends only to its own token has distance zero
@@ -81,13 +81,13 @@ def attention_distance(data: Mapping[str, Array]) -> "Figure":
         axes.set_xticks(layer[:: math.ceil(layers / 8)])
     axes.set_ylim(0, 1.3 * max([1.0, *(np.max(distances) for distances in data.values())]))
     _hide_rest(panels, len(data))
-    figure.supxlabel("layer (a dot is a head, the line their mean)", fontsize=10)
+    figure.supxlabel("layer (dots: heads; line: their mean)", fontsize=10)
     figure.supylabel("mean attention distance (tokens)", fontsize=10)
     return figure
 
 
 def decay_curves(curves: Mapping[str, tuple[Array, Array]], bounds: Mapping[str, tuple[Array, Array]] | None = None) -> "Figure":
-    """Plots each encoding's effect on the score by distance: a panel for each encoding, a line for each head, dark to light.
+    """Plots each encoding's effect on the score by distance: a panel per encoding and a line per head, from dark to light.
 
     Args:
       curves: {encoding: (distances in tokens [S], values [N, S] in nats)}, as ``posjax.lab.probes.decay_curve`` returns them.

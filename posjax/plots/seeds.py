@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def dots(panels: Mapping[str, Mapping[str, Sequence[float]]], label: str, encodings: Mapping[str, str] | None = None) -> "Figure":
-    """Plots an ablation: per setting a marker for the mean, a bar for its 95 % interval, and a dot for each seed.
+    """Plots an ablation: for each setting a marker for the mean, a bar for its 95 % interval, and a dot per seed.
 
-    Seeds are stacked vertically, in the same order in every panel. Diverged seeds are crosses at the right edge and excluded from
-    the mean; their number follows the setting's name. Intervals are Student's, from two seeds on, and are clipped at zero if no
-    value is negative.
+    Seeds are stacked vertically, in the same order in every panel. Diverged seeds are crosses at the right edge and are excluded
+    from the mean; their number is below the setting's name. Intervals are Student's, for two seeds or more, and are clipped at zero
+    if no value is negative.
 
     Args:
       panels: {test set: {setting: value of each seed}}, which sets the order of columns and lines. A value that is not finite marks
@@ -37,8 +37,8 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[float]]], label: str, encodi
         for line, setting in enumerate(settings):
             values, color = np.asarray(rows.get(setting, ()), float), looks[setting].color
             if not values.size:
-                where = {"xycoords": ("axes fraction", "data"), "ha": "center", "va": "center"}
-                axes.annotate("no result", (0.5, line), **where, color="0.4", fontsize=8)
+                placement = {"xycoords": ("axes fraction", "data"), "ha": "center", "va": "center"}
+                axes.annotate("no result", (0.5, line), **placement, color="0.4", fontsize=8)
                 continue
             y = line + (np.linspace(0.0, 0.36, values.size) if values.size > 1 else np.full(1, 0.18))
             lost = ~np.isfinite(values)
@@ -63,7 +63,7 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[float]]], label: str, encodi
     grid[0, 0].set_ylim(len(settings) - 0.5, -0.5)
     (seed,) = grid[0, 0].plot([], [], "o", color=GREY, markersize=4)
     (mean,) = grid[0, 0].plot([], [], "D-", color=GREY, markersize=6, linewidth=2.0)
-    legend = {"a seed": seed, "mean, 95 % interval": mean}
+    legend = {"one seed": seed, "mean, 95 % interval": mean}
     if any(diverged.values()):
         (legend["diverged"],) = grid[0, 0].plot([], [], "x", color=GREY, markersize=5)
     figure.legend(legend.values(), legend, loc="outside upper right", ncols=3, frameon=False, fontsize=9)
@@ -82,8 +82,8 @@ def curves(
 ) -> "Figure":
     """Plots training curves: for each setting the mean over seeds, with a band for its 95 % interval or a thin line per seed.
 
-    Diverged seeds are excluded from the mean: each is a thin line that ends in a cross at its last finite value, and the legend has
-    their number. Intervals are Student's, from two seeds on.
+    Diverged seeds are excluded from the mean: each is a thin line that ends in a cross at its last finite value, and the legend
+    gives their number. Intervals are Student's, for two seeds or more.
 
     Args:
       data: {setting: (x [S], values [seeds, S])}; values that are not finite mark a seed whose training diverged.
@@ -123,17 +123,17 @@ def curves(
 
 
 def _mean_and_interval(axes: "Axes", values: np.ndarray, y: float, style: Style) -> tuple[float, ...]:
-    """Draws the mean and its interval, and returns the ends of the bar; draws and returns nothing if there are no values."""
+    """Draws the mean and its interval and returns the ends of the bar; without values, draws nothing and returns ()."""
     from posjax.lab.statistics import summary  # scipy.stats takes a second to import
 
-    found = summary(values)
-    if found.mean is None:
+    statistics = summary(values)
+    if statistics.mean is None:
         return ()
-    low, high = found.interval or (found.mean, found.mean)
+    low, high = statistics.interval or (statistics.mean, statistics.mean)
     low = max(low, 0.0) if values.min() >= 0 else low
-    if found.interval:
+    if statistics.interval:
         axes.plot([low, high], [y, y], color=style.color, linewidth=2.0, marker="|", markersize=7)
-    axes.plot(found.mean, y, style.marker, color=style.color, markersize=8, mec="white", mew=0.8, zorder=4, clip_on=False)
+    axes.plot(statistics.mean, y, style.marker, color=style.color, markersize=8, mec="white", mew=0.8, zorder=4, clip_on=False)
     return low, high
 
 
@@ -145,10 +145,10 @@ def _looks(settings: Iterable[str], encodings: Mapping[str, str] | None) -> dict
     """Returns the style of each setting; settings with the same encoding share its color and differ in line style."""
     if encodings is None:
         return styles(settings)
-    of_encoding, seen, looks = styles(dict.fromkeys(encodings.values())), Counter(), {}
+    style_of, uses, looks = styles(dict.fromkeys(encodings.values())), Counter(), {}
     for setting in settings:
-        own = of_encoding[encodings[setting]]
-        lines = [own.line, *(line for line in ("-", "--", ":", "-.") if line != own.line)]
-        looks[setting] = dataclasses.replace(own, line=lines[seen[own] % len(lines)])
-        seen[own] += 1
+        style = style_of[encodings[setting]]
+        lines = [style.line, *(line for line in ("-", "--", ":", "-.") if line != style.line)]
+        looks[setting] = dataclasses.replace(style, line=lines[uses[style] % len(lines)])
+        uses[style] += 1
     return looks

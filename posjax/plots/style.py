@@ -1,6 +1,6 @@
-"""Shared parts of all figures: the style of each encoding, an empty figure, and ``save``.
+"""Code that all figures share: the style of each encoding, an empty figure, and ``save``.
 
-An encoding has one color, line and marker in every figure, in a palette for color-blind readers (Okabe and Ito's).
+An encoding has the same color, line and marker in every figure, from a palette for color-blind readers (Okabe and Ito's).
 Figures have no window and no global state: they need no display, and are freed once they are no longer referenced.
 """
 
@@ -24,7 +24,7 @@ GREEN, BLUE, RED, PURPLE = "#009e73", "#0072b2", "#d55e00", "#cc79a7"
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """The matplotlib color, line style and marker of an encoding."""
+    """Holds the matplotlib color, line style and marker of an encoding."""
 
     color: str
     line: str
@@ -54,24 +54,24 @@ _SPARE = [
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
-    """Returns the style of each encoding by name, ignoring arguments and case: "RoPE" and "rope(theta=500000)" both match "rope".
+    """Returns the style of each encoding by name, ignoring arguments and case: "RoPE" and "rope(theta=500000)" match "rope".
 
     An unknown name, or one whose style an earlier name of the same figure already has, gets a spare style that depends on the name
     alone, or the next free one if two such names collide.
     """
-    made: dict[str, Style] = {}
+    by_name: dict[str, Style] = {}
     for name in names:
         base = re.sub(r"\([^()]*\)", "", name).replace(" ", "").lower()
         known = _STYLES.get(_ALIASES.get(base, base))
         first = zlib.crc32(name.encode())
         spare = (_SPARE[(first + step) % len(_SPARE)] for step in range(len(_SPARE)))
-        free = (style for style in (known, *spare) if style is not None and style not in made.values())
-        made[name] = next(free, _SPARE[first % len(_SPARE)])
-    return made
+        free = (style for style in (known, *spare) if style is not None and style not in by_name.values())
+        by_name[name] = next(free, _SPARE[first % len(_SPARE)])
+    return by_name
 
 
 def save(figure: "Figure", path: str | Path) -> None:
-    """Writes a figure as a PNG at 150 dots per inch. It need not be closed: figures made here are not registered with pyplot."""
+    """Writes a figure as a PNG at 150 dots per inch. The figure need not be closed, because it is not registered with pyplot."""
     figure.savefig(path, format="png", dpi=150)
 
 

@@ -5,8 +5,8 @@
         manifest.json                 {file: {"bytes": size, "sha256": sum}} of every other file of the step
     <directory>/saving/               a save in progress; renamed to <step> atomically once its manifest is written
 
-A folder named after a step was therefore complete when it was renamed. A kill at any moment leaves at most a `saving` folder,
-which the next save removes.
+A folder named after a step is therefore always complete. A process that is killed at any moment leaves at most a `saving` folder
+behind, which the next save removes.
 """
 
 import base64
@@ -30,12 +30,12 @@ ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 
 
 class CheckpointError(RuntimeError):
-    """Raised when there are checkpoints but none can be used. The message says why."""
+    """Raised when there are checkpoints but none can be used. The message gives the reasons."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint restored by `restore_latest`.
+    """Holds a checkpoint restored by `restore_latest`.
 
     Attributes:
       step: the step at which it was saved.
@@ -53,11 +53,11 @@ class Restored:
 class Checkpoints:
     """Saves and restores the checkpoints of one run.
 
-    With several processes, all of them must make the same calls and share the directory.
+    With several processes, all of them must make the same calls on the same shared directory.
 
     Args:
       directory: directory of the checkpoints, created by the first save.
-      keep: number of the newest good checkpoints to keep. Older ones are removed after a newer one has been written and read back.
+      keep: number of the newest intact checkpoints to keep. Older ones are removed once a newer one has been verified.
 
     Raises:
       ValueError: keep is below 1.
@@ -73,32 +73,32 @@ class Checkpoints:
         self.keep = keep
 
     def steps(self) -> list[int]:
-        """Returns the steps that have a checkpoint, good or damaged, in ascending order."""
+        """Returns the steps that have a checkpoint, intact or damaged, in ascending order."""
         if not self.directory.is_dir():
             return []
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
 
     def damage(self, step: int) -> str | None:
-        """Returns what is wrong with the first damaged file of a checkpoint, or None if all files are as they were written."""
+        """Describes the first damaged file of a checkpoint, or returns None if all files are intact."""
         return _damage(self.directory / str(step))
 
     def newest_good(self) -> int | None:
-        """Returns the newest step whose files are all as they were written, or None."""
+        """Returns the newest step with an intact checkpoint, or None."""
         return next((step for step in reversed(self.steps()) if self.damage(step) is None), None)
 
     def save(self, step: int, state: Any, data_state: Any = None, config: Any = None, *, prune: bool = True) -> None:
-        """Writes a checkpoint, reads it back to verify it, and then removes those older than the `keep` newest good ones.
+        """Writes a checkpoint, reads it back to verify it, and then removes those older than the `keep` newest intact ones.
 
-        If the new checkpoint does not read back as it was written, warns and removes none.
-        Blocks until everything is on disk. A checkpoint of the same step is replaced, but only after the new one is written.
+        If verification fails, warns and removes none. Blocks until everything is on disk. A checkpoint of the same step is
+        replaced, but only after the new one has been written.
 
         Args:
           step: the step, which names the checkpoint.
           state: a pytree of JAX arrays, which may include typed PRNG keys.
           data_state: position of the data iterator, bytes or a JSON value. Each process passes its own. If all pass the same value,
             any number of processes can resume from the checkpoint.
-          config: a JSON value for whoever reads the checkpoint later.
-          prune: False keeps every older checkpoint and does not read the new one back.
+          config: a JSON value that is stored for readers of the checkpoint.
+          prune: whether to verify the new checkpoint and remove older ones.
         """
         from orbax.checkpoint import v1 as ocp
 
@@ -117,14 +117,16 @@ class Checkpoints:
             if prune and (reason := self.damage(step)) is None:
                 self._prune()
             elif prune:
-                text = f"checkpoint {step} in {self.directory} is damaged just after it was written: {reason}; none is removed"
+                text = (
+                    f"checkpoint {step} in {self.directory} is damaged although it was just written: {reason}; older ones are kept"
+                )
                 warnings.warn(text, stacklevel=2)
         _barrier("posjax_save_end")
 
     def restore_latest(self, abstract_state: Any) -> Restored | None:
-        """Restores the newest checkpoint whose files are all as they were written.
+        """Restores the newest intact checkpoint.
 
-        Skips damaged checkpoints with a warning that names the file and what is wrong with it, and leaves them in place.
+        Damaged checkpoints are skipped with a warning that names the file and the damage, and are left in place.
 
         Args:
           abstract_state: a pytree of arrays or `jax.ShapeDtypeStruct`. Their shapes and dtypes must match the saved ones. Their
@@ -134,8 +136,8 @@ class Checkpoints:
           The checkpoint, or None if the directory has none.
 
         Raises:
-          CheckpointError: there are checkpoints but all are damaged; or the newest good one holds a different state, in which case
-            the message names the first leaf that differs, with both shapes and dtypes.
+          CheckpointError: there are checkpoints, but all are damaged; or the newest intact one holds a different state, in which
+            case the message names the first leaf that differs, with both shapes and dtypes.
         """
         steps, reasons, good = self.steps(), [], -1
         if jax.process_index() == 0:
@@ -146,12 +148,12 @@ class Checkpoints:
                     break
                 reasons.append(f"checkpoint {step} in {self.directory} is damaged: {reason}")
                 warnings.warn(f"{reasons[-1]}; trying an older one", stacklevel=2)
-        good, found = (int(number) for number in _from_first_process(np.array([good, len(steps)])))
-        if not found:
+        good, count = (int(number) for number in _from_first_process(np.array([good, len(steps)])))
+        if not count:
             return None
         if good < 0:
             raise CheckpointError(
-                "\n".join([f"none of the {found} checkpoints in {self.directory} can be used", *reasons])
+                "\n".join([f"none of the {count} checkpoints in {self.directory} can be used", *reasons])
                 + "\nMove them away to start over."
             )
         return self._load(good, abstract_state)
@@ -162,7 +164,7 @@ class Checkpoints:
         path = self.directory / str(step)
         metadata = ocp.checkpointables_metadata(path).custom_metadata
         _check_same(metadata["leaves"], _describe(abstract_state), path)
-        data_state = _own(metadata["data_states"], path)
+        data_state = _local_data_state(metadata["data_states"], path)
         abstract_state = jax.tree.map(_abstract, abstract_state)
         state = ocp.load_checkpointables(path, {"state": abstract_state})["state"]
         return Restored(step, state, _decode(data_state), metadata["config"])
@@ -176,14 +178,14 @@ class Checkpoints:
 
     def _move_in_place(self, written: Path) -> None:
         place = self.directory / written.name
-        if place.exists():  # it is damaged, or the run was restarted from an earlier step
+        if place.exists():  # the old one is damaged, or the run was restarted from an earlier step
             os.replace(place, self.directory / SAVING / "replaced")
         os.replace(written, place)
         _sync(self.directory)
         shutil.rmtree(self.directory / SAVING)
 
     def _prune(self) -> None:
-        # Checking names and sizes is enough here: the newest was just read back in full, and nothing newer than it is removed.
+        # Checking names and sizes is enough here, because the newest checkpoint was just verified in full and is never removed.
         steps = self.steps()
         good = [step for step in steps if _damage(self.directory / str(step), read=False) is None]
         for step in steps:
@@ -213,7 +215,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flushes a file or folder to disk, so that after a power cut no rename survives without the data it refers to."""
+    """Flushes a file or folder to disk, so that after a power cut no rename survives without the data that it refers to."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -222,7 +224,7 @@ def _sync(path: Path) -> None:
 
 
 def _damage(folder: Path, read: bool = True) -> str | None:
-    """Returns what is wrong with the files in `folder`, or None. With read=False, checks names and sizes only."""
+    """Describes the first damaged file in `folder`, or returns None. With read=False, checks only names and sizes."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         entries = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()]
@@ -234,29 +236,29 @@ def _damage(folder: Path, read: bool = True) -> str | None:
     for name, size, digest in entries:
         if name not in files:
             return f"{name} is missing"
-        if (found := files[name].stat().st_size) != size:
-            return f"{name} has {found} bytes instead of {size}"
+        if (actual := files[name].stat().st_size) != size:
+            return f"{name} has {actual} bytes instead of {size}"
         if read and _sha256(files[name]) != digest:
-            return f"{name} has other contents than were written (SHA-256 differs)"
+            return f"{name} has changed since it was written (SHA-256 differs)"
     return None
 
 
 def _describe(state: Any) -> dict[str, list]:
-    """Returns {path of a leaf: [shape, dtype]}, in the order of the tree."""
+    """Returns {path of a leaf: [shape, dtype]} in tree order."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves}
 
 
-def _check_same(saved: dict[str, list], wanted: dict[str, list], path: Path) -> None:
-    def words(leaf):
+def _check_same(saved: dict[str, list], expected: dict[str, list], path: Path) -> None:
+    def describe(leaf):
         return "is absent" if leaf is None else f"has shape {tuple(leaf[0])} and dtype {leaf[1]}"
 
-    for name in [*wanted, *(name for name in saved if name not in wanted)]:
-        there, here = saved.get(name), wanted.get(name)
+    for name in [*expected, *(name for name in saved if name not in expected)]:
+        there, here = saved.get(name), expected.get(name)
         if there != here:
             raise CheckpointError(
-                f"checkpoint {path} belongs to another model or optimizer: {name} {words(there)} there, "
-                f"but {words(here)} in this run. Use another directory, or the config that it was made with."
+                f"checkpoint {path} belongs to another model or optimizer: {name} {describe(there)} there, "
+                f"but {describe(here)} in this run. Use another directory, or the config of that checkpoint."
             )
 
 
@@ -267,19 +269,19 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _distinct(data_states: list[Any]) -> list[Any]:
-    """Reduces equal data states to one. They are equal if each process reads its rows of the same batches."""
+    """Reduces equal data states to one. They are equal if the processes read different rows of the same batches."""
     return data_states[:1] if all(state == data_states[0] for state in data_states) else data_states
 
 
-def _own(data_states: list[Any], path: Path) -> Any:
+def _local_data_state(data_states: list[Any], path: Path) -> Any:
     """Returns this process's data state from those of the processes that saved the checkpoint."""
     data_states = _distinct(data_states)
     if len(data_states) == 1:
         return data_states[0]
     if len(data_states) != jax.process_count():
         raise CheckpointError(
-            f"checkpoint {path} was saved by {len(data_states)} processes that stood at different places in their data, so that "
-            f"{jax.process_count()} cannot resume from it; run as many as before"
+            f"checkpoint {path} was saved by {len(data_states)} processes at different positions in their data, so that "
+            f"{jax.process_count()} cannot resume from it; start {len(data_states)} processes"
         )
     return data_states[jax.process_index()]
 

@@ -1,9 +1,9 @@
-"""The training loop: resumes from the workdir and trains to `steps`, and tolerates kills, signals and bad batches.
+"""The training loop, which resumes from the workdir and tolerates kills, signals and bad batches.
 
     restore -> [ next batch -> step -> every log_every: fetch metrics, log -> every checkpoint_every: save ] -> save
 
-The loop does not wait for the device between those points: each step is dispatched while the previous one still runs. The loss,
-and therefore a streak of non-finite steps, is checked only at the next of these points.
+Between those points, the loop does not wait for the device: each step is dispatched while the previous one is still running. The
+loss, and therefore a streak of non-finite steps, is checked only at the next of these points.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 
 class Interrupted(Exception):
-    """Raised when SIGINT or SIGTERM stops the run. The message says up to which step the run is saved.
+    """Raised when SIGINT or SIGTERM stops the run. The message names the step of the newest checkpoint.
 
     Attributes:
       exit_code: exit code of the command line: 130 after SIGINT, posjax.parallel.distributed.RESTART after SIGTERM, which
@@ -44,7 +44,7 @@ class Interrupted(Exception):
 
 
 class NonFiniteLoss(RuntimeError):
-    """Raised after ten consecutive steps with a non-finite loss or gradient. Its message names the last good checkpoint."""
+    """Raised after ten consecutive steps with a non-finite loss or gradient. The message names the newest intact checkpoint."""
 
 
 def fit(
@@ -65,11 +65,11 @@ def fit(
     shares: int | None = None,
     flops_per_token: float | None = None,
 ) -> Any:
-    """Trains until `state.step == steps` and returns the final state. Resumes from the newest good checkpoint in the workdir.
+    """Trains until `state.step == steps`, resuming from the newest intact checkpoint in the workdir, and returns the final state.
 
     Writes `metrics.jsonl`, TensorBoard events and `checkpoints/` under `workdir`. Every line of `metrics.jsonl` has step, loss
     (of that step; null if not finite), learning_rate, grad_norm, tokens_per_second (since the previous line), skipped (in total),
-    and, after an evaluation, its numbers as "evaluation/<name>". A step has at most one line, also after a resume.
+    and, after an evaluation, its numbers as "evaluation/<name>". Each step has at most one line, even after a resume.
 
     Args:
       step_fn: (state, batch) -> (state, metrics), from `jit_train_step`, `pmap_train_step` or `jax.jit`. It may donate the state.
@@ -81,20 +81,20 @@ def fit(
       workdir: directory of the run, created if it does not exist.
       config: a JSON value stored with each checkpoint.
       log_every, checkpoint_every: intervals in steps. The last step is always logged and saved.
-      keep: number of good checkpoints to keep.
+      keep: number of intact checkpoints to keep.
       evaluate: state -> numbers by name, called every `evaluate_every` steps and after the last step. It must not donate the state.
       evaluate_every: interval in steps. None evaluates after the last step only.
-      resume_command: command to print after an interruption. None prints this program's own command line.
+      resume_command: the command that resumes the run, printed after an interruption. None prints this program's command line.
       quiet: whether to print nothing except the resume command.
-      flops_per_token: floating-point operations of the model per token of a step, forward and backward. Given this, and where the
-        peak of the devices is known, every line also has mfu, the fraction of that peak.
+      flops_per_token: floating-point operations of the model per token of a step, forward and backward. If it is given and the
+        devices' peak is known, every line also has mfu, the fraction of that peak.
       shares: number of batches of the size that `batches` yields in one global batch. None means the number of processes.
 
     Raises:
       Interrupted: SIGINT or SIGTERM was received. It is raised after the current step has finished and, unless steps are being
         skipped, the state has been saved. With several processes, all of them raise it after the same step, soon after one of them
         received the signal. (A second SIGINT raises KeyboardInterrupt at once.)
-      ProcessLost: another process is gone. (If JAX itself aborts this process because of that, the same message is printed.)
+      ProcessLost: another process was lost. (If JAX itself aborts this process because of that, the same message is printed.)
       NonFiniteLoss: ten consecutive steps were not finite. No checkpoint is written while steps are being skipped, except after
         the last step.
       CheckpointError: there are checkpoints, but none can be used.
@@ -112,7 +112,7 @@ def fit(
     if restored is not None:
         state = restored.state
         if restored.step >= steps:
-            say(f"{workdir} is at step {restored.step} of {steps} already: done, nothing to train")
+            say(f"{workdir} is already at step {restored.step} of {steps}; nothing to train")
             return state
         _restore_iterator(batches, restored)
         say(f"resuming {workdir} from step {restored.step} of {steps}")
@@ -126,7 +126,7 @@ def fit(
 
     def state_message() -> str:
         done = checkpoints.steps()
-        return f"{workdir} is {_saved_at(done[-1] if done else 0)}. To go on, run:\n  {_command(resume_command)}"
+        return f"{workdir} is {_saved_at(done[-1] if done else 0)}. To resume, run:\n  {_command(resume_command)}"
 
     log = _Log(workdir, step, steps, quiet, flops_per_token)
     with noted_signals() as caught, log, PreemptionSync(step) as sync, on_peer_loss(state_message):
@@ -135,7 +135,7 @@ def fit(
             try:
                 batch = next(batches)
             except StopIteration:
-                raise ValueError(f"batches ended after step {step} of {steps}: repeat the data or lower steps") from None
+                raise ValueError(f"batches ended after step {step} of {steps}; repeat the data or reduce steps") from None
             state, metrics = step_fn(state, batch)
             step += 1
             streaks.append(metrics["skipped_in_a_row"])
@@ -156,14 +156,14 @@ def fit(
                 with clock.paused():
                     log.write(step, fetched, rate, evaluate(state) if evaluating else {})
             # Nothing is saved while steps are being skipped, so that the newest checkpoint predates any divergence. The state
-            # after the last step is always saved, but then the checkpoints that predate the skipped steps are kept.
+            # after the last step is always saved, but then the checkpoints from before the skipped steps are kept.
             if last or (streak == 0 and (save_due or stopping)):
                 with clock.paused():
                     save(prune=streak == 0)
                 save_due = False
             if stopping:
-                raise Interrupted(_farewell(workdir, step, saved, stopping, resume_command), stopping)
-    say(f"{workdir} is at step {step} of {steps}: done")
+                raise Interrupted(_interrupt_message(workdir, step, saved, stopping, resume_command), stopping)
+    say(f"{workdir} has finished {steps} steps")
     return state
 
 
@@ -173,7 +173,7 @@ def _restore_iterator(batches: Iterator[Any], restored: Any) -> None:
         return
     for _ in range(restored.step):
         if next(batches, None) is None:
-            raise ValueError(f"batches ended before step {restored.step}, where the run resumes: repeat the data")
+            raise ValueError(f"batches ended before step {restored.step}, at which the run resumes; repeat the data")
 
 
 def _check_streaks(streaks: list[np.ndarray], step: int, checkpoints: Checkpoints) -> int:
@@ -191,20 +191,20 @@ def _check_streaks(streaks: list[np.ndarray], step: int, checkpoints: Checkpoint
     if tenths:
         tenth = step - len(streaks) + 1 + tenths[0]
         good = checkpoints.newest_good()
-        where = "there is no checkpoint yet"
+        checkpoint = "there is no checkpoint yet"
         if good is not None:
-            where = f"the last good checkpoint is {checkpoints.directory / str(good)}"
+            checkpoint = f"the newest intact checkpoint is {checkpoints.directory / str(good)}"
         raise NonFiniteLoss(
             f"the loss or its gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row, from step "
-            f"{tenth - MAX_SKIPPED_IN_A_ROW + 1} to {tenth}; {where}. "
-            "A lower learning rate, a smaller clip_norm or float32 may help."
+            f"{tenth - MAX_SKIPPED_IN_A_ROW + 1} to {tenth}; {checkpoint}. "
+            "Try a lower learning rate, a smaller clip_norm or float32."
         )
     return int(streaks[-1])
 
 
-def _farewell(workdir: Path, step: int, saved: int, number: int, resume_command: str | None) -> str:
+def _interrupt_message(workdir: Path, step: int, saved: int, number: int, resume_command: str | None) -> str:
     name, command = signal.Signals(number).name, _command(resume_command)
-    text = f"interrupted by {name} at step {step}; {workdir} is {_saved_at(saved)}. To go on, run:\n  {command}"
+    text = f"interrupted by {name} at step {step}; {workdir} is {_saved_at(saved)}. To resume, run:\n  {command}"
     if jax.process_index() == 0:
         _say(text)
     return text
@@ -224,7 +224,7 @@ def _say(text: str) -> None:
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Defers SIGINT and SIGTERM, so that they do not end the program in the middle of a step: yields a list of those received."""
+    """Defers SIGINT and SIGTERM, so that they do not end the program in the middle of a step; yields a list of received signals."""
     caught: list[int] = []
 
     def note(number, frame):
@@ -253,7 +253,7 @@ class _Clock:
         leaf = batch["tokens"] if isinstance(batch, dict) and "tokens" in batch else None
         tokens = self.shares * (leaf.size if leaf is not None else jax.tree.leaves(batch)[0].shape[0])
         if self.first is None:
-            jax.block_until_ready(metrics)  # once per run, so that compile time does not enter later rates
+            jax.block_until_ready(metrics)  # once per run, so that later rates exclude compile time
             now = time.perf_counter()
             self.first, self.start = tokens / (now - self.start), now
         else:
@@ -350,7 +350,7 @@ class _Log:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Truncates a `metrics.jsonl` to the lines up to `step`. Also drops malformed lines, such as one cut short by a kill."""
+    """Truncates a `metrics.jsonl` to the lines up to `step`, and drops malformed lines, such as one cut short by a kill."""
     if not path.exists():
         return
     contents = path.read_bytes()

@@ -1,4 +1,4 @@
-"""The AdamW and Muon optimizers, and the masks that select the leaves each of them updates."""
+"""The AdamW and Muon optimizers, and the masks that select the leaves that each of them updates."""
 
 import itertools
 import math
@@ -34,7 +34,7 @@ def matrix_mask(params: Params) -> Any:
     """Returns a mask of the matrices that Muon updates: a pytree of bools with the structure of `params`.
 
     Selects, among the leaves of `decay_mask`, those with two dimensions, and leaves called query, key, value or out with three
-    dimensions. The latter count as one matrix with the heads merged: [D, N * H] or, for out, [N * H, D]. The leading axis of
+    dimensions. The latter are treated as one matrix with the heads merged: [D, N * H] or, for out, [N * H, D]. The leading axis of
     layers, which leaves below "layers" have (but not below "layers/0"), does not count as a dimension. Embeddings and output
     layers (head, lm_head, classifier) are excluded: Muon's authors leave them to AdamW.
     """
@@ -51,10 +51,10 @@ def _matrix_shape(path: Any, leaf: Any) -> tuple[int, ...] | None:
     if any("embed" in name for name in names) or {"head", "lm_head", "classifier"} & set(names):
         return None
     stacked = any(name == "layers" and not below.isdecimal() for name, below in itertools.pairwise(names))
-    layers, own = leaf.shape[:stacked], leaf.shape[stacked:]
-    if len(own) == 3 and {"query", "key", "value", "out"} & set(names):
-        own = (own[0] * own[1], own[2]) if "out" in names else (own[0], own[1] * own[2])
-    return (*layers, *own) if len(own) == 2 else None
+    layers, shape = leaf.shape[:stacked], leaf.shape[stacked:]
+    if len(shape) == 3 and {"query", "key", "value", "out"} & set(names):
+        shape = (shape[0] * shape[1], shape[2]) if "out" in names else (shape[0], shape[1] * shape[2])
+    return (*layers, *shape) if len(shape) == 2 else None
 
 
 def orthogonalized(matrices: jax.Array) -> jax.Array:
@@ -77,8 +77,8 @@ def _scale_by_orthogonalizing() -> optax.GradientTransformation:
 
     def direction(path, update):
         shape = _matrix_shape(path, update)
-        found = orthogonalized(update.reshape(shape)) * (0.2 * math.sqrt(max(shape[-2:])))
-        return found.reshape(update.shape).astype(update.dtype)
+        scaled = orthogonalized(update.reshape(shape)) * (0.2 * math.sqrt(max(shape[-2:])))
+        return scaled.reshape(update.shape).astype(update.dtype)
 
     return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(direction, updates))
 
@@ -107,16 +107,16 @@ def make_optimizer(
         m <- momentum * m + g
         x <- x - learning_rate * (0.2 sqrt(max(A, B)) orthogonalized(g + momentum * m) + weight_decay * x)
 
-    All other leaves take the AdamW step, at the same learning rate and weight decay: the factor 0.2 sqrt(max(A, B)) gives Muon's
-    step the size that Moonlight's authors measured for AdamW's. The iteration runs in the dtype of the gradient. It was published
-    in bfloat16, so low-precision matrix products do no harm.
+    All other leaves take the AdamW step with the same learning rate and weight decay: the factor 0.2 sqrt(max(A, B)) gives Muon's
+    step the size that Moonlight's authors measured for AdamW's. The iteration runs in the dtype of the gradient; it was published
+    in bfloat16, so that low-precision matrix products are sufficient.
 
     Args:
       learning_rate: a number, or a function of the count of applied steps (see `learning_rate_schedule`).
       beta1, beta2: decay rates of the first and second moment, in [0, 1).
       eps: constant added to sqrt(v^).
       weight_decay: weight decay of the leaves that `decay_mask` selects.
-      clip_norm: largest global norm of the gradient. None disables clipping.
+      clip_norm: maximum global norm of the gradient. None disables clipping.
       optimizer: "adamw" or "muon".
       momentum: momentum of Muon, in [0, 1).
       (All numbers may be traced, for example in a hyperparameter sweep.)

@@ -39,8 +39,7 @@ class TrainState:
         """Returns the parameters for evaluation and generation: the moving average if there is one, else `params`."""
         return self.params if self.ema is None else self.ema
 
-    # Not jax.tree_util.register_dataclass: it would add an entry for ema=None to checkpoints, and the checkpoints of states
-    # without an average have no such entry.
+    # jax.tree_util.register_dataclass would add an entry for ema=None, which checkpoints of states without an average lack.
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[str, ...]]:
         fields = {name: value for name, value in vars(self).items() if name != "ema" or value is not None}
         return tuple((jax.tree_util.GetAttrKey(name), value) for name, value in fields.items()), tuple(fields)
@@ -69,13 +68,13 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, seed: in
     def own(leaf):
         return jnp.array(leaf, dtype=leaf.dtype)
 
-    params = jax.tree.map(own, params)
+    params = jax.tree.map(copy, params)
     return TrainState(
         step=jnp.array(0, jnp.int32),
         params=params,
-        opt_state=jax.tree.map(own, optimizer.init(params)),
+        opt_state=jax.tree.map(copy, optimizer.init(params)),
         key=jax.random.key(seed),
         skipped=jnp.array(0, jnp.int32),
         skipped_in_a_row=jnp.array(0, jnp.int32),
-        ema=jax.tree.map(own, params) if ema else None,  # a separate copy, because both are donated
+        ema=jax.tree.map(copy, params) if ema else None,  # a separate copy, because both are donated
     )

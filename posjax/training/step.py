@@ -44,12 +44,12 @@ def make_train_step(
         memory use is that of one micro-batch.
       axis_name: mapped axis to sum over under `jax.pmap`; not needed for `jit` over sharded arrays. Each device then draws
         different noise.
-      ema_decay: decay in [0, 1) of the update ema <- ema_decay * ema + (1 - ema_decay) * params after every step. None for a state
-        without an average.
+      ema_decay: decay, in [0, 1), of the update ema <- ema_decay * ema + (1 - ema_decay) * params after every step. None for a
+        state without an average.
 
     Returns:
       The step. Its metrics are scalars: loss (nats per unit of weight), grad_norm (before clipping), weight (total weight of
-      the batch, which is the number of counted tokens), skipped, skipped_in_a_row, and learning_rate if the optimizer's state
+      the batch, i.e. the number of tokens that count), skipped, skipped_in_a_row, and learning_rate if the optimizer's state
       has one.
 
     Raises:
@@ -81,8 +81,10 @@ def make_train_step(
 
     def step(state, batch):
         if (ema_decay is None) != (state.ema is None):
-            kept = "no" if state.ema is None else "an"
-            raise ValueError(f"ema_decay must go with init_state(ema=True), got {ema_decay} for a state with {kept} average")
+            if state.ema is not None:
+                raise ValueError("ema_decay must be a number for a state with an average, got None")
+            hint = "create it with init_state(ema=True)"
+            raise ValueError(f"ema_decay must be None for a state without an average, got {ema_decay}; {hint}")
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
@@ -132,23 +134,21 @@ def make_train_step(
             metrics["learning_rate"] = rate
         return new_state, metrics
 
-    step.axis_name = axis_name  # ``parallel.steps`` refuses a step that was made for another form
+    step.axis_name = axis_name  # ``parallel.steps`` raises an error for a step with the wrong axis name
     return step
 
 
 def _micro_batches(batch: Batch, accumulate_steps: int) -> Batch:
     """Splits a batch [B, ...] into micro-batches [accumulate_steps, B / accumulate_steps, ...].
 
-    Micro-batch i has rows i, i + accumulate_steps, ... The split is strided, not contiguous, so that when B is sharded over
-    devices every micro-batch is spread over all of them and no row moves.
+    Micro-batch i has rows i, i + accumulate_steps, ... The split is strided, not contiguous, so that if B is sharded over devices,
+    every micro-batch is spread over all of them and no row moves.
     """
 
     def split(leaf):
         rows = leaf.shape[0]
         if rows % accumulate_steps:
-            raise ValueError(
-                f"accumulate_steps must divide the batch size (on each device): {accumulate_steps} does not divide {rows}"
-            )
+            raise ValueError(f"accumulate_steps must divide the batch size per device, {rows}, got {accumulate_steps}")
         return jnp.swapaxes(leaf.reshape(rows // accumulate_steps, accumulate_steps, *leaf.shape[1:]), 0, 1)
 
     return jax.tree.map(split, batch)

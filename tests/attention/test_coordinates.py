@@ -107,9 +107,9 @@ def test_the_cache(kind):
 
 def test_a_cache_must_have_been_made_for_them():
     plain = kv_cache.init_cache(pj.rope(), DIMS, B, max_length=T)
-    with pytest.raises(ValueError, match="the cache, which was made without a coordinate_dtype, got an array"):
+    with pytest.raises(ValueError, match="the cache, which was created without a coordinate_dtype, got an array"):
         kv_cache.attend(*operands(), pj.rope(), {}, plain, coordinates=jnp.zeros((T, 1)))
-    with pytest.raises(ValueError, match="the cache, which was made with a coordinate_dtype, got None"):
+    with pytest.raises(ValueError, match="the cache, which was created with a coordinate_dtype, got None"):
         cache = kv_cache.init_cache(pj.rope(), DIMS, B, max_length=T, coordinate_dtype=jnp.float32)
         kv_cache.attend(*operands(), pj.rope(), {}, cache)
 

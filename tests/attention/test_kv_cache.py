@@ -145,7 +145,7 @@ def test_what_each_encoding_caches():
     assert held("alibi + cope(4, gates='values')") == plain | {"bias 1 at.key": "values"}
     assert held("cope(4, gates='keys')") == plain | {"bias 0 at.key": "made by the encoding"}
     key = pj.cache_layout(pj.tupe(), DIMS, jnp.bfloat16)[0]
-    assert str(key) == f"key: widened keys, bfloat16[{K}, {2 * H + 2}], {K * (2 * H + 2) * 2} bytes a token"
+    assert str(key) == f"key: widened keys, bfloat16[{K}, {2 * H + 2}], {K * (2 * H + 2) * 2} bytes per token"
 
 
 @pytest.mark.parametrize("spec", ["tupe", "rope + cope(4, gates='content')"])
@@ -159,7 +159,7 @@ def test_the_listing_adds_up_to_the_cache(spec):
 def test_a_full_cache_says_so():
     cache = kv_cache.init_cache(None, DIMS, B, max_length=HALF)
     _, cache = through_cache(pj.identity(), TOKENS, cache, (0, HALF))
-    with pytest.raises(ValueError, match="max_length of the cache must be at least 12 to hold 6 more tokens, got 6"):
+    with pytest.raises(ValueError, match="max_length of the cache must be at least 12 to add 6 tokens, got 6"):
         through_cache(pj.identity(), TOKENS, cache, (HALF, T))
     query, key, value = project(TOKENS[:, :1])
     out, _ = jax.jit(lambda cache: kv_cache.attend(query, key, value, None, None, cache))(cache)
@@ -169,7 +169,7 @@ def test_a_full_cache_says_so():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "one of max_length and window must be given, got max_length=None and window=None"),
+        ({}, "exactly one of max_length and window must be set, got max_length=None and window=None"),
         ({"max_length": 4, "window": 2}, "one of max_length and window"),
         ({"max_length": 0}, "max_length must be an integer of at least 1, got 0"),
         ({"window": 0}, "window must be an integer of at least 1, got 0"),
@@ -284,7 +284,7 @@ def test_linear_attention_keeps_two_sums():
 def test_models_that_cannot_decode_say_so():
     for changes, window, message in (
         ({"is_causal": False}, None, "is_causal must be True to decode, got False"),
-        ({"attention": "linear"}, 3, "window must be None where attention='linear', got 3"),
+        ({"attention": "linear"}, 3, "window must be None with attention='linear', got 3"),
     ):
         with_params, params = build("rope", **changes)
         with pytest.raises(ValueError, match=message):

@@ -79,7 +79,7 @@ def test_slopes_of_each_head_where_a_call_sees_some_heads():
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(cut, cut, cut, P("model")), out_specs=cut)
     close(sharded(QUERY, KEY, VALUE, jnp.asarray(alibi_slopes(N))), want, 1e-5)
     without = jax.shard_map(lambda *x: pj.attention(*x, pj.alibi(), is_causal=True), mesh=mesh, in_specs=(cut,) * 3, out_specs=cut)
-    with pytest.raises(ValueError, match="slope must be given inside of a shard_map over the axis 'model'"):
+    with pytest.raises(ValueError, match="slope must be an array inside a shard_map over the axis 'model'"):
         without(QUERY, KEY, VALUE)
 
 
@@ -207,7 +207,7 @@ def test_windows_of_numpy_integers_and_lists(window):
     [
         (dict(scale=np.ones(T)), r"scale must be one number, got shape \(12,\)"),
         (dict(scale=np.inf), "scale must be positive and finite, got inf"),
-        (dict(logits_soft_cap=np.inf), "logits_soft_cap must be positive, got inf"),
+        (dict(logits_soft_cap=np.inf), "logits_soft_cap must be positive and finite, got inf"),
         (dict(local_window_size=[1, 2, 3]), "local_window_size must be a non-negative integer or a pair"),
         (dict(local_window_size=2.0), "local_window_size must be a non-negative integer or a pair"),
     ],
@@ -219,7 +219,7 @@ def test_options_that_no_implementation_takes(options, words, implementation):
 
 
 def test_a_traced_soft_cap_is_refused():
-    with pytest.raises(ValueError, match="logits_soft_cap must be a number, got a traced array"):
+    with pytest.raises(ValueError, match="logits_soft_cap must be a concrete number, got a traced array"):
         jax.jit(lambda cap: pj.attention(QUERY, KEY, VALUE, logits_soft_cap=cap))(5.0)
 
 
@@ -271,15 +271,15 @@ def test_the_cache_of_another_encoding_is_refused(made_for):
         if encoding == made_for:
             jax.eval_shape(attend, params)
             continue
-        with pytest.raises(ValueError, match="encoding must be the one that the cache was made for") as caught:
+        with pytest.raises(ValueError, match="encoding must be the one that the cache was created for") as caught:
             attend(params)
-        assert f"{made_for}, got {encoding}:" in str(caught.value)
+        assert f"{made_for}, got {encoding}" in str(caught.value)
 
 
 def test_the_cache_of_an_encoding_with_arrays_takes_it_with_others():
     cache = kv_cache.init_cache(pj.rope(theta=jnp.float32(500.0)), DIMS, B, max_length=T)
     jax.eval_shape(lambda theta: kv_cache.attend(QUERY, KEY, VALUE, pj.rope(theta=theta), {}, cache), jnp.float32(900.0))
-    with pytest.raises(ValueError, match=r"made for, rope\(theta='...'\), got rope\(\)"):
+    with pytest.raises(ValueError, match=r"created for, rope\(theta='...'\), got rope\(\)"):
         kv_cache.attend(QUERY, KEY, VALUE, pj.rope(), {}, cache)
 
 

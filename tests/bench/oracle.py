@@ -71,7 +71,7 @@ def _rows(spec: str, arrays: dict[str, Any], start: int, stop: int, options: Opt
             no_bias = (name == "tupe") and args["untie_cls"] and not args["released"]
             scores = scores + (np.where((i == 0) | (j == 0), 0.0, bias) if no_bias else bias)
         elif name.startswith("cope"):
-            met = {"content": key, "values": value}.get(args["gates"])
+            gate_keys = {"content": key, "values": value}.get(args["gates"])
             if args["gates"] == "keys":
                 met = np.einsum("bsd,dkh->bksh", arrays["hidden"][:, :stop], params["gate_kernel"])
                 met = np.repeat(met, query.shape[1] // met.shape[1], axis=1)
@@ -94,11 +94,11 @@ def _parameters(spec: str, arrays: dict[str, Any]) -> list[tuple[str, dict[str, 
     everything = members(spec)
     names = [name for name, _ in everything]
     if "tupe" in names and "rope" in names[names.index("tupe") :]:
-        raise NotImplementedError("the oracle has no rotation after tupe")
+        raise NotImplementedError(f"the oracle does not support rope after tupe in a chain, got {spec!r}")
     for name, args in everything:
-        own = "tupe-r" if name == "tupe" and args["relative"] else name
-        taken[own] = taken.get(own, -1) + 1
-        label = f"{own}_{taken[own]}" if taken[own] else own
+        base = "tupe-r" if name == "tupe" and args["relative"] else name
+        taken[base] = taken.get(base, -1) + 1
+        label = f"{base}_{taken[base]}" if taken[base] else base
         prefix = "params/" if len(everything) == 1 else f"params/{label}/"
         parts.append((name, args, {k.removeprefix(prefix): x for k, x in arrays.items() if k.startswith(prefix)}))
     return parts
@@ -120,7 +120,7 @@ def _rotate(x: Any, positions: np.ndarray, args: dict[str, Any]) -> Any:
 def _slopes(heads: int) -> np.ndarray:
     """Returns ALiBi's slopes: 2^(-8/P) and its powers, with P the largest power of two up to N heads.
 
-    The remaining heads have every other slope of 2 P heads.
+    The remaining heads get every other slope of 2 P heads.
     """
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (n + 1) / power) for n in range(power)]

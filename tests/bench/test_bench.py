@@ -182,7 +182,7 @@ def test_an_error_of_a_percent_and_200_megabytes_are_seen(finished):
 
 def test_who_dies_is_a_row_with_the_reason(finished):
     rows, out = finished
-    assert rows[3]["notes"] == ["killed, most likely for want of memory"]
+    assert rows[3]["notes"] == ["killed, most likely because it ran out of memory"]
     assert rows[3]["ms_min"] is None and rows[3]["error_out"] is None
     assert "function, test_bench:dying: killed, most likely" in (out / "attention.md").read_text()
 
@@ -227,7 +227,7 @@ def test_a_kernel_that_the_compiler_refuses_is_an_answer_that_says_what_to_do(tm
 def test_what_needs_more_memory_than_there_is_is_refused():
     if not Path("/proc/meminfo").exists():
         pytest.skip("the limit is Linux's")
-    with pytest.raises(MemoryError, match=r"needs 1048576\.0 GiB beside inputs and outputs, [\d.]+ GiB are free"):
+    with pytest.raises(MemoryError, match=r"needs 1048576\.0 GiB besides inputs and outputs, but only [\d.]+ GiB are free"):
         child._limit_memory(2**50)
 
 
@@ -310,7 +310,7 @@ def test_slow_peers_run_fewer_rounds_and_failures_in_company_keep_their_first_ti
     assert rows[0]["ms_min"] < 50_000 and rows[1]["ms_min"] == 100.0 and rows[3]["ms_min"] == 20_000.0
     assert rows[1]["notes"] == ["not timed in rounds: MemoryError"]
     (group,) = results.groups(rows)
-    assert "x-transformers cope(6), half: time of one call, the first of its process" in group[2][0]
+    assert "x-transformers cope(6), half: time of a single call, the first in its process" in group[2][0]
 
 
 # Who takes part ----------------------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def test_gates_of_a_trained_model(tmp_path, monkeypatch):
     other = inputs.make_inputs("cope(6)", "trained", 200, bench, recorded)  # longer than what there is, and other parameters
     np.testing.assert_array_equal(other["value"][0, 128:], recorded["value"].reshape(-1, 2, 4)[:72])
     assert other["params/embedding"].shape == (6, 4)
-    with pytest.raises(ValueError, match=r"layer must be below the 1 layers of .*, got 1"):
+    with pytest.raises(ValueError, match=r"layer must be below 1, the number of layers of workdir .*, got 1"):
         AttentionBench(workdir=config.workdir, layer=1, heads=2, head_dim=4)
     with pytest.raises(ValueError, match=r"got 4 and 64; add --heads 2 --head-dim 4$"):
         AttentionBench(workdir=config.workdir)
@@ -393,7 +393,7 @@ def test_gates_of_a_trained_model(tmp_path, monkeypatch):
 
 def test_the_command_says_what_can_be_benched(run):
     code, out, _ = run("bench")
-    assert code == 2 and "bench attention" in out
+    assert code == 2 and "  attention " in out
     code, _, error = run("bench", "atention")
     assert code == 1 and "did you mean attention?" in error
 
@@ -419,7 +419,7 @@ def test_help_explains_every_field_and_near_flags_are_named(run):
         (["--repeats", "0"], "repeats must be an integer of at least 1, got 0"),
         (["--peer-limit-seconds", "0"], "peer_limit_seconds must be positive, got 0.0"),
         (["--workdir", "nowhere"], "workdir must hold checkpoints"),
-        (["--out", "/dev/null/x"], "out must be a folder that can be written, got '/dev/null/x'"),
+        (["--out", "/dev/null/x"], "out must be a writable folder, got '/dev/null/x'"),
     ],
 )
 def test_wrong_input_is_told_at_once(run, flags, message):
@@ -436,7 +436,7 @@ def test_an_interruption_leaves_what_was_measured(run, tmp_path, monkeypatch):
     monkeypatch.setattr(attention.Jobs, "run", lambda self, job: device)
     monkeypatch.setattr(attention, "_measure", interrupted)
     code, _, error = run("bench", "attention", "--out", tmp_path, "--lengths", 8)
-    assert code == 130 and f"what was measured stands in {tmp_path}" in error
+    assert code == 130 and f"the results so far are in {tmp_path}" in error
     rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
     assert rows[0]["ms_min"] == 1.0 and rows[0]["ratio_to_jax_nn"] == 1.0
     assert rows[1]["ms_min"] is None

@@ -162,8 +162,8 @@ def test_targets_are_met_missed_or_not_measured():
         "time of rope + cope(64) over identity's, half gates, forward and backward": (1.25, None, None),
         "speed of identity over cuDNN's, forward": (0.6, 0.5, False),
         "speed of identity over cuDNN's, forward and backward": (0.6, None, None),
-        "tokens a second of the decoder's prefill, cope(64) over rope, 4,096 tokens": (0.9, 0.95, True),
-        "tokens a second of the decoder's prefill, rope + cope(64) over rope, 4,096 tokens": (0.9, None, None),
+        "tokens per second of the decoder's prefill, cope(64) over rope, 4,096 tokens": (0.9, 0.95, True),
+        "tokens per second of the decoder's prefill, rope + cope(64) over rope, 4,096 tokens": (0.9, None, None),
     }
     heading, _, lines, _ = gpu.groups(rows)[-1]
     assert heading == "targets" and [line[1:] for line in lines[:2]] == [
@@ -241,7 +241,7 @@ def test_when_the_time_is_over_rows_say_so(tmp_path, monkeypatch):
     config = dataclasses.replace(TINY, seconds=1e-6, layers=1, embed_dim=128, contexts=(8, 16), out=str(tmp_path))
     rows = gpu.run(config, quiet=True, implementation="xla_chunked")
     assert [row["section"] for row in rows] == ["speed"] * 4 + ["accuracy"] * 2 + ["decoder"] * 2
-    assert all(row["notes"] == ["not measured: the time was over"] for row in rows)
+    assert all(row["notes"] == ["not measured: the time limit was reached"] for row in rows)
     assert json.loads((tmp_path / "gpu.json").read_text())["rows"] == rows
     assert not (tmp_path / "gpu.png").exists()
     gpu.show(rows)
@@ -410,7 +410,7 @@ def test_an_interruption_leaves_what_was_measured(run, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "speed", lambda *args: iter([timed("identity, pallas", 2.0)]))
     monkeypatch.setattr(gpu, "decoder", interrupted)
     code, _, error = run("bench", "gpu", "--sections", "speed", "decoder", "--out", tmp_path)
-    assert code == 130 and f"what was measured stands in {tmp_path}" in error
+    assert code == 130 and f"the results so far are in {tmp_path}" in error
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert [row["section"] for row in written["rows"]] == ["speed", "decoder"]
     assert {path.name for path in tmp_path.iterdir()} == set(gpu.FILES)
@@ -418,7 +418,7 @@ def test_an_interruption_leaves_what_was_measured(run, tmp_path, monkeypatch):
 
 # The command line --------------------------------------------------------------------------------------------------------
 
-NEEDS = "posjax bench gpu needs an NVIDIA GPU; jax's platform here is cpu. posjax bench attention measures on any"
+NEEDS = "posjax bench gpu needs an NVIDIA GPU, but jax's platform is cpu. posjax bench attention runs on any device"
 
 
 def test_without_a_gpu_the_command_says_what_works(run, tmp_path):
@@ -449,7 +449,7 @@ def test_help_explains_every_field(run, what):
     code, out, _ = run("bench", what, "--help")
     options = {"gpu": GpuBench, "tune": tune.Tune}[what]
     assert code == 0 and all(f"--{field.name.replace('_', '-')} " in out for field in dataclasses.fields(options))
-    assert f"bench {what}" in run("bench")[1]
+    assert f"  {what} " in run("bench")[1]
 
 
 @pytest.mark.parametrize(("flags", "code"), [([], 1), (["--nonsense", "1"], 2), (["--length", "1"], 2), (["--help"], 0)])
@@ -465,7 +465,7 @@ def test_the_module_is_a_command_without_tyro(capsys, tmp_path, monkeypatch, fla
         assert "length must be an integer of at least 2, got 1" in printed.err
     if not code:
         assert all(f"--{field.name.replace('_', '-')} " in printed.out for field in dataclasses.fields(GpuBench))
-        assert "when to stop; what is being measured then is brought to its end. (420.0)" in " ".join(printed.out.split())
+        assert "time limit; the measurement in progress is completed. (default: 420.0)" in " ".join(printed.out.split())
 
 
 def test_the_module_when_interrupted(capsys, monkeypatch):
@@ -475,7 +475,7 @@ def test_the_module_when_interrupted(capsys, monkeypatch):
     monkeypatch.setattr(gpu, "run", interrupted)
     with pytest.raises(SystemExit) as end:
         command.main(gpu, GpuBench, ["--out", "here"])
-    assert end.value.code == 130 and "interrupted; what was measured stands in here" in capsys.readouterr().err
+    assert end.value.code == 130 and "interrupted; the results so far are in here" in capsys.readouterr().err
 
 
 def test_flags_are_read_like_the_fields():

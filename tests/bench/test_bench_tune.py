@@ -62,8 +62,8 @@ def planted(monkeypatch):
     ("factor", "note"),
     [
         (math.inf, "RuntimeError: RESOURCE_EXHAUSTED: Shared memory size limit exceeded"),
-        (1.5, "wrong: the output by 5.0e-01 of its norm, gradients by 5.0e-01"),
-        (math.nan, "wrong: the output by nan of its norm, gradients by nan"),
+        (1.5, "wrong: relative error 5.0e-01 of the output, 5.0e-01 of gradients"),
+        (math.nan, "wrong: relative error nan of the output, nan of gradients"),
         (1.01, None),
     ],
 )
@@ -190,13 +190,13 @@ def test_the_faster_lowering_comes_first(monkeypatch):
 
 # What goes wrong, and the command line -----------------------------------------------------------------------------------
 
-NEEDS = "posjax bench tune needs an NVIDIA GPU; jax's platform here is cpu. Without one the kernels take the blocks of "
+NEEDS = "posjax bench tune needs an NVIDIA GPU, but jax's platform is cpu. Without one, the kernels use the blocks in "
 
 
 def test_when_the_time_is_over_rows_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "_Bench", None)
     rows = tune.run(Tune(seconds=1e-9, out=str(tmp_path)), quiet=True, anywhere=True)
-    assert [row["notes"] for row in rows] == [["not measured: the time was over"]] * 12
+    assert [row["notes"] for row in rows] == [["not measured: the time limit was reached"]] * 12
     assert not any(row["best"] for row in rows)
     assert json.loads((tmp_path / "gpu_blocks.json").read_text()) == table(json.loads(SHIPPED.read_text()), 80, [])
 
@@ -212,7 +212,7 @@ def test_an_interruption_leaves_the_kinds_that_are_done(run, tmp_path, monkeypat
     monkeypatch.setattr(tune, "check_gpu", lambda *what: None)
     monkeypatch.setattr(tune, "_search", search)
     code, _, error = run("bench", "tune", "--out", tmp_path)
-    assert code == 130 and f"what was measured stands in {tmp_path}" in error
+    assert code == 130 and f"the results so far are in {tmp_path}" in error
     assert len(json.loads((tmp_path / "tune.json").read_text())["rows"]) == 1
     lines = json.loads((tmp_path / "gpu_blocks.json").read_text())
     assert next(x["block_q"] for x in lines if (x["bytes"], x["channels"], x["counts"]) == (2, 128, False)) == 16
@@ -249,9 +249,9 @@ def test_the_module_is_a_command_without_tyro(capsys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"channels": (65,)}, "channels must be of 64, 128, 288, got 65"),
+        ({"channels": (65,)}, "channels must be among 64, 128, 288, got 65"),
         ({"dtypes": ()}, r"dtypes must not be empty, got \(\)"),
-        ({"encodings": ("identity", "rope")}, "encodings must be at most one that counts and one that does not, got"),
+        ({"encodings": ("identity", "rope")}, "encodings must have at most one that is contextual and one that is not, got"),
         ({"seconds": -1.0}, "seconds must be positive, got -1.0"),
         ({"length": 1}, "length must be an integer of at least 2, got 1"),
     ],

@@ -168,7 +168,7 @@ def test_interrupted(run, straight):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    step = int(re.search(r"interrupted by SIGINT at step (\d+); it stops is saved at step \1. To go on, run:\n", out)[1])
+    step = int(re.search(r"interrupted by SIGINT at step (\d+); it stops is saved at step \1. To resume, run:\n", out)[1])
     assert Checkpoints("it stops/checkpoints").steps()[-1] == step < STEPS
     name, *argv = shlex.split(out.splitlines()[-1])
     assert (name, argv) == ("posjax", ["train", "tiny.py", "--workdir", "it stops"])
@@ -200,7 +200,7 @@ def test_what_a_run_leaves_and_a_run_that_is_done(run, straight):
     assert set(row["metrics"]["bits_per_byte"]) == {"16", "32"} and row["metrics"]["limit"] is None
     before = files(straight / "checkpoints") | {path: path.read_bytes() for path in straight.glob("*.json*")}
     code, out, _ = run("train", "tiny.py", "--workdir", "straight")
-    assert code == 0 and "done" in out
+    assert code == 0 and "already trained and evaluated" in out
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -219,7 +219,7 @@ def test_another_config_is_refused(run, straight):
     before = files(straight)
     code, _, err = run("train", "tiny.py", "--workdir", "straight", "--num_heads", "4", "--learning_rate", "0.5")
     assert code == 1 and "Traceback" not in err
-    assert "num_heads=2 there and 4 here, learning_rate=0.001 there and 0.5 here; use another --workdir" in err
+    assert "num_heads is 2 there and 4 here, learning_rate is 0.001 there and 0.5 here; use another --workdir" in err
     assert files(straight) == before
 
 
@@ -305,7 +305,7 @@ def test_compare_goes_on_with_what_is_missing(run, home):
     assert code == 0, err
     assert (done.stat().st_mtime_ns, done.read_bytes()) == before
     first, others = out.split("2 of 4: learned, seed 1")
-    assert "table/learned/seed-0 is trained and evaluated already: done" in first and "tokens/s" not in first
+    assert "table/learned/seed-0 is already trained and evaluated" in first and "tokens/s" not in first
     assert "4 of 4: rope, seed 1" in others and "already" not in others
 
     rows = results("table")
@@ -325,7 +325,7 @@ def test_compare_goes_on_with_what_is_missing(run, home):
     }
     again = files("table")
     code, out, _ = run(*command)
-    assert code == 0 and out.count("trained and evaluated already: done") == 4
+    assert code == 0 and out.count("already trained and evaluated") == 4
     assert {path: data for path, data in files("table").items() if path.suffix != ".png"} == {
         path: data for path, data in again.items() if path.suffix != ".png"
     }
@@ -406,7 +406,7 @@ WRONG = [
     ((*TINY, "--dropout_rate", "1.5"), 2, r"dropout_rate must lie in \[0, 1\), got 1.5"),
     ((*TINY, "--num_heads", "3"), 2, "num_heads must divide embed_dim=16 .*, got 3"),
     ((*TINY, "--num_kv_heads", "4"), 2, "num_kv_heads must divide num_heads=2, got 4"),
-    ((*TINY, "--eval_lengths", "0"), 2, r"eval_lengths must be multiples of seq_length of at least 1, got \(0,\)"),
+    ((*TINY, "--eval_lengths", "0"), 2, r"eval_lengths must be multiples of seq_length, integers of at least 1, got \(0,\)"),
     ((*TINY, "--tokenizer", "bpe", "--vocab_size", "9"), 2, "vocab_size must be an integer of at least 259, got 9"),
     ((*TINY, "--encoding", "roppe"), 1, "encoding must be made of .*, got 'roppe' in 'roppe'; did you mean 'rope'"),
     ((*TINY, "--encoding", "rope +"), 1, r"encoding must look like 'rope' or .*, got 'rope \+'"),
@@ -416,20 +416,20 @@ WRONG = [
     (
         (*TINY, "--encoding", "alibi", "--attention", "linear"),
         1,
-        "encoding 'alibi' does not fit .* must act by rotation alone.*alibi",
+        "encoding 'alibi' does not fit .* must act only by rotation.*alibi",
     ),
     ((*TINY, "--encoding", "cope(8)", "--task", "mlm"), 1, r"encoding 'cope\(8\)' does not fit .*is_causal.*"),
     ((*TINY, "--batch_size", "12"), 1, "batch_size must be a multiple of 8 on 8 devices with accumulate_steps=1, got 12"),
     ((*TINY, "--accumulate_steps", "3"), 1, "batch_size must be a multiple of 24 on 8 devices with accumulate_steps=3, got 8"),
     ((*TINY, "--accumulate_steps", "2", "--parallel", "pmap"), 1, "batch_size must be a multiple of 16 on 8 devices .*, got 8"),
-    ((*TINY, "--data", "texxt"), 1, "data 'texxt' cannot be used: .*a file or folder that exists.*; did you mean 'text'"),
-    ((*TINY, "--data", "empty"), 1, "data 'empty' cannot be used: source must hold text"),
+    ((*TINY, "--data", "texxt"), 1, "data 'texxt' cannot be used: .*an existing file or folder.*; did you mean 'text'"),
+    ((*TINY, "--data", "empty"), 1, "data 'empty' cannot be used: source must contain text"),
     (
         (*TINY, "--data", "binary.txt"),
         1,
-        "data 'binary.txt' cannot be used: source must hold UTF-8 text only.*convert it or move it",
+        "data 'binary.txt' cannot be used: source must contain only UTF-8 text.*convert or move the file",
     ),
-    ((*TINY, "--data", "dangling"), 1, "cannot read .*gone.txt .No such file.*correct it or take it out"),
+    ((*TINY, "--data", "dangling"), 1, "cannot read .*gone.txt .No such file.*make it readable or remove it"),
     (
         (*TINY, "--data", "short.txt", "--seq_length", "64"),
         1,
@@ -439,7 +439,7 @@ WRONG = [
     ((*TINY, "--data", "tfds:imdb_review"), 1, "data 'tfds:imdb_review' cannot be used: .*; did you mean 'imdb_reviews'"),
     ((*TINY, "--data_dir", "file/below"), 1, "file/below"),
     ((*TINY, "--task", "flip_flop", "--seq_length", "5"), 1, "length must be .*even.*got 5"),
-    ((*TINY, "--workdir", "file"), 1, "workdir must be a folder that can be written, got 'file'"),
+    ((*TINY, "--workdir", "file"), 1, "workdir must be a writable folder, got 'file'"),
     (
         (*TINY, "--workdir", "broken"),
         1,

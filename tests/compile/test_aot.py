@@ -166,7 +166,7 @@ def test_topologies_are_checked(topology):
 
 @pytest.mark.parametrize("topology", ["h200", "h200:", "h200:1x8", "a100:1x1x"])
 def test_topologies_of_gpus_are_checked(topology):
-    with pytest.raises(ValueError, match="topology must be a GPU and a number of slices, hosts and GPUs, such as"):
+    with pytest.raises(ValueError, match="topology must be a GPU and the numbers of slices, hosts and GPUs per host"):
         aot.compile_all([], topology)
 
 
@@ -321,7 +321,7 @@ def test_a_kernel_on_two_chips(monkeypatch):
     assert kernel.name.startswith("walk") and "pallas_call" in kernel.op_name
     assert kernel.vmem >= 4 * 2 * 128 * 128
     grid, inner = kernel.loops
-    assert (grid.depth, inner.depth) == (1, 2) and grid.holds(inner)
+    assert (grid.depth, inner.depth) == (1, 2) and grid.contains(inner)
     assert kernel.bundles > grid.bundles > inner.bundles > 128 * 128 // (8 * 256)
     assert kernel.tiles == ((inner, inner.bundles),)
     (quick,) = aot.compile_ahead(f"{HERE}:walking", {"length": 1024}, "v6e:2x2", schedules=False).kernels
@@ -395,7 +395,7 @@ def test_jobs_are_those_of_posjax_and_splash():
         ({"encodings": (), "peers": False}, "encodings must not be empty without peers"),
         ({"encodings": ("cope(64) / identity",)}, "encodings must each be for one layer"),
         ({"seq_len": 1}, "seq_len must be an integer of at least 2, got 1"),
-        ({"kv_heads": 3}, "kv_heads must divide heads, 8, got 3"),
+        ({"kv_heads": 3}, "kv_heads must divide heads=8, got 3"),
         ({"tile": 192}, "tile must be a multiple of 128, got 192"),
     ],
 )

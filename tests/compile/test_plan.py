@@ -222,8 +222,8 @@ def test_the_command(config, on_cpus, capsys, tmp_path):
     cli.main(["plan", config, "--topology", "h200:1x1x8", "--mesh", "data=2,fsdp=4", "--out", str(out)])
     said = capsys.readouterr().out
     assert "on h200:1x1x8, 8 devices: data 2, fsdp 4, context 1, tensor 1" in said
-    assert "16 sequences of 256 tokens a step, 4,096 in all" in said
-    assert "Fits. A device keeps 1/4 of the large weights" in said and "Of 16 sequences it has 2" in said
+    assert "16 sequences of 256 tokens per step, 4,096 tokens in total" in said
+    assert "Fits. Each device stores 1/4 of the large weights" in said and "processes 2 of 16 sequences" in said
     (stored,) = json.loads(out.read_text())
     assert stored["mesh"]["fsdp"] == 4 and stored["memory"]["parameters"] > 0
 
@@ -232,7 +232,7 @@ def test_the_command(config, on_cpus, capsys, tmp_path):
 def test_a_search_ranks_those_that_fit_by_their_time(config, on_cpus, capsys):
     cli.main(["plan", config, "--topology", "h200:1x1x8", "--search", "--candidates", "3"])
     said = capsys.readouterr().out
-    ranking = said[: said.index("Memory of a device")]
+    ranking = said[: said.index("Memory per device")]
     assert ranking.count(" yes ") == 3  # of one mesh, each policy
     times = [float(line.split()[-2]) for line in ranking.splitlines() if " yes " in line]
     assert times == sorted(times)
@@ -262,10 +262,11 @@ def test_what_does_not_fit_says_what_to_change(config, monkeypatch, capsys):
     monkeypatch.setattr(plan.aot, "compile_all", too_small)
     cli.main(["plan", config, "--topology", "h200:1x1x8", "--mesh", "data=8"])
     said = capsys.readouterr().out
-    assert "Does not fit: 20.50 GiB of 141.0" in said
-    advised = [line.strip() for line in said[said.index("To make it smaller:") :].splitlines()[1:] if line.strip()]
-    assert advised[0].startswith("--remat full") and advised[1].startswith("--accumulate_steps 2 has 1 of a device's 2 sequences")
-    assert any(line.startswith("--mesh fsdp=8 cuts the state over all devices") for line in advised)
+    assert "Does not fit: needs 20.50 of 141.0 GiB" in said
+    advised = [line.strip() for line in said[said.index("To reduce memory, try:") :].splitlines()[1:] if line.strip()]
+    assert advised[0].startswith("--remat full")
+    assert advised[1].startswith("--accumulate_steps 2 processes 1 of a device's 2 sequences")
+    assert any(line.startswith("--mesh fsdp=8 shards the state over all devices") for line in advised)
     assert advised[-1] == "a topology with more devices"
 
 
@@ -276,7 +277,7 @@ def test_advice_begins_with_what_is_largest():
     of_state = Plan(**some, mesh=mesh, remat="full", memory={"parameters": 4, "optimizer": 8, "activations": 1})
     assert advice(of_state, config)[0].startswith("--mesh fsdp=8 ")
     of_activations = dataclasses.replace(of_state, memory={"parameters": 1, "activations": 9})
-    assert advice(of_activations, config)[0] == "--mesh data=4,context=2 cuts each sequence over 2 devices"
+    assert advice(of_activations, config)[0] == "--mesh data=4,context=2 shards each sequence over 2 devices"
 
 
 @pytest.mark.parametrize(("batch", "length"), [(16, 8192), (4, 131_072), (1024, 8192)])

@@ -99,9 +99,9 @@ BAD = {
     "t5: odd buckets": (
         lambda: pj.t5(num_buckets=7, bidirectional=True),
         ValueError,
-        r"num_buckets must be even where bidirectional=True, got 7",
+        r"num_buckets must be even with bidirectional=True, got 7",
     ),
-    "t5: max_distance": (lambda: pj.t5(32, 16), ValueError, r"max_distance must be .* past the 16 exact buckets.*, got 16"),
+    "t5: max_distance": (lambda: pj.t5(32, 16), ValueError, r"max_distance must be .* above the 16 exact buckets.*, got 16"),
     "t5: max_distance a float": (lambda: pj.t5(32, 64.0), ValueError, r"max_distance must be an integer.*, got 64\.0"),
     "tupe: buckets": (lambda: pj.tupe(num_buckets=2), ValueError, r"num_buckets must be .* at least 4, got 2"),
     "cope: max_position 1": (lambda: pj.cope(1), ValueError, r"max_position must be .* at least 2, got 1"),
@@ -130,28 +130,32 @@ BAD = {
     "cope_alibi: gates": (lambda: pj.cope_alibi(gates="no"), ValueError, r"gates must be 'logits', .* got 'no'"),
     "cope_mlp: hidden_dim": (lambda: pj.cope_mlp(hidden_dim=0), ValueError, r"hidden_dim must be .* at least 1, got 0"),
     "cope_mlp: gates": (lambda: pj.cope_mlp(gates=None), ValueError, r"gates must be 'logits', .* got None"),
-    "chain: nothing": (lambda: pj.chain(), ValueError, r"chain needs at least one encoding, got none; identity\(\)"),
+    "chain: nothing": (lambda: pj.chain(), ValueError, r"encodings must be at least one, got none; identity\(\)"),
     "chain: a function": (
         lambda: pj.chain(pj.rope),
         TypeError,
-        r"chain takes PositionalEncoding values such as rope\(\), got the class Rope; call it: rope",
+        r"encodings must be PositionalEncoding values such as rope\(\), got the class Rope; call it: rope",
     ),
-    "chain: a list": (lambda: pj.chain([pj.rope()]), TypeError, r"chain takes PositionalEncoding values such as rope\(\), got \["),
+    "chain: a list": (
+        lambda: pj.chain([pj.rope()]),
+        TypeError,
+        r"encodings must be PositionalEncoding values such as rope\(\), got \[",
+    ),
     # parameters of an encoding
     "learned: no length": (
         lambda: pj.learned().init(jax.random.key(0), pj.Dims(2, 4)),
         ValueError,
-        r"max_length must be given for learned.*got None",
+        r"max_length must be a number for learned, got None",
     ),
     "tupe: no length": (
         lambda: pj.tupe().init(jax.random.key(0), pj.Dims(2, 4)),
         ValueError,
-        r"max_length must be given for tupe.*got None",
+        r"max_length must be a number for tupe, got None",
     ),
     "learned: no params": (
         lambda: pj.learned().embed({}, X, pj.Tokens.at(jnp.arange(T)[None])),
         ValueError,
-        r"params of learned must hold 'embedding', got .*; pass what encoding.init",
+        r"params of learned must have the key 'embedding', got .*; pass the result of encoding.init",
     ),
     "t5: no params": (lambda: call(pj.t5()), ValueError, r"params of t5 must hold 'bias', got .*encoding.init"),
     "tupe: no params of TUPE-R": (
@@ -173,32 +177,32 @@ BAD = {
     "cope: other params": (
         lambda: call(pj.cope(8), {"bias": X}, is_causal=True),
         ValueError,
-        r"params of cope must hold 'embedding', got \['bias'\]; .*encoding.init",
+        r"params of cope must have the key 'embedding', got \['bias'\]; .*encoding.init",
     ),
     "cope_alibi: no params": (
         lambda: call(pj.cope_alibi(learned=True), is_causal=True),
         ValueError,
-        r"params of cope_alibi must hold 'slope', got",
+        r"params of cope_alibi must have the key 'slope', got",
     ),
     "cope_mlp: no params": (
         lambda: call(pj.cope_mlp(), is_causal=True),
         ValueError,
-        r"params of cope_mlp must hold 'weight_out', got",
+        r"params of cope_mlp must have the key 'weight_out', got",
     ),
     "cope_mlp: part of the params": (
         lambda: call(pj.cope_mlp(8), {"weight_out": ones(8, H)}, is_causal=True),
         ValueError,
-        r"params of cope_mlp must hold 'weight_in', got",
+        r"params of cope_mlp must have the key 'weight_in', got",
     ),
     "chain: params of one member": (
         lambda: call(pj.chain(pj.t5(), pj.cope(8)), {"t5": made(pj.t5())}, is_causal=True),
         ValueError,
-        r"params of cope must hold 'embedding', got",
+        r"params of cope must have the key 'embedding', got",
     ),
     "cope keys: no hidden": (
         lambda: with_params(pj.cope(8, gates="keys")),
         ValueError,
-        r"hidden must be given for cope, got None: the array \[B, T, D\] that query, key and value were projected from",
+        r"hidden must be an array \[B, T, D\] for cope, got None; pass the activations that query, key and value were",
     ),
     "hidden of another length": (
         lambda: call(pj.identity(), hidden=ones(B, T + 1, 4)),
@@ -208,7 +212,7 @@ BAD = {
     "coordinates on one side": (
         lambda: call(pj.rope(), query_coordinates=jnp.zeros((T, 1))),
         ValueError,
-        r"key_coordinates must be given where the other side's coordinates are, got None",
+        r"key_coordinates must be an array if the other side's coordinates are given, got None",
     ),
     "coordinates of another length": (
         lambda: call(pj.rope(), query_coordinates=jnp.zeros((T + 1, 1)), key_coordinates=jnp.zeros((T, 1))),
@@ -223,12 +227,12 @@ BAD = {
     "coordinates of two types": (
         lambda: call(pj.rope(), query_coordinates=jnp.zeros((T, 1), int), key_coordinates=jnp.zeros((T, 1))),
         ValueError,
-        r"query_coordinates and key_coordinates must have as many axes and one dtype, got int32\[1, 4, 1\] and float32\[1, 4, 1\]",
+        r"key_coordinates must have the same number of axes and the same dtype, got int32\[1, 4, 1\] and float32\[1, 4, 1\]",
     ),
     "fractions in a table of positions": (
         lambda: pj.learned().embed(made(pj.learned()), X, pj.Tokens(jnp.arange(T)[None], jnp.zeros((1, T, 1)))),
         ValueError,
-        r"coordinates must be integers for learned, which has a vector for each position, got float32",
+        r"coordinates must be integers for learned, which has a vector per position, got float32",
     ),
     "keys out of order": (
         lambda: call(
@@ -239,12 +243,12 @@ BAD = {
             segment_ids=(jnp.ones((B, T), int), jnp.ones((B, T), int)),
         ),
         ValueError,
-        r"key_positions must not fall along a segment for cope_alibi, which sums over .*, got 2 before 1 in row 0",
+        r"key_positions must not decrease along a segment for cope_alibi, which sums over .*, got 2 before 1 in row 0",
     ),
     "a scan without needs_causal": (
         lambda: call(pj.encoding("mine", attend=pj.cope_alibi().attend), {}, is_causal=True),
         ValueError,
-        r"needs_causal must be True for mine, whose bias is a Scan, got False",
+        r"needs_causal must be True for mine, which has a Scan, got False",
     ),
     "cope: embedding of another size": (
         lambda: with_params(pj.cope(8), embedding=ones(7, H)),
@@ -295,17 +299,17 @@ BAD = {
     "learned: a long sequence": (
         lambda: pj.learned().embed(made(pj.learned()), ones(B, 6, N * H), pj.Tokens.at(jnp.arange(6)[None])),
         ValueError,
-        r"learned has positions for a max_length of 5, got a sequence that needs 6; .*rope\(\)",
+        r"positions must be below the max_length of learned, 5, got a sequence that needs 6; .*rope\(\)",
     ),
     "learned: a long sequence under jit": (
         lambda: jax.jit(pj.learned().embed)(made(pj.learned()), ones(B, 6, N * H), pj.Tokens(jnp.arange(6)[None])),
         ValueError,
-        r"learned has positions for a max_length of 5, got a sequence that needs 6",
+        r"positions must be below the max_length of learned, 5, got a sequence that needs 6",
     ),
     "learned: a far position": (
         lambda: pj.learned().embed(made(pj.learned()), X, pj.Tokens.at(jnp.array([[0, 1, 2, 9]]))),
         ValueError,
-        r"max_length of 5, got a sequence that needs 10",
+        r"max_length of learned, 5, got a sequence that needs 10",
     ),
     "learned: a negative position": (
         lambda: pj.learned().embed(made(pj.learned()), X, pj.Tokens.at(jnp.array([[-1, 0, 1, 2]]))),
@@ -315,17 +319,17 @@ BAD = {
     "tupe: a far position": (
         lambda: call(pj.tupe(), made(pj.tupe()), key_positions=jnp.array([0, 1, 2, 5])),
         ValueError,
-        r"tupe has positions for a max_length of 5, got a sequence that needs 6",
+        r"positions must be below the max_length of tupe, 5, got a sequence that needs 6",
     ),
     "tupe: a long sequence": (
         lambda: call(pj.tupe(), made(pj.tupe()), key=ones(B, S, K, H), value=ones(B, S, K, H)),
         ValueError,
-        r"tupe has positions for a max_length of 5, got a sequence that needs 6",
+        r"positions must be below the max_length of tupe, 5, got a sequence that needs 6",
     ),
     "positions: negative": (
         lambda: call(query_positions=jnp.arange(T) - 1),
         ValueError,
-        r"query_positions must not be negative, got -1; mask",
+        r"query_positions must not be negative, got -1; exclude",
     ),
     "positions: floats": (lambda: call(key_positions=jnp.arange(4.0)), ValueError, r"key_positions must be integers, got float32"),
     "positions: too few": (
@@ -449,7 +453,7 @@ BAD = {
     "block_sizes: of dense attention": (
         lambda: blocks(pj.Blocks(128, 128, 128, 128), "xla"),
         ValueError,
-        r"block_sizes must be None with implementation='xla', got Blocks.*; implementation='pallas' has",
+        r"block_sizes must be None with implementation='xla', got Blocks.*; they apply to implementation='pallas'",
     ),
     "block_sizes: of the walk in XLA": (
         lambda: blocks(pj.Blocks(128, 128, 128, 128), "xla_chunked"),
@@ -459,7 +463,11 @@ BAD = {
     "scale: zero": (lambda: call(scale=0.0), ValueError, r"scale must be positive and finite, got 0\.0; None"),
     "scale: negative": (lambda: call(scale=-1), ValueError, r"scale must be positive and finite, got -1; None"),
     "scale: nan": (lambda: call(scale=float("nan")), ValueError, r"scale must be positive and finite, got nan; None"),
-    "soft cap: zero": (lambda: call(logits_soft_cap=0.0), ValueError, r"logits_soft_cap must be positive, got 0\.0; None"),
+    "soft cap: zero": (
+        lambda: call(logits_soft_cap=0.0),
+        ValueError,
+        r"logits_soft_cap must be positive and finite, got 0\.0; None",
+    ),
     "mask: integers": (
         lambda: call(mask=ones(T, T, dtype=jnp.int32)),
         ValueError,
@@ -557,7 +565,7 @@ BAD = {
     "weights: value gates without values": (
         lambda: weights(pj.cope_alibi(gates="values"), is_causal=True),
         ValueError,
-        r"value must be given .*gates='values'.*got None",
+        r"value must be an array .*gates='values'.*got None",
     ),
     "weights: value of another length": (
         lambda: weights(value=ones(B, 3, K, H)),
@@ -565,11 +573,11 @@ BAD = {
         r"value must have shape .*got \(2, 3, 2, 8\)",
     ),
     # linear attention
-    "linear: biases": (lambda: linear(pj.alibi()), ValueError, r"encoding must act by rotation alone .*got alibi; rope\(\)"),
+    "linear: biases": (lambda: linear(pj.alibi()), ValueError, r"encoding must act only by rotation .*rope\(\), got alibi"),
     "linear: widened heads": (
         lambda: linear(pj.tupe(), made(pj.tupe())),
         ValueError,
-        r"encoding must act by rotation alone .*got tupe; rope\(\)",
+        r"encoding must act only by rotation .*rope\(\), got tupe",
     ),
     "linear: TUPE-R": (
         lambda: linear(pj.tupe(relative=True), made(pj.tupe(relative=True))),
@@ -580,7 +588,7 @@ BAD = {
     "linear: causal of two lengths": (
         lambda: linear(key=ones(B, S, K, H), value=ones(B, S, K, H), is_causal=True),
         ValueError,
-        r"query and key must have one length .*got 4 and 6",
+        r"query and key must have the same length .*got 4 and 6",
     ),
     "linear: segments' shape": (
         lambda: linear(segment_ids=ones(B, 3, dtype=jnp.int32)),

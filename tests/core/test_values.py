@@ -122,7 +122,7 @@ def test_a_registered_encoding_is_known_by_name(names):
 
 
 def test_names_are_taken_once(names):
-    with pytest.raises(ValueError, match=r"'rope' is that of posjax.encodings.rotary.Rope; take another one"):
+    with pytest.raises(ValueError, match=r"'rope' is taken by posjax.encodings.rotary.Rope; use another one"):
 
         @pj.register("rope")
         class Mine(pj.PositionalEncoding):

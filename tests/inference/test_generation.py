@@ -92,8 +92,8 @@ def test_a_row_draws_the_same_in_any_company():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -0.5}, "temperature must be at least 0, got -0.5"),
-        ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
+        ({"temperature": -0.5}, "temperature must be finite and at least 0, got -0.5"),
+        ({"temperature": float("nan")}, "temperature must be finite and at least 0, got nan"),
         ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
@@ -186,18 +186,18 @@ def test_nothing_is_compiled_again_as_tokens_come(rope_cope):
 @pytest.mark.parametrize(
     ("spec", "prompts", "options", "message"),
     [
-        ("rope", [], {}, "prompts must hold at least one prompt, got none"),
+        ("rope", [], {}, "prompts must contain at least one prompt, got none"),
         ("rope", [[]], {}, r"prompts must be sequences of at least one token id, got \[\]"),
-        ("rope", [[3, V]], {}, "prompts must hold ids from 0 to 28, got 3 to 29"),
+        ("rope", [[3, V]], {}, "prompts must have ids from 0 to 28, got 3 to 29"),
         ("rope", [[3]], {"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, got 0"),
         ("rope", [[3]], {"chunk": 0}, "chunk must be an integer of at least 1, got 0"),
         (
             "learned",
             [[3] * 9],
             {"max_new_tokens": 24},
-            "9 tokens and max_new_tokens=24 must fit the max_length of learned, 32; .* 23",
+            "9 tokens and max_new_tokens=24 exceed max_length=32 of learned; .* 23",
         ),
-        ("rope / tupe", [[3] * 9], {"max_new_tokens": 24}, "must fit the max_length of tupe, 32"),
+        ("rope / tupe", [[3] * 9], {"max_new_tokens": 24}, "exceed max_length=32 of tupe"),
     ],
 )
 def test_calls_that_cannot_be_are_told_before_compiling(spec, prompts, options, message, monkeypatch):
@@ -309,19 +309,22 @@ def test_other_workdirs_tokens_and_tasks(run):
     code, _, err = run(*flip, "--prompt", "w 7")
     assert code == 1 and "prompt must be words of flip_flop, w, r, i, 0, 1, got '7'" in err
     code, _, err = run(*flip)
-    assert code == 1 and "prompt must hold at least one word of flip_flop" in err
+    assert code == 1 and "prompt must have at least one word of flip_flop" in err
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--workdir", "nowhere"), "workdir must hold checkpoints, which posjax train and posjax compare write, got 'nowhere'"),
-        (("--encoding", "alibi"), "workdir run belongs to a run with encoding='rope + cope(8)' there and 'alibi' here"),
-        (("--task", "mlm"), "task must not be mlm to generate"),
+        (
+            ("--encoding", "alibi"),
+            "workdir run belongs to a run with another configuration: encoding is 'rope + cope(8)' there and 'alibi' here",
+        ),
+        (("--task", "mlm"), "task must not be 'mlm', because an encoder cannot generate text"),
         (("--prompt-file", "none.txt"), "prompt_file must be a file of UTF-8 text, got 'none.txt'"),
-        (("--temperature", "-1"), "temperature must be at least 0, got -1"),
+        (("--temperature", "-1"), "temperature must be finite and at least 0, got -1"),
         (("--top-p", "2"), "top_p must lie in (0, 1], got 2"),
-        (("--stop", ""), "stop must not be empty"),
+        (("--stop", ""), "stop must not contain an empty text"),
         (("--max-new-tokens", "0"), "max_new_tokens must be an integer of at least 1, got 0"),
         (("--temprature", "1"), "--temperature"),
     ],

@@ -194,7 +194,7 @@ def test_a_forgetting_gate_beside_cope_does_not_count():
 def test_an_encoding_without_one_count_is_refused(encoding):
     x = jnp.ones((1, 3, N, H))
     assert not probes.counts_by_gates(encoding, DIMS)
-    with pytest.raises(ValueError, match="must count by gates once"):
+    with pytest.raises(ValueError, match="encoding must have one gated bias"):
         probes.cope_positions(x, x, x, encoding, encoding.init(jax.random.key(0), DIMS))
 
 
@@ -290,7 +290,7 @@ def test_grouped_keys_and_gates_with_keys_of_their_own_work():
     [
         (pj.learned(), np.array([0, 39]), "distances must be at most 38"),
         (pj.cope(4), np.array([0, -1]), "distances must not be negative"),
-        (pj.rope(), np.array([0.5]), "distances must be integers"),
+        (pj.rope(), np.array([0.5]), "distances must be a non-empty integer array"),
     ],
 )
 def test_distances_that_cannot_be_placed_are_named(encoding, distances, message):

@@ -68,9 +68,9 @@ def test_pairs_take_out_what_a_seed_does_to_both():
     ("call", "message"),
     [
         (lambda: summary([1.0, float("nan")]), "values must be finite, got nan; leave diverged seeds out"),
-        (lambda: summary([[1.0]]), r"values must have one axis, a value for each seed, got shape \(1, 1\)"),
+        (lambda: summary([[1.0]]), r"values must have one axis with a value per seed, got shape \(1, 1\)"),
         (lambda: difference([], [1.0]), "at least one value each, got 0 and 1"),
-        (lambda: difference([1.0, 2.0], [1.0], paired=True), "one value for each seed where paired, got 2 and 1"),
+        (lambda: difference([1.0, 2.0], [1.0], paired=True), "the same size with paired=True, got 2 and 1"),
         (lambda: difference([1.0], [float("inf")]), "second must be finite, got inf"),
     ],
 )
@@ -154,9 +154,9 @@ def test_adjusted_p_values_against_scipy_and_by_hand():
     [
         (lambda: crossed_contrast(np.ones((2, 3)), np.ones((2, 4)), np.ones(3)), r"got \(2, 3\), \(2, 4\) and \(3,\)"),
         (lambda: crossed_contrast(np.ones((1, 3)), np.ones((1, 3)), np.ones(3)), "at least two seeds and two items"),
-        (lambda: crossed_contrast(np.full((2, 3), np.nan), np.ones((2, 3)), np.ones(3)), "a seed that diverged counts as"),
+        (lambda: crossed_contrast(np.full((2, 3), np.nan), np.ones((2, 3)), np.ones(3)), "replace the scores of a diverged seed"),
         (lambda: sign_flips(np.ones(21)), "1 to 20 numbers, got 21"),
-        (lambda: binomial_bounds(3, 2), "wrong must be from 0 to total, at least 1, got 3 of 2"),
+        (lambda: binomial_bounds(3, 2), r"wrong must lie in \[0, total\] with total at least 1, got wrong=3 and total=2"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(call, message):

@@ -303,14 +303,14 @@ def test_z_loss_in_closed_form():
     [
         ({"vocab_size": 0}, r"vocab_size must be an integer of at least 1, got 0"),
         ({"num_layers": -1}, r"num_layers must be an integer of at least 1, got -1"),
-        ({"embed_dim": 18}, r"num_heads must divide embed_dim=18 where head_dim is not given, got 4"),
+        ({"embed_dim": 18}, r"num_heads must divide embed_dim=18 if head_dim is None, got 4"),
         ({"num_kv_heads": 3}, r"num_kv_heads must divide num_heads=4, got 3"),
         ({"norm": "batchnorm"}, r"norm must be 'rmsnorm' or 'layernorm', got 'batchnorm'"),
         ({"activation": "relu"}, r"activation must be 'gelu' or 'swiglu', got 'relu'"),
         ({"compute_dtype": "float16"}, r"compute_dtype must be 'float32' or 'bfloat16', got 'float16'"),
         ({"dropout_rate": 1.0}, r"dropout_rate must lie in \[0, 1\), got 1.0"),
         ({"mlp_dim": 0}, r"mlp_dim must be an integer of at least 1, got 0"),
-        ({"attention": "linear", "local_window_size": 4}, r"local_window_size and logits_soft_cap must be None where attention="),
+        ({"attention": "linear", "local_window_size": 4}, r"local_window_size and logits_soft_cap must be None with attention="),
     ],
 )
 def test_impossible_shapes_are_refused(changes, message):
@@ -319,13 +319,13 @@ def test_impossible_shapes_are_refused(changes, message):
 
 
 def test_wrong_calls_are_refused():
-    with pytest.raises(ValueError, match=r"encoding must be one, or a number that divides num_layers=2, got 3"):
+    with pytest.raises(ValueError, match=r"encoding must be one, or a sequence whose length divides num_layers=2, got 3"):
         build([pj.rope(), pj.alibi(), pj.identity()])
     with pytest.raises(ValueError, match=r"tokens must be integers \[B, T\], got float32\[2, 12\]"):
         build()(TOKENS.astype(jnp.float32))
-    with pytest.raises(ValueError, match=r"num_classes must be given to classify, got None"):
+    with pytest.raises(ValueError, match=r"num_classes must be a number to classify, got None"):
         build().classify(TOKENS)
-    with pytest.raises(ValueError, match=r"learned has positions for a max_length of 8, got a sequence that needs 12"):
+    with pytest.raises(ValueError, match=r"positions must be below the max_length of learned, 8, got a sequence that needs 12"):
         build(pj.learned(), max_length=8)(TOKENS)
     with pytest.raises(ValueError, match=r"is_causal must be True \(or a mask given\) for cope"):
         build(pj.cope(4), is_causal=False)(TOKENS)

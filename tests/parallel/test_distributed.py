@@ -178,7 +178,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_any_number_goes_on(ru
         texts = run.finish(started, [distributed.RESTART] * processes)
         step = saved.newest_good()
         assert before + 3 <= step < STEPS
-        assert f"interrupted by SIGTERM at step {step}; stopped is saved at step {step}. To go on, run:" in texts[0][0]
+        assert f"interrupted by SIGTERM at step {step}; stopped is saved at step {step}. To resume, run:" in texts[0][0]
         assert [line["step"] for line in run.lines("stopped")] == list(range(1, step + 1))
         assert all("Traceback" not in err for _, err in texts)
     np.testing.assert_allclose(run.losses("stopped"), one_device, rtol=0, atol=1e-5)
@@ -198,7 +198,9 @@ def test_the_loss_of_one_is_told_and_one_process_goes_on(run, one_device, lost, 
     _, err = run.finish(started, codes)[1 - lost]
     assert time.monotonic() - killed < 40
     saved = Checkpoints(run.folder / name / "checkpoints").newest_good()
-    words = f"posjax: another process of this run was lost; {name} is saved at step {saved}. To go on, run:\n  posjax train tiny.py"
+    words = (
+        f"posjax: another process of this run was lost; {name} is saved at step {saved}. To resume, run:\n  posjax train tiny.py"
+    )
     assert words in err and "Traceback" not in err
     run.whole(name, devices=8)
     np.testing.assert_allclose(run.losses(name), one_device, rtol=0, atol=1e-5)
@@ -218,7 +220,7 @@ def test_a_process_that_is_silent_is_lost(run, monkeypatch):
         os.kill(started[1].pid, signal.SIGKILL)
     _, err = run.finish(started, [distributed.RESTART, -signal.SIGKILL])[0]
     assert time.monotonic() - stopped < 40
-    assert "another process of this run was lost; silent is not saved yet. To go on, run:" in err
+    assert "another process of this run was lost; silent is not saved yet. To resume, run:" in err
 
 
 # Without training -------------------------------------------------------------------------------------------------------
@@ -323,7 +325,7 @@ def test_row_share_of_a_torus(monkeypatch):
 
 
 def test_row_share_errors(monkeypatch):
-    words = r"all rows of a batch in common or none, .* process 0 has parts \[0\] of 2, process 1 has parts \[0, 1\] of 2"
+    words = r"either all rows of a batch or none, .* process 0 has parts \[0\] of 2, process 1 has parts \[0, 1\] of 2"
     with pytest.raises(ValueError, match=words):
         row_share(mesh_over(3, 2, context=3))
     monkeypatch.setattr(jax, "process_index", lambda: 2)
@@ -349,7 +351,7 @@ def test_shares_are_the_rows_of_the_batch_and_stand_at_the_same_place(options, t
     batch, part = next(whole), next(other)
     np.testing.assert_array_equal(batch["tokens"][3:], part["tokens"])
     assert states[0] == states[1] == states[2]
-    with pytest.raises(ValueError, match="batch_size must be a multiple of 4, the shares of the processes, got 6"):
+    with pytest.raises(ValueError, match="batch_size must be a multiple of 4, the number of shares of processes, got 6"):
         train_batches(config, source, 0, (0, 4))
 
 
@@ -369,7 +371,7 @@ def test_a_checkpoint_of_processes_at_different_places_is_for_as_many(tmp_path, 
     with monkeypatch.context() as two:
         two.setattr("posjax.training.checkpoints._gather", lambda own: [own, {"json": {"at": 8}}])
         checkpoints.save(1, state, {"at": 7})
-    words = "saved by 2 processes that stood at different places in their data, so that 1 cannot resume from it; run as many"
+    words = "saved by 2 processes at different positions in their data, so that 1 cannot resume from it; start 2 processes"
     with pytest.raises(CheckpointError, match=words):
         checkpoints.restore_latest(state)
 
@@ -425,12 +427,12 @@ def test_clusters_are_found_and_variables_go_before(joined):
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({distributed.ADDRESS: "a:1"}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set too, as JAX_COORDINATOR_ADDRESS is"),
+        ({distributed.ADDRESS: "a:1"}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set along with JAX_COORDINATOR_ADDRESS"),
         (
             {distributed.COUNT: "2", distributed.INDEX: "0"},
-            "JAX_COORDINATOR_ADDRESS must be set too, as JAX_NUM_PROCESSES, JAX_PROCESS_ID is",
+            "JAX_COORDINATOR_ADDRESS must be set along with JAX_NUM_PROCESSES, JAX_PROCESS_ID",
         ),
-        (HAND | {distributed.INDEX: "2"}, "JAX_PROCESS_ID must be from 0 to JAX_NUM_PROCESSES - 1 = 1, got 2"),
+        (HAND | {distributed.INDEX: "2"}, "JAX_PROCESS_ID must lie in [0, JAX_NUM_PROCESSES=2), got 2"),
         (HAND | {distributed.COUNT: "two"}, "JAX_NUM_PROCESSES must be an integer, got 'two'"),
         (HAND | {distributed.COUNT: "0"}, "JAX_NUM_PROCESSES must be at least 1, got 0"),
         (HAND | {distributed.ADDRESS: "node1"}, "JAX_COORDINATOR_ADDRESS must be host:port, got 'node1'"),
@@ -449,4 +451,4 @@ def test_processes_that_do_not_meet_say_so(run):
     common = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     process = subprocess.run([sys.executable, "-c", code], env=common, capture_output=True, text=True, timeout=60)
     assert process.returncode == 1
-    assert f"posjax: the processes of this run did not meet within 2 s at {distributed.ADDRESS}=127.0.0.1:" in process.stderr
+    assert f"posjax: the processes of this run did not connect within 2 s at {distributed.ADDRESS}=127.0.0.1:" in process.stderr

@@ -171,7 +171,7 @@ def legend_names(figure):
 
 
 def test_every_encoding_is_named():
-    assert legend_names(plots.loss_by_length(by_length(), 256)) == [*NAMES, "cannot go longer"]
+    assert legend_names(plots.loss_by_length(by_length(), 256)) == [*NAMES, "maximum length"]
     assert legend_names(plots.loss_by_index(by_index(), 256)) == NAMES
     for figure in (plots.attention_distance(by_head()), plots.decay_curves(by_distance())):
         assert [axes.get_title() for axes in figure.axes] == NAMES
@@ -182,7 +182,7 @@ def test_an_encoding_that_stops_ends_in_a_cross_where_it_stops():
     crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x" and len(line.get_xdata())]
     assert len(crosses) == 1
     np.testing.assert_allclose(crosses[0].get_xydata(), [[128, 2.6]])
-    assert "cannot go longer" not in legend_names(plots.loss_by_length({"rope": {128: [2.0], 256: [3.0]}}, 128))
+    assert "maximum length" not in legend_names(plots.loss_by_length({"rope": {128: [2.0], 256: [3.0]}}, 128))
 
 
 def test_seeds_are_thin_and_their_mean_is_labelled():

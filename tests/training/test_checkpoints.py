@@ -177,7 +177,7 @@ def test_nothing_is_removed_when_the_new_checkpoint_cannot_be_verified(copy, mon
         flip(largest(self.directory / written.name / "state"))
 
     monkeypatch.setattr(Checkpoints, "_move_in_place", move_and_spoil)
-    with pytest.warns(UserWarning, match="checkpoint 40 .* is damaged just after"):
+    with pytest.warns(UserWarning, match="checkpoint 40 .* is damaged although it was just written"):
         copy.save(40, make_state())
     assert copy.steps() == [10, 20, 30, 40]
 

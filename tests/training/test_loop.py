@@ -138,7 +138,7 @@ def test_what_a_run_leaves(straight):
 def test_a_run_that_is_done_says_so(straight, capsys):
     before = {path: path.stat().st_mtime_ns for path in straight[1].rglob("*")}
     state = run(straight[1], Batches(end=0))
-    assert "step 40 of 40 already: done" in capsys.readouterr().out
+    assert "already at step 40 of 40; nothing to train" in capsys.readouterr().out
     assert_same_run(state, straight[1], straight)
     assert {path: path.stat().st_mtime_ns for path in straight[1].rglob("*")} == before
 
@@ -302,7 +302,7 @@ def test_a_few_bad_steps_are_skipped_and_no_checkpoint_is_written_among_them(tmp
 @pytest.mark.parametrize("log_every", [1, 5, 7, 100])
 @pytest.mark.parametrize("bad", [range(18, 10**6), range(18, 28)])
 def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, bad, log_every):
-    words = r"10 steps in a row, from step 18 to 27; the last good checkpoint is .*checkpoints/10\."
+    words = r"10 steps in a row, from step 18 to 27; the newest intact checkpoint is .*checkpoints/10\."
     for _ in range(2):  # running it again changes nothing
         with pytest.raises(NonFiniteLoss, match=words):
             run(tmp_path, Batches(poison=bad), keep=1, log_every=log_every)

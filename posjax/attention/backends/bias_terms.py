@@ -1,4 +1,4 @@
-"""Biases one tile at a time: the form in which dense attention, the tile walk and the ring evaluate any ``Bias``.
+"""Evaluates any ``Bias`` one tile at a time, for dense attention, the tile walk and the ring.
 
 A term holds the arrays of a bias per query (``rows``), per key (``columns``) and per head (``tables``), and maps one tile of these
 to one tile of bias. The term of a ``Scan`` also carries one number per row, the sum of the gates so far: tiles are processed from
@@ -30,7 +30,7 @@ from posjax.typing import Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One tile of attention scores, before any bias.
+    """Holds one tile of attention scores, before any bias.
 
     Attributes:
       logits: [B, N, t, s] float32, scale * q.k after all transforms, not masked.
@@ -48,12 +48,12 @@ class Tile:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BiasTerm:
-    """A bias in the form that a walk over tiles takes.
+    """Represents a bias in the form that a walk over tiles takes.
 
     Attributes:
       form: the bias with its arrays taken out.
       rows: arrays [B or 1, N or 1, T, ...] by their number among the leaves of the bias, sliced along T with the query tile; "z" is
-        what ``load`` made of them.
+        the result of ``load``.
       columns: arrays [B or 1, N or K or 1, S, ...], sliced along S with the key tile.
       tables: arrays [N or 1, ...], passed to every tile in full.
       carry: [B, N, T] float32, the sum of gates that the rightmost tile receives; None for a ``Pair``.
@@ -81,9 +81,9 @@ class BiasTerm:
         )
 
     def loaded(self) -> "BiasTerm":
-        """Returns the term with what its read needs of each query, made once per query tile. It should have been cut to one.
+        """Returns the term with the arrays that its read needs per query, computed once per query tile, to which it must be cut.
 
-        Wide arrays are computed here (CoPE's q.e, one value per position), so that they never exist for all queries at once.
+        Wide arrays (CoPE's q.e, one value per position) are computed here, so that they never exist for all queries at once.
         """
         if self.is_loaded:
             return self
@@ -93,7 +93,7 @@ class BiasTerm:
     def function(self, tile: Tile, rows: dict, columns: dict, tables: dict, carry: Array | None) -> tuple[Array, Array | None]:
         """Returns the bias of one tile, broadcastable to [B, N, t, s] float32, and the carry for the tile to its left.
 
-        The carry of a tile without any allowed pair is what it received, because walks skip such tiles.
+        A tile without any allowed pair returns the carry that it received, because walks skip such tiles.
         """
         bias = _bias(self, rows, columns, tables)
         if isinstance(bias.at, Pair):
@@ -137,12 +137,12 @@ def bias_terms(call: AttentionCall) -> tuple[BiasTerm, ...]:
 
 
 def value_terms(call: AttentionCall) -> tuple[BiasTerm, ...]:
-    """Returns what a call reads from tables and adds to its output, as terms; ``value_index`` locates the pairs of a tile."""
+    """Returns the tables that a call adds to its output, as terms; ``value_index`` computes the index of each pair."""
     return tuple(_term(bias, None) for bias in call.filled().biases if getattr(bias.read, "side", None) == "value")
 
 
 def value_index(term: BiasTerm, tile: Tile) -> tuple[Int[Array, "_ _ t s"], Float[Array, "_ W V"]]:
-    """Returns the index of every pair of a tile, to which the term has been cut, and the table that it is read from."""
+    """Returns the index of every pair of a tile, to which the term must be cut, and the table that is read at it."""
     bias = _bias(term, term.rows, term.columns, term.tables)
     assert isinstance(bias.at, Pair) and isinstance(bias.read, Table)  # prepare has checked it
     return _pair(bias.at, tile).astype(jnp.int32), bias.read.table
@@ -167,7 +167,7 @@ def _term(bias: Bias, zeros: Array | None) -> BiasTerm:
 
 
 def _bias(term: BiasTerm, rows: dict, columns: dict, tables: dict) -> Bias:
-    """Returns the bias with arrays that have heads before tokens; without columns or rows, None stands for theirs."""
+    """Returns the bias with arrays in the layout of heads before tokens; arrays of missing rows or columns are None."""
     arrays = rows | columns | tables
     return jax.tree.unflatten(term.form, [arrays.get(f"{number:02d}") for number in range(term.form.num_leaves)])
 
@@ -219,7 +219,7 @@ def scan_gates(scan: Scan, tile: Tile) -> Float[Array, "B N t s"]:
 
 
 def gates_and_sums(call: AttentionCall) -> list[tuple[Float[Array, "B N T S"], Float[Array, "B N T S"]]]:
-    """Returns the gates of every ``Scan`` of a call and where they locate each pair, from one tile over all queries and keys."""
+    """Returns the gates and the sums of gates of every ``Scan`` of a call, from one tile over all queries and keys."""
     call = call.transformed()
     logits = _products(jnp.swapaxes(call.query, 1, 2), jnp.swapaxes(call.key, 1, 2)) * call.scale
     allowed = call.mask.allowed(call.query_positions, call.key_positions)

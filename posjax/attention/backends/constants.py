@@ -1,4 +1,4 @@
-"""Numbers that stand for masked pairs and empty rows in the softmax of every tiled backend. Finite, so that no NaN arises."""
+"""Constants for masked pairs and empty rows in the softmax of every tiled backend, finite to avoid NaN."""
 
 import math
 

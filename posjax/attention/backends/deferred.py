@@ -1,7 +1,7 @@
 """Calls to Pallas kernels that are traced only when the program is lowered for a platform that runs the kernel.
 
-``jax.lax.platform_dependent`` traces its branches for every platform, and a Pallas kernel is traced at its call. That is ten
-thousand operations and takes seconds, even in a program for another device. ``deferred`` binds a single primitive in place of the
+``jax.lax.platform_dependent`` traces its branches for every platform, and a Pallas kernel of ten thousand operations is traced when
+it is called, which takes seconds even in a program for another device. ``deferred`` binds a single primitive in place of the
 kernel.
 """
 
@@ -81,7 +81,7 @@ def _batched(arrays: Sequence[Array], dims: Sequence[int | None], *, axes: Any, 
 
 @contextlib.contextmanager
 def _some_gpu() -> Iterator[None]:
-    """Provides an abstract GPU to Pallas, which needs to know the GPU model when it lowers a kernel.
+    """Provides an abstract GPU to Pallas, which needs the GPU model when it lowers a kernel.
 
     Where the mesh in context is not one of GPUs and this process has no GPU, it is an A100, the least capable model that suffices.
     Elsewhere the context manager does nothing.

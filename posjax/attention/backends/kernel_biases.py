@@ -1,4 +1,4 @@
-"""The biases of a call as the Pallas kernels evaluate them: which form each takes, and the functions that are traced in a tile."""
+"""Biases in the Pallas kernels: the form in which each is evaluated, and the functions that are traced in a tile."""
 
 import dataclasses
 import functools
@@ -17,12 +17,12 @@ from posjax.typing import Array
 
 
 class Biases(NamedTuple):
-    """The biases of a call by the form in which the kernels evaluate them.
+    """Holds the biases of a call by the form in which the kernels evaluate them.
 
     Attributes:
-      counting: a sum of sigmoid gates of the scores that interpolates products of the query with a table, as in CoPE; None without.
-      lookup: a table of numbers at an index that is a function of two positions, as in T5; None without. Kernels read it once per
-        tile where all pairs have one index.
+      counting: a sum of sigmoid gates of the scores that interpolates products of the query with a table, as in CoPE; or None.
+      lookup: a table of numbers at an index that is a function of two positions, as in T5; or None. Kernels read it once per
+        tile if all pairs have one index.
       pairs: all others, whose functions are traced in the tile.
     """
 
@@ -41,7 +41,7 @@ class Biases(NamedTuple):
         return self.lookup.read if self.lookup is not None and isinstance(self.lookup.read, Table) else None
 
 
-_MOST_NUMBERS = 64  # of a pair and what it reads, per head: each is an operand of its own in the tile
+_MOST_NUMBERS = 64  # numbers per head of a pair and its read, each of which is a separate operand in the tile
 
 
 def _form(bias: Bias) -> str | None:
@@ -72,14 +72,14 @@ def biases_by_form(biases: tuple[Bias, ...]) -> Biases:
 def unsupported_biases(call: AttentionCall) -> str | None:
     """Returns why the kernels do not support the biases of a call, naming the argument at fault, or None if they do."""
     if (reason := call.needs_order()) is not None:
-        return f"encoding asks for what the kernel does not do: {reason}"
+        return f"encoding has a structure that the kernel does not support: {reason}"
     for bias in call.biases:
         if _form(bias) is None:
             return f"encoding has a bias that the kernel does not evaluate ({_described(bias)})"
         if call.query_coordinates is not None and isinstance(bias.at, Pair) and bias.at.query is None:
             return f"query_coordinates are given, and the kernel evaluates a bias ({_described(bias)}) at positions"
     if sum(_form(bias) == "counting" for bias in call.biases) > 1:
-        return "encoding counts by gates twice"
+        return "encoding has two biases that count by gates"
     for bias in biases_by_form(call.biases).pairs:
         if sum(math.prod(x.shape[1:]) for x in _numbers(bias)) > _MOST_NUMBERS:
             return f"encoding reads a second table of more than {_MOST_NUMBERS} numbers ({_described(bias)})"
@@ -146,10 +146,10 @@ def _numbers(bias: Bias) -> list[Array]:
 
 @dataclasses.dataclass(frozen=True)
 class PairProgram:
-    """The static part of a ``Pair`` and what is read there, for one head in one tile.
+    """Holds the static part of a ``Pair`` and its read, for one head in one tile.
 
     Attributes:
-      function, relative: of the pair.
+      function, relative: as in ``Pair``.
       structure: tree of the args and of the arrays of the read.
       shapes: shapes of its leaves for one head.
       reads: "number", "table" or "hinges".
@@ -177,7 +177,7 @@ class PairProgram:
 
     @property
     def size(self) -> int:
-        """Returns how many numbers it has per head."""
+        """Returns the number of numbers per head."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
@@ -211,7 +211,7 @@ class PairProgram:
     def in_log2(self, queries: tuple[Array, ...], keys: tuple[Array, ...], numbers: list[Array]) -> Array:
         """Returns the bias in units of log2 e."""
         if self.reads == "number" and getattr(self.function, "scales_with_args", False):
-            return self(queries, keys, [number * LOG2E for number in numbers])  # few numbers in place of all biases
+            return self(queries, keys, [number * LOG2E for number in numbers])  # scales a few numbers instead of all biases
         return self(queries, keys, numbers) * LOG2E
 
 
@@ -247,5 +247,5 @@ def features_of(pairs: tuple[Bias, ...], side: str) -> Array | None:
 
 
 def as_feature(x: Array, dtype: str) -> Array:
-    """Returns a stored feature as it was given: float32 or int32."""
+    """Converts a stored feature back to float32 or int32."""
     return x if dtype == "float32" else jax.lax.bitcast_convert_type(x, jnp.int32)

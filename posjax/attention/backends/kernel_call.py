@@ -64,15 +64,15 @@ def run(
     more_letters: tuple[str, ...] = (),
     results: Any = None,
 ) -> Any:
-    """Calls function(plan, operands, *more) on each device's shard; its kernels are interpreted where it is lowered for a CPU.
+    """Calls function(plan, operands, *more) on each device's shard; its kernels are interpreted if it is lowered for a CPU.
 
     Args:
-      function: hashable.
-      plan, operands: of the call.
+      function: a hashable function.
+      plan, operands: the plan and the operands of the call.
       spec: the axes that shard the call.
       letters: axis letters of every operand by its name, as in ``per_shard``.
       *more: further arrays.
-      more_letters, results: axis letters of these and of the results; needed only if the mesh of ``spec`` is not None.
+      more_letters, results: axis letters of ``more`` and of the results; needed only if the mesh of ``spec`` is not None.
     """
     present = tuple(field.name for field in dataclasses.fields(operands) if getattr(operands, field.name) is not None)
     static = function, plan, type(operands), present
@@ -93,7 +93,7 @@ def _on_shard(
     The cache of this jit avoids tracing the kernel, ten thousand operations, again.
     """
     fields = dict.fromkeys(field.name for field in dataclasses.fields(operands_cls)) | dict(zip(present, arrays, strict=False))
-    with jax.enable_x64(False):  # a kernel has 32-bit integers and numbers, whatever the program around it has
+    with jax.enable_x64(False):  # kernels use 32-bit numbers even in 64-bit programs
         return function(dataclasses.replace(plan, interpret=interpret), operands_cls(**fields), *arrays[len(present) :])
 
 

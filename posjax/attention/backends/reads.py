@@ -1,7 +1,7 @@
-"""Evaluates on tiles what a bias reads at a pair: tables and networks of one number (``posjax.core.structures``).
+"""Evaluates the reads of biases on tiles: tables and networks of one number (``posjax.core.structures``).
 
-Arrays have heads before tokens here, [B or 1, N or K or 1, t or s, ...]. What a read needs of each query is computed once per query
-tile by ``load``: the products of the query with every entry of a table, or the linear pieces of a network.
+Arrays have heads before tokens here, [B or 1, N or K or 1, t or s, ...]. ``load`` computes the arrays that a read needs per query
+once per query tile: the products of the query with every entry of a table, or the linear pieces of a network.
 """
 
 import functools
@@ -17,7 +17,7 @@ _FEW = 8  # hinges up to which a network is summed directly instead of looked up
 
 
 def load(read: Table | Hinges | None) -> Array | None:
-    """Returns what ``evaluate`` needs of each query, [B or 1, N or 1, t or 1, ...]; None for a read that needs nothing."""
+    """Returns the array that ``evaluate`` needs per query, [B or 1, N or 1, t or 1, ...]; None if it needs none."""
     if isinstance(read, Hinges):
         z = read.table[None, :, None] if read.side == "none" else _products(read.query, read.table)
         return z if z.shape[-1] <= _FEW else _pieces(z, read)
@@ -28,7 +28,7 @@ def load(read: Table | Hinges | None) -> Array | None:
 
 
 def evaluate(read: Table | Hinges | None, at: Array, z: Array | None) -> Array:
-    """Returns what is read at ``at`` [B, N, t, s], float32, broadcastable to [B, N, t, s]; ``z`` is what ``load`` returned."""
+    """Returns the values read at ``at`` [B, N, t, s], float32, broadcastable to [B, N, t, s]; ``z`` is the result of ``load``."""
     if read is None:
         return at.astype(jnp.float32)
     if isinstance(read, Hinges):
@@ -44,7 +44,7 @@ def evaluate(read: Table | Hinges | None, at: Array, z: Array | None) -> Array:
 
 
 def at_bound(read: Table | Hinges | None, bound: float, z: Array | None) -> Array | None:
-    """Returns what is read at ``bound``, [B or 1, N or 1, t or 1]; None if that differs between keys."""
+    """Returns the value read at ``bound``, [B or 1, N or 1, t or 1]; None if it differs between keys."""
     if isinstance(read, Table) and read.side == "key":
         return None
     if isinstance(read, Table) and read.interpolate and z is not None and bound == z.shape[-2] - 1:

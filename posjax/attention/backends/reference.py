@@ -55,9 +55,9 @@ def weighted_values(call: AttentionCall, probabilities: Float[Array, "B N T S"])
 
 
 def weights(call: AttentionCall) -> Float[Array, "B N T S"]:
-    """Returns the attention probabilities in float32. Each row sums to one, less what a sink or the rest of a stick takes.
+    """Computes the attention probabilities in float32.
 
-    A row is zero where no key is allowed.
+    Each row sums to one, minus the weight of a sink or of the rest of a stick. Rows without an allowed key are zero.
     """
     return _broken_sticks(call) if isinstance(call.weights, StickBreaking) else _softmax(call)[0]
 
@@ -115,7 +115,7 @@ def scores_of(call: AttentionCall) -> tuple[Tile, Float[Array, "B N T S"]]:
 
 
 def _transported(call: AttentionCall) -> Float[Array, "B N T S"]:
-    """Returns q_i . M_i .. M_{j+1} k_j, with all keys moved by the map of one token after the other, as every query sees them."""
+    """Computes q_i . M_i .. M_{j+1} k_j by applying the map of one token after another to all keys, for every query."""
     heads, transport = call.query.shape[2], call.transport
     assert transport is not None
 

@@ -1,8 +1,8 @@
 """Attention on each device's local shard, both in kernels that the compiler cannot partition (Pallas calls) and in plain XLA.
 
-A mesh axis shards either the batch or the heads. For explicit axes, the query's type says which. For automatic axes, only the names
-are available during tracing, so the axes named in ``HEAD_AXES`` shard the heads, those named in ``WHOLE_AXES`` shard neither, and
-all others shard the batch. If this guess differs from the actual sharding of the arrays, they are resharded; the result is the
+A mesh axis shards either the batch or the heads. For explicit axes, the query's type determines which. For automatic axes, only the
+names are available during tracing, so the axes named in ``HEAD_AXES`` shard the heads, those named in ``WHOLE_AXES`` shard neither,
+and all others shard the batch. If this guess differs from the actual sharding of the arrays, they are resharded; the result is the
 same.
 
 ``per_shard`` runs a kernel on local shards, and ``on_shards`` runs attention in plain XLA on them. Partitioned by the compiler, a
@@ -23,8 +23,8 @@ from posjax.core.manual_axes import untracked
 from posjax.core.structures import HEAD_AXES, Axes, map_arrays
 from posjax.typing import Array
 
-BY_TOKEN = ("query_positions", "key_positions", "query_coordinates", "key_coordinates")  # of a call: [B or 1, T or S, ...]
-WHOLE_AXES = ("sequence", "seq", "context", "stage", "pipeline", "sp", "cp", "pp")  # shard neither: all compute the same
+BY_TOKEN = ("query_positions", "key_positions", "query_coordinates", "key_coordinates")  # fields of a call, [B or 1, T or S, ...]
+WHOLE_AXES = ("sequence", "seq", "context", "stage", "pipeline", "sp", "cp", "pp")  # shard neither: their devices compute the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ShardSpec:
     """Holds the mesh axes that shard the batch and the heads of a call. Hashable, so that it can be static in a custom_vjp.
 
     Attributes:
-      mesh: the mesh that the call runs on; None where there is nothing to shard: one device, or inside a shard_map over all axes.
+      mesh: the mesh that the call runs on; None if there is nothing to shard: on one device, or inside a shard_map over all axes.
       batch: names of the axes that shard B.
       heads: names of the axes that shard K, and therefore N.
     """

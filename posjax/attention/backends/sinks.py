@@ -1,10 +1,10 @@
-"""Attention sinks: one more key without a value, whose logit is a number per head (``posjax.core.structures.Softmax``).
+"""Attention sinks: an additional key without a value, whose logit is a number per head (``posjax.core.structures.Softmax``).
 
 The sink joins the denominator of the softmax after all keys, whichever backend or device they were on:
 
     out / (sum_j exp(s_ij) + exp(sink)) = out_without * sigmoid(lse_i - sink)
 
-so backends return the log-sum-exp of each row, differentiably, and know nothing of sinks.
+so backends only need to return the log-sum-exp of each row, differentiably.
 """
 
 import jax
@@ -19,7 +19,7 @@ def with_sink(out: Float[Array, "B T N V"], lse: Float[Array, "B T N"], sink: Fl
 
     Args:
       out: output without the sink.
-      lse: log-sum-exp of the scores of each row, in nats; any large number where no key is allowed, because out is zero there.
+      lse: log-sum-exp of the scores of each row, in nats; any large number for rows without an allowed key, where out is zero.
       sink: logits, 1 or N.
     """
     if sink is None:

@@ -1,6 +1,6 @@
 """The source code of the running Python's standard library, as a TFDS data set.
 
-It is present on every machine, needs no download, and is real text: about 11 MB in 630 files with Python 3.13. This file
+It is real text, available on every machine without a download: about 11 MB in 630 files with Python 3.13. This file
 locates the text and depends only on the standard library and `posjax.data.files`. The TFDS builder next to it,
 `stdlib_source_dataset_builder.py`, is imported when the data set is built or read.
 """
@@ -36,12 +36,12 @@ def source_files(root: str | Path | None = None) -> list[str]:
     root = stdlib_root() if root is None else Path(root)
     found = [path for path in list_files(root, _is_source) if path.endswith(".py")]
     if not found:
-        raise ValueError(f"root must hold .py files, {root} holds none; pass a folder or another source of text")
+        raise ValueError(f"root must contain .py files, got {root}, which has none; pass another folder or source of text")
     return found
 
 
 def source_name(root: str | Path | None = None) -> str:
-    """Returns a name such as "cpython-3.13.0-1a2b3c4d5e6f", which differs for every Python version and every text."""
+    """Returns a name such as "cpython-3.13.0-1a2b3c4d5e6f", which is unique to the Python version and the text."""
     root = stdlib_root() if root is None else Path(root)
     digest = hashlib.sha256()
     for path in source_files(root):

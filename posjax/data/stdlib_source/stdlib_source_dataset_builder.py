@@ -27,7 +27,7 @@ def source_config(root: str | Path | None = None) -> SourceConfig:
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """The .py files of the standard library, split by file: one in ten is held out for validation."""
+    """Builds the data set of the standard library's .py files, of which one in ten is held out for validation."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [source_config()]  # noqa: RUF012 (TFDS requires this name and type)

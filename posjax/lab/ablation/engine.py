@@ -3,8 +3,8 @@
     run:    scan over steps of [ draw a batch on the device -> train step ]
     group:  the scan for all runs: batched with vmap, or sequential where that is as fast; sharded over all devices
 
-The scan is split into pieces that share one program, so that metrics can be read and states saved between two pieces.
-``posjax.lab.ablation.grids`` builds the groups of a grid and runs one after the other.
+The scan is split into pieces that share one program, so that metrics can be read and states saved between pieces.
+``posjax.lab.ablation.grids`` builds the groups of a grid and runs them one after another.
 """
 
 import dataclasses
@@ -85,10 +85,10 @@ def over_runs(function: Callable[[Any, Any], Any], devices: Sequence[Any], at_on
 
 
 def spread_over_cores(runs: int) -> None:
-    """Configures JAX to expose CPU cores as separate devices, at most one per run, so that ``over_runs`` can shard runs over them.
+    """Makes JAX expose CPU cores as separate devices, at most one per run, so that ``over_runs`` can shard runs over them.
 
-    Small models train far more efficiently with one core per run than with all cores on one run. Call it before JAX is
-    initialized; later, or if XLA_FLAGS already sets the number of devices, it has no effect.
+    Small models train far more efficiently with one core per run than with all cores on one run. It has no effect once
+    JAX is initialized, or if XLA_FLAGS already sets the number of devices.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
@@ -104,13 +104,13 @@ def spread_over_cores(runs: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The computations of a group, each a pure function of one run; ``traced`` holds float32 scalars by name.
+    """Holds the computations of a group, each a pure function of one run; ``traced`` maps names to float32 scalars.
 
     Attributes:
       init: (seed, traced) -> state.
       step: (traced) -> the train step.
       draw: (data, seed, number) -> batch.
-      data: input of ``draw``, to be put on the device.
+      data: the first argument of ``draw``, which is put on the device.
       score: (params, traced, batch, local_window_size) -> (numerator, denominator), [B] each, as ``evaluation.score`` returns
         them; a window of None means the configuration's.
     """
@@ -123,7 +123,7 @@ class Programs:
 
 
 def programs_of(group: Group, source: Source) -> Programs:
-    """Returns the programs of a group: those of ``posjax train``, with the numbers that differ between its runs traced."""
+    """Returns the programs of a group: those of ``posjax train``, with the numbers in which its runs differ traced."""
     config = group.config
 
     def parts(traced: Mapping[str, Array]) -> tuple[list[Array], dict[str, Array]]:
@@ -175,16 +175,16 @@ class BatchedRuns:
         return jax.jit(over_runs(lambda run, _: self.programs.init(*run), self.devices, 1))(self.fixed, ())
 
     def unpad(self, state: TrainState) -> TrainState:
-        """Drops the padding runs and moves the state to one device: saved states do not depend on the number of devices."""
+        """Drops the padding runs and moves the state to one device, so that saved states do not depend on the number of devices."""
         return jax.tree.map(lambda x: jax.device_put(x, self.devices[0])[: self.size], state)
 
     def restored(self, state: TrainState) -> TrainState:
         """Reverses ``unpad``: pads a saved state and shards it over the devices."""
-        places = np.minimum(np.arange(len(self.fixed[0])), self.size - 1)
-        return self._place(jax.tree.map(lambda x: x[places], state), "runs")
+        index = np.minimum(np.arange(len(self.fixed[0])), self.size - 1)
+        return self._place(jax.tree.map(lambda x: x[index], state), "runs")
 
     def advance(self, state: TrainState, first: int) -> tuple[TrainState, dict[str, np.ndarray]]:
-        """Trains all runs for the next ``log_every`` steps at most; returns the new state and the metrics, [R, steps]."""
+        """Trains all runs for up to ``log_every`` steps and returns the new state and the metrics, [R, steps]."""
         config = self.group.config
         count = min(config.log_every, config.steps)
 
@@ -201,7 +201,7 @@ class BatchedRuns:
         return state, {name: np.asarray(x)[: self.size, :num_steps] for name, x in metrics.items()}
 
     def scores(self, state: TrainState, tests: EvalSet) -> np.ndarray:
-        """Scores all runs on a test set; returns the numerator and the denominator of every item, [2, R, I]."""
+        """Scores all runs on a test set and returns the numerator and the denominator of every item, [2, R, I]."""
         window = tests.local_window_size
 
         def score_run(run: Any, batches: Any) -> tuple[Array, Array]:
@@ -227,7 +227,7 @@ class BatchedRuns:
         return jax.device_put(tree, jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*axes)))
 
     def _compiled(self, function: Callable[[Any, Any], Any], runs: tuple[Any, Any], shared: Any) -> Callable[..., Any]:
-        """Compiles the program for as many concurrent runs as fit in the memory of a device."""
+        """Compiles the program, halving the number of concurrent runs until it fits in the memory of a device."""
         while True:
             mapped = over_runs(function, self.devices, self.at_once)
 

@@ -1,8 +1,8 @@
-"""Trains a grid of settings, from its points to rows of results: one group after the other, each compiled once.
+"""Trains the points of a grid, one group after another, each compiled once, and returns rows of results.
 
     points -> groups -> [ log_every steps -> metrics.jsonl, progress; every checkpoint_every steps: save ] -> scores -> rows
 
-A grid that was interrupted or killed resumes from its last saved state.
+Rerunning a grid that was interrupted or killed resumes it from its last saved state.
 """
 
 import hashlib
@@ -46,22 +46,22 @@ def run_grid(
     """Trains and evaluates every point with every seed; finished groups are read from disk.
 
     Args:
-      points: settings, as ``posjax.lab.ablation.sweeps.grid`` returns them; all with one task and text.
+      points: settings, as ``posjax.lab.ablation.sweeps.grid`` returns them; all have the same task and data.
       seeds: seeds of parameters, data and dropout, as in ``posjax train``.
       workdir: gets one folder per group: ``checkpoints/``, ``metrics.jsonl`` and, once the group is finished, ``rows.json``.
       source: data of the points' configuration.
-      at_once: number of runs that a device executes concurrently; None: all of a group if its memory allows, one on a CPU.
-      tests: (configuration, longest length its encodings support, or None) -> test sets by column; None in place of a test set
-        that is too long for the encodings. By default the test sets of ``evaluate``.
-      command: command to print after an interruption.
-      say: called with each line for the user.
+      at_once: number of runs that a device executes concurrently; None: all of a group if they fit in memory, one on a CPU.
+      tests: (configuration, longest length that its encodings support, or None) -> test sets by column; None in place of a test
+        set that is too long for the encodings. Defaults to the test sets of ``evaluate``.
+      command: the command that resumes the grid, printed after an interruption.
+      say: called with each line of progress.
 
     Returns:
-      A row for every point and seed, in their order: encoding, seed, label, settings, metrics as ``evaluate`` gives them,
-      diverged (the step at which the tenth consecutive update was not finite, or the last step if the loss ended above its start;
-      else None), curve ({"step", "loss"}: the mean training loss since the previous step of the curve, in nats), evaluations
-      ({step: {column: value}}, including the last step) and items ({step: {column: [2, I]}}: numerator and denominator of every
-      item).
+      A row for every point and seed, in their order, with the entries encoding, seed, label, settings, metrics (as ``evaluate``
+      returns them), diverged (the step at which the tenth consecutive update was not finite, or the last step if the final loss
+      exceeds the initial loss; else None), curve ({"step", "loss"}: the mean training loss since the previous step of the curve,
+      in nats), evaluations ({step: {column: value}}, including the last step) and items ({step: {column: [2, I]}}: numerator and
+      denominator of every item).
 
     Raises:
       ValueError: there are several processes.
@@ -69,20 +69,20 @@ def run_grid(
       KernelCompileError: the attention kernel failed to compile on this device.
     """
     if jax.process_count() > 1:
-        raise ValueError(f"a grid must run in one process, over all of its devices, got {jax.process_count()} processes")
-    made = groups(points, seeds)
-    total = sum(len(group.runs) * group.config.steps for group in made)
+        raise ValueError(f"an ablation must run in one process, on all of its devices, got {jax.process_count()} processes")
+    all_groups = groups(points, seeds)
+    total = sum(len(group.runs) * group.config.steps for group in all_groups)
     try:
         with noted_signals() as caught, _Progress(total, say) as progress:
-            rows = _rows(made, points, workdir, source, at_once, tests or _usual_tests(source), caught, progress)
+            rows = _rows(all_groups, points, workdir, source, at_once, tests or _usual_tests(source), caught, progress)
     except Interrupted as stopped:
-        say(f"{stopped} To go on, run:\n  {command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
+        say(f"{stopped} To resume, run:\n  {command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
         raise
     return [rows[index, seed] for index in range(len(points)) for seed in seeds]
 
 
 def _rows(
-    made: Sequence[Group],
+    all_groups: Sequence[Group],
     points: Sequence[Point],
     workdir: Path,
     source: Source,
@@ -93,26 +93,26 @@ def _rows(
 ) -> dict[tuple[int, int], dict[str, Any]]:
     """Returns {(point, seed): row}, reading the files of finished groups and training the others."""
     rows = {}
-    for number, group in enumerate(made, 1):
+    for number, group in enumerate(all_groups, 1):
         folder = workdir / _folder(group)
-        progress.begin(f"{number} of {len(made)}: {group.spec}, {len(group.runs)} runs")
+        progress.begin(f"{number} of {len(all_groups)}: {group.spec}, {len(group.runs)} runs")
         done = folder / "rows.json"
         if done.exists():
             progress.skipped(group.config.steps * len(group.runs))
         else:
             folder.mkdir(parents=True, exist_ok=True)
             with translate_compile_errors(group.config.implementation):
-                found = _train_group(group, source, folder, at_once, tests, caught, progress)
+                content = _train_group(group, source, folder, at_once, tests, caught, progress)
             part = done.with_suffix(".part")
-            part.write_text(json.dumps(found))
+            part.write_text(json.dumps(content))
             part.replace(done)
         items = _read_items(folder)
         for index, (run, row) in enumerate(zip(group.runs, json.loads(done.read_text())["rows"], strict=True)):
             point = points[run.point]
-            about = {"encoding": point.config.encoding, "seed": run.seed, "label": point.label, "settings": point.settings}
-            own = {step: {column: sums[:, index] for column, sums in scored.items()} for step, scored in items.items()}
+            header = {"encoding": point.config.encoding, "seed": run.seed, "label": point.label, "settings": point.settings}
+            run_items = {step: {column: sums[:, index] for column, sums in scored.items()} for step, scored in items.items()}
             evaluations = {int(step): scores for step, scores in row["evaluations"].items()}
-            rows[run.point, run.seed] = {**about, **row, "evaluations": evaluations, "items": own}
+            rows[run.point, run.seed] = {**header, **row, "evaluations": evaluations, "items": run_items}
     return rows
 
 
@@ -126,12 +126,12 @@ def _folder(group: Group) -> str:
 def _usual_tests(source: Source) -> Callable[[Config, int | None], Mapping[str, EvalSet | None]]:
     """Returns the default ``tests``: those of ``evaluate``, with every row as an item, scored every ``evaluate_every`` steps."""
 
-    def made(config: Config, limit: int | None) -> dict[str, EvalSet | None]:
+    def tests(config: Config, limit: int | None) -> dict[str, EvalSet | None]:
         every = config.evaluate_every
         steps = frozenset(range(every, config.steps, every) if every else ())
         return {c: None if b is None else EvalSet(list(b), steps=steps) for c, b in test_sets(config, source, limit).items()}
 
-    return made
+    return tests
 
 
 def _write_items(folder: Path, step: int, sums: Mapping[str, np.ndarray | None]) -> None:
@@ -139,12 +139,12 @@ def _write_items(folder: Path, step: int, sums: Mapping[str, np.ndarray | None])
     path, part = folder / "items" / f"{step}.npz", folder / "items" / f"{step}.part"
     path.parent.mkdir(exist_ok=True)
     with part.open("wb") as file:
-        np.savez_compressed(file, **{column: found.astype(np.float32) for column, found in sums.items() if found is not None})
+        np.savez_compressed(file, **{column: x.astype(np.float32) for column, x in sums.items() if x is not None})
     part.replace(path)
 
 
 def _read_items(folder: Path) -> dict[int, dict[str, np.ndarray]]:
-    """Reads {step: {column: [2, R, I]}}, as ``_write_items`` stored them."""
+    """Reads the files of ``_write_items`` as {step: {column: [2, R, I]}}."""
     steps = sorted(int(path.stem) for path in (folder / "items").glob("*.npz"))
     return {step: dict(np.load(folder / "items" / f"{step}.npz")) for step in steps}
 
@@ -158,17 +158,17 @@ def _train_group(
     caught: list[int],
     progress: "_Progress",
 ) -> dict[str, Any]:
-    """Trains a group and returns the content of its ``rows.json``: rows in the order of its runs, and data about the training."""
+    """Trains a group and returns the content of its ``rows.json``: rows in the order of its runs, and training statistics."""
     config, log = group.config, folder / "metrics.jsonl"
-    # Before anything is compiled: importing Orbax clears JAX's caches of compiled programs.
+    # Created before anything is compiled, because importing Orbax clears JAX's caches of compiled programs.
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
     began = time.perf_counter()
     batched_runs = BatchedRuns(group, source, jax.local_devices()[: len(group.runs)], at_once)
     state, step = batched_runs.start(), 0
-    found = checkpoints.restore_latest(batched_runs.unpad(state))
-    if found is not None:
-        state, step = batched_runs.restored(found.state), found.step
-        began -= found.data_state["seconds"]
+    restored = checkpoints.restore_latest(batched_runs.unpad(state))
+    if restored is not None:
+        state, step = batched_runs.restored(restored.state), restored.step
+        began -= restored.data_state["seconds"]
     saved = step
     forget_after(log, step)
     progress.skipped(step * len(group.runs))
@@ -180,9 +180,9 @@ def _train_group(
         last = step == config.steps
         return {c: t for c, t in sets.items() if last or (t is not None and any(before < s <= step for s in t.steps))}
 
-    def evaluate(asked: Mapping[str, EvalSet | None]) -> dict[str, list[float] | None]:
+    def evaluate(selected: Mapping[str, EvalSet | None]) -> dict[str, list[float] | None]:
         scale = metric_scale(config, source)
-        sums = {column: None if one is None else batched_runs.scores(state, one) for column, one in asked.items()}
+        sums = {column: None if one is None else batched_runs.scores(state, one) for column, one in selected.items()}
         _write_items(folder, step, sums)
         return {c: None if s is None else (scale * s[0].sum(1) / s[1].sum(1)).tolist() for c, s in sums.items()}
 
@@ -194,8 +194,8 @@ def _train_group(
         before, step = step, step + metrics["loss"].shape[1]
         paces.append((time.perf_counter() - piece_began) / (step - before))
         line = {"step": step} | _line(metrics)
-        if asked := due(before):
-            scores = evaluate(asked)
+        if selected := due(before):
+            scores = evaluate(selected)
             line |= {f"evaluation/{column}": values for column, values in scores.items()}
         with log.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -205,33 +205,33 @@ def _train_group(
             saved = step
         if caught and step < config.steps:
             name = signal.Signals(caught[0]).name
-            raise Interrupted(f"interrupted by {name} at step {step} of {config.steps}; saved in {folder}.", caught[0])
+            raise Interrupted(f"interrupted by {name} at step {step} of {config.steps}; the state is saved in {folder}.", caught[0])
     scores = scores or evaluate(sets)
     lines = [json.loads(text) for text in log.read_text().splitlines()]
     parameters = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(state.params))
-    about = {"limit": limit, "parameters": parameters}
+    sizes = {"limit": limit, "parameters": parameters}
     measure = MEASURES.get(config.task, TASK_MEASURE)[0]
     rows = []
     for index in range(len(group.runs)):
-        own = {column: None if values is None else json_number(values[index]) for column, values in scores.items()}
+        final = {column: None if values is None else json_number(values[index]) for column, values in scores.items()}
         curve = {"step": [line["step"] for line in lines], "loss": [line["mean_loss"][index] for line in lines]}
         history = {line["step"]: _evaluated(line, index) for line in lines if _evaluated(line, index)}
-        found = {"metrics": {measure: own} | about, "diverged": _diverged(lines, index), "curve": curve}
-        rows.append(found | {"evaluations": history | {config.steps: own}})
-    how = {"compilations": batched_runs.compilations, "at_once": batched_runs.at_once, "devices": len(batched_runs.devices)}
+        row = {"metrics": {measure: final} | sizes, "diverged": _diverged(lines, index), "curve": curve}
+        rows.append(row | {"evaluations": history | {config.steps: final}})
+    statistics = {"compilations": batched_runs.compilations, "at_once": batched_runs.at_once, "devices": len(batched_runs.devices)}
     pace = float(np.median(paces[1:])) * len(batched_runs.devices) / len(batched_runs.fixed[0]) if len(paces) > 1 else None
-    how |= {"seconds_a_step": pace}  # for one run on one device
-    return {"spec": group.spec, "rows": rows, "seconds": time.perf_counter() - began} | how
+    statistics |= {"seconds_a_step": pace}  # for one run on one device
+    return {"spec": group.spec, "rows": rows, "seconds": time.perf_counter() - began} | statistics
 
 
 def _evaluated(line: Mapping[str, Any], run: int) -> dict[str, float | None]:
-    """Returns a run's evaluation in a line of metrics.jsonl, by column."""
+    """Returns the scores of one run in a line of metrics.jsonl, by column."""
     prefix = "evaluation/"
     return {name[len(prefix) :]: values and json_number(values[run]) for name, values in line.items() if name.startswith(prefix)}
 
 
 def _line(metrics: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
-    """Builds a line of metrics.jsonl from the metrics of a piece: one number for each run, None where it is not finite."""
+    """Builds a line of metrics.jsonl from the metrics of a piece: one number per run, None where it is not finite."""
     line = {name: metrics[name][:, -1] for name in ("loss", "learning_rate", "grad_norm", "skipped") if name in metrics}
     line |= {"first_loss": metrics["loss"][:, 0], "mean_loss": metrics["loss"].mean(1)}
     line |= {"streak": metrics["skipped_in_a_row"].max(1)}
@@ -241,7 +241,7 @@ def _line(metrics: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
 def _diverged(lines: Sequence[Mapping[str, Any]], run: int) -> int | None:
     """Returns the step at which a run diverged, or None.
 
-    A run diverged if ten consecutive updates were not finite, or if its loss ended above its start.
+    A run diverged if ten consecutive updates were not finite, or if its final loss exceeds its initial loss.
     """
     bad = (line["step"] for line in lines if line["streak"][run] >= MAX_SKIPPED_IN_A_ROW)
     first, end = lines[0]["first_loss"][run], lines[-1]["mean_loss"][run]
@@ -250,11 +250,11 @@ def _diverged(lines: Sequence[Mapping[str, Any]], run: int) -> int | None:
 
 
 class _Progress:
-    """Reports the progress of a grid in steps of all runs: a bar on a terminal, else a line every 15 seconds at most."""
+    """Reports the progress of a grid in steps over all runs: as a bar on a terminal, else as a line at most every 15 seconds."""
 
     def __init__(self, total: int, say: Callable[[str], None]):
         self.total, self.say = total, say
-        self.done = self.trained = 0  # trained: by this process; restored steps are done, but do not count for the speed
+        self.done = self.trained = 0  # trained: by this process; restored steps count as done, but not towards the speed
         self.started = self.shown = time.perf_counter()
         self.bar: Any = None
 
@@ -295,7 +295,7 @@ class _Progress:
 def read_rows(workdir: Path) -> Iterator[dict[str, Any]]:
     """Yields the ``rows.json`` of every finished group of a workdir.
 
-    Each has its rows, its seconds (including compilation and resumption), its number of compilations, and more.
+    Each has "rows", "seconds" (including compilation, and earlier processes of a resumed run), "compilations", and more.
     """
     for path in sorted(workdir.glob("*/rows.json")):
         yield json.loads(path.read_text())

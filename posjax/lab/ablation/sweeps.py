@@ -1,6 +1,6 @@
 """Grids of settings: parses sweeps, forms the points of a grid, and groups the runs that share one program.
 
-"learning_rate=1e-3,3e-4" "rope.theta=1e4,1e5" -> points -> groups: same shapes, so compiled once; traced numbers differ
+"learning_rate=1e-3,3e-4", "rope.theta=1e4,1e5" -> points -> groups of runs that differ only in traced numbers
 """
 
 import ast
@@ -14,17 +14,17 @@ from posjax.encodings.spec import parametrize_spec, parse_encoding, substitute, 
 from posjax.lab.config import RUN_ONLY, Config
 from posjax.lab.run import TRACED_FIELDS
 
-# Fields that belong to a single run, or that are the same for all points of a grid.
+# Fields that do not change results, that have a flag of their own, or that all points of a grid must share.
 _NOT_SWEPT = {*RUN_ONLY, "seeds", "eval_lengths", "eval_tokens", "task", "data", "tokenizer"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One setting of a grid.
+    """Represents one setting of a grid.
 
     Attributes:
-      config: the configuration, whose ``encoding`` is that of the point.
-      settings: values that the sweeps set, by name.
+      config: the configuration; its ``encoding`` is the encoding of the point.
+      settings: the swept values, by name.
     """
 
     config: Config
@@ -33,13 +33,13 @@ class Point:
     @property
     def label(self) -> str:
         """Returns the name of the point in tables: the encoding and the other swept fields."""
-        own = [f"{name}={value}" for name, value in self.settings.items() if name in _fields()]
-        return ", ".join([self.config.encoding, *own])
+        fields = [f"{name}={value}" for name, value in self.settings.items() if name in _fields()]
+        return ", ".join([self.config.encoding, *fields])
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a group: the index of its point in the grid, its seed, and its traced numbers by name."""
+    """Represents one run of a group: the index of its point in the grid, its seed, and its traced numbers by name."""
 
     point: int
     seed: int
@@ -48,12 +48,12 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that share one compiled program.
+    """Holds runs that share one compiled program.
 
     Attributes:
       config: the configuration of the runs, except for the traced fields.
       spec: their encoding, with blanks ``_0``, ``_1``, ... for traced numbers.
-      runs: at least one run; all have the same names in ``traced``: fields of the configuration, and blanks.
+      runs: at least one run; the keys of ``traced``, fields of the configuration and blanks, are the same in all.
     """
 
     config: Config
@@ -64,12 +64,12 @@ class Group:
 def parse_sweep(text: str) -> tuple[str, tuple[Any, ...]]:
     """Parses a sweep "field=a,b,c" into ("field", values).
 
-    A field is a field of the configuration, or an argument of an encoding: "rope.theta". Commas inside brackets and quotes belong
-    to a value: "encoding=rope,cope(64, gates='keys')".
+    The field is a field of the configuration, or an argument of an encoding such as "rope.theta". Commas inside brackets and quotes
+    belong to a value: "encoding=rope,cope(64, gates='keys')".
 
     Raises:
-      ValueError: the text has another form, a value is empty or occurs twice, or the field is unknown or cannot be swept; the
-        message suggests the nearest field that can.
+      ValueError: the text does not have this form, a value is empty or occurs twice, or the field is unknown or cannot be swept.
+        The message suggests the most similar field that can be swept.
     """
     name, equals, values = text.partition("=")
     name = name.strip()
@@ -80,27 +80,27 @@ def parse_sweep(text: str) -> tuple[str, tuple[Any, ...]]:
         try:
             with_argument(member, member, argument, 0)
         except ValueError as error:
-            raise ValueError(f"sweep {text!r} cannot be made: {error}") from None
+            raise ValueError(f"invalid sweep {text!r}: {error}") from None
     else:
         sweepable = [field for field in _fields() if field not in _NOT_SWEPT]
         if name not in sweepable:
             near = difflib.get_close_matches(name, sweepable, n=1)
-            why = f"{name} cannot be swept" if name in _fields() else f"{name!r} is no field"
-            raise ValueError(f"sweep {text!r} cannot be made: {why}" + (f"; did you mean {near[0]}?" if near else ""))
+            why = f"{name} cannot be swept" if name in _fields() else f"the configuration has no field {name!r}"
+            raise ValueError(f"invalid sweep {text!r}: {why}" + (f"; did you mean {near[0]}?" if near else ""))
     words = _split(values)
     if "" in words:
-        raise ValueError(f"sweep {text!r} has an empty value")
-    made = tuple(_value(word) for word in words) if name != "encoding" else tuple(words)
-    if twice := [word for word, value in zip(words, made, strict=True) if made.count(value) > 1]:
-        raise ValueError(f"sweep {text!r} has {twice[0]} twice")
-    return name, made
+        raise ValueError(f"sweep must not have empty values, got {text!r}")
+    parsed = tuple(_value(word) for word in words) if name != "encoding" else tuple(words)
+    if repeated := [word for word, value in zip(words, parsed, strict=True) if parsed.count(value) > 1]:
+        raise ValueError(f"sweep values must all differ, got {repeated[0]} more than once in {text!r}")
+    return name, parsed
 
 
 def grid(config: Config, sweeps: Iterable[tuple[str, Sequence[Any]]]) -> list[Point]:
     """Forms the grid of all combinations of the encodings and the values of every sweep.
 
-    The encodings are those of the configuration, unless they are swept. Combinations that differ only in values without effect on
-    an encoding (rope.theta for alibi) form a single point.
+    The encodings are those of the configuration, unless they are swept. Combinations that differ only in arguments that their
+    encoding does not have (rope.theta for alibi) form a single point.
 
     Raises:
       ValueError: a field is swept twice, or the field or the encoding does not accept a value.
@@ -121,7 +121,8 @@ def grid(config: Config, sweeps: Iterable[tuple[str, Sequence[Any]]]) -> list[Po
         try:
             changed = dataclasses.replace(config, **fields, encoding=encoding)
         except TypeError as error:  # e.g. a word in place of a number
-            raise ValueError(f"{', '.join(f'{name}={value!r}' for name, value in fields.items())} cannot be: {error}") from None
+            values = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+            raise ValueError(f"invalid value in {values}: {error}") from None
         point = Point(changed, settings)
         points.setdefault(point.config, point)
     return list(points.values())
@@ -133,25 +134,25 @@ def dict_of(sweeps: Iterable[tuple[str, Sequence[Any]]]) -> dict[str, Sequence[A
     Raises:
       ValueError: a name occurs twice.
     """
-    made: dict[str, Sequence[Any]] = {}
+    by_name: dict[str, Sequence[Any]] = {}
     for name, values in sweeps:
-        if name in made:
-            raise ValueError(f"{name} is swept twice: give all its values in one sweep")
-        made[name] = values
-    return made
+        if name in by_name:
+            raise ValueError(f"each field must be swept only once, got two sweeps of {name}; put all values into one sweep")
+        by_name[name] = values
+    return by_name
 
 
 def groups(points: Sequence[Point], seeds: Sequence[int]) -> list[Group]:
     """Groups the runs of a grid: runs that differ only in seeds and traceable numbers share a group."""
-    together: dict[Any, list[tuple[int, str, tuple[float, ...]]]] = {}
+    members_of: dict[Any, list[tuple[int, str, tuple[float, ...]]]] = {}
     for index, point in enumerate(points):
         spec, numbers = parametrize_spec(point.config.encoding)
         neutral = {name: 0 for name in TRACED_FIELDS if name != "clip_norm"} | {"learning_rate": 1.0}
         if point.config.clip_norm is not None:
             neutral["clip_norm"] = 1.0
         key = dataclasses.replace(point.config, **neutral, encoding=spec, encodings=("identity",))
-        together.setdefault(key, []).append((index, spec, numbers))
-    return [_group(points, members, seeds) for members in together.values()]
+        members_of.setdefault(key, []).append((index, spec, numbers))
+    return [_group(points, members, seeds) for members in members_of.values()]
 
 
 def _group(points: Sequence[Point], members: Sequence[tuple[int, str, tuple[float, ...]]], seeds: Sequence[int]) -> Group:
@@ -173,7 +174,7 @@ def _group(points: Sequence[Point], members: Sequence[tuple[int, str, tuple[floa
         for row, (config, (index, _, _)) in enumerate(zip(configs, members, strict=True))
         for seed in seeds
     ]
-    # If nothing is traced, keep the encoding as it was written: blanks would write out its defaults.
+    # If nothing is traced, keep the encoding as the user wrote it: substituting blanks would spell out its default arguments.
     spec = substitute(members[0][1], shared) if free else configs[0].encoding
     return Group(configs[0], spec, tuple(runs))
 

@@ -171,7 +171,7 @@ REFUSED = {
     "wide heads": (pj.identity(), {"width": 296}, {}, "query has 296 channels"),
     "gates of their own": (pj.cope(4, gates="keys"), {}, {}, "encoding has a bias that the kernel does not evaluate"),
     "another bias": (pj.chain(pj.rope(), pj.cope_alibi()), {}, {}, "encoding has a bias that the kernel does not evaluate"),
-    "cope twice": (pj.chain(pj.cope(4), pj.cope(8)), {}, {}, "encoding counts by gates twice"),
+    "cope twice": (pj.chain(pj.cope(4), pj.cope(8)), {}, {}, "encoding has two biases that count by gates"),
     "a second large table": (pj.chain(pj.t5(6, 8), pj.t5(66, 80)), {}, {}, "encoding reads a second table of more than 64 numbers"),
 }
 

@@ -204,7 +204,10 @@ def test_pairs(bias, can, monkeypatch):
     assert reason is None if can else "functions of the distance of two positions with one number per head" in reason
 
 
-@pytest.mark.parametrize(("dtype", "why"), [("bfloat16", "mosaic could, too"), ("float32", "mosaic cannot: it takes bfloat16")])
+@pytest.mark.parametrize(
+    ("dtype", "why"),
+    [("bfloat16", "mosaic supports the call, too"), ("float32", "mosaic does not support the call: it takes bfloat16")],
+)
 def test_the_log_says_once_which_kernels_run_and_why(dtype, why, caplog, monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
     monkeypatch.setattr(gpu, "capability", lambda: 90)

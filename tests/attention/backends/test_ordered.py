@@ -158,12 +158,14 @@ def test_decoding(name):
 
 def test_what_does_not_fit_is_refused():
     query, key, value, hidden, params = operands("wall")
-    with pytest.raises(ValueError, match="is_causal must be True and mask None for wall, which transports keys"):
+    with pytest.raises(ValueError, match="is_causal must be True and mask None for wall, which has a Transport"):
         call_of("wall", query, key, value, hidden, params, mask=jnp.ones((1, 1, T, T), bool))
     twice = pj.chain(CASES["wall"], CASES["wall"])
-    with pytest.raises(ValueError, match=r"encoding may transport keys once, got 2 Transports in wall\+wall"):
+    with pytest.raises(ValueError, match=r"encoding must have at most one Transport, got 2 in wall\+wall"):
         pj.attention(query, key, value, twice, {"wall": params, "wall_1": params}, is_causal=True, hidden=hidden)
     with pytest.raises(ValueError, match="needs_causal must be True for stick, whose weights are StickBreaking"):
         pj.attention(query, key, value, pj.encoding("stick", attend=stick), {}, is_causal=True)
-    with pytest.raises(NotImplementedError, match="what the kernel does not do: weights are those of StickBreaking"):
+    with pytest.raises(
+        NotImplementedError, match="a structure that the kernel does not support: weights are those of StickBreaking"
+    ):
         pj.attention(query, key, value, CASES["stick"], {}, is_causal=True, implementation="pallas")

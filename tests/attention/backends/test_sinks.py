@@ -96,5 +96,5 @@ def test_decoding():
 
 
 def test_two_members_with_weights_of_their_own_are_refused():
-    with pytest.raises(ValueError, match="one member of a chain may have weights of its own, got sink and sink_1"):
+    with pytest.raises(ValueError, match="only one member of a chain may define weights, got sink and sink_1"):
         pj.attention(*operands()[:3], pj.chain(SINK, SINK), {"sink": {"sink": jnp.zeros(N)}, "sink_1": {"sink": jnp.zeros(N)}})

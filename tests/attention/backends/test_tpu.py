@@ -152,7 +152,7 @@ REFUSED = {
     "another bias": (pj.chain(pj.rope(), pj.cope_alibi()), {}, {}, "encoding has a bias that the kernel does not evaluate"),
     "many positions": (pj.cope(513), {}, {}, "max_position=513"),
     "many buckets": (pj.t5(128, 256), {}, {}, "num_buckets=128"),
-    "cope twice": (pj.chain(pj.cope(4), pj.cope(8)), {}, {}, "encoding counts by gates twice"),
+    "cope twice": (pj.chain(pj.cope(4), pj.cope(8)), {}, {}, "encoding has two biases that count by gates"),
     "a second, larger table": (pj.chain(pj.t5(6, 8), pj.t5(66, 200)), {}, {}, "encoding reads a second table of more than 64"),
 }
 

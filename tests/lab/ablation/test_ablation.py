@@ -143,7 +143,7 @@ def test_an_interrupted_grid_goes_on_where_it_stopped_and_is_done_once(tmp_path)
 
     with pytest.raises(Interrupted, match="interrupted by SIGINT at step 10 of 25"):
         run_grid(points, (0, 1), tmp_path / "cut", source, command="posjax ablate", say=say)
-    assert said[-1].endswith("To go on, run:\n  posjax ablate")
+    assert said[-1].endswith("To resume, run:\n  posjax ablate")
     (log,) = (tmp_path / "cut").glob("*/metrics.jsonl")
     assert [line["step"] for line in lines(log)] == [10]
     with log.open("a") as file:  # as a kill in the next piece may leave it
@@ -220,7 +220,7 @@ def test_a_grid_from_the_command_line(run, tmp_path):
     assert {path.name for path in tmp_path.glob("*.*")} == {"config.json", "results.json", "results.md", "dots.png", "curves.png"}
     assert run(*command)[0] == 0
     code, _, err = run(*command, "--embed_dim", 32)
-    assert code == 1 and "belongs to a run with embed_dim=16 there and 32 here" in err
+    assert code == 1 and "belongs to a run with another configuration: embed_dim is 16 there and 32 here" in err
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Attention on NVIDIA GPUs: the entry point of the Pallas kernels, the operands they take and the calls they do not support.
 
-XLA does two things before the kernels run, in time linear in T. It rotates queries and keys: a kernel would have to rotate a key
-tile again for every query tile, on its way to tensor cores that read it from shared memory. It also computes q.e of CoPE,
+XLA does two things before the kernels run, in time linear in T. It rotates queries and keys, because a kernel would have to rotate
+a key tile again for every query tile before tensor cores read it from shared memory. It also computes q.e of CoPE,
 z [T, P] per head, because the kernels look up single numbers of a row, which is possible only in memory. The kernels compute the
 gradient of z.
 """
@@ -40,7 +40,7 @@ from posjax.typing import Array, Float
 _log = logging.getLogger(__package__)
 NAME: str = "cuda"  # the platform in jax.lax.platform_dependent
 BLOCK_SIZES_CLS = GpuBlocks  # the type of ``block_sizes`` for these kernels
-_WIDEST = 288  # channels of a head: 256, or 128 with the channels that untied positions append
+_WIDEST = 288  # channels per head: 256, or 128 with the channels that TUPE appends
 
 
 def unsupported_reason(call: AttentionCall, *, block_sizes: GpuBlocks | None = None, spec: ShardSpec | None = None) -> str | None:
@@ -90,7 +90,7 @@ def attention(
     """Computes attention with the GPU kernels, each device on its shard of batch and heads.
 
     Args:
-      call: one for which ``unsupported_reason`` returns None; this is not checked again. Pending transforms are applied first.
+      call: a call for which ``unsupported_reason`` returns None, which is not checked again. Pending transforms are applied first.
       block_sizes: None takes those of the device.
       spec: how a mesh shards batch and heads; None infers it from the query's type.
       interpret: None interprets the kernels where the program is lowered for a CPU; else what ``pallas_call`` takes.
@@ -236,7 +236,7 @@ def _lowering_reason(plan: Plan, x: Operands) -> str:
         return "its block sizes name it"
     entries = 0 if x.table is None else x.table.shape[1]
     reason = mosaic_unsupported_reason(capability(), x.query.dtype, _channels(x.query, x.value), entries, pairs=plan.pairs)
-    return f"mosaic cannot: {reason}" if reason else "its block sizes name it; mosaic could, too"
+    return f"mosaic does not support the call: {reason}" if reason else "set by its block sizes; mosaic supports the call, too"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Block sizes of the GPU kernels, and which of them each device uses."""
+"""Block sizes of the GPU kernels, and their defaults for each device."""
 
 import json
 import re
@@ -14,8 +14,8 @@ from posjax.hardware import gpu_by_kind
 
 LOWERINGS = ("triton", "mosaic")
 _MOSAIC_JAX = 0, 11, 2  # the first version whose Mosaic GPU has the features that the kernels use
-_WIDEST = 144  # channels: 128, or 64 with the channels that untied positions append
-_SHARED = 226 * 1024  # bytes of shared memory per block on compute capability 9.0, less a few for barriers
+_WIDEST = 144  # channels per head: 128, or 64 with the channels that TUPE appends
+_SHARED = 226 * 1024  # bytes of shared memory per block on compute capability 9.0, minus some for barriers
 
 
 class GpuBlocks(NamedTuple):
@@ -28,9 +28,10 @@ class GpuBlocks(NamedTuple):
       block_kv: keys per tile.
       block_kv_count: keys processed per counting step (a strip), at most ``block_kv``.
       block_q_rows: queries processed at a time for a key tile in the backward pass, at most ``block_q``.
-      num_warps: warps of 32 threads that work on a tile, a power of two from 1 to 16.
-      num_stages: tiles that are loaded at a time, from 1 to 8.
-      lowering: "triton" or "mosaic", for all keys that are not counted. "mosaic" takes 128 queries, 128 keys and 64 rows.
+      num_warps: warps of 32 threads per tile, a power of two from 1 to 16.
+      num_stages: pipeline stages, i.e. tiles that are loaded at a time, from 1 to 8.
+      lowering: "triton" or "mosaic", for all keys that are not counted. "mosaic" needs block_q=128, block_kv=128 and
+        block_q_rows=64.
     """
 
     block_q: int
@@ -99,16 +100,16 @@ def _is_function_of_distance(program: PairProgram) -> bool:
     return is_relative and program.reads == "number" and program.size == 1 and not program.learned
 
 
-# A line for each kind of call: the least compute capability, bytes per number, the most channels, whether it counts, and sizes.
+# A line per kind of call: minimum compute capability, bytes per number, maximum channels, whether it counts, and sizes.
 # The lowering that comes first is preferred.
 _TABLE = json.loads(Path(__file__).with_name("gpu_blocks.json").read_text())
-LEAST = 80  # the least capability that Triton supports
+LEAST = 80  # the lowest compute capability that Triton supports
 
 
 def capability() -> int:
     """Returns ten times the compute capability of the GPU of the mesh in context, or else of this process.
 
-    It is ``LEAST`` if there is no GPU, and 0 if the GPU is not NVIDIA's.
+    It is ``LEAST`` if there is no GPU, and 0 if the GPU is not from NVIDIA.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
@@ -136,7 +137,7 @@ def blocks_for(
     ``mosaic_unsupported_reason``.
 
     Raises:
-      ValueError: none of the ``lowerings`` supports the call. "triton" supports every call that the kernels do.
+      ValueError: none of the ``lowerings`` supports the call. "triton" supports every call that the kernels support.
     """
     size = jnp.dtype(dtype).itemsize
     lines = [line for line in _TABLE if line["capability"] <= capability and (line["bytes"], line["counts"]) == (size, counts)]

@@ -1,12 +1,12 @@
 """Attention on Hopper GPUs through Mosaic GPU, forward and backward, for all keys that are not counted.
 
-    forward        one block per query tile, from the softmax state that the counted keys left
+    forward        one block per query tile, starting from the softmax state of the counted keys
     query, plain   the gradient of a query tile
     key, plain     the gradients of a key tile, for all query heads that share it
 
 In each block one warpgroup copies tiles to shared memory, ``stages`` of them ahead. Two others compute 64 rows each, on tensor
-cores that read shared memory (wgmma). This file does not count: the rows of a tile are at different counts, and Mosaic cannot read
-registers or shared memory at an index that differs by row.
+cores that read shared memory (wgmma). These kernels do not count, because the rows of a tile have different counts, and Mosaic
+cannot read registers or shared memory at an index that differs by row.
 """
 
 import dataclasses

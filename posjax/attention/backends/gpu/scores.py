@@ -50,7 +50,7 @@ class MaskedScores(NamedTuple):
 
 
 class PairInputs(NamedTuple):
-    """Holds what the program of a pair takes in a tile, and where that stands among all pairs."""
+    """Holds the inputs of a pair's program in a tile, and their places among those of all pairs."""
 
     program: PairProgram
     queries: tuple[Array, ...]  # in the score layout
@@ -200,11 +200,11 @@ def gradient_of(plan: Plan, layout: Any, scores: Array, weights: Array, d_weight
 
 # Gradients of pairs -------------------------------------------------------------------------------------------------------
 
-# What a pair reads is differentiated in loops over its numbers. ``jax.vjp`` of all of them at once would keep a tile for each.
+# The read of a pair is differentiated in loops over its numbers. ``jax.vjp`` of all of them at once would keep a tile for each.
 
 
 class PairGradients(NamedTuple):
-    """Holds sums of gradients of what the programs of pairs take in a tile.
+    """Holds sums of gradients of the inputs of pairs' programs in a tile.
 
     Attributes:
       numbers: [A or more], those of one head and query tile; None on the side of keys, or if none have gradients.

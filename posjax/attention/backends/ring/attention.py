@@ -12,11 +12,11 @@ Without a term that has a carry, the order of visits does not matter, and all pi
     C steps; at step s device d has the keys of device d - s
 
 A term with a carry (CoPE counts the gates between key and query) must process keys from right to left, so each chunk of queries
-meets its own chunk of keys first, then the one to its left, and so on. The chunks of keys move along one path through both slots of
-every device, to the right through the low slots and back to the left through the high slots:
+is processed with its own chunk of keys first, then with the one to its left, and so on. The chunks of keys move along one path
+through both slots of every device, to the right through the low slots and back to the left through the high slots:
 
     low    chunk of keys  0 -> 1 -> 2 -> 3        (device 0 .. 3)
-    high                  7 <- 6 <- 5 <- 4        2 C steps; at step s chunk of queries q meets chunk of keys q - s
+    high                  7 <- 6 <- 5 <- 4        2 C steps; at step s chunk of queries q has chunk of keys q - s
 
 Each chunk of keys is split further into pieces. One piece is in transit while another is processed, and the gradients computed for
 a piece are added to those that arrive with it. The communication buffers are thus a fraction of a device's share, and communication
@@ -89,7 +89,7 @@ def attention(
     """
     if (reason := unsupported_reason(call, context)) is not None:
         raise NotImplementedError(f"attention over the mesh axis {context.axis!r} cannot run this call: {reason}")
-    call = call.with_transformed_keys()  # once, before they move
+    call = call.with_transformed_keys()  # once, before the keys move around the ring
     chunks = Chunks(context.axis, context.parts, call.mask.is_causal)
     split = functools.partial(chunks.split, separate=_sums(call))
 
@@ -115,7 +115,7 @@ def attention(
 def _supported(
     chunk_of: Callable[[AttentionCall], AttentionCall], call: AttentionCall, context: Context, block_sizes: Any
 ) -> list[str]:
-    """Returns the platforms whose kernels support the call that each device makes: ``chunk_of`` its part of the call."""
+    """Returns the platforms whose kernels support the call on each device; ``chunk_of`` returns a device's part of the call."""
     supported = []
 
     def ask(part: AttentionCall) -> Array:
@@ -152,7 +152,7 @@ def unsupported_reason(call: AttentionCall, context: Context) -> str | None:
     if queries % parts or keys % parts:
         return f"the lengths of query and key must be multiples of {parts}, twice its devices, got {queries} and {keys}"
     if (reason := call.needs_order()) is not None:
-        return f"encoding asks for what the ring does not do: {reason}"
+        return f"encoding has a structure that the ring does not support: {reason}"
     if (mask := call.mask.boolean) is not None:
         return f"mask must be None, got one of shape {mask.shape}; segment_ids and local_window_size travel with the keys"
     if call.bias is not None:

@@ -1,4 +1,4 @@
-"""Which axis of a mesh shards the sequence of a call, if any."""
+"""Finds the mesh axis that shards the sequence of a call, if any."""
 
 import dataclasses
 

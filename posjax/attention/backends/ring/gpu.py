@@ -17,7 +17,7 @@ from posjax.attention.backends.shards import ShardSpec
 from posjax.attention.call import AttentionCall
 from posjax.typing import Array
 
-__all__ = ["by_key", "carried", "with_keys"]  # of the interface, beside what is defined here
+__all__ = ["by_key", "carried", "with_keys"]  # parts of the interface that are imported
 BY_KEY = dict(key=1, value=1, segments=1, positions=1, features=3)
 
 

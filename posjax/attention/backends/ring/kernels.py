@@ -1,4 +1,4 @@
-"""Shared parts of the TPU and GPU kernels as backends of the ring; see ``ring.xla_chunked`` for the interface."""
+"""Code that the TPU and GPU kernels share as backends of the ring; see ``ring.xla_chunked`` for the interface."""
 
 import dataclasses
 from typing import Any, TypeVar, cast

@@ -13,7 +13,7 @@ from posjax.typing import Array
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """The two chunks of device d: 2 d and 2 d + 1 in natural order, d and 2 C - 1 - d in the zig-zag layout.
+    """Describes the two chunks of device d: 2 d and 2 d + 1 in natural order, d and 2 C - 1 - d in the zig-zag layout.
 
     Its methods run inside a ``shard_map``.
 
@@ -50,7 +50,7 @@ class Chunks:
             both = self._spread(x, axis)
             return both if separate else [jnp.concatenate(both, axis)]
 
-        spread: list[list[Array]] = []  # the pieces of every array with tokens, in the order in which they are met
+        spread: list[list[Array]] = []  # the pieces of every array with tokens, in the order in which they are visited
 
         def spread_array(x: Array, axes: Axes) -> Array:
             if axes.tokens is not None:

@@ -18,7 +18,7 @@ from posjax.attention.backends.tpu.tiles import LANES
 from posjax.attention.call import AttentionCall
 from posjax.typing import Array
 
-__all__ = ["by_key", "carried", "with_keys"]  # of the interface, beside what is defined here
+__all__ = ["by_key", "carried", "with_keys"]  # parts of the interface that are imported
 BY_KEY = dict(key=2, value=2, segments=2, positions=2, features=4)
 
 

@@ -39,7 +39,7 @@ from posjax.typing import Array, Float
 
 NAME: str = "tpu"  # the platform in jax.lax.platform_dependent
 BLOCK_SIZES_CLS = Blocks  # type of this backend's ``block_sizes``
-_MOST_POSITIONS = 512  # CoPE positions; the tables of more fill VMEM
+_MOST_POSITIONS = 512  # CoPE positions; tables of more positions would fill VMEM
 _MOST_COMPARED = 128  # CoPE positions on a chip without a sublane gather, where lookups compare indices instead
 
 
@@ -134,8 +134,8 @@ def attention(
     """Computes attention with the Pallas kernels, each device on its shard of batch and heads.
 
     Args:
-      call: one for which ``unsupported_reason`` returns None; this is not checked again. The kernel applies pending rotations that
-        all heads share and that are not learned.
+      call: a call for which ``unsupported_reason`` returns None, which is not checked again. The kernel applies pending rotations
+        that all heads share and that are not learned.
       block_sizes: None takes the defaults of the chip, or smaller ones that fit its VMEM.
       spec: how the mesh shards batch and heads; None infers it from the type of the query.
       chip: the TPU generation; None takes that of the query's mesh, of the mesh in context, or of this process.
@@ -396,7 +396,7 @@ def reduce_gradients(x: Operands, grads: dict[str, Array]) -> dict[str, Array]:
     if x.embedding is not None and "embedding" in grads:
         over = tuple(n for n, size in enumerate(x.embedding.shape[:2]) if size == 1)
         of_positions = grads["embedding"].sum(0).sum(over, keepdims=True)
-        # The whole gradient goes to the positions and none to the steps, which are differences of positions.
+        # The full gradient goes to the positions and none to the steps, which are differences of positions.
         grads["embedding"] = jnp.stack([of_positions, jnp.zeros_like(of_positions)], 2)
     if "table" in grads:  # by table index and query lane
         grads["table"] = grads["table"].sum((0, -1))[:, :, None]

@@ -1,9 +1,9 @@
-"""Attention on TPU, backward: the gradients of ``forward.py``, walking through the counting region from the left to the right.
+"""Attention on TPU, backward: the gradients of ``forward.py``, with a walk through the counting region from left to right.
 
 Starting from the counts at the end of the forward pass, each step subtracts its gates again. The gradient of a count reaches the
 gates of all keys from the count's key to the query, so each row accumulates one sum on the way (``gathered``). The gradients of the
-keys of one resident block accumulate in VMEM over all queries. Where there are several blocks, the kernel runs once for each, from
-the left, and passes the state of the rows on.
+keys of one resident block accumulate in VMEM over all queries. If there are several blocks, the kernel runs once for each, from the
+left, and passes on the state of the rows.
 
 ``backward_tile.py`` holds the gradients of a query tile, ``backward_counting.py`` those of its counting region.
 """
@@ -78,7 +78,7 @@ def backward(
       saved: the results of ``forward`` after the output.
       d_out: [B, K, G, T, V], the gradient of the output.
       delta: sum of d_out * out over V, in the layout of rows, [B, K, G, I, t / 128, 128].
-      gathered: the gradient of the counts that this call hands on, in the same layout, from keys to the left in other calls; None:
+      gathered: the gradient of the counts that this call passes on, in the same layout, from keys to the left in other calls; None:
         zero.
       is_part: whether the gradients will be summed with those of other calls, and are thus float32.
       acc: with ``is_part``, float32 gradients of the queries from other calls, by name, to which those of this call are added in

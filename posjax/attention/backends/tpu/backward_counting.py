@@ -1,4 +1,4 @@
-"""Gradients of the counting region on TPU: the walk from the left to the right that subtracts the gates from the counts again.
+"""Gradients of the counting region on TPU: a walk from left to right that subtracts the gates from the counts again.
 
 As in the forward pass, a counting step is branch-free code with lookups in windows (``in_windows``), or, in the steps that the
 forward pass reports as wide and with T5, gathers for any counts, group by group (``by_gathers``). Both process the strips in pieces
@@ -89,7 +89,7 @@ class BackwardCounting:
     region: CountingRegion
 
     def initialise(self) -> None:
-        """Loads the state in which the last block left the rows, and clears the gradients of z."""
+        """Loads the state of the rows after the last block, and clears the gradients of z."""
         s = self.tile.step
         for name in ("high", "low", "gathered"):
             getattr(s, name)[...] = getattr(s, f"in_{name}")[...]

@@ -89,8 +89,8 @@ ANY = Chip("any", 30 * _MIB, True, Blocks(512, 512, 256, 1024))
 def chip_at_hand(x: Any = None) -> Chip:
     """Returns the TPU generation that a program is lowered for.
 
-    It is that of the mesh of ``x``, or else of the mesh in context, or else of this process's devices; ``ANY`` where that is not a
-    known TPU.
+    This is the generation of the mesh of ``x``, or else of the mesh in context, or else of this process's devices; ``ANY`` if it is
+    not a known TPU.
     """
     meshes = [jax.sharding.get_abstract_mesh()] if x is None else [jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()]
     devices = [device for mesh in meshes if (device := getattr(mesh, "abstract_device", None)) is not None]

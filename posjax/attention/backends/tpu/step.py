@@ -128,7 +128,7 @@ class Scalars(NamedTuple):
 
 
 class PairInputs(NamedTuple):
-    """Holds what the program of a pair takes for keys [s, 1 or t] and queries [1, t], and where that stands among all pairs."""
+    """Holds the inputs of a pair's program for keys [s, 1 or t] and queries [1, t], and their places among those of all pairs."""
 
     program: PairProgram
     queries: tuple[Array, ...]
@@ -142,7 +142,7 @@ class PairInputs(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """A range of a tile's groups of 128 queries: ``count`` groups from ``first`` on."""
+    """Represents a range of a tile's groups of 128 queries: ``count`` groups from ``first`` on."""
 
     first: Array | int
     count: int
@@ -337,7 +337,7 @@ class Step:
         return jnp.where(allowed, scores, MASK_VALUE)
 
     def pair_inputs(self, start: Array, size: int, groups: Groups | None = None) -> list[PairInputs]:
-        """Returns what the program of every pair takes for ``size`` keys and the queries, or some groups of them."""
+        """Returns the inputs of every pair's program for ``size`` keys and the queries, or some groups of them."""
         inputs, first_number, first_feature = [], 0, 0
         width = LANES * (self.plan.groups if groups is None else groups.count)
         at = pl.ds(start, size)

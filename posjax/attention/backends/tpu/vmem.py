@@ -1,12 +1,12 @@
-"""Estimates of the VMEM and SMEM that the TPU kernels take, before anything is compiled, and smaller block sizes to try.
+"""Estimates of the VMEM and SMEM that the TPU kernels need, before anything is compiled, and smaller block sizes to try.
 
-The backward pass takes more of everything than the forward pass, so the estimate of a call is that of its backward pass:
+The backward pass needs more of everything than the forward pass, so the estimate of a call is that of its backward pass:
 
     windows   blocks of operands and results, double-buffered: one is in use while the next is loaded or the last is stored
     scratch   the buffers of both passes, and those of the backward pass alone: their gradients, and sums for queries and keys
-    spilled   values of a tile that do not fit the registers; only the compiler can say, so this bounds the amounts it reported
+    spilled   values of a tile that do not fit into registers, estimated as an upper bound on the amounts that the compiler reported
 
-The compiler may need less, where operands fit VMEM as a whole or blocks never change.
+The compiler may need less if operands fit into VMEM as a whole or blocks never change.
 """
 
 import math

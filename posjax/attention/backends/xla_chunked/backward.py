@@ -75,7 +75,7 @@ def delta_of(out: Array, d_out: Array) -> Array:
 
 
 class _ByQuery(NamedTuple):
-    """Gradients that one query tile accumulates over its key tiles; those of tables go on over all query tiles."""
+    """Holds gradients that one query tile accumulates over its key tiles; those of tables accumulate over all query tiles."""
 
     query: Array
     rows: Leaves
@@ -83,7 +83,7 @@ class _ByQuery(NamedTuple):
 
 
 class _ByKey(NamedTuple):
-    """Gradients that are accumulated over all query tiles."""
+    """Holds gradients that are accumulated over all query tiles."""
 
     key: Array
     value: Array
@@ -93,7 +93,7 @@ class _ByKey(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _TermLeaves:
-    """A query tile with its terms taken apart into floating-point leaves, as ``jax.vjp`` needs them.
+    """Holds a query tile with its terms split into floating-point leaves, as ``jax.vjp`` needs them.
 
     Attributes:
       row: the query tile.
@@ -135,7 +135,7 @@ class _TermLeaves:
         carries: Leaves,
         saturated: list,
     ) -> tuple[Array, Leaves]:
-        """Computes what ``tile_scores`` does, from leaves."""
+        """Computes ``tile_scores`` from leaves."""
         parts = self.put_rows(rows), floats(kv_tile.columns)[1](columns), self.put_tables(tables), self.put_carries(carries)
         scores, carries_out = tile_scores(self.row, kv_tile, logits, bias, *parts, saturated)
         return scores, floats(carries_out)[0]
@@ -163,7 +163,7 @@ class _TermLeaves:
 
 @dataclasses.dataclass(frozen=True)
 class _Backward:
-    """The backward pass of one query tile.
+    """Computes the backward pass of one query tile.
 
     Attributes:
       leaves: the query tile.

@@ -105,7 +105,7 @@ def block(x: Array, rows: int) -> Array:
 
 
 def _blocks(x: Array, size: int) -> Array:
-    """Converts [B, L, N, H] to [L / size, B, N, size, H]. XLA fuses what an encoding does to query and key into this one copy."""
+    """Converts [B, L, N, H] to [L / size, B, N, size, H]. XLA fuses the transforms of query and key into this copy."""
     batch, length, heads, width = x.shape
     return x.reshape(batch, length // size, size, heads, width).transpose(1, 0, 3, 2, 4)
 

@@ -1,12 +1,12 @@
 """A walk over tiles for calls whose weights are not a softmax of scores alone: broken sticks, transported keys, tables of values.
 
-    StickBreaking   a row carries the logarithm of what is left of its stick, from the query back
-    Transport       a row carries its query, moved by the maps of all tokens that the walk has passed
+    StickBreaking   a row carries the logarithm of the rest of its stick, from the query back
+    Transport       a row carries its query, transformed by the maps of all tokens that the walk has passed
     Table("value")  a row carries the weight that every entry of a table has received
 
 Each query tile walks over its key tiles from right to left, in a scan that JAX differentiates; the tile is recomputed in the
-backward pass, so that memory grows with T + S. This walk is general, not fast: calls without these structures have ``forward`` and
-``backward``.
+backward pass, so that memory grows with T + S. This walk is general but not fast; calls without these structures use ``forward``
+and ``backward``.
 """
 
 import functools
@@ -170,7 +170,7 @@ def _transported(
 ) -> tuple[Array, Array]:
     """Returns the logits [B, N, t, s] of a tile, and the queries [B, N, t, H] after the maps of its tokens.
 
-    A query meets key j after the maps of all tokens after j, and then passes the map of token j.
+    A query is multiplied with key j after the maps of all tokens after j have been applied, and before the map of token j.
     """
     heads, transport = moved.shape[1], call.transport
     assert transport is not None
