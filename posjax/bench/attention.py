@@ -293,11 +293,11 @@ def _first_row(length: int) -> int:
     return 0 if length <= _REFERENCE_LENGTH else length - _REFERENCE_ROWS
 
 
-def errors(found: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> Row:
+def errors(results: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> Row:
     """Computes the relative errors of a result: the norm of the difference over the norm of the reference's array.
 
     Args:
-      found: "out", and gradients as "grads/...", as ``Prepared.fetch`` returns them.
+      results: "out", and gradients as "grads/...", as ``Prepared.fetch`` returns them.
       reference: the same arrays, of dense attention.
 
     Returns:
@@ -308,14 +308,14 @@ def errors(found: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray])
     """
     if not all(np.isfinite(x).all() for x in results.values()):
         raise FloatingPointError("not finite")
-    gradients = [name for name in found if name.startswith("grads/")]
+    gradients = [name for name in results if name.startswith("grads/")]
     whole = float(np.sqrt(sum(np.sum(reference[name] ** 2) for name in gradients)))
 
     def error(name: str) -> float:
         size = float(np.linalg.norm(reference[name]))
         if size <= 1e-6 * whole:
             size = whole  # zero up to rounding, if softmax cancels a parameter: relative to all gradients
-        return float(np.linalg.norm(found[name] - reference[name])) / size
+        return float(np.linalg.norm(results[name] - reference[name])) / size
 
     row: Row = {"error_out": error("out")}
     if gradients:

@@ -201,7 +201,7 @@ def _jax_function(contestant: Contestant, options: Options) -> Callable[[dict[st
 
     def ours(inputs: dict[str, Any]) -> Any:
         args = inputs["query"], inputs["key"], inputs["value"], encoding, inputs["params"]
-        more = dict(hidden=inputs.get("hidden"))
+        own: dict[str, Any] = dict(hidden=inputs.get("hidden"))
         blocks = None
         if contestant.lowering:
             blocks = default_blocks(prepare_call(*args, is_causal=True, **own), (contestant.lowering,))

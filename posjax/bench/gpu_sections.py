@@ -185,7 +185,8 @@ def accuracy(config: Any, implementation: str, clock: Clock, tell: Tell, referen
     ]
 
     def measured(dtype: str, head_dim: int, call: Call, spec: str, lowering: str) -> Row:
-        want, arrays, found = references.answer(spec, head_dim, call), call.arrays(spec, head_dim), {}
+        expected, arrays = references.answer(spec, head_dim, call), call.arrays(spec, head_dim)
+        fields: Row = {}
         for prefix, kernel in (("", (implementation, lowering)), ("xla_", ("xla",))):
             prepared = prepare(Contestant("posjax", spec, *kernel), True, arrays, dtype, {}, call.options)
             result = prepared.fetch(prepared.call())

@@ -14,7 +14,7 @@ def fail(message: str, code: int = 1, leave: Callable[[int], None] = sys.exit) -
     leave(code)
 
 
-def parse(args: Sequence[str], options: type | None = None):
+def parse(args: Sequence[str], verb: str, options: type | None = None):
     """Parses the name or file of a config and the flags that follow it into a Config; tyro handles --help and misspelled flags.
 
     Args:
@@ -39,7 +39,7 @@ def parse(args: Sequence[str], options: type | None = None):
     else:
         default, flags = load_config(args[0]), list(args[1:])
         default = dataclasses.replace(default, warmup_steps=_warmup_steps(default, flags))
-    cli = functools.partial(tyro.cli, args=flags, prog="posjax VERB CONFIG")
+    cli = functools.partial(tyro.cli, args=flags, prog=f"posjax {verb} CONFIG")
     if options is None:
         return cli(Config, default=default, config=(tyro.conf.FlagConversionOff,))
     both = dataclasses.make_dataclass("Both", [(verb, options), ("config", Config)])  # the field names are headings in --help

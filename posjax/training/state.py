@@ -65,7 +65,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, seed: in
     check("ema", ema, bool)
 
     # jnp.array with a dtype also drops weak types, which would make the step compile twice and scan reject its carry.
-    def own(leaf):
+    def copy(leaf):
         return jnp.array(leaf, dtype=leaf.dtype)
 
     params = jax.tree.map(copy, params)

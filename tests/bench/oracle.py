@@ -71,7 +71,7 @@ def _rows(spec: str, arrays: dict[str, Any], start: int, stop: int, options: Opt
             no_bias = (name == "tupe") and args["untie_cls"] and not args["released"]
             scores = scores + (np.where((i == 0) | (j == 0), 0.0, bias) if no_bias else bias)
         elif name.startswith("cope"):
-            gate_keys = {"content": key, "values": value}.get(args["gates"])
+            met = {"content": key, "values": value}.get(args["gates"])
             if args["gates"] == "keys":
                 met = np.einsum("bsd,dkh->bksh", arrays["hidden"][:, :stop], params["gate_kernel"])
                 met = np.repeat(met, query.shape[1] // met.shape[1], axis=1)
