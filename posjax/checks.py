@@ -310,7 +310,7 @@ def _fault_of_array(value: Any, bounds: Bounds) -> str | None:
     if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
         return ""
     if bounds.rank is not None and value.ndim > bounds.rank:
-        return "be one number, or a traced scalar"
+        return "be one number"
     # NumPy, because inside jit a jax operation returns a tracer even for a concrete array.
     return None if is_traced(value) or value.ndim else _fault_of_float(float(np.asarray(value)), bounds)
 

@@ -340,7 +340,7 @@ def constructor_calls() -> dict[str, Call]:
         pj.tupe: buckets | dict.fromkeys(("relative", "untie_cls", "released"), (True, flag)),
         pj.cope: counted
         | {"max_position": (64, integer(2, 2**24)), "scaled": (False, flag), "per_head": (False, flag), "clamp": (None, clamp)},
-        pj.cope_alibi: counted | {"slope": (None, slope), "learned": (False, flag)},
+        pj.cope_alibi: counted | {"slope": (None, slopes), "learned": (False, flag)},
         pj.cope_mlp: counted | {"hidden_dim": (64, integer(1, 2**16)), "scaled": (False, flag)},
     }
     calls = {cls.registered_name: Call(cls, arguments) for cls, arguments in encodings.items() if arguments}

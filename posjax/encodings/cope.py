@@ -24,7 +24,7 @@ from posjax.core.encoding import (
     traced_hparam,
 )
 from posjax.core.structures import Bias, Hinges, Scan, ScoreModifications, Table, sigmoid
-from posjax.encodings.relative import slopes_of_heads
+from posjax.encodings.relative import check_slopes, slopes_of_heads
 from posjax.typing import Array, Params
 
 Gates = Literal["logits", "content", "keys", "values"]
@@ -110,7 +110,7 @@ class CopeAlibi(PositionalEncoding):
 
     Args:
       slope: m of every head, in nats per position; None gives each head its ALiBi slope. It may be a traced scalar, such as a swept
-        hyperparameter; its gradient is zero.
+        hyperparameter, or an array [N] with the slope of each head; its gradient is zero.
       learned: True makes m a parameter, params["slope"] [N], initialized to ``slope``.
       gates, shared, gate_bias: as in ``cope``.
 
@@ -121,13 +121,16 @@ class CopeAlibi(PositionalEncoding):
     Golovneva et al., arXiv:2405.18719, the CoPE_ALiBi rows.
     """
 
-    slope: Array | float | None = hyperparameter(default=None, above=0, hint="None takes ALiBi's slopes")
+    slope: Array | float | None = hyperparameter(default=None, above=0, rank=1, hint="None takes ALiBi's slopes")
     learned: bool = False
     gates: Gates = "logits"
     shared: bool = True
     gate_bias: Array | float = hyperparameter(default=0.0)
 
     needs_causal = True
+
+    def __post_init__(self) -> None:
+        check_slopes(self.slope)
 
     @property
     def per_layer(self) -> bool:

@@ -47,8 +47,7 @@ class Alibi(PositionalEncoding):
     slope: Array | float | None = hyperparameter(default=None, above=0, rank=1, hint="None takes ALiBi's slopes")
 
     def __post_init__(self) -> None:
-        if np.ndim(self.slope) and not is_traced(self.slope):
-            _check_slopes(np.asarray(self.slope))
+        check_slopes(self.slope)
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         slopes = slopes_of_heads(self.slope, inputs.query.shape[2])
@@ -108,9 +107,13 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     return np.concatenate([powers(closest), powers(2 * closest)[0::2][: num_heads - closest]]).astype(np.float32)
 
 
-def _check_slopes(slopes: np.ndarray) -> None:
+def check_slopes(slope: Array | float | None) -> None:
+    """Raises ValueError if an array of slopes is empty or one of them is not positive; a traced one may hold anything."""
+    if not np.ndim(slope) or is_traced(slope):
+        return
+    slopes = np.asarray(slope)
     if not slopes.size or not (np.isfinite(slopes) & (slopes > 0)).all():
-        raise ValueError(f"slope must be positive for each head, got {' '.join(str(slopes).split())}")
+        raise ValueError(f"slope must be positive for each head, got {slopes[:5]}")
 
 
 def slopes_of_heads(slope: Array | float | None, num_heads: int) -> Float[Array, " N"]:
