@@ -67,7 +67,7 @@ class Part:
 
 
 def lasting(config: Config, **fields: Any) -> Config:
-    """Returns a configuration with a constant learning rate, for runs that are scored after several numbers of steps.
+    """Returns a configuration whose learning rate stays at its peak, for runs that are scored after several numbers of steps.
 
     A moving average of the parameters is scored, which has the effect of learning-rate decay at the end of a run; a run of 500
     steps is therefore the first part of a run of 2,000. Layers are compiled separately, which is faster for small ones.

@@ -205,7 +205,7 @@ def test_encodings_of_a_module(tmp_path, monkeypatch):
         "no_such_module:x": "encoding no_such_module:x cannot be imported: No module named",
         "my_encodings:number": "my_encodings:number must be an encoding, or a class or function that returns one, got 7",
         "my_encodings:wrong": "my_encodings:wrong must return a PositionalEncoding, got 7",
-        "my_encodings:made(1, 2)": r"my_encodings:made takes my_encodings:made\(theta=3.0\)",
+        "my_encodings:made(1, 2)": r"my_encodings:made must be called as my_encodings:made\(theta=3.0\)",
     }.items():
         with pytest.raises(ValueError, match=message):
             parse_encoding(spec)
