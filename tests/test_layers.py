@@ -29,8 +29,8 @@ EXCEPTIONS = {
 }
 # What the backends of attention may know: structures, and never what an encoding is.
 BACKENDS = (
-    "posjax.typing", "posjax.hardware", "posjax.core.structures", "posjax.core.masks", "posjax.attention.call",
-    "posjax.attention.backends",
+    "posjax.typing", "posjax.checks", "posjax.hardware", "posjax.core.structures", "posjax.core.masks", "posjax.core.manual_axes",
+    "posjax.attention.call", "posjax.attention.backends",
 )  # fmt: skip
 MOST_MODULES = 12  # in a folder, __init__ not counted
 
