@@ -284,7 +284,7 @@ def _with_columns(call: AttentionCall, columns: tuple[dict[str, Array], ...]) ->
 def check_room(cache: LayerCache, tokens: int) -> None:
     """Raises ValueError if a full cache has no room for ``tokens`` more tokens.
 
-    If ``cache.used`` is traced, that is unchecked, except that all tokens of one call must be known to fit.
+    Unchecked if ``cache.used`` is traced, except that symbolic sizes must tell that the tokens fit the slots.
     """
     if isinstance(cache, LinearCache) or cache.window is not None:
         return

@@ -93,11 +93,11 @@ def attention(
     chunks = Chunks(context.axis, context.parts, call.mask.is_causal)
     split = functools.partial(chunks.split, separate=_sums(call))
 
-    def with_kernel(name: str) -> Callable[[AttentionCall], Array]:
+    def with_kernel(name: str, platforms: tuple[str, ...] | None = None) -> Callable[[AttentionCall], Array]:
         sizes = next((block_sizes_for(k, block_sizes) for k in _KERNELS if name == k.NAME), None)
 
         def on_device(part: AttentionCall) -> Array:
-            return chunks.unsplit(_around(context, _PARTS[name], split(part), sizes))
+            return chunks.unsplit(_around(context, _PARTS[name], split(part), sizes, platforms))
 
         # Only the TPU kernel rotates queries itself, and then needs no unrotated copy.
         is_rotated = name != tpu.NAME
@@ -105,7 +105,7 @@ def attention(
 
     if kernel is not None:
         return with_kernel(kernel)(call)
-    supported = {name: with_kernel(name) for name in _supported(lambda part: split(part)[0], call, context, block_sizes)}
+    supported = {name: with_kernel(name, (name,)) for name in _supported(lambda part: split(part)[0], call, context, block_sizes)}
     # Wraps the entire computation of a device: further inside, the choice of branch would become an array that the backward pass
     # receives.
     default = with_kernel("xla")
@@ -130,13 +130,19 @@ def _supported(
     return supported
 
 
-def _around(context: Context, backend: Any, calls: list[AttentionCall], block_sizes: Any) -> list[Array]:
-    """Returns the result [B, t, N, V] of each chunk of this device. ``backend`` is a module such as ``ring.xla_chunked``."""
+def _around(
+    context: Context, backend: Any, calls: list[AttentionCall], block_sizes: Any, platforms: tuple[str, ...] | None
+) -> list[Array]:
+    """Returns the result [B, t, N, V] of each chunk of this device.
+
+    ``backend`` is a module such as ``ring.xla_chunked``; ``platforms`` are those on which its kernels may run (see ``deferred``).
+    """
     plans, slots = zip(*(backend.to_operands(call, block_sizes) for call in calls), strict=True)
     length, keys, width = calls[0].query.shape[1], calls[0].key.shape[1], calls[0].value.shape[-1]
     max_pieces = max(1, min(_PIECES, keys // _PIECE))
     splits = ((n, backend.in_parts(plans[0], slots[0], n)) for n in range(max_pieces, 0, -1))
     pieces, plan = next((n, plan) for n, plan in splits if plan is not None)
+    plan = plan if platforms is None else dataclasses.replace(plan, platforms=platforms)
     ring = _Ring(backend, plan, context.axis, context.parts, len(calls) == 2, pieces)
 
     def finished(out: Array, lse: Array, call: AttentionCall) -> Array:
