@@ -170,6 +170,19 @@ def prepare(
     value: Array | None,
     encoding: PositionalEncoding | None,
     params: Params | None,
+    **options: Any,
+) -> AttentionCall:
+    """Checks the options of a call on whole sequences and applies the encoding; arguments and errors as in ``prepare_next``."""
+    return prepare_next(query, key, value, encoding, params, None, **options)[0]
+
+
+def prepare_next(
+    query: Array,
+    key: Array,
+    value: Array | None,
+    encoding: PositionalEncoding | None,
+    params: Params | None,
+    state: Any,
     *,
     is_causal: bool = False,
     mask: Array | None = None,
@@ -185,10 +198,16 @@ def prepare(
     hidden: Any = None,
     scale: Array | float | None = None,
     logits_soft_cap: float | None = None,
-) -> AttentionCall:
-    """Checks the options of a call and applies the encoding.
+) -> tuple[AttentionCall, Any]:
+    """Checks the options of a call on the next tokens of sequences and applies the encoding.
 
-    The arguments are those of ``posjax.attention``; ``check_operands`` must have accepted query, key and value.
+    Args:
+      state: the encoding's state after the tokens before; None at the start.
+
+    The other arguments are those of ``posjax.attention``; ``check_operands`` must have accepted query, key and value.
+
+    Returns:
+      The call, and the encoding's state after these tokens.
 
     Raises:
       ValueError: an option has an unsupported shape, dtype or value; the message names it.
@@ -223,7 +242,8 @@ def prepare(
     sides = []
     for order, at, ids, of_side in zip(positions, coordinates or (None, None), segments, (query_hidden, key_hidden), strict=True):
         sides.append(Tokens.at(order, coordinates=at, segments=ids, hidden=of_side))
-    mods = encoding.attend({} if params is None else params, AttentionInputs(query, key, value, *sides, scale))
+    inputs = AttentionInputs(query, key, value, *sides, scale, state=state)
+    mods = encoding.attend({} if params is None else params, inputs)
     if any(isinstance(bias.at, Scan) for bias in mods.biases) and not encoding.needs_causal:
         raise ValueError(f"needs_causal must be True for {encoding.name}, whose bias is a Scan, got False")
     if encoding.needs_causal:
@@ -237,7 +257,7 @@ def prepare(
     if first:  # what a Replace holds is made of what all transforms before it left
         biases = _with_vectors(biases, query, key)
         query, key = mods.transforms[first - 1].applied(query, key)
-    return AttentionCall(
+    call = AttentionCall(
         query=query,
         key=key,
         value=value,
@@ -254,6 +274,7 @@ def prepare(
         logits_soft_cap=logits_soft_cap,
         is_self=is_self,
     )
+    return call, mods.state
 
 
 def _check_weights(encoding: PositionalEncoding, mods: ScoreModifications, is_causal: bool, mask: Mask) -> None:

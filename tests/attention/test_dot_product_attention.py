@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh
-from suite import noisy, normal, quick_compilation  # noqa: F401, a fixture
+from suite import noisy, normal
 
 import posjax as pj
 from posjax.attention.backends.reference import scores_of
