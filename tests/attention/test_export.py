@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from suite import DIMS, H, K, N, normal, quick_compilation, random_params  # noqa: F401, a fixture
+from suite import DIMS, H, K, N, normal, random_params
 
 import posjax as pj
 from posjax.attention import kv_cache

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from suite import DIMS, B, D, H, K, N, T, normal, quick_compilation, random_params  # noqa: F401, a fixture
+from suite import DIMS, B, D, H, K, N, T, normal, random_params
 
 import posjax as pj
 from posjax.attention import kv_cache
