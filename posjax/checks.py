@@ -12,8 +12,8 @@ A check goes by the annotation of an argument and by bounds:
     Callable[...]             a function or another callable
     A | B                     either
 
-A bool is not a number, nor is a string that looks like one. NumPy's scalars count as what they hold, and become Python's. An
-annotation with any other part is not checked, so that classes of users may hold what they please.
+A bool is not a number, and neither is a string such as "3". NumPy scalars are converted to Python scalars. An annotation with any
+other part is not checked, so that user-defined classes may have fields of any type.
 
 ``check`` checks one argument, and ``check_fields`` the fields of a dataclass, whose bounds are in their metadata (``bounded``).
 """
@@ -36,21 +36,21 @@ import jax.numpy as jnp
 import numpy as np
 
 Number = int | float
-INT32 = 2**31 - 1  # the largest integer that arrays of positions and ids hold, and the limit of sizes without one of their own
+INT32 = 2**31 - 1  # the largest integer in arrays of positions and ids, and the default limit of integers
 _TINIEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _BASES = (Callable, bool, int, float, str, types.NoneType, jax.Array)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Limits the numbers that an argument takes.
+    """Describes the numbers that an argument accepts.
 
     Attributes:
-      least, most: smallest and largest number.
-      above, below: bounds that are excluded.
+      least, most: inclusive bounds.
+      above, below: exclusive bounds.
       rank: largest number of axes of an array; None for any.
-      what: the words for the bounds in messages, such as "be positive, or None not to clip"; None composes them.
-      hint: what would work, which ends messages.
+      what: wording of the bounds in messages, such as "be positive, or None to disable clipping"; None derives it from the bounds.
+      hint: the end of messages, about what would work.
     """
 
     least: Number | None = None
@@ -71,7 +71,7 @@ class Bounds:
         )
 
     def of_float(self) -> str:
-        """Returns the bounds of floats in words that follow "must"."""
+        """Returns the bounds for floats in words, to follow "must" in a message."""
         if self.what is not None:
             return self.what
         low, high = self.least if self.above is None else self.above, self.most if self.below is None else self.below
@@ -84,7 +84,7 @@ class Bounds:
         return f"lie in {'[' if self.above is None else '('}{low:g}, {high:g}{']' if self.below is None else ')'}"
 
     def of_int(self, exceeds: bool = False) -> str:
-        """Returns what integers are accepted; the upper bound only if a value exceeds it."""
+        """Returns the accepted integers in words, with the upper bound only if a value exceeds it."""
         most = INT32 if self.most is None else self.most
         if self.least is None:
             return f"an integer of at most {most}" if exceeds else "an integer"
@@ -92,15 +92,15 @@ class Bounds:
 
 
 def bounded(default: Any = dataclasses.MISSING, *, traced: bool = False, **bounds: Any) -> Any:
-    """Declares a field of a dataclass with ``Bounds`` for ``check_fields``."""
+    """Declares a dataclass field with ``Bounds``, for ``check_fields``."""
     return dataclasses.field(default=default, metadata={"bounds": Bounds(**bounds), "traced": traced})
 
 
 def check_fields(value: Any) -> None:
-    """Checks the fields of a dataclass by their annotations and bounds; NumPy's scalars become Python's.
+    """Checks the fields of a dataclass by their annotations and bounds; NumPy scalars become Python scalars.
 
     Raises:
-      ValueError: a field holds something else; the message names it.
+      ValueError: a field has another type or is out of bounds; the message names it.
     """
     for name, kinds, bounds in _checks_of(type(value)):
         given = getattr(value, name)
@@ -110,10 +110,10 @@ def check_fields(value: Any) -> None:
 
 
 def check(name: str, value: Any, annotation: Any, **bounds: Any) -> Any:
-    """Returns ``value``, a NumPy scalar as one of Python, if it is what an annotation and ``Bounds`` say.
+    """Returns ``value``, with a NumPy scalar as a Python scalar, if it has the annotated type and lies within ``Bounds``.
 
     Raises:
-      ValueError: it is not; the message names the argument.
+      ValueError: the value has another type or is out of bounds; the message names the argument.
     """
     return _checked(name, value, _kinds(annotation) or (), Bounds(**bounds))
 
@@ -124,7 +124,7 @@ def check_at_least(name: str, value: Any, least: int, most: int = INT32) -> int:
 
 
 def check_one_of(name: str, value: Any, choices: Iterable[str]) -> None:
-    """Raises ValueError if ``value`` is none of some words."""
+    """Raises ValueError if ``value`` is not one of the strings in ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {short(value)}")
 
@@ -135,7 +135,7 @@ def is_traced(value: Any) -> bool:
 
 
 def is_array(value: Any, *kinds: Any) -> bool:
-    """Returns whether a value is an array of JAX or NumPy and, with kinds such as ``jnp.integer``, of one of these."""
+    """Returns whether a value is a JAX or NumPy array and, given kinds such as ``jnp.integer``, has a dtype of one of them."""
     return isinstance(value, jax.Array | np.ndarray) and (not kinds or any(jnp.issubdtype(value.dtype, kind) for kind in kinds))
 
 
@@ -145,12 +145,12 @@ def is_symbolic(*sizes: Any) -> bool:
 
 
 def round_up(size: Any, multiple: int) -> Any:
-    """Returns the least multiple that is not below ``size``, in a form that symbolic dimensions can be divided by it."""
+    """Rounds ``size`` up to a multiple, in a form that makes symbolic dimensions divisible by it."""
     return (size + multiple - 1) // multiple * multiple
 
 
 def check_dtype(name: str, dtype: Any, *kinds: Any) -> np.dtype:
-    """Returns a dtype; raises ValueError if it is none, or of none of some kinds such as ``jnp.floating``."""
+    """Converts to a dtype; raises ValueError if it is not a dtype of one of the kinds, such as ``jnp.floating``."""
     try:
         found = jnp.dtype(dtype) if isinstance(dtype, str | type | np.dtype) else None
     except TypeError:
@@ -161,10 +161,10 @@ def check_dtype(name: str, dtype: Any, *kinds: Any) -> np.dtype:
 
 
 def require(what: str, *modules: str) -> None:
-    """Raises ModuleNotFoundError, which says how to install them, if modules that the extra [lab] installs are missing.
+    """Raises ModuleNotFoundError with installation instructions if modules of the extra [lab] are missing.
 
     Args:
-      what: what needs them, for the message.
+      what: the feature that needs them, for the message.
       modules: names of top-level modules.
     """
     missing = [name for name in modules if not _is_installed(name)]
@@ -180,7 +180,7 @@ def _is_installed(name: str) -> bool:
 
 
 def short(value: Any) -> str:
-    """Returns a value in one line of a message: an array by its dtype and shape, anything else by the beginning of its repr."""
+    """Formats a value for a message in one line: an array as its dtype and shape, anything else as the beginning of its repr."""
     if is_array(value) and (value.size != 1 or is_traced(value) or value.dtype == object):
         return f"{value.dtype}{list(value.shape)}"
     try:
@@ -213,7 +213,7 @@ def _itemsize(dtype: Any) -> int:
 
 @functools.cache
 def memory() -> int:
-    """Returns the bytes of memory of the host or of a device, whichever has more."""
+    """Returns the memory of the host or of a device, whichever is larger, in bytes."""
     try:
         host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not POSIX
@@ -227,17 +227,17 @@ def memory() -> int:
 
 @functools.cache
 def _checks_of(cls: type) -> tuple[tuple[str, tuple[Any, ...], Bounds], ...]:
-    """Returns name, kinds and bounds of every field of a dataclass whose annotation says what it accepts."""
+    """Returns name, kinds and bounds of every field of a dataclass whose annotation can be checked."""
     try:
         hints = typing.get_type_hints(cls)
-    except Exception:  # an annotation names something that is not there when the program runs
+    except Exception:  # an annotation names something that is not defined at run time
         hints = {field.name: field.type for field in dataclasses.fields(cls)}
     fields = ((field, _kinds(hints.get(field.name))) for field in dataclasses.fields(cls))
     return tuple((field.name, kinds, field.metadata.get("bounds", Bounds())) for field, kinds in fields if kinds)
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...] | None:
-    """Returns what an annotation accepts: bases, ("one of", values) and ("many", kinds); None if a part of it is anything else."""
+    """Returns the kinds of an annotation: bases, ("one of", values) and ("many", kinds); None if any part is something else."""
     annotation = types.NoneType if annotation is None else annotation
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if found := [base for base in _BASES if annotation is base or origin is base]:
@@ -269,7 +269,7 @@ def _checked(name: str, given: Any, kinds: tuple[Any, ...], bounds: Bounds) -> A
 
 
 def _fault(value: Any, kind: Any, bounds: Bounds) -> str | None:
-    """Returns what a value must be by a kind: None if it is that, "" if it has another type."""
+    """Returns what a kind requires of a value, in words: None if the value satisfies it, "" if it has another type."""
     if kind is jax.Array:
         return _fault_of_array(value, bounds) if is_array(value) else ""
     if kind is int or kind is float:
@@ -318,7 +318,7 @@ def _fault_of_array(value: Any, bounds: Bounds) -> str | None:
 def _words(kinds: tuple[Any, ...], bounds: Bounds) -> str:
     kinds = tuple(kind for kind in kinds if kind is not int or float not in kinds)
     words = [word for kind in kinds for word in _nouns(kind, bounds)]
-    words.sort(key=lambda word: (word == "None", word in _ARRAYS))  # numbers first, then what stands for them
+    words.sort(key=lambda word: (word == "None", word in _ARRAYS))  # numbers first, then arrays, None last
     if len(words) == 2 and words[1] in _ARRAYS:
         return ", or ".join(words)
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

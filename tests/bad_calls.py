@@ -359,7 +359,7 @@ def constructor_calls() -> dict[str, Call]:
         | dict.fromkeys(("per_layer", "needs_hidden", "needs_causal"), (False, flag)),
         required=("name",),
     )
-    calls["chain"] = Call(lambda chain: pj.chain(pj.rope(), chain), {"chain": (pj.alibi(), is_encoding)})
+    calls["chain"] = Call(lambda encodings: pj.chain(pj.rope(), encodings), {"encodings": (pj.alibi(), is_encoding)})
     calls["register"] = Call(
         lambda name: pj.register(name), {"name": ("mine", only(lambda x: isinstance(x, str) and x.isidentifier()))}, equal=False
     )

@@ -87,12 +87,12 @@ def attention(
         tokens (``Pair``, read as numbers, by tables or by small networks, with learned numbers and features), sums of the keys' own
         gates (``Scan`` of keys), and one count of CoPE's form: rope, alibi, t5, tupe, cope with gates="logits", and their chains.
         On a mesh with an axis named "context" ("sequence", "seq", "cp" and "sp" work too), or with an explicit axis that shards T,
-        None, "xla_chunked" and "pallas" run ring attention, in which each device holds its share of the sequence.
-        All have derivatives of every order and mode. ``jax.grad`` runs the backward pass of the implementation. Forward mode and
-        derivatives of gradients, other than those of "xla", process all tiles one at a time in plain XLA, in memory that grows
-        with T + S, and gather the sequence of a ring.
+        None, "xla_chunked" and "pallas" run ring attention, in which each device holds a shard of the sequence.
+        All have derivatives of every order and mode. ``jax.grad`` runs the backward pass of the implementation. Except in "xla",
+        forward mode and derivatives of gradients process one tile at a time in plain XLA, in memory that grows with T + S, and
+        gather the sequence of a ring.
       block_sizes: tile sizes of the "pallas" kernel, ``Blocks`` on a TPU and ``GpuBlocks`` on a GPU. None takes the defaults of the
-        chip, reduced if the call would not fit a TPU's VMEM. If ``implementation`` is None, they apply where the kernel runs.
+        chip, reduced if the call would not fit into a TPU's VMEM. If ``implementation`` is None, they apply if the kernel runs.
       return_residual: True also returns the log-sum-exp of the scores of each query, with that of a sink if there is one. "pallas"
         and the ring do not return it, and None selects "xla" or "xla_chunked".
 
@@ -159,7 +159,7 @@ def attention_weights(
     value: Array | None = None,
     **options: Any,
 ) -> Float[Array, "*B N T S"]:
-    """Returns the dense float32 probabilities by which ``attention`` weights the values, for inspection.
+    """Computes the dense float32 probabilities with which ``attention`` weights the values, for inspection.
 
     Args:
       query, key, encoding, params: as in ``attention``.

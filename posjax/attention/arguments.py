@@ -13,7 +13,7 @@ from posjax.core.encoding import PositionalEncoding, Tokens, identity, what_is
 from posjax.core.masks import FAR
 from posjax.typing import Array, Bool, Params
 
-Sides = tuple[Array | None, Array | None]  # what queries and keys have of something
+Sides = tuple[Array | None, Array | None]  # an array of queries and the corresponding one of keys
 _NONE = identity()
 
 
@@ -52,9 +52,9 @@ def check_operands(query: Array, key: Array, value: Array) -> None:
 
 
 def in_jax_order(encoding: Any, params: Any, mask: Any, bias: Any) -> tuple[Any, Any, Any, Any]:
-    """Returns encoding, params, mask and bias, where arrays in place of the first two are bias and mask.
+    """Returns encoding, params, mask and bias, after moving arrays in place of the first two to bias and mask.
 
-    They are in a positional call of ``jax.nn.dot_product_attention``.
+    A positional call of ``jax.nn.dot_product_attention`` passes its bias and mask in their place.
     """
     if is_array(encoding):
         if bias is not None:
@@ -68,9 +68,9 @@ def in_jax_order(encoding: Any, params: Any, mask: Any, bias: Any) -> tuple[Any,
 
 
 def add_batch_axis(query: Any, key: Any, value: Any, options: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, Any], bool]:
-    """Returns query, key, value and options of a call without a batch with a batch axis of one, and whether it had none.
+    """Returns query, key, value and options, with a batch axis of one if the call has no batch, and whether it has none.
 
-    NumPy arrays become those of jax. Masks, biases, positions, coordinates and lengths may omit their batch axis in any case.
+    NumPy arrays become JAX arrays. Masks, biases, positions, coordinates and lengths may omit their batch axis in any case.
 
     Raises:
       ValueError: some of query, key and value have three axes and others do not.
@@ -110,12 +110,15 @@ def check_soft_cap(cap: Any) -> float | None:
 def check_params(params: Any) -> Params:
     """Returns ``params``, {} for None; raises ValueError if they are not a dict."""
     if params is not None and not isinstance(params, Mapping):
-        raise ValueError(f"params must be a dict of arrays, which encoding.init(key, dims) returns, or None, got {short(params)}")
+        raise ValueError(f"params must be a dict, such as the result of encoding.init(key, dims), or None, got {short(params)}")
     return {} if params is None else params
 
 
 def check_segment_ids(ids: Any, batch: int, length: int, tokens: str = "") -> None:
-    """Raises ValueError if segment ids are not integers [batch, length]; ``tokens`` such as " for the keys" end the shape."""
+    """Raises ValueError if segment ids are not integers [batch, length].
+
+    ``tokens``, such as " for the keys", follows the shape in the message.
+    """
     if not is_array(ids, jnp.integer) or ids.shape != (batch, length):
         got = f"{ids.dtype}{list(ids.shape)}" if is_array(ids) else short(ids)
         pair = "; a pair gives both" if tokens else ""
@@ -123,14 +126,14 @@ def check_segment_ids(ids: Any, batch: int, length: int, tokens: str = "") -> No
 
 
 def pair_of(name: str, x: Any) -> tuple[Any, Any]:
-    """Returns an argument for queries and for keys, of which a tuple holds one each."""
+    """Returns an argument for queries and for keys, from a pair or from one value for both."""
     if isinstance(x, tuple) and len(x) != 2:
         raise ValueError(f"{name} must be one array, or a pair for queries and keys, got a tuple of {len(x)}")
     return x if isinstance(x, tuple) else (x, x)
 
 
 def _array_of(name: str, x: Any, what: str) -> Array:
-    """Returns an array, or nested lists of numbers as one of NumPy."""
+    """Returns an array; nested lists of numbers become a NumPy array. Raises ValueError for anything else."""
     given = x
     if not is_array(x):
         try:
@@ -155,11 +158,12 @@ def canonicalize_positions(name: str, positions: Array | None, batch: int, lengt
         raise ValueError(f"{name} must be integers, got {positions.dtype}")
     if positions.shape not in ((length,), (1, length), (batch, length)):
         raise ValueError(f"{name} must have shape ({length},) or ({batch}, {length}), got {positions.shape}")
-    known = None if is_traced(positions) else np.asarray(positions)  # NumPy: jax would wrap what does not fit, and trace under jit
+    # NumPy, because jax would wrap numbers that do not fit into int32, and trace them under jit.
+    known = None if is_traced(positions) else np.asarray(positions)
     if known is not None and (least := known.min()) < 0:
         raise ValueError(f"{name} must not be negative, got {least}; exclude padding by mask or segment_ids")
     if known is not None and (most := known.max()) >= FAR:
-        raise ValueError(f"{name} must be below 2^31 - 1, got {most}; subtract the first one from all")
+        raise ValueError(f"{name} must be below 2^31 - 1, got {most}; subtract the first from all")
     return jnp.asarray(positions, jnp.int32).reshape(-1, length)
 
 
@@ -183,8 +187,8 @@ def canonicalize_coordinates(name: str, coordinates: Array, batch: int, length: 
         raise ValueError(f"{name} must have shape ({length}, axes) or ({batch}, {length}, axes), got {shape}")
     most = 0.0 if known is None else np.abs(known.astype(np.float64)).max()
     limit, what = (FAR, "2^31 - 1") if coordinates.dtype == jnp.int32 else (2.0**24, "2^24, beyond which float32 has no fractions")
-    if not most < limit:  # NaN is not either
-        raise ValueError(f"{name} must be below {what}, got {most:.10g}; subtract the first one from all")
+    if not most < limit:  # also true for NaN
+        raise ValueError(f"{name} must be below {what}, got {most:.10g}; subtract the first from all")
     return coordinates.reshape(-1, length, shape[-1])
 
 
@@ -242,7 +246,7 @@ def canonicalize_mask(mask: Any, query: Array, key: Array) -> Array | None:
     if not is_array(mask, jnp.bool_):
         got = mask.dtype if is_array(mask) else type(mask).__name__
         raise ValueError(
-            f"mask must be boolean, True where attention is allowed, got {got}; numbers that are added to the scores are a bias"
+            f"mask must be boolean, True where attention is allowed, got {got}; pass numbers to add to the scores as bias"
         )
     return _of_pairs("mask", mask, query, key)
 
@@ -256,14 +260,14 @@ def canonicalize_bias(bias: Any, query: Array, key: Array) -> Array | None:
     if bias is None:
         return None
     if not is_array(bias, jnp.floating, jnp.integer):
-        hint = "; a boolean array is a mask" if is_array(bias, jnp.bool_) else ""
+        hint = "; pass a boolean array as mask" if is_array(bias, jnp.bool_) else ""
         raise ValueError(f"bias must be an array of numbers, got {bias.dtype if is_array(bias) else type(bias).__name__}{hint}")
     bias = _of_pairs("bias", bias, query, key)
     return jnp.asarray(bias, None if jnp.issubdtype(bias.dtype, jnp.floating) else jnp.float32)
 
 
 def _of_pairs(name: str, x: Array, query: Array, key: Array) -> Array:
-    """Returns an array [B or 1, N or 1, T or 1, S or 1] of which leading axes were omitted."""
+    """Returns an array as [B or 1, N or 1, T or 1, S or 1], after adding the leading axes that it omits."""
     shape = (*query.shape[:1], query.shape[2], query.shape[1], key.shape[1])
     x = x[(None,) * (4 - x.ndim)] if x.ndim < 4 else x
     if x.ndim != 4 or any(size not in (1, full) for size, full in zip(x.shape, shape, strict=True)):
@@ -272,7 +276,7 @@ def _of_pairs(name: str, x: Array, query: Array, key: Array) -> Array:
 
 
 def segments_of_sides(segment_ids: Any, query: Array, key: Array) -> tuple[Array | None, Array | None]:
-    """Returns the segments of queries and keys, one array for both if one was given, checked; None for each if there are none."""
+    """Returns the checked segments of queries and keys, the same array if one was given for both; two None without segments."""
     if segment_ids is None:
         return None, None
     sides = pair_of("segment_ids", segment_ids)
@@ -304,10 +308,10 @@ def valid_tokens(name: str, lengths: Any, tokens: Array) -> Bool[Array, "B T"] |
 
 
 def mark_padding(segments: Sides, valid: Sides, query: Array, key: Array) -> tuple[Sides, Sides]:
-    """Returns segments of queries and keys in which padding, the tokens that are not valid, is apart: for encodings and for masks.
+    """Returns segments of queries and keys, for encodings and for masks, in which invalid tokens (padding) are separate.
 
-    For encodings padding is segment 0. For masks that of queries is below every other segment and that of keys is above: no query
-    attends to padding, padding attends to nothing, and kernels skip blocks of either.
+    For encodings, padding is segment 0. For masks, padding of the queries is below every other segment and padding of the keys is
+    above: no query attends to padding, padding attends to nothing, and kernels skip blocks of either.
     """
     if valid[0] is None and valid[1] is None:
         return segments, segments

@@ -60,13 +60,13 @@ class AttentionCall:
       value: [B, S, K, V]; V is 0 if only the weights are computed.
       transforms: transforms of query and key that are still to be applied, by a backend or by ``transformed``, which leaves a
         ``Transport`` alone.
-      biases: what the encoding adds to the scores. A read whose query or key is None reads those of this call.
+      biases: biases added to the scores. A read whose query or key is None reads those of this call.
       mask: the pairs that are allowed to attend.
       query_positions, key_positions: int32 [B or 1, T] and [B or 1, S], the order of the tokens.
       query_coordinates, key_coordinates: [B or 1, T, A] and [B or 1, S, A]; None: one axis, the positions.
       scale: float32 [], the factor of q.k.
-      weights: what turns scores into weights.
-      bias: [B or 1, N or 1, T or 1, S or 1], numbers that the caller adds to the scores; None for none.
+      weights: how scores are converted to weights.
+      bias: [B or 1, N or 1, T or 1, S or 1], the caller's bias of the scores; None for none.
       logits_soft_cap: c; scores become c * tanh(scores / c) after the bias and before the mask; None for no cap.
       is_self: whether queries and keys are the same tokens in the same order.
     """
@@ -300,7 +300,7 @@ def _check_weights(encoding: PositionalEncoding, mods: ScoreModifications, is_ca
     for bias in mods.biases:
         read = bias.read
         if isinstance(read, Table) and read.side == "value" and (read.interpolate or isinstance(bias.at, Scan)):
-            raise ValueError(f"a Table with side='value' must be read at integers of a Pair, got another in {encoding.name}")
+            raise ValueError(f"a Table with side='value' must have a Pair and interpolate=False, got another in {encoding.name}")
 
 
 def _check_rising(encoding: PositionalEncoding, key_positions: Array, key_segments: Array | None) -> None:
@@ -322,16 +322,16 @@ def _check_rising(encoding: PositionalEncoding, key_positions: Array, key_segmen
 
 
 def _cleared(x: Array | None, valid: Array | None) -> Array | None:
-    """Returns x [B, T, ...] with zeros for padding: NaN there would reach gradients, and what an encoding makes of ``hidden``."""
+    """Zeroes padding in x [B, T, ...], because NaN would reach gradients and whatever an encoding computes from ``hidden``."""
     if x is None or valid is None:
         return x
     return jnp.where(valid.reshape(*valid.shape, *(1,) * (x.ndim - 2)), x, 0)
 
 
 def _without_hidden_keys(key: Array, value: Array | None, mask: Mask) -> tuple[Array, Array | None]:
-    """Returns key and value with zeros for keys that no query sees by boolean mask or segments: NaN there would reach all rows.
+    """Zeroes keys and values that are invisible to all queries by boolean mask or segments, because NaN would reach all rows.
 
-    A weight of zero times NaN is NaN. If queries and keys have the same segments, some query sees every key.
+    A weight of zero times NaN is NaN. If queries and keys have the same segments, every key is visible to some query.
     """
     visible = None
     if mask.boolean is not None:

@@ -1,7 +1,7 @@
 """Selects the backend of a prepared call: the requested one, or the fastest that supports it on the platform of the program.
 
 A backend is a module with the functions of ``Backend``. Those in XLA also have ``attention_and_lse``. The kernels of a platform
-also have ``BLOCK_SIZES_CLS``, and join a program by ``jax.lax.platform_dependent`` under their ``NAME``, whichever devices this
+also have ``BLOCK_SIZES_CLS``, and are selected by ``jax.lax.platform_dependent`` under their ``NAME``, whatever devices this
 process has.
 """
 
@@ -119,7 +119,7 @@ def run(
     return _run(call, implementation, spec, context, block_sizes, return_lse)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5), inline=True)  # a second call outside of jit compiles nothing
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5), inline=True)  # so that a second call outside jit compiles nothing
 def _run(
     call: AttentionCall,
     implementation: Implementation | None,

@@ -1,4 +1,4 @@
-"""``attention_fn``: ``attention`` in the form that the attention modules of Flax NNX and Flax Linen call."""
+"""``attention_fn``: adapts ``attention`` to the attention modules of Flax NNX and Flax Linen."""
 
 import math
 from collections.abc import Callable
@@ -28,28 +28,29 @@ def attention_fn(
         flax.nnx.MultiHeadAttention(..., attention_fn=pj.attention_fn(encoding, params))
         flax.linen.MultiHeadDotProductAttention(..., attention_fn=pj.attention_fn(encoding, params))
 
-    The function takes the arguments of Flax's: query, key and value [batch..., T, N, H] with any number of batch axes; ``bias``
-    and ``mask``, which broadcast to [batch..., N, T, S]; attention dropout; and the module that sows the weights. Attention is
-    causal if ``is_causal`` is true here or in the call, or if the mask is causal.
+    The function takes the same arguments as Flax's: query, key and value [batch..., T, N, H] with any number of batch axes;
+    ``bias`` and ``mask``, which broadcast to [batch..., N, T, S]; attention dropout; and the module that sows the weights.
+    Attention is causal if ``is_causal`` is true here or in the call, or if the mask is causal.
 
-    The positions of T queries and S keys are 0, 1, 2, ... each, or ``input_positions``, which newer NNX modules pass on. In cross
-    attention an encoding thus sees where queries and keys stand in their own sequences. Encodings that need causality, such as
+    Queries and keys have positions 0, 1, 2, ..., or ``input_positions``, which newer NNX modules pass. In cross attention an
+    encoding thus uses the positions of queries and keys within their own sequences. Encodings that need causality, such as
     ``cope``, need a mask or ``is_causal`` there as well.
 
-    Attention dropout and ``sow_weights`` need the weights, so that such calls are dense, with [T, S] arrays, as in Flax. The same
-    weights are dropped and sown as in Flax, except that those of a query without any allowed key are zero. Other calls, and all
-    calls with ``deterministic=True``, run as ``attention`` does. The softmax is always in float32, and ``precision`` is not used:
-    ``jax.default_matmul_precision`` sets that of any call.
+    Calls with attention dropout or ``sow_weights`` need the weights and are therefore dense, with [T, S] arrays, as in Flax. The
+    same weights are dropped and sown as in Flax, except that those of a query without any allowed key are zero. All other calls,
+    including those with ``deterministic=True``, run as ``attention`` does. The softmax is always in float32. ``precision`` is
+    ignored; use ``jax.default_matmul_precision`` instead.
 
     Args:
       encoding, params: as in ``attention``.
       is_causal: whether every call is causal.
       decode: True for a module with ``decode=True``, which calls with one query and all slots of its cache as keys. The position of
         a key is then its slot, and that of the query the last slot that the mask allows, or ``input_positions``. False: one query
-        with S keys and a mask is cross attention, and its position is 0. None refuses such calls, because both look alike.
+        with S keys and a mask is cross attention, and its position is 0. None: such calls raise an error, because they are
+        ambiguous.
 
     Raises (in the call):
-      ValueError: an argument is invalid, a call may be either decoding or cross attention, or the module has einsums of its own.
+      ValueError: an argument is invalid, a call may be either decoding or cross attention, or the module has custom einsums.
     """
     encoding, causal = check_encoding(encoding), check("is_causal", is_causal, bool)
     check_params(params)
@@ -73,12 +74,12 @@ def attention_fn(
         attn_weights_value_einsum: None = None,
     ) -> Array:
         if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
-            raise ValueError("the attention module must have no einsums of its own, such as AQT's: attention_fn cannot use them")
+            raise ValueError("the attention module must have no custom einsums, such as AQT's; attention_fn does not support them")
         _check_dropout(dropout_rate, dropout_rng, deterministic)
         dtype = dtype or jnp.result_type(query, key, value)
         query, key, value = (x.astype(dtype) for x in (query, key, value))
         batch = query.shape[:-3]
-        mask = None if mask is None else _one_batch_axis(mask, batch).astype(bool)  # Flax's masks hold float ones and zeros
+        mask = None if mask is None else _one_batch_axis(mask, batch).astype(bool)  # Flax's masks are float ones and zeros
         bias = None if bias is None else _one_batch_axis(bias, batch)
         query, key, value = (x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]) for x in (query, key, value))
         if input_positions is not None:
@@ -111,9 +112,9 @@ def attention_fn(
 
 def _check_dropout(rate: float, rng: Array | None, deterministic: bool) -> None:
     if not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {rate!r}")
+        raise ValueError(f"dropout_rate must lie in [0, 1), got {rate!r}")
     if rate > 0 and not deterministic and rng is None:
-        raise ValueError(f"dropout_rng must be given for dropout_rate={rate!r} and deterministic=False, got None")
+        raise ValueError(f"dropout_rng must be a PRNG key with dropout_rate={rate!r} and deterministic=False, got None")
 
 
 def _dropout(rng: Array, rate: float, shape: tuple[int, ...], broadcast: bool) -> Array:
@@ -127,7 +128,7 @@ def _dropout(rng: Array, rate: float, shape: tuple[int, ...], broadcast: bool) -
 
 
 def _one_batch_axis(x: Array, batch: tuple[int, ...]) -> Array:
-    """Returns an array that broadcasts to [batch..., N, T, S] with its batch axes as one."""
+    """Merges the batch axes of an array that broadcasts to [batch..., N, T, S]."""
     own = x.shape[:-3]
     if math.prod(own) != 1:
         x, own = jnp.broadcast_to(x, (*batch, *x.shape[-3:])) if len(batch) > 1 else x, batch
@@ -145,15 +146,15 @@ def _positions(
         return positions, None
     if decode is None:
         raise ValueError(
-            f"decode must be given to attention_fn where one query has {keys} keys and a mask, got None: "
-            "True if the keys are the cache of a module with decode=True, False for cross attention"
+            f"decode must be True or False in attention_fn for a call with one query, {keys} keys and a mask, got None; "
+            "use True if the keys are the cache of a module with decode=True, False for cross attention"
         )
     allowed = jnp.broadcast_to(mask.any((-3, -2)), (batch, keys))
     return (keys - 1 - jnp.argmax(allowed[:, ::-1], axis=1))[:, None], None
 
 
 def _sow(module: Any, weights: Array) -> None:
-    """Stores the weights in the module that makes the call, as Flax does."""
-    from flax import nnx  # here, because posjax.attention does not depend on Flax; a module of Flax has imported it
+    """Stores the weights in the calling module, as Flax does."""
+    from flax import nnx  # not at the top, because posjax.attention does not depend on Flax; a Flax module has imported it already
 
     module.sow(nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates", "attention_weights", weights)

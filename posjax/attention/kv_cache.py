@@ -5,12 +5,12 @@ A new token is prepared like any other, by ``prepare(query, key, value, encoding
     cache    key after all transforms | value | columns: arrays of biases per key | position | coordinates | segment
              [ k0 k1 k2 ... kn  .  .  . ]     full: each slot is written once; empty slots have segment 0, which is masked out
              [ k5 k6 k7 k8 ] <- k9            window: the most recent keys in order, in constant memory
-    state    what the encoding itself carries from call to call, such as sums along the sequence
+    state    arrays that the encoding itself carries from call to call, such as sums along the sequence
 
 The structures of an encoding thus determine what a decoder caches: rotated keys for RoPE, widened keys for TUPE, and unrotated keys
-as well for CoPE with gates="content". An encoding under which earlier keys change as the sequence grows has ``cache = "raw"``: keys
+as well for CoPE with gates="content". An encoding in which earlier keys change as the sequence grows has ``cache = "raw"``: keys
 are cached as given, and every call prepares all of them again. Keys are in the order of their positions, which encodings that count
-along the keys require. ``cache_layout`` lists what is cached under an encoding.
+along the keys require. ``cache_layout`` lists the arrays that are cached under an encoding.
 """
 
 import dataclasses

@@ -66,7 +66,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Calls one contestant once, writes its results, and returns its time and peak memory."""
     contestant, first = Contestant(**job["contestant"]), job["first"]
     arrays = dict(np.load(job["inputs"]))
-    arrays["cotangent"][:, :first] = 0.0  # only gradients of the rows that the reference covers
+    arrays["cotangent"][:, :first] = 0.0  # so that gradients cover the same rows as the reference's
     prepared = prepare(contestant, job["gradients"], arrays, job["dtype"], {})
     uses_torch = "torch" in sys.modules and contestant.is_peer
     on_cpu = jax.default_backend() == "cpu"

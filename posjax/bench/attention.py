@@ -1,6 +1,6 @@
 """``posjax bench attention``: compares contestants in time, memory and error of causal attention, in one run.
 
-    inputs -> reference -> each contestant once, in a process of its own: memory, error -> all in turn, in this process: time
+    inputs -> reference -> each contestant once, in a separate process: memory, error -> all in turn, in this process: time
 
 The separate processes run before this one uses a device: an accelerator may admit only one process at a time, and a contestant
 that runs out of memory does not affect the others.
@@ -28,7 +28,7 @@ from posjax.checks import check_at_least
 from posjax.encodings.spec import parse_encoding
 
 Row = dict[str, Any]
-# Beyond this length only the last queries are checked: the reference's time grows with the square of the length.
+# Beyond this length, only the last queries are checked, because the reference's time grows with the square of the length.
 _REFERENCE_LENGTH, _REFERENCE_ROWS = 2048, 256
 REFERENCE_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"}
 
@@ -37,7 +37,7 @@ REFERENCE_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"}
 class AttentionBench:
     """Measures time, memory and error of causal attention, for encodings and other packages.
 
-    The error is that against dense attention in float32 on the CPU.
+    Errors are relative to dense attention in float32 on the CPU.
 
     Attributes:
       lengths: sequence lengths in tokens.
@@ -284,7 +284,7 @@ def _measure(config: AttentionBench, cases: list[Case], rows: list[Row], jobs: J
         except FloatingPointError as error:
             row["notes"].append(str(error))
         if {member.registered_name for member in members(case.contestant.encoding)} <= {"sinusoidal", "learned"}:
-            row["notes"].append("adds to the embeddings; attention is identity's")
+            row["notes"].append("adds to the embeddings; its attention is the same as identity's")
         if first:
             row["notes"].append(f"error of the last {case.length - first} queries")
 
@@ -314,7 +314,7 @@ def errors(results: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray
     def error(name: str) -> float:
         size = float(np.linalg.norm(reference[name]))
         if size <= 1e-6 * whole:
-            size = whole  # zero up to rounding, if softmax cancels a parameter: relative to all gradients
+            size = whole  # the gradient is zero up to rounding, because softmax cancels the parameter
         return float(np.linalg.norm(results[name] - reference[name])) / size
 
     row: Row = {"error_out": error("out")}

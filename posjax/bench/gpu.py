@@ -3,7 +3,7 @@
     python -m posjax.bench.gpu --out runs/gpu        # needs only jax, flax and optax
 
     speed      attention over 8,192 tokens, forward and backward, interleaved: cuDNN, no position, RoPE, CoPE, RoPE + CoPE
-    accuracy   each encoding and dtype against dense float32 on the CPU, beside XLA's dense one here; bitwise equality of two runs
+    accuracy   each encoding and dtype against float32 on the CPU, compared with XLA's dense attention here; bitwise repeatability
     decoder    1.1 billion parameters: tokens per second of prefill and of a train step
 
 A section ends when its share of the time has elapsed, and notes what it omitted. gpu.json is rewritten after every row.
@@ -232,11 +232,11 @@ def _decoder(rows: Sequence[Row], spec: str, context: int, part: str) -> float |
 # Tables and figure ------------------------------------------------------------------------------------------------------
 
 LEGEND = (
-    "ms: the least of interleaved rounds; TFLOP/s: what a causal mask leaves of the products, over that time. error: norm of the "
-    "difference to dense attention in float32 on the CPU over its norm; grads: the same of the gradients, the worst array's; "
-    "xla's: of dense attention in the same type. same bits: whether two runs of the kernel agree bit for bit. every option: with a "
-    "window of 200, a soft cap, three documents in a row, and two query heads to a key head; sparse gates: with a mean of 0.02, "
-    "others of 0.5."
+    "ms: minimum over interleaved rounds; TFLOP/s: operations of the visible half of the matrix products per second. error: norm "
+    "of the difference from dense attention in float32 on the CPU over its norm; grads: the same for the gradient with the largest "
+    "error; xla's: the same for dense attention in this dtype. same bits: whether two runs of the kernel agree bit for bit. every "
+    "option: with a window of 200, a soft cap, three documents per row, and two query heads per key head. sparse gates have a mean "
+    "of 0.02, all others of 0.5."
 )
 _COLUMNS = {
     "speed": (

@@ -55,7 +55,8 @@ def make_inputs(
         size = math.sqrt(abs(mean) * math.sqrt(config.head_dim))
         arrays["query"][..., -1], arrays["key"][..., -1] = size, math.copysign(size, mean)
     dtype = jax.numpy.dtype(config.dtype)
-    rounded = {name: x.astype(dtype).astype(np.float32) for name, x in arrays.items()}  # the reference gets what contestants get
+    # Rounded, so that the reference computes with the same numbers as the contestants.
+    rounded = {name: x.astype(dtype).astype(np.float32) for name, x in arrays.items()}
     return rounded | flatten(params)
 
 

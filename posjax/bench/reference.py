@@ -1,7 +1,7 @@
-"""What contestants are compared with: posjax's dense attention in float32 on the CPU, one block of query rows at a time.
+"""The reference of all errors: posjax's dense attention in float32 on the CPU.
 
-A block of queries meets all keys at once, so memory is that of a block. The tests compare dense attention itself with formulas in
-float64.
+One block of queries attends to all keys at a time, so that peak memory is that of one block. The tests compare dense attention
+itself with formulas in float64.
 """
 
 import functools
@@ -41,7 +41,7 @@ def attend(spec: str, arrays: dict[str, np.ndarray], first: int, options: Option
 
 
 def gradients(spec: str, arrays: dict[str, np.ndarray], first: int, options: Options = PLAIN) -> dict[str, np.ndarray]:
-    """Computes the gradients of sum(output * cotangent) over the queries from ``first`` on, as ``Prepared.fetch`` names them.
+    """Computes the gradients of sum(output * cotangent) over the queries from ``first`` on, with the names of ``Prepared.fetch``.
 
     Raises:
       FloatingPointError: a gradient is not finite.

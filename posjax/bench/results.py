@@ -109,11 +109,11 @@ def print_text(*parts: Any) -> None:
 
 
 LEGEND = (
-    "ms: the least of interleaved rounds (attention.md has the median too). x id: that time over identity's in the same "
-    "implementation; x nn: over that of jax.nn.dot_product_attention, which has no position. MB: how much a process that makes "
-    "this one call grows at its peak (on an accelerator: the device's own peak). error: norm of the difference to dense "
-    "attention in float32 on the CPU over its norm; grads: the same of the gradients, the worst array's. The number beside gates "
-    "is their mean."
+    "ms: minimum over interleaved rounds (attention.md also has the median). x id: ratio to the time of identity in the same "
+    "implementation; x nn: ratio to the time of jax.nn.dot_product_attention, which has no positions. MB: peak growth of a process "
+    "that makes only this call (on an accelerator: peak memory of the device). error: norm of the difference from dense attention "
+    "in float32 on the CPU over its norm; grads: the same for the gradient with the largest error. The number after gates is their "
+    "mean."
 )
 _LEGEND_OF_FILE = (
     "temp MB is the compiler's figure. CoPE's gradient is discontinuous where a count crosses an integer, and rounding to float32 "

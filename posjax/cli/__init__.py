@@ -29,7 +29,8 @@ usage: posjax VERB CONFIG [--field value ...] [--workdir DIR]
   list       lists the encodings and the configs
 
 CONFIG is a name that posjax list shows, such as quickstart, or a Python file of your own.
-posjax VERB CONFIG --help explains every field.
+Run posjax VERB CONFIG --help for a description of every field.
+Rerun train, compare or ablate to resume; a finished run exits at once.
 
 train, compare and evaluate also run in several processes: start the same command in each, with a shared workdir.
 SLURM, Open MPI, TPU pods and Kubernetes jobs are detected; elsewhere set JAX_COORDINATOR_ADDRESS (host:port of

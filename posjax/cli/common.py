@@ -48,9 +48,9 @@ def parse(args: Sequence[str], verb: str, options: type | None = None):
 
 
 def _warmup_steps(config, flags: Sequence[str]) -> int:
-    """Returns the warmup of a config, shortened in proportion if ``--steps`` leaves no room for it.
+    """Returns the warmup of a config, shortened in proportion if ``--steps`` is set below it.
 
-    So ``posjax compare quickstart --steps 20`` is a quick look at any config. A warmup that is given itself is taken as it is.
+    This makes ``posjax compare quickstart --steps 20`` a quick try of any config. An explicit ``--warmup_steps`` is not changed.
     """
     values = dict(itertools.pairwise(flags)) | dict(flag.split("=", 1) for flag in flags if "=" in flag)
     steps = values.get("--steps", "")

@@ -1,1 +1,1 @@
-"""The configurations that posjax brings, a file each; ``posjax list`` shows them, and commands take their names."""
+"""The configurations of posjax, one per file; ``posjax list`` shows them, and commands accept their names."""

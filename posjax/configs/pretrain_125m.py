@@ -2,7 +2,7 @@
 
     posjax train pretrain_125m --data tfds:NAME
 
-It has not been run. What its compiler says of 32 chips (posjax plan pretrain_125m --topology v5e:4x8):
+It has not been run. Estimates for 32 chips from their compiler and data sheet (posjax plan pretrain_125m --topology v5e:4x8):
 
     memory per chip    parameters 0.015, optimizer 0.029, activations 4.67; total 4.72 of 16 GiB
     communication      over fsdp all-gather 430 MiB (83 % overlapped), reduce-scatter 251, all-reduce 36

@@ -2,7 +2,7 @@
 
     posjax train pretrain_1b --data tfds:NAME
 
-It has not been run. What its compiler says of 256 chips (posjax plan pretrain_1b --topology v5e:16x16):
+It has not been run. Estimates for 256 chips from their compiler and data sheet (posjax plan pretrain_1b --topology v5e:16x16):
 
     memory per chip    parameters 0.016, optimizer 0.033, activations 2.46; total 2.51 of 16 GiB
     communication      over fsdp all-gather 3,032 MiB (96 % overlapped), all-reduce 3,294

@@ -2,7 +2,7 @@
 
     posjax train pretrain_7b --data tfds:NAME
 
-It has not been run. What its compiler says of 512 chips (posjax plan pretrain_7b --topology v5p:8x8x8):
+It has not been run. Estimates for 512 chips from their compiler and data sheet (posjax plan pretrain_7b --topology v5p:8x8x8):
 
     memory per chip    parameters 0.053, optimizer 0.106, activations 4.27; total 4.43 of 95 GiB
     communication      over fsdp all-reduce 40,963 MiB (shards of 8 rows are gathered by all-reduce)

@@ -82,7 +82,7 @@ class Tokens:
     def at(
         cls, positions: Array, *, coordinates: Array | None = None, segments: Array | None = None, hidden: Array | None = None
     ) -> "Tokens":
-        """Makes tokens at positions, integers [T], [1, T] or [B, T]."""
+        """Creates tokens at positions, integers [T], [1, T] or [B, T]."""
         if not is_array(positions, jnp.integer) or positions.ndim not in (1, 2):
             raise ValueError(f"positions must be integers [T] or [B, T], got {short(positions)}")
         return cls(positions if jnp.ndim(positions) == 2 else positions[None], coordinates, segments, hidden)
@@ -110,9 +110,9 @@ class AttentionInputs:
       value: [B, S, K, V]; None if only the weights are computed.
       q, k: the tokens of queries and of keys.
       scale: factor of q.k.
-      transforms: what earlier members of a chain do to query and key.
+      transforms: transforms of query and key by earlier members of a chain.
       state: ``ScoreModifications.state`` of the previous call on the same sequences, while decoding. Before the first token it is
-        None or, in an empty cache, zeros; both must mean the same.
+        None or, in an empty cache, zeros; ``attend`` must treat both alike.
     """
 
     query: Array
@@ -145,7 +145,7 @@ def _with_checked_arguments(own: Callable[..., Params]) -> Callable[..., Params]
             raise ValueError(f"key must be a PRNG key such as jax.random.key(0), got {short(key)}")
         if not isinstance(dims, Dims):
             raise ValueError(f"dims must be sizes such as Dims(num_heads=8, head_dim=64), got {short(dims)}")
-        if not is_traced(key):  # arrays are made at once
+        if not is_traced(key):  # without jit, arrays are allocated immediately
             shapes = jax.eval_shape(lambda key: own(self, key, dims), key)
             check_fits(f"params of {short(self)} for {dims}", shapes)  # the arguments are in both
         return own(self, key, dims)
@@ -176,9 +176,10 @@ class PositionalEncoding:
       axes: A, the number of axes of the coordinates that it reads.
       needs_hidden: True if ``attend`` reads ``Tokens.hidden``.
       needs_causal: True if a bias sums over the keys between key and query, so that attention must be causal or masked.
-      cache: what a decoder caches of a key. "transformed" is the key after ``attend``, which must then depend on its own token and
-        on the state alone. "raw" is the key as given: every call applies ``attend`` to all keys again, for encodings under which
-        earlier keys change as the sequence grows (dynamic NTK). Such an encoding may have neither a state nor ``needs_hidden``.
+      cache: the form in which a decoder caches keys. "transformed" is the key after ``attend``, which may then depend only on its
+        own token and on the state. "raw" is the key as given: every call applies ``attend`` to all keys again, for encodings in
+        which earlier keys change as the sequence grows (dynamic NTK). Such an encoding may have neither a state nor
+        ``needs_hidden``.
     """
 
     name: str = "encoding"
@@ -191,7 +192,7 @@ class PositionalEncoding:
 
     @property
     def title(self) -> str:
-        """Returns what messages call the encoding: its name, unless that is no call that makes it."""
+        """Returns the name for messages: ``name``, or the call that constructs the encoding if the name is not one."""
         return self.name
 
     @_with_checked_arguments
@@ -203,8 +204,8 @@ class PositionalEncoding:
         """Returns the coordinates of the tokens, [B or 1, T, A], or None for their order; models call it once, before ``embed``.
 
         Args:
-          tokens: with the coordinates that the caller gave.
-          key: PRNG key, another one in every training step, for encodings that draw coordinates; None in evaluation.
+          tokens: the tokens, with the coordinates given by the caller.
+          key: PRNG key, different in every training step, for encodings that draw random coordinates; None in evaluation.
         """
         return tokens.coordinates
 
@@ -221,7 +222,7 @@ class PositionalEncoding:
         return None
 
     def _key(self) -> tuple[Any, ...]:
-        """Returns what equality and the hash go by: arrays by their bytes, traced ones by identity."""
+        """Returns the key of equality and hash: arrays are compared by their bytes, traced arrays by identity."""
         return type(self), *(_comparable(getattr(self, field.name)) for field in _fields(self))
 
     def __eq__(self, other: object) -> bool:
@@ -231,7 +232,7 @@ class PositionalEncoding:
         return hash(self._key())
 
     def __repr__(self) -> str:
-        """Returns the call that makes the encoding, without arguments at their defaults."""
+        """Returns the call that constructs the encoding, without default arguments."""
         given = ((f, getattr(self, f.name)) for f in _fields(self))
         return f"{self.registered_name}({', '.join(f'{f.name}={x!r}' for f, x in given if is_array(x) or x != f.default)})"
 
@@ -251,10 +252,10 @@ def _comparable(x: Any) -> Any:
 
 
 def hyperparameter(default: Any, **bounds: Any) -> Any:
-    """Declares a field whose numbers change no shapes and may be traced, so that one compiled program serves many values.
+    """Declares a field with a number that does not affect shapes and may be traced, so that many values share one program.
 
-    ``bounds`` are those of ``posjax.checks.Bounds``; the annotation must allow an array, as ``Array | float`` does, which is a
-    scalar unless ``rank`` is given.
+    ``bounds`` are those of ``posjax.checks.Bounds``. The annotation must allow an array, as ``Array | float`` does; the array must
+    be a scalar unless ``rank`` is given.
     """
     return bounded(default, traced=True, **{"rank": 0} | bounds)
 
@@ -268,12 +269,12 @@ ENTRY_POINTS = "posjax.encodings"  # entry-point group through which packages pr
 def register(name: str) -> Callable[[EncodingClass], EncodingClass]:
     """Returns a class decorator that makes a subclass of PositionalEncoding a frozen dataclass, a pytree and a registry entry.
 
-    Its fields are checked by their annotations whenever one is made (``posjax.checks``): an ``int`` is no string, and a ``float``
-    is finite. ``posjax.checks.bounded`` declares bounds. Annotations of other types are not checked. ``init`` refuses params that
-    the memory of the machine does not hold.
+    Its fields are checked by their annotations whenever an encoding is constructed (``posjax.checks``): an ``int`` may not be a
+    string, and a ``float`` must be finite. ``posjax.checks.bounded`` declares bounds. Annotations of other types are not checked.
+    ``init`` raises ValueError if the params do not fit the memory of the machine.
 
-    Texts such as ``rope + mine(3)``, in configurations and on the command line, then know it by its name. A package offers its
-    encodings to every user by an entry point of the group ``posjax.encodings``, whose name is that of the encoding.
+    The encoding can then be used by name in configurations and on the command line, as in ``rope + mine(3)``. A package provides
+    encodings to its users by an entry point in the group ``posjax.encodings`` with the name of the encoding.
 
     Args:
       name: a Python identifier, lower case by convention.
@@ -304,9 +305,10 @@ def register(name: str) -> Callable[[EncodingClass], EncodingClass]:
 
 @dataclass_transform(eq_default=False, frozen_default=True, field_specifiers=(dataclasses.field, hyperparameter))
 def as_value(cls: EncodingClass) -> EncodingClass:
-    """Makes a class a frozen dataclass and a pytree, whose leaves are the fields that hold arrays or encodings.
+    """Makes a class a frozen dataclass and a pytree with the fields that hold arrays or encodings as children.
 
-    Its fields are checked by their annotations before ``__post_init__`` of the class, and the arguments of ``init`` before it runs.
+    The fields are checked by their annotations before the class's own ``__post_init__``, and the arguments of ``init`` before it
+    runs.
     """
     for name, around in (("__post_init__", _with_checked_fields), ("init", _with_checked_arguments)):
         if name in vars(cls) or not hasattr(cls, name):
@@ -391,13 +393,13 @@ def encoding(
 
     Args:
       name: name in tables and messages.
-      init, place, embed, attend, max_length: methods of PositionalEncoding without ``self``. None is the method of the base class.
+      init, place, embed, attend, max_length: methods of PositionalEncoding without ``self``; None: the base class's method.
       per_layer, axes, needs_hidden, needs_causal, cache: as in PositionalEncoding.
     """
     given = dict(init=init, place=place, embed=embed, attend=attend, max_length=max_length)
     for point, function in given.items():
         if function is not None and not callable(function):
-            raise TypeError(f"{point} must be a function, or None for that of PositionalEncoding, got {short(function)}")
+            raise TypeError(f"{point} must be a function, or None for the method of PositionalEncoding, got {short(function)}")
     functions = tuple((point, function) for point, function in given.items() if function is not None)
     return _OfFunctions(name, functions, per_layer, axes, needs_hidden, needs_causal, cache)
 

@@ -1,7 +1,7 @@
-"""``linear_call``: a linear function that is given together with its transpose.
+"""``linear_call``: calls a linear function with a user-defined transpose.
 
-It is ``jax.custom_derivatives.linear_call`` with the two rules that this lacks: ``jax.vmap``, and derivatives by the arguments that
-the function is not linear in.
+It is like ``jax.custom_derivatives.linear_call``, but also supports ``jax.vmap`` and derivatives with respect to the arguments in
+which the function is not linear.
 """
 
 import functools
@@ -22,23 +22,23 @@ _linear_call.multiple_results = True
 
 
 def linear_call(function: Function, transpose: Function, residuals: Arrays, x: Arrays, out_types: Sequence[Any]) -> list[Array]:
-    """Calls function(residuals, x), which is linear in ``x`` and has a transpose of its own.
+    """Calls function(residuals, x), which is linear in ``x``, with a user-defined transpose.
 
-    Reverse-mode differentiation calls transpose(residuals, cotangents of the results) for the cotangents of ``x``. Derivatives by
-    the residuals are JAX's own derivatives of ``function`` or, once transposed, of ``transpose``; the two may use different
-    residuals.
+    Reverse-mode differentiation calls transpose(residuals, cotangents of the results) for the cotangents of ``x``. Derivatives with
+    respect to the residuals are JAX's derivatives of ``function`` or, after transposition, of ``transpose``; the two may use
+    different residuals.
 
     Args:
       function, transpose: take and return sequences of arrays.
-      residuals: arrays in which the two need not be linear.
+      residuals: arrays in which the two functions need not be linear.
       x: floating-point arrays.
-      out_types: ``jax.typeof`` the results, so that ``function`` is traced only where it is called.
+      out_types: ``jax.typeof`` of each result, so that ``function`` need not be traced to find them.
     """
     return _linear_call.bind(*residuals, *x, functions=(function, transpose), count=len(residuals), types=tuple(out_types), axes=())
 
 
 def _mapped(function: Function, axes: Any, residuals: Arrays, x: Arrays) -> Arrays:
-    """Calls a function under ``jax.vmap`` over axes of the residuals and the first axes of x, innermost first."""
+    """Calls a function under nested ``jax.vmap``, innermost first, over axes of the residuals and the first axes of x."""
 
     def call(residuals: Arrays, x: Arrays) -> tuple[Array, ...]:
         return tuple(function(residuals, x))
@@ -72,7 +72,7 @@ def _jvp(primals: Arrays, tangents: Sequence[Any], *, count: int, **params: Any)
 
 
 def _transposed(cotangents: Sequence[Any], *args: Any, functions: Any, count: int, axes: Any, **_: Any) -> list[Any]:
-    # called rather than bound, so that JAX drops what the program around it does not use
+    # Called, not bound, so that JAX can drop results that the surrounding program does not use.
     cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
     return [None] * count + list(_mapped(functions[1], axes, args[:count], cotangents))
 

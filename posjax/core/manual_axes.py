@@ -1,8 +1,9 @@
-"""Arrays inside a user's ``jax.shard_map``, which tracks the mesh axes along which each array varies (its ``check_vma=True``).
+"""Casts for arrays inside a user's ``jax.shard_map``, which tracks the mesh axes along which arrays vary (``check_vma=True``).
 
-JAX casts arrays that meet in an operation to the axes of both, and sums the gradient of what it cast over the added axes. It casts
-neither what a loop starts from nor what a Pallas kernel or a function with derivatives of its own takes and returns: ``vary_alike``
-casts what a loop starts from, and ``untracked`` wraps what contains the others. Outside of such a ``shard_map`` both do nothing.
+JAX casts the operands of an operation to the union of their axes, and sums the gradient of a cast array over the added axes. It
+does not cast the initial values of loops, or the arguments and results of Pallas kernels and functions with custom derivatives:
+``vary_alike`` casts initial values, and ``untracked`` wraps functions that contain the others. Outside such a ``shard_map`` both do
+nothing.
 """
 
 import functools
@@ -15,17 +16,17 @@ from jax.sharding import PartitionSpec
 
 
 def vary_alike(tree: Any, *like: Any) -> Any:
-    """Returns a pytree whose arrays vary along the same axes, those of any array of ``tree`` or ``like``.
+    """Casts the arrays of a pytree to vary along all axes of any array in ``tree`` or ``like``.
 
-    The gradient of an array that varies along fewer axes is summed over the devices of the others.
+    The gradient of an array that varied along fewer axes is summed over the added ones.
     """
     return _cast(tree, _varying_axes((tree, like)))
 
 
 def untracked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps function(call, **options) so that JAX does not track axes inside of it. Its results vary along all axes of ``call``.
+    """Wraps function(call, **options) so that JAX does not track axes inside it. Its results vary along all axes of ``call``.
 
-    Inside of a ``shard_map`` that tracks them, gradients are first-order, reverse-mode.
+    Inside a ``shard_map`` that tracks axes, gradients are first-order, reverse-mode.
 
     Args:
       function: a function of a pytree of arrays and static options.
@@ -51,11 +52,13 @@ def _cast(tree: Any, axes: frozenset[str]) -> Any:
 
 
 def _is_tracked(tree: Any) -> bool:
-    """Returns whether the program is inside of a ``shard_map`` that tracks axes, even if no array of a pytree varies."""
+    """Returns whether the call is inside a ``shard_map`` that tracks axes, even if no array of the pytree varies."""
     axes = jax.sharding.get_abstract_mesh().manual_axes
     if not axes or _varying_axes(tree):
         return bool(axes)
-    varied = jax.make_jaxpr(lambda: jax.lax.pcast(jnp.zeros(()), axes, to="varying"))().out_avals  # a cast does nothing elsewhere
+    varied = jax.make_jaxpr(
+        lambda: jax.lax.pcast(jnp.zeros(()), axes, to="varying")
+    )().out_avals  # without tracking, the cast has no effect
     return bool(varied[0].manual_axis_type.varying)
 
 
@@ -65,11 +68,11 @@ def _untracked(function: Callable[[Any], Any], call: Any) -> Any:
     axes = _varying_axes(call)
 
     def inside(function: Callable[..., Any]) -> Callable[..., Any]:
-        """Runs a function in a ``shard_map`` over no further axes, inside of which nothing is tracked."""
+        """Wraps a function in a ``shard_map`` over no further axes, which tracks nothing."""
         no_axes = dict(in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
         manual = set(jax.sharding.get_abstract_mesh().manual_axes)
         call = jax.shard_map(lambda *args: function(*jax.tree.map(_as_result, args)), axis_names=manual, **no_axes)
-        call = jax.jit(call, inline=True)  # outside of jit, JAX does not run a ``shard_map`` in another
+        call = jax.jit(call, inline=True)  # outside jit, JAX does not support nested shard_maps
         return lambda *args: _cast(call(*args), axes)
 
     def compute(floats: list, others: list) -> Any:
@@ -92,5 +95,5 @@ def _untracked(function: Callable[[Any], Any], call: Any) -> Any:
 
 
 def _as_result(x: Any) -> Any:
-    """Returns x as the result of operations: in a ``shard_map`` that tracks nothing, only arguments keep their axes."""
+    """Returns x as the result of an operation: in a ``shard_map`` that tracks nothing, only arguments keep their axes."""
     return jax.lax.squeeze(jax.lax.expand_dims(x, (0,)), (0,))

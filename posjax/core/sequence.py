@@ -1,4 +1,4 @@
-"""Operations along a sequence that respect segments: encodings sum and convolve over tokens through these."""
+"""Operations along a sequence that respect segments, for encodings that sum or convolve over tokens."""
 
 import functools
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ def short_conv(
 
 @jax.custom_jvp
 def _scan(x: Array, starts: Array) -> tuple[Array, Array]:
-    """Returns the inclusive sums along the last axis in two parts, begun anew at every start: NaN stays in its segment."""
+    """Returns inclusive sums along the last axis in two parts, restarted at every start, so that NaN stays in its segment."""
     return _sums(x, starts)
 
 
@@ -100,13 +100,13 @@ def _sums(x: Array, starts: Array, reverse: bool = False) -> tuple[Array, Array]
 
 
 def _to_the_left(starts: Sequence[Array], x: Sequence[Array]) -> list[Array]:
-    """Sums over the tokens up to each."""
+    """Returns the sum over all tokens up to each token."""
     return [_sums(x[0], starts[0])[0]]
 
 
 def _to_the_right(starts: Sequence[Array], x: Sequence[Array]) -> list[Array]:
-    """Sums over the tokens from each on: the transpose of ``_to_the_left``."""
-    ends = jnp.concatenate([starts[0][..., 1:], jnp.zeros_like(starts[0][..., :1])], -1)  # of segments, from the right their starts
+    """Returns the sum over all tokens from each token on, the transpose of ``_to_the_left``."""
+    ends = jnp.concatenate([starts[0][..., 1:], jnp.zeros_like(starts[0][..., :1])], -1)  # of segments: starts from the right
     return [_sums(x[0], ends, reverse=True)[0]]
 
 

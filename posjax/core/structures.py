@@ -77,9 +77,9 @@ def static(default: Any = dataclasses.MISSING, **bounds: Any) -> Any:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(vectors, features, per_head, static))
 def structure(cls: type[StructureT]) -> type[StructureT]:
-    """Makes a class a frozen dataclass and a pytree, whose leaves are the fields that are not static.
+    """Makes a class a frozen dataclass and a pytree with the fields that are not static as children.
 
-    Static fields are checked by their annotations; the arrays are checked where an encoding is applied, by ``check_structures``.
+    Static fields are checked by their annotations; arrays are checked when an encoding is applied, by ``check_structures``.
     """
     cls.__post_init__ = check_fields
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
@@ -102,11 +102,11 @@ def map_arrays(function: Callable[[Any, Axes], Any], tree: Any) -> Any:
 
 
 def check_structures(encoding: str, mods: "ScoreModifications", query: Array, key: Array) -> None:
-    """Raises ValueError if the parts of a ``ScoreModifications`` are not structures, or their arrays have other axes than declared.
+    """Raises ValueError if a part of ``ScoreModifications`` is not a structure, or an array does not have the declared axes.
 
     Args:
-      encoding: what messages call the encoding that made them.
-      mods: what its ``attend`` returned.
+      encoding: name of the encoding, for messages.
+      mods: the result of its ``attend``.
       query, key: [B, T, N, H] and [B, S, K, H] of the call.
     """
     if not isinstance(mods, ScoreModifications):
@@ -249,7 +249,7 @@ class Transport:
         score_ij = scale * q_i . M_i M_{i-1} .. M_{j+1} k_j
 
     M is I - strength w w^T with ``direction`` and ``strength``, or diag(exp(log_decay)). Only tokens of the query's segment move a
-    key, so padding moves none. One call takes at most one Transport, and no boolean mask; attention must be causal. (PaTH,
+    key, so padding moves none. A call may have at most one Transport, and no boolean mask; attention must be causal. (PaTH,
     arXiv:2505.16381.)
 
     Attributes:
@@ -440,11 +440,11 @@ class ScoreModifications:
     """Describes the effect of an encoding on one attention call.
 
     Attributes:
-      transforms: applied to query and key in their order.
-      biases: added to the scores.
-      weights: what turns scores into weights.
-      state: what ``AttentionInputs.state`` will be in the next call on the same sequences, while decoding: arrays [B, ...], of the
-        same shapes and dtypes in every call. None for encodings that sum or convolve nothing along the sequence.
+      transforms: transforms of query and key, applied in order.
+      biases: biases added to the scores.
+      weights: how scores are converted to weights.
+      state: ``AttentionInputs.state`` of the next call on the same sequences, while decoding: arrays [B, ...] with the same shapes
+        and dtypes in every call. None for encodings that do not sum or convolve along the sequence.
     """
 
     transforms: tuple[Transform, ...] = ()

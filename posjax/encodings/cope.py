@@ -272,4 +272,6 @@ def _gate_params(gates: Gates, key: Array, dims: Dims) -> Params:
 
 def _check_clamp(clamp: Array | float | int | None, max_position: int) -> None:
     if clamp is not None and not is_traced(clamp) and not (float(clamp).is_integer() and 1 <= float(clamp) < max_position):
-        raise ValueError(f"clamp must be an integer from 1 to max_position - 1 = {max_position - 1}, got {clamp!r}; None is that")
+        raise ValueError(
+            f"clamp must be an integer from 1 to max_position - 1 = {max_position - 1}, got {clamp!r}; None means max_position - 1"
+        )

@@ -89,8 +89,8 @@ def stream(
         limit = encoding.max_length(model.config.dims)
         if limit is not None and longest + max_new_tokens > limit:
             raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} must fit the max_length of {encoding.title}, "
-                f"{limit}; ask for at most {max(0, limit - longest)}, or take an encoding without a table, such as rope()"
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed max_length={limit} of {encoding.title}; "
+                f"set max_new_tokens to at most {max(0, limit - longest)}, or use an encoding without a table, such as rope()"
             )
     width = min(chunk, _rounded(longest))
     chunks = -(-longest // width)

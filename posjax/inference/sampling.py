@@ -23,9 +23,9 @@ class Sampling:
       ValueError: temperature is below 0 or not finite, top_k is below 1, or top_p lies outside (0, 1].
     """
 
-    temperature: float = bounded(1.0, least=0, hint="0 takes the likeliest token")
+    temperature: float = bounded(1.0, least=0, hint="0 takes the most likely token")
     top_k: int | None = bounded(None, least=1)
-    top_p: float | None = bounded(None, above=0, most=1, hint="None keeps every token")
+    top_p: float | None = bounded(None, above=0, most=1, hint="None keeps all tokens")
 
     def __post_init__(self) -> None:
         check_fields(self)

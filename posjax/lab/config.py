@@ -58,8 +58,8 @@ class Config:
       steps: number of optimizer steps.
       optimizer: adamw, or muon: Muon for the matrices of the layers and AdamW for all else, with the same learning rate.
       learning_rate: peak learning rate.
-      warmup_steps: steps of linear warmup to the peak; a --steps that leaves no room for it shortens it in proportion.
-      decay: cosine, linear or constant, after the peak.
+      warmup_steps: steps of linear warmup to the peak; shortened in proportion if --steps is set too small for it.
+      decay: shape of the learning rate after the peak: cosine, linear or constant.
       end_fraction: learning rate at the last step, as a fraction of the peak.
       weight_decay: weight decay, on matrices only.
       beta1: first-moment decay of AdamW.
@@ -127,9 +127,9 @@ class Config:
     weight_decay: float = bounded(0.1, least=0)
     beta1: float = bounded(0.9, least=0, below=1)
     beta2: float = bounded(0.99, least=0, below=1)
-    clip_norm: float | None = bounded(1.0, above=0, what="be positive, or None not to clip")
+    clip_norm: float | None = bounded(1.0, above=0, what="be positive, or None to disable clipping")
     z_loss: float = bounded(0.0, least=0)
-    ema_decay: float | None = bounded(None, least=0, below=1, what="lie in [0, 1), or be None for no average")
+    ema_decay: float | None = bounded(None, least=0, below=1, what="lie in [0, 1), or be None to keep no average")
     accumulate_steps: int = bounded(1, least=1)
     parallel: Literal["jit", "pmap"] = "jit"
     mesh: str = ""
@@ -196,7 +196,7 @@ def load_config(path: str) -> Config:
       path: name of a configuration of posjax, such as quickstart, or path of a Python file.
 
     Raises:
-      ValueError: there is no such name or file, or it fails to run, or has no ``get_config() -> Config``.
+      ValueError: there is no such name or file, the file raises an exception, or it has no ``get_config() -> Config``.
     """
     file = named_configs().get(path, Path(path))
     if not file.is_file() or file.suffix != ".py":

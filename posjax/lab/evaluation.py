@@ -217,8 +217,8 @@ def _cope_line(
 ) -> dict[str, Any] | None:
     """Computes CoPE's gates and contextual positions over a line of the validation text, with its last character as the query.
 
-    The heads are those of the last layer that counts by gates, which a forgetting gate does not; the text before the line is part
-    of the input. Returns None if no layer does, if tokens are not bytes, or if no line has a suitable length.
+    The heads are those of the last layer that counts by gates (a forgetting gate does not); the text before the line is part of the
+    input. Returns None if no layer counts by gates, if tokens are not bytes, or if no line has a suitable length.
     """
     model = with_params(params)
     dims = dataclasses.replace(config.transformer(source.vocab_size).dims, max_length=source.max_length)

@@ -121,20 +121,21 @@ def cope_positions(
       key to the query, before it is clamped to the last embedding.
 
     Raises:
-      ValueError: the encoding has no bias that counts by gates, or more than one; a forgetting gate, a logarithm, does not count.
+      ValueError: the encoding has no bias that counts by gates, or more than one. A forgetting gate sums logarithms, not a count.
     """
     own = dict(query_positions=query_positions, key_positions=key_positions, hidden=hidden, scale=scale)
     call = prepare(query, key, value, encoding, params, is_causal=True, segment_ids=segment_ids, **own)
     counts = [_is_count(bias.at) for bias in call.biases if isinstance(bias.at, Scan)]
     if sum(counts) != 1:
         raise ValueError(
-            f"encoding must count by gates once, as cope(64) or chain(rope(), cope(64)) do; {encoding.title} has {sum(counts)}"
+            "encoding must have one bias that counts by gates, as cope(64) and chain(rope(), cope(64)) do, got "
+            f"{encoding.title} with {sum(counts)}"
         )
     return gates_and_sums(call)[counts.index(True)]
 
 
 def counts_by_gates(encoding: PositionalEncoding, dims: Dims) -> bool:
-    """Returns whether an encoding has exactly one bias that is read at a count by gates, as ``cope_positions`` needs."""
+    """Returns whether an encoding has exactly one bias that is read at a count by gates, as ``cope_positions`` requires."""
 
     def scans(key: Array) -> tuple[Scan, ...]:
         heads = (dims.num_heads, dims.num_kv_heads, dims.num_kv_heads)

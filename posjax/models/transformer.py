@@ -92,7 +92,7 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.head_dim is None and self.embed_dim > MOST_CHANNELS * self.num_heads:
-            most = f"{MOST_CHANNELS} * num_heads={self.num_heads} where head_dim is not given"
+            most = f"{MOST_CHANNELS} * num_heads={self.num_heads} if head_dim is None"
             raise ValueError(f"embed_dim must be at most {most}, got {self.embed_dim}")
         if self.head_dim is None and self.embed_dim % self.num_heads:
             raise ValueError(
@@ -301,7 +301,7 @@ class Transformer(nnx.Module):
           ValueError: the model has no classification head.
         """
         if self.config.num_classes is None:
-            raise ValueError("num_classes must be given to classify, got None: TransformerConfig(..., num_classes=2)")
+            raise ValueError("num_classes must be a number to classify, got None; set TransformerConfig(num_classes=...)")
         hidden = self._hidden(tokens, positions, segment_ids, dropout_key, coordinates, place_key)[0]
         return self.classifier(hidden[:, 0]).astype(jnp.float32)
 
@@ -337,7 +337,7 @@ class Transformer(nnx.Module):
         if not config.is_causal:
             raise ValueError("is_causal must be True to decode, got False; an encoder cannot decode")
         if config.attention == "linear" and window is not None:
-            raise ValueError(f"window must be None where attention='linear', got {window}: a sum forgets nothing")
+            raise ValueError(f"window must be None with attention='linear', got {window}; its running sums cannot drop tokens")
         check_at_least("batch_size", batch_size, 1)
         for name, size in (("max_length", max_length), ("window", window)):
             if size is not None:
@@ -385,7 +385,7 @@ class Transformer(nnx.Module):
         runs = len(list(itertools.groupby(self.layout)))
         if not isinstance(cache, tuple) or len(cache) != runs or not all(isinstance(one, kv_cache.LayerCache) for one in cache):
             got = f"{len(cache)} runs of layers" if isinstance(cache, tuple) else short(cache)
-            raise ValueError(f"cache must be what init_cache of this model returned, got {got}")
+            raise ValueError(f"cache must come from init_cache of this model, got {got}")
         _check_tokens(tokens)
         kv_cache.check_room(cache[0], tokens.shape[1])
         first = jax.tree.map(lambda x: x[0], cache[0])

@@ -76,7 +76,7 @@ def save(figure: "Figure", path: str | Path) -> None:
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple["Figure", Any]:
-    """Creates a figure of a size in inches, and its axes, without pyplot, which would keep it open and look for a display."""
+    """Creates a figure with a size in inches, and its axes, without pyplot, which would keep it open and need a display."""
     require("a figure", "matplotlib")
     from matplotlib.figure import Figure
 

@@ -65,7 +65,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike, keep: int = 3):
         check("keep", keep, int, least=1, what="be at least 1")
-        # Imported here, not in the first save: importing Orbax clears JAX's compiled programs, so the step would compile twice.
+        # Not imported in the first save, because importing Orbax clears JAX's compiled programs: the step would compile twice.
         require("a folder of checkpoints", "orbax")
         from orbax.checkpoint import v1  # noqa: F401
 

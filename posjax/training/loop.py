@@ -102,7 +102,7 @@ def fit(
     """
     for name, value in {"steps": steps, "log_every": log_every, "checkpoint_every": checkpoint_every}.items():
         check(name, value, int, least=1, what="be at least 1")
-    check("evaluate_every", evaluate_every, int | None, least=1, what="be at least 1, or None for the end only")
+    check("evaluate_every", evaluate_every, int | None, least=1, what="be at least 1, or None to evaluate only at the end")
     workdir = Path(workdir)
     say = _say if not quiet and jax.process_index() == 0 else lambda text: None
     checkpoints = Checkpoints(workdir / "checkpoints", keep)

@@ -64,7 +64,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, seed: in
     check("seed", seed, int, least=-(2**63), most=2**63 - 1)
     check("ema", ema, bool)
 
-    # jnp.array with a dtype also drops weak types, which would make the step compile twice and scan reject its carry.
+    # jnp.array with a dtype also drops weak types, with which the step would compile twice and scan would reject its carry.
     def copy(leaf):
         return jnp.array(leaf, dtype=leaf.dtype)
 

@@ -393,7 +393,7 @@ WRONG = [
     (("train", "--steps", "3"), 1, "a config must come first, .*, got '--steps'"),
     (("train", "tinny.py"), 1, r"config must be a Python file.*, got 'tinny.py'; did you mean tiny.py\?"),
     (("train", "text"), 1, "config must be a Python file.*, got 'text'"),
-    (("train", "raises.py"), 1, "config raises.py does not run: KeyError: 'workdirr'"),
+    (("train", "raises.py"), 1, "config raises.py failed to load: KeyError: 'workdirr'"),
     (("train", "none.py"), 1, "none.py must return a posjax.lab.config.Config, got NoneType"),
     ((*TINY, "--stepz", "3"), 2, "Unrecognized options: --stepz.*Perhaps you meant.*--steps INT"),
     ((*TINY, "--steps", "many"), 2, "--steps.*'many'.*optimizer steps"),

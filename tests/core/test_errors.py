@@ -486,7 +486,7 @@ BAD = {
     "bias: a mask": (
         lambda: call(bias=ones(T, T, dtype=bool)),
         ValueError,
-        r"bias must be an array of numbers, got bool; a boolean array is a mask",
+        r"bias must be an array of numbers, got bool; pass a boolean array as mask",
     ),
     "bias: a number": (lambda: call(bias=1.0), ValueError, r"bias must be an array of numbers, got float"),
     "bias: shape": (
@@ -612,17 +612,17 @@ BAD = {
     "attention_fn: no key for dropout": (
         lambda: pj.attention_fn()(*[ones(B, T, N, H)] * 3, dropout_rate=0.5, deterministic=False),
         ValueError,
-        r"dropout_rng must be given for dropout_rate=0\.5 and deterministic=False, got None",
+        r"dropout_rng must be a PRNG key with dropout_rate=0\.5 and deterministic=False, got None",
     ),
     "attention_fn: dropout of all": (
         lambda: pj.attention_fn()(*[ones(B, T, N, H)] * 3, dropout_rate=1.0),
         ValueError,
-        r"dropout_rate must be in \[0, 1\), got 1\.0",
+        r"dropout_rate must lie in \[0, 1\), got 1\.0",
     ),
     "attention_fn: einsums": (
         lambda: pj.attention_fn()(*[ones(B, T, N, H)] * 3, qk_attn_weights_einsum=jnp.einsum),
         ValueError,
-        r"the attention module must have no einsums of its own",
+        r"the attention module must have no custom einsums",
     ),
     "attention_fn: counts across": (
         lambda: pj.attention_fn(pj.cope_alibi())(ones(B, T, N, H), *[ones(B, S, N, H)] * 2),
@@ -632,12 +632,12 @@ BAD = {
     "linen: decoding": (
         lambda: in_linen(pj.attention_fn(pj.rope())),
         ValueError,
-        r"decode must be given to attention_fn where one query has 4 keys and a mask, got None: True if .* False for cross",
+        r"decode must be True or False in attention_fn .* one query, 4 keys and a mask, got None; use True if .* False for cross",
     ),
     "nnx: decoding": (
         lambda: in_nnx(pj.attention_fn(pj.rope())),
         ValueError,
-        r"decode must be given to attention_fn where one query has 4 keys and a mask, got None: True if .* False for cross",
+        r"decode must be True or False in attention_fn .* one query, 4 keys and a mask, got None; use True if .* False for cross",
     ),
 }
 

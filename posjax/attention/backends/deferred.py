@@ -83,8 +83,8 @@ def _batched(arrays: Sequence[Array], dims: Sequence[int | None], *, axes: Any, 
 def _some_gpu() -> Iterator[None]:
     """Provides an abstract GPU to Pallas, which needs the GPU model when it lowers a kernel.
 
-    Where the mesh in context is not one of GPUs and this process has no GPU, it is an A100, the least capable model that suffices.
-    Elsewhere the context manager does nothing.
+    If the mesh in context has no GPUs and this process has none either, it is an A100, the least capable supported model.
+    Otherwise the context manager does nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = getattr(mesh, "abstract_device", None)

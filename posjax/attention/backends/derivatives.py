@@ -1,7 +1,7 @@
-"""Derivatives of every order and mode for a backend whose backward pass is written by hand.
+"""Derivatives of every order and mode for a backend with a hand-written backward pass.
 
-``jax.custom_vjp`` allows one derivative, in reverse mode. Here a first derivative in reverse mode runs the hand-written pass, as it
-would there; every other derivative is that of ``walk``, which computes the same in plain JAX:
+``jax.custom_vjp`` allows only one derivative, in reverse mode. Here the first derivative in reverse mode also runs the hand-written
+pass; every other derivative is that of ``walk``, which computes the same function in plain JAX:
 
     tangent(call, d_call)        evaluated by jax.jvp of the walk; its transpose is the hand-written backward pass
     gradients(call, d_out)       evaluated by the hand-written backward pass; its derivatives are those of jax.vjp of the walk
@@ -22,10 +22,10 @@ Attention = Callable[[AttentionCall], Array]
 
 
 def with_every_derivative(backend: Attention, walk: Attention) -> Attention:
-    """Returns ``backend`` with its own first derivative in reverse mode and with the other derivatives of ``walk``.
+    """Returns ``backend`` with its own first reverse-mode derivative and, for all other derivatives, those of ``walk``.
 
     Args:
-      backend: function of a call that has a derivative in reverse mode.
+      backend: function of a call, with a first derivative in reverse mode.
       walk: the same function with derivatives of every order and mode.
     """
 
@@ -38,7 +38,7 @@ def with_every_derivative(backend: Attention, walk: Attention) -> Attention:
         d_leaves = jax.tree.leaves(tangents[0])
         live = tuple(n for n, d in enumerate(d_leaves) if not isinstance(d, SymbolicZero))
         of_leaves = functools.partial(_of_leaves, structure, live)
-        fixed = jax.lax.stop_gradient(leaves)  # this derivative is taken once; ``_known`` has further ones
+        fixed = jax.lax.stop_gradient(leaves)  # ``_known`` supplies all further derivatives
         out, vjp = jax.vjp(of_leaves(backend, fixed), *[fixed[n] for n in live])
         saved, vjp_structure = jax.tree.flatten(vjp)
 
@@ -69,7 +69,7 @@ def with_every_derivative(backend: Attention, walk: Attention) -> Attention:
 
 
 def _of_leaves(structure: Any, live: tuple[int, ...], attention: Attention, leaves: Sequence[Array]) -> Callable[..., Array]:
-    """Returns ``attention`` as a function of the leaves ``live`` of a call alone."""
+    """Returns ``attention`` as a function of only the leaves ``live`` of a call."""
 
     def function(*args: Array) -> Array:
         both = dict(enumerate(leaves)) | dict(zip(live, args, strict=True))
@@ -80,7 +80,7 @@ def _of_leaves(structure: Any, live: tuple[int, ...], attention: Attention, leav
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _known(walk: Attention, call: AttentionCall, out: Array) -> Array:
-    """Returns ``out``, the value of walk(call), with the derivatives of walk(call)."""
+    """Returns ``out``, which must equal walk(call), with the derivatives of walk(call)."""
     return out
 
 

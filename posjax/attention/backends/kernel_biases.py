@@ -97,18 +97,18 @@ def _described(bias: Bias) -> str:
 
 
 def pair_of(bias: Bias) -> Pair:
-    """Returns where a bias is read that is not a ``Scan``."""
+    """Returns the ``Pair`` at which a bias without a ``Scan`` is read."""
     assert isinstance(bias.at, Pair)
     return bias.at
 
 
 def index_of(lookup: Bias | None) -> Callable[[Array, Array], Array] | None:
-    """Returns the function from positions of queries and keys to the index of a lookup; None without one."""
+    """Returns the function from positions of queries and keys to the index of a lookup; None if there is no lookup."""
     return None if lookup is None else _Index(pair_of(lookup).function, pair_of(lookup).relative)
 
 
 def uniform_of(lookup: Bias | None) -> Callable[..., Any] | None:
-    """Returns the test of whether all pairs in ranges of positions have one index; it is never sure if the function has none."""
+    """Returns the test of whether all pairs in ranges of positions have one index; always False if the function has no test."""
     return None if lookup is None else getattr(pair_of(lookup).function, "uniform", _unsure)
 
 

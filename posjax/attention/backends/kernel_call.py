@@ -1,9 +1,9 @@
-"""Shared parts of the TPU and GPU backends around their Pallas kernels: padding, sharding, tracing and differentiation.
+"""Code that the TPU and GPU backends share around their Pallas kernels: padding, sharding, tracing and differentiation.
 
-A backend lays a call out as a static plan, a frozen dataclass with fields ``interpret`` and ``platforms`` and an attribute ``home``
-(see ``deferred``), and as operands, a dataclass of arrays in which a field that the call does not need is None. ``run`` calls a
-function of both on each device's shard, and ``attend`` makes a differentiable function of a backend's ``Kernels``, its forward pass
-with residuals and its backward pass.
+A backend converts a call to a static plan, a frozen dataclass with fields ``interpret`` and ``platforms`` and an attribute ``home``
+(see ``deferred``), and to operands, a dataclass of arrays in which fields that the call does not need are None. ``run`` calls a
+function of both on each device's shard, and ``attend`` makes a differentiable function from a backend's ``Kernels``, which are its
+forward pass with residuals and its backward pass.
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ def unsupported_sizes(*arrays: Array) -> str | None:
     """Returns why the kernels do not support these query, key and value, or None if their sizes are known."""
     for name, x in zip(("query", "key", "value"), arrays, strict=True):
         if is_symbolic(*x.shape):
-            return f"{name} has symbolic sizes, {x.shape} (kernels are compiled for known ones)"
+            return f"{name} has symbolic sizes, {x.shape} (kernels are compiled for known sizes)"
     return None
 
 
 def unsupported_arrays(call: AttentionCall) -> str | None:
     """Returns why the kernels do not support the arrays of pairs that a call has, or None if it has none."""
     if call.mask.boolean is not None:
-        return "mask is an array (is_causal, segment_ids, lengths and local_window_size are made inside of the tile)"
+        return "mask is an array (is_causal, segment_ids, lengths and local_window_size are supported)"
     if call.bias is not None:
-        return "bias is an array (biases of an encoding are made inside of the tile)"
+        return "bias is an array (biases of an encoding are supported)"
     return None
 
 

@@ -93,7 +93,7 @@ def attention(
       call: a call for which ``unsupported_reason`` returns None, which is not checked again. Pending transforms are applied first.
       block_sizes: None takes those of the device.
       spec: how a mesh shards batch and heads; None infers it from the query's type.
-      interpret: None interprets the kernels where the program is lowered for a CPU; else what ``pallas_call`` takes.
+      interpret: as in ``pallas_call``; None interprets the kernels only if the program is lowered for a CPU.
       platforms: as in ``deferred``.
 
     Returns:

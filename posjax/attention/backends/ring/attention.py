@@ -160,9 +160,9 @@ def unsupported_reason(call: AttentionCall, context: Context) -> str | None:
     if (reason := call.needs_order()) is not None:
         return f"encoding has a structure that the ring does not support: {reason}"
     if (mask := call.mask.boolean) is not None:
-        return f"mask must be None, got one of shape {mask.shape}; segment_ids and local_window_size travel with the keys"
+        return f"mask must be None, got one of shape {mask.shape}; segment_ids and local_window_size are supported"
     if call.bias is not None:
-        return f"bias must be None, got an array of shape {call.bias.shape}; biases of the encoding travel with the keys"
+        return f"bias must be None, got an array of shape {call.bias.shape}; biases of an encoding are supported"
     if _sums(call) and not (call.mask.is_causal and queries == keys):
         return "an encoding that sums over keys needs is_causal=True and as many keys as queries"
     return None

@@ -139,7 +139,7 @@ def attention(
       block_sizes: None takes the defaults of the chip, or smaller ones that fit its VMEM.
       spec: how the mesh shards batch and heads; None infers it from the type of the query.
       chip: the TPU generation; None takes that of the query's mesh, of the mesh in context, or of this process.
-      interpret: as in ``pallas_call``; None interprets the kernel only where the program is lowered for a CPU.
+      interpret: as in ``pallas_call``; None interprets the kernel only if the program is lowered for a CPU.
       platforms: as in ``deferred``.
 
     Returns:

@@ -94,7 +94,7 @@ def _query_tile(
     entries = [jnp.zeros((batch, heads, rows, _table(term).shape[1]), jnp.float32) for term in values]
     stick = call.weights if isinstance(call.weights, StickBreaking) else None
     state = (
-        (zeros if stick is not None else jnp.full_like(zeros, INIT_MAX)),  # what is left of the stick, or the running maximum
+        (zeros if stick is not None else jnp.full_like(zeros, INIT_MAX)),  # the rest of the stick, or the running maximum
         zeros,
         jnp.zeros((batch, heads, rows, call.value.shape[-1]), jnp.float32),
         entries,
