@@ -24,9 +24,9 @@ from posjax.attention import kv_cache
 from posjax.attention.api import attention
 from posjax.attention.backends import reference
 from posjax.attention.backends.xla_chunked import attention as xla_chunked
-from posjax.attention.call import AttentionCall, prepare
+from posjax.attention.call import AttentionCall, prepare, prepare_next
 from posjax.core.encoding import Dims, PositionalEncoding, Tokens
-from posjax.core.structures import Axes, key_arrays, map_arrays
+from posjax.core.structures import Axes, Rotate, key_arrays, map_arrays
 from posjax.typing import Array, Params
 
 _BATCH, _LENGTH, _PAST = 2, 12, 5  # sequences, their tokens, and those that count as the past
@@ -85,6 +85,14 @@ class _Layer:
         return jnp.asarray(np.moveaxis(drawn, 1, 2), jnp.int32)
 
     @functools.cached_property
+    def skips_masks(self) -> bool:
+        """Returns whether boolean masks are not for the encoding: a Transport refuses them, and a state does not see them."""
+        positions = jnp.arange(_LENGTH)[None]
+        operands, hidden = self.operands(self.params, self.x, positions)
+        call, state = prepare_next(*operands, self.encoding, self.params, None, is_causal=True, hidden=hidden)
+        return call.transport is not None or state is not None
+
+    @functools.cached_property
     def out(self) -> Array:
         return self(self.params, self.x, backend=reference.attention)
 
@@ -137,7 +145,8 @@ def dtypes(layer: _Layer) -> None:
         is_feature = axes.tokens == 2 or any(x is part for part in phases)
         assert not is_feature or x.dtype in (jnp.float32, jnp.int32), f"a phase, a gain or a feature is {x.dtype}"
 
-    phases = [getattr(t, name) for t in call.transforms for name in ("query_phase", "key_phase", "query_gain", "key_gain")]
+    rotations = [transform for transform in call.transforms if isinstance(transform, Rotate)]
+    phases = [getattr(t, name) for t in rotations for name in ("query_phase", "key_phase", "query_gain", "key_gain")]
     map_arrays(check, (*call.transforms, *call.biases))
 
 
@@ -196,6 +205,8 @@ def tiles(layer: _Layer) -> None:
 
 def masks(layer: _Layer) -> None:
     """Keys that are masked out have no influence, even on counts, and a query without any key gets zeros."""
+    if layer.skips_masks:
+        return
     allowed = np.tril(np.random.default_rng(2).random((1, 1, _LENGTH, _LENGTH)) < 0.6)
     allowed[..., 7, :] = False
     mask = jnp.asarray(allowed)
@@ -212,15 +223,23 @@ def masks(layer: _Layer) -> None:
 def packing(layer: _Layer) -> None:
     """Sequences that are packed into one row, with positions that restart, give what each gives alone."""
     lengths = _PAST, _LENGTH - _PAST
-    segments = jnp.broadcast_to(jnp.repeat(jnp.arange(2), np.asarray(lengths)), (_BATCH, _LENGTH))
+    segments = jnp.broadcast_to(jnp.repeat(1 + jnp.arange(2), np.asarray(lengths)), (_BATCH, _LENGTH))
     positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
     packed = layer(layer.params, layer.x, positions, segment_ids=segments)
     alone = [layer(layer.params, part) for part in jnp.split(layer.x, [_PAST], axis=1)]
     layer.same(packed, jnp.concatenate(alone, axis=1))
 
 
+def padding(layer: _Layer) -> None:
+    """Padding (segment 0) among the tokens has no influence on the others, whatever it holds."""
+    segments = jnp.broadcast_to(jnp.arange(_LENGTH) != 3, (_BATCH, _LENGTH)).astype(jnp.int32)
+    others = np.arange(_LENGTH) != 3
+    want, got = (layer(layer.params, x, segment_ids=segments)[:, others] for x in (layer.x, layer.x.at[:, 3].add(1.0)))
+    layer.same(got, want)
+
+
 def decoding(layer: _Layer) -> None:
-    """Decoding in chunks of any size matches one full-sequence call."""
+    """Decoding in chunks of any size matches one full-sequence call; if raw keys are cached, one on the sequence so far."""
     for sizes in ((_LENGTH,), (_PAST, 1, 1, _LENGTH - _PAST - 2)):
         cache = kv_cache.init_cache(layer.encoding, layer.dims, _BATCH, max_length=_LENGTH)
         outs, start = [], 0
@@ -231,11 +250,17 @@ def decoding(layer: _Layer) -> None:
             out, cache = kv_cache.attend(*operands, layer.encoding, layer.params, cache, **own)
             outs.append(out)
             start += size
+            if layer.encoding.cache == "raw":
+                layer.same(out, layer(layer.params, layer.x[:, :start])[:, -size:])
+        if layer.encoding.cache == "raw":
+            continue
         layer.same(jnp.concatenate(outs, axis=1), layer.out)
 
 
 def columns(layer: _Layer) -> None:
-    """Checks that what a structure holds for a key depends on that token alone, not on the length: a decoder caches it."""
+    """What a structure holds for a key depends on that token and those before it, not on the length, unless raw keys are cached."""
+    if layer.encoding.cache == "raw":
+        return
 
     def made(x: Array) -> Any:
         call = layer.call(layer.params, x)
@@ -282,6 +307,7 @@ RULES = (
     heads,
     transformations,
     tiles,
+    padding,
     masks,
     packing,
     decoding,

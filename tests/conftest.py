@@ -20,6 +20,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 
 # Before anything imports jax, which reads these once. Subprocesses of tests inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # most programs of tests take longer to optimise than to run
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 # Most of the time goes into compiling, much of it into the same programs: the test processes and their children share them.
@@ -43,6 +44,21 @@ def pytest_runtest_teardown():
 
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def full_optimization(request):
+    """Compiles as users do in modules with ``OPTIMIZED = True``, whose tests look at compiled programs."""
+    if not getattr(request.module, "OPTIMIZED", False):
+        yield
+        return
+    import jax
+
+    quick = os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # children of the tests inherit it
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = quick
+    jax.config.update("jax_disable_most_optimizations", quick == "1")
 
 
 @pytest.fixture(autouse=True)

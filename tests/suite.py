@@ -85,15 +85,6 @@ CASES = [
 LEARNED = [case for case in CASES if jax.tree.leaves(jax.eval_shape(lambda case=case: case.encoding.init(jax.random.key(0), DIMS)))]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """For modules that import it: thousands of tiny programs, which take longer to optimise than to run."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 # Data ----------------------------------------------------------------------------------------------------------------
 
 

@@ -1,26 +1,12 @@
 """``check_encoding`` accepts what behaves, and names the rule that a broken encoding breaks."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
-from suite import quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
 from posjax.testing import check_encoding
-
-
-@pytest.mark.parametrize(
-    ("encoding", "claims"),
-    [
-        (pj.alibi(), dict(shift=9)),
-        pytest.param(pj.chain(pj.rope(), pj.t5(6, 8)), dict(shift=9), marks=pytest.mark.thorough),
-        pytest.param(pj.chain(pj.rope(), pj.cope(4, gates="keys")), dict(shift=9), marks=pytest.mark.thorough),
-        pytest.param(pj.tupe(relative=True), {}, marks=pytest.mark.thorough),
-        pytest.param(pj.chain(pj.learned(), pj.cope_mlp(8), pj.alibi()), {}, marks=pytest.mark.thorough),
-    ],
-    ids=str,
-)
-def test_encodings_that_behave(encoding, claims):
-    check_encoding(encoding, **claims)
 
 
 def uncentred(differences, args):
@@ -104,6 +90,27 @@ def half_slopes(params, inputs):
     )
 
 
+def moved(params, inputs):
+    """Moves keys along the tokens, by a reflection of a half."""
+    key = inputs.key / jnp.linalg.norm(inputs.key.astype(jnp.float32), axis=-1, keepdims=True)
+    return pj.ScoreModifications((pj.Transport(direction=key, strength=jnp.full((*key.shape[:3], 1), 0.5)),))
+
+
+def sums(params, inputs):
+    """Rotates by angles that are summed along the sequence, over padding too."""
+    heads, before = inputs.key.shape[2], 0.0 if inputs.state is None else inputs.state[:, None]
+    angles = before + jnp.cumsum(inputs.key[..., :1].astype(jnp.float32), axis=1)
+    rotation = pj.Rotate(jnp.repeat(angles, inputs.query.shape[2] // heads, axis=2), angles)
+    return pj.ScoreModifications((rotation,), state=angles[:, -1])
+
+
+def sums_of_tokens(params, inputs):
+    if inputs.k.segments is None:
+        return sums(params, inputs)
+    real = (inputs.k.segments != 0)[..., None, None]
+    return sums(params, dataclasses.replace(inputs, key=jnp.where(real, inputs.key, 0)))
+
+
 class Unequal(pj.PositionalEncoding):
     """Registered by nothing, so that it has no fields to compare."""
 
@@ -117,6 +124,23 @@ class Unequal(pj.PositionalEncoding):
         return "unequal()"
 
 
+@pytest.mark.parametrize(
+    ("encoding", "claims"),
+    [
+        (pj.alibi(), dict(shift=9)),
+        pytest.param(pj.chain(pj.rope(), pj.t5(6, 8)), dict(shift=9), marks=pytest.mark.thorough),
+        pytest.param(pj.chain(pj.rope(), pj.cope(4, gates="keys")), dict(shift=9), marks=pytest.mark.thorough),
+        pytest.param(pj.tupe(relative=True), {}, marks=pytest.mark.thorough),
+        pytest.param(moved, dict(shift=9), marks=pytest.mark.thorough),
+        pytest.param(sums_of_tokens, dict(shift=9), marks=pytest.mark.thorough),
+        pytest.param(pj.chain(pj.learned(), pj.cope_mlp(8), pj.alibi()), {}, marks=pytest.mark.thorough),
+    ],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_encodings_that_behave(encoding, claims):
+    check_encoding(encoding if isinstance(encoding, pj.PositionalEncoding) else pj.encoding("mine", attend=encoding), **claims)
+
+
 BROKEN = {
     "values": (Unequal(), {}),
     "parameters": (pj.encoding("half", init=init_half), {}),
@@ -128,6 +152,7 @@ BROKEN = {
     "causality": (pj.encoding("mean", embed=embed_mean), {}),
     "tiles": (pj.encoding("mean", attend=mean_of_tile), {}),
     "packing": (pj.encoding("index", embed=embed_index), {}),
+    "padding": (pj.encoding("sums", attend=sums), {}),
     "columns": (pj.encoding("far", attend=far_keys), {}),
     "heads": (pj.encoding("halves", attend=half_slopes), {}),
     "order": (pj.identity(), {}),

@@ -169,6 +169,19 @@ def prepare(
     value: Array | None,
     encoding: PositionalEncoding | None,
     params: Params | None,
+    **options: Any,
+) -> AttentionCall:
+    """Checks the options of a call on whole sequences and applies the encoding; arguments and errors as in ``prepare_next``."""
+    return prepare_next(query, key, value, encoding, params, None, **options)[0]
+
+
+def prepare_next(
+    query: Array,
+    key: Array,
+    value: Array | None,
+    encoding: PositionalEncoding | None,
+    params: Params | None,
+    state: Any,
     *,
     is_causal: bool = False,
     mask: Array | None = None,
@@ -181,10 +194,16 @@ def prepare(
     hidden: Any = None,
     scale: Array | float | None = None,
     logits_soft_cap: float | None = None,
-) -> AttentionCall:
-    """Checks the options of a call and applies the encoding.
+) -> tuple[AttentionCall, Any]:
+    """Checks the options of a call on the next tokens of sequences and applies the encoding.
 
-    The arguments are those of ``posjax.attention``; ``check_operands`` must have accepted query, key and value.
+    Args:
+      state: the encoding's state after the tokens before; None at the start.
+
+    The other arguments are those of ``posjax.attention``; ``check_operands`` must have accepted query, key and value.
+
+    Returns:
+      The call, and the encoding's state after these tokens.
 
     Raises:
       ValueError: an option has an unsupported shape, dtype or value; the message names it.
@@ -211,7 +230,8 @@ def prepare(
     query_at, key_at = coordinates or (None, None)
     queries = Tokens.at(positions[0], coordinates=query_at, segments=query_segments, hidden=query_hidden)
     keys = Tokens.at(positions[1], coordinates=key_at, segments=key_segments, hidden=key_hidden)
-    mods = encoding.attend({} if params is None else params, AttentionInputs(query, key, value, queries, keys, scale))
+    inputs = AttentionInputs(query, key, value, queries, keys, scale, state=state)
+    mods = encoding.attend({} if params is None else params, inputs)
     if any(isinstance(bias.at, Scan) for bias in mods.biases) and not encoding.needs_causal:
         raise ValueError(f"needs_causal must be True for {encoding.name}, whose bias is a Scan, got False")
     if encoding.needs_causal:
@@ -222,7 +242,7 @@ def prepare(
     if first:  # what a Replace holds is made of what all transforms before it left
         biases = _with_vectors(biases, query, key)
         query, key = mods.transforms[first - 1].applied(query, key)
-    return AttentionCall(
+    call = AttentionCall(
         query=query,
         key=key,
         value=key[..., :0] if value is None else value,
@@ -240,6 +260,7 @@ def prepare(
         logits_soft_cap=logits_soft_cap,
         is_self=is_self,
     )
+    return call, mods.state
 
 
 def _check_weights(encoding: PositionalEncoding, mods: ScoreModifications, is_causal: bool, mask: Mask) -> None:

@@ -5,10 +5,12 @@ A new token is prepared like any other, by ``prepare(query, key, value, encoding
     cache    key after all transforms | value | columns: arrays of biases per key | position | coordinates | segment
              [ k0 k1 k2 ... kn  .  .  . ]     full: each slot is written once; empty slots have segment 0, which is masked out
              [ k5 k6 k7 k8 ] <- k9            window: the most recent keys in order, in constant memory
+    state    what the encoding itself carries from call to call, such as sums along the sequence
 
 The structures of an encoding thus determine what a decoder caches: rotated keys for RoPE, widened keys for TUPE, and unrotated keys
-as well for CoPE with gates="content". Keys are in the order of their positions, which encodings that count along the keys
-require. ``cache_layout`` lists what is cached under an encoding.
+as well for CoPE with gates="content". An encoding under which earlier keys change as the sequence grows has ``cache = "raw"``: keys
+are cached as given, and every call prepares all of them again. Keys are in the order of their positions, which encodings that count
+along the keys require. ``cache_layout`` lists what is cached under an encoding.
 """
 
 import dataclasses
@@ -20,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.attention.arguments import check_encoding, check_operands
-from posjax.attention.call import AttentionCall, prepare
+from posjax.attention.arguments import canonicalize_coordinates, check_encoding, check_operands
+from posjax.attention.call import AttentionCall, prepare, prepare_next
 from posjax.attention.dispatch import Implementation, load_kernels, run
 from posjax.attention.linear import LinearCache
 from posjax.checks import check_at_least, is_traced
@@ -37,7 +39,7 @@ class Cache:
     """The cache of one attention layer, with S slots. It is immutable: ``attend`` returns an updated one.
 
     Attributes:
-      key: [B, S, K, W], after the transforms of the encoding.
+      key: [B, S, K, W], after the transforms of the encoding, or as given if the encoding's ``cache`` is "raw".
       value: [B, S, K, V].
       columns: for a transport and each bias their arrays per key by name, [B, N or K or 1, S, ...].
       positions: int32 [B, S].
@@ -45,6 +47,7 @@ class Cache:
       segments: int32 [B, S]; 0 for empty slots and padding.
       next_position: int32 [B], one past the last token of each row.
       used: int32 [], number of slots written; not counted in a window cache.
+      state: the encoding's ``ScoreModifications.state`` after the last call, zeros before the first; None if it has none.
       window: number of earlier positions that a token attends to, equal to S; None: a full-length cache, where it attends to all.
       made_for: the encoding that shaped the cache, without its arrays: a pytree structure.
     """
@@ -57,6 +60,7 @@ class Cache:
     segments: Array
     next_position: Array
     used: Array
+    state: Any = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     made_for: Any = dataclasses.field(default=None, metadata={"static": True})
 
@@ -89,7 +93,8 @@ def init_cache(
       dtype: dtype of query, key and value.
 
     Raises:
-      ValueError: neither or both of max_length and window are given, or a size is below 1.
+      ValueError: neither or both of max_length and window are given, a size is below 1, or the encoding caches raw keys although
+        it has a state or needs ``hidden``.
     """
     encoding = check_encoding(encoding)
     if (max_length is None) == (window is None):
@@ -98,14 +103,16 @@ def init_cache(
     check_at_least(name, slots, 1)
     check_at_least("batch_size", batch_size, 1)
 
-    def one_token(key: Array) -> tuple[Array, Array, tuple[Any, ...]]:
+    def one_token(key: Array) -> tuple[Array, Array, tuple[Any, ...], Any]:
         hidden = jnp.zeros((batch_size, 1, dims.embed_dim), dtype)
         return _cached_arrays(encoding, encoding.init(key, dims), dims, hidden, key, coordinate_dtype)[1]
 
     def widen(axis: int) -> Callable[[Any], Array]:
         return lambda x: jnp.zeros((*x.shape[:axis], slots, *x.shape[axis + 1 :]), x.dtype)
 
-    key, value, columns = jax.eval_shape(one_token, jax.random.key(0))
+    key, value, columns, state = jax.eval_shape(one_token, jax.random.key(0))
+    if encoding.cache == "raw" and (encoding.needs_hidden or state is not None):
+        raise ValueError(f"cache must be 'transformed' for {encoding.name}, which has a state or needs hidden, got 'raw'")
     return Cache(
         key=widen(1)(key),
         value=widen(1)(value),
@@ -115,6 +122,7 @@ def init_cache(
         segments=jnp.zeros((batch_size, slots), jnp.int32),
         next_position=jnp.zeros(batch_size, jnp.int32),
         used=jnp.zeros((), jnp.int32),
+        state=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state),
         window=window,
         made_for=jax.tree.structure(encoding),
     )
@@ -139,7 +147,7 @@ def attend(
     """Computes causal attention of T new tokens to themselves and to all cached tokens, and adds them to the cache.
 
     Decoding in chunks of any size matches one call of ``attention(..., is_causal=True, local_window_size=cache.window)`` on the
-    full sequence.
+    full sequence. If the encoding caches raw keys, each call matches the last rows of one on the sequence so far.
 
     Args:
       query, key, value: operands of the new tokens, as in ``attention``, in the dtype of the cache.
@@ -174,48 +182,54 @@ def attend(
         given, made = ("None", "with") if coordinates is None else ("an array", "without")
         raise ValueError(f"coordinates must agree with the cache, which was made {made} a coordinate_dtype, got {given}")
     positions, segments = next_positions(cache, key.shape[1], positions, segment_ids)
-    call = prepare(
-        query,
-        key,
-        value,
-        encoding,
-        params,
-        is_causal=True,
-        segment_ids=segments,
-        local_window_size=cache.window,
-        query_positions=positions,
-        key_positions=positions,
-        query_coordinates=coordinates,
-        key_coordinates=coordinates,
-        hidden=hidden,
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
-    ).transformed()
+    options: dict[str, Any] = dict(
+        is_causal=True, local_window_size=cache.window, scale=scale, logits_soft_cap=logits_soft_cap, query_positions=positions
+    )
     new = dataclasses.replace(
         cache,
-        key=call.key,
+        key=key,
         value=value,
-        columns=_columns(call),
         positions=positions,
-        coordinates=None if call.key_coordinates is None else _for_rows(call.key_coordinates, len(segments)),
+        coordinates=_of_new_tokens(coordinates, cache, segments),
         segments=segments,
         next_position=position_after(positions, segments, cache.next_position),
     )
-    full = _join(cache, new)
-    call = call.replace(
-        key=full.key,
-        value=full.value,
-        **_with_columns(call, full.columns),
-        mask=dataclasses.replace(call.mask, key_segments=full.segments),
-        key_positions=full.positions,
-        key_coordinates=full.coordinates,
-        is_self=False,
-    )
+    if encoding.cache == "raw":
+        full = _join(cache, new)
+        seen = jnp.where(full.segments == 0, 0, full.positions)  # empty slots are FAR, which is no position of a token
+        sides = dict(segment_ids=(segments, full.segments), query_coordinates=new.coordinates, key_coordinates=full.coordinates)
+        call = prepare(query, full.key, full.value, encoding, params, key_positions=seen, **sides, **options)
+        call = call.replace(key_positions=full.positions)
+    else:
+        sides = dict(segment_ids=segments, query_coordinates=new.coordinates, key_coordinates=new.coordinates)
+        sides |= dict(key_positions=positions, hidden=hidden)
+        call, state = prepare_next(query, key, value, encoding, params, cache.state, **sides, **options)
+        call = call.transformed()
+        full = _join(cache, dataclasses.replace(new, key=call.key, columns=_columns(call), state=state))
+        call = call.replace(
+            key=full.key,
+            value=full.value,
+            **_with_columns(call, full.columns),
+            mask=dataclasses.replace(call.mask, key_segments=full.segments),
+            key_positions=full.positions,
+            key_coordinates=full.coordinates,
+            is_self=False,
+        )
     out = run(call, implementation)
     if cache.window is None:
         out = jnp.where(full.used <= full.key.shape[1], out, jnp.nan)  # past the end, new tokens overwrite others
         return out, full
     return out, _last(full, cache.window, has_padding=segment_ids is not None)
+
+
+def _of_new_tokens(coordinates: Array | None, cache: Cache, segments: Array) -> Array | None:
+    """Returns the coordinates of new tokens, [B, T, A] as in the cache; None for None."""
+    if coordinates is None or cache.coordinates is None:  # ``attend`` has checked that both are or neither is
+        return None
+    coordinates = canonicalize_coordinates("coordinates", coordinates, *segments.shape)
+    if coordinates.shape[-1] != cache.coordinates.shape[-1]:
+        raise ValueError(f"coordinates must have the {cache.coordinates.shape[-1]} axes of the cache, got {coordinates.shape[-1]}")
+    return _for_rows(coordinates, len(segments))
 
 
 def _columns(call: AttentionCall) -> tuple[dict[str, Array], ...]:
@@ -377,7 +391,7 @@ def cache_layout(encoding: PositionalEncoding | None, dims: Dims, dtype: Any = j
     encoding = check_encoding(encoding)
     params_key, hidden_key, key = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(hidden_key, (1, 1, dims.embed_dim), dtype)
-    (unrotated, _), (rotated, value, columns) = _cached_arrays(encoding, encoding.init(params_key, dims), dims, hidden, key)
+    (unrotated, _), (rotated, value, columns, state) = _cached_arrays(encoding, encoding.init(params_key, dims), dims, hidden, key)
 
     def holds(x: Array) -> str:
         contents = {"raw keys": unrotated, "values": value, "rotated keys": rotated}
@@ -394,13 +408,15 @@ def cache_layout(encoding: PositionalEncoding | None, dims: Dims, dtype: Any = j
         for name, x in column.items():
             x = jnp.moveaxis(x, 2, 1)
             entries[f"transport {name}" if number < 0 else f"bias {number} {name}"] = (x, holds(x))
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        entries[f"state{jax.tree_util.keystr(path)}"] = (x[:, None], "made by the encoding")
     return tuple(CacheEntry(name, content, x.shape[2:], x.dtype.name, x[0, 0].nbytes) for name, (x, content) in entries.items())
 
 
 def _cached_arrays(
     encoding: PositionalEncoding, params: Params, dims: Dims, hidden: Array, key: Array, coordinate_dtype: Any = None
-) -> tuple[tuple[Array, Array], tuple[Array, Array, tuple[Any, ...]]]:
-    """Returns the unrotated key and value of one random token [B, 1, K, H], and what is cached for it: key, value, columns."""
+) -> tuple[tuple[Array, Array], tuple[Array, Array, tuple[Any, ...], Any]]:
+    """Returns the unrotated key and value of one random token [B, 1, K, H], and what is cached: key, value, columns and state."""
     keys = jax.random.split(key, 3)
     batch, heads = hidden.shape[0], (dims.num_heads, dims.num_kv_heads, dims.num_kv_heads)
     query, unrotated, value = (
@@ -409,8 +425,12 @@ def _cached_arrays(
     limit = encoding.max_length(dims)
     position = jnp.full((1, 1), 1 if limit is None else min(1, limit - 1), jnp.int32)  # at position 0 a rotation is the identity
     coordinates = None if coordinate_dtype is None else jnp.ones((1, 1, encoding.axes), coordinate_dtype)
-    own: dict[str, Any] = dict(
-        query_positions=position, key_positions=position, query_coordinates=coordinates, key_coordinates=coordinates
-    )
-    call = prepare(query, unrotated, value, encoding, params, is_causal=True, hidden=hidden, **own).transformed()
-    return (unrotated, value), (call.key, value, _columns(call))
+    own: dict[str, Any] = dict(query_positions=position, key_positions=position)
+    own |= dict(query_coordinates=coordinates, key_coordinates=coordinates)
+    segments = jnp.ones((batch, 1), jnp.int32)
+    own |= dict(is_causal=True, hidden=hidden, segment_ids=segments)
+    call, state = prepare_next(query, unrotated, value, encoding, params, None, **own)
+    if encoding.cache == "raw":
+        return (unrotated, value), (unrotated, value, (), state)
+    call = call.transformed()
+    return (unrotated, value), (call.key, value, _columns(call), state)

@@ -161,9 +161,12 @@ def _features(
     query, key = (phi(x.astype(jnp.float32)) for x in (inputs.query, inputs.key))
     inputs = dataclasses.replace(inputs, query=query, key=key)
     mods = encoding.attend(params, inputs)
-    is_plain = isinstance(mods.weights, Softmax) and mods.weights.sink is None
-    if mods.biases or not is_plain or not all(isinstance(transform, Rotate) for transform in mods.transforms):
-        raise ValueError(f"encoding must act by rotation alone in linear_attention, got {encoding.name}; rope() does")
+    is_plain = isinstance(mods.weights, Softmax) and mods.weights.sink is None and not mods.biases
+    is_stateless = mods.state is None and encoding.cache == "transformed"
+    if not (is_plain and is_stateless and all(isinstance(transform, Rotate) for transform in mods.transforms)):
+        raise ValueError(
+            f"encoding must act by rotation alone and carry no state in linear_attention, got {encoding.name}; rope() does"
+        )
     rotated = dataclasses.replace(inputs, transforms=mods.transforms)
     rotated_query, rotated_key = rotated.turned_query, rotated.turned_key
     group = query.shape[2] // key.shape[2]

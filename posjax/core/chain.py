@@ -75,6 +75,10 @@ class Chain(PositionalEncoding):
     def needs_causal(self) -> bool:
         return any(encoding.needs_causal for encoding in self.encodings)
 
+    @property
+    def cache(self) -> str:
+        return "raw" if any(encoding.cache == "raw" for encoding in self.encodings) else "transformed"
+
     def init(self, key: Array, dims: Dims) -> Params:
         members = self.members
         keys = jax.random.split(key, len(members))
@@ -93,16 +97,18 @@ class Chain(PositionalEncoding):
         return x
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
-        transforms, biases, weights = inputs.transforms, (), []
+        transforms, biases, weights, states = inputs.transforms, (), [], {}
         for name, member in self.members.items():
-            mods = member.attend(_part(params, name), dataclasses.replace(inputs, transforms=transforms))
+            before = (inputs.state or {}).get(name)
+            mods = member.attend(_part(params, name), dataclasses.replace(inputs, transforms=transforms, state=before))
             transforms, biases = transforms + mods.transforms, biases + mods.biases
+            states |= {} if mods.state is None else {name: mods.state}
             is_plain = isinstance(mods.weights, Softmax) and mods.weights.sink is None
             weights += [] if is_plain else [(name, mods.weights)]
         if len(weights) > 1:
             raise ValueError(f"one member of a chain may have weights of its own, got {' and '.join(name for name, _ in weights)}")
         transforms = transforms[len(inputs.transforms) :]
-        return ScoreModifications(transforms, biases, *(own for _, own in weights))
+        return ScoreModifications(transforms, biases, *(own for _, own in weights), state=states or None)
 
     def max_length(self, dims: Dims) -> int | None:
         return min((limit for one in self.encodings if (limit := one.max_length(dims)) is not None), default=None)

@@ -14,7 +14,7 @@ import functools
 import importlib.metadata
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
+from typing import Any, ClassVar, Literal, TypeVar, cast, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +108,8 @@ class AttentionInputs:
       q, k: the tokens of queries and of keys.
       scale: factor of q.k.
       transforms: what earlier members of a chain do to query and key.
+      state: ``ScoreModifications.state`` of the previous call on the same sequences, while decoding. Before the first token it is
+        None or, in an empty cache, zeros; both must mean the same.
     """
 
     query: Array
@@ -117,6 +119,7 @@ class AttentionInputs:
     k: Tokens
     scale: Any
     transforms: tuple[Transform, ...] = ()
+    state: Any = None
 
     @property
     def turned_query(self) -> Array:
@@ -155,6 +158,9 @@ class PositionalEncoding:
       axes: A, the number of axes of the coordinates that it reads.
       needs_hidden: True if ``attend`` reads ``Tokens.hidden``.
       needs_causal: True if a bias sums over the keys between key and query, so that attention must be causal or masked.
+      cache: what a decoder caches of a key. "transformed" is the key after ``attend``, which must then depend on its own token and
+        on the state alone. "raw" is the key as given: every call applies ``attend`` to all keys again, for encodings under which
+        earlier keys change as the sequence grows (dynamic NTK). Such an encoding may have neither a state nor ``needs_hidden``.
     """
 
     name: str = "encoding"
@@ -163,6 +169,7 @@ class PositionalEncoding:
     axes: int = 1
     needs_hidden: bool = False
     needs_causal: bool = False
+    cache: Literal["transformed", "raw"] = "transformed"
 
     def init(self, key: Array, dims: Dims) -> Params:
         """Returns the learned arrays, float32; {} if nothing is learned."""
@@ -173,7 +180,7 @@ class PositionalEncoding:
 
         Args:
           tokens: with the coordinates that the caller gave.
-          key: PRNG key for encodings that draw coordinates while training; None in evaluation.
+          key: PRNG key, another one in every training step, for encodings that draw coordinates; None in evaluation.
         """
         return tokens.coordinates
 
@@ -332,6 +339,7 @@ def encoding(
     axes: int = 1,
     needs_hidden: bool = False,
     needs_causal: bool = False,
+    cache: Literal["transformed", "raw"] = "transformed",
 ) -> PositionalEncoding:
     """Makes an encoding of functions, for people who prefer these to a class.
 
@@ -340,11 +348,11 @@ def encoding(
     Args:
       name: name in tables and messages.
       init, place, embed, attend, max_length: methods of PositionalEncoding without ``self``. None is the method of the base class.
-      per_layer, axes, needs_hidden, needs_causal: as in PositionalEncoding.
+      per_layer, axes, needs_hidden, needs_causal, cache: as in PositionalEncoding.
     """
     given = dict(init=init, place=place, embed=embed, attend=attend, max_length=max_length)
     functions = tuple((point, function) for point, function in given.items() if function is not None)
-    return _OfFunctions(name, functions, per_layer, axes, needs_hidden, needs_causal)
+    return _OfFunctions(name, functions, per_layer, axes, needs_hidden, needs_causal, cache)
 
 
 def _delegate(point: str) -> Callable[..., Any]:
@@ -366,6 +374,7 @@ class _OfFunctions(PositionalEncoding):
     axes: int = 1
     needs_hidden: bool = False
     needs_causal: bool = False
+    cache: Literal["transformed", "raw"] = "transformed"
 
     init, place, embed, attend, max_length = map(_delegate, ("init", "place", "embed", "attend", "max_length"))
 

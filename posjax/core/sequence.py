@@ -1,4 +1,7 @@
-"""Operations along a sequence that respect segments: what encodings sum over tokens goes through these."""
+"""Operations along a sequence that respect segments: encodings sum and convolve over tokens through these."""
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +9,7 @@ import jax.numpy as jnp
 from posjax.typing import Array, Float, Int
 
 
+@functools.partial(jax.jit, static_argnames="exclusive", inline=True)  # step by step, the scan compiles for seconds outside of jit
 def prefix_sum(
     x: Float[Array, "B N T"], segments: Int[Array, "B T"] | None = None, *, exclusive: bool = False
 ) -> tuple[Float[Array, "B N T"], Float[Array, "B N T"]]:
@@ -36,6 +40,42 @@ def prefix_sum(
         back = jnp.argsort(order, axis=2)
         high, low = (jnp.take_along_axis(part, back, axis=2) for part in (high, low))
     return high, low
+
+
+@functools.partial(jax.jit, inline=True)
+def short_conv(
+    x: Float[Array, "B T C"], taps: Float[Array, "W C"], segments: Int[Array, "B T"] | None = None, state: Any = None
+) -> tuple[Float[Array, "B T C"], Any]:
+    """Convolves each channel causally over the last W tokens of a segment, and carries the end of the sequence to the next call.
+
+    y_t = sum_w taps[w] x_{t - w}, where t - w is the w-th token before t without counting padding, and is zero if it has another
+    segment than t. Calls on the pieces of a sequence match one call on all of it.
+
+    Args:
+      x: [B, T, C].
+      taps: [W, C]; the first one is that of the token itself.
+      segments: [B, T]; 0 is padding, whose result is zero. None: all tokens are in one segment.
+      state: result of the call on the tokens before; None or zeros at the start.
+
+    Returns:
+      [B, T, C] in the dtype of x, and the state: the last W - 1 tokens that are not padding, [B, W - 1, C], and their segments
+      [B, W - 1].
+    """
+    batch, length, channels = x.shape
+    past = taps.shape[0] - 1
+    segments = jnp.ones((batch, length), jnp.int32) if segments is None else segments
+    if state is None:
+        state = jnp.zeros((batch, past, channels), x.dtype), jnp.zeros((batch, past), jnp.int32)
+    x, segments = jnp.concatenate([state[0], x], 1), jnp.concatenate([state[1], segments.astype(jnp.int32)], 1)
+    order = jnp.argsort(segments != 0, axis=1, stable=True)  # padding first: a token's predecessors then stand right before it
+    x, segments = jnp.take_along_axis(x, order[..., None], axis=1), jnp.take_along_axis(segments, order, axis=1)
+    y = x * taps[0].astype(x.dtype)
+    for w in range(1, past + 1):
+        is_same = (segments[:, w:] == segments[:, :-w]) & (segments[:, w:] != 0)
+        y = y.at[:, w:].add(jnp.where(is_same[..., None], x[:, :-w] * taps[w].astype(x.dtype), 0))
+    y = jnp.where((segments != 0)[..., None], y, 0)
+    back = jnp.argsort(order, axis=1)[..., None]
+    return jnp.take_along_axis(y, back, axis=1)[:, past:], (x[:, length:], segments[:, length:])
 
 
 @jax.custom_vjp

@@ -187,8 +187,9 @@ class Transport:
 
         score_ij = scale * q_i . M_i M_{i-1} .. M_{j+1} k_j
 
-    M is I - strength w w^T with ``direction`` and ``strength``, or diag(exp(log_decay)). One call takes at most one, and no boolean
-    mask; attention must be causal. At padding, M must be the identity: a strength or a log_decay of zero. (PaTH, arXiv:2505.16381.)
+    M is I - strength w w^T with ``direction`` and ``strength``, or diag(exp(log_decay)). Only tokens of the query's segment move a
+    key, so padding moves none. One call takes at most one Transport, and no boolean mask; attention must be causal. (PaTH,
+    arXiv:2505.16381.)
 
     Attributes:
       direction: w, vectors of length one [B, S, K or 1, H].
@@ -380,11 +381,14 @@ class ScoreModifications:
       transforms: applied to query and key in their order.
       biases: added to the scores.
       weights: what turns scores into weights.
+      state: what ``AttentionInputs.state`` will be in the next call on the same sequences, while decoding: arrays [B, ...], of the
+        same shapes and dtypes in every call. None for encodings that sum or convolve nothing along the sequence.
     """
 
     transforms: tuple[Transform, ...] = ()
     biases: tuple[Bias, ...] = ()
     weights: Softmax | StickBreaking = Softmax()
+    state: Any = None
 
 
 def sigmoid(x: Array, args: Any = ()) -> Array:

@@ -146,7 +146,8 @@ def make_loss(
 
     def loss(params: Params, batch: dict[str, Array], key: Array) -> tuple[Array, Array]:
         model = with_params(params)
-        logits = model(batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key=key if dropout else None)
+        keys = dict(dropout_key=key if dropout else None, place_key=jax.random.fold_in(key, 1))
+        logits = model(batch["tokens"], batch["positions"], batch["segment_ids"], **keys)
         _, nats, weight = cross_entropy(logits, batch["targets"], batch["weights"])
         if z_weight:
             penalty = z_weight * z_loss(logits, batch["weights"])

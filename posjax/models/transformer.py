@@ -264,6 +264,7 @@ class Transformer(nnx.Module):
         *,
         coordinates: Array | None = None,
         dropout_key: Array | None = None,
+        place_key: Array | None = None,
     ) -> Float[Array, "B T V"]:
         """Returns float32 logits over the vocabulary at every position.
 
@@ -273,8 +274,10 @@ class Transformer(nnx.Module):
           segment_ids: segment of each token; tokens of different segments do not attend to each other. None means one segment.
           coordinates: [T, A] or [B, T, A], what encodings read in place of the positions, as in ``posjax.attention``.
           dropout_key: PRNG key for dropout. None disables dropout.
+          place_key: PRNG key for encodings that draw the coordinates of tokens while training, once for all layers. None gives the
+            coordinates of evaluation.
         """
-        return self._logits(self._hidden(tokens, positions, segment_ids, dropout_key, coordinates)[0])
+        return self._logits(self._hidden(tokens, positions, segment_ids, dropout_key, coordinates, place_key)[0])
 
     def classify(
         self,
@@ -284,6 +287,7 @@ class Transformer(nnx.Module):
         *,
         coordinates: Array | None = None,
         dropout_key: Array | None = None,
+        place_key: Array | None = None,
     ) -> Float[Array, "B C"]:
         """Returns float32 logits over ``num_classes`` computed from the first token, [CLS]. Takes the arguments of ``__call__``.
 
@@ -292,7 +296,7 @@ class Transformer(nnx.Module):
         """
         if self.config.num_classes is None:
             raise ValueError("num_classes must be given to classify, got None: TransformerConfig(..., num_classes=2)")
-        hidden = self._hidden(tokens, positions, segment_ids, dropout_key, coordinates)[0]
+        hidden = self._hidden(tokens, positions, segment_ids, dropout_key, coordinates, place_key)[0]
         return self.classifier(hidden[:, 0]).astype(jnp.float32)
 
     def records(
@@ -392,6 +396,7 @@ class Transformer(nnx.Module):
         segment_ids: Array | None,
         dropout_key: Array | None,
         coordinates: Array | None = None,
+        place_key: Array | None = None,
         keep: bool = False,
         cache: tuple[kv_cache.LayerCache, ...] = (),
     ) -> tuple[Array, list[LayerRecord], tuple[kv_cache.LayerCache | None, ...]]:
@@ -409,10 +414,11 @@ class Transformer(nnx.Module):
             tokens = jnp.where((segment_ids == 0) & unknown, 0, tokens)
         x = self._part("token_embedding")(tokens) * jnp.asarray(math.sqrt(config.embed_dim), jnp.dtype(config.compute_dtype))
         placed: list[Array | None] = []  # the coordinates for each encoding; None if they are the positions
-        for encoding, p in zip(self.encodings, params, strict=True):
+        for i, (encoding, p) in enumerate(zip(self.encodings, params, strict=True)):
             at = None if coordinates is None else canonicalize_coordinates("coordinates", coordinates, *tokens.shape)
             own = Tokens(positions, at, segment_ids)
-            own = dataclasses.replace(own, coordinates=encoding.place(own))
+            draw = None if place_key is None else jax.random.fold_in(place_key, i)
+            own = dataclasses.replace(own, coordinates=encoding.place(own, draw))
             placed.append(own.coordinates)
             x = encoding.embed(_layer_params(encoding, p, 0), x, own)
         x = in_rows(_dropout(x, config.dropout_rate, embed_key))

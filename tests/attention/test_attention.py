@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import strategies as st
-from suite import quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh
-from suite import normal, quick_compilation  # noqa: F401, a fixture
+from suite import normal
 
 import posjax as pj
 from posjax.attention import kv_cache

@@ -23,7 +23,6 @@ from suite import (
     layer,
     noisy,
     project,
-    quick_compilation,  # noqa: F401, a fixture
     random_params,
 )
 

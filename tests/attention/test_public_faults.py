@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from suite import DIMS, TOKENS, normal, quick_compilation, random_params  # noqa: F401, a fixture
+from suite import DIMS, TOKENS, normal, random_params
 
 import posjax as pj
 from posjax.attention import kv_cache

@@ -21,6 +21,8 @@ from posjax.bench import attention, inputs, reference, results
 from posjax.bench.attention import AttentionBench
 from posjax.bench.contestants import Contestant, Options, list_contestants, prepare
 
+OPTIMIZED = True  # see conftest.py
+
 SMALL = SimpleNamespace(batch=2, heads=3, head_dim=8, dtype="float32")
 MEGABYTES = 200
 

@@ -8,9 +8,6 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from suite import (
-    quick_compilation,  # noqa: F401, a fixture
-)
 
 from posjax.attention.backends import reference
 from posjax.attention.backends.gpu import blocks as gpu_blocks

@@ -30,6 +30,8 @@ from posjax.lab import config, named_configs, prompting, source
 from posjax.lab import run as runs
 from posjax.training.checkpoints import Checkpoints
 
+OPTIMIZED = True  # see conftest.py
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30
 CONFIG = f"""

@@ -18,6 +18,8 @@ from posjax.compile import aot, aot_gpu
 from posjax.compile.aot import Kernel, Report, Section
 from posjax.hardware import GENERATIONS, GPUS
 
+OPTIMIZED = True  # see conftest.py
+
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 HERE = Path(__file__).stem
 

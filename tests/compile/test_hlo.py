@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from posjax.compile import hlo
 from posjax.compile.hlo import Collective, read_cost
 
+OPTIMIZED = True  # see conftest.py
+
 
 def compiled(function, *args):
     return jax.jit(function).lower(*args).compile()

@@ -22,6 +22,8 @@ from posjax.lab.config import Config
 from posjax.lab.flops import attention_flops, model_flops
 from posjax.lab.run import abstract_step
 
+OPTIMIZED = True  # see conftest.py
+
 SMALL = """
 from posjax.lab.config import Config
 def get_config():

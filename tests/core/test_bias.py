@@ -16,7 +16,6 @@ from suite import (
     T,
     close,
     normal,
-    quick_compilation,  # noqa: F401, a fixture
     random_params,
     walk,
     whole_call,

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from suite import normal, quick_compilation  # noqa: F401, a fixture
+from suite import normal
 
 import posjax as pj
 from posjax.attention import arguments, dispatch, prefix_sums
@@ -40,7 +41,14 @@ def by_head(params, inputs):
     return pj.ScoreModifications((pj.Rotate(jnp.repeat(key, N // K, axis=2), key, offset=4),))
 
 
+def reflect(params, inputs):
+    """Moves keys along the directions of the keys after them, halfway to a projection."""
+    direction = inputs.key / jnp.linalg.norm(inputs.key, axis=-1, keepdims=True)
+    return pj.ScoreModifications((pj.Transport(direction, jnp.full((*direction.shape[:3], 1), 0.5)),))
+
+
 FORGETTING = pj.encoding("forgetting", attend=forget, needs_causal=True)
+TRANSPORTING = pj.encoding("transporting", attend=reflect)
 ROTATING = pj.encoding("rotating", attend=by_head)
 
 
@@ -129,6 +137,28 @@ def rotations_have_heads_and_an_offset():
     same(reference.attention(call), want)
 
 
+def other_segments_transport_nothing():
+    """Keys move along the tokens of their own segment: a segment among others, and padding, is as if it were alone."""
+    segments = jnp.asarray([1, 1, 2, 1, 0, 2, 2, 1, 0, 2, 1, 2, 2])[None]
+    call = prepare(QUERY, KEY, VALUE, TRANSPORTING, {}, is_causal=True, segment_ids=segments)
+    for one in (1, 2):
+        own = np.flatnonzero(np.asarray(segments[0]) == one)
+        query, key, value = (np.asarray(x, np.float64)[:, own] for x in (QUERY, KEY, VALUE))
+        key, value = (np.repeat(x, N // K, axis=2) for x in (key, value))
+        scores = np.full((B, N, len(own), len(own)), -np.inf)
+        for n, i, j in itertools.product(range(N), range(len(own)), range(len(own))):
+            moved = key[0, j, n]
+            for l in range(j + 1, i + 1):
+                w = key[0, l, n] / np.linalg.norm(key[0, l, n])
+                moved = moved - 0.5 * w * (w @ moved)
+            if j <= i:
+                scores[0, n, i, j] = query[0, i, n] @ moved / math.sqrt(H)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        want = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), value)
+        for attention in (reference.attention, tiled):
+            same(attention(call)[:, own], want)
+
+
 RULES = {
     rule.__name__: rule
     for rule in (
@@ -138,6 +168,7 @@ RULES = {
         integers_stay_integers_up_to_the_difference,
         the_soft_cap_comes_after_biases_and_the_scale_before,
         rotations_have_heads_and_an_offset,
+        other_segments_transport_nothing,
     )
 }
 
@@ -194,6 +225,15 @@ def no_offset(patch):
     patch.setattr(structures, "apply_rotation", lambda x, phase, pairing, *, gain, offset: plain(x, phase, pairing, gain=gain))
 
 
+def transport_across_segments(patch):
+    plain = reference._transported
+
+    def across(call):
+        return plain(call.replace(mask=dataclasses.replace(call.mask, query_segments=None, key_segments=None)))
+
+    patch.setattr(reference, "_transported", across)
+
+
 BROKEN = {
     "scans_count_what_the_row_may_see": gates_of_hidden_keys,
     "prefix_sums_stand_only_where_the_mask_has_no_holes": prefix_sums_under_any_mask,
@@ -201,6 +241,7 @@ BROKEN = {
     "integers_stay_integers_up_to_the_difference": coordinates_in_float32,
     "the_soft_cap_comes_after_biases_and_the_scale_before": cap_before_biases,
     "rotations_have_heads_and_an_offset": no_offset,
+    "other_segments_transport_nothing": transport_across_segments,
 }
 
 

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from suite import quick_compilation  # noqa: F401, a fixture
 
 from posjax.core.sequence import prefix_sum
 

@@ -12,7 +12,6 @@ from suite import (
     CASES,
     DIMS,
     normal,
-    quick_compilation,  # noqa: F401, a fixture
 )
 
 import posjax as pj

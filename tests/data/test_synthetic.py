@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from suite import quick_compilation  # noqa: F401, a fixture
 
 from posjax.data import synthetic
 

@@ -10,7 +10,6 @@ from suite import (
     every_case,
     layer,
     project,
-    quick_compilation,  # noqa: F401, a fixture
     random_params,
     repeat_key_heads,
 )

@@ -18,7 +18,6 @@ from suite import (
     learned_cases,
     normal,
     project,
-    quick_compilation,  # noqa: F401, a fixture
     random_params,
 )
 

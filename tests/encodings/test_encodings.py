@@ -20,7 +20,6 @@ from suite import (
     learned_cases,
     normal,
     past_gradients,
-    quick_compilation,  # noqa: F401, a fixture
     random_params,
 )
 

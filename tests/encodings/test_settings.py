@@ -21,7 +21,6 @@ from suite import (
     layer,
     normal,
     output_and_gradients,
-    quick_compilation,  # noqa: F401, a fixture
     random_params,
 )
 

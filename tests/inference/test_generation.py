@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from suite import noisy, quick_compilation  # noqa: F401, a fixture
+from suite import noisy
 
 from posjax import cli
 from posjax.encodings.spec import parse_encoding

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from suite import quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
 from posjax.lab import probes

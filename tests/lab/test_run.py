@@ -25,14 +25,6 @@ from posjax.training.step import make_train_step
 WORDS = [*"abcdefgh=():", "return", "range", "print", "None", "True", "while"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA's optimisations cost more here than they save."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")

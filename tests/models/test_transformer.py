@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from suite import quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
 from posjax.models.losses import cross_entropy, z_loss

@@ -26,7 +26,6 @@ from ours import (
     turned,
     visible,
 )
-from suite import quick_compilation  # noqa: F401, a fixture
 
 import posjax as pj
 from posjax.attention.backends.reference import scores_of

@@ -1,7 +1,8 @@
-"""Shared parts of the TPU and GPU backends around their Pallas kernels: padding, sharding, tracing and cotangents.
+"""Shared parts of the TPU and GPU backends around their Pallas kernels: padding, sharding, tracing and differentiation.
 
 A backend lays a call out as a static plan, a frozen dataclass with a field ``interpret``, and as operands, a dataclass of arrays in
-which a field that the call does not need is None. ``run`` calls a function of both on each device's shard.
+which a field that the call does not need is None. ``run`` calls a function of both on each device's shard, and ``attend`` makes a
+differentiable function of a backend's ``Kernels``, its forward pass with residuals and its backward pass.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from posjax.attention.backends.constants import LOG2E
 from posjax.attention.backends.deferred import deferred
 from posjax.attention.backends.shards import ShardSpec, exact, per_shard
 from posjax.core.masks import Mask
@@ -102,3 +104,66 @@ def cotangent(operands: OperandsT, gradients: Mapping[str, Array]) -> OperandsT:
         return np.zeros(primal.shape, jax.dtypes.float0)
 
     return type(operands)(**{field.name: like(field.name) for field in dataclasses.fields(operands)})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernels:
+    """The forward and backward kernels of a backend, on the operands of one shard.
+
+    Attributes:
+      letters: axis letters of every operand by its name, as in ``per_shard``.
+      out: axis letters of the output.
+      rows: axis letters of values by row of the scores, in the layout of the kernels.
+      forward: (plan, operands) -> the output in the dtype of value, the base-2 log-sum-exp of its rows, further residuals by row.
+      num_residuals: plan -> the number of residuals by row, the log-sum-exp included.
+      backward: (plan, operands, d_out, delta, *residuals) -> the gradients of the operands that ``differentiable`` names.
+      differentiable: (plan, operands) -> the names of the operands that have gradients.
+      to_rows: (plan, values by row in the axes of the output) -> the layout of the kernels.
+    """
+
+    letters: Mapping[str, str]
+    out: str
+    rows: str
+    forward: Callable[..., tuple[Array, ...]]
+    num_residuals: Callable[[Any], int]
+    backward: Callable[..., tuple[Array, ...]]
+    differentiable: Callable[[Any, Any], list[str]]
+    to_rows: Callable[[Any, Array], Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def attend(kernels: Kernels, plan: Any, spec: ShardSpec, x: Any) -> tuple[Array, Array]:
+    """Computes attention on operands, differentiably, each device on its shard.
+
+    Returns:
+      The output and the log-sum-exp of its rows in nats, both in the layout of the kernels.
+    """
+    return _forward(kernels, plan, spec, x)[0]
+
+
+def _forward(kernels: Kernels, plan: Any, spec: ShardSpec, x: Any) -> tuple[tuple[Array, Array], Any]:
+    results = kernels.out, *[kernels.rows] * kernels.num_residuals(plan)
+    out, *residuals = run(kernels.forward, plan, spec, x, kernels.letters, results=results)
+    return (out, residuals[0] / LOG2E), (x, out, residuals)
+
+
+def _backward(kernels: Kernels, plan: Any, spec: ShardSpec, saved: Any, gradients_out: tuple[Array, Array]) -> tuple[Any]:
+    (x, out, residuals), (d_out, d_lse) = saved, gradients_out
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    names = kernels.differentiable(plan, x)
+    grads = run(
+        kernels.backward,
+        plan,
+        spec,
+        x,
+        kernels.letters,
+        d_out,
+        kernels.to_rows(plan, delta) - d_lse,
+        *residuals,
+        more_letters=(kernels.out, *[kernels.rows] * (1 + len(residuals))),
+        results=gradient_letters(x, names, kernels.letters),
+    )
+    return (cotangent(x, dict(zip(names, grads, strict=True))),)
+
+
+attend.defvjp(_forward, _backward)

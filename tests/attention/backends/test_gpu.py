@@ -32,13 +32,12 @@ from kernel_calls import (
 )
 from suite import (
     normal,
-    quick_compilation,  # noqa: F401, a fixture
 )
 
 import posjax as pj
 from posjax.attention.backends.gpu import attention as gpu
 from posjax.attention.backends.gpu import blocks as gpu_blocks
-from posjax.attention.backends.gpu import triton
+from posjax.attention.backends.gpu import triton_kernels
 from posjax.attention.backends.gpu.blocks import GpuBlocks, blocks_for, check_gpu_blocks
 from posjax.attention.backends.gpu.plan import longest_run
 from posjax.attention.backends.shards import ShardSpec
@@ -136,7 +135,7 @@ def test_two_bytes_within_their_rounding_of_float32_on_the_same_inputs(dtype):
 @pytest.mark.parametrize("gates", ["near 0", "small"])
 def test_a_band_of_several_rounds(gates, monkeypatch):
     """Where few positions are counted, the backward pass notes down a part of the band at a time."""
-    monkeypatch.setattr(triton, "ROUND", 3)
+    monkeypatch.setattr(triton_kernels, "ROUND", 3)
     jax.clear_caches()
     check(pj.chain(pj.cope(9), pj.t5(6, 8)), tile=UNEVEN, gates=gates, length=200, heads=(4, 2, 8, 8), is_causal=True)
     jax.clear_caches()

@@ -12,7 +12,6 @@ import pytest
 from kernel_calls import DISTINCT, EVERYTHING, GATED, D, all_agree, compiled, loss, make_operands, packed, shapes, stacked
 from suite import (
     normal,
-    quick_compilation,  # noqa: F401, a fixture
 )
 
 import posjax as pj

@@ -20,7 +20,6 @@ from suite import (
     every_kernel,
     normal,
     output_and_gradients,
-    quick_compilation,  # noqa: F401, a fixture
     relative_errors,
 )
 

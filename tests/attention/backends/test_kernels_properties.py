@@ -22,7 +22,6 @@ from suite import (
     every_kernel,
     normal,
     output_and_gradients,
-    quick_compilation,  # noqa: F401, a fixture
 )
 
 import posjax as pj

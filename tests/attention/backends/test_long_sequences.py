@@ -6,7 +6,6 @@ import pytest
 from flax import nnx
 from suite import (
     equations,
-    quick_compilation,  # noqa: F401, a fixture
 )
 
 import posjax as pj

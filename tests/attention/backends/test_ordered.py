@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from suite import normal, quick_compilation  # noqa: F401, a fixture
+from suite import normal
 
 import posjax as pj
 from posjax.attention import kv_cache

@@ -12,7 +12,6 @@ from kernel_calls import answers, check, make_operands
 from suite import (
     equations,
     normal,
-    quick_compilation,  # noqa: F401, a fixture
 )
 
 import posjax as pj

@@ -37,7 +37,6 @@ from kernel_calls import (
 )
 from suite import (
     normal,
-    quick_compilation,  # noqa: F401, a fixture
 )
 
 import posjax as pj

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 from suite import (
     normal,
-    quick_compilation,  # noqa: F401, a fixture
 )
 
 from posjax.attention.backends.constants import INIT_MAX, LOG2E, MASK_VALUE

@@ -41,14 +41,6 @@ CONFIG = Config(
 QUIET = {"say": lambda text: None}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA's optimisations cost more here than they save."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def made(config, *sweeps):
     return grid(config, [parse_sweep(text) for text in sweeps])
 

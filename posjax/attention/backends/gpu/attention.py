@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.attention.backends import kernel_call
-from posjax.attention.backends.constants import LOG2E
 from posjax.attention.backends.gpu import triton
 from posjax.attention.backends.gpu.blocks import LEAST, LOWERINGS, GpuBlocks, blocks_for, capability, mosaic_unsupported_reason
 from posjax.attention.backends.gpu.plan import Operands, Plan, make_block_mask
@@ -92,7 +91,7 @@ def attention(
     spec = infer_shard_spec(call.query) if spec is None else spec
     call = call.transformed()
     plan, operands = to_operands(call, default_blocks(call) if block_sizes is None else block_sizes, spec, interpret)
-    out, lse = _attend(plan, spec, operands)
+    out, lse = kernel_call.attend(_KERNELS, plan, spec, operands)
     length = call.query.shape[1]
     lse = jnp.swapaxes(lse, 1, 2)[:, :length]
     return with_sink(from_blocks(out, length, call.value.shape[-1]), lse, call.sink)
@@ -207,22 +206,6 @@ def differentiable_operands(plan: Plan, x: Operands) -> list[str]:
     return names + (["query_features", "key_features"] if plan.float_features else [])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(plan: Plan, spec: ShardSpec, x: Operands) -> tuple[Array, Array]:
-    """Computes attention, with the gradient of the backward kernels.
-
-    Returns:
-      [B, T, N, V] in the dtype of value, and the log-sum-exp of each row in nats, [B, N, T].
-    """
-    return _forward(plan, spec, x)[0]
-
-
-def _forward(plan: Plan, spec: ShardSpec, x: Operands) -> tuple[tuple[Array, Array], Any]:
-    rows = 1 if plan.last is None else 4
-    out, *saved = kernel_call.run(_run_forward, plan, spec, x, LETTERS, results=("b.n.", *["bn."] * rows))
-    return (out, saved[0] / LOG2E), (x, out, tuple(saved))
-
-
 def _run_forward(plan: Plan, x: Operands) -> tuple[Array, ...]:
     """Runs the forward kernels of the plan's lowering on one shard; returns what ``triton.forward`` returns."""
     block_mask = make_block_mask(plan, x)
@@ -289,23 +272,13 @@ def _of_features(plan: Plan, features: Array, gradient: Array) -> Array:
     return jnp.zeros_like(features).at[:, :, list(plan.float_features)].set(gradient)
 
 
-def _backward(plan: Plan, spec: ShardSpec, residuals: Any, gradients_out: tuple[Array, Array]) -> tuple[Operands]:
-    (x, out, saved), (d_out, d_lse) = residuals, gradients_out
-    delta = jnp.swapaxes((d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), 1, 2)
-    names = differentiable_operands(plan, x)
-    grads = kernel_call.run(
-        _gradients,
-        plan,
-        spec,
-        x,
-        LETTERS,
-        d_out,
-        delta - d_lse,
-        *saved,
-        more_letters=("b.n.", *["bn."] * (1 + len(saved))),
-        results=kernel_call.gradient_letters(x, names, LETTERS),
-    )
-    return (kernel_call.cotangent(x, dict(zip(names, grads, strict=True))),)
-
-
-_attend.defvjp(_forward, _backward)
+_KERNELS = kernel_call.Kernels(
+    letters=LETTERS,
+    out="b.n.",
+    rows="bn.",
+    forward=_run_forward,
+    num_residuals=lambda plan: 1 if plan.last is None else 4,
+    backward=_gradients,
+    differentiable=differentiable_operands,
+    to_rows=lambda plan, rows: jnp.swapaxes(rows, 1, 2),
+)

@@ -3,7 +3,6 @@
 ``forward.py`` and ``backward.py`` hold one kernel each.
 """
 
-import functools
 import itertools
 import math
 from typing import Any
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from posjax.attention.backends import kernel_call
-from posjax.attention.backends.constants import LOG2E
 from posjax.attention.backends.kernel_biases import (
     PairProgram,
     biases_by_form,
@@ -146,7 +144,7 @@ def attention(
         block_sizes = fitting(chip, call) or Blocks(LANES, LANES, LANES, LANES)
     plan, operands = to_operands(call, block_sizes, chip, spec, interpret)
     length = call.query.shape[1]
-    out, lse = _attend(plan, spec, operands)
+    out, lse = kernel_call.attend(_KERNELS, plan, spec, operands)
     return with_sink(from_blocks(out, length), from_blocks(lse.reshape(*out.shape[:4], 1), length)[..., 0], call.sink)
 
 
@@ -366,27 +364,10 @@ LETTERS = dict(  # axes of the operands, as in ``per_shard``
     high="bn....",
     low="bn....",
 )
-_ROWS = "bn...."
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(plan: Plan, spec: ShardSpec, x: Operands) -> tuple[Array, Array]:
-    """Computes attention on the operands, differentiably: [B, K, G, T, V] in the dtype of value, and the log-sum-exp of its rows.
-
-    The log-sum-exp is in nats and the layout of rows, [B, K, G, I, t / 128, 128].
-    """
-    out, lse = _forward(plan, spec, x)[0]
-    return out, lse
 
 
 def _outputs(plan: Plan, x: Operands) -> tuple[Array, ...]:
     return tuple(forward(plan, x))
-
-
-def _forward(plan: Plan, spec: ShardSpec, x: Operands) -> tuple[tuple[Array, Array], Any]:
-    rows = 1 if plan.counting is None else 5
-    out, *saved = kernel_call.run(_outputs, plan, spec, x, LETTERS, results=("bn...", *[_ROWS] * rows))
-    return (out, saved[0] / LOG2E), (x, out, tuple(saved))
 
 
 def differentiable_operands(plan: Plan, x: Operands) -> list[str]:
@@ -421,28 +402,18 @@ def reduce_gradients(x: Operands, grads: dict[str, Array]) -> dict[str, Array]:
     return grads
 
 
-def _backward(plan: Plan, spec: ShardSpec, residuals: Any, gradients_out: tuple[Array, Array]) -> tuple[Operands]:
-    (x, out, saved), (d_out, d_lse) = residuals, gradients_out
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    names = differentiable_operands(plan, x)
-    grads = kernel_call.run(
-        _gradients,
-        plan,
-        spec,
-        x,
-        LETTERS,
-        d_out,
-        by_tile(plan, delta) - d_lse,
-        *saved,
-        more_letters=("bn...", *[_ROWS] * (1 + len(saved))),
-        results=kernel_call.gradient_letters(x, names, LETTERS),
-    )
-    return (kernel_call.cotangent(x, dict(zip(names, grads, strict=True))),)
-
-
 def by_tile(plan: Plan, rows: Array) -> Array:
     """Reshapes row values [B, K, G, T] to the layout of the kernels, [B, K, G, I, t / 128, 128]."""
     return rows.reshape(*rows.shape[:3], -1, plan.groups, LANES)
 
 
-_attend.defvjp(_forward, _backward)
+_KERNELS = kernel_call.Kernels(
+    letters=LETTERS,
+    out="bn...",
+    rows="bn....",
+    forward=_outputs,
+    num_residuals=lambda plan: 1 if plan.counting is None else 5,
+    backward=_gradients,
+    differentiable=differentiable_operands,
+    to_rows=by_tile,
+)
