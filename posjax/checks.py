@@ -49,7 +49,7 @@ class Bounds:
       least, most: smallest and largest number.
       above, below: bounds that are excluded.
       rank: largest number of axes of an array; None for any.
-      what: the words for the bounds in messages, such as "be positive, or None not to clip"; None composes them.
+      what: the words for the bounds in messages, such as "be positive, or None to disable clipping"; None composes them.
       hint: what would work, which ends messages.
     """
 

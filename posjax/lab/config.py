@@ -127,9 +127,9 @@ class Config:
     weight_decay: float = bounded(0.1, least=0)
     beta1: float = bounded(0.9, least=0, below=1)
     beta2: float = bounded(0.99, least=0, below=1)
-    clip_norm: float | None = bounded(1.0, above=0, what="be positive, or None not to clip")
+    clip_norm: float | None = bounded(1.0, above=0, what="be positive, or None to disable clipping")
     z_loss: float = bounded(0.0, least=0)
-    ema_decay: float | None = bounded(None, least=0, below=1, what="lie in [0, 1), or be None for no average")
+    ema_decay: float | None = bounded(None, least=0, below=1, what="lie in [0, 1), or be None to keep no average")
     accumulate_steps: int = bounded(1, least=1)
     parallel: Literal["jit", "pmap"] = "jit"
     mesh: str = ""

@@ -134,7 +134,7 @@ def make_optimizer(
         check(name, value, Array | float, least=0, below=1, rank=0)
     for name, value in dict(eps=eps, weight_decay=weight_decay).items():
         check(name, value, Array | float, least=0, rank=0)
-    check("clip_norm", clip_norm, Array | float | None, above=0, rank=0, what="be positive, or None not to clip")
+    check("clip_norm", clip_norm, Array | float | None, above=0, rank=0, what="be positive, or None to disable clipping")
     direction = optax.scale_by_adam(beta1, beta2, eps)
     if optimizer == "muon":
         # Not optax.contrib.muon: it applies bias correction to the momentum, which differs from the published step, and uses

@@ -61,7 +61,7 @@ def make_train_step(
         raise TypeError(f"optimizer must be an optax transformation such as make_optimizer(1e-3), got {short(optimizer)}")
     check("accumulate_steps", accumulate_steps, int, least=1, what="be at least 1")
     check("axis_name", axis_name, str | None)
-    what = "lie in [0, 1), or be None for no average"
+    what = "lie in [0, 1), or be None to keep no average"
     check("ema_decay", ema_decay, Array | float | None, least=0, below=1, rank=0, what=what)
     value_and_gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
