@@ -102,8 +102,8 @@ def check_soft_cap(cap: Any) -> float | None:
     if cap is None:
         return None
     if is_traced(cap):
-        raise ValueError("logits_soft_cap must be a number, got a traced array: it is part of the compiled program")
-    own = dict(above=0, rank=0, what="be positive", hint="None leaves the scores as they are")
+        raise ValueError("logits_soft_cap must be a concrete number, got a traced array; it is part of the compiled program")
+    own = dict(above=0, rank=0, what="be positive and finite", hint="None applies no cap")
     return float(check("logits_soft_cap", cap, Array | float | None, **own))
 
 
@@ -283,7 +283,7 @@ def segments_of_sides(segment_ids: Any, query: Array, key: Array) -> tuple[Array
 
 
 def valid_tokens(name: str, lengths: Any, tokens: Array) -> Bool[Array, "B T"] | None:
-    """Returns which tokens of [B, T, ...] stand before the length of their sequence; None where there are no lengths.
+    """Returns which tokens of [B, T, ...] come before the end of their sequence; None if ``lengths`` is None.
 
     Raises:
       ValueError: lengths are not integers [B], or are negative.
@@ -291,10 +291,11 @@ def valid_tokens(name: str, lengths: Any, tokens: Array) -> Bool[Array, "B T"] |
     if lengths is None:
         return None
     batch, what = tokens.shape[0], f"integers [{tokens.shape[0]}], the length of every sequence"
-    lengths = _array_of(name, lengths, what)
+    given, lengths = lengths, _array_of(name, lengths, what)
     known = None if is_traced(lengths) else np.asarray(lengths)
     if not is_array(lengths, jnp.integer) or lengths.shape not in ((batch,), () if batch == 1 else (batch,)):
-        raise ValueError(f"{name} must be {what}, got {lengths.dtype}{list(lengths.shape)}")
+        got = f"{lengths.dtype}{list(lengths.shape)}" if is_array(given) else short(given)
+        raise ValueError(f"{name} must be {what}, got {got}")
     if known is not None and (least := known.min()) < 0:
         raise ValueError(f"{name} must not be negative, got {least}")
     lengths = jnp.asarray(lengths).reshape(-1, 1)

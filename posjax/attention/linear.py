@@ -65,7 +65,7 @@ def linear_attention(
     batch, length, heads, _ = query.shape
     keys, group = key.shape[1], heads // key.shape[2]
     if (is_causal or segment_ids is not None) and length != keys:
-        raise ValueError(f"query and key must have one length for causal or segmented linear attention, got {length} and {keys}")
+        raise ValueError(f"query and key must have the same length with is_causal or segment_ids, got {length} and {keys}")
     if segment_ids is not None:
         check_segment_ids(segment_ids, batch, length)
     query_positions = canonicalize_positions("query_positions", query_positions, batch, length)
@@ -167,7 +167,7 @@ def _features(
     is_stateless = mods.state is None and encoding.cache == "transformed"
     if not (is_plain and is_stateless and all(isinstance(transform, Rotate) for transform in mods.transforms)):
         raise ValueError(
-            f"encoding must act by rotation alone and carry no state in linear_attention, got {encoding.title}; rope() does"
+            f"encoding must act only by rotation and carry no state in linear_attention, such as rope(), got {encoding.title}"
         )
     rotated = dataclasses.replace(inputs, transforms=mods.transforms)
     rotated_query, rotated_key = rotated.turned_query, rotated.turned_key

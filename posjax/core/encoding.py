@@ -451,7 +451,9 @@ def get_param(params: Params, name: str, encoding: str, shape: tuple[int | None,
     """
     if not isinstance(params, Mapping) or name not in params:
         have = sorted(params) if isinstance(params, Mapping) and params else short(params)
-        raise ValueError(f"params of {encoding} must hold {name!r}, got {have}; pass what encoding.init(key, dims) returned")
+        raise ValueError(
+            f"params of {encoding} must have the key {name!r}, got {have}; pass the result of encoding.init(key, dims)"
+        )
     param = params[name]
     if not is_array(param):
         raise ValueError(f"params[{name!r}] of {encoding} must be an array, got {short(param)}")

@@ -84,7 +84,7 @@ def require_max_length(name: str, dims: Dims) -> int:
       ValueError: max_length is None.
     """
     if dims.max_length is None:
-        raise ValueError(f"max_length must be given for {name}: Dims(..., max_length=1024), got None")
+        raise ValueError(f"max_length must be a number for {name}, got None; set Dims(..., max_length=1024)")
     return dims.max_length
 
 

@@ -302,7 +302,7 @@ def test_decode_shows_the_text(corpus):
     text = documents(corpus)[0].decode()
     assert corpus.decode(corpus.encode(text)) == text
     assert corpus.decode([corpus.bos, 104, 105, corpus.mask, 33]) == "<bos>hi<mask>!"
-    with pytest.raises(ValueError, match="tokens must lie in \[0, 257\], got 0 to 258"):
+    with pytest.raises(ValueError, match=r"tokens must lie in \[0, 257\], got 0 to 258"):
         corpus.decode([0, 258])
 
 
