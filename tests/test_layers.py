@@ -114,9 +114,3 @@ def test_folders_are_small():
     for folder in {path.parent for path in MODULES.values()}:
         count = len([path for path in folder.glob("*.py") if path.name != "__init__.py"])
         assert count <= MOST_MODULES, f"{folder.relative_to(PACKAGE.parent)} has {count} modules"
-
-
-def test_the_map_of_the_code_names_every_module():
-    text = (PACKAGE.parent / "docs" / "layout.md").read_text()
-    names = {path.name for path in MODULES.values()} - {"__init__.py"}
-    assert sorted(name for name in names if f" {name} " not in text.replace("\n", " ")) == []

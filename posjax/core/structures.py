@@ -123,7 +123,8 @@ def check_structures(encoding: str, mods: "ScoreModifications", query: Array, ke
     def check(name: str, leaf: Any, axes: Axes) -> None:
         allowed = {axes.heads: heads if axes.side else heads[:2]}
         if axes.side is not None:
-            allowed |= {0: (1, batch), axes.tokens: (1, lengths[axes.side]) if axes.side == "query" else (lengths["key"],)}
+            is_cached = axes.side == "key" and name.startswith("biases")  # and is then an array of each key
+            allowed |= {0: (1, batch), axes.tokens: (lengths[axes.side],) if is_cached else (1, lengths[axes.side])}
         most = {None: math.inf, 1: 4, 2: 3}[axes.tokens]  # vectors have four axes, features three
         is_right = is_array(leaf, jnp.floating, jnp.integer) and max(allowed) < leaf.ndim <= most
         if not is_right or any(leaf.shape[axis] not in sizes for axis, sizes in allowed.items()):
@@ -136,7 +137,8 @@ def check_structures(encoding: str, mods: "ScoreModifications", query: Array, ke
         for field in dataclasses.fields(part):
             value, axes = getattr(part, field.name), field.metadata.get("axes")
             if axes is not None and value is not None:
-                for leaf in [value] if axes.tokens == 1 else jax.tree.leaves(value):
+                leaves = jax.tree.leaves(value) if axes.tokens is None else value if isinstance(value, tuple) else [value]
+                for leaf in leaves:
                     check(f"{name}.{field.name}", leaf, axes)
             elif axes is None and dataclasses.is_dataclass(value) and not field.metadata.get("static"):
                 visit(f"{name}.{field.name}", value)
@@ -144,6 +146,12 @@ def check_structures(encoding: str, mods: "ScoreModifications", query: Array, ke
     for name in ("transforms", "biases"):
         for number, part in enumerate(getattr(mods, name)):
             visit(f"{name}[{number}]", part)
+            if isinstance(part, Rotate) and part.query_phase is not None and part.key_phase is not None:
+                pairs, of_keys = part.query_phase.shape[-1], part.key_phase.shape[-1]
+                if pairs != of_keys:
+                    raise ValueError(
+                        f"query_phase of {encoding} must have the {of_keys} pairs of channels of key_phase, got {pairs}"
+                    )
     visit("weights", mods.weights)
 
 

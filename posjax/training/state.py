@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from posjax.checks import check
+from posjax.checks import check, is_traced
 from posjax.typing import Params
 
 
@@ -60,8 +60,8 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, seed: in
       seed: seed of the PRNG key.
       ema: whether to keep a moving average of the parameters, which starts equal to them. `make_train_step(ema_decay=)` updates it.
     """
-
-    check("seed", seed, int, least=-(2**63), most=2**63 - 1)
+    if not is_traced(seed):
+        check("seed", seed, int, least=-(2**63), most=2**63 - 1)
     check("ema", ema, bool)
 
     # jnp.array with a dtype also drops weak types, with which the step would compile twice and scan would reject its carry.

@@ -136,14 +136,15 @@ def inside(names, implementation, mesh, **options):
 
 @pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
 def test_outputs_and_gradients(implementation):
-    agree(inside(CASES, implementation, mesh_of(data=2, cut=2)), outside(tuple(CASES)))
+    names = "alibi", "t5", "tupe", "rope + cope", "forgetting gate", "moved sticks"
+    agree(inside(names, implementation, mesh_of(data=2, cut=2)), outside(names))
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("axis", ["data", "cut"])
+@pytest.mark.parametrize("axes", [("data",), ("cut",), ("data", "cut")], ids=" ".join)
 @pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
-def test_one_axis(implementation, axis):
-    agree(inside(CASES, implementation, mesh_of(**{axis: 2})), outside(tuple(CASES)))
+def test_all_encodings(implementation, axes):
+    agree(inside(CASES, implementation, mesh_of(**dict.fromkeys(axes, 2))), outside(tuple(CASES)))
 
 
 @pytest.mark.parametrize("names", [("alibi",), pytest.param(("t5", "rope + cope"), marks=pytest.mark.thorough)], ids=" ".join)

@@ -527,7 +527,7 @@ def test_folder_without_python_files(tmp_path):
         ({"process_index": 2, "process_count": 2}, "process_index must lie in \\[0, process_count=2\\), got 2"),
         ({"process_index": -1}, "process_index must lie in \\[0, process_count=1\\), got -1"),
         ({"batch_size": 5, "process_count": 2}, r"batch_size must be a multiple of process_count \(2\), got 5"),
-        ({"seed": -1}, "seed must lie in \\[0, 2\\*\\*32\\), got -1"),
+        ({"seed": -1}, "seed must be from 0 to 2\\^32 - 1, got -1"),
         ({"length": 1, "masked": True}, "length must be at least 2 with masked=True"),
     ],
 )

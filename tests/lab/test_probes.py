@@ -194,7 +194,7 @@ def test_a_forgetting_gate_beside_cope_does_not_count():
 def test_an_encoding_without_one_count_is_refused(encoding):
     x = jnp.ones((1, 3, N, H))
     assert not probes.counts_by_gates(encoding, DIMS)
-    with pytest.raises(ValueError, match="encoding must have one gated bias"):
+    with pytest.raises(ValueError, match="encoding must have one bias that counts by gates"):
         probes.cope_positions(x, x, x, encoding, encoding.init(jax.random.key(0), DIMS))
 
 

@@ -118,11 +118,7 @@ def grid(config: Config, sweeps: Iterable[tuple[str, Sequence[Any]]]) -> list[Po
             if changed != encoding:
                 encoding, settings[name] = changed, value
         parse_encoding(encoding)
-        try:
-            changed = dataclasses.replace(config, **fields, encoding=encoding)
-        except TypeError as error:  # e.g. a word in place of a number
-            values = ", ".join(f"{name}={value!r}" for name, value in fields.items())
-            raise ValueError(f"invalid value in {values}: {error}") from None
+        changed = dataclasses.replace(config, **fields, encoding=encoding)
         point = Point(changed, settings)
         points.setdefault(point.config, point)
     return list(points.values())

@@ -106,7 +106,7 @@ def test_a_swept_encoding_stands_in_place_of_the_configurations():
             "each field must be swept only once, got two .*learning_rate",
         ),
         ([("learning_rate", (-1.0,))], "learning_rate must be positive, got -1.0"),
-        ([("learning_rate", ("fast",))], "invalid value in learning_rate='fast'"),
+        ([("learning_rate", ("fast",))], "learning_rate must be a positive number, got 'fast'"),
         ([("rope.theta", (-1.0,))], "theta must be positive"),
         ([("encoding", ("rop",))], "did you mean 'rope'"),
     ],
