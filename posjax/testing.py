@@ -53,7 +53,7 @@ class _Layer:
         self.kernels = [jnp.asarray(draw(size=(size[0], n, size[1])) / math.sqrt(size[0]), jnp.float32) for n in heads]
 
     def operands(self, params: Params, x: Array, positions: Array) -> tuple[tuple[Array, Array, Array], Array]:
-        """Returns query, key and value after ``embed`` and the projections, and what they were projected from."""
+        """Returns query, key and value after ``embed`` and the projections, and the activations that were projected."""
         hidden = self.encoding.embed(params, x, self.tokens(positions))
         return tuple(jnp.einsum("btd,dnh->btnh", hidden, kernel.astype(hidden.dtype)) for kernel in self.kernels), hidden
 
@@ -86,7 +86,7 @@ class _Layer:
 
     @functools.cached_property
     def skips_masks(self) -> bool:
-        """Returns whether boolean masks are not for the encoding: a Transport refuses them, and a state does not see them."""
+        """Returns whether to skip boolean masks: a Transport does not support them, and a state does not depend on them."""
         positions = jnp.arange(_LENGTH)[None]
         operands, hidden = self.operands(self.params, self.x, positions)
         call, state = prepare_next(*operands, self.encoding, self.params, None, is_causal=True, hidden=hidden)
@@ -258,7 +258,7 @@ def decoding(layer: _Layer) -> None:
 
 
 def columns(layer: _Layer) -> None:
-    """What a structure holds for a key depends on that token and those before it, not on the length, unless raw keys are cached."""
+    """The arrays of a structure for a key depend only on that token and earlier ones, not on the length, unless keys are raw."""
     if layer.encoding.cache == "raw":
         return
 
@@ -271,7 +271,7 @@ def columns(layer: _Layer) -> None:
 
 
 def heads(layer: _Layer) -> None:
-    """A device that holds some of the heads gets what they get among all heads, from the parts of all arrays for its heads."""
+    """A device with a shard of the heads computes the same as with all heads, from the parts of all arrays for its heads."""
     call, group = layer.call(layer.params, layer.x), layer.dims.num_heads // layer.dims.num_kv_heads
 
     def part(x: Array, axes: Axes) -> Array:

@@ -63,13 +63,14 @@ def attention(
       params: parameters from ``encoding.init``. An array without an encoding is the ``mask``.
       is_causal: True allows only keys whose position is not after the query's.
       mask: bool, [B or 1, N or 1, T or 1, S or 1] (leading axes may be omitted), True where attention is allowed.
-      bias: numbers [B or 1, N or 1, T or 1, S or 1] (leading axes may be omitted) that are added to the scaled scores, beside the
-        biases of the encoding. Without a soft cap, -inf excludes a pair from the softmax; an encoding that counts along the keys
-        still counts it. ``alibi``, ``t5`` and other encodings make their biases tile by tile, without an array of T x S numbers.
+      bias: numbers [B or 1, N or 1, T or 1, S or 1] (leading axes may be omitted) that are added to the scaled scores, in
+        addition to the biases of the encoding. Without a soft cap, -inf excludes a pair from the softmax; an encoding that counts
+        along the keys still counts it. ``alibi``, ``t5`` and other encodings compute their biases tile by tile, without a [T, S]
+        array.
       segment_ids: integers [B, T] if T = S, or a pair [B, T], [B, S]; only tokens of equal segments attend to each other.
       query_seq_lengths, key_value_seq_lengths: integers [B], the numbers of queries and of keys in each sequence; those after them
-        are padding. Queries do not attend to padding, and padding gets zeros. It may hold anything, NaN included. A length beyond T
-        or S is that of a full sequence. Masks of lengths are made tile by tile, in the kernels too.
+        are padding. Queries do not attend to padding, and padding gets zeros. Its values do not matter, not even NaN. A length
+        beyond T or S means a full sequence. Masks of lengths are computed tile by tile, in the kernels too.
       local_window_size: number of positions to the (left, right) of the query's in which keys are allowed, None for no limit; an
         integer w means (w, w).
       query_positions, key_positions: non-negative integers, [T] or [B, T] and [S] or [B, S]. None is 0, 1, 2, ...

@@ -58,11 +58,11 @@ def in_jax_order(encoding: Any, params: Any, mask: Any, bias: Any) -> tuple[Any,
     """
     if is_array(encoding):
         if bias is not None:
-            raise ValueError("bias must be given once, got an array in place of the encoding as well")
+            raise ValueError("bias must be passed once, got an array in place of the encoding as well")
         encoding, bias = None, encoding
     if encoding is None and is_array(params):
         if mask is not None:
-            raise ValueError("mask must be given once, got an array in place of the params as well")
+            raise ValueError("mask must be passed once, got an array in place of the params as well")
         params, mask = None, params
     return encoding, params, mask, bias
 

@@ -179,7 +179,7 @@ def attend(
     """
     check_operands(query, key, value)
     if not isinstance(cache, Cache):
-        raise TypeError(f"cache must be what init_cache or the last call of attend returned, got {short(cache)}")
+        raise TypeError(f"cache must come from init_cache or the last call of attend, got {short(cache)}")
     if key.dtype != cache.key.dtype or key.shape[0] != cache.key.shape[0]:
         raise ValueError(
             f"query, key and value must have the batch size and dtype of the cache, {cache.key.shape[0]} and {cache.key.dtype}, "
@@ -209,7 +209,7 @@ def attend(
     )
     if encoding.cache == "raw":
         full = _join(cache, new)
-        seen = jnp.where(full.segments == 0, 0, full.positions)  # empty slots are FAR, which is no position of a token
+        seen = jnp.where(full.segments == 0, 0, full.positions)  # empty slots have position FAR, which no token has
         sides = dict(segment_ids=(segments, full.segments), query_coordinates=new.coordinates, key_coordinates=full.coordinates)
         call = prepare(query, full.key, full.value, encoding, params, key_positions=seen, **sides, **options)
         call = call.replace(key_positions=full.positions)
@@ -284,7 +284,7 @@ def _with_columns(call: AttentionCall, columns: tuple[dict[str, Array], ...]) ->
 def check_room(cache: LayerCache, tokens: int) -> None:
     """Raises ValueError if a full cache has no room for ``tokens`` more tokens.
 
-    Unchecked if ``cache.used`` is traced, except that symbolic sizes must tell that the tokens fit the slots.
+    Unchecked if ``cache.used`` is traced, except that symbolic numbers of tokens must be known to fit the slots.
     """
     if isinstance(cache, LinearCache) or cache.window is not None:
         return
@@ -294,7 +294,7 @@ def check_room(cache: LayerCache, tokens: int) -> None:
     except jax.errors.InconclusiveDimensionOperation as error:
         raise ValueError(
             f"query must be known to fit the cache, got {tokens} tokens for {slots} slots; "
-            f"jax.export.symbolic_shape(..., constraints=['{slots} >= {tokens}']) says so"
+            f"declare it by jax.export.symbolic_shape(..., constraints=['{slots} >= {tokens}'])"
         ) from error
     if is_traced(cache.used):
         return

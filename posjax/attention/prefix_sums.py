@@ -23,7 +23,7 @@ def with_prefix_sums(call: AttentionCall) -> AttentionCall:
     They are equivalent if queries and keys are the same tokens and each query attends to all keys of its segment back to the end of
     its window, i.e. not under a boolean mask.
     """
-    is_known = not is_symbolic(call.key.shape[1])  # sums over a symbolic length are left to the walk along the keys
+    is_known = not is_symbolic(call.key.shape[1])  # backends compute the sums over a symbolic length themselves
     if not (call.is_self and call.mask.is_causal and call.mask.boolean is None and is_known):
         return call
     return call.replace(biases=tuple(_as_pair(bias, call) for bias in call.biases))

@@ -108,7 +108,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 
 
 def check_slopes(slope: Array | float | None) -> None:
-    """Raises ValueError if an array of slopes is empty or one of them is not positive; a traced one may hold anything."""
+    """Raises ValueError if an array of slopes is empty or one of them is not positive; traced slopes are not checked."""
     if not np.ndim(slope) or is_traced(slope):
         return
     slopes = np.asarray(slope)

@@ -48,7 +48,7 @@ rope = Rope
 
 
 def rotated_width(head_dim: int, fraction: float, name: str = "head_dim") -> int:
-    """Returns the number of a head's channels that are rotated; ``name`` is what messages call ``head_dim``.
+    """Returns the number of rotated channels per head; ``name`` is the name of ``head_dim`` in messages.
 
     Raises:
       ValueError: fraction * head_dim is odd, below 2 or not an integer.

@@ -4,6 +4,6 @@ from pathlib import Path
 
 
 def named_configs() -> dict[str, Path]:
-    """Returns the files of the configurations that posjax brings, by name."""
+    """Returns the files of posjax's configurations, by name."""
     folder = Path(__file__).parents[1] / "configs"
     return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}

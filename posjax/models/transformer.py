@@ -531,7 +531,7 @@ def _check_tokens(tokens: Any) -> None:
 
 
 def _check_memory(config: TransformerConfig) -> None:
-    """Raises ValueError if the weights of a model, without those of its encodings, fit no memory of this machine."""
+    """Raises ValueError if the weights of a model, without those of its encodings, do not fit the memory of this machine."""
     dims, width = config.dims, config.embed_dim
     heads = 2 * (dims.num_heads + dims.num_kv_heads) * dims.head_dim
     hidden = _mlp_dim(config) * (2 if config.activation == "gelu" else 3)

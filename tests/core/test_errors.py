@@ -476,12 +476,12 @@ BAD = {
     "mask: twice": (
         lambda: pj.attention(*[ones(B, T, N, H)] * 3, None, ones(T, T, dtype=bool), mask=ones(T, T, dtype=bool)),
         ValueError,
-        r"mask must be given once, got an array in place of the params as well",
+        r"mask must be passed once, got an array in place of the params as well",
     ),
     "bias: twice": (
         lambda: pj.attention(*[ones(B, T, N, H)] * 3, ones(T, T), bias=ones(T, T)),
         ValueError,
-        r"bias must be given once, got an array in place of the encoding as well",
+        r"bias must be passed once, got an array in place of the encoding as well",
     ),
     "bias: a mask": (
         lambda: call(bias=ones(T, T, dtype=bool)),

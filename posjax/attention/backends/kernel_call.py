@@ -120,7 +120,7 @@ def cotangent(operands: OperandsT, gradients: Mapping[str, Array]) -> OperandsT:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kernels:
-    """The forward and backward kernels of a backend, on the operands of one shard.
+    """Holds the forward and backward kernels of a backend, functions of the operands of one shard.
 
     Attributes:
       letters: axis letters of every operand by its name, as in ``per_shard``.

@@ -41,7 +41,7 @@ def attention_and_lse(call: AttentionCall) -> tuple[Float[Array, "B T N V"], Flo
 
 
 def weighted_values(call: AttentionCall, probabilities: Float[Array, "B N T S"]) -> Float[Array, "B T N V"]:
-    """Returns the values summed with the given weights, and what tables of values add, in the dtype of ``value``."""
+    """Returns the weighted sum of the values, plus the contributions of tables of values, in the dtype of ``value``."""
     value, (batch, heads, length, keys) = call.value, probabilities.shape
     grouped = probabilities.reshape(batch, value.shape[2], -1, length, keys).astype(value.dtype)
     out = jnp.einsum("bkgts,bskv->btkgv", grouped, value, preferred_element_type=jnp.float32)
@@ -75,7 +75,7 @@ def _softmax(call: AttentionCall) -> tuple[Float[Array, "B N T S"], Float[Array,
     """Returns the weights, and the logarithm of their denominator."""
     allowed, scores = _capped_scores(call)
     scores = jnp.where(allowed, scores, MASK_VALUE)
-    # not below INIT_MAX, as in the kernels: a row of -inf, which a bias can make, has no weights, and no NaN
+    # Not below INIT_MAX, as in the kernels, so that a row of -inf, which a bias can cause, has zero weights and no NaN.
     m = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), INIT_MAX))
     sink = None if call.sink is None else call.sink.astype(jnp.float32)[None, :, None, None]
     m = m if sink is None else jax.lax.stop_gradient(jnp.maximum(m, sink))

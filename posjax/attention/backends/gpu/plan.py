@@ -79,7 +79,7 @@ class Plan:
 
 
 def arg_shapes(program: PairProgram) -> tuple[tuple[int, ...], ...]:
-    """Returns the shapes of the args of a pair's function, which come before those of what it reads."""
+    """Returns the shapes of the args of a pair's function, which come before those of its read."""
     args, _ = program.structure.children()
     return program.shapes[: args.num_leaves]
 

@@ -55,7 +55,7 @@ class PairInputs(NamedTuple):
     program: PairProgram
     queries: tuple[Array, ...]  # in the score layout
     keys: tuple[Array, ...]
-    number: Callable[[Any], Array]  # returns one of the numbers of the pair: first its args, then what it reads
+    number: Callable[[Any], Array]  # returns one of the numbers of the pair: first its args, then those of its read
     first_number: int
     first_feature: int
 

@@ -222,7 +222,7 @@ class BackwardTile:
     # After the keys
 
     def finish(self, copies: dict[str, Any]) -> None:
-        """Writes the gradients of the queries, and what they contribute to the gradients of a head.
+        """Writes the gradients of the queries, and their contributions to the gradients of a head.
 
         Args:
           copies: the result of ``start_copies``.
