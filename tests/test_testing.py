@@ -127,7 +127,7 @@ class Unequal(pj.PositionalEncoding):
 @pytest.mark.parametrize(
     ("encoding", "claims"),
     [
-        (pj.alibi(), dict(shift=9)),
+        pytest.param(pj.alibi(), dict(shift=9), marks=pytest.mark.thorough),
         pytest.param(pj.chain(pj.rope(), pj.t5(6, 8)), dict(shift=9), marks=pytest.mark.thorough),
         pytest.param(pj.chain(pj.rope(), pj.cope(4, gates="keys")), dict(shift=9), marks=pytest.mark.thorough),
         pytest.param(pj.tupe(relative=True), {}, marks=pytest.mark.thorough),

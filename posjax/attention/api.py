@@ -106,7 +106,7 @@ def attention(
       TypeError: ``encoding`` is not a PositionalEncoding, or ``block_sizes`` is neither Blocks nor GpuBlocks.
       NotImplementedError: the given implementation does not support the call; the message names one that does.
     """
-    encoding, params, mask, bias = in_jax_order(encoding, params, mask, bias)
+    plain, params, mask, bias = in_jax_order(encoding, params, mask, bias)
     tokens = dict(query_positions=query_positions, key_positions=key_positions, segment_ids=segment_ids, hidden=hidden)
     coordinates = dict(query_coordinates=query_coordinates, key_coordinates=key_coordinates)
     lengths = dict(query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
@@ -118,7 +118,7 @@ def attention(
     spec, context = infer_shard_spec(query), find_context(query)  # before auto_axes hides explicit shardings
 
     def compute(query: Array, key: Array, value: Array, params: Params, arrays: dict[str, Any]) -> Any:
-        call = prepare(query, key, value, encoding, params, **options, **arrays)
+        call = prepare(query, key, value, plain, params, **options, **arrays)
         return run(call, implementation, spec=spec, context=context, block_sizes=block_sizes, return_lse=return_residual)
 
     out = auto_sharded(compute, query, key, value, params, arrays)

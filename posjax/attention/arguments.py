@@ -75,10 +75,11 @@ def add_batch_axis(query: Any, key: Any, value: Any, options: dict[str, Any]) ->
     Raises:
       ValueError: some of query, key and value have three axes and others do not.
     """
-    operands = [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in (query, key, value)]
+    query, key, value = (jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in (query, key, value))
+    operands = query, key, value
     axes = [getattr(x, "ndim", None) for x in operands]
     if 3 not in axes:
-        return *operands, options, False
+        return query, key, value, options, False
     if axes != [3, 3, 3]:
         shapes = ", ".join(str(getattr(x, "shape", x)) for x in operands)
         raise ValueError(f"query, key and value must all have four axes, or all three for a call without a batch, got {shapes}")
@@ -86,7 +87,7 @@ def add_batch_axis(query: Any, key: Any, value: Any, options: dict[str, Any]) ->
         name: jax.tree.map(lambda x: x[None] if hasattr(x, "ndim") else x, x) if name in ("segment_ids", "hidden") else x
         for name, x in options.items()
     }
-    return *(x[None] for x in operands), options, True
+    return query[None], key[None], value[None], options, True
 
 
 def check_scale(scale: Any, head_dim: int) -> Any:
@@ -281,7 +282,7 @@ def segments_of_sides(segment_ids: Any, query: Array, key: Array) -> tuple[Array
         return None, None
     sides = pair_of("segment_ids", segment_ids)
     for name, ids, tokens in zip(("queries", "keys"), sides, (query, key), strict=True):
-        check_segment_ids(ids, *tokens.shape[:2], f" for the {name}")
+        check_segment_ids(ids, tokens.shape[0], tokens.shape[1], f" for the {name}")
     queries = canonicalize_segments(sides[0])
     return queries, queries if sides[1] is sides[0] else canonicalize_segments(sides[1])
 
@@ -315,17 +316,21 @@ def mark_padding(segments: Sides, valid: Sides, query: Array, key: Array) -> tup
     """
     if valid[0] is None and valid[1] is None:
         return segments, segments
-    if segments[0] is None:
-        segments, below, above = tuple(jnp.ones(x.shape[:2], jnp.int32) for x in (query, key)), 0, 2
+    of_queries, of_keys = segments
+    below, above = 0, 2
+    if of_queries is None or of_keys is None:
+        of_queries, of_keys = (jnp.ones(x.shape[:2], jnp.int32) for x in (query, key))
     else:
-        below = jnp.minimum(segments[0].min(), segments[1].min()) - 1
-        above = jnp.maximum(segments[0].max(), segments[1].max()) + 1
+        below = jnp.minimum(of_queries.min(), of_keys.min()) - 1
+        above = jnp.maximum(of_queries.max(), of_keys.max()) + 1
 
-    def marked(*padding: Any) -> Sides:
-        sides = zip(segments, valid, padding, strict=True)
-        return tuple(ids if real is None else jnp.where(real, ids, marker) for ids, real, marker in sides)
+    def marked(ids: Array, real: Array | None, marker: Any) -> Array:
+        return ids if real is None else jnp.where(real, ids, marker)
 
-    return marked(0, 0), marked(below, above)
+    return (
+        (marked(of_queries, valid[0], 0), marked(of_keys, valid[1], 0)),
+        (marked(of_queries, valid[0], below), marked(of_keys, valid[1], above)),
+    )
 
 
 def canonicalize_segments(ids: Any) -> Array | None:

@@ -244,7 +244,10 @@ def prepare_next(
     coordinates = coordinates_of_sides(encoding, query_coordinates, key_coordinates, positions, query.shape[0])
     query_hidden, key_hidden = hidden_of_sides(encoding, hidden, query, key)
     rules = Mask(mask, *mask_segments, is_causal, window)
-    query, query_hidden, key_hidden = _cleared(query, valid[0]), _cleared(query_hidden, valid[0]), _cleared(key_hidden, valid[1])
+    query = _cleared(query, valid[0])
+    query_hidden, key_hidden = (
+        None if x is None else _cleared(x, v) for x, v in ((query_hidden, valid[0]), (key_hidden, valid[1]))
+    )
     key, value = _without_hidden_keys(key, value, rules)
     query_at, key_at = coordinates or (None, None)
     queries = Tokens.at(positions[0], coordinates=query_at, segments=segments[0], hidden=query_hidden)
@@ -321,7 +324,7 @@ def _check_rising(encoding: PositionalEncoding, key_positions: Array, key_segmen
         )
 
 
-def _cleared(x: Array | None, valid: Array | None) -> Array | None:
+def _cleared(x: Any, valid: Array | None) -> Any:
     """Zeroes padding in x [B, T, ...], because NaN would reach gradients and whatever an encoding computes from ``hidden``."""
     if x is None or valid is None:
         return x
@@ -336,7 +339,7 @@ def _without_hidden_keys(key: Array, value: Array | None, mask: Mask) -> tuple[A
     visible = None
     if mask.boolean is not None:
         visible = jnp.broadcast_to(mask.boolean.any((1, 2)), key.shape[:2])
-    if mask.key_segments is not mask.query_segments:
+    if mask.key_segments is not mask.query_segments and mask.query_segments is not None and mask.key_segments is not None:
         if is_symbolic(query_count := mask.query_segments.shape[1]):  # which searchsorted does not take; XLA fuses the pairs away
             found = (mask.query_segments[:, None] == mask.key_segments[:, :, None]).any(-1)
         else:

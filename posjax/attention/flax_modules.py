@@ -85,17 +85,17 @@ def attention_fn(
         if input_positions is not None:
             input_positions = input_positions.reshape(-1, input_positions.shape[-1])
         positions = _positions(query, key, mask, input_positions, decode)
-        arrays = dict(mask=mask, bias=bias, query_positions=positions[0], key_positions=positions[1])
+        arrays: dict[str, Any] = dict(mask=mask, bias=bias, query_positions=positions[0], key_positions=positions[1])
         drops = dropout_rate > 0 and not deterministic
         if module is None and not drops:
-            out = attention(query, key, value, encoding, params, is_causal=is_causal or causal, **arrays)
+            out: Any = attention(query, key, value, encoding, params, is_causal=is_causal or causal, **arrays)
             return out.reshape(*batch, *out.shape[1:])
 
         def dense(query: Array, key: Array, value: Array, params: Params, arrays: dict, rng: Array | None) -> tuple[Array, Array]:
             call = prepare(query, key, value, encoding, params, is_causal=is_causal or causal, **arrays)
             weights = reference.weights(call)
             kept = weights
-            if drops:
+            if drops and rng is not None:
                 shape = (*batch, *weights.shape[1:])
                 kept = weights * _dropout(rng, dropout_rate, shape, broadcast_dropout)
             return reference.weighted_values(call, kept), jnp.moveaxis(weights, 2, 1)

@@ -228,7 +228,7 @@ def attend(
             key_coordinates=full.coordinates,
             is_self=False,
         )
-    out = run(call, implementation)
+    out: Any = run(call, implementation)
     if cache.window is None:
         out = jnp.where(full.used <= full.key.shape[1], out, jnp.nan)  # past the end, new tokens overwrite others
         return out, full
@@ -242,7 +242,7 @@ def _check_dims(dims: Any) -> None:
 
 def _of_new_tokens(coordinates: Array | None, cache: Cache, segments: Array) -> Array | None:
     """Returns the coordinates of new tokens, [B, T, A] as in the cache; None for None."""
-    if coordinates is None:
+    if coordinates is None or cache.coordinates is None:
         return None
     coordinates = canonicalize_coordinates("coordinates", coordinates, *segments.shape)
     if coordinates.shape[-1] != cache.coordinates.shape[-1]:
@@ -290,7 +290,7 @@ def check_room(cache: LayerCache, tokens: int) -> None:
         return
     slots = cache.positions.shape[-1]
     try:
-        tokens <= slots  # noqa: B015, raises
+        bool(tokens <= slots)
     except jax.errors.InconclusiveDimensionOperation as error:
         raise ValueError(
             f"query must be known to fit the cache, got {tokens} tokens for {slots} slots; "

@@ -310,7 +310,8 @@ def as_value(cls: EncodingClass) -> EncodingClass:
     The fields are checked by their annotations before the class's own ``__post_init__``, and the arguments of ``init`` before it
     runs.
     """
-    for name, around in (("__post_init__", _with_checked_fields), ("init", _with_checked_arguments)):
+    arounds: dict[str, Any] = {"__post_init__": _with_checked_fields, "init": _with_checked_arguments}
+    for name, around in arounds.items():
         if name in vars(cls) or not hasattr(cls, name):
             setattr(cls, name, around(vars(cls).get(name)))
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)

@@ -56,10 +56,8 @@ def _is_tracked(tree: Any) -> bool:
     axes = jax.sharding.get_abstract_mesh().manual_axes
     if not axes or _varying_axes(tree):
         return bool(axes)
-    varied = jax.make_jaxpr(
-        lambda: jax.lax.pcast(jnp.zeros(()), axes, to="varying")
-    )().out_avals  # without tracking, the cast has no effect
-    return bool(varied[0].manual_axis_type.varying)
+    cast: Any = jax.make_jaxpr(lambda: jax.lax.pcast(jnp.zeros(()), axes, to="varying"))()  # no effect without tracking
+    return bool(cast.out_avals[0].manual_axis_type.varying)
 
 
 def _untracked(function: Callable[[Any], Any], call: Any) -> Any:
@@ -69,10 +67,10 @@ def _untracked(function: Callable[[Any], Any], call: Any) -> Any:
 
     def inside(function: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps a function in a ``shard_map`` over no further axes, which tracks nothing."""
-        no_axes = dict(in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+        no_axes: dict[str, Any] = dict(in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
         manual = set(jax.sharding.get_abstract_mesh().manual_axes)
-        call = jax.shard_map(lambda *args: function(*jax.tree.map(_as_result, args)), axis_names=manual, **no_axes)
-        call = jax.jit(call, inline=True)  # outside jit, JAX does not support nested shard_maps
+        in_shards: Any = jax.shard_map(lambda *args: function(*jax.tree.map(_as_result, args)), axis_names=manual, **no_axes)
+        call = jax.jit(in_shards, inline=True)  # outside jit, JAX does not support nested shard_maps
         return lambda *args: _cast(call(*args), axes)
 
     def compute(floats: list, others: list) -> Any:

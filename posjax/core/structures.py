@@ -81,7 +81,7 @@ def structure(cls: type[StructureT]) -> type[StructureT]:
 
     Static fields are checked by their annotations; arrays are checked when an encoding is applied, by ``check_structures``.
     """
-    cls.__post_init__ = check_fields
+    setattr(cls, "__post_init__", check_fields)  # noqa: B010, which type checkers accept
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
@@ -121,7 +121,7 @@ def check_structures(encoding: str, mods: "ScoreModifications", query: Array, ke
     batch, lengths, heads = query.shape[0], {"query": query.shape[1], "key": key.shape[1]}, (1, query.shape[2], key.shape[2])
 
     def check(name: str, leaf: Any, axes: Axes) -> None:
-        allowed = {axes.heads: heads if axes.side else heads[:2]}
+        allowed: dict[Any, tuple[int, ...]] = {axes.heads: heads if axes.side else heads[:2]}
         if axes.side is not None:
             is_cached = axes.side == "key" and name.startswith("biases")  # and is then an array of each key
             allowed |= {0: (1, batch), axes.tokens: (lengths[axes.side],) if is_cached else (1, lengths[axes.side])}

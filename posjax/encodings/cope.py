@@ -226,7 +226,7 @@ def _scan(encoding: "Cope | CopeAlibi | CopeMlp", params: Params, inputs: Attent
     gate_bias, source = encoding.gate_bias, dict[str, Any]()
     if encoding.gates != "logits":
         scale = jnp.asarray(inputs.scale, jnp.float32).reshape(1)
-        source = dict(query=inputs.query, key=_gate_key(encoding, params, inputs), scale=scale)
+        source |= dict(query=inputs.query, key=_gate_key(encoding, params, inputs), scale=scale)
     if not is_traced(gate_bias) and float(gate_bias) == 0.0:
         return Scan(sigmoid, **source, bound=bound)
     return Scan(shifted_sigmoid, **source, args=(traced_hparam(gate_bias).reshape(1),), bound=bound)

@@ -116,6 +116,7 @@ def test_first_and_second_derivatives_are_differences_in_float64(implementation)
     np.testing.assert_allclose(twice((q, k, v)), [first, second, second], rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_the_transformations_of_jax():
     """Under jit and without it, under vmap, linearize, jacfwd, hessian and checkpoint, by one number: the scale of scores."""
     (q, k, v), *_ = operands(pj.identity())

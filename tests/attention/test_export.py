@@ -49,7 +49,7 @@ def outputs_and_gradients(implementation, encodings=ENCODINGS):
     return jax.jit(of_all)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "xla_chunked", None])
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("xla_chunked", marks=pytest.mark.thorough), None])
 def test_symbolic_batch_and_length(implementation):
     b, t = jax.export.symbolic_shape("b, t")
     segments = jnp.asarray([[1] * 7 + [2] * 5] * 3, jnp.int32)

@@ -367,7 +367,7 @@ def test_list_and_help(run, monkeypatch):
 
 def test_few_steps_shorten_the_warmup_unless_it_is_given():
     flags = {"--steps 20": 0, "--steps=40": 1, "--steps 50": 50, "--batch_size 4": 50, "--steps 20 --warmup_steps 5": 5}
-    assert {text: parse(["quickstart", *text.split()]).warmup_steps for text in flags} == flags
+    assert {text: parse(["quickstart", *text.split()], "train").warmup_steps for text in flags} == flags
 
 
 def wrong_files(home):

@@ -64,7 +64,7 @@ def weights(call: AttentionCall) -> Float[Array, "B N T S"]:
 
 def _broken_sticks(call: AttentionCall) -> Float[Array, "B N T S"]:
     allowed, scores = _capped_scores(call)
-    if not call.weights.attend_current:
+    if not getattr(call.weights, "attend_current", False):
         allowed &= call.query_positions[:, None, :, None] != call.key_positions[:, None, None, :]
     stays = jnp.where(allowed, jax.nn.log_sigmoid(-scores), 0.0)
     before = jax.lax.cumsum(stays, axis=3, reverse=True) - stays  # over the keys between

@@ -223,7 +223,9 @@ def test_attention_takes_the_ring_where_the_mesh_has_a_context_axis():
     assert moved and all(e.params["axis_name"] in ("context", ("context",)) for e in moved)
 
 
-@pytest.mark.parametrize("encoding", [pj.alibi(), GATED], ids=["alibi", "rope + cope"])
+@pytest.mark.parametrize(
+    "encoding", [pytest.param(pj.alibi(), id="alibi"), pytest.param(GATED, id="rope + cope", marks=pytest.mark.thorough)]
+)
 def test_programs_for_tpus_and_gpus_go_around_it_with_kernels(encoding):
     """Also where there are neither."""
 

@@ -12,6 +12,7 @@ import pytest
 
 import posjax as pj
 from posjax.attention import dispatch
+from posjax.attention.backends import kernel_call
 from posjax.attention.backends.shards import ShardSpec
 from posjax.attention.backends.tpu import attention as tpu
 from posjax.attention.backends.tpu import vmem
@@ -55,12 +56,12 @@ class Taken(Exception):
 def operands_of(monkeypatch):
     """(encoding, length, width, dtype, **options) -> plan and operands' shapes, as the kernel would get them."""
 
-    def stop(plan, spec, x):
+    def stop(kernels, plan, spec, x):
         raise Taken(plan, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x))
 
     def find(encoding, *sizes, **options):
         with monkeypatch.context() as patch, pytest.raises(Taken) as caught:
-            patch.setattr(tpu, "_attend", stop)
+            patch.setattr(kernel_call, "attend", stop)
             jax.eval_shape(gradients(encoding, **options), *shapes_of(encoding, *sizes))
         return caught.value.args
 
