@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,97 +22,13 @@ from posjax.attention.api import attention
 from posjax.attention.arguments import canonicalize_coordinates, canonicalize_positions, check_segment_ids
 from posjax.attention.backends.xla_chunked.attention import SAVED
 from posjax.attention.linear import LinearCache, linear_attend, linear_attention
-from posjax.checks import bounded, check_at_least, check_fields, check_fits, is_array, is_traced, short
-from posjax.core.encoding import MOST_CHANNELS, Dims, PositionalEncoding, Tokens, what_is
+from posjax.checks import check_at_least, check_fits, is_array, is_traced, short
+from posjax.core.encoding import Dims, PositionalEncoding, Tokens, what_is
 from posjax.core.manual_axes import vary_alike
+from posjax.models.config import TransformerConfig, check_memory, mlp_dim
 from posjax.parallel.gather import gather_params, in_rows
 from posjax.parallel.mesh import mesh_of
 from posjax.typing import Array, Float, Int, Params
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Configures the architecture of a Transformer.
-
-    Attributes:
-      vocab_size: V, the vocabulary size.
-      num_layers: L, the number of layers.
-      embed_dim: D, the width of the model.
-      num_heads: N, the number of query heads.
-      num_kv_heads: K, the number of key and value heads. None means N.
-      head_dim: H, the width of one head. None means D / N.
-      mlp_dim: hidden width of the MLP. None means 4 D with gelu and 8 D / 3 with swiglu (the same number of parameters).
-      max_length: longest sequence that encodings with a table of positions support.
-      is_causal: True builds a decoder, False an encoder whose first token is [CLS].
-      norm: "rmsnorm" or "layernorm".
-      norm_position: "pre" normalizes the input of each residual branch and the output of the last layer. "post" normalizes after
-        each residual sum and once after the embedding, as BERT does.
-      activation: "gelu" or "swiglu".
-      tie_embeddings: whether the output projection shares the token embedding matrix. False gives it a matrix of its own.
-      dropout_rate: dropout rate after the embedding and after each residual branch.
-      remat: what the backward pass recomputes. "none" recomputes no activations. "full" saves only the input of each layer and
-        recomputes the rest. "attention" saves query, key, value and the results of attention and recomputes the rest, so that the
-        forward pass of attention runs only once.
-      scan_layers: True compiles one layer and scans over it, so that compile time does not grow with depth. False unrolls the
-        scan, so that each layer is compiled separately; this makes a step of three small layers a quarter faster on a CPU.
-      compute_dtype: "float32" or "bfloat16". Parameters and softmax statistics stay in float32.
-      attention: "softmax", or "linear" for RoFormer's linear attention, which needs an encoding that only rotates.
-      local_window_size: number of earlier (and, in an encoder, later) positions that a token attends to. None means all.
-      logits_soft_cap: soft cap of the attention scores. None means no cap.
-      implementation: implementation of softmax attention, as in ``posjax.attention``. None selects the fastest.
-      num_classes: number of classes of a classification head on [CLS]. None means no such head.
-
-    Raises:
-      ValueError: a size is not positive or does not divide another, or a choice is unknown. The message names the argument.
-    """
-
-    vocab_size: int = bounded(least=1)
-    num_layers: int = bounded(4, least=1)
-    embed_dim: int = bounded(128, least=1)
-    num_heads: int = bounded(4, least=1, most=MOST_CHANNELS)
-    num_kv_heads: int | None = bounded(None, least=1)
-    head_dim: int | None = bounded(None, least=1, most=MOST_CHANNELS)
-    mlp_dim: int | None = bounded(None, least=1)
-    max_length: int = bounded(1024, least=1)
-    is_causal: bool = True
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_position: Literal["pre", "post"] = "pre"
-    activation: Literal["gelu", "swiglu"] = "gelu"
-    tie_embeddings: bool = True
-    dropout_rate: float = bounded(0.0, least=0, below=1)
-    remat: Literal["none", "attention", "full"] = "none"
-    scan_layers: bool = True
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["softmax", "linear"] = "softmax"
-    local_window_size: int | None = bounded(None, least=1)
-    logits_soft_cap: float | None = bounded(None, above=0)
-    implementation: Literal["xla", "xla_chunked", "pallas"] | None = None
-    num_classes: int | None = bounded(None, least=1)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.head_dim is None and self.embed_dim > MOST_CHANNELS * self.num_heads:
-            most = f"{MOST_CHANNELS} * num_heads={self.num_heads} if head_dim is None"
-            raise ValueError(f"embed_dim must be at most {most}, got {self.embed_dim}")
-        if self.head_dim is None and self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"num_heads must divide embed_dim={self.embed_dim} if head_dim is None, got {self.num_heads}; "
-                "change one of them or set head_dim"
-            )
-        if self.attention == "linear" and (self.local_window_size is not None or self.logits_soft_cap is not None):
-            raise ValueError(
-                "local_window_size and logits_soft_cap must be None with attention='linear', which has no scores, got "
-                f"{self.local_window_size} and {self.logits_soft_cap}"
-            )
-        if self.attention == "linear" and self.implementation is not None:
-            raise ValueError(f"implementation must be None with attention='linear', got {self.implementation!r}")
-        _ = self.dims  # num_kv_heads must divide num_heads
-
-    @property
-    def dims(self) -> Dims:
-        """Returns the sizes that the parameters of an encoding depend on."""
-        head_dim = self.head_dim or self.embed_dim // self.num_heads
-        return Dims(self.num_heads, head_dim, self.embed_dim, self.max_length, self.num_kv_heads)
 
 
 class LayerRecord(NamedTuple):
@@ -156,7 +72,7 @@ class _Layer(nnx.Module):
         self.key = linear(width, kv_heads)
         self.value = linear(width, kv_heads)
         self.out = linear(heads, width, last)
-        hidden = _mlp_dim(config)
+        hidden = mlp_dim(config)
         self.up = linear(width, hidden)
         if config.activation == "swiglu":
             self.gate = linear(width, hidden)
@@ -243,7 +159,7 @@ class Transformer(nnx.Module):
         self.layout = tuple(self.encodings.index(e) for e in layout)
 
         if not is_traced(rngs.params.key[...]):  # arrays are made at once
-            _check_memory(config)
+            check_memory(config)
         width = config.embed_dim
         dtype = jnp.dtype(config.compute_dtype)
         embedding_init = nnx.initializers.normal(width**-0.5)
@@ -528,22 +444,6 @@ def _check_tokens(tokens: Any) -> None:
     if not is_array(tokens, jnp.integer) or tokens.ndim != 2:
         got = f"{tokens.dtype}{list(tokens.shape)}" if is_array(tokens) else short(tokens)
         raise ValueError(f"tokens must be integers [B, T], got {got}")
-
-
-def _check_memory(config: TransformerConfig) -> None:
-    """Raises ValueError if the weights of a model, without those of its encodings, do not fit the memory of this machine."""
-    dims, width = config.dims, config.embed_dim
-    heads = 2 * (dims.num_heads + dims.num_kv_heads) * dims.head_dim
-    hidden = _mlp_dim(config) * (2 if config.activation == "gelu" else 3)
-    rows = config.vocab_size * (1 if config.tie_embeddings else 2) + (config.num_classes or 0)
-    sizes = dict(vocab_size=config.vocab_size, num_layers=config.num_layers, embed_dim=width, mlp_dim=_mlp_dim(config))
-    sizes |= dict(num_heads=dims.num_heads, num_kv_heads=dims.num_kv_heads, head_dim=dims.head_dim, num_classes=config.num_classes)
-    weights = jax.ShapeDtypeStruct((rows + config.num_layers * (heads + hidden), width), jnp.float32)
-    check_fits(f"a Transformer with {', '.join(f'{name}={size}' for name, size in sizes.items())}", weights)
-
-
-def _mlp_dim(config: TransformerConfig) -> int:
-    return config.mlp_dim or (4 * config.embed_dim if config.activation == "gelu" else 8 * config.embed_dim // 3)
 
 
 def functional(model: nnx.Module) -> tuple[Callable[[Params], nnx.Module], Params]:
