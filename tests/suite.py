@@ -108,8 +108,30 @@ TOKENS = normal(1, B, T, D)
 WEIGHTS = {name: normal(seed, D, heads, H) / math.sqrt(D) for name, seed, heads in (("q", 2, N), ("k", 3, K), ("v", 4, K))}
 
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-learned_cases = pytest.mark.parametrize("case", LEARNED, ids=lambda case: case.name)
+VARIANTS = (  # of other cases; README's command leaves them to the thorough tests
+    "rope fraction",
+    "t5 bidirectional",
+    "tupe a tied",
+    "tupe a released",
+    "tupe a released tied",
+    "tupe r tied",
+    "tupe r released",
+    "cope scaled",
+    "cope values",
+    "cope_alibi learned",
+    "cope_mlp keys",
+    "rope + cope content",
+    "cope + alibi",
+)
+
+
+def parametrized(cases: list[Case]) -> pytest.MarkDecorator:
+    marks = {name: pytest.mark.thorough for name in VARIANTS}
+    params = [pytest.param(case, id=case.name, marks=marks.get(case.name, ())) for case in cases]
+    return pytest.mark.parametrize("case", params)
+
+
+every_case, learned_cases = parametrized(CASES), parametrized(LEARNED)
 
 
 def close(got, want, atol=2e-5):

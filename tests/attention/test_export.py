@@ -49,7 +49,7 @@ def outputs_and_gradients(implementation, encodings=ENCODINGS):
     return jax.jit(of_all)
 
 
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("xla_chunked", marks=pytest.mark.thorough), None])
+@pytest.mark.parametrize("implementation", [*(pytest.param(i, marks=pytest.mark.thorough) for i in ("xla", "xla_chunked")), None])
 def test_symbolic_batch_and_length(implementation):
     b, t = jax.export.symbolic_shape("b, t")
     segments = jnp.asarray([[1] * 7 + [2] * 5] * 3, jnp.int32)
@@ -134,6 +134,7 @@ def test_a_cache_of_any_size():
         agree(jnp.concatenate(outs, 1), want)
 
 
+@pytest.mark.thorough
 def test_a_model():
     config = TransformerConfig(vocab_size=11, num_layers=2, embed_dim=16, num_heads=2, max_length=144)
     with_params, params = functional(Transformer(config, pj.learned(), rngs=nnx.Rngs(0)))

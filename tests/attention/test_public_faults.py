@@ -235,7 +235,7 @@ def test_arrays_that_a_jitted_function_closes_over_are_known():
         jax.jit(lambda x: kv_cache.attend(x, KEY, VALUE, None, {}, cache))(QUERY)
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("is_causal", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_linear_attention_over_segments_that_alternate(is_causal):
     segments = jnp.asarray(np.random.default_rng(5).integers(0, 3, (B, T)))
     got = pj.linear_attention(QUERY, KEY, VALUE, pj.rope(), {}, is_causal=is_causal, segment_ids=segments)

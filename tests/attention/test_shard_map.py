@@ -134,7 +134,7 @@ def inside(names, implementation, mesh, **options):
     return differentiated({name: call(name) for name in names})
 
 
-@pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
+@pytest.mark.parametrize("implementation", [pytest.param("xla", marks=pytest.mark.thorough), "xla_chunked"])
 def test_outputs_and_gradients(implementation):
     names = "alibi", "t5", "tupe", "rope + cope", "forgetting gate", "moved sticks"
     agree(inside(names, implementation, mesh_of(data=2, cut=2)), outside(names))
@@ -227,6 +227,7 @@ def test_arrays_that_are_the_same_everywhere(implementation):
     agree(sharded(QUERY, KEY, VALUE), call(QUERY, KEY, VALUE))
 
 
+@pytest.mark.thorough
 def test_linear_attention_and_weights():
     def calls(query, key, value, segments):
         linear = [

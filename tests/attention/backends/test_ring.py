@@ -101,7 +101,8 @@ def test_packed_rows_windows_soft_caps_and_a_learned_scale(encoding):
     check(Ring(2, 4), encoding, length=96, batch=2, heads=HEADS, arrays=packed_rows(2, 96), **options)
 
 
-@pytest.mark.parametrize("encoding", [pytest.param(pj.t5(8, 32), id="t5", marks=pytest.mark.thorough), GATED])
+@pytest.mark.thorough
+@pytest.mark.parametrize("encoding", [pytest.param(pj.t5(8, 32), id="t5"), GATED])
 def test_keys_in_several_pieces(encoding, monkeypatch):
     """Packed documents that end in any piece; tiles of eight, of which a chunk has three or four and both as one six or eight."""
     monkeypatch.setattr(layout, "ROWS", 8)
