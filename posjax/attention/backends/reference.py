@@ -75,8 +75,9 @@ def _softmax(call: AttentionCall) -> tuple[Float[Array, "B N T S"], Float[Array,
     """Returns the weights, and the logarithm of their denominator."""
     allowed, scores = _capped_scores(call)
     scores = jnp.where(allowed, scores, MASK_VALUE)
-    # Not below INIT_MAX, as in the kernels, so that a row of -inf, which a bias can cause, has zero weights and no NaN.
-    m = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), INIT_MAX))
+    m = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    if call.bias is not None:  # a row of -inf, which only a bias can cause, has zero weights and no NaN
+        m = jnp.maximum(m, INIT_MAX)
     sink = None if call.sink is None else call.sink.astype(jnp.float32)[None, :, None, None]
     m = m if sink is None else jax.lax.stop_gradient(jnp.maximum(m, sink))
     unnormalized = jnp.where(allowed, jnp.exp(scores - m), 0.0)
