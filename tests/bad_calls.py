@@ -141,7 +141,7 @@ function = only(lambda x: x is None or callable(x))
 
 
 # What a message may name instead: arguments that no longer go with the one that is changed.
-GO_WITH = {"encoding": ("is_causal", "params"), "tokens": ("positions", "segment_ids")}
+GO_WITH = {"encoding": ("is_causal", "params", "bias"), "tokens": ("positions", "segment_ids")}
 
 
 # Right calls -------------------------------------------------------------------------------------------------------------------
@@ -248,6 +248,15 @@ def attention_calls() -> dict[str, Call]:
         "dtype": (jnp.float32, only(lambda x: x is jnp.float32 or (isinstance(x, str) and x == "half"))),
     }
     required = tuple(operands)
+    pairs = [(b, n, t, s) for b in (1, B) for n in (1, N) for t in (1, T) for s in (1, T)]
+    bias = array(sorted({shape[at:] for shape in pairs for at in range(4)}), "fiu")
+
+    def or_bias(domain: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """An array in place of the encoding is a bias, as in a positional call of jax's function."""
+        return lambda x: bias(x) if isinstance(x, np.ndarray | jax.Array) else domain(x)
+
+    at_call = encoded | {"encoding": (pj.rope(), or_bias(encoding_or_none))}
+    with_table["encoding"] = pj.cope(8), or_bias(is_encoding)
 
     def multiple(unit: int, most: int) -> Callable[[Any], Any]:
         return only(lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x <= most and x % unit == 0)
@@ -265,8 +274,8 @@ def attention_calls() -> dict[str, Call]:
 
     power = only(lambda x: isinstance(x, int) and not isinstance(x, bool) and x in (16, 32, 64, 128, 256))
     return {
-        "attention": Call(pj.attention, operands | encoded | options | own, True, weight=6, required=required),
-        "attention at coordinates": Call(pj.attention, operands | encoded | coordinates, True, required=required),
+        "attention": Call(pj.attention, operands | at_call | options | own, True, weight=6, required=required),
+        "attention at coordinates": Call(pj.attention, operands | at_call | coordinates, True, required=required),
         "attention with params": Call(pj.attention, operands | with_table, True, weight=2, required=required),
         "attention_weights": Call(
             pj.attention_weights,

@@ -54,13 +54,13 @@ def check_operands(query: Array, key: Array, value: Array) -> None:
 def in_jax_order(encoding: Any, params: Any, mask: Any, bias: Any) -> tuple[Any, Any, Any, Any]:
     """Returns encoding, params, mask and bias, after moving arrays in place of the first two to bias and mask.
 
-    A positional call of ``jax.nn.dot_product_attention`` passes its bias and mask in their place.
+    A positional call of ``jax.nn.dot_product_attention`` passes its bias and mask in their place. One number is neither.
     """
-    if is_array(encoding):
+    if is_array(encoding, jnp.floating, jnp.integer) and encoding.ndim:
         if bias is not None:
             raise ValueError("bias must be passed once, got an array in place of the encoding as well")
         encoding, bias = None, encoding
-    if encoding is None and is_array(params):
+    if encoding is None and is_array(params, jnp.bool_) and params.ndim:
         if mask is not None:
             raise ValueError("mask must be passed once, got an array in place of the params as well")
         params, mask = None, params
@@ -75,7 +75,9 @@ def add_batch_axis(query: Any, key: Any, value: Any, options: dict[str, Any]) ->
     Raises:
       ValueError: some of query, key and value have three axes and others do not.
     """
-    query, key, value = (jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in (query, key, value))
+    query, key, value = (
+        jnp.asarray(x) if isinstance(x, np.ndarray) and is_array(x, jnp.number) else x for x in (query, key, value)
+    )
     operands = query, key, value
     axes = [getattr(x, "ndim", None) for x in operands]
     if 3 not in axes:

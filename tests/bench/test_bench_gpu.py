@@ -88,8 +88,8 @@ def test_errors_are_those_of_float32(finished):
         ("sparse gates", "float32", 16),
     ]
     for row in rows:
-        assert 0 < row["error_out"] < 1e-5 and 0 < row["xla_error_out"] < 1e-5
-        assert 0 < row["error_grads"] < 1e-3 and 0 < row["xla_error_grads"] < 1e-3
+        assert 0 < row["error_out"] < 1e-5 and 0 < row["error_grads"] < 1e-3
+        assert 0 <= row["xla_error_out"] < 1e-5 and 0 <= row["xla_error_grads"] < 1e-3  # the reference is this, in the same dtype
         assert row["same_bits"] is True
 
 
