@@ -110,6 +110,7 @@ def test_kernels_need_known_sizes():
         jax.export.export(call)(*shapes(operands(2, 12), _12=t))
 
 
+@pytest.mark.thorough
 def test_a_cache_of_any_size():
     encoding = pj.chain(pj.rope(), pj.cope(4))
     params = random_params(encoding)

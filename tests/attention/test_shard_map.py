@@ -267,7 +267,8 @@ def test_decoding(implementation):
     agree(jax.jit(sharded)(QUERY, KEY, VALUE, params), want)
 
 
-@pytest.mark.parametrize("kind", ["softmax", pytest.param("linear", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["softmax", "linear"])
 def test_a_model(kind):
     config = TransformerConfig(vocab_size=11, num_layers=2, embed_dim=16, num_heads=2, max_length=T, attention=kind)
     with_params, params = functional(Transformer(config, pj.rope(), rngs=nnx.Rngs(0)))

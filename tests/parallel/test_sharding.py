@@ -174,7 +174,7 @@ MESHES = [dict(data=2, fsdp=2, tensor=2), dict(data=2, context=4)]
 
 
 @pytest.mark.parametrize(
-    "axes", [dict(fsdp=2, context=2, tensor=2), *(pytest.param(axes, marks=pytest.mark.thorough) for axes in MESHES)], ids=str
+    "axes", [pytest.param(axes, marks=pytest.mark.thorough) for axes in (dict(fsdp=2, context=2, tensor=2), *MESHES)], ids=str
 )
 def test_every_mesh_computes_what_one_device_does(axes, one_device):
     """LENGTH is whole chunks for two devices; on more, attention is whole and the rest of the model is cut."""
