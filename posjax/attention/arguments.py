@@ -128,7 +128,7 @@ def check_segment_ids(ids: Any, batch: int, length: int, tokens: str = "") -> No
         raise ValueError(f"segment_ids must be integers [{batch}, {length}]{tokens}, got {got}{pair}")
 
 
-def pair_of(name: str, x: Any) -> tuple[Any, Any]:
+def of_both_sides(name: str, x: Any) -> tuple[Any, Any]:
     """Returns an argument for queries and for keys, from a pair or from one value for both."""
     if isinstance(x, tuple) and len(x) != 2:
         raise ValueError(f"{name} must be one array, or a pair for queries and keys, got a tuple of {len(x)}")
@@ -232,7 +232,7 @@ def hidden_of_sides(encoding: PositionalEncoding, hidden: Any, query: Array, key
                 "pass the activations that query, key and value were projected from"
             )
         return None, None
-    sides = pair_of("hidden", hidden)
+    sides = of_both_sides("hidden", hidden)
     for x, tokens, name in zip(sides, (query, key), ("queries", "keys"), strict=True):
         if not is_array(x) or x.ndim != 3 or x.shape[:2] != tokens.shape[:2]:
             got = x.shape if is_array(x) else short(x)
@@ -282,7 +282,7 @@ def segments_of_sides(segment_ids: Any, query: Array, key: Array) -> tuple[Array
     """Returns the checked segments of queries and keys, the same array if one was given for both; two None without segments."""
     if segment_ids is None:
         return None, None
-    sides = pair_of("segment_ids", segment_ids)
+    sides = of_both_sides("segment_ids", segment_ids)
     for name, ids, tokens in zip(("queries", "keys"), sides, (query, key), strict=True):
         check_segment_ids(ids, tokens.shape[0], tokens.shape[1], f" for the {name}")
     queries = canonicalize_segments(sides[0])

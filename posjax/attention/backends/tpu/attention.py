@@ -32,6 +32,7 @@ from posjax.attention.backends.tpu.step import Operands, Plan
 from posjax.attention.backends.tpu.tiles import LANES, SUBLANES, Counting
 from posjax.attention.backends.tpu.vmem import SMEM, needed, scalars, smaller
 from posjax.attention.call import AttentionCall
+from posjax.checks import round_up
 from posjax.core.manual_axes import untracked
 from posjax.core.masks import Rules, with_padding
 from posjax.core.structures import Rotate
@@ -170,8 +171,8 @@ def to_operands(
     if overlap or not all(map(_rotates_tiles, call.rotations)):
         call = call.transformed()
     blocks = _fitted(block_sizes, call.query.shape[1], call.key.shape[1])
-    keys = _round_up(call.key.shape[1], blocks.block_kv)
-    keys = _round_up(keys, min(blocks.block_kv_resident, keys))
+    keys = round_up(call.key.shape[1], blocks.block_kv)
+    keys = round_up(keys, min(blocks.block_kv_resident, keys))
     rotates_keys = any(rotation.key_phase is not None for rotation in call.rotations)
     if rotates_keys and keys > blocks.block_kv_resident:  # inside the kernel each query tile would rotate the blocks again
         call, rotates_keys = call.with_transformed_keys(), False
@@ -226,7 +227,7 @@ def to_operands(
         positions = counts.table.shape[1]
         counting = Counting(
             last=positions - 1,
-            rows=_round_up(positions, SUBLANES),
+            rows=round_up(positions, SUBLANES),
             exact=query.dtype == jnp.float32,
             has_sublane_gather=chip.has_sublane_gather,
         )
@@ -268,18 +269,14 @@ def to_operands(
     return plan, operands
 
 
-def _round_up(n: int, to: int) -> int:
-    return -(-n // to) * to
-
-
 def _fitted(blocks: Blocks, queries: int, keys: int) -> Blocks:
     """Shrinks block sizes to the lengths of the call, so that little is padding."""
-    rows = _round_up(-(-queries // -(-queries // blocks.block_q)), LANES)
-    columns = _round_up(-(-keys // -(-keys // blocks.block_kv)), blocks.block_kv_count)
+    rows = round_up(-(-queries // -(-queries // blocks.block_q)), LANES)
+    columns = round_up(-(-keys // -(-keys // blocks.block_kv)), blocks.block_kv_count)
     strip = blocks.block_kv_count
     if columns >= keys + LANES:  # short calls: the shortest strips
         strip = LANES
-        columns = _round_up(-(-keys // -(-keys // blocks.block_kv)), strip)
+        columns = round_up(-(-keys // -(-keys // blocks.block_kv)), strip)
     tiles = -(-keys // columns)
     tiles_per_block = max(1, blocks.block_kv_resident // columns)
     tiles_per_block = -(-tiles // -(-tiles // tiles_per_block))

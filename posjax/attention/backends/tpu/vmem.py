@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from posjax.attention.backends.tpu.blocks import Blocks
 from posjax.attention.backends.tpu.step import Operands, Plan, inputs_of, make_scalars, queries_of, scratch_of
 from posjax.attention.backends.tpu.tiles import LANES, SUBLANES
+from posjax.checks import round_up
 
 SMEM = 2**20 - 2**14  # bytes; every generation has 1 MiB
 # Bytes by itemsize: per pair of a tile, per channel of its queries and keys, and per query and position of CoPE or key of a strip.
@@ -32,11 +33,7 @@ def size(shape: Any, dtype: Any) -> int:
     """Returns the bytes of an array in VMEM, its last two axes padded to whole registers; axes that are None are omitted."""
     item = jnp.dtype(dtype).itemsize
     *outer, rows, columns = (1, 1, *(n for n in shape if n is not None))
-    return math.prod(outer) * _round_up(rows, SUBLANES * 4 // item) * _round_up(columns, LANES) * item
-
-
-def _round_up(n: int, to: int) -> int:
-    return -(-n // to) * to
+    return math.prod(outer) * round_up(rows, SUBLANES * 4 // item) * round_up(columns, LANES) * item
 
 
 def needed(plan: Plan, x: Operands) -> int:
