@@ -39,8 +39,8 @@ def ablate(args: Sequence[str], command: str) -> None:
     from posjax.lab.ablation.engine import spread_over_cores
     from posjax.lab.ablation.grids import run_grid
     from posjax.lab.ablation.sweeps import grid, parse_sweep
-    from posjax.lab.config import init_or_check_workdir
     from posjax.lab.source import open_source
+    from posjax.lab.workdir import init_or_check_workdir
 
     ablation, config = parse(args, "ablate", _ablation_flags())
     points = grid(config, [parse_sweep(text) for text in ablation.sweep])

@@ -67,8 +67,8 @@ def open_run(config, specs: Sequence[str]):
     """
     from posjax.encodings.spec import parse_encoding
     from posjax.lab import run as runs
-    from posjax.lab.config import init_or_check_workdir
     from posjax.lab.source import open_source
+    from posjax.lab.workdir import init_or_check_workdir
     from posjax.parallel import distributed
 
     for spec in specs:

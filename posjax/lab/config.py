@@ -3,12 +3,9 @@
 import dataclasses
 import difflib
 import importlib.util
-import json
 import typing
 from pathlib import Path
-from typing import Any, Literal
-
-import jax
+from typing import Literal
 
 from posjax.checks import bounded, check_at_least, check_fields, check_one_of, short
 from posjax.encodings.spec import spec_of
@@ -176,19 +173,6 @@ class Config:
         return self.seeds[0]
 
 
-# Fields that may change when a run is resumed; a change of any other field makes it a different run.
-_SAVING = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints"}
-RUN_ONLY = _SAVING | {"parallel", "mesh", "implementation", "remat", "scan_layers", "encodings"}
-_LATER = ("optimizer", "z_loss", "ema_decay")  # newer fields: runs that started without them resume with their defaults
-
-
-def run_fingerprint(config: Config) -> dict[str, Any]:
-    """Returns the fields that identify a run; fields in ``_LATER`` are included only if they differ from the default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in _LATER}
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in RUN_ONLY}
-    return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
-
-
 def load_config(path: str) -> Config:
     """Loads the Config that ``get_config()`` in a Python file returns; an empty workdir becomes runs/NAME.
 
@@ -218,41 +202,3 @@ def load_config(path: str) -> Config:
     if not isinstance(config, Config):
         raise ValueError(f"get_config() of {path} must return a posjax.lab.config.Config, got {type(config).__name__}")
     return config if config.workdir else dataclasses.replace(config, workdir=f"runs/{file.stem}")
-
-
-def init_or_check_workdir(config: Config) -> Path:
-    """Creates the workdir and stores the config in it, or checks an existing workdir against the config stored there.
-
-    With several processes, only the first one creates the workdir.
-
-    Raises:
-      ValueError: the workdir belongs to another configuration (the message names the fields that differ), or cannot be created.
-    """
-    workdir = Path(config.workdir)
-    stored = workdir / "config.json"
-    now, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (config, Config()))
-    if stored.exists():
-        try:
-            before = defaults | dict(json.loads(stored.read_text()))  # a stored config may lack newer fields
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"workdir {workdir} has an unreadable config.json ({error}); remove that file or use another --workdir"
-            ) from None
-        differ = [name for name in now if name not in RUN_ONLY and before.get(name) != now[name]]
-        if differ:
-            changes = ", ".join(f"{name} is {before.get(name)!r} there and {now[name]!r} here" for name in differ)
-            raise ValueError(
-                f"workdir {workdir} belongs to a run with another configuration: {changes}; use another --workdir, or remove it to "
-                "start over"
-            )
-        return workdir
-    if jax.process_index() > 0:
-        return workdir
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        part = stored.with_suffix(".part")
-        part.write_text(json.dumps(now, indent=1) + "\n")
-        part.replace(stored)
-    except OSError as error:
-        raise ValueError(f"workdir must be a writable folder, got {config.workdir!r}: {error}") from None
-    return workdir

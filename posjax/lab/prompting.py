@@ -15,8 +15,9 @@ from posjax.inference.generation import stream
 from posjax.inference.sampling import Sampling
 from posjax.inference.text import TextRow
 from posjax.lab import run as runs
-from posjax.lab.config import Config, init_or_check_workdir
+from posjax.lab.config import Config
 from posjax.lab.source import Source, open_source
+from posjax.lab.workdir import init_or_check_workdir
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ import posjax as pj
 from posjax.core.encoding import PositionalEncoding, registered
 from posjax.encodings.spec import one_line, parametrize_spec, parse_encoding, slug, spec_of
 from posjax.lab import named_configs, report
-from posjax.lab.config import RUN_ONLY, Config, init_or_check_workdir, load_config, run_fingerprint
+from posjax.lab.config import Config, load_config
+from posjax.lab.workdir import RUN_ONLY, init_or_check_workdir, run_fingerprint
 
 WRONG_FIELDS = [
     ({"task": "lmm"}, "task must be one of lm, mlm, .*, got 'lmm'"),

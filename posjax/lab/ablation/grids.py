@@ -23,9 +23,10 @@ from posjax.attention.backends.compile_errors import translate_compile_errors
 from posjax.encodings.spec import parse_encoding, slug
 from posjax.lab.ablation.engine import BatchedRuns
 from posjax.lab.ablation.sweeps import Group, Point, groups
-from posjax.lab.config import Config, run_fingerprint
+from posjax.lab.config import Config
 from posjax.lab.evaluation import MEASURES, TASK_MEASURE, EvalSet, max_eval_length, metric_scale, test_sets
 from posjax.lab.source import Source
+from posjax.lab.workdir import run_fingerprint
 from posjax.training.checkpoints import Checkpoints
 from posjax.training.loop import MAX_SKIPPED_IN_A_ROW, Interrupted, forget_after, json_number, noted_signals
 
