@@ -12,6 +12,7 @@ from posjax.encodings.spec import spec_of
 from posjax.lab import named_configs
 from posjax.models.transformer import TransformerConfig
 from posjax.parallel.mesh import parse_mesh
+from posjax.training.schedule import check_decay_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Config:
 
     Attributes:
       workdir: folder for all outputs of the run. Empty: runs/NAME for configs/NAME.py.
+      init_from: workdir of a finished or interrupted run whose parameters (their moving average, if it keeps one) this run starts
+        from, with a fresh optimizer at step 0. Empty: the parameters are drawn at random.
       task: lm (next token), mlm (masked tokens, an encoder with [CLS]), or a synthetic task: flip_flop, selective_copy, counting.
       data: stdlib (source code of Python's standard library), tfds:NAME, or a file or folder of text.
       data_dir: folder for prepared data. Empty: $POSJAX_DATA_DIR, or else ~/.cache/posjax.
@@ -56,7 +59,9 @@ class Config:
       optimizer: adamw, or muon: Muon for the matrices of the layers and AdamW for all else, with the same learning rate.
       learning_rate: peak learning rate.
       warmup_steps: steps of linear warmup to the peak; shortened in proportion if --steps is set too small for it.
-      decay: shape of the learning rate after the peak: cosine, linear or constant.
+      decay: shape of the learning rate after the peak: cosine, linear, constant, or wsd (constant, then linear in the last
+        decay_steps steps). A run with constant or wsd can be extended by more steps.
+      decay_steps: length of the final decay of wsd in steps; None means a tenth of the steps.
       end_fraction: learning rate at the last step, as a fraction of the peak.
       weight_decay: weight decay, on matrices only.
       beta1: first-moment decay of AdamW.
@@ -76,6 +81,7 @@ class Config:
     """
 
     workdir: str = ""
+    init_from: str = ""
     task: Literal["lm", "mlm", "flip_flop", "selective_copy", "counting"] = "lm"
     data: str = "stdlib"
     data_dir: str = ""
@@ -119,7 +125,8 @@ class Config:
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = bounded(1e-3, above=0)
     warmup_steps: int = 100
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    decay_steps: int | None = bounded(None, least=1)
     end_fraction: float = bounded(0.1, least=0, most=1)
     weight_decay: float = bounded(0.1, least=0)
     beta1: float = bounded(0.9, least=0, below=1)
@@ -156,6 +163,7 @@ class Config:
             raise ValueError(f"eval_lengths must be multiples of seq_length, integers of at least 1, got {self.eval_lengths}")
         if self.warmup_steps < 0 or self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps must lie in [0, steps={self.steps}], got {self.warmup_steps}")
+        check_decay_steps(self.decay, self.steps - self.warmup_steps, self.decay_steps)
         if parse_mesh(self.mesh) and self.parallel == "pmap":
             raise ValueError(f"mesh must be '' with parallel='pmap', which shards rows over all devices, got {self.mesh!r}")
         if any(not 0 <= seed < 2**31 for seed in self.seeds):  # 2^31 is the seed of the evaluation

@@ -279,7 +279,9 @@ def optimizer_of(config: Config, settings: Mapping[str, Any] | None = None) -> A
     """Returns the optimizer of a configuration; ``settings``, which may be traced, override the fields of the same name."""
     chosen = {name: getattr(config, name) for name in TRACED_FIELDS} | dict(settings or {})
     peak, warmup, end = (chosen.pop(name) for name in TRACED_FIELDS[:3])
-    schedule = learning_rate_schedule(peak, config.steps, warmup, decay=config.decay, end_fraction=end)
+    schedule = learning_rate_schedule(
+        peak, config.steps, warmup, decay=config.decay, end_fraction=end, decay_steps=config.decay_steps
+    )
     return make_optimizer(schedule, optimizer=config.optimizer, **chosen)
 
 

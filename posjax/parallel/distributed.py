@@ -116,6 +116,26 @@ def first_process_first() -> Iterator[None]:
             wait_for_all()
 
 
+def on_first_process(function: Callable[[], None], error: type[Exception] = ValueError) -> None:
+    """Runs a function on process 0 and waits for it on all others. If it raises ``error`` or ValueError, all processes do."""
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return function()
+    key, failure = f"posjax/first/{next(_numbers)}", None
+    if jax.process_index() == 0:
+        try:
+            function()
+        except ValueError as raised:
+            failure = raised
+        _client().key_value_set(key, f"-{failure}" if failure else "+")
+        if failure:
+            raise failure
+        return None
+    answer = _client().blocking_key_value_get(key, _LONG_MS)
+    if answer.startswith("-"):
+        raise error(answer[1:])
+    return None
+
+
 # Stopping at the same step -------------------------------------------------------------------------------------------
 
 

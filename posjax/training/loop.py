@@ -26,6 +26,7 @@ from posjax.checks import check, require
 from posjax.hardware import peak_flops
 from posjax.parallel.distributed import RESTART, PreemptionSync, on_peer_loss
 from posjax.training.checkpoints import Checkpoints
+from posjax.training.lock import holds_lock
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -47,6 +48,7 @@ class NonFiniteLoss(RuntimeError):
     """Raised after ten consecutive steps with a non-finite loss or gradient. The message names the newest intact checkpoint."""
 
 
+@holds_lock
 def fit(
     step_fn: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]],
     state: Any,
@@ -98,6 +100,7 @@ def fit(
       NonFiniteLoss: ten consecutive steps were not finite. No checkpoint is written while steps are being skipped, except after
         the last step.
       CheckpointError: there are checkpoints, but none can be used.
+      WorkdirInUse: another process is writing to the workdir.
       ValueError: an argument is out of range, or `batches` ended before `steps`.
     """
     for name, value in {"steps": steps, "log_every": log_every, "checkpoint_every": checkpoint_every}.items():
