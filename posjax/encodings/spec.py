@@ -115,6 +115,11 @@ _IMPORTED = re.compile(r"(?<![\w.'\"])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 _MARK = "_imported_"
 
 
+def modules_of(spec: str) -> list[str]:
+    """Returns the modules that a spec names: my_package.mine for "rope + my_package.mine:encoding(3)"."""
+    return [match[1] for match in _IMPORTED.finditer(spec)]
+
+
 def _unmarked(text: str) -> str:
     return text.replace(f".{_MARK}", ":")
 

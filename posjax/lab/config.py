@@ -185,11 +185,15 @@ def load_config(path: str) -> Config:
     """Loads the Config that ``get_config()`` in a Python file returns; an empty workdir becomes runs/NAME.
 
     Args:
-      path: name of a configuration of posjax, such as quickstart, or path of a Python file.
+      path: name of a configuration of posjax, such as quickstart, or path of a Python file, or a workdir or its config.json.
 
     Raises:
       ValueError: there is no such name or file, the file raises an exception, or it has no ``get_config() -> Config``.
     """
+    from posjax.lab.workdir import is_workdir, read_config
+
+    if is_workdir(path) or path.endswith(".json"):
+        return read_config(Path(path))
     file = named_configs().get(path, Path(path))
     if not file.is_file() or file.suffix != ".py":
         files = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []

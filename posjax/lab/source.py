@@ -1,7 +1,8 @@
 """Batches for training and evaluation, from the corpus or synthetic task that a configuration names."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ class Source:
         task, the length of the longest of the task and its variants.
       train, validation: the splits of a text, the second reduced to the excerpts that are evaluated; None for a synthetic task.
       task: the synthetic task; None for text.
+      digests: a SHA-256 sum of the tokens and documents of each whole split, by name; empty for a synthetic task.
     """
 
     vocab_size: int
@@ -35,6 +37,7 @@ class Source:
     train: Corpus | None = None
     validation: Corpus | None = None
     task: synthetic.Task | None = None
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def open_source(config: Config) -> Source:
@@ -53,10 +56,11 @@ def open_source(config: Config) -> Source:
             train, validation = (load_corpus(config.data, split, **options) for split in ("train", "validation"))
         except ValueError as error:
             raise ValueError(f"data {config.data!r} cannot be used: {error}") from error
+        digests = {"train": _digest(train), "validation": _digest(validation)}
         # The longest rows begin with a BOS token, so an excerpt is one token shorter.
         excerpt_length = config.seq_length * max(config.eval_lengths) - 1
         validation = excerpts(validation, excerpt_length, max(1, config.eval_tokens // excerpt_length))
-        return Source(train.vocab_size, config.seq_length, train=train, validation=validation)
+        return Source(train.vocab_size, config.seq_length, train=train, validation=validation, digests=digests)
     length = config.seq_length
     task = {
         "flip_flop": lambda: synthetic.flip_flop(length=length),
@@ -64,6 +68,11 @@ def open_source(config: Config) -> Source:
         "counting": lambda: synthetic.counting(config.num_variables, max_operations=length, length=length),
     }[config.task]()
     return Source(task.vocab_size, max(t.length for t in (task, *task.variants.values())), task=task)
+
+
+def _digest(corpus: Corpus) -> str:
+    stored = getattr(corpus, "digest", None)
+    return stored or hashlib.sha256(hashlib.sha256(corpus.tokens).digest() + corpus.offsets.tobytes()).hexdigest()
 
 
 def batch_key(seed: int | Array, number: int | Array) -> Array:

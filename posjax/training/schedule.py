@@ -78,7 +78,7 @@ def num_decay_steps(steps: int, decay_steps: int | None) -> int:
 
 
 def check_decay_steps(decay: str, steps: int, decay_steps: int | None) -> None:
-    """Raises ValueError unless `decay_steps` is None or, for "wsd", lies in [1, steps], where `steps` are those after the warmup."""
+    """Raises ValueError unless `decay_steps` is None or, for "wsd", at least 1 and at most `steps`, those after the warmup."""
     if decay_steps is None:
         return
     if decay != "wsd":
