@@ -69,14 +69,12 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
     names = [slug(spec) for spec in specs]
     if twice := [spec for spec, name in zip(specs, names, strict=True) if names.count(name) > 1]:
         raise ValueError(f"encodings must all differ, got {', '.join(map(repr, twice))}")
+    split = "train" if training else "validation"
     try:
-        batch = next(
-            train_batches(config, source, config.seed, share) if training else eval_batches(config, source, config.seq_length)
-        )
+        batches = train_batches(config, source, config.seed, share) if training else eval_batches(config, source, config.seq_length)
+        batch = next(batches)
     except ValueError as error:
-        raise ValueError(
-            f"seq_length={config.seq_length} does not fit the {'train' if training else 'validation'} split of {config.data!r}: {error}"
-        ) from error
+        raise ValueError(f"seq_length={config.seq_length} does not fit the {split} split of {config.data!r}: {error}") from error
     lengths = [] if source.task is not None else [config.seq_length * multiple for multiple in config.eval_lengths]
     for length in lengths:
         try:
