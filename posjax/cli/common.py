@@ -127,12 +127,18 @@ def printer() -> Callable[[str], None]:
 
 
 def report_rows(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
+    """Writes and prints the results of a run, in its first process.
+
+    Raises:
+      NonFiniteLoss: a loss is not finite. The results have been written.
+    """
     import jax
 
     if jax.process_index() > 0:
         return
     from posjax.lab import report
-    from posjax.lab.evaluation import MEASURES, TASK_MEASURE
+    from posjax.lab.evaluation import MEASURES, TASK_MEASURE, not_finite
+    from posjax.training.loop import NonFiniteLoss
 
     measure, label = MEASURES.get(config.task, TASK_MEASURE)
     heading = heading_of(config, source, label) + ("." if source.task is None else "")
@@ -142,6 +148,12 @@ def report_rows(rows, config, source, workdir: Path, say: Callable[[str], None])
     say(heading)
     print_table(*report.table_cells(rows, measure))
     say("\n".join(str(path) for path in (workdir / "results.json", workdir / "results.md", *figures)))
+    for row in rows:
+        if columns := not_finite(row["metrics"], measure):
+            raise NonFiniteLoss(
+                f"encoding {row['encoding']!r} with seed {row['seed']} ended with a loss that is not finite, at "
+                f"{', '.join(columns)}. Try a lower learning rate, a smaller clip_norm or float32 in another --workdir."
+            )
 
 
 def heading_of(config, source, label: str) -> str:

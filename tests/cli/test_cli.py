@@ -24,9 +24,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from posjax import cli
 from posjax.attention.backends.compile_errors import translate_compile_errors
-from posjax.cli.common import parse
+from posjax.cli.common import parse, print_table
 from posjax.core.encoding import registered
-from posjax.lab import config, named_configs, prompting, source
+from posjax.lab import config, named_configs, prompting, report, source
 from posjax.lab import run as runs
 from posjax.training.checkpoints import Checkpoints
 
@@ -465,3 +465,45 @@ def test_wrong_words(run, home, monkeypatch, argv, code, message):
     assert re.search(message, err), err
     assert len(err.splitlines()) == 1 and err.startswith("posjax: ") and not out.strip()
     assert not (home / "runs").exists()  # and no workdir is left behind
+
+
+# Runs that are not finite, and text of others ------------------------------------------------------------------------
+
+
+def strict(text):
+    """JSON as its standard has it, without NaN and Infinity."""
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+@pytest.mark.parametrize("task", ["lm", pytest.param("flip_flop", marks=pytest.mark.thorough)])
+def test_a_run_that_is_not_finite_does_not_succeed(run, home, task):
+    (home / "posjax_not_finite.py").write_text(
+        "import posjax as pj\n"
+        "not_finite = pj.encoding('not_finite', init=lambda key, dims: {}, embed=lambda params, x, tokens: x / 0)\n"
+    )
+    flags = ("--encoding", "posjax_not_finite:not_finite", "--steps", 3, "--warmup_steps", 1)
+    for _ in range(2):  # also when it is run again
+        code, out, err = run("train", "tiny.py", "--workdir", f"lost-{task}", "--task", task, *flags)
+        assert code == 1 and "ended with a loss that is not finite" in err.splitlines()[-1], err
+        assert "not finite" in out and "nan" not in out
+    folder = home / f"lost-{task}"
+    metrics = strict((folder / "results.json").read_text())["rows"][0]["metrics"]
+    assert None in metrics["bits_per_byte" if task == "lm" else "error"].values()
+    strict((folder / "evaluation.json").read_text())
+    assert strict((folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"] is None
+
+
+def test_text_of_others_is_escaped(run, home, capsys):
+    (home / "hostile").mkdir(exist_ok=True)
+    (home / "hostile" / "a.txt").write_text("hello\n" * 400)
+    if not (link := home / "hostile" / "\x1b]0;pwned\x07.txt").is_symlink():
+        link.symlink_to("/nonexistent")
+    code, out, err = run("train", "tiny.py", "--data", "hostile", "--workdir", "hostile-run")
+    assert code and "\x1b" not in out + err and r"\x1b]0;pwned\x07.txt" in err
+    spec = "<img src=x> | \x1b[31m"
+    metrics = {"error": {"a": 1.0}, "parameters": 1, "limit": None}
+    table = report.markdown_table([{"encoding": spec, "seed": 0, "metrics": metrics}], "error")
+    assert table.splitlines()[2:] == [r"| &lt;img src=x&gt; \| \\x1b[31m | 1.000 | 1 |"]
+    print_table([spec], [["[red]not markup[/red]\x1b[2J"]])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "<img src=x>" in out and "[red]not markup[/red]" in out
