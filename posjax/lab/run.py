@@ -271,7 +271,7 @@ def train(
             log_every=config.log_every,
             checkpoint_every=config.checkpoint_every,
             keep=config.keep_checkpoints,
-            milestones=milestones(config),
+            keep_steps=milestones(config),
             evaluate=evaluate_now if config.evaluate_every else None,
             evaluate_every=config.evaluate_every,
             resume_command=command,

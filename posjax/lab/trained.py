@@ -9,7 +9,7 @@ Letters in shapes: T tokens of a text, L layers, N query heads.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from posjax.lab import probes
 from posjax.lab import run as runs
 from posjax.lab.config import Config
 from posjax.lab.evaluation import layer_weights, max_eval_length
-from posjax.lab.source import Source
-from posjax.lab.workdir import TOKENIZER, StoredRun, choose_runs, stored_runs
+from posjax.lab.source import Source, open_source
+from posjax.lab.workdir import EVALUATION, READING, TOKENIZER, StoredRun, choose_runs, read_config, stored_runs
 from posjax.models.losses import cross_entropy
 from posjax.models.transformer import Transformer
+from posjax.parallel.distributed import first_process_first
 from posjax.typing import Float, Int, Params
 
 
@@ -163,6 +164,102 @@ def fitting(config: Config, run: StoredRun) -> Config:
     if config.mesh == run.config.mesh and config.mesh and not runs.mesh_fits(config):
         return dataclasses.replace(config, mesh="")
     return config
+
+
+def open_data(chosen: Sequence[tuple[StoredRun, Config]], *, is_other_text: bool) -> Source:
+    """Opens the data that runs are evaluated on, with the tokenizer that they were trained with.
+
+    Args:
+      chosen: the runs and the configurations to evaluate them with, which name the same data.
+      is_other_text: whether the data may differ from those that the runs were trained with.
+
+    Raises:
+      ValueError: the data cannot be used with these runs, or have changed.
+    """
+    config = dataclasses.replace(fitting(chosen[0][1], chosen[0][0]), workdir="")
+    with first_process_first():
+        source = open_source(config)
+    for run, reading in chosen:
+        data, name = run.facts.get("data") or {}, "validation"
+        if not is_other_text and data.get(name) and source.digests.get(name) not in (None, data[name]):
+            raise ValueError(
+                f"data: the validation text at {config.data!r} differs from the one that run {run.path} was trained with; restore "
+                f"it, or pass --data {config.data} to evaluate on the text as it is"
+            )
+        if run.facts.get("vocab_size", source.vocab_size) != source.vocab_size:
+            raise ValueError(
+                f"data must be tokens of the run's vocabulary, {run.facts['vocab_size']} ids, got {source.vocab_size}, because "
+                f"tokenizer={config.tokenizer!r} was trained on another text"
+            )
+        ours, theirs = runs.tokenizer_file(source), run.path / TOKENIZER
+        if ours is not None and theirs.exists() and ours.read_bytes() != theirs.read_bytes():
+            raise ValueError(f"data {config.data!r} must be read with the tokenizer of run {run.path}, got one of another text")
+        runs.check(fitting(reading, run), (reading.encoding,), source, training=False)
+    return source
+
+
+def rows_of(
+    workdirs: Sequence[str], config: Config, flags: Set[str], say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], Source]:
+    """Returns the results of runs as rows for ``posjax.lab.report``, and the data of the first; evaluates what is missing.
+
+    Args:
+      workdirs: workdirs of runs or of comparisons.
+      config: the configuration of the first, whose evaluation all runs share.
+      flags: names of the fields that were chosen for this evaluation.
+      say: called with each line of progress.
+
+    Raises:
+      ValueError: a workdir has no runs, or the runs have different tasks.
+    """
+    rows, first = [], None
+    evaluation = {name: getattr(config, name) for name in {*EVALUATION, *(flags & READING)}}
+    for workdir in workdirs:
+        stored = read_config(Path(workdir))
+        if stored.task != config.task:
+            raise ValueError(
+                f"runs to compare must have the same task, got {config.task!r} in {workdirs[0]} and {stored.task!r} in {workdir}"
+            )
+        chosen = choose_runs(dataclasses.replace(stored, **evaluation))
+        source = open_data(chosen, is_other_text=bool(flags & {"data", "validation_data"}))
+        first = first or source
+        for run, reading in chosen:
+            result = runs.stored_evaluation(run.path, runs.evaluated_as(reading, reading.steps, source))
+            if result is None:
+                say(f"evaluating {run.path}")
+                trained = open_trained(run, reading)
+                result = runs.evaluate_params(trained.config, trained.config.encoding, trained.params, source)
+            rows.append({"encoding": reading.encoding, "seed": reading.seed, "workdir": workdir} | result)
+    assert first is not None  # there is at least one workdir
+    return _distinct(rows), first
+
+
+def stored_rows(config: Config, flags: Set[str]) -> tuple[list[dict[str, Any]], Source]:
+    """Returns the stored results in a configuration's workdir as rows, without opening data or checkpoints.
+
+    Raises:
+      ValueError: there are none.
+    """
+    encodings = (config.encoding,) if "encoding" in flags else config.encodings if "encodings" in flags else None
+    rows = []
+    for run, reading in choose_runs(config, encodings, config.seeds if "seeds" in flags else None):
+        if (result := runs.stored_evaluation(run.path, None)) is not None:
+            rows.append({"encoding": reading.encoding, "seed": reading.seed} | result)
+    if not rows:
+        raise ValueError(f"workdir must hold an evaluated run, got {config.workdir!r}; run posjax evaluate {config.workdir} first")
+    source = open_source(config) if config.task not in ("lm", "mlm") else Source(0, config.seq_length)
+    return rows, source
+
+
+def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Names the workdir in the encoding of runs in different workdirs that have the same encoding."""
+    workdirs: dict[str, set[str]] = {}
+    for row in rows:
+        workdirs.setdefault(row["encoding"], set()).add(row["workdir"])
+    names = {e: len(found) > 1 for e, found in workdirs.items()}
+    return [
+        row | {"encoding": f"{row['encoding']} ({row['workdir']})" if names[row["encoding"]] else row["encoding"]} for row in rows
+    ]
 
 
 # What a trained model does with a text -----------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ _SAVING |= {"checkpoint_minutes", "loggers", "figure_format"}
 RUN_ONLY = _SAVING | {"parallel", "mesh", "implementation", "remat", "scan_layers", "encodings"}
 EVALUATION = {"eval_lengths", "eval_tokens", "evaluate_every"}  # what is measured, but not what is trained
 _DATA = {"data", "validation_data", "include", "exclude", "text_key"}  # where the data come from; their digests say what they are
+READING = RUN_ONLY | EVALUATION | _DATA  # what may differ when a run is read
 _END = {"steps", "decay", "decay_steps", "end_fraction"}  # when the learning rate decays
 # Newer fields: runs that started without them resume with their defaults.
 _LATER = {"optimizer", "z_loss", "ema_decay", "init_from", "decay_steps", *_DATA - {"data"}}

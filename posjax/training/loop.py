@@ -60,7 +60,7 @@ def fit(
     log_every: int = 50,
     checkpoint_every: int = 1000,
     keep: int = 3,
-    milestones: Sequence[int] = (),
+    keep_steps: Sequence[int] = (),
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     evaluate_every: int | None = None,
     resume_command: str | None = None,
@@ -85,7 +85,7 @@ def fit(
       config: a JSON value stored with each checkpoint.
       log_every, checkpoint_every: intervals in steps. The last step is always logged and saved.
       keep: number of intact checkpoints to keep.
-      milestones: further steps to save at, whose checkpoints are kept.
+      keep_steps: further steps to save at, whose checkpoints are kept.
       evaluate: state -> numbers by name, called every `evaluate_every` steps and after the last step. It must not donate the state.
       evaluate_every: interval in steps. None evaluates after the last step only.
       resume_command: the command that resumes the run, printed after an interruption. None prints this program's command line.
@@ -110,7 +110,7 @@ def fit(
     check("evaluate_every", evaluate_every, int | None, least=1, what="be at least 1, or None to evaluate only at the end")
     workdir = Path(workdir)
     say = _say if not quiet and jax.process_index() == 0 else lambda text: None
-    checkpoints = Checkpoints(workdir / "checkpoints", keep, milestones)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep, keep_steps)
 
     batches = iter(batches)
     restored = checkpoints.restore_latest(state)
@@ -147,7 +147,7 @@ def fit(
             clock.count(batch, metrics)
 
             last = step == steps
-            save_due = save_due or step % checkpoint_every == 0 or step in milestones
+            save_due = save_due or step % checkpoint_every == 0 or step in keep_steps
             evaluating = evaluate is not None and (last or (evaluate_every and step % evaluate_every == 0))
             logging = step % log_every == 0 or evaluating or last
             stopping = None if last else sync.signal_after(step, caught)
