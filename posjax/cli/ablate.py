@@ -54,9 +54,9 @@ def _ablate(ablation, config, points, seeds: Sequence[int], command: str) -> Non
     from posjax.lab.ablation.grids import run_grid
     from posjax.lab.flops import check_step_fits
     from posjax.lab.source import open_source
-    from posjax.lab.workdir import check_workdir, facts_of, init_or_check_workdir
+    from posjax.lab.workdir import EVALUATION, check_workdir, facts_of, init_or_check_workdir
 
-    check_workdir(config)
+    check_workdir(config, fixed=(*EVALUATION, "steps"))  # the results of an ablation are stored with the groups of its runs
     for point in points:
         check_step_fits(point.config)
     source = open_source(config)

@@ -217,9 +217,8 @@ def rows_of(
     for workdir in workdirs:
         stored = read_config(Path(workdir))
         if stored.task != config.task:
-            raise ValueError(
-                f"runs to compare must have the same task, got {config.task!r} in {workdirs[0]} and {stored.task!r} in {workdir}"
-            )
+            tasks = f"{config.task!r} in {workdirs[0]} and {stored.task!r} in {workdir}"
+            raise ValueError(f"runs to compare must have the same task, got {tasks}")
         chosen = choose_runs(dataclasses.replace(stored, **evaluation))
         source = open_data(chosen, is_other_text=bool(flags & {"data", "validation_data"}))
         first = first or source
@@ -256,9 +255,8 @@ def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     workdirs: dict[str, set[str]] = {}
     for row in rows:
         workdirs.setdefault(row["encoding"], set()).add(row["workdir"])
-    names = {e: len(found) > 1 for e, found in workdirs.items()}
     return [
-        row | {"encoding": f"{row['encoding']} ({row['workdir']})" if names[row["encoding"]] else row["encoding"]} for row in rows
+        row | {"encoding": f"{row['encoding']} ({row['workdir']})"} if len(workdirs[row["encoding"]]) > 1 else row for row in rows
     ]
 
 

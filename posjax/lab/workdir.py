@@ -196,8 +196,12 @@ def facts_of(config: Config, source: Source) -> dict[str, Any]:
     return facts | ({"imported_from": folders} if folders else {})
 
 
-def check_workdir(config: Config) -> None:
+def check_workdir(config: Config, fixed: Iterable[str] = ()) -> None:
     """Checks a configuration against the one stored in its workdir, if there is one, before anything is opened or compiled.
+
+    Args:
+      config: the configuration.
+      fixed: fields that must not change either, although they do not change the training.
 
     Raises:
       ValueError: the workdir belongs to a run with another configuration; the message names the fields that differ.
@@ -209,7 +213,7 @@ def check_workdir(config: Config) -> None:
         return  # init_or_check_workdir replaces it
     if stored is not None:
         may_differ = _DATA if read_facts_or_none(workdir) else set()
-        _check_fields(stored, config, workdir, may_differ=may_differ | _END)
+        _check_fields(stored, config, workdir, may_differ=may_differ | _END, fixed=fixed)
         _first_step_that_differs(stored, config, workdir)
 
 
@@ -293,9 +297,9 @@ def _facts_or_set_aside(workdir: Path) -> dict[str, Any]:
         return {}
 
 
-def _check_fields(stored: Config, config: Config, workdir: Path, may_differ: Iterable[str]) -> None:
+def _check_fields(stored: Config, config: Config, workdir: Path, may_differ: Iterable[str], fixed: Iterable[str] = ()) -> None:
     then, now = dataclasses.asdict(stored), dataclasses.asdict(config)
-    free = {*RUN_ONLY, *EVALUATION, *may_differ}
+    free = {*RUN_ONLY, *EVALUATION, *may_differ} - {*fixed}
     if any(name not in free and then[name] != now[name] for name in now):
         differ = [name for name in now if name not in free - _END and then[name] != now[name]]
         changes = ", ".join(f"{name} is {then[name]!r} there and {now[name]!r} here" for name in differ)

@@ -136,7 +136,7 @@ def on_first_process(function: Callable[[], None], error: type[Exception] = Valu
     if jax.process_index() == 0:
         try:
             function()
-        except ValueError as raised:
+        except (ValueError, error) as raised:
             failure = raised
         _client().key_value_set(key, f"-{failure}" if failure else "+")
         if failure:

@@ -32,7 +32,7 @@ LOCK = ".lock"
 _BEAT_SECONDS, _STALE_SECONDS = 10, 60
 
 
-class WorkdirInUse(ValueError):
+class WorkdirInUse(OSError):
     """Raised when another process holds the lock of a workdir. The message names that process."""
 
 
@@ -101,6 +101,8 @@ def _take(folder: Any) -> str:
     try:
         created = _create(folder)
         release = _lock_file(folder / LOCK, folder)
+    except WorkdirInUse:
+        raise
     except OSError as error:
         raise ValueError(f"workdir must be a writable folder, got {str(folder)!r}: {error}") from None
 
