@@ -213,6 +213,8 @@ def parametrize_spec(spec: str) -> tuple[str, tuple[float, ...]]:
 
     def parametrize(call: ast.Call) -> ast.Call:
         make = _maker(call)
+        if isinstance(make, PositionalEncoding):  # a value in a user's module: its arguments are not in the text
+            return call
         for argument in traced_arguments(make):
             given = _argument(call, argument)
             default = inspect.signature(make).parameters[argument].default
