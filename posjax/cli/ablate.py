@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from posjax.checks import check
 from posjax.cli.common import heading_of, parse, print_table, printer
 
 
@@ -27,8 +28,8 @@ def _ablation_flags() -> type:
         runs_at_once: int | None = None
 
         def __post_init__(self) -> None:
-            if self.runs_at_once is not None and self.runs_at_once < 1:
-                raise ValueError(f"runs_at_once must be at least 1, or None for as many as fit in memory, got {self.runs_at_once}")
+            what = "be at least 1, or None for as many as fit in memory"
+            check("runs_at_once", self.runs_at_once, int | None, least=1, what=what)
 
     return Ablation
 
@@ -44,6 +45,8 @@ def ablate(args: Sequence[str], command: str) -> None:
     from posjax.lab.source import open_source
 
     ablation, config = parse(args, "ablate", _ablation_flags())
+    if config.mesh:
+        raise ValueError(f"mesh must be '' in an ablation, each of whose runs takes one device, got {config.mesh!r}")
     points = grid(config, [parse_sweep(text) for text in ablation.sweep])
     seeds = tuple(range(config.seeds[0])) if len(config.seeds) == 1 and config.seeds[0] > 0 else config.seeds
     spread_over_cores(len(points) * len(seeds))

@@ -41,7 +41,7 @@ WRONG_FIELDS = [
     ({"eval_lengths": (1, 1)}, r"eval_lengths must all differ, got 1 2 times in \(1, 1\)"),
     ({"learning_rate": float("inf")}, "learning_rate must be positive and finite, got inf"),
     ({"logits_soft_cap": float("inf")}, "logits_soft_cap must be a finite number or None, got inf"),
-    ({"tokenizer": "bpe", "vocab_size": 10**9}, "vocab_size must be an integer from 259 to 1048576, got 1000000000"),
+    ({"vocab_size": 10**9}, "vocab_size must be an integer from 1 to 1048576, got 1000000000"),
     ({"num_examples": 10**11}, "num_examples must be an integer from 1 .*synthetic task are held in memory"),
     ({"seeds": (-1,)}, r"seeds must lie in \[0, 2\*\*31\), got \(-1,\)"),
     ({"warmup_steps": 11, "steps": 10}, r"warmup_steps must lie in \[0, steps=10\], got 11"),
