@@ -1,6 +1,7 @@
 """Batches for training and evaluation, from the corpus or synthetic task that a configuration names."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,12 +10,15 @@ import numpy as np
 
 from posjax.data import synthetic
 from posjax.data.corpus import Corpus, excerpts, load_corpus
+from posjax.data.files import shown
 from posjax.data.on_device import on_device as corpus_on_device
 from posjax.data.pipeline import batches
 from posjax.lab.config import Config
 from posjax.typing import Array
 
 EVAL_SEED, _EXAMPLES_SEED = 2**31, 2**31 + 1  # seeds of the evaluation data and of fixed training sets
+_COMPARED_DOCUMENTS = 200_000  # most documents of a split that are compared with those of the other, which takes a second
+_TOLERATED_REPEATS = 0.001  # share of validation tokens: empty modules and licenses repeat in every folder of source code
 _EVAL_BATCH_TOKENS = 4096  # minimum tokens per evaluation batch; smaller batches take longer to dispatch than to compute
 
 
@@ -28,6 +32,7 @@ class Source:
         task, the length of the longest of the task and its variants.
       train, validation: the splits of a text, the second reduced to the excerpts that are evaluated; None for a synthetic task.
       task: the synthetic task; None for text.
+      summary: lines that describe both splits of a text, for the opening of a run.
     """
 
     vocab_size: int
@@ -35,6 +40,7 @@ class Source:
     train: Corpus | None = None
     validation: Corpus | None = None
     task: synthetic.Task | None = None
+    summary: tuple[str, ...] = ()
 
 
 def open_source(config: Config) -> Source:
@@ -58,10 +64,11 @@ def open_source(config: Config) -> Source:
             train, validation = (load_corpus(config.data, split, **options) for split in ("train", "validation"))
         except ValueError as error:
             raise ValueError(f"data {config.data!r} cannot be used: {error}") from error
+        summary = data_summary(config.data, train, validation)
         # The longest rows begin with a BOS token, so an excerpt is one token shorter.
         excerpt_length = config.seq_length * max(config.eval_lengths) - 1
         validation = excerpts(validation, excerpt_length, max(1, config.eval_tokens // excerpt_length))
-        return Source(train.vocab_size, config.seq_length, train=train, validation=validation)
+        return Source(train.vocab_size, config.seq_length, train=train, validation=validation, summary=summary)
     length = config.seq_length
     task = {
         "flip_flop": lambda: synthetic.flip_flop(length=length),
@@ -69,6 +76,49 @@ def open_source(config: Config) -> Source:
         "counting": lambda: synthetic.counting(config.num_variables, max_operations=length, length=length),
     }[config.task]()
     return Source(task.vocab_size, max(t.length for t in (task, *task.variants.values())), task=task)
+
+
+def data_summary(data: str, train: Corpus, validation: Corpus) -> tuple[str, ...]:
+    """Describes two splits in lines: their sizes, how they were chosen, and warnings.
+
+    A warning says that validation has more text than training, or that whole documents of validation also occur in training.
+    """
+    rows = [("", "documents", "bytes", "tokens")]
+    for name, split in (("train", train), ("validation", validation)):
+        rows.append((name, *(f"{number:,}" for number in (split.num_documents, split.num_bytes, len(split.tokens)))))
+    lines = [f"data: {shown(data)}", *(f"  {row[0]:<10}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in rows)]
+    lines += [f"  {note}" for note in train.notes]
+    if validation.num_bytes > train.num_bytes:
+        lines.append(f"warning: validation has more text than training, {validation.num_bytes:,} and {train.num_bytes:,} bytes")
+    repeated = repeated_documents(train, validation)
+    share = np.diff(validation.offsets)[repeated].sum() / max(1, len(validation.tokens))
+    if share > _TOLERATED_REPEATS:
+        count = f"at least {len(repeated):,} of {validation.num_documents:,} validation documents"
+        lines.append(f"warning: {count}, {share:.1%} of the validation tokens, are also training documents")
+    return tuple(lines)
+
+
+def repeated_documents(train: Corpus, validation: Corpus) -> np.ndarray:
+    """Returns the numbers of documents of ``validation`` that are also documents of ``train``, int64 [n].
+
+    Of very many documents, only some, spread evenly, are compared.
+    """
+
+    def some(numbers: np.ndarray) -> np.ndarray:
+        return numbers[:: -(-len(numbers) // _COMPARED_DOCUMENTS) or 1]
+
+    lengths = np.diff(validation.offsets)
+    numbers = some(np.flatnonzero(lengths))
+    known: dict[bytes, list[int]] = {}
+    for number in numbers:
+        known.setdefault(_digest(validation, number), []).append(number)
+    candidates = some(np.flatnonzero(np.isin(np.diff(train.offsets), lengths[numbers])))
+    found = (known.get(_digest(train, number), ()) for number in candidates)
+    return np.unique(np.asarray([number for numbers in found for number in numbers], np.int64))
+
+
+def _digest(corpus: Corpus, number: int) -> bytes:
+    return hashlib.sha256(corpus.tokens[corpus.offsets[number] : corpus.offsets[number + 1]]).digest()
 
 
 def batch_key(seed: int | Array, number: int | Array) -> Array:
