@@ -84,22 +84,24 @@ def data_summary(data: str, train: Corpus, validation: Corpus) -> tuple[str, ...
     A warning says that validation has more text than training, or that whole documents of validation also occur in training.
     """
     rows = [("", "documents", "bytes", "tokens")]
+    tokens = {}
     for name, split in (("train", train), ("validation", validation)):
-        rows.append((name, *(f"{number:,}" for number in (split.num_documents, split.num_bytes, len(split.tokens)))))
+        tokens[name] = sum(len(part.tokens) for part in _parts(split))
+        sizes = (split.num_documents, split.num_bytes, tokens[name])
+        rows.append((name, *("unknown" if size is None else f"{size:,}" for size in sizes)))
     lines = [f"data: {shown(data)}", *(f"  {row[0]:<10}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in rows)]
-    lines += [f"  {note}" for note in train.notes]
-    if validation.num_bytes > train.num_bytes:
-        lines.append(f"warning: validation has more text than training, {validation.num_bytes:,} and {train.num_bytes:,} bytes")
-    repeated = repeated_documents(train, validation)
-    share = np.diff(validation.offsets)[repeated].sum() / max(1, len(validation.tokens))
+    lines += [f"  {shown(note)}" for note in train.notes]
+    if tokens["validation"] > tokens["train"]:
+        lines.append(f"warning: validation has more tokens than training, {tokens['validation']:,} and {tokens['train']:,}")
+    repeated, share = repeats(train, validation)
     if share > _TOLERATED_REPEATS:
-        count = f"at least {len(repeated):,} of {validation.num_documents:,} validation documents"
+        count = f"at least {repeated:,} of {validation.num_documents:,} validation documents"
         lines.append(f"warning: {count}, {share:.1%} of the validation tokens, are also training documents")
     return tuple(lines)
 
 
-def repeated_documents(train: Corpus, validation: Corpus) -> np.ndarray:
-    """Returns the numbers of documents of ``validation`` that are also documents of ``train``, int64 [n].
+def repeats(train: Corpus, validation: Corpus) -> tuple[int, float]:
+    """Returns the number of documents of ``validation`` that are also documents of ``train``, and their share of its tokens.
 
     Of very many documents, only some, spread evenly, are compared.
     """
@@ -107,14 +109,22 @@ def repeated_documents(train: Corpus, validation: Corpus) -> np.ndarray:
     def some(numbers: np.ndarray) -> np.ndarray:
         return numbers[:: -(-len(numbers) // _COMPARED_DOCUMENTS) or 1]
 
-    lengths = np.diff(validation.offsets)
-    numbers = some(np.flatnonzero(lengths))
-    known: dict[bytes, list[int]] = {}
-    for number in numbers:
-        known.setdefault(_digest(validation, number), []).append(number)
-    candidates = some(np.flatnonzero(np.isin(np.diff(train.offsets), lengths[numbers])))
-    found = (known.get(_digest(train, number), ()) for number in candidates)
-    return np.unique(np.asarray([number for numbers in found for number in numbers], np.int64))
+    known: dict[bytes, list[int]] = {}  # digest -> lengths of the documents that have it
+    for part in _parts(validation):
+        lengths = np.diff(part.offsets)
+        for number in some(np.flatnonzero(lengths)):
+            known.setdefault(_digest(part, number), []).append(int(lengths[number]))
+    wanted = np.unique([length for lengths in known.values() for length in lengths])
+    found: list[int] = []
+    for part in _parts(train):
+        for number in some(np.flatnonzero(np.isin(np.diff(part.offsets), wanted))):
+            found += known.pop(_digest(part, number), [])
+    return len(found), sum(found) / max(1, sum(len(part.tokens) for part in _parts(validation)))
+
+
+def _parts(corpus: Corpus) -> tuple[Corpus, ...]:
+    """Returns the corpora of a mixture, or the corpus itself."""
+    return getattr(corpus, "parts", (corpus,))
 
 
 def _digest(corpus: Corpus, number: int) -> bytes:
