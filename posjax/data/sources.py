@@ -95,6 +95,9 @@ def open_source(
     own = Path(workdir) if workdir else None
     left_out = (*(cache / name for name in CACHED), *([own] if own else []))
     selection = Selection(_patterns("include", include), _patterns("exclude", exclude), text_key, left_out, own)
+    for name in ("include", "exclude"):
+        if getattr(selection, name) and not any(os.path.isdir(os.path.expanduser(path)) for path in (source, validation_data)):
+            raise ValueError(f"{name} must be empty unless a source is a folder, got {getattr(selection, name)} for {source!r}")
     if not validation_data:  # a blank one is refused below
         return _open(source, cache, tfds_dir, selection, "both")
     validation = _open(validation_data, cache, tfds_dir, selection, "validation", "validation_data")
@@ -125,9 +128,6 @@ def _open(
 ) -> Text:
     """Opens one source for both splits, or for one; ``taken`` are the ids of files that the other split has."""
     if source == "stdlib" or source.startswith("tfds:"):
-        if selection.include or selection.exclude:
-            name = "include" if selection.include else "exclude"
-            raise ValueError(f"{name} must be empty unless {argument} is a folder, got {getattr(selection, name)} for {source!r}")
         return _open_stdlib(cache, role) if source == "stdlib" else _open_tfds(source, tfds_dir, role)
     path = _existing(source, argument)
     if path.is_dir():
@@ -218,10 +218,12 @@ def _open_tfds(source: str, data_dir: Path | None, role: Role) -> Text:
     notes = ()
     if role == "train":  # several splits are read one after the other
         split_of["train"] = "+".join(split for split in SPLITS if split in split_of) or "+".join(split_of)
+    elif role == "validation":
+        split_of.setdefault("validation", "train")
     elif "validation" not in split_of and "train" in split_of:
-        border = "" if role == "validation" else f"{round(100 * (1 - VALIDATION_SHARE))}%"
+        border = f"{round(100 * (1 - VALIDATION_SHARE))}%"
         split_of |= {"train": f"train[:{border}]", "validation": f"train[{border}:]"}
-        notes = () if role == "validation" else ("validation: the last tenth of train",)
+        notes = ("validation: the last tenth of train",)
 
     def documents(split: str) -> Iterator[Iterable[bytes]]:
         for name in split_of.get(split, split).split("+"):

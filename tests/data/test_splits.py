@@ -185,6 +185,9 @@ def test_include_and_exclude(tmp_path):
         read(exclude=(" ",))
     with pytest.raises(ValueError, match="include must be a tuple of patterns"):
         read(include="*.txt")
+    for source in ("stdlib", str(folder / "a.txt")):
+        with pytest.raises(ValueError, match=r"exclude must be empty unless a source is a folder, got \('a',\) for"):
+            open_source(source, tmp_path / "cache", None, exclude=("a",))
 
 
 @pytest.mark.parametrize(
