@@ -301,11 +301,11 @@ def _open_files(
 ) -> _Files:
     files, notes = _once(files, taken)
     if taken and not files:
-        raise ValueError(f"validation_data must leave files for training, but it has all files of source {str(folder)!r}")
+        raise ValueError(f"validation_data must leave files for training, but it has all files of {name.partition(':')[2]!r}")
     splits = assign_splits({file.path: file.size for file in files}, role)
     if role == "both" and not splits.parts["train"]:
         raise ValueError(
-            f"{argument} must contain training text, but all files of {str(folder)!r} are named after other splits: "
+            f"{argument} must contain training text, but all files of {name.partition(':')[2]!r} are named after other splits: "
             f"{'; '.join(splits.notes)}"
         )
     used = {path for parts in splits.parts.values() for path, _ in parts}
