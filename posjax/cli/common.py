@@ -109,23 +109,40 @@ def _warmup_steps(config, flags: Sequence[str]) -> int:
     return config.warmup_steps * int(steps) // config.steps
 
 
+def given(args: Sequence[str]) -> set[str]:
+    """Returns the names of the flags on a command line, as fields of a configuration."""
+    return {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
+
+
+def chosen_runs(config, flags: set[str]):
+    """Returns the runs in a workdir that the flags choose, all by default, each with the configuration to read it with."""
+    from posjax.lab.workdir import choose_runs
+
+    encodings = (config.encoding,) if "encoding" in flags else config.encodings if "encodings" in flags else None
+    return choose_runs(config, encodings, config.seeds if "seeds" in flags else None)
+
+
 def open_run(config, specs: Sequence[str]):
     """Checks a run before training starts, creates its workdir if necessary, and returns (workdir, data).
+
+    The caller holds the lock of the workdir.
 
     Raises:
       ValueError: the configuration, an encoding or the data cannot be used. No workdir is created then.
     """
     from posjax.lab import run as runs
-    from posjax.lab.config import init_or_check_workdir
     from posjax.lab.flops import check_step_fits
     from posjax.lab.source import open_source
+    from posjax.lab.workdir import check_workdir, facts_of, init_or_check_workdir
     from posjax.parallel import distributed
 
     check_step_fits(config)
+    check_workdir(config)
     with distributed.first_process_first():
         source = open_source(config)
     runs.check(config, specs, source)
-    return init_or_check_workdir(config), source
+    runs.check_init_from(config, specs, source)
+    return init_or_check_workdir(config, facts_of(config, source), runs.tokenizer_file(source)), source
 
 
 def printer() -> Callable[[str], None]:
@@ -141,8 +158,13 @@ def print_data(source, say: Callable[[str], None]) -> None:
         say("\n".join(source.summary))
 
 
-def report_rows(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
-    """Writes and prints the results of a run, in its first process.
+def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str], None]) -> None:
+    """Prints the results of runs and writes them to a folder, in the first process.
+
+    Args:
+      rows, config, source: the results, and the configuration and data that they come from.
+      workdir: the folder; None: nothing is written.
+      say: prints a line.
 
     Raises:
       NonFiniteLoss: a loss is not finite. The results have been written.
@@ -157,12 +179,16 @@ def report_rows(rows, config, source, workdir: Path, say: Callable[[str], None])
 
     measure, label = MEASURES.get(config.task, TASK_MEASURE)
     heading = heading_of(config, source, label) + ("." if source.task is None else "")
-    report.write_results(rows, measure, workdir, heading)
-    figures = report.write_figures(rows, measure, label, config.seq_length, workdir)
+    written = []
+    if workdir is not None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        report.write_results(rows, measure, workdir, heading)
+        figures = report.write_figures(rows, measure, label, config.seq_length, workdir)
+        written = [workdir / "results.json", workdir / "results.md", *figures]
     say("")
     say(heading)
     print_table(*report.table_cells(rows, measure))
-    say("\n".join(str(path) for path in (workdir / "results.json", workdir / "results.md", *figures)))
+    say("\n".join(map(str, written)) or "Nothing was written; --out FOLDER writes results.json, results.md and the figures.")
     for row in rows:
         if columns := not_finite(row["metrics"], measure):
             raise NonFiniteLoss(
@@ -177,7 +203,7 @@ def heading_of(config, source, label: str) -> str:
 
     length = config.seq_length if source.task is None else source.task.length
     heading = f"{label}, trained on {length} tokens, {config.steps:,} steps of {config.batch_size} sequences"
-    if config.task == "lm":
+    if config.task == "lm" and source.validation is not None:
         entropy = unigram_bits_per_byte(source.validation)
         heading += f"; unigram entropy of the validation text: {entropy:.3f} bits per byte"
     if source.task is None:
