@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from posjax.cli.common import heading_of, parse, print_table, printer
+from posjax.checks import check
+from posjax.cli.common import heading_of, parse, print_data, print_table, printer
 
 
 def _ablation_flags() -> type:
@@ -27,8 +28,8 @@ def _ablation_flags() -> type:
         runs_at_once: int | None = None
 
         def __post_init__(self) -> None:
-            if self.runs_at_once is not None and self.runs_at_once < 1:
-                raise ValueError(f"runs_at_once must be at least 1, or None for as many as fit in memory, got {self.runs_at_once}")
+            what = "be at least 1, or None for as many as fit in memory"
+            check("runs_at_once", self.runs_at_once, int | None, least=1, what=what)
 
     return Ablation
 
@@ -40,6 +41,8 @@ def ablate(args: Sequence[str], command: str) -> None:
     from posjax.training.lock import locked
 
     ablation, config = parse(args, "ablate", _ablation_flags())
+    if config.mesh:
+        raise ValueError(f"mesh must be '' in an ablation, each of whose runs takes one device, got {config.mesh!r}")
     points = grid(config, [parse_sweep(text) for text in ablation.sweep])
     seeds = tuple(range(config.seeds[0])) if len(config.seeds) == 1 and config.seeds[0] > 0 else config.seeds
     if config.init_from:
@@ -64,6 +67,7 @@ def _ablate(ablation, config, points, seeds: Sequence[int], command: str) -> Non
         runs.check(point.config, (point.config.encoding,), source, devices=1)
     workdir = init_or_check_workdir(config, facts_of(config, source), runs.tokenizer_file(source))
     say = printer()
+    print_data(source, say)
     rows = run_grid(points, seeds, workdir, source, at_once=ablation.runs_at_once, command=command, say=say)
     report_ablation(rows, config, source, workdir, say)
 

@@ -49,6 +49,7 @@ def _without_frame(text: str) -> str:
     message = parts[0] if "╭" in text or len(parts) == 1 else parts[1]
     line = re.sub(r"^Error parsing \w+: ", "", " ".join(message.partition("\nGot errors:")[0].split()))
     suggested = re.search(r"Perhaps you meant:\s+(--\S+)", plain)
+    line = line if len(line) <= 300 else f"{line[:140]} ... {line[-140:]}"
     return f"{line}; did you mean {suggested[1]}?" if suggested else line
 
 
@@ -79,10 +80,21 @@ def parse(args: Sequence[str], verb: str, options: type | None = None):
         default = dataclasses.replace(default, warmup_steps=_warmup_steps(default, flags))
     cli = functools.partial(parse_flags, args=flags, prog=f"posjax {verb} CONFIG")
     if options is None:
-        return cli(Config, default=default, config=(tyro.conf.FlagConversionOff,))
+        config = cli(Config, default=default, config=(tyro.conf.FlagConversionOff,))
+        _check_encodings(config)
+        return config
     both = dataclasses.make_dataclass("Both", [(verb, options), ("config", Config)])  # the field names are headings in --help
     parsed = cli(both, default=both(options(), default), config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
+    _check_encodings(parsed.config)
     return getattr(parsed, verb), parsed.config
+
+
+def _check_encodings(config) -> None:
+    """Raises ValueError if an encoding of a config is wrong, even one that the verb does not use."""
+    from posjax.encodings.spec import parse_encoding
+
+    for spec in (config.encoding, *config.encodings):
+        parse_encoding(spec)
 
 
 def _warmup_steps(config, flags: Sequence[str]) -> int:
@@ -118,15 +130,12 @@ def open_run(config, specs: Sequence[str]):
     Raises:
       ValueError: the configuration, an encoding or the data cannot be used. No workdir is created then.
     """
-    from posjax.encodings.spec import parse_encoding
     from posjax.lab import run as runs
     from posjax.lab.flops import check_step_fits
     from posjax.lab.source import open_source
     from posjax.lab.workdir import check_workdir, facts_of, init_or_check_workdir
     from posjax.parallel import distributed
 
-    for spec in specs:
-        parse_encoding(spec)  # the cheapest check first
     check_step_fits(config)
     check_workdir(config)
     with distributed.first_process_first():
@@ -141,6 +150,12 @@ def printer() -> Callable[[str], None]:
     import jax
 
     return (lambda text: print(printable(text))) if jax.process_index() == 0 else lambda text: None
+
+
+def print_data(source, say: Callable[[str], None]) -> None:
+    """Prints the splits of a text, with warnings; nothing for a synthetic task."""
+    if source.summary:
+        say("\n".join(source.summary))
 
 
 def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str], None]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from posjax.cli.common import given, open_run, parse, printer, report_rows
+from posjax.cli.common import given, open_run, parse, print_data, printer, report_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,7 @@ def _train_all(options: Comparison, config: Any, command: str) -> None:
 
     workdir, source = open_run(config, config.encodings)
     say = printer()
+    print_data(source, say)
     rows = runs.compare(config, workdir, source, command=command, say=say)
     report_rows(rows, config, source, Path(options.out) if options.out else workdir, say)
 

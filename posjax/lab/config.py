@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 from typing import Literal
 
-from posjax.checks import bounded, check, check_fields, check_one_of, short
+from posjax.checks import bounded, check_at_least, check_fields, check_one_of, short
 from posjax.encodings.spec import spec_of
 from posjax.lab import named_configs
 from posjax.models.transformer import TransformerConfig
@@ -29,6 +29,11 @@ class Config:
         from, with a fresh optimizer at step 0. Empty: the parameters are drawn at random.
       task: lm (next token), mlm (masked tokens, an encoder with [CLS]), or a synthetic task: flip_flop, selective_copy, counting.
       data: stdlib (source code of Python's standard library), tfds:NAME, or a file or folder of text.
+      validation_data: a source for validation, with the same choices as data, which is then all training text. Empty: part of data,
+        namely its files named after validation, or else its last tenth.
+      include: patterns of the files of a folder to read, such as '*.txt' or 'books/**'; none means all.
+      exclude: patterns of the files of a folder to leave out.
+      text_key: key of JSONL, or column of Parquet and Arrow, that holds the text.
       data_dir: folder for prepared data. Empty: $POSJAX_DATA_DIR, or else ~/.cache/posjax.
       tokenizer: bytes, or bpe (trained on the train split).
       vocab_size: vocabulary size of the bpe tokenizer.
@@ -88,9 +93,14 @@ class Config:
     init_from: str = ""
     task: Literal["lm", "mlm", "flip_flop", "selective_copy", "counting"] = "lm"
     data: str = "stdlib"
+    validation_data: str = ""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    text_key: str = "text"
     data_dir: str = ""
     tokenizer: Literal["bytes", "bpe"] = "bytes"
-    vocab_size: int = 4096
+    # No tokenizer in use has as many as a million.
+    vocab_size: int = bounded(4096, least=1, most=2**20, hint="this is the vocabulary of the tokenizer")
     seq_length: int = bounded(256, least=2)  # an input token and a target, or [CLS] and a token
     num_variables: int = bounded(1, least=1, most=26)
     num_examples: int | None = bounded(None, least=1, hint="the examples of a synthetic task are held in memory")
@@ -159,8 +169,7 @@ class Config:
                 check_one_of(field.name, getattr(self, field.name), typing.get_args(field.type))
         check_fields(self)
         if self.tokenizer == "bpe":
-            # At least 256 bytes, two special tokens and one merge; no tokenizer in use has as many as a million.
-            check("vocab_size", self.vocab_size, int, least=259, most=2**20, hint="this is the vocabulary of tokenizer='bpe'")
+            check_at_least("vocab_size", self.vocab_size, 259)  # 256 bytes, two special tokens, one merge
         for name in ("encodings", "seeds", "eval_lengths"):
             values = getattr(self, name)
             if not values:
@@ -215,8 +224,8 @@ def load_config(path: str) -> Config:
         )
     try:
         config = _module_of(file).get_config()
-    except Exception as error:
-        what = error.msg if isinstance(error, SyntaxError) else error
+    except (Exception, SystemExit) as error:
+        what = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
         raise ValueError(f"config {path} failed to load{_line_of(error, file)}: {type(error).__name__}: {what}") from error
     if not isinstance(config, Config):
         raise ValueError(f"get_config() of {path} must return a posjax.lab.config.Config, got {type(config).__name__}")
@@ -240,7 +249,7 @@ def _module_of(file: Path) -> types.ModuleType:
     return module
 
 
-def _line_of(error: Exception, file: Path) -> str:
+def _line_of(error: BaseException, file: Path) -> str:
     """Returns " at line N", the line of a config file that raised an exception; an empty string if no line of it did."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == os.path.abspath(file)]
     if isinstance(error, SyntaxError) and error.filename == os.path.abspath(file):

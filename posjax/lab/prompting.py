@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from posjax.checks import check_at_least
+from posjax.checks import check_at_least, short
 from posjax.encodings.spec import parse_encoding
 from posjax.inference.generation import stream
 from posjax.inference.sampling import Sampling
@@ -61,9 +61,12 @@ class Prompting:
         if not self.prompt_file:
             return self.prompt or ("",)
         try:
+            if Path(self.prompt_file).exists() and not Path(self.prompt_file).is_file():
+                raise OSError("it is no regular file")
             return (*self.prompt, Path(self.prompt_file).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"prompt_file must be a file of UTF-8 text, got {self.prompt_file!r}: {error}") from None
+        except (OSError, ValueError) as error:  # not UTF-8, or a name with a null character
+            why = error.strerror or error if isinstance(error, OSError) else error
+            raise ValueError(f"prompt_file must be a file of UTF-8 text, got {short(self.prompt_file)}: {why}") from None
 
 
 def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str], None]) -> None:
