@@ -24,7 +24,7 @@ from posjax.encodings.spec import modules_of, parse_encoding
 from posjax.lab import probes
 from posjax.lab import run as runs
 from posjax.lab.config import Config
-from posjax.lab.evaluation import layer_weights, max_eval_length
+from posjax.lab.evaluation import MEASURES, TASK_MEASURE, layer_weights, max_eval_length
 from posjax.lab.source import Source, open_source
 from posjax.lab.workdir import EVALUATION, READING, TOKENIZER, StoredRun, choose_runs, read_config, stored_runs
 from posjax.models.losses import cross_entropy
@@ -230,7 +230,7 @@ def rows_of(
                 result = runs.evaluate_params(trained.config, trained.config.encoding, trained.params, source)
             rows.append({"encoding": reading.encoding, "seed": reading.seed, "workdir": workdir} | result)
     assert first is not None  # there is at least one workdir
-    return _distinct(rows), first
+    return _distinct(_of_common_columns(rows, MEASURES.get(config.task, TASK_MEASURE)[0])), first
 
 
 def stored_rows(config: Config, flags: Set[str]) -> tuple[list[dict[str, Any]], Source]:
@@ -248,6 +248,22 @@ def stored_rows(config: Config, flags: Set[str]) -> tuple[list[dict[str, Any]], 
         raise ValueError(f"workdir must hold an evaluated run, got {config.workdir!r}; run posjax evaluate {config.workdir} first")
     source = open_source(config) if config.task not in ("lm", "mlm") else Source(0, config.seq_length)
     return rows, source
+
+
+def _of_common_columns(rows: list[dict[str, Any]], measure: str) -> list[dict[str, Any]]:
+    """Reduces rows to the columns, such as evaluation lengths, that all of them have.
+
+    Raises:
+      ValueError: there are none.
+    """
+    columns = [column for column in rows[0]["metrics"][measure] if all(column in row["metrics"][measure] for row in rows)]
+    if not columns:
+        lengths = "; ".join(f"{row['workdir']}: {', '.join(row['metrics'][measure])}" for row in rows)
+        raise ValueError(f"runs to compare must be evaluated at a common length, set by --eval_lengths, got {lengths}")
+    return [
+        row | {"metrics": row["metrics"] | {measure: {column: row["metrics"][measure][column] for column in columns}}}
+        for row in rows
+    ]
 
 
 def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
