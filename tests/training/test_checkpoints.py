@@ -97,8 +97,8 @@ def test_a_state_of_before_there_were_averages(tmp_path):
 def test_nothing_there(tmp_path):
     assert Checkpoints(tmp_path / "nowhere").restore_latest(make_state()) is None
     assert not (tmp_path / "nowhere").exists()
-    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
-        Checkpoints(tmp_path, keep=0)
+    with pytest.raises(ValueError, match="keep_last must be at least 1, got 0"):
+        Checkpoints(tmp_path, keep_last=0)
 
 
 def truncate(path):
@@ -134,7 +134,7 @@ def test_every_file_is_guarded(copy):
     assert len(paths) > 5
     for path in paths:
         contents = path.read_bytes()
-        path.write_bytes(contents[:-1])
+        path.write_bytes(contents[:-1] or b"more")
         assert copy.damage(30) and path.name in copy.damage(30), path
         path.write_bytes(contents)
     assert copy.damage(30) is None

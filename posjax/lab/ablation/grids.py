@@ -27,7 +27,9 @@ from posjax.lab.config import Config, run_fingerprint
 from posjax.lab.evaluation import MEASURES, TASK_MEASURE, EvalSet, max_eval_length, metric_scale, test_sets
 from posjax.lab.source import Source
 from posjax.training.checkpoints import Checkpoints
-from posjax.training.loop import MAX_SKIPPED_IN_A_ROW, Interrupted, forget_after, json_number, noted_signals
+from posjax.training.loop import MAX_SKIPPED_IN_A_ROW
+from posjax.training.signals import Interrupted, noted_signals
+from posjax.training.writers import forget_after, json_number
 
 _SECONDS_BETWEEN_LINES = 15
 
@@ -161,7 +163,7 @@ def _train_group(
     """Trains a group and returns the content of its ``rows.json``: rows in the order of its runs, and training statistics."""
     config, log = group.config, folder / "metrics.jsonl"
     # Created before anything is compiled, because importing Orbax clears JAX's caches of compiled programs.
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    checkpoints = Checkpoints(folder / "checkpoints", keep_last=1)
     began = time.perf_counter()
     batched_runs = BatchedRuns(group, source, jax.local_devices()[: len(group.runs)], at_once)
     state, step = batched_runs.start(), 0
