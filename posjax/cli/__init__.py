@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from posjax.training.loop import NonFiniteLoss
     from posjax.training.signals import Interrupted
 
+    endings.hide_tracebacks()
     config = None
     try:
         run = getattr(importlib.import_module(f"posjax.cli.{verb}"), verb)  # each verb's module has a function of the same name

@@ -32,8 +32,21 @@ def own_process() -> None:
     warnings.formatwarning = lambda message, category, *rest, **options: (
         f"posjax: {message}\n" if category is UserWarning else plain(message, category, *rest, **options)
     )
+    if threading.current_thread() is threading.main_thread():  # a shell's job in the background ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "pthread_kill"):  # not on Windows, where the descriptor must be a socket
         _end_at_second_interrupt()
+
+
+def hide_tracebacks() -> None:
+    """Hides tracebacks from the threads of Orbax and TensorStore, whose errors are raised, too, and end in one line."""
+    if not _owned or os.environ.get("POSJAX_TRACEBACK"):
+        return
+    from absl import logging
+
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+    plain = sys.unraisablehook
+    sys.unraisablehook = lambda args: None if "Event loop is closed" in str(args.exc_value) else plain(args)
 
 
 def leave(code: int) -> None:
