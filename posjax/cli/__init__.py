@@ -35,8 +35,9 @@ SLURM, Open MPI, TPU pods and Kubernetes jobs are detected; elsewhere set JAX_CO
 process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. If a process sends no heartbeat for POSJAX_HEARTBEAT_SECONDS
 (default 60), all processes stop.
 
-exit codes: 0 success; 1 error; 2 wrong usage; 130 interrupted by SIGINT (Ctrl-C); 75 stopped by SIGTERM, SIGHUP or
-SIGUSR1, or by the loss of a process. After 130 or 75, rerun the command to resume from the newest checkpoint.
+exit codes: 0 success; 1 error; 2 wrong usage, such as a value that cannot work; 130 interrupted by SIGINT
+(Ctrl-C); 75 stopped by SIGTERM, SIGHUP or SIGUSR1, or by the loss of a process. After 130 or 75, rerun the command to
+resume from the newest checkpoint.
 The first signal lets the current step finish and saves. A second Ctrl-C ends the command within seconds, and a third
 at once; checkpoints that are complete stay so.
 """
@@ -97,10 +98,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(f"interrupted. To resume, run:\n  {shlex.join(['posjax', *argv])}", code, endings.leave)
     except distributed.ProcessLost as error:
         fail(str(error), distributed.RESTART, functools.partial(distributed.leave, together=False))
-    except (ValueError, ImportError, OSError, NotImplementedError, CheckpointError, NonFiniteLoss, KernelCompileError) as error:
+    except (ValueError, NotImplementedError, ImportError, OSError, CheckpointError, NonFiniteLoss, KernelCompileError) as error:
         if os.environ.get("POSJAX_TRACEBACK"):
             raise
-        fail(str(error), 1, distributed.leave)
+        fail(str(error), 2 if isinstance(error, ValueError | NotImplementedError) else 1, distributed.leave)
     except SaveError as error:
         fail(str(error), 1, endings.leave)
     except (RuntimeError, AssertionError, MemoryError) as error:

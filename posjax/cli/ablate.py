@@ -40,12 +40,15 @@ def ablate(args: Sequence[str], command: str) -> None:
     from posjax.lab.ablation.grids import run_grid
     from posjax.lab.ablation.sweeps import grid, parse_sweep
     from posjax.lab.config import init_or_check_workdir
+    from posjax.lab.flops import check_step_fits
     from posjax.lab.source import open_source
 
     ablation, config = parse(args, "ablate", _ablation_flags())
     points = grid(config, [parse_sweep(text) for text in ablation.sweep])
     seeds = tuple(range(config.seeds[0])) if len(config.seeds) == 1 and config.seeds[0] > 0 else config.seeds
     spread_over_cores(len(points) * len(seeds))
+    for point in points:
+        check_step_fits(point.config)
     source = open_source(config)
     for point in points:
         runs.check(point.config, (point.config.encoding,), source, devices=1)

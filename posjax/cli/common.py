@@ -1,17 +1,55 @@
 """Code that several verbs share: flags, workdir and data, tables and figures."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import itertools
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from posjax.checks import printable
 
 
 def fail(message: str, code: int = 1, leave: Callable[[int], None] = sys.exit) -> None:
     """Prints an error message and ends the command with an exit code."""
-    print(f"posjax: {message}", file=sys.stderr)
+    print(f"posjax: {printable(message)}", file=sys.stderr)
     leave(code)
+
+
+def parse_flags(cls: type, args: Sequence[str], prog: str, **options: Any) -> Any:
+    """Parses flags into a dataclass with tyro, which prints --help and exits.
+
+    Raises:
+      ValueError: a flag is unknown, or its value is wrong. The message is one line, without the frame that tyro draws.
+    """
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(cls, args=list(args), prog=prog, **options)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise ValueError(_without_frame(said.getvalue())) from None
+
+
+def _without_frame(text: str) -> str:
+    """Returns tyro's message as one line, with the flag that it suggests.
+
+    Its parts are a title, the message, suggestions and a hint, between rules; the title is in the frame where there is one.
+    """
+    rows = [row.strip(" │") for row in re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()]
+    plain = "\n".join(row for row in rows if not row.startswith(("╭", "╰")))
+    parts = re.split(r"^[─-]{4,}$", plain, flags=re.MULTILINE)
+    message = parts[0] if "╭" in text or len(parts) == 1 else parts[1]
+    line = re.sub(r"^Error parsing \w+: ", "", " ".join(message.partition("\nGot errors:")[0].split()))
+    suggested = re.search(r"Perhaps you meant:\s+(--\S+)", plain)
+    return f"{line}; did you mean {suggested[1]}?" if suggested else line
 
 
 def parse(args: Sequence[str], verb: str, options: type | None = None):
@@ -39,7 +77,7 @@ def parse(args: Sequence[str], verb: str, options: type | None = None):
     else:
         default, flags = load_config(args[0]), list(args[1:])
         default = dataclasses.replace(default, warmup_steps=_warmup_steps(default, flags))
-    cli = functools.partial(tyro.cli, args=flags, prog=f"posjax {verb} CONFIG")
+    cli = functools.partial(parse_flags, args=flags, prog=f"posjax {verb} CONFIG")
     if options is None:
         return cli(Config, default=default, config=(tyro.conf.FlagConversionOff,))
     both = dataclasses.make_dataclass("Both", [(verb, options), ("config", Config)])  # the field names are headings in --help
@@ -68,11 +106,13 @@ def open_run(config, specs: Sequence[str]):
     from posjax.encodings.spec import parse_encoding
     from posjax.lab import run as runs
     from posjax.lab.config import init_or_check_workdir
+    from posjax.lab.flops import check_step_fits
     from posjax.lab.source import open_source
     from posjax.parallel import distributed
 
     for spec in specs:
         parse_encoding(spec)  # the cheapest check first
+    check_step_fits(config)
     with distributed.first_process_first():
         source = open_source(config)
     runs.check(config, specs, source)
@@ -80,19 +120,25 @@ def open_run(config, specs: Sequence[str]):
 
 
 def printer() -> Callable[[str], None]:
-    """Returns ``print`` in the first process, and a function that does nothing in the others."""
+    """Returns a function that prints a text, with control characters escaped, in the first process and nothing in the others."""
     import jax
 
-    return print if jax.process_index() == 0 else lambda text: None
+    return (lambda text: print(printable(text))) if jax.process_index() == 0 else lambda text: None
 
 
 def report_rows(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
+    """Writes and prints the results of a run, in its first process.
+
+    Raises:
+      NonFiniteLoss: a loss is not finite. The results have been written.
+    """
     import jax
 
     if jax.process_index() > 0:
         return
     from posjax.lab import report
-    from posjax.lab.evaluation import MEASURES, TASK_MEASURE
+    from posjax.lab.evaluation import MEASURES, TASK_MEASURE, not_finite
+    from posjax.training.loop import NonFiniteLoss
 
     measure, label = MEASURES.get(config.task, TASK_MEASURE)
     heading = heading_of(config, source, label) + ("." if source.task is None else "")
@@ -102,6 +148,12 @@ def report_rows(rows, config, source, workdir: Path, say: Callable[[str], None])
     say(heading)
     print_table(*report.table_cells(rows, measure))
     say("\n".join(str(path) for path in (workdir / "results.json", workdir / "results.md", *figures)))
+    for row in rows:
+        if columns := not_finite(row["metrics"], measure):
+            raise NonFiniteLoss(
+                f"encoding {row['encoding']!r} with seed {row['seed']} ended with a loss that is not finite, at "
+                f"{', '.join(columns)}. Try a lower learning rate, a smaller clip_norm or float32 in another --workdir."
+            )
 
 
 def heading_of(config, source, label: str) -> str:
@@ -121,10 +173,11 @@ def heading_of(config, source, label: str) -> str:
 def print_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     for number, head in enumerate(heads):
-        table.add_column(head, justify="right" if number else "left", overflow="fold")
+        table.add_column(Text(printable(head)), justify="right" if number else "left", overflow="fold")
     for line in cells:
-        table.add_row(*line)
+        table.add_row(*(Text(printable(cell)) for cell in line))  # rich would read brackets in a str as markup
     Console(width=None if sys.stdout.isatty() else 160).print(table)  # a file has no terminal width

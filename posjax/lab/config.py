@@ -4,13 +4,17 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
+import sys
+import traceback
+import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from posjax.checks import bounded, check_at_least, check_fields, check_one_of, short
+from posjax.checks import bounded, check, check_fields, check_one_of, short
 from posjax.encodings.spec import spec_of
 from posjax.lab import named_configs
 from posjax.models.transformer import TransformerConfig
@@ -91,7 +95,7 @@ class Config:
     vocab_size: int = 4096
     seq_length: int = bounded(256, least=2)  # an input token and a target, or [CLS] and a token
     num_variables: int = bounded(1, least=1, most=26)
-    num_examples: int | None = bounded(None, least=1)
+    num_examples: int | None = bounded(None, least=1, hint="the examples of a synthetic task are held in memory")
     batch_size: int = bounded(16, least=1)
     encoding: str = "rope"
     encodings: tuple[str, ...] = (
@@ -161,10 +165,16 @@ class Config:
                 check_one_of(field.name, getattr(self, field.name), typing.get_args(field.type))
         check_fields(self)
         if self.tokenizer == "bpe":
-            check_at_least("vocab_size", self.vocab_size, 259)  # 256 bytes, two special tokens, one merge
+            # At least 256 bytes, two special tokens and one merge; no tokenizer in use has as many as a million.
+            check("vocab_size", self.vocab_size, int, least=259, most=2**20, hint="this is the vocabulary of tokenizer='bpe'")
         for name in ("encodings", "seeds", "eval_lengths"):
-            if not getattr(self, name):
+            values = getattr(self, name)
+            if not values:
                 raise ValueError(f"{name} must not be empty, got ()")
+            if repeated := [value for value in values if values.count(value) > 1]:  # it would count twice in a mean
+                raise ValueError(
+                    f"{name} must all differ, got {repeated[0]!r} {values.count(repeated[0])} times in {short(values)}"
+                )
         if any(multiple < 1 for multiple in self.eval_lengths):
             raise ValueError(f"eval_lengths must be multiples of seq_length, integers of at least 1, got {self.eval_lengths}")
         if self.warmup_steps < 0 or self.warmup_steps > self.steps:
@@ -218,17 +228,39 @@ def load_config(path: str) -> Config:
             f"config must be a Python file, or a name that posjax list shows, such as quickstart, got {path!r}"
             + (f"; did you mean {near[0]}?" if near else "")
         )
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None  # the suffix is .py
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
+        config = _module_of(file).get_config()
     except Exception as error:
-        raise ValueError(f"config {path} failed to load: {type(error).__name__}: {error}") from error
+        what = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"config {path} failed to load{_line_of(error, file)}: {type(error).__name__}: {what}") from error
     if not isinstance(config, Config):
         raise ValueError(f"get_config() of {path} must return a posjax.lab.config.Config, got {type(config).__name__}")
     return config if config.workdir else dataclasses.replace(config, workdir=f"runs/{file.stem}")
+
+
+def _module_of(file: Path) -> types.ModuleType:
+    """Runs a config file as Python runs a script: it may import files beside it. Dataclasses need it in ``sys.modules``."""
+    name, folder = f"posjax_config_{file.stem}", str(file.resolve().parent)
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None  # the suffix is .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    finally:  # at the end from now on, for encodings in a file beside it, without hiding any other module
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+    return module
+
+
+def _line_of(error: Exception, file: Path) -> str:
+    """Returns " at line N", the line of a config file that raised an exception; an empty string if no line of it did."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == os.path.abspath(file)]
+    if isinstance(error, SyntaxError) and error.filename == os.path.abspath(file):
+        lines = [error.lineno]
+    return f" at line {lines[-1]}" if lines else ""
 
 
 def init_or_check_workdir(config: Config) -> Path:

@@ -18,6 +18,7 @@ from posjax.lab.source import Source, eval_batches, test_rows
 from posjax.models.losses import cross_entropy
 from posjax.models.transformer import Transformer
 from posjax.parallel.steps import jit_for_all
+from posjax.training.loop import json_number
 from posjax.typing import Array, Params
 
 # The metric of a task: its name in results, and its label in tables and on axes.
@@ -31,8 +32,9 @@ def evaluate(config: Config, with_params: Callable[[Params], Transformer], param
     Returns:
       A dict with the entries
         metrics: {measure: {column: value or None}, "limit": longest sequence or None, "parameters": count}. Columns are lengths in
-          tokens for text, and test sets for synthetic tasks; a value is None if the encoding does not support that length.
-        loss_by_index, attention_distance, decay, line: the data of the figures (text only).
+          tokens for text, and test sets for synthetic tasks; a value is None if the encoding does not support that length, or if
+          it is not finite.
+        loss_by_index, attention_distance, decay, line: the data of the figures (text only; none if a loss is not finite).
     """
     limit = max_eval_length(config, with_params(params).encodings, source)
     metrics: dict[str, Any] = {"limit": limit, "parameters": sum(x.size for x in jax.tree.leaves(params))}
@@ -49,12 +51,21 @@ def evaluate(config: Config, with_params: Callable[[Params], Transformer], param
             by_length[column] = None
             continue
         mean, curve = mean_loss(losses, params, tests)
-        by_length[column] = mean * scale
+        by_length[column] = json_number(mean * scale)
     result = {"metrics": {measure: by_length} | metrics}
+    if not_finite(result["metrics"], measure):
+        return result
     if curve is not None:
         index, loss = curve
         result["loss_by_index"] = {"index": index.tolist(), "loss": (loss * scale).tolist()}
     return result | _probe(config, with_params, params, source)
+
+
+def not_finite(metrics: Mapping[str, Any], measure: str) -> list[str]:
+    """Returns the columns of a measure whose values are not finite, as opposed to beyond the limit of the encoding."""
+    limit = metrics["limit"]
+    beyond = [] if limit is None else [column for column in metrics[measure] if column.isdigit() and int(column) > limit]
+    return [column for column, value in metrics[measure].items() if value is None and column not in beyond]
 
 
 def max_eval_length(config: Config, encodings: Iterable[PositionalEncoding], source: Source) -> int | None:
@@ -132,7 +143,8 @@ def score(
 
     def wrong(params: Params, batch: dict[str, Array]) -> tuple[Array, Array]:
         logits = with_params(params)(batch["tokens"], batch["positions"], batch["segment_ids"])
-        return ((logits.argmax(-1) != batch["targets"]) * batch["weights"]).sum(1), batch["weights"].sum(1)
+        is_wrong = jnp.where(jnp.isfinite(logits.max(-1)), logits.argmax(-1) != batch["targets"], jnp.nan)
+        return (is_wrong * batch["weights"]).sum(1), batch["weights"].sum(1)
 
     def nats(params: Params, batch: dict[str, Array]) -> tuple[Array, Array]:
         return token_losses(with_params)(params, batch).sum(1), batch["weights"].sum(1)
@@ -162,13 +174,13 @@ def mean_loss(
     return float(total.sum() / weight.sum()), tuple(np.asarray(x) for x in curve)
 
 
-def _task_errors(config: Config, with_params: Callable, params: Params, source: Source) -> dict[str, float]:
+def _task_errors(config: Config, with_params: Callable, params: Params, source: Source) -> dict[str, float | None]:
     """Computes the percentage of wrong answers on a task and on each of its variants."""
     wrong = jit_for_all(score(config, with_params))
     errors = {}
     for column, tests in test_sets(config, source, None).items():
         sums = np.sum([np.sum(jax.device_get(wrong(params, batch)), axis=1) for batch in tests], axis=0, dtype=np.float64)
-        errors[column] = float(metric_scale(config, source) * sums[0] / sums[1])
+        errors[column] = json_number(metric_scale(config, source) * sums[0] / sums[1])
     return errors
 
 

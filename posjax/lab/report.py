@@ -1,5 +1,6 @@
 """Writes the rows that ``posjax.lab.run`` returns as files: results.json, results.md and figures."""
 
+import html
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from posjax import plots
+from posjax.checks import printable
 from posjax.encodings.spec import slug
+from posjax.lab.evaluation import not_finite
 from posjax.lab.statistics import summary
 
 Row = Mapping[str, Any]
@@ -39,7 +42,8 @@ def _grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
 def table_cells(rows: Sequence[Row], measure: str) -> tuple[list[str], list[list[str]]]:
     """Returns column heads and cells: the mean over seeds, with the standard deviation if there are several.
 
-    For a length that an encoding does not support, the cell gives the encoding's maximum: "max 64".
+    For a length that an encoding does not support, the cell gives the encoding's maximum: "max 64". A mean with a value that is not
+    finite is "not finite".
     """
     columns = list(rows[0]["metrics"][measure])
     cells = []
@@ -48,7 +52,8 @@ def table_cells(rows: Sequence[Row], measure: str) -> tuple[list[str], list[list
         for column in columns:
             values = [row["metrics"][measure][column] for row in group]
             if None in values:
-                line.append(f"max {group[0]['metrics']['limit']}")
+                lost = any(column in not_finite(row["metrics"], measure) for row in group)
+                line.append("not finite" if lost else f"max {group[0]['metrics']['limit']}")
                 continue
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             line.append(f"{np.mean(values):.3f}{spread}")
@@ -62,8 +67,14 @@ def markdown_table(rows: Sequence[Row], measure: str) -> str:
 
 
 def _markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(line) + " |" for line in cells])
+    lines = ["| " + " | ".join(map(_escaped, heads)) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(_escaped, line)) + " |" for line in cells])
+
+
+def _escaped(cell: str) -> str:
+    """Escapes what Markdown would read as the end of a cell, as HTML or as an entity, and control characters."""
+    text = html.escape(" ".join(printable(cell).split()), quote=False)
+    return text.replace("\\", "\\\\").replace("|", "\\|")
 
 
 # Ablations -------------------------------------------------------------------------------------------------------------

@@ -395,7 +395,7 @@ def test_the_command_says_what_can_be_benched(run):
     code, out, _ = run("bench")
     assert code == 2 and "  attention " in out
     code, _, error = run("bench", "atention")
-    assert code == 1 and "did you mean attention?" in error
+    assert code == 2 and "did you mean attention?" in error
 
 
 def test_help_explains_every_field_and_near_flags_are_named(run):

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import re
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -35,6 +36,13 @@ WRONG_FIELDS = [
     ({"eval_lengths": ()}, r"eval_lengths must not be empty, got \(\)"),
     ({"encodings": ()}, r"encodings must not be empty, got \(\)"),
     ({"seeds": ()}, r"seeds must not be empty, got \(\)"),
+    ({"seeds": (1, 2, 2)}, r"seeds must all differ, got 2 2 times in \(1, 2, 2\)"),
+    ({"encodings": ("rope", "rope")}, "encodings must all differ, got 'rope' 2 times"),
+    ({"eval_lengths": (1, 1)}, r"eval_lengths must all differ, got 1 2 times in \(1, 1\)"),
+    ({"learning_rate": float("inf")}, "learning_rate must be positive and finite, got inf"),
+    ({"logits_soft_cap": float("inf")}, "logits_soft_cap must be a finite number or None, got inf"),
+    ({"tokenizer": "bpe", "vocab_size": 10**9}, "vocab_size must be an integer from 259 to 1048576, got 1000000000"),
+    ({"num_examples": 10**11}, "num_examples must be an integer from 1 .*synthetic task are held in memory"),
     ({"seeds": (-1,)}, r"seeds must lie in \[0, 2\*\*31\), got \(-1,\)"),
     ({"warmup_steps": 11, "steps": 10}, r"warmup_steps must lie in \[0, steps=10\], got 11"),
     ({"learning_rate": -1e-3}, "learning_rate must be positive, got -0.001"),
@@ -78,17 +86,17 @@ def test_configs_of_the_project(name, tmp_path, monkeypatch):
 
 
 WRONG_FILES = {
-    "raises.py": ("1 / 0", "raises.py failed to load: ZeroDivisionError: division by zero"),
-    "syntax.py": ("def get_config(:", "syntax.py failed to load: SyntaxError"),
+    "raises.py": ("1 / 0", "raises.py failed to load at line 1: ZeroDivisionError: division by zero"),
+    "syntax.py": ("def get_config(:", "syntax.py failed to load at line 1: SyntaxError"),
     "nothing.py": ("x = 1", "nothing.py failed to load: AttributeError: .*get_config"),
     "dict.py": ("def get_config():\n    return {}", "dict.py must return a posjax.lab.config.Config, got dict"),
     "field.py": (
         "from posjax.lab.config import Config\ndef get_config():\n    return Config(stepz=1)",
-        "field.py failed to load: TypeError: .*'stepz'",
+        "field.py failed to load at line 3: TypeError: .*'stepz'",
     ),
     "value.py": (
         "from posjax.lab.config import Config\ndef get_config():\n    return Config(steps=0)",
-        "value.py failed to load: ValueError: steps must be an integer of at least 1, got 0",
+        "value.py failed to load at line 3: ValueError: steps must be an integer of at least 1, got 0",
     ),
     "config.txt": ("x", "config must be a Python file, or a name .*, such as quickstart, got '.*config.txt'"),
 }
@@ -100,6 +108,20 @@ def test_wrong_config_file(tmp_path, name):
     (tmp_path / name).write_text(code)
     with pytest.raises(ValueError, match=message):
         load_config(str(tmp_path / name))
+
+
+def test_config_file_with_postponed_annotations_and_a_sibling(tmp_path, monkeypatch):
+    """As Python runs a script: dataclasses find the module of a class, and a file beside it can be imported."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "posjax_shared_fields.py").write_text("STEPS = 40\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\nfrom posjax.lab.config import Config\n"
+        "from posjax_shared_fields import STEPS\n@dataclasses.dataclass\nclass Mine:\n    width: int = 32\n"
+        "def get_config():\n    return Config(embed_dim=Mine().width, steps=STEPS, warmup_steps=4)\n"
+    )
+    config = load_config(str(tmp_path / "mine.py"))
+    assert (config.embed_dim, config.steps) == (32, 40)
+    assert sys.path[0] != str(tmp_path) and sys.path[-1] == str(tmp_path)
 
 
 def test_missing_config_file(tmp_path):
