@@ -134,7 +134,10 @@ def load_corpus(
         raise ValueError(f"vocab_size must be at least 259 with tokenizer='bpe', got {vocab_size!r}")
 
     chosen_dir = data_dir or os.environ.get("POSJAX_DATA_DIR")
-    cache = Path(chosen_dir or "~/.cache/posjax").expanduser()
+    try:
+        cache = Path(chosen_dir or "~/.cache/posjax").expanduser()
+    except RuntimeError:  # a container's user without HOME and without an entry in the list of users
+        raise ValueError("data_dir must be given, or POSJAX_DATA_DIR set, because this user has no home directory") from None
     text = open_source(str(source), cache, Path(chosen_dir).expanduser() if chosen_dir else None)
     if not text.has_split(split):
         raise ValueError(f"split must be one of {', '.join(text.splits)}, got {split!r}{near(split, text.splits)}")

@@ -19,6 +19,7 @@ from posjax.lab.config import Config, load_config
 from posjax.lab.evaluation import evaluate, mean_loss, take_tokens, token_losses
 from posjax.lab.flops import model_flops
 from posjax.lab.source import Source, eval_batches, open_source, train_batches
+from posjax.lab.summary import opening_lines
 from posjax.models.losses import cross_entropy, z_loss
 from posjax.models.transformer import Transformer, functional
 from posjax.parallel.mesh import ROWS, make_mesh, parse_mesh, row_share
@@ -30,6 +31,7 @@ from posjax.training.optimizer import make_optimizer
 from posjax.training.schedule import learning_rate_schedule
 from posjax.training.state import TrainState, init_state
 from posjax.training.step import make_train_step
+from posjax.training.writers import printed
 from posjax.typing import Array, Params
 
 
@@ -228,6 +230,9 @@ def train(
     share = row_share(mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     actual = config if source.task is None else dataclasses.replace(config, seq_length=source.task.length)
+    if not quiet and jax.process_index() == 0:
+        for line in opening_lines(config, spec, source, parameters, mesh.shape, workdir):
+            printed(line)
     with translate_compile_errors(config.implementation):
         state = fit(
             pmap_train_step(step) if config.parallel == "pmap" else jit_train_step(step, mesh, _rules(mesh)),

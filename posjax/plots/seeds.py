@@ -122,6 +122,17 @@ def curves(
     return figure
 
 
+def mean_and_band(values: Array) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns the means [S] over seeds of [seeds, S], and the ends [2, S] of their 95 % intervals, None for a single seed."""
+    from posjax.lab.statistics import summary
+
+    found = [summary(column) for column in np.atleast_2d(np.asarray(values, float)).T]
+    means = np.array([np.nan if one.mean is None else one.mean for one in found])
+    if any(one.interval is None for one in found):
+        return means, None
+    return means, np.transpose([one.interval for one in found])
+
+
 def _mean_and_interval(axes: "Axes", values: np.ndarray, y: float, style: Style) -> tuple[float, ...]:
     """Draws the mean and its interval and returns the ends of the bar; without values, draws nothing and returns ()."""
     from posjax.lab.statistics import summary  # scipy.stats takes a second to import

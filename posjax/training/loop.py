@@ -27,7 +27,7 @@ from posjax.parallel.distributed import PreemptionSync, on_peer_loss
 from posjax.training.checkpoints import Checkpoints, SaveError, from_first_process
 from posjax.training.signals import Interrupted, noted_signals
 from posjax.training.storage import run_path
-from posjax.training.writers import Writers, json_number, quietly, read_metrics
+from posjax.training.writers import Writers, json_number, printed, read_metrics
 
 MAX_SKIPPED_IN_A_ROW = 10
 _GRACE_S = 3.0  # how long a process that ends at once waits for a checkpoint that is being written
@@ -109,7 +109,7 @@ def fit(
     check("checkpoint_minutes", checkpoint_minutes, float | None, above=0, what="be positive, or None")
     check("evaluate_every", evaluate_every, int | None, least=1, what="be at least 1, or None to evaluate only at the end")
     workdir = run_path(workdir)
-    say = quietly if not quiet and jax.process_index() == 0 else lambda text: None
+    say = printed if not quiet and jax.process_index() == 0 else lambda text: None
     keep = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best, "keep_steps": keep_steps}
     checkpoints = Checkpoints(workdir / "checkpoints", **keep)
 
@@ -304,7 +304,7 @@ def _check_streaks(streaks: list[np.ndarray], step: int, saves: _Saves) -> int:
 def _interrupt_message(step: int, number: int, state: str) -> str:
     text = f"interrupted by {signal.Signals(number).name} at step {step}; {state}"
     if jax.process_index() == 0:
-        quietly(text)
+        printed(text)
     return text
 
 
@@ -398,14 +398,14 @@ class _Log:
             return
         began = time.perf_counter()
         if not self.progress:
-            quietly("compiling the training step")
+            printed("compiling the training step")
         yield
         memory = f"; peak memory {peak_memory() / 2**30:.2f} GiB"
         text = f"compiled in {time.perf_counter() - began:.1f} s{memory}"
         if self.progress:
             self.progress.update(self.task, description=text)
         else:
-            quietly(text)
+            printed(text)
 
     def write(
         self,
@@ -444,7 +444,7 @@ class _Log:
             return
         left = (time.perf_counter() - self.started) / (step - self.first) * (self.steps - step)
         minutes, seconds = divmod(round(left), 60)
-        quietly(f"step {step}/{self.steps}  {text}  {minutes // 60}:{minutes % 60:02}:{seconds:02} left{scores}")
+        printed(f"step {step}/{self.steps}  {text}  {minutes // 60}:{minutes % 60:02}:{seconds:02} left{scores}")
 
 
 def peak_memory() -> int:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from posjax.checks import check_one_of, require
+from posjax.checks import check_one_of, printable, require
 from posjax.training.storage import files_in, is_bucket, upload, with_retries
 
 METRICS = "metrics.jsonl"
@@ -224,7 +224,7 @@ def json_number(value: Any) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def quietly(text: str) -> None:
+def printed(text: str) -> None:
     """Prints a line; a terminal or reader that is gone is no error."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, flush=True)
+        print(printable(text), flush=True)
