@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(str(error))
     from posjax.attention.backends.compile_errors import KernelCompileError
     from posjax.parallel import distributed
+    from posjax.training import storage
     from posjax.training.checkpoints import CheckpointError, SaveError
     from posjax.training.loop import NonFiniteLoss
     from posjax.training.signals import Interrupted
@@ -83,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if verb == "ablate":
             return run(rest, shlex.join(["posjax", *argv]))
         config = parse(rest, verb)
+        if verb in ("train", "compare"):
+            storage.check_bucket(storage.run_path(config.workdir))
         distributed.join()
         with (
             endings.terminable(),

@@ -20,8 +20,8 @@ def loss_by_length(
 ) -> "Figure":
     """Plots loss against evaluation length: the mean over seeds, with a bar for its 95 % interval and a dot per seed.
 
-    Intervals are Student's, for two seeds or more. A cross marks the maximum length of an encoding that does not support all
-    lengths.
+    Intervals are Student's, for two seeds or more, and may reach beyond the axis. A cross marks the maximum length of an encoding
+    that does not support all lengths.
 
     Args:
       rows: {encoding: {length in tokens: loss of each seed}}; lengths that the encoding does not support are absent or empty.
@@ -48,6 +48,10 @@ def loss_by_length(
             (stopped,) = axes.plot(x[-1], means[-1], "x", color=style.color, markersize=11, markeredgewidth=2.2, zorder=4)
     if stopped is not None:
         axes.plot([], [], "x", color=BLACK, markersize=9, markeredgewidth=2.2, label="maximum length")
+    shown = np.concatenate([np.zeros(0), *(np.asarray(values, float) for row in rows.values() for values in row.values())])
+    if shown.size:  # intervals of two seeds, which are wide, must not hide the differences
+        margin = 0.08 * (np.ptp(shown) or abs(shown[0]) or 1.0)
+        axes.set_ylim(shown.min() - margin, shown.max() + margin)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()

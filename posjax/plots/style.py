@@ -73,14 +73,14 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
 
 
 def save(figure: "Figure", path: str | Path) -> None:
-    """Writes a figure as the suffix of the path says: .png (150 dots per inch), .svg or .pdf, on a disk or in a bucket.
+    """Writes a figure as the suffix of the path says: .png (150 dots per inch; also without a suffix), .svg or .pdf.
 
     The figure need not be closed, because it is not registered with pyplot.
 
     Raises:
       ValueError: the suffix is another one.
     """
-    suffix = Path(path).suffix.removeprefix(".")
+    suffix = Path(path).suffix.removeprefix(".") or "png"
     if suffix not in FORMATS:
         raise ValueError(f"path must end in one of {', '.join(f'.{name}' for name in FORMATS)}, got {str(path)!r}")
     contents = io.BytesIO()
