@@ -49,6 +49,7 @@ def loss_by_length(
     if stopped is not None:
         axes.plot([], [], "x", color=BLACK, markersize=9, markeredgewidth=2.2, label="maximum length")
     shown = np.concatenate([np.zeros(0), *(np.asarray(values, float) for row in rows.values() for values in row.values())])
+    shown = shown[np.isfinite(shown)]
     if shown.size:  # intervals of two seeds, which are wide, must not hide the differences
         margin = 0.08 * (np.ptp(shown) or abs(shown[0]) or 1.0)
         axes.set_ylim(shown.min() - margin, shown.max() + margin)

@@ -203,6 +203,8 @@ def test_intervals_over_seeds_are_students():
     (band,) = plots.loss_by_index(curves, 128).axes[0].collections
     ends = band.get_paths()[0].vertices
     np.testing.assert_allclose([ends[:, 1].min(), ends[:, 1].max()], [2 - half, 5], rtol=1e-5)
+    gap = plots.loss_by_index({"rope": ([0, 8, 16], [[1.0, np.nan, 2.0], [3.0, 4.0, 2.0]])}, 128).axes[0].lines[0]
+    np.testing.assert_array_equal(gap.get_ydata(), [2.0, np.nan, 2.0])
     heads = np.stack([np.full((1, 4), value) for value in (1.0, 2.0, 3.0)])
     (bars,) = plots.attention_distance({"rope": heads}).axes[0].collections
     np.testing.assert_allclose(bars.get_segments()[0][:, 1], [2 - half, 2 + half], rtol=1e-5)
