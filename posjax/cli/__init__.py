@@ -20,13 +20,15 @@ usage: posjax VERB CONFIG [--field value ...] [--workdir DIR]
   train      trains and evaluates one encoding
   compare    trains every encoding of the config on the same data, evaluates beyond the training length, draws figures
   ablate     trains a grid of settings: --sweep learning_rate=1e-3,3e-4 --sweep rope.theta=1e4,1e5 --seeds 8
-  evaluate   evaluates the newest checkpoint of a workdir
-  generate   completes a prompt with the newest checkpoint of a workdir: --prompt "def "
+  evaluate   evaluates the newest checkpoint of a run: posjax evaluate RUN --eval_lengths 1 4 16
+  generate   completes a prompt with the newest checkpoint of a run: posjax generate RUN --prompt "def "
+  plot       draws the table and figures of runs again: posjax plot RUN
   plan       predicts memory and time of a step on chips that are not attached: --topology v5p:8x8x8 [--search]
   bench      runs a benchmark: attention [--lengths 2048 8192 ...] | schedule [--generations v6e ...] | gpu | tune
   list       lists the encodings and the configs
 
-CONFIG is a name that posjax list shows, such as quickstart, or a Python file of your own.
+CONFIG is a name that posjax list shows, such as quickstart, a Python file of your own, or the config.json of a run.
+RUN is the workdir of a run, which needs nothing else; compare RUN RUN ... puts the results of several runs in one table.
 Run posjax VERB CONFIG --help for a description of every field.
 Rerun train, compare or ablate to resume; a finished run exits at once.
 
@@ -41,7 +43,7 @@ resume from the newest checkpoint.
 The first signal lets the current step finish and saves. A second Ctrl-C ends the command within seconds, and a third
 at once; checkpoints that are complete stay so.
 """
-VERBS = ("train", "compare", "ablate", "evaluate", "generate", "plan", "bench", "list")
+VERBS = ("train", "compare", "ablate", "evaluate", "generate", "plot", "plan", "bench", "list")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         require(f"posjax {verb}", "flax", "optax", "orbax", "rich", "tyro")
     except ModuleNotFoundError as error:
         fail(str(error))
+    from posjax import storage
     from posjax.attention.backends.compile_errors import KernelCompileError
     from posjax.parallel import distributed
-    from posjax.training import storage
     from posjax.training.checkpoints import CheckpointError, SaveError
     from posjax.training.loop import NonFiniteLoss
     from posjax.training.signals import Interrupted
@@ -78,12 +80,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     endings.hide_tracebacks()
     config = None
     try:
-        run = getattr(importlib.import_module(f"posjax.cli.{verb}"), verb)  # each verb's module has a function of the same name
-        if verb in ("bench", "generate", "plan"):
+        module = importlib.import_module(f"posjax.cli.{verb}")
+        run = getattr(module, verb)  # each verb's module has a function of the same name
+        if verb in ("bench", "generate", "plan", "plot"):
             return run(rest)
         if verb == "ablate":
             return run(rest, shlex.join(["posjax", *argv]))
-        config = parse(rest, verb)
+        config = module.arguments(rest) if hasattr(module, "arguments") else parse(rest, verb)
         if verb in ("train", "compare"):
             storage.check_bucket(storage.run_path(config.workdir))
         distributed.join()

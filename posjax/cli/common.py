@@ -49,6 +49,7 @@ def _without_frame(text: str) -> str:
     message = parts[0] if "╭" in text or len(parts) == 1 else parts[1]
     line = re.sub(r"^Error parsing \w+: ", "", " ".join(message.partition("\nGot errors:")[0].split()))
     suggested = re.search(r"Perhaps you meant:\s+(--\S+)", plain)
+    line = line if len(line) <= 300 else f"{line[:140]} ... {line[-140:]}"
     return f"{line}; did you mean {suggested[1]}?" if suggested else line
 
 
@@ -79,10 +80,21 @@ def parse(args: Sequence[str], verb: str, options: type | None = None):
         default = dataclasses.replace(default, warmup_steps=_warmup_steps(default, flags))
     cli = functools.partial(parse_flags, args=flags, prog=f"posjax {verb} CONFIG")
     if options is None:
-        return cli(Config, default=default, config=(tyro.conf.FlagConversionOff,))
+        config = cli(Config, default=default, config=(tyro.conf.FlagConversionOff,))
+        _check_encodings(config)
+        return config
     both = dataclasses.make_dataclass("Both", [(verb, options), ("config", Config)])  # the field names are headings in --help
     parsed = cli(both, default=both(options(), default), config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
+    _check_encodings(parsed.config)
     return getattr(parsed, verb), parsed.config
+
+
+def _check_encodings(config) -> None:
+    """Raises ValueError if an encoding of a config is wrong, even one that the verb does not use."""
+    from posjax.encodings.spec import parse_encoding
+
+    for spec in (config.encoding, *config.encodings):
+        parse_encoding(spec)
 
 
 def _warmup_steps(config, flags: Sequence[str]) -> int:
@@ -97,26 +109,40 @@ def _warmup_steps(config, flags: Sequence[str]) -> int:
     return config.warmup_steps * int(steps) // config.steps
 
 
+def given(args: Sequence[str]) -> set[str]:
+    """Returns the names of the flags on a command line, as fields of a configuration."""
+    return {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
+
+
+def chosen_runs(config, flags: set[str]):
+    """Returns the runs in a workdir that the flags choose, all by default, each with the configuration to read it with."""
+    from posjax.lab.workdir import choose_runs
+
+    encodings = (config.encoding,) if "encoding" in flags else config.encodings if "encodings" in flags else None
+    return choose_runs(config, encodings, config.seeds if "seeds" in flags else None)
+
+
 def open_run(config, specs: Sequence[str]):
     """Checks a run before training starts, creates its workdir if necessary, and returns (workdir, data).
+
+    The caller holds the lock of the workdir.
 
     Raises:
       ValueError: the configuration, an encoding or the data cannot be used. No workdir is created then.
     """
-    from posjax.encodings.spec import parse_encoding
     from posjax.lab import run as runs
-    from posjax.lab.config import init_or_check_workdir
     from posjax.lab.flops import check_step_fits
     from posjax.lab.source import open_source
+    from posjax.lab.workdir import check_workdir, facts_of, init_or_check_workdir
     from posjax.parallel import distributed
 
-    for spec in specs:
-        parse_encoding(spec)  # the cheapest check first
     check_step_fits(config)
+    check_workdir(config)
     with distributed.first_process_first():
         source = open_source(config)
     runs.check(config, specs, source)
-    return init_or_check_workdir(config), source
+    runs.check_init_from(config, specs, source)
+    return init_or_check_workdir(config, facts_of(config, source), runs.tokenizer_file(source)), source
 
 
 def printer() -> Callable[[str], None]:
@@ -126,8 +152,19 @@ def printer() -> Callable[[str], None]:
     return (lambda text: print(printable(text))) if jax.process_index() == 0 else lambda text: None
 
 
-def report_rows(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
-    """Writes and prints the results of a run, in its first process.
+def print_data(source, say: Callable[[str], None]) -> None:
+    """Prints the splits of a text, with warnings; nothing for a synthetic task."""
+    if source.summary:
+        say("\n".join(source.summary))
+
+
+def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str], None]) -> None:
+    """Prints the results of runs and writes them to a folder, in the first process.
+
+    Args:
+      rows, config, source: the results, and the configuration and data that they come from.
+      workdir: the folder; None: nothing is written.
+      say: prints a line.
 
     Raises:
       NonFiniteLoss: a loss is not finite. The results have been written.
@@ -142,12 +179,16 @@ def report_rows(rows, config, source, workdir: Path, say: Callable[[str], None])
 
     measure, label = MEASURES.get(config.task, TASK_MEASURE)
     heading = heading_of(config, source, label) + ("." if source.task is None else "")
-    report.write_results(rows, measure, workdir, heading)
-    figures = report.write_figures(rows, measure, label, config.seq_length, workdir, config.figure_format)
+    written = []
+    if workdir is not None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        report.write_results(rows, measure, workdir, heading)
+        figures = report.write_figures(rows, measure, label, config.seq_length, workdir, config.figure_format)
+        written = [workdir / "results.json", workdir / "results.md", *figures]
     say("")
     say(heading)
     print_table(*report.table_cells(rows, measure))
-    say("\n".join(str(path) for path in (workdir / "results.json", workdir / "results.md", *figures)))
+    say("\n".join(map(str, written)) or "Nothing was written; --out FOLDER writes results.json, results.md and the figures.")
     for row in rows:
         if columns := not_finite(row["metrics"], measure):
             raise NonFiniteLoss(
@@ -162,7 +203,7 @@ def heading_of(config, source, label: str) -> str:
 
     length = config.seq_length if source.task is None else source.task.length
     heading = f"{label}, trained on {length} tokens, {config.steps:,} steps of {config.batch_size} sequences"
-    if config.task == "lm":
+    if config.task == "lm" and source.validation is not None:
         entropy = unigram_bits_per_byte(source.validation)
         heading += f"; unigram entropy of the validation text: {entropy:.3f} bits per byte"
     if source.task is None:

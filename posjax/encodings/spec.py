@@ -131,6 +131,11 @@ _IMPORTED = re.compile(r"(?<![\w.'\"])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 _MARK = "_imported_"
 
 
+def modules_of(spec: str) -> list[str]:
+    """Returns the modules that a spec names: my_package.mine for "rope + my_package.mine:encoding(3)"."""
+    return [match[1] for match in _IMPORTED.finditer(spec)]
+
+
 def _unmarked(text: str) -> str:
     return text.replace(f".{_MARK}", ":")
 
@@ -208,6 +213,8 @@ def parametrize_spec(spec: str) -> tuple[str, tuple[float, ...]]:
 
     def parametrize(call: ast.Call) -> ast.Call:
         make = _maker(call)
+        if isinstance(make, PositionalEncoding):  # a value in a user's module: its arguments are not in the text
+            return call
         for argument in traced_arguments(make):
             given = _argument(call, argument)
             default = inspect.signature(make).parameters[argument].default

@@ -16,7 +16,7 @@ from posjax.lab import probes
 from posjax.lab.config import Config
 from posjax.lab.source import Source, eval_batches, test_rows
 from posjax.models.losses import cross_entropy
-from posjax.models.transformer import Transformer
+from posjax.models.transformer import LayerRecord, Transformer
 from posjax.parallel.steps import jit_for_all
 from posjax.training.loop import json_number
 from posjax.typing import Array, Params
@@ -184,6 +184,24 @@ def _task_errors(config: Config, with_params: Callable, params: Params, source: 
     return errors
 
 
+def layer_weights(config: Config, record: LayerRecord, positions: Array | None = None, segments: Array | None = None) -> Array:
+    """Returns the attention probabilities of a layer, [B, N, T, T], from the inputs of its attention."""
+    return attention_weights(
+        record.query,
+        record.key,
+        record.encoding,
+        record.params,
+        value=record.value,
+        hidden=record.hidden,
+        is_causal=config.task != "mlm",
+        segment_ids=segments,
+        query_positions=positions,
+        key_positions=positions,
+        local_window_size=config.local_window_size,
+        logits_soft_cap=config.logits_soft_cap,
+    )
+
+
 # The data of the figures ----------------------------------------------------------------------------------------------
 
 
@@ -197,27 +215,9 @@ def _probe(config: Config, with_params: Callable[[Params], Transformer], params:
 
     @jit_for_all
     def distances(params: Params) -> list[Array]:
-        return [
-            probes.attention_distance(
-                attention_weights(
-                    record.query,
-                    record.key,
-                    record.encoding,
-                    record.params,
-                    value=record.value,
-                    hidden=record.hidden,
-                    is_causal=is_causal,
-                    segment_ids=segments,
-                    query_positions=positions,
-                    key_positions=positions,
-                    local_window_size=config.local_window_size,
-                    logits_soft_cap=config.logits_soft_cap,
-                ),
-                positions,
-                positions,
-            )
-            for record in with_params(params).records(tokens, positions, segments)
-        ]
+        records = with_params(params).records(tokens, positions, segments)
+        weights = (layer_weights(config, record, positions, segments) for record in records)
+        return [probes.attention_distance(layer, positions, positions) for layer in weights]
 
     probed["attention_distance"] = [layer.tolist() for layer in jax.device_get(distances(params))]
     line = _cope_line(config, with_params, params, source) if is_causal else None

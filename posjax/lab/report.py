@@ -1,7 +1,6 @@
 """Writes the rows that ``posjax.lab.run`` returns as files: results.json, results.md and figures."""
 
 import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from posjax import plots
 from posjax.checks import printable
 from posjax.encodings.spec import slug
+from posjax.files import write_atomically, write_json
 from posjax.lab.evaluation import not_finite
 from posjax.lab.statistics import summary
 
@@ -21,9 +21,9 @@ Row = Mapping[str, Any]
 def write_results(rows: Sequence[Row], measure: str, workdir: Path, heading: str) -> str:
     """Writes results.json and results.md, and returns the Markdown table in results.md."""
     slim = [{"encoding": row["encoding"], "seed": row["seed"], "metrics": row["metrics"]} for row in rows]
-    (workdir / "results.json").write_text(json.dumps({"rows": slim}, indent=1) + "\n")
+    write_json(workdir / "results.json", {"rows": slim}, indent=1)
     table = markdown_table(rows, measure)
-    (workdir / "results.md").write_text(f"{heading}\n\n{table}\n")
+    write_atomically(workdir / "results.md", f"{heading}\n\n{table}\n")
     return table
 
 
@@ -84,9 +84,9 @@ def write_ablation(rows: Sequence[Row], measure: str, label: str, workdir: Path,
     """Writes results.json, results.md, dots.png and curves.png for the rows of ``run_grid``, and returns the table."""
     kept = ("encoding", "seed", "settings", "metrics", "diverged")
     slim = [{name: row[name] for name in kept} for row in rows]
-    (workdir / "results.json").write_text(json.dumps({"rows": slim}, indent=1) + "\n")
+    write_json(workdir / "results.json", {"rows": slim}, indent=1)
     heads, cells = ablation_cells(rows, measure)
-    (workdir / "results.md").write_text(f"{heading}\n\n{_markdown(heads, cells)}\n")
+    write_atomically(workdir / "results.md", f"{heading}\n\n{_markdown(heads, cells)}\n")
     encodings = {row["label"]: row["encoding"] for row in rows}
     columns = [column for column in rows[0]["metrics"][measure] if any(row["metrics"][measure][column] is not None for row in rows)]
     plots.save(plots.dots({c: seeds_of(rows, measure, c) for c in columns}, label, encodings), workdir / "dots.png")

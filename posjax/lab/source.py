@@ -1,7 +1,8 @@
 """Batches for training and evaluation, from the corpus or synthetic task that a configuration names."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -9,12 +10,15 @@ import numpy as np
 
 from posjax.data import synthetic
 from posjax.data.corpus import Corpus, excerpts, load_corpus
+from posjax.data.files import shown
 from posjax.data.on_device import on_device as corpus_on_device
 from posjax.data.pipeline import batches
 from posjax.lab.config import Config
 from posjax.typing import Array
 
 EVAL_SEED, _EXAMPLES_SEED = 2**31, 2**31 + 1  # seeds of the evaluation data and of fixed training sets
+_COMPARED_DOCUMENTS = 200_000  # most documents of a split that are compared with those of the other, which takes a second
+_TOLERATED_REPEATS = 0.001  # share of validation tokens: empty modules and licenses repeat in every folder of source code
 _EVAL_BATCH_TOKENS = 4096  # minimum tokens per evaluation batch; smaller batches take longer to dispatch than to compute
 
 
@@ -28,6 +32,8 @@ class Source:
         task, the length of the longest of the task and its variants.
       train, validation: the splits of a text, the second reduced to the excerpts that are evaluated; None for a synthetic task.
       task: the synthetic task; None for text.
+      summary: lines that describe both splits of a text, for the opening of a run.
+      digests: a SHA-256 sum of the tokens and documents of each whole split, by name; empty for a synthetic task.
     """
 
     vocab_size: int
@@ -35,6 +41,8 @@ class Source:
     train: Corpus | None = None
     validation: Corpus | None = None
     task: synthetic.Task | None = None
+    summary: tuple[str, ...] = ()
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def open_source(config: Config) -> Source:
@@ -48,15 +56,22 @@ def open_source(config: Config) -> Source:
             tokenizer=config.tokenizer,
             vocab_size=config.vocab_size if config.tokenizer == "bpe" else None,
             data_dir=config.data_dir or None,
+            validation_data=config.validation_data,
+            include=config.include,
+            exclude=config.exclude,
+            text_key=config.text_key,
+            workdir=config.workdir or None,
         )
         try:
             train, validation = (load_corpus(config.data, split, **options) for split in ("train", "validation"))
         except ValueError as error:
             raise ValueError(f"data {config.data!r} cannot be used: {error}") from error
+        summary = data_summary(config.data, train, validation)
+        digests = {"train": _digest(train), "validation": _digest(validation)}
         # The longest rows begin with a BOS token, so an excerpt is one token shorter.
         excerpt_length = config.seq_length * max(config.eval_lengths) - 1
         validation = excerpts(validation, excerpt_length, max(1, config.eval_tokens // excerpt_length))
-        return Source(train.vocab_size, config.seq_length, train=train, validation=validation)
+        return Source(train.vocab_size, config.seq_length, train, validation, summary=summary, digests=digests)
     length = config.seq_length
     task = {
         "flip_flop": lambda: synthetic.flip_flop(length=length),
@@ -64,6 +79,64 @@ def open_source(config: Config) -> Source:
         "counting": lambda: synthetic.counting(config.num_variables, max_operations=length, length=length),
     }[config.task]()
     return Source(task.vocab_size, max(t.length for t in (task, *task.variants.values())), task=task)
+
+
+def data_summary(data: str, train: Corpus, validation: Corpus) -> tuple[str, ...]:
+    """Describes two splits in lines: their sizes, how they were chosen, and warnings.
+
+    A warning says that validation has more text than training, or that whole documents of validation also occur in training.
+    """
+    rows = [("", "documents", "bytes", "tokens")]
+    tokens = {}
+    for name, split in (("train", train), ("validation", validation)):
+        tokens[name] = sum(len(part.tokens) for part in _parts(split))
+        sizes = (split.num_documents, split.num_bytes, tokens[name])
+        rows.append((name, *("unknown" if size is None else f"{size:,}" for size in sizes)))
+    lines = [f"data: {shown(data)}", *(f"  {row[0]:<10}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in rows)]
+    lines += [f"  {shown(note)}" for note in train.notes]
+    if tokens["validation"] > tokens["train"]:
+        lines.append(f"warning: validation has more tokens than training, {tokens['validation']:,} and {tokens['train']:,}")
+    repeated, share = repeats(train, validation)
+    if share > _TOLERATED_REPEATS:
+        count = f"at least {repeated:,} of {validation.num_documents:,} validation documents"
+        lines.append(f"warning: {count}, {share:.1%} of the validation tokens, are also training documents")
+    return tuple(lines)
+
+
+def repeats(train: Corpus, validation: Corpus) -> tuple[int, float]:
+    """Returns the number of documents of ``validation`` that are also documents of ``train``, and their share of its tokens.
+
+    Of very many documents, only some, spread evenly, are compared.
+    """
+
+    def some(numbers: np.ndarray) -> np.ndarray:
+        return numbers[:: -(-len(numbers) // _COMPARED_DOCUMENTS) or 1]
+
+    known: dict[bytes, list[int]] = {}  # digest -> lengths of the documents that have it
+    for part in _parts(validation):
+        lengths = np.diff(part.offsets)
+        for number in some(np.flatnonzero(lengths)):
+            known.setdefault(_document_digest(part, number), []).append(int(lengths[number]))
+    wanted = np.unique([length for lengths in known.values() for length in lengths])
+    found: list[int] = []
+    for part in _parts(train):
+        for number in some(np.flatnonzero(np.isin(np.diff(part.offsets), wanted))):
+            found += known.pop(_document_digest(part, number), [])
+    return len(found), sum(found) / max(1, sum(len(part.tokens) for part in _parts(validation)))
+
+
+def _parts(corpus: Corpus) -> tuple[Corpus, ...]:
+    """Returns the corpora of a mixture, or the corpus itself."""
+    return getattr(corpus, "parts", (corpus,))
+
+
+def _document_digest(corpus: Corpus, number: int) -> bytes:
+    return hashlib.sha256(corpus.tokens[corpus.offsets[number] : corpus.offsets[number + 1]]).digest()
+
+
+def _digest(corpus: Corpus) -> str:
+    stored = getattr(corpus, "digest", None)
+    return stored or hashlib.sha256(hashlib.sha256(corpus.tokens).digest() + corpus.offsets.tobytes()).hexdigest()
 
 
 def batch_key(seed: int | Array, number: int | Array) -> Array:

@@ -34,7 +34,7 @@ import numpy as np
 
 from posjax.checks import check, require
 from posjax.parallel.distributed import barrier
-from posjax.training.storage import download, files_in, is_bucket, remove, run_path, upload, with_retries
+from posjax.storage import download, files_in, is_bucket, remove, run_path, upload, with_retries
 
 MANIFEST = "manifest.json"
 EVALUATION = "evaluation.json"

@@ -24,9 +24,10 @@ import numpy as np
 from posjax.checks import check
 from posjax.hardware import peak_flops
 from posjax.parallel.distributed import PreemptionSync, on_peer_loss
+from posjax.storage import run_path
 from posjax.training.checkpoints import Checkpoints, SaveError, from_first_process
+from posjax.training.lock import holds_lock
 from posjax.training.signals import Interrupted, noted_signals
-from posjax.training.storage import run_path
 from posjax.training.writers import Writers, json_number, printed, read_metrics
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -37,6 +38,7 @@ class NonFiniteLoss(RuntimeError):
     """Raised after ten consecutive steps with a non-finite loss or gradient. The message names the newest intact checkpoint."""
 
 
+@holds_lock
 def fit(
     step_fn: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]],
     state: Any,
@@ -100,6 +102,7 @@ def fit(
         the last step.
       SaveError: the state after the last step, or after a signal, could not be saved. Older checkpoints are intact.
       CheckpointError: there are checkpoints, but none can be used.
+      WorkdirInUse: another process is writing to the workdir.
       ValueError: an argument is out of range, or `batches` ended before `steps`.
     """
     for name, value in {"steps": steps, "log_every": log_every}.items():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from posjax.checks import check_one_of, printable, require
-from posjax.training.storage import files_in, is_bucket, upload, with_retries
+from posjax.storage import files_in, is_bucket, upload, with_retries
 
 METRICS = "metrics.jsonl"
 LOGGERS = ("tensorboard", "csv", "wandb")

@@ -352,8 +352,9 @@ def test_torch_and_x_transformers_compute_the_same(encoding):
 
 def test_gates_of_a_trained_model(tmp_path, monkeypatch):
     from posjax.lab import run as runs
-    from posjax.lab.config import Config, init_or_check_workdir
+    from posjax.lab.config import Config
     from posjax.lab.source import eval_batches, open_source
+    from posjax.lab.workdir import init_or_check_workdir
 
     config = Config(
         workdir=str(tmp_path / "run"), task="flip_flop", encoding="cope(4)", encodings=("cope(4)",), seq_length=8, batch_size=8,

@@ -13,12 +13,13 @@ import posjax as pj
 from posjax.core.encoding import PositionalEncoding, registered
 from posjax.encodings.spec import one_line, parametrize_spec, parse_encoding, slug, spec_of
 from posjax.lab import named_configs, report
-from posjax.lab.config import RUN_ONLY, Config, init_or_check_workdir, load_config, run_fingerprint
+from posjax.lab.config import Config, load_config
+from posjax.lab.workdir import RUN_ONLY, init_or_check_workdir, run_fingerprint
 
 WRONG_FIELDS = [
     ({"task": "lmm"}, "task must be one of lm, mlm, .*, got 'lmm'"),
     ({"tokenizer": "words"}, "tokenizer must be one of bytes, bpe, got 'words'"),
-    ({"decay": "step"}, "decay must be one of cosine, linear, constant, got 'step'"),
+    ({"decay": "step"}, "decay must be one of cosine, linear, constant, wsd, got 'step'"),
     ({"parallel": "xmap"}, "parallel must be one of jit, pmap, got 'xmap'"),
     ({"norm": "batchnorm"}, "norm must be .*rmsnorm.*, got 'batchnorm'"),
     ({"attention": "sparse"}, "attention must be .*softmax.*linear.*, got 'sparse'"),
@@ -41,7 +42,7 @@ WRONG_FIELDS = [
     ({"eval_lengths": (1, 1)}, r"eval_lengths must all differ, got 1 2 times in \(1, 1\)"),
     ({"learning_rate": float("inf")}, "learning_rate must be positive and finite, got inf"),
     ({"logits_soft_cap": float("inf")}, "logits_soft_cap must be a finite number or None, got inf"),
-    ({"tokenizer": "bpe", "vocab_size": 10**9}, "vocab_size must be an integer from 259 to 1048576, got 1000000000"),
+    ({"vocab_size": 10**9}, "vocab_size must be an integer from 1 to 1048576, got 1000000000"),
     ({"num_examples": 10**11}, "num_examples must be an integer from 1 .*synthetic task are held in memory"),
     ({"seeds": (-1,)}, r"seeds must lie in \[0, 2\*\*31\), got \(-1,\)"),
     ({"warmup_steps": 11, "steps": 10}, r"warmup_steps must lie in \[0, steps=10\], got 11"),
@@ -153,7 +154,8 @@ def test_a_workdir_that_is_older_than_a_field_has_its_default(tmp_path):
     config = Config(workdir=str(tmp_path), steps=200)
     init_or_check_workdir(config)
     fields = json.loads((tmp_path / "config.json").read_text())
-    old = {name: value for name, value in fields.items() if name not in ("optimizer", "z_loss", "ema_decay")}
+    later = ("optimizer", "z_loss", "ema_decay", "validation_data", "include", "exclude", "text_key")
+    old = {name: value for name, value in fields.items() if name not in later}
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert init_or_check_workdir(config) == tmp_path
     wrong = "optimizer is 'adamw' there and 'muon' here, z_loss is 0.0 there and 0.1 here, ema_decay is None there and 0.5 here"
@@ -161,17 +163,6 @@ def test_a_workdir_that_is_older_than_a_field_has_its_default(tmp_path):
         init_or_check_workdir(dataclasses.replace(config, optimizer="muon", z_loss=0.1, ema_decay=0.5))
     assert set(run_fingerprint(config)) == set(old) - RUN_ONLY  # of which a grid makes the names of its folders
     assert run_fingerprint(dataclasses.replace(config, z_loss=0.1)) == run_fingerprint(config) | {"z_loss": 0.1}
-
-
-@pytest.mark.parametrize("damage", ["", "{", "[1]", "null", "\udcff"])
-def test_damaged_stored_config(tmp_path, damage):
-    stored = tmp_path / "config.json"
-    stored.write_bytes(damage.encode("utf-8", "surrogateescape"))
-    with pytest.raises(
-        ValueError, match=f"workdir {tmp_path} has an unreadable config.json .*; remove that file or use another --workdir"
-    ):
-        init_or_check_workdir(Config(workdir=str(tmp_path)))
-    assert stored.read_bytes() == damage.encode("utf-8", "surrogateescape")
 
 
 def test_workdir_that_is_a_file(tmp_path):

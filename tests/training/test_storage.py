@@ -11,10 +11,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from test_loop import STEPS, Batches, assert_same_run, lines, run, straight  # noqa: F401
 
-from posjax.training import storage
+from posjax import storage
+from posjax.storage import check_bucket, run_path
 from posjax.training.checkpoints import Checkpoints, SaveError
 from posjax.training.loop import fit
-from posjax.training.storage import check_bucket, run_path
 from posjax.training.writers import read_metrics
 
 
