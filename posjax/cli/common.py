@@ -183,7 +183,7 @@ def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str],
     if workdir is not None:
         workdir.mkdir(parents=True, exist_ok=True)
         report.write_results(rows, measure, workdir, heading)
-        figures = report.write_figures(rows, measure, label, config.seq_length, workdir)
+        figures = report.write_figures(rows, measure, label, config.seq_length, workdir, config.figure_format)
         written = [workdir / "results.json", workdir / "results.md", *figures]
     say("")
     say(heading)

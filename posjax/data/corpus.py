@@ -145,7 +145,10 @@ def load_corpus(
         raise ValueError(f"vocab_size must be at least 259 with tokenizer='bpe', got {vocab_size!r}")
 
     chosen_dir = data_dir or os.environ.get("POSJAX_DATA_DIR")
-    cache = Path(chosen_dir or "~/.cache/posjax").expanduser()
+    try:
+        cache = Path(chosen_dir or "~/.cache/posjax").expanduser()
+    except RuntimeError:  # a container's user without HOME and without an entry in the list of users
+        raise ValueError("data_dir must be given, or POSJAX_DATA_DIR set, because this user has no home directory") from None
     text = open_source(
         str(source),
         cache,

@@ -83,7 +83,12 @@ class Config:
       mesh: devices per axis, e.g. data=2,fsdp=4; the axes are data, fsdp, context and tensor. Empty: data over all devices.
       log_every: steps between log lines.
       checkpoint_every: steps between checkpoints.
-      keep_checkpoints: number of checkpoints to keep.
+      checkpoint_minutes: also saves after this many minutes without a checkpoint; None saves by steps alone.
+      keep_last: number of newest checkpoints to keep.
+      keep_every: also keeps the checkpoints of multiples of this step; None keeps no others for this reason.
+      keep_best: also keeps this many checkpoints with the lowest evaluation loss, which evaluate_every determines.
+      loggers: where metrics go besides metrics.jsonl: tensorboard, csv, wandb.
+      figure_format: png, svg or pdf.
       evaluate_every: steps between evaluations during training; None evaluates only at the end.
       eval_lengths: lengths of the final evaluation, as multiples of seq_length.
       eval_tokens: number of validation tokens to evaluate at each length.
@@ -153,7 +158,12 @@ class Config:
     mesh: str = ""
     log_every: int = bounded(20, least=1)
     checkpoint_every: int = bounded(500, least=1)
-    keep_checkpoints: int = bounded(3, least=1)
+    checkpoint_minutes: float | None = bounded(None, above=0)
+    keep_last: int = bounded(3, least=1)
+    keep_every: int | None = bounded(None, least=1)
+    keep_best: int = bounded(0, least=0)
+    loggers: tuple[Literal["tensorboard", "csv", "wandb"], ...] = ("tensorboard",)
+    figure_format: Literal["png", "svg", "pdf"] = "png"
     evaluate_every: int | None = bounded(None, least=1)
     eval_lengths: tuple[int, ...] = (1, 2, 4, 8)
     eval_tokens: int = bounded(32_768, least=1)

@@ -20,6 +20,7 @@ from posjax.lab.config import Config, load_config
 from posjax.lab.evaluation import evaluate, mean_loss, take_tokens, token_losses
 from posjax.lab.flops import model_flops
 from posjax.lab.source import Source, eval_batches, open_source, train_batches
+from posjax.lab.summary import opening_lines
 from posjax.lab.workdir import StoredRun, add_fact, digest_of_arrays, facts_of, init_or_check_workdir, milestones, stored_runs
 from posjax.models.losses import cross_entropy, z_loss
 from posjax.models.transformer import Transformer, functional
@@ -33,6 +34,7 @@ from posjax.training.optimizer import make_optimizer
 from posjax.training.schedule import learning_rate_schedule
 from posjax.training.state import TrainState, init_state
 from posjax.training.step import make_train_step
+from posjax.training.writers import printed
 from posjax.typing import Array, Params
 
 
@@ -260,6 +262,9 @@ def train(
     share = row_share(mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     actual = config if source.task is None else dataclasses.replace(config, seq_length=source.task.length)
+    if not quiet and jax.process_index() == 0:
+        for line in opening_lines(config, spec, source, parameters, mesh.shape, workdir):
+            printed(line)
     with translate_compile_errors(config.implementation):
         state = fit(
             pmap_train_step(step) if config.parallel == "pmap" else jit_train_step(step, mesh, _rules(mesh)),
@@ -270,7 +275,11 @@ def train(
             config=dataclasses.asdict(config) | {"encoding": spec, "seeds": [seed]},
             log_every=config.log_every,
             checkpoint_every=config.checkpoint_every,
-            keep=config.keep_checkpoints,
+            checkpoint_minutes=config.checkpoint_minutes,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            keep_best=config.keep_best,
+            loggers=config.loggers,
             keep_steps=milestones(config),
             evaluate=evaluate_now if config.evaluate_every else None,
             evaluate_every=config.evaluate_every,

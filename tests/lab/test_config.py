@@ -30,7 +30,7 @@ WRONG_FIELDS = [
     ({"accumulate_steps": 0}, "accumulate_steps must be an integer of at least 1, got 0"),
     ({"log_every": 0}, "log_every must be an integer of at least 1, got 0"),
     ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1, got 0"),
-    ({"keep_checkpoints": 0}, "keep_checkpoints must be an integer of at least 1, got 0"),
+    ({"keep_last": 0}, "keep_last must be an integer of at least 1, got 0"),
     ({"evaluate_every": 0}, "evaluate_every must be an integer of at least 1, got 0"),
     ({"eval_tokens": 0}, "eval_tokens must be an integer of at least 1, got 0"),
     ({"eval_lengths": (1, 0)}, r"eval_lengths must be multiples of seq_length, integers of at least 1, got \(1, 0\)"),

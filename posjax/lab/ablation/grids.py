@@ -31,7 +31,9 @@ from posjax.lab.source import Source
 from posjax.lab.workdir import run_fingerprint
 from posjax.training.checkpoints import Checkpoints
 from posjax.training.lock import locked
-from posjax.training.loop import MAX_SKIPPED_IN_A_ROW, Interrupted, forget_after, json_number, noted_signals
+from posjax.training.loop import MAX_SKIPPED_IN_A_ROW
+from posjax.training.signals import Interrupted, noted_signals
+from posjax.training.writers import forget_after, json_number
 
 _SECONDS_BETWEEN_LINES = 15
 
@@ -175,7 +177,7 @@ def _train_group(
     """Trains a group and returns the content of its ``rows.json``: rows in the order of its runs, and training statistics."""
     config, log = group.config, folder / "metrics.jsonl"
     # Created before anything is compiled, because importing Orbax clears JAX's caches of compiled programs.
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    checkpoints = Checkpoints(folder / "checkpoints", keep_last=1)
     began = time.perf_counter()
     batched_runs = BatchedRuns(group, source, jax.local_devices()[: len(group.runs)], at_once)
     state, step = batched_runs.start(), 0
