@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class Corpus:
       vocab_size: V, the number of token ids: the tokenizer's ids, followed by two special ones.
       num_bytes: length of the text in bytes, from which bits per byte are computed.
       tokenizer_path: path of the BPE file. None if tokens are bytes.
+      notes: lines that say how the splits of the source were chosen.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Corpus:
     vocab_size: int
     num_bytes: int
     tokenizer_path: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def num_documents(self) -> int:
@@ -104,6 +106,11 @@ def load_corpus(
     tokenizer: str = "bytes",
     vocab_size: int | None = None,
     data_dir: str | Path | None = None,
+    validation_data: str = "",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    text_key: str = "text",
+    workdir: str | Path | None = None,
 ) -> Corpus:
     """Loads a corpus from the cache, building it first if necessary.
 
@@ -119,6 +126,10 @@ def load_corpus(
         may run out of merges before that; `vocab_size` of the corpus is then smaller.
       data_dir: directory of the caches, by default $POSJAX_DATA_DIR or ~/.cache/posjax. If neither the argument nor the
         variable is set, TFDS data sets are read from, or prepared in, TFDS's default directory.
+      validation_data: a source of its own for validation; all of `source` is then training text. Empty: part of `source`.
+      include, exclude: patterns of the files of a folder to read and to leave out, such as "*.txt" or "books/**/*.txt".
+      text_key: the key of JSONL, or column of Parquet and Arrow, that holds the text.
+      workdir: folder of a run, which is not text even if it lies in the folder of the source.
 
     Raises:
       ValueError: an argument is invalid, the split is empty, or a file is not text.
@@ -135,7 +146,16 @@ def load_corpus(
 
     chosen_dir = data_dir or os.environ.get("POSJAX_DATA_DIR")
     cache = Path(chosen_dir or "~/.cache/posjax").expanduser()
-    text = open_source(str(source), cache, Path(chosen_dir).expanduser() if chosen_dir else None)
+    text = open_source(
+        str(source),
+        cache,
+        Path(chosen_dir).expanduser() if chosen_dir else None,
+        validation_data=validation_data,
+        include=include,
+        exclude=exclude,
+        text_key=text_key,
+        workdir=workdir,
+    )
     if not text.has_split(split):
         raise ValueError(f"split must be one of {', '.join(text.splits)}, got {split!r}{near(split, text.splits)}")
     tokenizer_path = _trained_bpe(text, vocab_size, cache) if tokenizer == "bpe" else None
@@ -150,6 +170,7 @@ def load_corpus(
         vocab_size=metadata["vocab_size"],
         num_bytes=metadata["num_bytes"],
         tokenizer_path=tokenizer_path,
+        notes=text.notes,
     )
 
 
@@ -219,7 +240,7 @@ def _write_corpus(folder: Path, text: Text, split: str, tokenizer_path: Path | N
 
     def documents():
         nonlocal num_bytes
-        for document in text.documents(split):
+        for document in map(b"".join, text.documents(split)):
             if document:
                 num_bytes += len(document)
                 yield document
@@ -271,7 +292,8 @@ def _trained_bpe(text: Text, vocab_size: int, cache: Path) -> Path:
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        bpe.train_from_iterator((document.decode("utf-8", "replace") for document in text.documents("train")), trainer)
+        texts = (b"".join(document).decode("utf-8", "replace") for document in text.documents("train"))
+        bpe.train_from_iterator(texts, trainer)
         bpe.save(str(folder / "bpe.json"))
 
     if "train" not in text.splits:

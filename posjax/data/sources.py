@@ -6,7 +6,7 @@
 import contextlib
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,17 +19,35 @@ TFDS, CORPORA, TOKENIZERS = CACHED = ("tfds", "corpora", "tokenizers")  # folder
 
 @dataclass(frozen=True)
 class Text:
-    """Represents an open text source: `documents(split)` yields its texts, and `key` changes whenever they change."""
+    """Represents an open text source.
+
+    Attributes:
+      key: text that changes whenever a document or the choice of the splits changes.
+      documents: function split -> documents, each an iterable of pieces of at most 16 MiB, whose concatenation is the document.
+      splits: names of the splits.
+      notes: lines that say how the splits were chosen.
+    """
 
     key: str
-    documents: Callable[[str], Iterator[bytes]]
+    documents: Callable[[str], Iterator[Iterable[bytes]]]
     splits: tuple[str, ...] = SPLITS
+    notes: tuple[str, ...] = ()
 
     def has_split(self, split: str) -> bool:
         return split.partition("[")[0] in self.splits if self.key.startswith("tfds:") else split in self.splits
 
 
-def open_source(source: str, cache: Path, tfds_dir: Path | None) -> Text:
+def open_source(
+    source: str,
+    cache: Path,
+    tfds_dir: Path | None,
+    *,
+    validation_data: str = "",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    text_key: str = "text",
+    workdir: str | Path | None = None,
+) -> Text:
     if source == "stdlib":
         return _open_stdlib(cache)
     if source.startswith("tfds:"):
@@ -76,7 +94,7 @@ def _open_stdlib(cache: Path) -> Text:
 
         builder = _prepare(lambda: Builder(data_dir=str(cache / TFDS), file_format="array_record"), io.StringIO())
         for example in builder.as_data_source(split=split):
-            yield example["text"]
+            yield [example["text"]]
 
     return Text(f"stdlib:{source_name()}", documents)
 
@@ -106,7 +124,7 @@ def _open_tfds(source: str, data_dir: Path | None) -> Text:
 
     def documents(split):
         for example in builder.as_data_source(split=split_of.get(split, split)):
-            yield bytes(example[feature])
+            yield [bytes(example[feature])]
 
     return Text(f"tfds:{builder.info.full_name}:{feature}", documents, tuple(split_of))
 
@@ -153,7 +171,7 @@ def _open_folder(folder: Path, cache: Path) -> Text:
     def documents(split):
         for path in paths:
             if (path in held_out) == (split == "validation"):
-                yield _read_text(folder / path)
+                yield [_read_text(folder / path)]
 
     return Text("\n".join([f"folder:{folder}", *state]), documents)
 
@@ -166,6 +184,6 @@ def _open_file(path: Path) -> Text:
         border = line_end if 0 < line_end < len(data) else border
         while 0 < border < len(data) and data[border] & 0xC0 == 0x80:
             border += 1  # do not split a UTF-8 character
-        yield data[border:] if split == "validation" else data[:border]
+        yield [data[border:] if split == "validation" else data[:border]]
 
     return Text(f"file:{path}:{_state(path)}", documents)

@@ -25,6 +25,11 @@ class Config:
       workdir: folder for all outputs of the run. Empty: runs/NAME for configs/NAME.py.
       task: lm (next token), mlm (masked tokens, an encoder with [CLS]), or a synthetic task: flip_flop, selective_copy, counting.
       data: stdlib (source code of Python's standard library), tfds:NAME, or a file or folder of text.
+      validation_data: a source for validation, with the same choices as data, which is then all training text. Empty: part of data,
+        namely its files named after validation, or else its last tenth.
+      include: patterns of the files of a folder to read, such as '*.txt' or 'books/**'; none means all.
+      exclude: patterns of the files of a folder to leave out.
+      text_key: key of JSONL, or column of Parquet and Arrow, that holds the text.
       data_dir: folder for prepared data. Empty: $POSJAX_DATA_DIR, or else ~/.cache/posjax.
       tokenizer: bytes, or bpe (trained on the train split).
       vocab_size: vocabulary size of the bpe tokenizer.
@@ -81,6 +86,10 @@ class Config:
     workdir: str = ""
     task: Literal["lm", "mlm", "flip_flop", "selective_copy", "counting"] = "lm"
     data: str = "stdlib"
+    validation_data: str = ""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    text_key: str = "text"
     data_dir: str = ""
     tokenizer: Literal["bytes", "bpe"] = "bytes"
     vocab_size: int = 4096
@@ -179,7 +188,8 @@ class Config:
 # Fields that may change when a run is resumed; a change of any other field makes it a different run.
 _SAVING = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints"}
 RUN_ONLY = _SAVING | {"parallel", "mesh", "implementation", "remat", "scan_layers", "encodings"}
-_LATER = ("optimizer", "z_loss", "ema_decay")  # newer fields: runs that started without them resume with their defaults
+# Newer fields: runs that started without them resume with their defaults.
+_LATER = ("optimizer", "z_loss", "ema_decay", "validation_data", "include", "exclude", "text_key")
 
 
 def run_fingerprint(config: Config) -> dict[str, Any]:

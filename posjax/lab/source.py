@@ -48,6 +48,11 @@ def open_source(config: Config) -> Source:
             tokenizer=config.tokenizer,
             vocab_size=config.vocab_size if config.tokenizer == "bpe" else None,
             data_dir=config.data_dir or None,
+            validation_data=config.validation_data,
+            include=config.include,
+            exclude=config.exclude,
+            text_key=config.text_key,
+            workdir=config.workdir or None,
         )
         try:
             train, validation = (load_corpus(config.data, split, **options) for split in ("train", "validation"))
