@@ -57,9 +57,9 @@ def ablate(args: Sequence[str], command: str) -> None:
 
 def report_ablation(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
     from posjax.lab import report
-    from posjax.lab.evaluation import MEASURES, TASK_MEASURE
+    from posjax.lab.evaluation import measure_of
 
-    measure, label = MEASURES.get(config.task, TASK_MEASURE)
+    measure, label = measure_of(config, source)
     seeds = len({row["seed"] for row in rows})
     heading = heading_of(config, source, label) + f".\nMean of {seeds} seed{'s' if seeds > 1 else ''}"
     heading += ", ± standard deviation, [95 % interval of the mean]." if seeds > 1 else "."

@@ -175,15 +175,4 @@ def token_bytes(source: Source) -> Callable[[int], bytes]:
     """Returns a function from a token id to the bytes that it adds to a text; one character may span several tokens."""
     if source.task is not None:
         return lambda token: f" {source.task.words[token]}".encode()
-    corpus = source.train
-    special = {corpus.bos: b"<bos>", corpus.mask: b"<mask>"}
-    if corpus.tokenizer_path is None:
-        return lambda token: special[token] if token in special else bytes([token])
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_path))
-    # A byte-level BPE writes printable bytes as themselves and the others as characters from 256 on (GPT-2's table).
-    printable = [b for first, last in ("!~", "¡¬", "®ÿ") for b in range(ord(first), ord(last) + 1)]
-    byte_of = {chr(b): b for b in printable}
-    byte_of |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
-    return lambda token: special[token] if token in special else bytes(byte_of[c] for c in tokenizer.id_to_token(token))
+    return source.train.token_bytes

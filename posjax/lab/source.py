@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from posjax.data import synthetic
-from posjax.data.corpus import Corpus, excerpts, load_corpus
+from posjax.data.corpus import Corpus, Mixture, excerpts, holds_tokens, load_corpus
 from posjax.data.on_device import on_device as corpus_on_device
 from posjax.data.pipeline import batches
 from posjax.lab.config import Config
@@ -32,7 +32,7 @@ class Source:
 
     vocab_size: int
     max_length: int
-    train: Corpus | None = None
+    train: Corpus | Mixture | None = None
     validation: Corpus | None = None
     task: synthetic.Task | None = None
 
@@ -44,9 +44,10 @@ def open_source(config: Config) -> Source:
       ValueError: the data cannot be loaded.
     """
     if config.task in ("lm", "mlm"):
+        has_size = config.tokenizer == "bpe" or (config.vocab_size != Config.vocab_size and holds_tokens(config.data))
         options = dict(
             tokenizer=config.tokenizer,
-            vocab_size=config.vocab_size if config.tokenizer == "bpe" else None,
+            vocab_size=config.vocab_size if has_size else None,
             data_dir=config.data_dir or None,
             validation_data=config.validation_data,
             include=config.include,

@@ -16,7 +16,7 @@ from posjax.lab.config import RUN_ONLY, Config, init_or_check_workdir, load_conf
 
 WRONG_FIELDS = [
     ({"task": "lmm"}, "task must be one of lm, mlm, .*, got 'lmm'"),
-    ({"tokenizer": "words"}, "tokenizer must be one of bytes, bpe, got 'words'"),
+    ({"tokenizer": "words"}, "tokenizer must be 'bytes', 'bpe', or the path of a tokenizer.json or a .gguf file, got 'words'"),
     ({"decay": "step"}, "decay must be one of cosine, linear, constant, got 'step'"),
     ({"parallel": "xmap"}, "parallel must be one of jit, pmap, got 'xmap'"),
     ({"norm": "batchnorm"}, "norm must be .*rmsnorm.*, got 'batchnorm'"),

@@ -24,7 +24,7 @@ from posjax.encodings.spec import parse_encoding, slug
 from posjax.lab.ablation.engine import BatchedRuns
 from posjax.lab.ablation.sweeps import Group, Point, groups
 from posjax.lab.config import Config, run_fingerprint
-from posjax.lab.evaluation import MEASURES, TASK_MEASURE, EvalSet, max_eval_length, metric_scale, test_sets
+from posjax.lab.evaluation import EvalSet, max_eval_length, measure_of, metric_scale, test_sets
 from posjax.lab.source import Source
 from posjax.training.checkpoints import Checkpoints
 from posjax.training.loop import MAX_SKIPPED_IN_A_ROW, Interrupted, forget_after, json_number, noted_signals
@@ -210,7 +210,7 @@ def _train_group(
     lines = [json.loads(text) for text in log.read_text().splitlines()]
     parameters = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(state.params))
     sizes = {"limit": limit, "parameters": parameters}
-    measure = MEASURES.get(config.task, TASK_MEASURE)[0]
+    measure, _ = measure_of(config, source)
     rows = []
     for index in range(len(group.runs)):
         final = {column: None if values is None else json_number(values[index]) for column, values in scores.items()}
