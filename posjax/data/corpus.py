@@ -344,7 +344,7 @@ def _check_tokens(tokenizer: str, opened: dict[str, Text | TokenFiles]) -> None:
     name = next(name for name, one in opened.items() if isinstance(one, TokenFiles))
     if tokenizer == BPE:
         raise ValueError(
-            f"tokenizer must be the file of the tokenizer that made the tokens of {name!r}, or 'bytes' if it is not known, got 'bpe'"
+            f"tokenizer must be the file of the tokenizer that made the tokens of {name!r}, or 'bytes' if it is unknown, got 'bpe'"
         )
     text = next((name for name, one in opened.items() if isinstance(one, Text)), None)
     if text is not None and tokenizer == BYTES:
@@ -440,8 +440,8 @@ def _count_bytes(text: Text, split: str) -> int:
 def _trained_bpe(texts: Sequence[Text], vocab_size: int, folder: Path) -> Path:
     """Returns the path of a byte-level BPE, trained on the train splits of all sources if it is not in the cache.
 
-    If there are more than ``MAX_BPE_TEXT`` bytes, it is trained on evenly spaced chunks with about as many bytes in all, because the
-    trainer keeps every distinct word in memory.
+    If there are more than ``MAX_BPE_TEXT`` bytes, it is trained on evenly spaced chunks with about as many bytes in all, because
+    the trainer keeps every distinct word in memory.
     """
     import_tokenizers()
     for text in texts:

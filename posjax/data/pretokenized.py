@@ -4,8 +4,8 @@
     folder/train.bin, val.bin  a folder with one file for each split
 
 A .npy file is an array of integers, [n], or [documents, n] with one document per row. A .bin file holds uint16 or uint32 without a
-header, as nanoGPT writes it, or begins with the header of llm.c. The places where documents begin are in NAME.offsets.npy beside the
-file, integers [documents] or [documents + 1], or in NAME.idx, an index of Megatron-LM. Without either, a split is one document.
+header, as nanoGPT writes it, or begins with the header of llm.c. The places where documents begin are in NAME.offsets.npy beside
+the file, integers [documents] or [documents + 1], or in NAME.idx, an index of Megatron-LM. Without either, a split is one document.
 """
 
 import hashlib
@@ -87,8 +87,8 @@ def scan(files: TokenFiles, tokenizer_path: Path | None) -> dict[str, Any]:
     """Reads all tokens once.
 
     Returns:
-      A dict with "max_id", the highest id of all splits, "sha256", {split: digest of its tokens}, and "num_bytes", {split: length of
-      its text in bytes, or None without a tokenizer}.
+      A dict with "max_id", the highest id of all splits, "sha256", {split: digest of its tokens}, and "num_bytes", {split: length
+      of its text in bytes, or None without a tokenizer}.
 
     Raises:
       ValueError: an id is negative, or a split is empty.
