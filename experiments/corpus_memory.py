@@ -3,7 +3,8 @@
     python experiments/corpus_memory.py                                   # some minutes on two CPU cores, and 5 GB of disk
     python experiments/corpus_memory.py --bytes-megabytes 100 --bpe-megabytes 20
 
-Generates the text of lines of words, whose frequencies are Zipf's, with a number of its own in each line. Prepares each corpus in a process of its own and prints its peak resident memory. Writes results/corpus_memory.json.
+Generates a text of lines of words, whose frequencies are Zipf's, with a number of its own in each line. Prepares each corpus in a
+process of its own and prints its peak resident memory. Writes results/corpus_memory.json.
 """
 
 import dataclasses

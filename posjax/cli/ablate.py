@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from posjax.cli.common import heading_of, parse, print_table, printer
+from posjax.cli.common import heading_of, parse, print_data, print_table, printer
 
 
 def _ablation_flags() -> type:
@@ -51,6 +51,7 @@ def ablate(args: Sequence[str], command: str) -> None:
         runs.check(point.config, (point.config.encoding,), source, devices=1)
     workdir = init_or_check_workdir(config)
     say = printer()
+    print_data(source, say)
     rows = run_grid(points, seeds, workdir, source, at_once=ablation.runs_at_once, command=command, say=say)
     report_ablation(rows, config, source, workdir, say)
 

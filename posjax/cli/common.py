@@ -86,6 +86,12 @@ def printer() -> Callable[[str], None]:
     return print if jax.process_index() == 0 else lambda text: None
 
 
+def print_data(source, say: Callable[[str], None]) -> None:
+    """Prints the splits of a text, with warnings; nothing for a synthetic task."""
+    if source.summary:
+        say("\n".join(source.summary))
+
+
 def report_rows(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
     import jax
 

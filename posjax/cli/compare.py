@@ -1,6 +1,6 @@
 """posjax compare: trains every encoding with every seed."""
 
-from posjax.cli.common import open_run, printer, report_rows
+from posjax.cli.common import open_run, print_data, printer, report_rows
 
 
 def compare(config, command: str) -> None:
@@ -9,5 +9,6 @@ def compare(config, command: str) -> None:
 
     workdir, source = open_run(config, config.encodings)
     say = printer()
+    print_data(source, say)
     rows = runs.compare(config, workdir, source, command=command, say=say)
     report_rows(rows, config, source, workdir, say)

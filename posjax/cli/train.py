@@ -1,6 +1,6 @@
 """posjax train: trains and evaluates one encoding with one seed."""
 
-from posjax.cli.common import open_run, printer, report_rows
+from posjax.cli.common import open_run, print_data, printer, report_rows
 
 
 def train(config, command: str) -> None:
@@ -9,5 +9,6 @@ def train(config, command: str) -> None:
 
     workdir, source = open_run(config, (config.encoding,))
     say = printer()
+    print_data(source, say)
     row = runs.train_and_evaluate(config, config.encoding, config.seed, workdir, source, command=command, say=say)
     report_rows([{"encoding": config.encoding, "seed": config.seed} | row], config, source, workdir, say)

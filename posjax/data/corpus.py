@@ -19,6 +19,7 @@ import numpy as np
 
 from posjax.checks import near
 from posjax.data import cache
+from posjax.data.files import shown
 from posjax.data.pretokenized import TokenFiles, open_tokens, scan
 from posjax.data.sources import CORPORA, TOKENIZERS, Text, open_source
 from posjax.data.tokenizers import (
@@ -78,6 +79,15 @@ class Corpus(Vocabulary):
     def num_tokens(self) -> int:
         return len(self.tokens)
 
+    @property
+    def parts(self) -> tuple["Corpus", ...]:
+        """Returns the corpora that rows are drawn from: this one."""
+        return (self,)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return (1.0,)
+
 
 @dataclass(frozen=True, eq=False)
 class Mixture(Vocabulary):
@@ -122,7 +132,9 @@ class Mixture(Vocabulary):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return tuple(f"{part.source}: {note}" for part in self.parts for note in part.notes)
+        shares = zip(self.parts, self.weights, strict=True)
+        lines = (f"{shown(part.source)}: {share:.2%} of rows, {part.num_tokens:,} tokens" for part, share in shares)
+        return (*lines, *(f"{shown(part.source)}: {note}" for part in self.parts for note in part.notes))
 
 
 def load_corpus(
@@ -172,7 +184,7 @@ def load_corpus(
     tokenizer_path = cached_tokenizer(tokenizer, folder / TOKENIZERS) if tokenizer not in KINDS else None
     options = dict(include=include, exclude=exclude, text_key=text_key, workdir=workdir, validation_data=validation_data)
     weights = parse_mixture(str(source))
-    opened = [_open(name, folder, Path(chosen_dir).expanduser() if chosen_dir else None, options) for name in weights]
+    opened = [_open(name, folder, Path(os.path.expanduser(chosen_dir)) if chosen_dir else None, options) for name in weights]
     for one in opened:
         if not one.has_split(split):
             raise ValueError(f"split must be one of {', '.join(one.splits)}, got {split!r}{near(split, one.splits)}")
@@ -208,7 +220,7 @@ def parse_mixture(source: str) -> dict[str, float | None]:
     Raises:
       ValueError: a weight is not a positive number, only some sources have weights, or a source is empty or occurs twice.
     """
-    if "," not in source or Path(source).expanduser().exists():
+    if "," not in source or os.path.exists(os.path.expanduser(source)):
         return {source: None}
     weights: dict[str, float | None] = {}
     paths = set()
@@ -220,7 +232,7 @@ def parse_mixture(source: str) -> dict[str, float | None]:
             raise ValueError(f"data must be sources separated by commas, such as 'a:0.7,b:0.3', got {source!r}, where one is empty")
         if weight is not None and not 0 < weight < math.inf:
             raise ValueError(f"weights of a mixture must be positive and finite, got {last!r} for {name!r} in {source!r}")
-        path = os.path.realpath(Path(name).expanduser())
+        path = os.path.realpath(os.path.expanduser(name))
         if path in paths:
             raise ValueError(f"sources of a mixture must differ, got {name!r} twice in {source!r}; add its weights")
         paths.add(path)
@@ -245,7 +257,7 @@ def vocab_size_of(tokenizer: str, vocab_size: int, data_dir: str | Path | None) 
 
 
 def _cache_folder(data_dir: str | Path | None) -> Path:
-    return Path(data_dir or os.environ.get("POSJAX_DATA_DIR") or "~/.cache/posjax").expanduser()
+    return Path(os.path.expanduser(data_dir or os.environ.get("POSJAX_DATA_DIR") or "~/.cache/posjax"))
 
 
 def _number(text: str) -> float | None:

@@ -1,30 +1,46 @@
-"""Listing and reading of text files on disk, and selection of the files held out for validation."""
+"""Files on disk: which files a folder holds, patterns of their names, and errors that name them."""
 
-import hashlib
+import functools
+import json
 import os
-from collections.abc import Callable, Iterable
+import re
+import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 VALIDATION_SHARE = 0.1
+_SPECIAL = {
+    stat.S_IFIFO: "a named pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_IGNORED = ("__pycache__",)  # beside all names that begin with a dot
+_RUN_FIELDS = {"workdir", "encodings", "seq_length"}  # in the config.json of a workdir, and hardly in another
 
 
-def list_files(root: str | Path, wanted: Callable[[Path], bool]) -> list[str]:
-    """Returns the sorted paths of the files under `root`, relative to it, with "/" as separator.
+class File(NamedTuple):
+    """Describes a file of a folder.
 
-    Args:
-      root: folder to search.
-      wanted: predicate on a relative path. Files that it rejects are left out; folders that it rejects are not entered.
-
-    Raises:
-      OSError: a folder cannot be read. The message gives its name and the reason.
+    Attributes:
+      path: path relative to the folder, with "/" as separator.
+      size: size in bytes.
+      mtime_ns: time of the last change, in nanoseconds.
+      id: device and inode, which are the same for two names of one file.
+      is_link: whether the last part of the path is a symbolic link.
     """
-    root = Path(root)
-    found = []
-    for folder, subfolders, names in os.walk(root, onerror=_unreadable):
-        relative = Path(folder).relative_to(root)
-        subfolders[:] = [name for name in subfolders if wanted(relative / name)]
-        found += [(relative / name).as_posix() for name in names if wanted(relative / name)]
-    return sorted(found)
+
+    path: str
+    size: int
+    mtime_ns: int
+    id: tuple[int, int]
+    is_link: bool = False
+
+
+def shown(path: str | Path) -> str:
+    """Returns a path for a message: in one line, with escapes for what a terminal would execute or cannot encode."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(path))
 
 
 def read_file(path: Path) -> bytes:
@@ -36,28 +52,123 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        _unreadable(error)
-        raise
+        raise unreadable(error) from error
 
 
-def _unreadable(error: OSError) -> None:
-    message = f"cannot read {error.filename} ({error.strerror}); make it readable or remove it from the source"
-    raise OSError(message) from error
+def unreadable(error: OSError, path: str | Path | None = None) -> OSError:
+    """Returns an error that names a file or folder and the reason why it cannot be read."""
+    name = shown(error.filename if path is None else path)
+    return OSError(f"cannot read {name} ({error.strerror or error}); make it readable or remove it from the source")
 
 
-def _hash(path: str) -> bytes:
-    return hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()
+def describe(path: Path, name: str, *, is_link: bool = False) -> File:
+    """Returns the description of a regular file.
 
-
-def validation_paths(paths: Iterable[str]) -> set[str]:
-    """Returns the paths held out for validation: those whose hash falls in the lowest tenth.
-
-    The hash depends only on the path, so a file is in the same split on every machine, whatever files are added or removed. If this
-    would hold out all or none of the files, as can happen with few files, the file with the lowest hash is held out instead.
+    Raises:
+      ValueError: the path is a named pipe, a socket or a device.
+      OSError: there is no such file, or its folder cannot be read.
     """
-    paths = list(paths)
-    limit = int(VALIDATION_SHARE * 2**64)
-    held_out = {path for path in paths if int.from_bytes(_hash(path)[:8], "big") < limit}
-    if paths and len(held_out) in (0, len(paths)):
-        held_out = {min(paths, key=_hash)}
-    return held_out
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise unreadable(error, path) from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = _SPECIAL.get(stat.S_IFMT(status.st_mode), "not a regular file")
+        raise ValueError(
+            f"source must consist of regular files, but {shown(path)} is {kind}; remove it, or leave it out by exclude"
+        )
+    return File(name, status.st_size, status.st_mtime_ns, (status.st_dev, status.st_ino), is_link)
+
+
+def find_files(
+    root: Path, *, include: Sequence[str] = (), exclude: Sequence[str] = (), left_out: Iterable[Path] = ()
+) -> tuple[list[File], list[str]]:
+    """Finds the files under a folder, sorted by path. Symbolic links are followed, and each folder is entered once.
+
+    Hidden files and folders and ``__pycache__`` are ignored.
+
+    Args:
+      root: the folder.
+      include: patterns, see ``matches``, of which a file must match one; none means all files.
+      exclude: patterns of files and folders to leave out.
+      left_out: folders that are not entered.
+
+    Returns:
+      (files, runs): the files, and the paths of folders that are left out because posjax writes its runs there.
+
+    Raises:
+      ValueError: a file is a named pipe, a socket or a device.
+      OSError: a folder or a file cannot be read. The message gives its name and the reason.
+    """
+    skipped = {_id(path) for path in left_out if path.exists()}
+    entered = {_id(folder) for folder in root.resolve().parents}  # a link to a folder around the root is a loop
+    files, runs = [], []
+    folders, links = [""], []  # links come last, so that files keep the paths that they have without links
+    while folders or links:
+        relative = folders.pop() if folders else links.pop(0)
+        if (identity := _id(root / relative)) in entered:
+            continue
+        entered.add(identity)
+        for entry in _entries(root / relative):
+            path = f"{relative}/{entry.name}" if relative else entry.name
+            if entry.name.startswith(".") or entry.name in _IGNORED or any(matches(one, path) for one in exclude):
+                continue
+            if not os.path.isdir(entry.path):
+                if not include or any(matches(one, path) for one in include):
+                    files.append(describe(root / path, path, is_link=entry.is_symlink()))
+            elif _id(root / path) in skipped or is_run(root / path):
+                runs.append(path)
+            else:
+                (links if entry.is_symlink() else folders).append(path)
+    return sorted(files), sorted(runs)
+
+
+def _id(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise unreadable(error, path) from error
+    return status.st_dev, status.st_ino
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise unreadable(error, folder) from error
+
+
+def is_run(folder: Path) -> bool:
+    """Returns whether a folder is a workdir of posjax, by its config.json."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.keys() >= _RUN_FIELDS
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Returns whether a pattern matches a relative path or a folder around it.
+
+    ``*`` and ``?`` stand for characters other than "/", ``[...]`` for one of a set, and ``**`` for any number of folders. As in a
+    .gitignore file, a pattern without "/" matches names at any depth, and any other pattern is relative to the root.
+    """
+    return _regex(pattern).match(path) is not None
+
+
+@functools.lru_cache(maxsize=256)
+def _regex(pattern: str) -> re.Pattern:
+    parts = [part for part in pattern.removeprefix("./").strip("/").split("/") if part]
+    regex = "" if "/" in pattern.removeprefix("./").rstrip("/") else "(?:.*/)?"
+    for number, part in enumerate(parts):
+        if part == "**":
+            regex += "(?:.+/)?" if number < len(parts) - 1 else ".+"
+            continue
+        for piece in re.findall(r"\[!?\]?[^\]]*\]|\*+|\?|.", part, re.DOTALL):
+            if piece[0] == "[" and len(piece) > 1:
+                regex += "[" + re.sub(r"([\\\[^])", r"\\\1", piece[1:-1]).replace("!", "^", piece[1] == "!") + "]"
+            else:
+                regex += {"*": "[^/]*", "?": "[^/]"}.get(piece[0], re.escape(piece))
+        regex += "/" if number < len(parts) - 1 else ""
+    return re.compile(f"{regex}(?:/.*)?\\Z", re.DOTALL)

@@ -40,8 +40,7 @@ def on_device(corpus: Corpus | Mixture, *, length: int, batch_size: int, masked:
         raise ValueError(
             f"corpus must have fewer than 2^31 tokens to be on the device, got {corpus.source!r} with {corpus.num_tokens:,}"
         )
-    parts = corpus.parts if isinstance(corpus, Mixture) else (corpus,)
-    weights = corpus.weights if isinstance(corpus, Mixture) else (1.0,)
+    parts = corpus.parts
     rows = np.asarray([count_rows(part, length, masked=masked) for part in parts])
     # Places of tokens in the text of all parts, or in their stream, which has a BOS before each document.
     firsts = np.cumsum([0, *(part.num_tokens + (0 if masked else part.num_documents) for part in parts)])[:-1]
@@ -56,7 +55,7 @@ def on_device(corpus: Corpus | Mixture, *, length: int, batch_size: int, masked:
         limit, first = rows[0], 0
         if len(parts) > 1:
             row_key, part_key = jax.random.split(row_key)
-            part = jax.random.categorical(part_key, jnp.log(jnp.asarray(weights)), shape=(batch_size,))
+            part = jax.random.categorical(part_key, jnp.log(jnp.asarray(corpus.weights)), shape=(batch_size,))
             limit, first = (jnp.asarray(of_parts, jnp.int32)[part] for of_parts in (rows, firsts))
         index = jax.random.randint(row_key, (batch_size,), 0, limit)
         if masked:

@@ -87,14 +87,14 @@ def batches(
             dataset = dataset.repeat()
         return dataset.random_map(functools.partial(_mask, corpus=corpus)) if masked else dataset
 
-    if isinstance(corpus, Mixture):
-        if not repeat:
-            raise ValueError("repeat must be True with a mixture, whose corpora end at different rows, got False")
+    if len(corpus.parts) == 1:
+        dataset = rows_of(corpus.parts[0], seed)
+    elif repeat:
         seeds = np.random.SeedSequence(seed).generate_state(len(corpus.parts))
         parts = [rows_of(part, int(own)) for part, own in zip(corpus.parts, seeds, strict=True)]
         dataset = grain.MapDataset.select_from_datasets(parts, _Proportions(corpus.weights))
     else:
-        dataset = rows_of(corpus, seed)
+        raise ValueError("repeat must be True with a mixture, whose corpora end at different rows, got False")
     share = batch_size // process_count
     dataset = dataset.batch(share, drop_remainder=True).slice(slice(process_index, None, process_count))
     # Rows are cheap to create, so two threads suffice to keep a few batches ready. Grain's default would buffer 500.
@@ -103,7 +103,7 @@ def batches(
 
 def epochs(corpus: Corpus | Mixture, rows: int, *, length: int, masked: bool = False) -> dict[str, float]:
     """Returns how often each source has been read after a number of rows: {source: epochs}."""
-    parts = zip(corpus.parts, corpus.weights, strict=True) if isinstance(corpus, Mixture) else [(corpus, 1.0)]
+    parts = zip(corpus.parts, corpus.weights, strict=True)
     return {part.source: rows * weight / count_rows(part, length, masked=masked) for part, weight in parts}
 
 

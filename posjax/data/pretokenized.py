@@ -9,6 +9,7 @@ the file, integers [documents] or [documents + 1], or in NAME.idx, an index of M
 """
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +70,11 @@ def open_tokens(source: str, validation_data: str = "") -> TokenFiles | None:
     Raises:
       ValueError: a folder has several files of tokens and none for training, or validation_data is not tokens.
     """
-    files = _split_files(Path(source).expanduser())
+    files = _split_files(source)
     if files is None:
         return None
     if validation_data:
-        held_out = _split_files(Path(validation_data).expanduser())
+        held_out = _split_files(validation_data)
         if held_out is None:
             raise ValueError(f"validation_data must be tokens in a .npy or .bin file, as data is, got {validation_data!r}")
         path, part = held_out["validation"]
@@ -132,13 +133,15 @@ def _token_sizes(tokenizer_path: Path) -> Callable[[np.ndarray], int]:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _split_files(path: Path) -> dict[str, tuple[Path, str]] | None:
-    if path.is_file():
-        path = path.resolve()
+def _split_files(source: str) -> dict[str, tuple[Path, str]] | None:
+    path = os.path.expanduser(source)
+    if os.path.isfile(path):
+        path = Path(path).resolve()
         return {"train": (path, _HEAD), "validation": (path, _TAIL)} if _is_tokens(path) else None
-    if not path.is_dir():
+    if not source.strip() or not os.path.isdir(path) or not os.access(path, os.R_OK | os.X_OK):
         return None
-    inside = sorted(one for one in path.resolve().iterdir() if not one.name.startswith("."))
+    path = Path(path).resolve()
+    inside = sorted(one for one in path.iterdir() if not one.name.startswith("."))
     candidates = [one for one in inside if one.suffix in SUFFIXES and not one.name.endswith(".offsets.npy") and one.is_file()]
     tokens = {one.stem: one for one in candidates if _is_tokens(one)}
     files = {split: (tokens[name], _ALL) for split, names in _NAMES.items() for name in reversed(names) if name in tokens}
@@ -152,7 +155,7 @@ def _split_files(path: Path) -> dict[str, tuple[Path, str]] | None:
             f"source must have its training tokens in a file train.bin or train.npy, got {path} with "
             f"{', '.join(one.name for one in list(tokens.values())[:5])}{near('train', tokens)}; or name one file"
         )
-    return _split_files(next(iter(tokens.values())))
+    return _split_files(str(next(iter(tokens.values()))))
 
 
 def _is_tokens(path: Path) -> bool:

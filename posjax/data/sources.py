@@ -5,16 +5,24 @@
 
 import contextlib
 import io
+import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from posjax.checks import near, require
-from posjax.data.files import VALIDATION_SHARE, list_files, read_file, validation_paths
+from posjax.data.files import VALIDATION_SHARE, File, describe, find_files, is_run, shown, unreadable
+from posjax.data.text import formats
+from posjax.data.text.splits import Splits, assign_splits, split_names
+from posjax.data.text.streams import pieces
 
 SPLITS = ("train", "validation")
 TFDS, CORPORA, TOKENIZERS = CACHED = ("tfds", "corpora", "tokenizers")  # folders of the cache
+_RULES = "2"  # part of the key of files: change it when other splits, or other texts, come from the same files
+Role = Literal["both", "train", "validation"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,24 @@ class Text:
         return split.partition("[")[0] in self.splits if self.key.startswith("tfds:") else split in self.splits
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Describes which files of a folder are read, and how.
+
+    Attributes:
+      include, exclude: patterns of files, see ``files.matches``.
+      text_key: the key of JSONL, or column of Parquet, Arrow and ArrayRecord, that holds the text.
+      left_out: folders that hold no text: the caches and the workdir.
+      workdir: the workdir among them, which must not be the folder of the text itself.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    text_key: str = "text"
+    left_out: tuple[Path, ...] = ()
+    workdir: Path | None = None
+
+
 def open_source(
     source: str,
     cache: Path,
@@ -48,18 +74,87 @@ def open_source(
     text_key: str = "text",
     workdir: str | Path | None = None,
 ) -> Text:
-    if source == "stdlib":
-        return _open_stdlib(cache)
-    if source.startswith("tfds:"):
-        return _open_tfds(source, tfds_dir)
-    path = Path(source).expanduser()
+    """Opens a source of text.
+
+    Args:
+      source: "stdlib", "tfds:NAME", or the path of a file or folder.
+      cache: folder of the caches, which are not text.
+      tfds_dir: folder of TFDS data sets; None for TFDS's default.
+      validation_data: another source, for validation; all of ``source`` but its test files is then training text. Empty: none.
+      include, exclude: patterns of the files of a folder to read and to leave out.
+      text_key: the key of JSONL, or column of Parquet, Arrow and ArrayRecord, that holds the text.
+      workdir: folder of a run, which is not text.
+
+    Raises:
+      ValueError: the source does not exist, has no text of a split, or is not made of regular files.
+      OSError: a folder or file cannot be read.
+      ImportError: a package that this source needs is not installed.
+    """
+    if not text_key:
+        raise ValueError("text_key must be the name of a key or column, such as 'text', got ''")
+    own = Path(workdir) if workdir else None
+    left_out = (*(cache / name for name in CACHED), *([own] if own else []))
+    selection = Selection(_patterns("include", include), _patterns("exclude", exclude), text_key, left_out, own)
+    if not validation_data:  # a blank one is refused below
+        return _open(source, cache, tfds_dir, selection, "both")
+    validation = _open(validation_data, cache, tfds_dir, selection, "validation", "validation_data")
+    taken = frozenset(file.id for file in validation.files) if isinstance(validation, _Files) else frozenset()
+    train = _open(source, cache, tfds_dir, selection, "train", taken=taken)
+
+    def documents(split: str) -> Iterator[Iterable[bytes]]:
+        return (validation if split == "validation" else train).documents(split)
+
+    notes = (*train.notes, f"validation: {shown(validation_data)}", *validation.notes)
+    return Text(f"{train.key}\nvalidation_data\n{validation.key}", documents, SPLITS, notes)
+
+
+def _patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) and pattern.strip("/. ") for pattern in patterns):
+        raise ValueError(f"{name} must be a tuple of patterns such as '*.txt' or 'books/**', got {patterns!r}")
+    return tuple(patterns)
+
+
+def _open(
+    source: str,
+    cache: Path,
+    tfds_dir: Path | None,
+    selection: Selection,
+    role: Role,
+    argument: str = "source",
+    taken: frozenset[tuple[int, int]] = frozenset(),
+) -> Text:
+    """Opens one source for both splits, or for one; ``taken`` are the ids of files that the other split has."""
+    if source == "stdlib" or source.startswith("tfds:"):
+        if selection.include or selection.exclude:
+            name = "include" if selection.include else "exclude"
+            raise ValueError(f"{name} must be empty unless {argument} is a folder, got {getattr(selection, name)} for {source!r}")
+        return _open_stdlib(cache, role) if source == "stdlib" else _open_tfds(source, tfds_dir, role)
+    path = _existing(source, argument)
     if path.is_dir():
-        return _open_folder(path.resolve(), cache.resolve())
-    if path.is_file():
-        return _open_file(path.resolve())
-    siblings = [str(path.parent / other.name) for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    hint = near(source, ["stdlib", *siblings])
-    raise ValueError(f"source must be 'stdlib', 'tfds:NAME' or an existing file or folder, got {source!r}{hint}")
+        return _open_folder(path.resolve(), cache, selection, role, argument, taken)
+    path = Path(os.path.abspath(path))  # a link keeps its name, which may say what the format is
+    return _open_files(path.parent, [describe(path, path.name)], f"file:{path}", selection, role, argument, taken)
+
+
+def _existing(source: str, argument: str) -> Path:
+    """Returns the path of a file or folder that exists.
+
+    Raises:
+      ValueError: the path is blank, or there is nothing; the message suggests a neighbour with a similar name.
+      OSError: its folder cannot be read.
+    """
+    hint = ""
+    if source.strip():
+        path = Path(os.path.expanduser(source))  # leaves "~" where there is no home folder
+        try:
+            path.stat()
+            return path
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                hint = near(source, ["stdlib", *(str(path.parent / other.name) for other in path.parent.iterdir())])
+        except OSError as error:
+            raise unreadable(error, path) from error
+    raise ValueError(f"{argument} must be 'stdlib', 'tfds:NAME' or an existing file or folder, got {source!r}{hint}")
 
 
 def _import_tfds():
@@ -85,21 +180,23 @@ def _prepare(make_builder, progress):
     return builder
 
 
-def _open_stdlib(cache: Path) -> Text:
+def _open_stdlib(cache: Path, role: Role) -> Text:
     from posjax.data.stdlib_source import source_name
 
-    def documents(split):
+    def documents(split: str) -> Iterator[Iterable[bytes]]:
         _import_tfds()
         from posjax.data.stdlib_source.stdlib_source_dataset_builder import Builder
 
         builder = _prepare(lambda: Builder(data_dir=str(cache / TFDS), file_format="array_record"), io.StringIO())
-        for example in builder.as_data_source(split=split):
-            yield [example["text"]]
+        for name in SPLITS if role == "train" else (split,):
+            for example in builder.as_data_source(split=name):
+                yield pieces([example["text"]])
 
-    return Text(f"stdlib:{source_name()}", documents)
+    notes = () if role == "train" else ("validation: one in ten files of the library, chosen by a hash of its path",)
+    return Text(f"stdlib:{source_name()}", documents, notes=notes)
 
 
-def _open_tfds(source: str, data_dir: Path | None) -> Text:
+def _open_tfds(source: str, data_dir: Path | None, role: Role) -> Text:
     tfds = _import_tfds()
     name, _, feature = source.removeprefix("tfds:").partition(":")
     if feature[:1].isdigit():  # "NAME:1.0.0" is a version
@@ -118,15 +215,20 @@ def _open_tfds(source: str, data_dir: Path | None) -> Text:
         raise ValueError(f"source must name a TFDS data set, got {source!r}{hint}") from error
     builder = _prepare(make_builder, sys.stderr)
     split_of = {split: split for split in builder.info.splits}
-    if "validation" not in split_of and "train" in split_of:
-        border = f"{round(100 * (1 - VALIDATION_SHARE))}%"
+    notes = ()
+    if role == "train":  # several splits are read one after the other
+        split_of["train"] = "+".join(split for split in SPLITS if split in split_of) or "+".join(split_of)
+    elif "validation" not in split_of and "train" in split_of:
+        border = "" if role == "validation" else f"{round(100 * (1 - VALIDATION_SHARE))}%"
         split_of |= {"train": f"train[:{border}]", "validation": f"train[{border}:]"}
+        notes = () if role == "validation" else ("validation: the last tenth of train",)
 
-    def documents(split):
-        for example in builder.as_data_source(split=split_of.get(split, split)):
-            yield [bytes(example[feature])]
+    def documents(split: str) -> Iterator[Iterable[bytes]]:
+        for name in split_of.get(split, split).split("+"):
+            for example in builder.as_data_source(split=name):
+                yield pieces([bytes(example[feature])])
 
-    return Text(f"tfds:{builder.info.full_name}:{feature}", documents, tuple(split_of))
+    return Text(f"tfds:{builder.info.full_name}:{feature}", documents, tuple(split_of), notes)
 
 
 def _text_feature(tfds, builder, feature: str, source: str) -> str:
@@ -141,49 +243,103 @@ def _text_feature(tfds, builder, feature: str, source: str) -> str:
     raise ValueError(f"source must name one of the text features {texts}, as in 'tfds:NAME:FEATURE', got {source!r}")
 
 
-def _state(path: Path) -> str:
-    stat = path.stat()
-    return f"{stat.st_size}:{stat.st_mtime_ns}"
+# Files and folders ---------------------------------------------------------------------------------------------------
 
 
-def _read_text(path: Path) -> bytes:
-    data = read_file(path)
-    try:
-        data.decode()
-        place = data.find(b"\0")
-    except UnicodeDecodeError as error:
-        place = error.start
-    if place >= 0:
+@dataclass(frozen=True)
+class _Files(Text):
+    files: tuple[File, ...] = ()  # of the split "validation", if the source was opened for it alone
+
+
+def _open_folder(
+    folder: Path, cache: Path, selection: Selection, role: Role, argument: str, taken: frozenset[tuple[int, int]]
+) -> Text:
+    if folder == (selection.workdir and selection.workdir.resolve()) or is_run(folder):
+        raise ValueError(f"{argument} must be a folder of text, got {str(folder)!r}, which is the workdir of a run")
+    files, runs = find_files(folder, include=selection.include, exclude=selection.exclude, left_out=selection.left_out)
+    if selection.include and not files:
+        raise ValueError(f"include must match files of {str(folder)!r}, got {selection.include}, which match none")
+    if not files:
+        raise ValueError(f"{argument} must contain text, got {str(folder)!r}, a folder without files")
+    files = _stored_by_datasets(folder, files)
+    text = _open_files(folder, files, f"folder:{folder}", selection, role, argument, taken)
+    notes = [f"left out: {shown(run)}, a folder of posjax" for run in runs if run not in CACHED]
+    return replace(text, notes=(*text.notes, *notes))
+
+
+def _stored_by_datasets(folder: Path, files: list[File]) -> list[File]:
+    """Returns the files without those that ``datasets.Dataset.save_to_disk`` does not count among the data, such as caches."""
+    paths = {file.path for file in files}
+    dropped = set()
+    for path in paths:
+        parent = path.removesuffix("state.json")
+        if path.rpartition("/")[2] != "state.json" or f"{parent}dataset_info.json" not in paths:
+            continue
+        try:
+            state = json.loads((folder / path).read_bytes())
+            listed = {parent + one["filename"] for one in state["_data_files"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # another program's state.json
+        if missing := listed - paths:
+            name = shown(folder / min(missing))
+            raise ValueError(f"source must be intact, but {name} is missing, which {shown(folder / path)} lists")
+        dropped |= {one for one in paths - listed if one.startswith(parent) and "/" not in one[len(parent) :]}
+    dropped |= {path for path in paths if path.rpartition("/")[2] == "dataset_dict.json" and dropped}
+    return [file for file in files if file.path not in dropped]
+
+
+def _open_files(
+    folder: Path,
+    files: list[File],
+    name: str,
+    selection: Selection,
+    role: Role,
+    argument: str,
+    taken: frozenset[tuple[int, int]],
+) -> _Files:
+    files, notes = _once(files, taken)
+    if taken and not files:
+        raise ValueError(f"validation_data must leave files for training, but it has all files of source {str(folder)!r}")
+    splits = assign_splits({file.path: file.size for file in files}, role)
+    if role == "both" and not splits.parts["train"]:
         raise ValueError(
-            f"source must contain only UTF-8 text, but {path} has the byte {data[place]:#04x} at {place}; convert or move the file"
+            f"{argument} must contain training text, but all files of {str(folder)!r} are named after other splits: "
+            f"{'; '.join(splits.notes)}"
         )
-    return data
+    used = {path for parts in splits.parts.values() for path, _ in parts}
+
+    def documents(split: str) -> Iterator[Iterable[bytes]]:
+        parts = splits.parts[split]
+        for path, _ in parts:  # before the first of them is read, which may take hours
+            formats.kind_of(folder / path, selection.text_key)
+        for path, part in parts:
+            yield from formats.documents(folder / path, part, selection.text_key)
+
+    return _Files(
+        "\n".join([name, _RULES, role, selection.text_key, *_state(files, splits)]),
+        documents,
+        tuple(split for split in (*SPLITS, "test") if split in splits.parts),
+        (*splits.notes, *notes),
+        tuple(file for file in files if file.path in used),
+    )
 
 
-def _open_folder(folder: Path, cache: Path) -> Text:
-    cached = {cache / name for name in CACHED}  # excluded, because the cache may be inside the folder, or be the folder itself
-    paths = list_files(folder, lambda path: not path.name.startswith(".") and folder / path not in cached)
-    if len(paths) == 1:
-        return _open_file(folder / paths[0])
-    held_out = validation_paths(paths)
-    state = [f"{path}:{_state(folder / path) if (folder / path).exists() else ''}" for path in paths]
-
-    def documents(split):
-        for path in paths:
-            if (path in held_out) == (split == "validation"):
-                yield [_read_text(folder / path)]
-
-    return Text("\n".join([f"folder:{folder}", *state]), documents)
+def _once(files: list[File], taken: frozenset[tuple[int, int]]) -> tuple[list[File], list[str]]:
+    """Returns the files without further names of the same file, so that no text is in two splits, and without ``taken`` files."""
+    kept: dict[tuple[int, int], File] = {}
+    named = split_names(file.path for file in files)
+    order = [*SPLITS, "test", None]
+    for file in sorted(files, key=lambda file: (order.index(named[file.path]), file.is_link, file.path)):
+        if file.id not in taken:
+            kept.setdefault(file.id, file)
+    notes = [f"left out: {shown(file.path)}, which is in validation_data" for file in files if file.id in taken]
+    twice = [file for file in files if file.id in kept and kept[file.id] != file]
+    notes += [f"left out: {shown(file.path)}, another name of {shown(kept[file.id].path)}" for file in twice]
+    return sorted(kept.values()), notes
 
 
-def _open_file(path: Path) -> Text:
-    def documents(split):
-        data = _read_text(path)
-        border = int(len(data) * (1 - VALIDATION_SHARE))
-        line_end = data.find(b"\n", border) + 1
-        border = line_end if 0 < line_end < len(data) else border
-        while 0 < border < len(data) and data[border] & 0xC0 == 0x80:
-            border += 1  # do not split a UTF-8 character
-        yield [data[border:] if split == "validation" else data[:border]]
-
-    return Text(f"file:{path}:{_state(path)}", documents)
+def _state(files: list[File], splits: Splits) -> Iterator[str]:
+    """Yields lines that change with the files and with the choice of splits."""
+    state = {file.path: f"{file.size}:{file.mtime_ns}" for file in files}
+    for split, parts in splits.parts.items():
+        yield from (f"{split}:{part}:{path}:{state[path]}" for path, part in parts)

@@ -8,6 +8,7 @@ import codecs
 import functools
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -163,9 +164,9 @@ def cached_tokenizer(tokenizer: str, folder: Path) -> Path:
       ValueError: there is no such file, or it holds no tokenizer that can be used.
       ImportError: a package that reads it is not installed.
     """
-    path = Path(tokenizer).expanduser()
-    if not path.is_file():
-        near_by = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
+    path = Path(os.path.expanduser(tokenizer))
+    if not os.path.isfile(path):
+        near_by = [str(path.parent / name) for name in os.listdir(path.parent)] if os.path.isdir(path.parent) else []
         raise ValueError(f"tokenizer must be an existing file, got {tokenizer!r}{near(tokenizer, near_by)}")
     if path.suffix.lower() == ".gguf":  # the file may be as large as a model: it is not read whole
         from posjax.data.gguf_tokenizer import convert

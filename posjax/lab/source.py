@@ -1,6 +1,7 @@
 """Batches for training and evaluation, from the corpus or synthetic task that a configuration names."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,12 +10,15 @@ import numpy as np
 
 from posjax.data import synthetic
 from posjax.data.corpus import Corpus, Mixture, excerpts, holds_tokens, load_corpus
+from posjax.data.files import shown
 from posjax.data.on_device import on_device as corpus_on_device
 from posjax.data.pipeline import batches
 from posjax.lab.config import Config
 from posjax.typing import Array
 
 EVAL_SEED, _EXAMPLES_SEED = 2**31, 2**31 + 1  # seeds of the evaluation data and of fixed training sets
+_COMPARED_DOCUMENTS = 200_000  # most documents of a split that are compared with those of the other, which takes a second
+_TOLERATED_REPEATS = 0.001  # share of validation tokens: empty modules and licenses repeat in every folder of source code
 _EVAL_BATCH_TOKENS = 4096  # minimum tokens per evaluation batch; smaller batches take longer to dispatch than to compute
 
 
@@ -28,6 +32,7 @@ class Source:
         task, the length of the longest of the task and its variants.
       train, validation: the splits of a text, the second reduced to the excerpts that are evaluated; None for a synthetic task.
       task: the synthetic task; None for text.
+      summary: lines that describe both splits of a text, for the opening of a run.
     """
 
     vocab_size: int
@@ -35,6 +40,7 @@ class Source:
     train: Corpus | Mixture | None = None
     validation: Corpus | None = None
     task: synthetic.Task | None = None
+    summary: tuple[str, ...] = ()
 
 
 def open_source(config: Config) -> Source:
@@ -59,10 +65,11 @@ def open_source(config: Config) -> Source:
             train, validation = (load_corpus(config.data, split, **options) for split in ("train", "validation"))
         except ValueError as error:
             raise ValueError(f"data {config.data!r} cannot be used: {error}") from error
+        summary = data_summary(config.data, train, validation)
         # The longest rows begin with a BOS token, so an excerpt is one token shorter.
         excerpt_length = config.seq_length * max(config.eval_lengths) - 1
         validation = excerpts(validation, excerpt_length, max(1, config.eval_tokens // excerpt_length))
-        return Source(train.vocab_size, config.seq_length, train=train, validation=validation)
+        return Source(train.vocab_size, config.seq_length, train=train, validation=validation, summary=summary)
     length = config.seq_length
     task = {
         "flip_flop": lambda: synthetic.flip_flop(length=length),
@@ -70,6 +77,54 @@ def open_source(config: Config) -> Source:
         "counting": lambda: synthetic.counting(config.num_variables, max_operations=length, length=length),
     }[config.task]()
     return Source(task.vocab_size, max(t.length for t in (task, *task.variants.values())), task=task)
+
+
+def data_summary(data: str, train: Corpus | Mixture, validation: Corpus | Mixture) -> tuple[str, ...]:
+    """Describes two splits in lines: their sizes, how they were chosen, and warnings.
+
+    A warning says that validation has more text than training, or that whole documents of validation also occur in training.
+    """
+    rows = [("", "documents", "bytes", "tokens")]
+    for name, split in (("train", train), ("validation", validation)):
+        numbers = (split.num_documents, split.num_bytes, split.num_tokens)
+        rows.append((name, *("unknown" if number is None else f"{number:,}" for number in numbers)))
+    lines = [f"data: {shown(data)}", *(f"  {row[0]:<10}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in rows)]
+    lines += [f"  {note}" for note in train.notes]
+    unit = "tokens" if train.num_bytes is None or validation.num_bytes is None else "bytes"
+    held_out, trained = (getattr(split, f"num_{unit}") for split in (validation, train))
+    if held_out > trained:
+        lines.append(f"warning: validation has more text than training, {held_out:,} and {trained:,} {unit}")
+    repeats = [(part, repeated_documents(train, part)) for part in validation.parts]
+    share = sum(np.diff(part.offsets)[found].sum() for part, found in repeats) / max(1, validation.num_tokens)
+    if share > _TOLERATED_REPEATS:
+        count = f"at least {sum(len(found) for _, found in repeats):,} of {validation.num_documents:,} validation documents"
+        lines.append(f"warning: {count}, {share:.1%} of the validation tokens, are also training documents")
+    return tuple(lines)
+
+
+def repeated_documents(train: Corpus | Mixture, validation: Corpus) -> np.ndarray:
+    """Returns the numbers of documents of ``validation`` that are also documents of ``train``, int64 [n].
+
+    Of very many documents, only some, spread evenly, are compared.
+    """
+
+    def some(numbers: np.ndarray) -> np.ndarray:
+        return numbers[:: -(-len(numbers) // _COMPARED_DOCUMENTS) or 1]
+
+    lengths = np.diff(validation.offsets)
+    numbers = some(np.flatnonzero(lengths))
+    known: dict[bytes, list[int]] = {}
+    for number in numbers:
+        known.setdefault(_digest(validation, number), []).append(number)
+    repeated = []
+    for part in train.parts:
+        candidates = some(np.flatnonzero(np.isin(np.diff(part.offsets), lengths[numbers])))
+        repeated += [number for candidate in candidates for number in known.get(_digest(part, candidate), ())]
+    return np.unique(np.asarray(repeated, np.int64))
+
+
+def _digest(corpus: Corpus, number: int) -> bytes:
+    return hashlib.sha256(corpus.tokens[corpus.offsets[number] : corpus.offsets[number + 1]]).digest()
 
 
 def batch_key(seed: int | Array, number: int | Array) -> Array:

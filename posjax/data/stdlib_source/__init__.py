@@ -6,11 +6,13 @@ locates the text and depends only on the standard library and `posjax.data.files
 """
 
 import hashlib
+import os
 import platform
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
-from posjax.data.files import list_files, read_file
+from posjax.data.files import VALIDATION_SHARE, read_file, unreadable
 
 # Installed packages, tests and build configuration are not part of the standard library's source.
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload"}
@@ -34,10 +36,36 @@ def source_files(root: str | Path | None = None) -> list[str]:
       ValueError: there are no .py files.
     """
     root = stdlib_root() if root is None else Path(root)
-    found = [path for path in list_files(root, _is_source) if path.endswith(".py")]
+    found = []
+    for folder, subfolders, names in os.walk(root, onerror=_raise_unreadable):
+        relative = Path(folder).relative_to(root)
+        subfolders[:] = [name for name in subfolders if _is_source(relative / name)]
+        found += [(relative / name).as_posix() for name in names if name.endswith(".py") and _is_source(relative / name)]
     if not found:
         raise ValueError(f"root must contain .py files, got {root}, which has none; pass another folder or source of text")
-    return found
+    return sorted(found)
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise unreadable(error) from error
+
+
+def validation_paths(paths: Iterable[str]) -> set[str]:
+    """Returns the paths held out for validation: those whose hash falls in the lowest tenth.
+
+    The hash depends only on the path, so a file is in the same split on every machine, whatever files are added or removed. If this
+    would hold out all or none of the files, as can happen with few files, the file with the lowest hash is held out instead.
+    """
+    paths = list(paths)
+    limit = int(VALIDATION_SHARE * 2**64)
+    held_out = {path for path in paths if int.from_bytes(_hash(path)[:8], "big") < limit}
+    if paths and len(held_out) in (0, len(paths)):
+        held_out = {min(paths, key=_hash)}
+    return held_out
+
+
+def _hash(path: str) -> bytes:
+    return hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()
 
 
 def source_name(root: str | Path | None = None) -> str:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from posjax.data.files import read_file, validation_paths
-from posjax.data.stdlib_source import source_files, source_name, stdlib_root
+from posjax.data.files import read_file
+from posjax.data.stdlib_source import source_files, source_name, stdlib_root, validation_paths
 
 
 @dataclasses.dataclass(eq=False)

@@ -1,0 +1,1 @@
+"""From files to documents: the choice of splits, formats, and bytes in pieces."""
