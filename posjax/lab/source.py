@@ -86,24 +86,21 @@ def data_summary(data: str, train: Corpus | Mixture, validation: Corpus | Mixtur
     """
     rows = [("", "documents", "bytes", "tokens")]
     for name, split in (("train", train), ("validation", validation)):
-        numbers = (split.num_documents, split.num_bytes, split.num_tokens)
-        rows.append((name, *("unknown" if number is None else f"{number:,}" for number in numbers)))
+        sizes = (split.num_documents, split.num_bytes, split.num_tokens)
+        rows.append((name, *("unknown" if size is None else f"{size:,}" for size in sizes)))
     lines = [f"data: {shown(data)}", *(f"  {row[0]:<10}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in rows)]
-    lines += [f"  {note}" for note in train.notes]
-    unit = "tokens" if train.num_bytes is None or validation.num_bytes is None else "bytes"
-    held_out, trained = (getattr(split, f"num_{unit}") for split in (validation, train))
-    if held_out > trained:
-        lines.append(f"warning: validation has more text than training, {held_out:,} and {trained:,} {unit}")
-    repeats = [(part, repeated_documents(train, part)) for part in validation.parts]
-    share = sum(np.diff(part.offsets)[found].sum() for part, found in repeats) / max(1, validation.num_tokens)
+    lines += [f"  {shown(note)}" for note in train.notes]
+    if validation.num_tokens > train.num_tokens:
+        lines.append(f"warning: validation has more tokens than training, {validation.num_tokens:,} and {train.num_tokens:,}")
+    repeated, share = repeats(train, validation)
     if share > _TOLERATED_REPEATS:
-        count = f"at least {sum(len(found) for _, found in repeats):,} of {validation.num_documents:,} validation documents"
+        count = f"at least {repeated:,} of {validation.num_documents:,} validation documents"
         lines.append(f"warning: {count}, {share:.1%} of the validation tokens, are also training documents")
     return tuple(lines)
 
 
-def repeated_documents(train: Corpus | Mixture, validation: Corpus) -> np.ndarray:
-    """Returns the numbers of documents of ``validation`` that are also documents of ``train``, int64 [n].
+def repeats(train: Corpus | Mixture, validation: Corpus | Mixture) -> tuple[int, float]:
+    """Returns the number of documents of ``validation`` that are also documents of ``train``, and their share of its tokens.
 
     Of very many documents, only some, spread evenly, are compared.
     """
@@ -111,16 +108,17 @@ def repeated_documents(train: Corpus | Mixture, validation: Corpus) -> np.ndarra
     def some(numbers: np.ndarray) -> np.ndarray:
         return numbers[:: -(-len(numbers) // _COMPARED_DOCUMENTS) or 1]
 
-    lengths = np.diff(validation.offsets)
-    numbers = some(np.flatnonzero(lengths))
-    known: dict[bytes, list[int]] = {}
-    for number in numbers:
-        known.setdefault(_digest(validation, number), []).append(number)
-    repeated = []
+    known: dict[bytes, list[int]] = {}  # digest -> lengths of the documents that have it
+    for part in validation.parts:
+        lengths = np.diff(part.offsets)
+        for number in some(np.flatnonzero(lengths)):
+            known.setdefault(_digest(part, number), []).append(int(lengths[number]))
+    wanted = np.unique([length for lengths in known.values() for length in lengths])
+    found: list[int] = []
     for part in train.parts:
-        candidates = some(np.flatnonzero(np.isin(np.diff(part.offsets), lengths[numbers])))
-        repeated += [number for candidate in candidates for number in known.get(_digest(part, candidate), ())]
-    return np.unique(np.asarray(repeated, np.int64))
+        for number in some(np.flatnonzero(np.isin(np.diff(part.offsets), wanted))):
+            found += known.pop(_digest(part, number), [])
+    return len(found), sum(found) / max(1, validation.num_tokens)
 
 
 def _digest(corpus: Corpus, number: int) -> bytes:

@@ -307,7 +307,7 @@ def test_the_opening_summary(tmp_path):
     lines = open_data(config).summary
     assert lines[2].split() == ["train", "1", "5,000", "5,000"] and lines[3].split() == ["validation", "1", "10,000", "10,000"]
     assert "  left out: notes.md, because other files are named after splits" in lines
-    assert lines[-1] == "warning: validation has more text than training, 10,000 and 5,000 bytes"
+    assert lines[-1] == "warning: validation has more tokens than training, 10,000 and 5,000"
     write(folder, {"train.txt": 200, "train2.txt": 10, "valid.txt": 0})
     (folder / "valid.txt").write_bytes((folder / "train2.txt").read_bytes())
     assert open_data(config).summary[-1] == (
