@@ -401,8 +401,9 @@ def _load_tokens(
     if tokenizer_path is not None:
         vocab_size = num_ids(tokenizer_path)
     if vocab_size is not None and vocab_size < size:
-        of = "tokenizer" if tokenizer_path is not None else "vocab_size"
-        raise ValueError(f"{of} must have all token ids of {source!r}, whose highest is {size - 1:,}, got {vocab_size:,} ids")
+        raise ValueError(
+            f"vocab_size must count all token ids of {source!r}, the highest of which is {size - 1:,}, got {vocab_size:,}"
+        )
     tokens, offsets = files.read(split)
     return Corpus(
         source=source,

@@ -10,7 +10,6 @@ the file, integers [documents] or [documents + 1], or in NAME.idx, an index of M
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 
 from posjax.checks import near
 from posjax.data.files import VALIDATION_SHARE
-from posjax.data.tokenizers import token_table
+from posjax.data.tokenizers import num_ids, token_table
 from posjax.progress import progress
 
 SUFFIXES = (".npy", ".bin")
@@ -92,11 +91,14 @@ def scan(files: TokenFiles, tokenizer_path: Path | None) -> dict[str, Any]:
       of its text in bytes, or None without a tokenizer}.
 
     Raises:
-      ValueError: an id is negative, or a split is empty.
+      ValueError: an id is negative or not one of the tokenizer, or a split is empty.
     """
     found: dict[str, Any] = {"max_id": 0, "sha256": {}, "num_bytes": {}}
     read = {split: files.read(split)[0] for split in files.splits}
-    size_of = None if tokenizer_path is None else _token_sizes(tokenizer_path)
+    limit, sizes = 2**32, None
+    if tokenizer_path is not None:
+        limit, bytes_of = num_ids(tokenizer_path), token_table(tokenizer_path)
+        sizes = np.asarray([len(bytes_of(token)) for token in range(limit)], np.int64)
     with progress("reading tokens", sum(tokens.nbytes for tokens in read.values())) as advance:
         for split, tokens in read.items():
             if not len(tokens):
@@ -104,30 +106,19 @@ def scan(files: TokenFiles, tokenizer_path: Path | None) -> dict[str, Any]:
             sha, num_bytes = hashlib.sha256(), 0
             for begin in range(0, len(tokens), _BLOCK):
                 block = np.ascontiguousarray(tokens[begin : begin + _BLOCK])
-                if block.min() < 0:
-                    raise ValueError(f"token ids must be at least 0, got {block.min()} in {files.files[split][0]}")
-                found["max_id"] = max(found["max_id"], int(block.max()))
+                low, high = int(block.min()), int(block.max())
+                if low < 0 or high >= limit:
+                    wrong = low if low < 0 else high
+                    of = "of 32 bits" if sizes is None else f"of the tokenizer, from 0 to {limit - 1:,}"
+                    raise ValueError(f"token ids must be ids {of}, got {wrong:,} in {files.files[split][0]}")
+                found["max_id"] = max(found["max_id"], high)
                 sha.update(block.data)
-                num_bytes += 0 if size_of is None else size_of(block)
+                if sizes is not None:
+                    num_bytes += int(np.bincount(block, minlength=limit) @ sizes)
                 advance(block.nbytes)
             found["sha256"][split] = sha.hexdigest()
-            found["num_bytes"][split] = None if size_of is None else num_bytes
+            found["num_bytes"][split] = None if sizes is None else num_bytes
     return found
-
-
-def _token_sizes(tokenizer_path: Path) -> Callable[[np.ndarray], int]:
-    """Returns a function from tokens to the bytes of their text."""
-    bytes_of = token_table(tokenizer_path)
-    sizes: dict[int, int] = {}
-
-    def total(tokens: np.ndarray) -> int:
-        ids, counts = np.unique(tokens, return_counts=True)
-        for token in map(int, ids):
-            if token not in sizes:
-                sizes[token] = len(bytes_of(token))
-        return sum(sizes[int(token)] * int(count) for token, count in zip(ids, counts, strict=True))
-
-    return total
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

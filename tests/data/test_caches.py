@@ -1,16 +1,17 @@
 """Entries of the cache: a damaged one is named, moved and made again, and what is whole is not read at every start."""
 
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from posjax import progress
 from posjax.data import cache, load_corpus
 
 TEXT = "some text, and more of it\n" * 400
@@ -151,21 +152,23 @@ def test_the_manifest_states_what_is_on_disk(text, tmp_path):
         assert state["sha256"] == sums.split()[0] and state["size"] == (entry(tmp_path) / name).stat().st_size
 
 
-PROGRESS = """
-import sys, time
-import posjax.progress as module
-clock = iter(range(0, 1000, 10))
-module.time.monotonic = lambda: next(clock)
-with module.progress("tokenizing the train split", 100_000_000) as advance:
-    for _ in range(4):
-        advance(20_000_000)
-"""
-
-
-def test_progress_is_a_line_every_15_seconds_where_there_is_no_terminal():
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    result = subprocess.run([sys.executable, "-c", PROGRESS], capture_output=True, text=True, env=environment, check=True)
-    assert result.stdout == "" and result.stderr.splitlines() == [  # at 20 and 40 s of 10, 20, 30, 40
+def test_progress_is_a_line_every_15_seconds_where_there_is_no_terminal(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.progress("tokenizing the train split", 100_000_000) as advance:
+        for _ in range(4):  # at 10, 20, 30 and 40 seconds
+            advance(20_000_000)
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines() == [
         "posjax: tokenizing the train split: 40 MB of 100 MB, 2.0 MB/s, 30 s left",
         "posjax: tokenizing the train split: 80 MB of 100 MB, 2.0 MB/s, 10 s left",
     ]
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(progress.sys, "stderr", terminal)
+    with progress.progress("tokenizing [red]", 100) as advance:
+        advance(40)
+    assert "tokenizing [red]" in terminal.getvalue() and "40/100 bytes" in terminal.getvalue()

@@ -50,8 +50,7 @@ def take(iterator, count):
 WEIGHTS = {"a": 0.7, "b": 0.2, "c": 0.1}
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("weights", [WEIGHTS, {"a": 1, "b": 1, "c": 1}, {"a": 33.3, "b": 60.05, "c": 1.23}])
+@pytest.mark.parametrize(("weights", "masked"), [(WEIGHTS, False), ({"a": 33.3, "b": 60.05, "c": 1.23}, True)])
 def test_rows_have_the_shares_of_the_weights(folder, data_dir, weights, masked):
     mixed = mixture(folder, data_dir, weights)
     assert isinstance(mixed, Mixture) and sum(mixed.weights) == pytest.approx(1)
@@ -155,7 +154,7 @@ def test_rows_on_the_device_have_the_shares_of_the_weights(folder, data_dir):
     mixed = mixture(folder, data_dir, WEIGHTS)
     windows = {
         row.tobytes() for part in mixed.parts
-        for batch in batches(part, length=8, batch_size=1, seed=0, shuffle=False, repeat=False) for row in batch["tokens"]
+        for batch in batches(part, length=8, batch_size=50, seed=0, shuffle=False, repeat=False) for row in batch["tokens"]
     }  # fmt: skip
     data, draw = on_device(mixed, length=8, batch_size=4000)
     rows = np.asarray(jax.jit(draw)(data, jax.random.key(0))["tokens"])

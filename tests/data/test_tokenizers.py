@@ -340,6 +340,9 @@ def test_tokens_with_their_tokenizer_have_text_and_bytes(tmp_path):
     assert (TEXT * 30).startswith(text[:-1]) and abs(corpus.num_bytes - len(text.encode())) < 4
     assert corpus.vocab_size == tokenizer.get_vocab_size() + 2
     assert 0 < unigram_bits_per_byte(corpus) < 8
+    np.save(tmp_path / "b.npy", np.arange(2000))
+    with pytest.raises(ValueError, match=r"token ids must be ids of the tokenizer, from 0 to 400, got 1,[789]99"):
+        load(tmp_path / "b.npy", tmp_path / "cache", tokenizer=str(tmp_path / "t.json"))
     without = load(tmp_path / "a.npy", tmp_path / "cache")
     with pytest.raises(ValueError, match="must have a known tokenizer for bits per byte"):
         unigram_bits_per_byte(without)
@@ -351,9 +354,9 @@ def test_tokens_with_their_tokenizer_have_text_and_bytes(tmp_path):
     ("write_file", "settings", "message"),
     [
         (lambda p: np.save(p, np.zeros(9)), {}, r"tokens must be integers \[n\] or \[documents, n\], got float64\[9\]"),
-        (lambda p: np.save(p, np.asarray([1, -1] * 9)), {}, "token ids must be at least 0, got -1"),
+        (lambda p: np.save(p, np.asarray([1, -1] * 9)), {}, "must be ids of 32 bits, got -1"),
         (lambda p: p.write_bytes(b"\x93NUMPY"), {}, "cannot be read"),
-        (lambda p: np.save(p, np.arange(99)), {"vocab_size": 50}, "all token ids .* highest is 98, got 50 ids"),
+        (lambda p: np.save(p, np.arange(99)), {"vocab_size": 50}, "must count all token ids .* highest of which is 98, got 50"),
         (lambda p: np.save(p, np.arange(99)), {"tokenizer": "bpe"}, "tokenizer must be the file of the tokenizer"),
         (lambda p: np.save(p, np.arange(99)), {"split": "test"}, "split must be one of train, validation, got 'test'"),
     ],
