@@ -16,7 +16,7 @@ _SPECIAL = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-_IGNORED = ("__pycache__",)  # beside all names that begin with a dot
+_IGNORED = ("__pycache__", "__MACOSX", "Thumbs.db", "desktop.ini")  # beside all names that begin with a dot
 _RUN_FIELDS = {"workdir", "encodings", "seq_length"}  # in the config.json of a workdir, and hardly in another
 
 
@@ -85,7 +85,7 @@ def find_files(
 ) -> tuple[list[File], list[str]]:
     """Finds the files under a folder, sorted by path. Symbolic links are followed, and each folder is entered once.
 
-    Hidden files and folders and ``__pycache__`` are ignored.
+    Hidden files and folders, ``__pycache__`` and files that file managers write are ignored.
 
     Args:
       root: the folder.
@@ -100,7 +100,7 @@ def find_files(
       ValueError: a file is a named pipe, a socket or a device.
       OSError: a folder or a file cannot be read. The message gives its name and the reason.
     """
-    skipped = {_id(path) for path in left_out if path.exists()}
+    skipped = {_id(path) for path in left_out if os.path.exists(path)}
     entered = {_id(folder) for folder in root.resolve().parents}  # a link to a folder around the root is a loop
     files, runs = [], []
     folders, links = [""], []  # links come last, so that files keep the paths that they have without links

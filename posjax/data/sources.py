@@ -16,7 +16,7 @@ from typing import Literal
 from posjax.checks import near, require
 from posjax.data.files import VALIDATION_SHARE, File, describe, find_files, is_run, shown, unreadable
 from posjax.data.text import formats
-from posjax.data.text.splits import Splits, assign_splits, split_names
+from posjax.data.text.splits import Splits, assign_splits, listed, split_names
 from posjax.data.text.streams import pieces
 
 SPLITS = ("train", "validation")
@@ -46,16 +46,22 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Describes which files of a folder are read, and how.
+class Reading:
+    """Describes what is read of a source, and how.
 
     Attributes:
+      role: the split that the source gives, or "both".
+      argument: the argument that names the source, for messages.
+      taken: ids of files that the other split has.
       include, exclude: patterns of files, see ``files.matches``.
       text_key: the key of JSONL, or column of Parquet, Arrow and ArrayRecord, that holds the text.
       left_out: folders that hold no text: the caches and the workdir.
       workdir: the workdir among them, which must not be the folder of the text itself.
     """
 
+    role: Role = "both"
+    argument: str = "source"
+    taken: frozenset[tuple[int, int]] = frozenset()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     text_key: str = "text"
@@ -93,13 +99,20 @@ def open_source(
     if not text_key:
         raise ValueError("text_key must be the name of a key or column, such as 'text', got ''")
     own = Path(workdir) if workdir else None
+    patterns = {"include": include, "exclude": exclude}
+    for name, given in patterns.items():
+        if isinstance(given, str) or not all(isinstance(pattern, str) and pattern.strip("/. ") for pattern in given):
+            raise ValueError(f"{name} must be a tuple of patterns such as '*.txt' or 'books/**', got {given!r}")
+        if given and not any(os.path.isdir(os.path.expanduser(path)) for path in (source, validation_data)):
+            raise ValueError(f"{name} must be empty unless a source is a folder, got {given} for {source!r}")
+        patterns[name] = tuple(given)
     left_out = (*(cache / name for name in CACHED), *([own] if own else []))
-    selection = Selection(_patterns("include", include), _patterns("exclude", exclude), text_key, left_out, own)
+    reading = Reading(**patterns, text_key=text_key, left_out=left_out, workdir=own)
     if not validation_data:  # a blank one is refused below
-        return _open(source, cache, tfds_dir, selection, "both")
-    validation = _open(validation_data, cache, tfds_dir, selection, "validation", "validation_data")
+        return _open(source, cache, tfds_dir, reading)
+    validation = _open(validation_data, cache, tfds_dir, replace(reading, role="validation", argument="validation_data"))
     taken = frozenset(file.id for file in validation.files) if isinstance(validation, _Files) else frozenset()
-    train = _open(source, cache, tfds_dir, selection, "train", taken=taken)
+    train = _open(source, cache, tfds_dir, replace(reading, role="train", taken=taken))
 
     def documents(split: str) -> Iterator[Iterable[bytes]]:
         return (validation if split == "validation" else train).documents(split)
@@ -108,32 +121,17 @@ def open_source(
     return Text(f"{train.key}\nvalidation_data\n{validation.key}", documents, SPLITS, notes)
 
 
-def _patterns(name: str, patterns: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(patterns, str) or not all(isinstance(pattern, str) and pattern.strip("/. ") for pattern in patterns):
-        raise ValueError(f"{name} must be a tuple of patterns such as '*.txt' or 'books/**', got {patterns!r}")
-    return tuple(patterns)
-
-
-def _open(
-    source: str,
-    cache: Path,
-    tfds_dir: Path | None,
-    selection: Selection,
-    role: Role,
-    argument: str = "source",
-    taken: frozenset[tuple[int, int]] = frozenset(),
-) -> Text:
-    """Opens one source for both splits, or for one; ``taken`` are the ids of files that the other split has."""
-    if source == "stdlib" or source.startswith("tfds:"):
-        if selection.include or selection.exclude:
-            name = "include" if selection.include else "exclude"
-            raise ValueError(f"{name} must be empty unless {argument} is a folder, got {getattr(selection, name)} for {source!r}")
-        return _open_stdlib(cache, role) if source == "stdlib" else _open_tfds(source, tfds_dir, role)
-    path = _existing(source, argument)
+def _open(source: str, cache: Path, tfds_dir: Path | None, reading: Reading) -> Text:
+    """Opens one source for both splits, or for one."""
+    if source == "stdlib":
+        return _open_stdlib(cache, reading.role)
+    if source.startswith("tfds:"):
+        return _open_tfds(source, tfds_dir, reading.role)
+    path = _existing(source, reading.argument)
     if path.is_dir():
-        return _open_folder(path.resolve(), cache, selection, role, argument, taken)
+        return _open_folder(path.resolve(), reading)
     path = Path(os.path.abspath(path))  # a link keeps its name, which may say what the format is
-    return _open_files(path.parent, [describe(path, path.name)], f"file:{path}", selection, role, argument, taken)
+    return _open_files(path.parent, [describe(path, path.name)], f"file:{path}", reading)
 
 
 def _existing(source: str, argument: str) -> Path:
@@ -218,10 +216,12 @@ def _open_tfds(source: str, data_dir: Path | None, role: Role) -> Text:
     notes = ()
     if role == "train":  # several splits are read one after the other
         split_of["train"] = "+".join(split for split in SPLITS if split in split_of) or "+".join(split_of)
+    elif role == "validation":
+        split_of.setdefault("validation", "train")
     elif "validation" not in split_of and "train" in split_of:
-        border = "" if role == "validation" else f"{round(100 * (1 - VALIDATION_SHARE))}%"
+        border = f"{round(100 * (1 - VALIDATION_SHARE))}%"
         split_of |= {"train": f"train[:{border}]", "validation": f"train[{border}:]"}
-        notes = () if role == "validation" else ("validation: the last tenth of train",)
+        notes = ("validation: the last tenth of train",)
 
     def documents(split: str) -> Iterator[Iterable[bytes]]:
         for name in split_of.get(split, split).split("+"):
@@ -251,20 +251,17 @@ class _Files(Text):
     files: tuple[File, ...] = ()  # of the split "validation", if the source was opened for it alone
 
 
-def _open_folder(
-    folder: Path, cache: Path, selection: Selection, role: Role, argument: str, taken: frozenset[tuple[int, int]]
-) -> Text:
-    if folder == (selection.workdir and selection.workdir.resolve()) or is_run(folder):
-        raise ValueError(f"{argument} must be a folder of text, got {str(folder)!r}, which is the workdir of a run")
-    files, runs = find_files(folder, include=selection.include, exclude=selection.exclude, left_out=selection.left_out)
-    if selection.include and not files:
-        raise ValueError(f"include must match files of {str(folder)!r}, got {selection.include}, which match none")
+def _open_folder(folder: Path, reading: Reading) -> Text:
+    if folder == (reading.workdir and reading.workdir.resolve()) or is_run(folder):
+        raise ValueError(f"{reading.argument} must be a folder of text, got {str(folder)!r}, which is the workdir of a run")
+    files, runs = find_files(folder, include=reading.include, exclude=reading.exclude, left_out=reading.left_out)
+    if reading.include and not files:
+        raise ValueError(f"include must match files of {str(folder)!r}, got {reading.include}, which match none")
     if not files:
-        raise ValueError(f"{argument} must contain text, got {str(folder)!r}, a folder without files")
-    files = _stored_by_datasets(folder, files)
-    text = _open_files(folder, files, f"folder:{folder}", selection, role, argument, taken)
-    notes = [f"left out: {shown(run)}, a folder of posjax" for run in runs if run not in CACHED]
-    return replace(text, notes=(*text.notes, *notes))
+        raise ValueError(f"{reading.argument} must contain text, got {str(folder)!r}, a folder without files")
+    text = _open_files(folder, _stored_by_datasets(folder, files), f"folder:{folder}", reading)
+    runs = [run for run in runs if run not in CACHED]
+    return replace(text, notes=(*text.notes, f"left out: {listed(runs)}, written by posjax")) if runs else text
 
 
 def _stored_by_datasets(folder: Path, files: list[File]) -> list[File]:
@@ -277,46 +274,37 @@ def _stored_by_datasets(folder: Path, files: list[File]) -> list[File]:
             continue
         try:
             state = json.loads((folder / path).read_bytes())
-            listed = {parent + one["filename"] for one in state["_data_files"]}
+            stored = {parent + one["filename"] for one in state["_data_files"]}
         except (OSError, ValueError, KeyError, TypeError):
             continue  # another program's state.json
-        if missing := listed - paths:
+        if missing := [one for one in stored - paths if not (folder / one).exists()]:
             name = shown(folder / min(missing))
             raise ValueError(f"source must be intact, but {name} is missing, which {shown(folder / path)} lists")
-        dropped |= {one for one in paths - listed if one.startswith(parent) and "/" not in one[len(parent) :]}
+        dropped |= {one for one in paths - stored if one.startswith(parent) and "/" not in one[len(parent) :]}
     dropped |= {path for path in paths if path.rpartition("/")[2] == "dataset_dict.json" and dropped}
     return [file for file in files if file.path not in dropped]
 
 
-def _open_files(
-    folder: Path,
-    files: list[File],
-    name: str,
-    selection: Selection,
-    role: Role,
-    argument: str,
-    taken: frozenset[tuple[int, int]],
-) -> _Files:
-    files, notes = _once(files, taken)
-    if taken and not files:
-        raise ValueError(f"validation_data must leave files for training, but it has all files of source {str(folder)!r}")
-    splits = assign_splits({file.path: file.size for file in files}, role)
-    if role == "both" and not splits.parts["train"]:
-        raise ValueError(
-            f"{argument} must contain training text, but all files of {str(folder)!r} are named after other splits: "
-            f"{'; '.join(splits.notes)}"
-        )
+def _open_files(folder: Path, files: list[File], name: str, reading: Reading) -> _Files:
+    files, notes = _once(files, reading.taken)
+    path = name.partition(":")[2]
+    if reading.taken and not files:
+        raise ValueError(f"validation_data must leave files for training, but it has all files of {path!r}")
+    splits = assign_splits({file.path: file.size for file in files}, reading.role)
+    if reading.role == "both" and not splits.parts["train"]:
+        why = f"but all files of {path!r} are named after other splits: {'; '.join(splits.notes)}"
+        raise ValueError(f"{reading.argument} must contain training text, {why}")
     used = {path for parts in splits.parts.values() for path, _ in parts}
 
     def documents(split: str) -> Iterator[Iterable[bytes]]:
         parts = splits.parts[split]
         for path, _ in parts:  # before the first of them is read, which may take hours
-            formats.kind_of(folder / path, selection.text_key)
+            formats.kind_of(folder / path, reading.text_key)
         for path, part in parts:
-            yield from formats.documents(folder / path, part, selection.text_key)
+            yield from formats.documents(folder / path, part, reading.text_key)
 
     return _Files(
-        "\n".join([name, _RULES, role, selection.text_key, *_state(files, splits)]),
+        "\n".join([name, _RULES, reading.role, reading.text_key, *_state(files, splits)]),
         documents,
         tuple(split for split in (*SPLITS, "test") if split in splits.parts),
         (*splits.notes, *notes),
@@ -332,9 +320,10 @@ def _once(files: list[File], taken: frozenset[tuple[int, int]]) -> tuple[list[Fi
     for file in sorted(files, key=lambda file: (order.index(named[file.path]), file.is_link, file.path)):
         if file.id not in taken:
             kept.setdefault(file.id, file)
-    notes = [f"left out: {shown(file.path)}, which is in validation_data" for file in files if file.id in taken]
-    twice = [file for file in files if file.id in kept and kept[file.id] != file]
-    notes += [f"left out: {shown(file.path)}, another name of {shown(kept[file.id].path)}" for file in twice]
+    twice = [file.path for file in files if file.id in kept and kept[file.id] != file]
+    notes = [f"left out: {listed(twice)}, another name of a file that is read"] if twice else []
+    elsewhere = [file.path for file in files if file.id in taken]
+    notes += [f"left out: {listed(elsewhere)}, validation text by validation_data"] if elsewhere else []
     return sorted(kept.values()), notes
 
 

@@ -294,6 +294,17 @@ def test_tfds_without_validation_holds_out_a_tenth_of_train(tfds_package, tmp_pa
     assert sorted(train + validation) == sorted(f"train body {i}".encode() for i in range(40))
 
 
+def test_tfds_beside_validation_data(tfds_package, tmp_path):
+    def read(source, **options):
+        return {s: len(documents(load_corpus(source, s, data_dir=tmp_path / "data", **options))) for s in ("train", "validation")}
+
+    path = str(write(tmp_path, {"a.txt": "text"}) / "a.txt")
+    assert read("tfds:posjax_demo_three", validation_data=path) == {"train": 80, "validation": 1}  # all but test
+    assert read("tfds:posjax_demo_train", validation_data=path) == {"train": 40, "validation": 1}
+    assert read(path, validation_data="tfds:posjax_demo_train") == {"train": 1, "validation": 40}
+    assert read(path, validation_data="tfds:posjax_demo_three") == {"train": 1, "validation": 40}
+
+
 # tokens
 
 

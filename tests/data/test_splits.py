@@ -185,6 +185,9 @@ def test_include_and_exclude(tmp_path):
         read(exclude=(" ",))
     with pytest.raises(ValueError, match="include must be a tuple of patterns"):
         read(include="*.txt")
+    for source in ("stdlib", str(folder / "a.txt")):
+        with pytest.raises(ValueError, match=r"exclude must be empty unless a source is a folder, got \('a',\) for"):
+            open_source(source, tmp_path / "cache", None, exclude=("a",))
 
 
 @pytest.mark.parametrize(
@@ -259,7 +262,7 @@ def test_a_workdir_in_the_data_is_no_text(tmp_path):
     write(folder, {"runs/mine/config.json": '{"workdir": "", "seq_length": 1, "encodings": ["rope"]}'})
     found = [text for split in ("train", "validation") for text in documents(folder, split)]
     assert found == own == expected
-    assert "left out: runs/mine, a folder of posjax" in open_source(str(folder), tmp_path / "cache", None).notes
+    assert "left out: runs/mine, written by posjax" in open_source(str(folder), tmp_path / "cache", None).notes
     for workdir in (folder, None):
         with pytest.raises(ValueError, match=r"must be a folder of text, got '.*', which is the workdir of a run"):
             documents(folder if workdir else folder / "runs/mine", "train", workdir=workdir)

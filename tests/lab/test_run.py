@@ -110,7 +110,7 @@ def test_encoder_learns(tiny, tmp_path, spec):
     source = open_source(config)
     params = runs.train(config, spec, 0, tmp_path, source, quiet=True)
     seen = losses(tmp_path)
-    assert seen[0] > 5.0  # ln 258 is 5.55
+    assert seen[0] > 4.5  # ln 258 is 5.55, and five steps lower it
     assert np.mean(seen[-3:]) < 3.6
     assert sum(np.any(leaf) for name, leaf in leaves(params).items() if name.startswith("encoding")) > 0
     tokens = source.train.tokens

@@ -20,7 +20,7 @@ tenth of their bytes, are held out, so that files of one folder, which often res
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,14 +125,14 @@ def assign_splits(sizes: Mapping[str, int], role: Literal["both", "train", "vali
     about = [path for path in sorted(sizes) if described and _ABOUT.fullmatch(path.rpartition("/")[2])]
     for path, split in split_names(path for path in sizes if path not in about).items():
         named[split].append(path)
-    notes = [f"left out: {_list(about)}, which {'describe' if len(about) > 1 else 'describes'} the data set"] if about else []
+    notes = [f"left out: {listed(about)}, which {'describe' if len(about) > 1 else 'describes'} the data set"] if about else []
     if len(named) == 1:  # one name for all files distinguishes nothing
         named = {None: next(iter(named.values()))}
     train, validation, test, unnamed = (sorted(named.get(split, ())) for split in ("train", "validation", "test", None))
     parts: dict[str, list[tuple[str, Part]]] = {"train": [], "validation": []}
     if test:
         parts["test"] = [(path, "all") for path in test]
-        notes.append(f"left alone: {_list(test)}, named after test")
+        notes.append(f"left alone: {listed(test)}, named after test")
     if role == "train":
         parts["train"] = [(path, "all") for path in sorted(train + validation + unnamed)]
     elif role == "validation":
@@ -140,15 +140,15 @@ def assign_splits(sizes: Mapping[str, int], role: Literal["both", "train", "vali
     else:
         texts = train or unnamed
         if train and unnamed:
-            notes.append(f"left out: {_list(unnamed)}, because other files are named after splits")
+            notes.append(f"left out: {listed(unnamed)}, because other files are named after splits")
         if validation:
             parts["train"], parts["validation"] = ([(path, "all") for path in paths] for paths in (texts, validation))
-            notes += [f"validation: {_list(validation)}, named after it"]
+            notes += [f"validation: {listed(validation)}, named after it"]
         else:
             parts["train"], parts["validation"], how = _hold_out({path: sizes[path] for path in texts})
             notes += [f"validation: {how}"] if how else []
         if train:
-            notes.append(f"train: {_list(train)}, named after it")
+            notes.append(f"train: {listed(train)}, named after it")
     return Splits({split: tuple(files) for split, files in parts.items()}, tuple(notes))
 
 
@@ -171,13 +171,13 @@ def _hold_out(sizes: Mapping[str, int]) -> tuple[list[tuple[str, Part]], list[tu
     how = []
     if large:
         how.append("the last tenth" if len(large) == 1 else f"the last tenth of each of {len(large):,} files")
-        how[0] += f" of {_list(large)}" if len(large) == 1 < len(sizes) else ""
+        how[0] += f" of {listed(large)}" if len(large) == 1 < len(sizes) else ""
     if held_out:
         how.append(f"the last {len(held_out):,} of {len(small):,} {'smaller ' if large else ''}files")
     return sorted(train), sorted(validation), " and ".join(how)
 
 
-def _list(paths: list[str]) -> str:
+def listed(paths: Sequence[str]) -> str:
     """Returns up to three paths in words, and the number of the others."""
     more = f" and {len(paths) - 3:,} more" if len(paths) > 3 else ""
     return ", ".join(map(shown, paths[:3])) + more

@@ -4,6 +4,7 @@ import bz2
 import contextlib
 import gzip
 import lzma
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,13 +15,18 @@ from posjax.data.files import shown, unreadable
 BLOCK = 2**20  # bytes read at once
 PIECE = 2**24  # most bytes of a piece of a document
 _ZSTD_INPUT = 2**13  # a compressed block of 4 bytes may stand for 128 KiB, so this bounds the output of a call to 256 MiB
-COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_SIGNATURES = {
+    "gzip": re.compile(rb"\x1f\x8b"),
+    "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),  # more than the letters, with which a text may begin
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
+}
 _OPEN = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 
 
 def compression(head: bytes) -> str | None:
     """Returns the compression that the first bytes of a file show: "gzip", "bzip2", "xz", "zstd" or None."""
-    return next((name for magic, name in COMPRESSIONS.items() if head.startswith(magic)), None)
+    return next((name for name, signature in _SIGNATURES.items() if signature.match(head)), None)
 
 
 def blocks(path: Path, codec: str | None = None, start: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -58,7 +64,9 @@ def blocks(path: Path, codec: str | None = None, start: int = 0, end: int | None
 
 def damaged(path: Path, why: str) -> ValueError:
     """Returns an error that names a damaged file."""
-    return ValueError(f"source must be intact, but {shown(path)} is damaged: {why}; fetch it again, or leave it out by exclude")
+    return ValueError(
+        f"source must be intact, but {shown(path)} is damaged: {shown(why)}; fetch it again, or leave it out by exclude"
+    )
 
 
 def _unzstd(file, path: Path) -> Iterator[bytes]:
