@@ -248,7 +248,7 @@ def parse_mixture(source: str) -> dict[str, float | None]:
 
 def holds_tokens(source: str) -> bool:
     """Returns whether a source, or any in a mixture, is a file or folder of tokens."""
-    return any(open_tokens(one) is not None for one in parse_mixture(source))
+    return any(one != "stdlib" and open_tokens(one) is not None for one in parse_mixture(source))
 
 
 def vocab_size_of(tokenizer: str, vocab_size: int, data_dir: str | Path | None) -> int:
@@ -274,7 +274,8 @@ def excerpts(corpus: Corpus | Mixture, length: int, count: int) -> Corpus:
     """Selects up to ``count`` excerpts of ``length`` tokens, spread evenly over a corpus, each within one document.
 
     Intended for evaluation, because the first tokens of a split would cover only its first few documents. Each excerpt becomes one
-    document of the returned corpus. If no document has ``length`` tokens, the corpus is returned unchanged.
+    document of the returned corpus. If no document has ``length`` tokens, the corpus is returned unchanged. The digest stays that of
+    the whole split.
 
     The excerpts of a mixture are those of its parts, in proportion to their weights; a part without a document of ``length`` tokens
     contributes its first documents.
@@ -313,7 +314,7 @@ def _concatenate(mixture: Mixture, parts: Sequence[Corpus]) -> Corpus:
     return Corpus(
         source=mixture.source,
         split=mixture.split,
-        tokens=np.concatenate([part.tokens for part in parts]),
+        tokens=np.concatenate([part.tokens for part in parts], dtype=np.int64, casting="unsafe"),
         offsets=np.concatenate([*offsets, begins[-1:]]),
         vocab_size=mixture.vocab_size,
         num_bytes=_total(part.num_bytes for part in parts),
@@ -350,7 +351,12 @@ def unigram_bits_per_byte(corpus: Corpus) -> float:
 
 
 def _open(source: str, folder: Path, tfds_dir: Path | None, options: dict[str, Any]) -> Text | TokenFiles:
-    tokens = open_tokens(source, options["validation_data"])
+    is_path = source != "stdlib" and not source.startswith("tfds:")
+    tokens = open_tokens(source, options["validation_data"]) if is_path else None
+    if tokens is not None:
+        for name in ("include", "exclude"):
+            if options[name]:
+                raise ValueError(f"{name} must be empty for a source of tokens, got {options[name]} for {source!r}")
     return open_source(source, folder, tfds_dir, **options) if tokens is None else tokens
 
 

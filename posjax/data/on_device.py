@@ -47,7 +47,9 @@ def on_device(corpus: Corpus | Mixture, *, length: int, batch_size: int, masked:
     begins = np.cumsum([0, *(part.num_tokens for part in parts)])[:-1]
     offsets = np.concatenate([part.offsets[:-1] + begin for part, begin in zip(parts, begins, strict=True)])
     starts = offsets + np.arange(corpus.num_documents)  # index of each document's BOS in the stream
-    text = np.asarray(parts[0].tokens) if len(parts) == 1 else np.concatenate([part.tokens for part in parts])
+    text = np.asarray(parts[0].tokens)
+    if len(parts) > 1:
+        text = np.concatenate([part.tokens for part in parts], dtype=np.min_scalar_type(corpus.vocab_size), casting="unsafe")
     data = {"text": text, "starts": starts.astype(np.int32)}
 
     def draw(data: dict[str, Array], key: Array) -> dict[str, Array]:

@@ -162,7 +162,7 @@ def abstract_step(
 ) -> tuple[Any, tuple[TrainState, Any]]:
     """Builds the train step of a configuration for compilation on devices that need not be attached.
 
-    No parameters are drawn and no text is read.
+    No parameters are drawn and no text is read; a file of tokens is, for the size of its vocabulary.
 
         job = {"config": "pretrain_1b", "mesh": "fsdp=64,tensor=4"}
         posjax.compile.aot.compile_ahead("posjax.lab.run:abstract_step", job, "v5e:16x16")

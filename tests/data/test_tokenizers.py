@@ -358,6 +358,7 @@ def test_tokens_with_their_tokenizer_have_text_and_bytes(tmp_path):
         (lambda p: p.write_bytes(b"\x93NUMPY"), {}, "cannot be read"),
         (lambda p: np.save(p, np.arange(99)), {"vocab_size": 50}, "must count all token ids .* highest of which is 98, got 50"),
         (lambda p: np.save(p, np.arange(99)), {"tokenizer": "bpe"}, "tokenizer must be the file of the tokenizer"),
+        (lambda p: np.save(p, np.arange(99)), {"include": ("*.npy",)}, "include must be empty for a source of tokens"),
         (lambda p: np.save(p, np.arange(99)), {"split": "test"}, "split must be one of train, validation, got 'test'"),
     ],
 )  # fmt: skip
