@@ -274,8 +274,8 @@ def excerpts(corpus: Corpus | Mixture, length: int, count: int) -> Corpus:
     """Selects up to ``count`` excerpts of ``length`` tokens, spread evenly over a corpus, each within one document.
 
     Intended for evaluation, because the first tokens of a split would cover only its first few documents. Each excerpt becomes one
-    document of the returned corpus. If no document has ``length`` tokens, the corpus is returned unchanged. The digest stays that of
-    the whole split.
+    document of the returned corpus. If no document has ``length`` tokens, the corpus is returned unchanged. The digest stays
+    that of the whole split.
 
     The excerpts of a mixture are those of its parts, in proportion to their weights; a part without a document of ``length`` tokens
     contributes its first documents.
