@@ -1,5 +1,8 @@
 """posjax: positional encodings for Transformers in JAX, as values made of pure functions."""
 
+import os
+from typing import TYPE_CHECKING
+
 from posjax.attention.api import attention, attention_weights
 from posjax.attention.backends.gpu.blocks import GpuBlocks
 from posjax.attention.backends.tpu.blocks import Blocks
@@ -27,6 +30,9 @@ from posjax.encodings.cope import cope, cope_alibi, cope_mlp
 from posjax.encodings.relative import alibi, t5
 from posjax.encodings.rotary import convert_pairing, rope
 from posjax.encodings.tupe import tupe
+
+if TYPE_CHECKING:
+    from posjax.lab.trained import TrainedRun
 
 __version__ = "0.2.0"
 __all__ = [
@@ -65,9 +71,35 @@ __all__ = [
     "init_cache",
     "learned",
     "linear_attention",
+    "load",
     "register",
     "rope",
     "sinusoidal",
     "t5",
     "tupe",
 ]
+
+
+def load(path: str | os.PathLike, *, encoding: str | None = None, seed: int | None = None) -> "TrainedRun":
+    """Opens a run that ``posjax train`` or ``posjax compare`` trained.
+
+        run = posjax.load("runs/mine")
+        logits = run.model(run.tokenizer.encode("def ")[None])     # [1, T, V]
+
+    Functions of ``posjax.lab.trained`` return what the model does with a text: ``token_losses``, ``attention_maps`` and
+    ``gates_and_positions``. The data of the run are not needed.
+
+    Args:
+      path: the workdir. Nothing in it is changed.
+      encoding, seed: which run of a comparison; None if there is only one choice.
+
+    Returns:
+      A ``posjax.lab.trained.TrainedRun`` with the attributes model, params, config, tokenizer and others.
+
+    Raises:
+      ValueError: there is no run, or more than one; or its encoding cannot be imported.
+      CheckpointError: the run has no intact checkpoint.
+    """
+    from posjax.lab import trained
+
+    return trained.load(os.fspath(path), encoding=encoding, seed=seed)

@@ -18,6 +18,7 @@ other part is not checked, so that user-defined classes may have fields of any t
 ``check`` checks one argument, and ``check_fields`` the fields of a dataclass, whose bounds are in their metadata (``bounded``).
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -27,7 +28,8 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -191,6 +193,18 @@ def short(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
+_CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029, *range(0x202A, 0x202F))}
+
+
+def printable(text: str) -> str:
+    """Returns a text with control characters, which a terminal would execute, as escapes; line ends and tabs stay.
+
+    Bytes of a file name that are not UTF-8 become escapes, too, so that the text can be encoded.
+    """
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text.translate({code: escape for code, escape in _CONTROLS.items() if chr(code) not in "\n\t"})
+
+
 def near(word: str, candidates: Iterable[str]) -> str:
     """Returns the end of a message about an unknown word: a suggestion of the closest candidate, or an empty string."""
     close = difflib.get_close_matches(str(word), list(candidates), n=1)
@@ -200,7 +214,7 @@ def near(word: str, candidates: Iterable[str]) -> str:
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def check_fits(what: str, shapes: Any, count: int = 1) -> None:
+def check_fits(what: str, shapes: Any, count: float = 1) -> None:
     """Raises ValueError if ``count`` copies of a tree of arrays, or of their shapes, take more memory than the host or a device."""
     leaves = [leaf for leaf in jax.tree.leaves(shapes) if hasattr(leaf, "shape")]
     size = count * sum(math.prod(leaf.shape) * _itemsize(leaf.dtype) for leaf in leaves)
@@ -214,13 +228,25 @@ def _itemsize(dtype: Any) -> int:
 
 @functools.cache
 def memory() -> int:
-    """Returns the memory of the host or of a device, whichever is larger, in bytes."""
-    try:
-        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not POSIX
-        host = 2**40
+    """Returns the memory of the host, up to the limits of this process, or of a device, whichever is larger, in bytes."""
+    host = min(_host_limits(), default=2**40)
     stats = (device.memory_stats() for device in jax.local_devices())
     return max(host, *((own or {}).get("bytes_limit", 0) for own in stats))
+
+
+def _host_limits() -> Iterator[int]:
+    """Yields the physical memory, and the limits that containers and ``ulimit`` set, in bytes, where the system tells them."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            yield int((Path("/sys/fs/cgroup") / limit).read_text())
+    with contextlib.suppress(ImportError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            yield limit
 
 
 # What annotations accept ----------------------------------------------------------------------------------------------

@@ -1,11 +1,10 @@
 """Writes the results of ``posjax bench`` as tables and files."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from posjax import plots
+from posjax import files, plots
 
 Row = dict[str, Any]
 FILES = ("attention.json", "attention.md", "attention.png")
@@ -138,10 +137,8 @@ def write(rows: Sequence[Row], config: Row, hardware: Row, versions: Row, out: P
 def write_json(rows: Sequence[Row], config: Row, hardware: Row, versions: Row, path: Path, **more: Any) -> None:
     """Writes rows with their hardware, versions and config, and ``more`` derived values, to a JSON file atomically."""
     settings = {name: value for name, value in config.items() if name != "out"}
-    part = path.with_name(path.name + ".part")
     content = {"hardware": hardware, "versions": versions, "config": settings, **more, "rows": list(rows)}
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    files.write_json(path, content, indent=1)
 
 
 def markdown(heading: str, heads: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> list[str]:

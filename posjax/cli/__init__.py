@@ -22,13 +22,15 @@ usage: posjax VERB CONFIG [--field value ...] [--workdir DIR]
   train      trains and evaluates one encoding
   compare    trains every encoding of the config on the same data, evaluates beyond the training length, draws figures
   ablate     trains a grid of settings: --sweep learning_rate=1e-3,3e-4 --sweep rope.theta=1e4,1e5 --seeds 8
-  evaluate   evaluates the newest checkpoint of a workdir
-  generate   completes a prompt with the newest checkpoint of a workdir: --prompt "def "
+  evaluate   evaluates the newest checkpoint of a run: posjax evaluate RUN --eval_lengths 1 4 16
+  generate   completes a prompt with the newest checkpoint of a run: posjax generate RUN --prompt "def "
+  plot       draws the table and figures of runs again: posjax plot RUN
   plan       predicts memory and time of a step on chips that are not attached: --topology v5p:8x8x8 [--search]
   bench      runs a benchmark: attention [--lengths 2048 8192 ...] | schedule [--generations v6e ...] | gpu | tune
   list       lists the encodings and the configs
 
-CONFIG is a name that posjax list shows, such as quickstart, or a Python file of your own.
+CONFIG is a name that posjax list shows, such as quickstart, a Python file of your own, or the config.json of a run.
+RUN is the workdir of a run, which needs nothing else; compare RUN RUN ... puts the results of several runs in one table.
 Run posjax VERB CONFIG --help for a description of every field.
 Rerun train, compare or ablate to resume; a finished run exits at once.
 
@@ -37,10 +39,10 @@ SLURM, Open MPI, TPU pods and Kubernetes jobs are detected; elsewhere set JAX_CO
 process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. If a process sends no heartbeat for POSJAX_HEARTBEAT_SECONDS
 (default 60), all processes stop.
 
-exit codes: 0 success; 1 error; 2 wrong usage; 130 interrupted by SIGINT; 75 stopped by SIGTERM or by the loss of a
-process. After 130 or 75, rerun the command to resume from the newest checkpoint.
+exit codes: 0 success; 1 error; 2 wrong usage, such as a value that cannot work; 130 interrupted by SIGINT; 75 stopped by
+SIGTERM or by the loss of a process. After 130 or 75, rerun the command to resume from the newest checkpoint.
 """
-VERBS = ("train", "compare", "ablate", "evaluate", "generate", "plan", "bench", "list")
+VERBS = ("train", "compare", "ablate", "evaluate", "generate", "plot", "plan", "bench", "list")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,12 +73,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from posjax.training.loop import Interrupted, NonFiniteLoss
 
     try:
-        run = getattr(importlib.import_module(f"posjax.cli.{verb}"), verb)  # each verb's module has a function of the same name
-        if verb in ("bench", "generate", "plan"):
+        module = importlib.import_module(f"posjax.cli.{verb}")
+        run = getattr(module, verb)  # each verb's module has a function of the same name
+        if verb in ("bench", "generate", "plan", "plot"):
             return run(rest)
         if verb == "ablate":
             return run(rest, shlex.join(["posjax", *argv]))
-        config = parse(rest, verb)
+        config = module.arguments(rest) if hasattr(module, "arguments") else parse(rest, verb)
         distributed.join()
         with _terminable(), distributed.on_peer_loss(lambda: f"to resume, run:\n  {shlex.join(['posjax', *argv])}"):
             run(config, shlex.join(["posjax", *argv]))
@@ -88,10 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(f"interrupted. To resume, run:\n  {shlex.join(['posjax', *argv])}", code, distributed.leave)
     except distributed.ProcessLost as error:
         fail(str(error), distributed.RESTART, functools.partial(distributed.leave, together=False))
-    except (ValueError, ImportError, OSError, NotImplementedError, CheckpointError, NonFiniteLoss, KernelCompileError) as error:
+    except (ValueError, NotImplementedError, ImportError, OSError, CheckpointError, NonFiniteLoss, KernelCompileError) as error:
         if os.environ.get("POSJAX_TRACEBACK"):
             raise
-        fail(str(error), 1, distributed.leave)
+        fail(str(error), 2 if isinstance(error, ValueError | NotImplementedError) else 1, distributed.leave)
 
 
 class _Terminated(KeyboardInterrupt):

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from posjax.checks import check
 from posjax.cli.common import heading_of, parse, print_data, print_table, printer
 
 
@@ -27,29 +28,44 @@ def _ablation_flags() -> type:
         runs_at_once: int | None = None
 
         def __post_init__(self) -> None:
-            if self.runs_at_once is not None and self.runs_at_once < 1:
-                raise ValueError(f"runs_at_once must be at least 1, or None for as many as fit in memory, got {self.runs_at_once}")
+            what = "be at least 1, or None for as many as fit in memory"
+            check("runs_at_once", self.runs_at_once, int | None, least=1, what=what)
 
     return Ablation
 
 
 def ablate(args: Sequence[str], command: str) -> None:
     """Runs posjax ablate: trains every combination with every seed; runs of equal shapes share one compiled program."""
-    from posjax.lab import run as runs
     from posjax.lab.ablation.engine import spread_over_cores
-    from posjax.lab.ablation.grids import run_grid
     from posjax.lab.ablation.sweeps import grid, parse_sweep
-    from posjax.lab.config import init_or_check_workdir
-    from posjax.lab.source import open_source
+    from posjax.training.lock import locked
 
     ablation, config = parse(args, "ablate", _ablation_flags())
+    if config.mesh:
+        raise ValueError(f"mesh must be '' in an ablation, each of whose runs takes one device, got {config.mesh!r}")
     points = grid(config, [parse_sweep(text) for text in ablation.sweep])
     seeds = tuple(range(config.seeds[0])) if len(config.seeds) == 1 and config.seeds[0] > 0 else config.seeds
+    if config.init_from:
+        raise ValueError(f"init_from must be '' in an ablation, whose runs start from random parameters, got {config.init_from!r}")
     spread_over_cores(len(points) * len(seeds))
+    with locked(config.workdir):
+        _ablate(ablation, config, points, seeds, command)
+
+
+def _ablate(ablation, config, points, seeds: Sequence[int], command: str) -> None:
+    from posjax.lab import run as runs
+    from posjax.lab.ablation.grids import run_grid
+    from posjax.lab.flops import check_step_fits
+    from posjax.lab.source import open_source
+    from posjax.lab.workdir import EVALUATION, check_workdir, facts_of, init_or_check_workdir
+
+    check_workdir(config, fixed=(*EVALUATION, "steps"))  # the results of an ablation are stored with the groups of its runs
+    for point in points:
+        check_step_fits(point.config)
     source = open_source(config)
     for point in points:
         runs.check(point.config, (point.config.encoding,), source, devices=1)
-    workdir = init_or_check_workdir(config)
+    workdir = init_or_check_workdir(config, facts_of(config, source), runs.tokenizer_file(source))
     say = printer()
     print_data(source, say)
     rows = run_grid(points, seeds, workdir, source, at_once=ablation.runs_at_once, command=command, say=say)
@@ -58,9 +74,10 @@ def ablate(args: Sequence[str], command: str) -> None:
 
 def report_ablation(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
     from posjax.lab import report
-    from posjax.lab.evaluation import measure_of
+    from posjax.lab.evaluation import MEASURES, measure_in
 
-    measure, label = measure_of(config, source)
+    measure = measure_in(rows)
+    label = MEASURES[measure]
     seeds = len({row["seed"] for row in rows})
     heading = heading_of(config, source, label) + f".\nMean of {seeds} seed{'s' if seeds > 1 else ''}"
     heading += ", ± standard deviation, [95 % interval of the mean]." if seeds > 1 else "."

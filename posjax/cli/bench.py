@@ -6,13 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from posjax.cli.common import fail
+from posjax.cli.common import fail, parse_flags
 
 
 def bench(args: Sequence[str]) -> None:
     """Runs posjax bench attention | schedule | gpu | tune."""
-    import tyro
-
     known = {
         "attention": "time, memory and error of attention, by encoding, implementation and package",
         "schedule": "cycles of the attention kernels as the TPU compiler schedules them; needs no TPU",
@@ -31,7 +29,7 @@ def bench(args: Sequence[str]) -> None:
     module = importlib.import_module(f"posjax.bench.{args[0]}")
     tables = importlib.import_module("posjax.bench.results") if args[0] == "attention" else module
     names = {"attention": "AttentionBench", "schedule": "ScheduleBench", "gpu": "GpuBench", "tune": "Tune"}
-    config = tyro.cli(getattr(module, names[args[0]]), args=args[1:], prog=f"posjax bench {args[0]}")
+    config = parse_flags(getattr(module, names[args[0]]), args[1:], f"posjax bench {args[0]}")
     try:
         rows = module.run(config)
     except KeyboardInterrupt:

@@ -1,17 +1,56 @@
 """Code that several verbs share: flags, workdir and data, tables and figures."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import itertools
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from posjax.checks import printable
 
 
 def fail(message: str, code: int = 1, leave: Callable[[int], None] = sys.exit) -> None:
     """Prints an error message and ends the command with an exit code."""
-    print(f"posjax: {message}", file=sys.stderr)
+    print(f"posjax: {printable(message)}", file=sys.stderr)
     leave(code)
+
+
+def parse_flags(cls: type, args: Sequence[str], prog: str, **options: Any) -> Any:
+    """Parses flags into a dataclass with tyro, which prints --help and exits.
+
+    Raises:
+      ValueError: a flag is unknown, or its value is wrong. The message is one line, without the frame that tyro draws.
+    """
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(cls, args=list(args), prog=prog, **options)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise ValueError(_without_frame(said.getvalue())) from None
+
+
+def _without_frame(text: str) -> str:
+    """Returns tyro's message as one line, with the flag that it suggests.
+
+    Its parts are a title, the message, suggestions and a hint, between rules; the title is in the frame where there is one.
+    """
+    rows = [row.strip(" │") for row in re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()]
+    plain = "\n".join(row for row in rows if not row.startswith(("╭", "╰")))
+    parts = re.split(r"^[─-]{4,}$", plain, flags=re.MULTILINE)
+    message = parts[0] if "╭" in text or len(parts) == 1 else parts[1]
+    line = re.sub(r"^Error parsing \w+: ", "", " ".join(message.partition("\nGot errors:")[0].split()))
+    suggested = re.search(r"Perhaps you meant:\s+(--\S+)", plain)
+    line = line if len(line) <= 300 else f"{line[:140]} ... {line[-140:]}"
+    return f"{line}; did you mean {suggested[1]}?" if suggested else line
 
 
 def parse(args: Sequence[str], verb: str, options: type | None = None):
@@ -39,12 +78,23 @@ def parse(args: Sequence[str], verb: str, options: type | None = None):
     else:
         default, flags = load_config(args[0]), list(args[1:])
         default = dataclasses.replace(default, warmup_steps=_warmup_steps(default, flags))
-    cli = functools.partial(tyro.cli, args=flags, prog=f"posjax {verb} CONFIG")
+    cli = functools.partial(parse_flags, args=flags, prog=f"posjax {verb} CONFIG")
     if options is None:
-        return cli(Config, default=default, config=(tyro.conf.FlagConversionOff,))
+        config = cli(Config, default=default, config=(tyro.conf.FlagConversionOff,))
+        _check_encodings(config)
+        return config
     both = dataclasses.make_dataclass("Both", [(verb, options), ("config", Config)])  # the field names are headings in --help
     parsed = cli(both, default=both(options(), default), config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
+    _check_encodings(parsed.config)
     return getattr(parsed, verb), parsed.config
+
+
+def _check_encodings(config) -> None:
+    """Raises ValueError if an encoding of a config is wrong, even one that the verb does not use."""
+    from posjax.encodings.spec import parse_encoding
+
+    for spec in (config.encoding, *config.encodings):
+        parse_encoding(spec)
 
 
 def _warmup_steps(config, flags: Sequence[str]) -> int:
@@ -59,31 +109,47 @@ def _warmup_steps(config, flags: Sequence[str]) -> int:
     return config.warmup_steps * int(steps) // config.steps
 
 
+def given(args: Sequence[str]) -> set[str]:
+    """Returns the names of the flags on a command line, as fields of a configuration."""
+    return {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
+
+
+def chosen_runs(config, flags: set[str]):
+    """Returns the runs in a workdir that the flags choose, all by default, each with the configuration to read it with."""
+    from posjax.lab.workdir import choose_runs
+
+    encodings = (config.encoding,) if "encoding" in flags else config.encodings if "encodings" in flags else None
+    return choose_runs(config, encodings, config.seeds if "seeds" in flags else None)
+
+
 def open_run(config, specs: Sequence[str]):
     """Checks a run before training starts, creates its workdir if necessary, and returns (workdir, data).
+
+    The caller holds the lock of the workdir.
 
     Raises:
       ValueError: the configuration, an encoding or the data cannot be used. No workdir is created then.
     """
-    from posjax.encodings.spec import parse_encoding
     from posjax.lab import run as runs
-    from posjax.lab.config import init_or_check_workdir
+    from posjax.lab.flops import check_step_fits
     from posjax.lab.source import open_source
+    from posjax.lab.workdir import check_workdir, facts_of, init_or_check_workdir
     from posjax.parallel import distributed
 
-    for spec in specs:
-        parse_encoding(spec)  # the cheapest check first
+    check_step_fits(config)
+    check_workdir(config)
     with distributed.first_process_first():
         source = open_source(config)
     runs.check(config, specs, source)
-    return init_or_check_workdir(config), source
+    runs.check_init_from(config, specs, source)
+    return init_or_check_workdir(config, facts_of(config, source), runs.tokenizer_file(source)), source
 
 
 def printer() -> Callable[[str], None]:
-    """Returns ``print`` in the first process, and a function that does nothing in the others."""
+    """Returns a function that prints a text, with control characters escaped, in the first process and nothing in the others."""
     import jax
 
-    return print if jax.process_index() == 0 else lambda text: None
+    return (lambda text: print(printable(text))) if jax.process_index() == 0 else lambda text: None
 
 
 def print_data(source, say: Callable[[str], None]) -> None:
@@ -92,22 +158,44 @@ def print_data(source, say: Callable[[str], None]) -> None:
         say("\n".join(source.summary))
 
 
-def report_rows(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
+def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str], None]) -> None:
+    """Prints the results of runs and writes them to a folder, in the first process.
+
+    Args:
+      rows, config, source: the results, and the configuration and data that they come from.
+      workdir: the folder; None: nothing is written.
+      say: prints a line.
+
+    Raises:
+      NonFiniteLoss: a loss is not finite. The results have been written.
+    """
     import jax
 
     if jax.process_index() > 0:
         return
     from posjax.lab import report
-    from posjax.lab.evaluation import measure_of
+    from posjax.lab.evaluation import MEASURES, measure_in, not_finite
+    from posjax.training.loop import NonFiniteLoss
 
-    measure, label = measure_of(config, source)
+    measure = measure_in(rows)
+    label = MEASURES[measure]
     heading = heading_of(config, source, label) + ("." if source.task is None else "")
-    report.write_results(rows, measure, workdir, heading)
-    figures = report.write_figures(rows, measure, label, config.seq_length, workdir)
+    written = []
+    if workdir is not None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        report.write_results(rows, measure, workdir, heading)
+        figures = report.write_figures(rows, measure, label, config.seq_length, workdir)
+        written = [workdir / "results.json", workdir / "results.md", *figures]
     say("")
     say(heading)
     print_table(*report.table_cells(rows, measure))
-    say("\n".join(str(path) for path in (workdir / "results.json", workdir / "results.md", *figures)))
+    say("\n".join(map(str, written)) or "Nothing was written; --out FOLDER writes results.json, results.md and the figures.")
+    for row in rows:
+        if columns := not_finite(row["metrics"], measure):
+            raise NonFiniteLoss(
+                f"encoding {row['encoding']!r} with seed {row['seed']} ended with a loss that is not finite, at "
+                f"{', '.join(columns)}. Try a lower learning rate, a smaller clip_norm or float32 in another --workdir."
+            )
 
 
 def heading_of(config, source, label: str) -> str:
@@ -116,7 +204,7 @@ def heading_of(config, source, label: str) -> str:
 
     length = config.seq_length if source.task is None else source.task.length
     heading = f"{label}, trained on {length} tokens, {config.steps:,} steps of {config.batch_size} sequences"
-    if config.task == "lm":
+    if config.task == "lm" and source.validation is not None:
         per_byte = source.validation.num_bytes is not None
         entropy = unigram_bits_per_byte(source.validation) if per_byte else unigram_bits(source.validation)
         heading += f"; unigram entropy of the validation text: {entropy:.3f} bits per {'byte' if per_byte else 'token'}"
@@ -128,10 +216,11 @@ def heading_of(config, source, label: str) -> str:
 def print_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     for number, head in enumerate(heads):
-        table.add_column(head, justify="right" if number else "left", overflow="fold")
+        table.add_column(Text(printable(head)), justify="right" if number else "left", overflow="fold")
     for line in cells:
-        table.add_row(*line)
+        table.add_row(*(Text(printable(cell)) for cell in line))  # rich would read brackets in a str as markup
     Console(width=None if sys.stdout.isatty() else 160).print(table)  # a file has no terminal width

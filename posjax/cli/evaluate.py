@@ -1,20 +1,43 @@
-"""posjax evaluate: evaluates the newest checkpoint of a workdir."""
+"""posjax evaluate: evaluates the newest checkpoints of a run, or of the runs of a comparison."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from posjax.cli.common import open_run, printer, report_rows
+from posjax.cli.common import chosen_runs, given, parse, printer, report_rows
 
 
-def evaluate(config, command: str) -> None:
-    """Runs posjax evaluate: evaluates the newest checkpoint in a workdir that ``posjax train`` wrote."""
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Configures an evaluation, in addition to the fields of a configuration.
+
+    Attributes:
+      out: folder for results.json, results.md and the figures. Empty: the results are printed, and nothing is written.
+    """
+
+    out: str = ""
+
+
+def arguments(args: Sequence[str]) -> tuple[Evaluation, Any, set[str]]:
+    """Parses the command line after the verb and returns (options, configuration, names of the flags)."""
+    return *parse(args, "evaluate", Evaluation), given(args)
+
+
+def evaluate(parsed: tuple[Evaluation, Any, set[str]], command: str) -> None:
+    """Runs posjax evaluate: prints the results of every run in a workdir, to which nothing is written."""
     from posjax.lab import run as runs
+    from posjax.lab.trained import open_data, open_trained
 
-    folder = Path(config.workdir) / "checkpoints"
-    if not folder.is_dir():  # checked first, so that no workdir is created
-        raise ValueError(
-            f"workdir must hold checkpoints, which posjax train writes, got {config.workdir!r}: {folder} does not exist"
-        )
-    workdir, source = open_run(config, (config.encoding,))
-    params = runs.restore_params(config, config.encoding, config.seed, workdir, source)
-    row = runs.evaluate_params(config, config.encoding, params, source)
-    report_rows([{"encoding": config.encoding, "seed": config.seed} | row], config, source, workdir, printer())
+    options, config, flags = parsed
+    chosen = chosen_runs(config, flags)
+    source = open_data(chosen, is_other_text=bool(flags & {"data", "validation_data"}))
+    say = printer()
+    rows = []
+    for stored, reading in chosen:
+        run = open_trained(stored, reading)
+        if len(chosen) > 1:
+            say(f"evaluating {run.path}, step {run.step}")
+        row = runs.evaluate_params(run.config, run.config.encoding, run.params, source)
+        rows.append({"encoding": run.config.encoding, "seed": run.config.seed} | row)
+    report_rows(rows, config, source, Path(options.out) if options.out else None, say)

@@ -1,7 +1,6 @@
 """posjax plan: prints the cost of a training step as tables, and suggests changes if it does not fit in memory."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from posjax.bench.results import print_table
 from posjax.cli.common import parse
 from posjax.compile import aot, aot_gpu
 from posjax.compile.plan import Plan, advice, candidates, make_plans, mesh_flag
+from posjax.files import write_json
 from posjax.lab.config import Config, load_config
 
 _GIB = 2**30
@@ -85,7 +85,7 @@ def run(path: str, config: Config, fields: Mapping[str, Any], planning: Planning
     _print_plan(plans[0], config)
     if planning.out:
         Path(planning.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(planning.out).write_text(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=1) + "\n")
+        write_json(Path(planning.out), [dataclasses.asdict(plan) for plan in plans], indent=1)
     return plans
 
 

@@ -5,6 +5,13 @@ from posjax.cli.common import open_run, print_data, printer, report_rows
 
 def train(config, command: str) -> None:
     """Runs posjax train: trains and evaluates one encoding with one seed."""
+    from posjax.training.lock import locked
+
+    with locked(config.workdir):
+        _train(config, command)
+
+
+def _train(config, command: str) -> None:
     from posjax.lab import run as runs
 
     workdir, source = open_run(config, (config.encoding,))

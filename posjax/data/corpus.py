@@ -40,9 +40,6 @@ from posjax.data.tokenizers import (
     num_ids,
     train_bpe,
 )
-from posjax.data.tokenizers import (
-    NUM_BYTES as NUM_BYTES,
-)
 from posjax.progress import progress
 
 _LAYOUT = "2"  # part of every cache name: change it when the file format changes

@@ -14,13 +14,18 @@ import difflib
 import functools
 import importlib
 import inspect
+import io
 import numbers
 import re
+import tokenize
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from posjax.checks import short
 from posjax.core.chain import Chain, chain
 from posjax.core.encoding import PositionalEncoding, registered
+
+_MAX_LENGTH = 10_000  # of a text; Python's parser would run out of its stack for a far longer one
 
 
 def traced_arguments(make: Callable[..., Any]) -> tuple[str, ...]:
@@ -85,10 +90,16 @@ def _parse(part: str, spec: str, settings: Sequence[Any]) -> PositionalEncoding:
 
 def _calls(part: str, spec: str) -> list[ast.Call]:
     """Returns the members of a chain, each as a call of a known encoding."""
+    if len(spec) > _MAX_LENGTH:
+        raise ValueError(f"encoding must be a text of at most {_MAX_LENGTH:,} characters, got {len(spec):,}: {short(spec)}")
+    if not spec.isprintable():
+        raise ValueError(f"encoding must be one line without control characters, got {short(spec)}")
     try:
         tree = ast.parse(_IMPORTED.sub(rf"\1.{_MARK}\2", part), mode="eval").body
+        if any(token.type == tokenize.COMMENT for token in tokenize.generate_tokens(io.StringIO(part).readline)):
+            raise SyntaxError("a comment is not part of an encoding")
     except SyntaxError as error:
-        raise ValueError(f"encoding must look like 'rope' or 'rope + cope(64)', got {spec!r}: {error.msg}") from None
+        raise ValueError(f"encoding must look like 'rope' or 'rope + cope(64)', got {short(spec)}: {error.msg}") from None
     members: list[ast.expr] = []
     while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
         members.insert(0, tree.right)
@@ -101,6 +112,11 @@ def _call(node: ast.expr, spec: str) -> ast.Call:
     name = _name(call)
     if name is None or any(keyword.arg is None for keyword in call.keywords):
         raise ValueError(f"encoding must look like 'rope' or 'rope + cope(64)', got {spec!r}")
+    keywords = [keyword.arg for keyword in call.keywords]
+    if repeated := [keyword for keyword in keywords if keywords.count(keyword) > 1]:
+        raise ValueError(
+            f"arguments of {name} must be given once, got {repeated[0]!r} {keywords.count(repeated[0])} times in {spec!r}"
+        )
     if ":" not in name and name not in registered():
         near = difflib.get_close_matches(name, registered(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -113,6 +129,11 @@ def _call(node: ast.expr, spec: str) -> ast.Call:
 # While a text is a Python expression, module:name is an attribute with a mark in its name.
 _IMPORTED = re.compile(r"(?<![\w.'\"])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 _MARK = "_imported_"
+
+
+def modules_of(spec: str) -> list[str]:
+    """Returns the modules that a spec names: my_package.mine for "rope + my_package.mine:encoding(3)"."""
+    return [match[1] for match in _IMPORTED.finditer(spec)]
 
 
 def _unmarked(text: str) -> str:
@@ -168,6 +189,8 @@ def _construct(call: ast.Call, spec: str, settings: Sequence[Any]) -> Positional
         encoding = make(*args, **keywords)
     except TypeError as error:  # such as 8 < "a"
         raise ValueError(f"{name} must be called as {usage}, got {spec!r}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"encoding {short(spec)}: {error}") from None
     if not isinstance(encoding, PositionalEncoding):
         raise ValueError(f"{name} must return a PositionalEncoding, got {encoding!r} in {spec!r}")
     return encoding
@@ -190,6 +213,8 @@ def parametrize_spec(spec: str) -> tuple[str, tuple[float, ...]]:
 
     def parametrize(call: ast.Call) -> ast.Call:
         make = _maker(call)
+        if isinstance(make, PositionalEncoding):  # a value in a user's module: its arguments are not in the text
+            return call
         for argument in traced_arguments(make):
             given = _argument(call, argument)
             default = inspect.signature(make).parameters[argument].default

@@ -3,12 +3,13 @@
 import dataclasses
 import difflib
 import importlib.util
-import json
+import os
+import sys
+import traceback
+import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
-
-import jax
+from typing import Literal
 
 from posjax.checks import bounded, check_at_least, check_fields, check_one_of, short
 from posjax.data.tokenizers import check_tokenizer
@@ -16,6 +17,7 @@ from posjax.encodings.spec import spec_of
 from posjax.lab import named_configs
 from posjax.models.transformer import TransformerConfig
 from posjax.parallel.mesh import parse_mesh
+from posjax.training.schedule import check_decay_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Config:
 
     Attributes:
       workdir: folder for all outputs of the run. Empty: runs/NAME for configs/NAME.py.
+      init_from: workdir of a finished or interrupted run whose parameters (their moving average, if it keeps one) this run starts
+        from, with a fresh optimizer at step 0. Empty: the parameters are drawn at random.
       task: lm (next token), mlm (masked tokens, an encoder with [CLS]), or a synthetic task: flip_flop, selective_copy, counting.
       data: stdlib (source code of Python's standard library), tfds:NAME, a file or folder of text or of tokens, or a mixture of
         these with weights, such as books:0.7,code:0.3.
@@ -67,7 +71,9 @@ class Config:
       optimizer: adamw, or muon: Muon for the matrices of the layers and AdamW for all else, with the same learning rate.
       learning_rate: peak learning rate.
       warmup_steps: steps of linear warmup to the peak; shortened in proportion if --steps is set too small for it.
-      decay: shape of the learning rate after the peak: cosine, linear or constant.
+      decay: shape of the learning rate after the peak: cosine, linear, constant, or wsd (constant, then linear in the last
+        decay_steps steps). A run with constant or wsd can be extended by more steps.
+      decay_steps: length of the final decay of wsd in steps; None means a tenth of the steps.
       end_fraction: learning rate at the last step, as a fraction of the peak.
       weight_decay: weight decay, on matrices only.
       beta1: first-moment decay of AdamW.
@@ -87,6 +93,7 @@ class Config:
     """
 
     workdir: str = ""
+    init_from: str = ""
     task: Literal["lm", "mlm", "flip_flop", "selective_copy", "counting"] = "lm"
     data: str = "stdlib"
     validation_data: str = ""
@@ -95,10 +102,11 @@ class Config:
     text_key: str = "text"
     data_dir: str = ""
     tokenizer: str = "bytes"
-    vocab_size: int = 4096
+    # No tokenizer in use has as many as a million.
+    vocab_size: int = bounded(4096, least=1, most=2**20, hint="this is the vocabulary of the tokenizer")
     seq_length: int = bounded(256, least=2)  # an input token and a target, or [CLS] and a token
     num_variables: int = bounded(1, least=1, most=26)
-    num_examples: int | None = bounded(None, least=1)
+    num_examples: int | None = bounded(None, least=1, hint="the examples of a synthetic task are held in memory")
     batch_size: int = bounded(16, least=1)
     encoding: str = "rope"
     encodings: tuple[str, ...] = (
@@ -134,7 +142,8 @@ class Config:
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = bounded(1e-3, above=0)
     warmup_steps: int = 100
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    decay_steps: int | None = bounded(None, least=1)
     end_fraction: float = bounded(0.1, least=0, most=1)
     weight_decay: float = bounded(0.1, least=0)
     beta1: float = bounded(0.9, least=0, below=1)
@@ -166,12 +175,18 @@ class Config:
         if self.tokenizer == "bpe":
             check_at_least("vocab_size", self.vocab_size, 259)  # 256 bytes, two special tokens, one merge
         for name in ("encodings", "seeds", "eval_lengths"):
-            if not getattr(self, name):
+            values = getattr(self, name)
+            if not values:
                 raise ValueError(f"{name} must not be empty, got ()")
+            if repeated := [value for value in values if values.count(value) > 1]:  # it would count twice in a mean
+                raise ValueError(
+                    f"{name} must all differ, got {repeated[0]!r} {values.count(repeated[0])} times in {short(values)}"
+                )
         if any(multiple < 1 for multiple in self.eval_lengths):
             raise ValueError(f"eval_lengths must be multiples of seq_length, integers of at least 1, got {self.eval_lengths}")
         if self.warmup_steps < 0 or self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps must lie in [0, steps={self.steps}], got {self.warmup_steps}")
+        check_decay_steps(self.decay, self.steps - self.warmup_steps, self.decay_steps)
         if parse_mesh(self.mesh) and self.parallel == "pmap":
             raise ValueError(f"mesh must be '' with parallel='pmap', which shards rows over all devices, got {self.mesh!r}")
         if any(not 0 <= seed < 2**31 for seed in self.seeds):  # 2^31 is the seed of the evaluation
@@ -189,29 +204,19 @@ class Config:
         return self.seeds[0]
 
 
-# Fields that may change when a run is resumed; a change of any other field makes it a different run.
-_SAVING = {"workdir", "data_dir", "log_every", "checkpoint_every", "keep_checkpoints"}
-RUN_ONLY = _SAVING | {"parallel", "mesh", "implementation", "remat", "scan_layers", "encodings"}
-# Newer fields: runs that started without them resume with their defaults.
-_LATER = ("optimizer", "z_loss", "ema_decay", "validation_data", "include", "exclude", "text_key")
-
-
-def run_fingerprint(config: Config) -> dict[str, Any]:
-    """Returns the fields that identify a run; fields in ``_LATER`` are included only if they differ from the default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name in _LATER}
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in RUN_ONLY}
-    return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
-
-
 def load_config(path: str) -> Config:
     """Loads the Config that ``get_config()`` in a Python file returns; an empty workdir becomes runs/NAME.
 
     Args:
-      path: name of a configuration of posjax, such as quickstart, or path of a Python file.
+      path: name of a configuration of posjax, such as quickstart, or path of a Python file, or a workdir or its config.json.
 
     Raises:
       ValueError: there is no such name or file, the file raises an exception, or it has no ``get_config() -> Config``.
     """
+    from posjax.lab.workdir import is_workdir, read_config
+
+    if is_workdir(path) or path.endswith(".json"):
+        return read_config(Path(path))
     file = named_configs().get(path, Path(path))
     if not file.is_file() or file.suffix != ".py":
         files = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
@@ -221,52 +226,36 @@ def load_config(path: str) -> Config:
             f"config must be a Python file, or a name that posjax list shows, such as quickstart, got {path!r}"
             + (f"; did you mean {near[0]}?" if near else "")
         )
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None  # the suffix is .py
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except Exception as error:
-        raise ValueError(f"config {path} failed to load: {type(error).__name__}: {error}") from error
+        config = _module_of(file).get_config()
+    except (Exception, SystemExit) as error:
+        what = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+        raise ValueError(f"config {path} failed to load{_line_of(error, file)}: {type(error).__name__}: {what}") from error
     if not isinstance(config, Config):
         raise ValueError(f"get_config() of {path} must return a posjax.lab.config.Config, got {type(config).__name__}")
     return config if config.workdir else dataclasses.replace(config, workdir=f"runs/{file.stem}")
 
 
-def init_or_check_workdir(config: Config) -> Path:
-    """Creates the workdir and stores the config in it, or checks an existing workdir against the config stored there.
-
-    With several processes, only the first one creates the workdir.
-
-    Raises:
-      ValueError: the workdir belongs to another configuration (the message names the fields that differ), or cannot be created.
-    """
-    workdir = Path(config.workdir)
-    stored = workdir / "config.json"
-    now, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (config, Config()))
-    if stored.exists():
-        try:
-            before = defaults | dict(json.loads(stored.read_text()))  # a stored config may lack newer fields
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"workdir {workdir} has an unreadable config.json ({error}); remove that file or use another --workdir"
-            ) from None
-        differ = [name for name in now if name not in RUN_ONLY and before.get(name) != now[name]]
-        if differ:
-            changes = ", ".join(f"{name} is {before.get(name)!r} there and {now[name]!r} here" for name in differ)
-            raise ValueError(
-                f"workdir {workdir} belongs to a run with another configuration: {changes}; use another --workdir, or remove it to "
-                "start over"
-            )
-        return workdir
-    if jax.process_index() > 0:
-        return workdir
+def _module_of(file: Path) -> types.ModuleType:
+    """Runs a config file as Python runs a script: it may import files beside it. Dataclasses need it in ``sys.modules``."""
+    name, folder = f"posjax_config_{file.stem}", str(file.resolve().parent)
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None  # the suffix is .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, folder)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        part = stored.with_suffix(".part")
-        part.write_text(json.dumps(now, indent=1) + "\n")
-        part.replace(stored)
-    except OSError as error:
-        raise ValueError(f"workdir must be a writable folder, got {config.workdir!r}: {error}") from None
-    return workdir
+        spec.loader.exec_module(module)
+    finally:  # at the end from now on, for encodings in a file beside it, without hiding any other module
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+    return module
+
+
+def _line_of(error: BaseException, file: Path) -> str:
+    """Returns " at line N", the line of a config file that raised an exception; an empty string if no line of it did."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == os.path.abspath(file)]
+    if isinstance(error, SyntaxError) and error.filename == os.path.abspath(file):
+        lines = [error.lineno]
+    return f" at line {lines[-1]}" if lines else ""

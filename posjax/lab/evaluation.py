@@ -16,20 +16,39 @@ from posjax.lab import probes
 from posjax.lab.config import Config
 from posjax.lab.source import Source, eval_batches, test_rows
 from posjax.models.losses import cross_entropy
-from posjax.models.transformer import Transformer
+from posjax.models.transformer import LayerRecord, Transformer
 from posjax.parallel.steps import jit_for_all
+from posjax.training.loop import json_number
 from posjax.typing import Array, Params
 
+# Names of metrics in results, and their labels in tables and on axes.
+MEASURES = {
+    "bits_per_byte": "loss (bits per byte)",
+    "bits_per_token": "loss (bits per token)",
+    "masked_loss": "masked-token loss (nats)",
+    "error": "error (%)",
+}
 
-def measure_of(config: Config, source: Source) -> tuple[str, str]:
-    """Returns the metric of a task: its name in results, and its label in tables and on axes."""
+
+def measure_of(config: Config, source: Source) -> str:
+    """Returns the name of the metric of a task on a text."""
     if source.task is not None:
-        return "error", "error (%)"
+        return "error"
     if config.task == "mlm":
-        return "masked_loss", "masked-token loss (nats)"
-    if source.validation.num_bytes is None:  # tokens of an unknown tokenizer
-        return "bits_per_token", "loss (bits per token)"
-    return "bits_per_byte", "loss (bits per byte)"
+        return "masked_loss"
+    return "bits_per_token" if source.validation.num_bytes is None else "bits_per_byte"
+
+
+def measure_in(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the name of the metric in rows of results.
+
+    Raises:
+      ValueError: the rows have different metrics.
+    """
+    names = {name for row in rows for name in MEASURES if name in row["metrics"]}
+    if len(names) != 1:
+        raise ValueError(f"runs to compare must have the same metric, got {' and '.join(sorted(names)) or 'none'}")
+    return names.pop()
 
 
 def evaluate(config: Config, with_params: Callable[[Params], Transformer], params: Params, source: Source) -> dict[str, Any]:
@@ -38,15 +57,16 @@ def evaluate(config: Config, with_params: Callable[[Params], Transformer], param
     Returns:
       A dict with the entries
         metrics: {measure: {column: value or None}, "limit": longest sequence or None, "parameters": count}. Columns are lengths in
-          tokens for text, and test sets for synthetic tasks; a value is None if the encoding does not support that length.
-        loss_by_index, attention_distance, decay, line: the data of the figures (text only).
+          tokens for text, and test sets for synthetic tasks; a value is None if the encoding does not support that length, or if
+          it is not finite.
+        loss_by_index, attention_distance, decay, line: the data of the figures (text only; none if a loss is not finite).
     """
     limit = max_eval_length(config, with_params(params).encodings, source)
     metrics: dict[str, Any] = {"limit": limit, "parameters": sum(x.size for x in jax.tree.leaves(params))}
     if source.task is not None:
         return {"metrics": {"error": _task_errors(config, with_params, params, source)} | metrics}
 
-    measure, _ = measure_of(config, source)
+    measure = measure_of(config, source)
     losses = jit_for_all(token_losses(with_params))
     scale = metric_scale(config, source)
     by_length: dict[str, float | None] = {}
@@ -56,12 +76,21 @@ def evaluate(config: Config, with_params: Callable[[Params], Transformer], param
             by_length[column] = None
             continue
         mean, curve = mean_loss(losses, params, tests)
-        by_length[column] = mean * scale
+        by_length[column] = json_number(mean * scale)
     result = {"metrics": {measure: by_length} | metrics}
+    if not_finite(result["metrics"], measure):
+        return result
     if curve is not None:
         index, loss = curve
         result["loss_by_index"] = {"index": index.tolist(), "loss": (loss * scale).tolist()}
     return result | _probe(config, with_params, params, source)
+
+
+def not_finite(metrics: Mapping[str, Any], measure: str) -> list[str]:
+    """Returns the columns of a measure whose values are not finite, as opposed to beyond the limit of the encoding."""
+    limit = metrics["limit"]
+    beyond = [] if limit is None else [column for column in metrics[measure] if column.isdigit() and int(column) > limit]
+    return [column for column, value in metrics[measure].items() if value is None and column not in beyond]
 
 
 def max_eval_length(config: Config, encodings: Iterable[PositionalEncoding], source: Source) -> int | None:
@@ -142,7 +171,8 @@ def score(
 
     def wrong(params: Params, batch: dict[str, Array]) -> tuple[Array, Array]:
         logits = with_params(params)(batch["tokens"], batch["positions"], batch["segment_ids"])
-        return ((logits.argmax(-1) != batch["targets"]) * batch["weights"]).sum(1), batch["weights"].sum(1)
+        is_wrong = jnp.where(jnp.isfinite(logits.max(-1)), logits.argmax(-1) != batch["targets"], jnp.nan)
+        return (is_wrong * batch["weights"]).sum(1), batch["weights"].sum(1)
 
     def nats(params: Params, batch: dict[str, Array]) -> tuple[Array, Array]:
         return token_losses(with_params)(params, batch).sum(1), batch["weights"].sum(1)
@@ -172,14 +202,32 @@ def mean_loss(
     return float(total.sum() / weight.sum()), tuple(np.asarray(x) for x in curve)
 
 
-def _task_errors(config: Config, with_params: Callable, params: Params, source: Source) -> dict[str, float]:
+def _task_errors(config: Config, with_params: Callable, params: Params, source: Source) -> dict[str, float | None]:
     """Computes the percentage of wrong answers on a task and on each of its variants."""
     wrong = jit_for_all(score(config, with_params))
     errors = {}
     for column, tests in test_sets(config, source, None).items():
         sums = np.sum([np.sum(jax.device_get(wrong(params, batch)), axis=1) for batch in tests], axis=0, dtype=np.float64)
-        errors[column] = float(metric_scale(config, source) * sums[0] / sums[1])
+        errors[column] = json_number(metric_scale(config, source) * sums[0] / sums[1])
     return errors
+
+
+def layer_weights(config: Config, record: LayerRecord, positions: Array | None = None, segments: Array | None = None) -> Array:
+    """Returns the attention probabilities of a layer, [B, N, T, T], from the inputs of its attention."""
+    return attention_weights(
+        record.query,
+        record.key,
+        record.encoding,
+        record.params,
+        value=record.value,
+        hidden=record.hidden,
+        is_causal=config.task != "mlm",
+        segment_ids=segments,
+        query_positions=positions,
+        key_positions=positions,
+        local_window_size=config.local_window_size,
+        logits_soft_cap=config.logits_soft_cap,
+    )
 
 
 # The data of the figures ----------------------------------------------------------------------------------------------
@@ -195,27 +243,9 @@ def _probe(config: Config, with_params: Callable[[Params], Transformer], params:
 
     @jit_for_all
     def distances(params: Params) -> list[Array]:
-        return [
-            probes.attention_distance(
-                attention_weights(
-                    record.query,
-                    record.key,
-                    record.encoding,
-                    record.params,
-                    value=record.value,
-                    hidden=record.hidden,
-                    is_causal=is_causal,
-                    segment_ids=segments,
-                    query_positions=positions,
-                    key_positions=positions,
-                    local_window_size=config.local_window_size,
-                    logits_soft_cap=config.logits_soft_cap,
-                ),
-                positions,
-                positions,
-            )
-            for record in with_params(params).records(tokens, positions, segments)
-        ]
+        records = with_params(params).records(tokens, positions, segments)
+        weights = (layer_weights(config, record, positions, segments) for record in records)
+        return [probes.attention_distance(layer, positions, positions) for layer in weights]
 
     probed["attention_distance"] = [layer.tolist() for layer in jax.device_get(distances(params))]
     line = _cope_line(config, with_params, params, source) if is_causal else None

@@ -1,22 +1,18 @@
 """Generates text from prompts with a trained run, for ``posjax generate``."""
 
-import contextlib
 import dataclasses
-import difflib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from posjax.checks import check_at_least
-from posjax.encodings.spec import parse_encoding, slug
+from posjax.checks import check_at_least, short
+from posjax.encodings.spec import parse_encoding
 from posjax.inference.generation import stream
 from posjax.inference.sampling import Sampling
 from posjax.inference.text import TextRow
-from posjax.lab import run as runs
-from posjax.lab.config import Config, init_or_check_workdir
-from posjax.lab.source import Source, open_source
+from posjax.lab.config import Config
+from posjax.lab.trained import TrainedRun, one_run, open_trained, task_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +61,12 @@ class Prompting:
         if not self.prompt_file:
             return self.prompt or ("",)
         try:
+            if Path(self.prompt_file).exists() and not Path(self.prompt_file).is_file():
+                raise OSError("it is no regular file")
             return (*self.prompt, Path(self.prompt_file).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"prompt_file must be a file of UTF-8 text, got {self.prompt_file!r}: {error}") from None
+        except (OSError, ValueError) as error:  # not UTF-8, or a name with a null character
+            why = error.strerror or error if isinstance(error, OSError) else error
+            raise ValueError(f"prompt_file must be a file of UTF-8 text, got {short(self.prompt_file)}: {why}") from None
 
 
 def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str], None]) -> None:
@@ -92,22 +91,18 @@ def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str]
         )
     parse_encoding(config.encoding)
     prompts = prompting.prompts
-    folder = _trained(config)
-    source = open_source(config)
-    rows = [_encode(source, text) for text in prompts]
-    params = runs.restore_params(config, config.encoding, config.seed, folder, source)
-    with_params, _ = runs.abstract_model(config, config.encoding, source)
-    end = source.train.bos if source.task is None else source.task.pad_token  # None: no token ends the output
+    run = open_trained(*one_run(config))
+    rows = [_encode(run, text) for text in prompts]
     tokens = stream(
-        with_params,
-        params,
+        run.with_params,
+        run.params,
         rows,
         max_new_tokens=prompting.max_new_tokens,
         sampling=prompting.sampling,
         seed=prompting.seed,
-        stop_tokens=() if end is None else (end,),
+        stop_tokens=[end for end in (run.task.pad_token if run.task else run.tokenizer.bos,) if end is not None],
     )
-    bytes_of = token_bytes(source)
+    bytes_of = token_bytes(run)
     texts = [TextRow(bytes_of, prompting.stop) for _ in rows]
     waiting = ["" if len(prompts) == 1 else f"--- {n} of {len(prompts)}\n" for n in range(1, len(prompts) + 1)]
     waiting = [heading + text for heading, text in zip(waiting, prompts, strict=True)]
@@ -128,51 +123,20 @@ def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str]
         write(waiting[row] + texts[row].end() + "\n")
 
 
-def _trained(config: Config) -> Path:
-    """Returns the folder of the run that holds the checkpoints, without creating anything."""
-    workdir = Path(config.workdir)
-    folder = workdir
-    if not (folder / "checkpoints").is_dir():  # a comparison has one folder per encoding and seed
-        folder = workdir / slug(config.encoding) / f"seed-{config.seed}"
-    if not (folder / "checkpoints").is_dir():
-        raise ValueError(
-            f"workdir must hold checkpoints, which posjax train and posjax compare write, got {config.workdir!r}: neither "
-            f"{workdir / 'checkpoints'} nor {folder / 'checkpoints'} exists"
-        )
-    stored = workdir / "config.json"
-    if stored.exists():
-        if folder != workdir:  # the folder name already fixes the encoding and the seed
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # init_or_check_workdir reports a broken file
-                before = json.loads(stored.read_text())
-                config = dataclasses.replace(config, encoding=before["encoding"], seeds=tuple(before["seeds"]))
-        init_or_check_workdir(config)
-    return folder
-
-
-def _encode(source: Source, text: str) -> np.ndarray:
+def _encode(run: TrainedRun, text: str) -> np.ndarray:
     """Encodes a prompt as token ids: a text becomes the beginning of a document, a prompt of a synthetic task a row of its words.
 
     Raises:
       ValueError: a prompt of a synthetic task is empty, or has a word that is not in the task's vocabulary.
     """
-    if source.task is None:
-        return np.concatenate([[source.train.bos], source.train.encode(text)]).astype(np.int32)
-    words = text.split()
-    if not words:
-        known = ", ".join(source.task.words[:20])
-        raise ValueError(f"prompt must have at least one word of {source.task.name}, such as {known}; got {text!r}")
-    for word in words:
-        if word not in source.task.words:
-            near = difflib.get_close_matches(word, source.task.words, n=1)
-            raise ValueError(
-                f"prompt must be words of {source.task.name}, {', '.join(source.task.words[:20])}, got {word!r}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
-    return np.asarray([source.task.words.index(word) for word in words], np.int32)
+    if run.task is not None:
+        return task_tokens(run.task, text, "prompt")
+    return np.concatenate([[run.tokenizer.bos], run.tokenizer.encode(text)]).astype(np.int32)
 
 
-def token_bytes(source: Source) -> Callable[[int], bytes]:
+def token_bytes(run: TrainedRun) -> Callable[[int], bytes]:
     """Returns a function from a token id to the bytes that it adds to a text; one character may span several tokens."""
-    if source.task is not None:
-        return lambda token: f" {source.task.words[token]}".encode()
-    return source.train.token_bytes
+    if run.task is not None:
+        words = run.task.words
+        return lambda token: f" {words[token]}".encode()
+    return run.tokenizer.token_bytes

@@ -1,6 +1,6 @@
 """Writes the rows that ``posjax.lab.run`` returns as files: results.json, results.md and figures."""
 
-import json
+import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 
 from posjax import plots
+from posjax.checks import printable
 from posjax.encodings.spec import slug
+from posjax.files import write_atomically, write_json
+from posjax.lab.evaluation import not_finite
 from posjax.lab.statistics import summary
 
 Row = Mapping[str, Any]
@@ -18,9 +21,9 @@ Row = Mapping[str, Any]
 def write_results(rows: Sequence[Row], measure: str, workdir: Path, heading: str) -> str:
     """Writes results.json and results.md, and returns the Markdown table in results.md."""
     slim = [{"encoding": row["encoding"], "seed": row["seed"], "metrics": row["metrics"]} for row in rows]
-    (workdir / "results.json").write_text(json.dumps({"rows": slim}, indent=1) + "\n")
+    write_json(workdir / "results.json", {"rows": slim}, indent=1)
     table = markdown_table(rows, measure)
-    (workdir / "results.md").write_text(f"{heading}\n\n{table}\n")
+    write_atomically(workdir / "results.md", f"{heading}\n\n{table}\n")
     return table
 
 
@@ -39,7 +42,8 @@ def _grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
 def table_cells(rows: Sequence[Row], measure: str) -> tuple[list[str], list[list[str]]]:
     """Returns column heads and cells: the mean over seeds, with the standard deviation if there are several.
 
-    For a length that an encoding does not support, the cell gives the encoding's maximum: "max 64".
+    For a length that an encoding does not support, the cell gives the encoding's maximum: "max 64". A mean with a value that is not
+    finite is "not finite".
     """
     columns = list(rows[0]["metrics"][measure])
     cells = []
@@ -48,7 +52,8 @@ def table_cells(rows: Sequence[Row], measure: str) -> tuple[list[str], list[list
         for column in columns:
             values = [row["metrics"][measure][column] for row in group]
             if None in values:
-                line.append(f"max {group[0]['metrics']['limit']}")
+                lost = any(column in not_finite(row["metrics"], measure) for row in group)
+                line.append("not finite" if lost else f"max {group[0]['metrics']['limit']}")
                 continue
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             line.append(f"{np.mean(values):.3f}{spread}")
@@ -62,8 +67,14 @@ def markdown_table(rows: Sequence[Row], measure: str) -> str:
 
 
 def _markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(line) + " |" for line in cells])
+    lines = ["| " + " | ".join(map(_escaped, heads)) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(_escaped, line)) + " |" for line in cells])
+
+
+def _escaped(cell: str) -> str:
+    """Escapes what Markdown would read as the end of a cell, as HTML or as an entity, and control characters."""
+    text = html.escape(" ".join(printable(cell).split()), quote=False)
+    return text.replace("\\", "\\\\").replace("|", "\\|")
 
 
 # Ablations -------------------------------------------------------------------------------------------------------------
@@ -73,9 +84,9 @@ def write_ablation(rows: Sequence[Row], measure: str, label: str, workdir: Path,
     """Writes results.json, results.md, dots.png and curves.png for the rows of ``run_grid``, and returns the table."""
     kept = ("encoding", "seed", "settings", "metrics", "diverged")
     slim = [{name: row[name] for name in kept} for row in rows]
-    (workdir / "results.json").write_text(json.dumps({"rows": slim}, indent=1) + "\n")
+    write_json(workdir / "results.json", {"rows": slim}, indent=1)
     heads, cells = ablation_cells(rows, measure)
-    (workdir / "results.md").write_text(f"{heading}\n\n{_markdown(heads, cells)}\n")
+    write_atomically(workdir / "results.md", f"{heading}\n\n{_markdown(heads, cells)}\n")
     encodings = {row["label"]: row["encoding"] for row in rows}
     columns = [column for column in rows[0]["metrics"][measure] if any(row["metrics"][measure][column] is not None for row in rows)]
     plots.save(plots.dots({c: seeds_of(rows, measure, c) for c in columns}, label, encodings), workdir / "dots.png")

@@ -15,16 +15,19 @@ from jax.sharding import Mesh
 from posjax.attention.backends.compile_errors import translate_compile_errors
 from posjax.data.corpus import holds_tokens, vocab_size_of
 from posjax.encodings.spec import parse_encoding, slug
+from posjax.files import DamagedFile, finite, read_json, set_aside, write_json
 from posjax.lab.config import Config, load_config
 from posjax.lab.evaluation import evaluate, mean_loss, take_tokens, token_losses
 from posjax.lab.flops import model_flops
 from posjax.lab.source import Source, eval_batches, open_source, train_batches
+from posjax.lab.workdir import StoredRun, add_fact, digest_of_arrays, facts_of, init_or_check_workdir, milestones, stored_runs
 from posjax.models.losses import cross_entropy, z_loss
 from posjax.models.transformer import Transformer, functional
+from posjax.parallel.distributed import on_first_process, text_of_first_process
 from posjax.parallel.mesh import ROWS, make_mesh, parse_mesh, row_share
 from posjax.parallel.partition_rules import PARTITION_RULES, SHARDED_RULES, Rules, shard_state, state_shardings
 from posjax.parallel.steps import abstract_train_step, jit_for_all, jit_train_step, pmap_train_step
-from posjax.training.checkpoints import CheckpointError, Checkpoints
+from posjax.training.checkpoints import CheckpointError, Checkpoints, Restored
 from posjax.training.loop import fit
 from posjax.training.optimizer import make_optimizer
 from posjax.training.schedule import learning_rate_schedule
@@ -33,13 +36,14 @@ from posjax.training.step import make_train_step
 from posjax.typing import Array, Params
 
 
-def check(config: Config, specs: Sequence[str], source: Source, devices: int | None = None) -> None:
+def check(config: Config, specs: Sequence[str], source: Source, devices: int | None = None, *, training: bool = True) -> None:
     """Checks that every encoding can be trained and evaluated, without compiling anything.
 
     Args:
       config, source: the configuration and the data of the run.
       specs: the encodings to train.
       devices: number of devices that a batch is sharded over; None: taken from the configuration's mesh.
+      training: False checks evaluation only.
 
     Raises:
       ValueError: the mesh does not fit the devices, batch_size is not divisible over them, seq_length is not divisible over the
@@ -52,7 +56,7 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
         raise ValueError(f"parallel must be 'jit' with several processes, got 'pmap' and {jax.process_count()} processes")
     devices = _rows(mesh) if devices is None else devices
     parts = devices * config.accumulate_steps if config.parallel == "pmap" else math.lcm(devices, config.accumulate_steps)
-    if config.batch_size % parts:
+    if training and config.batch_size % parts:
         raise ValueError(
             f"batch_size must be a multiple of {parts} on {devices} devices with accumulate_steps={config.accumulate_steps}, "
             f"got {config.batch_size}"
@@ -65,10 +69,12 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
     names = [slug(spec) for spec in specs]
     if twice := [spec for spec, name in zip(specs, names, strict=True) if names.count(name) > 1]:
         raise ValueError(f"encodings must all differ, got {', '.join(map(repr, twice))}")
+    split = "train" if training else "validation"
     try:
-        batch = next(train_batches(config, source, config.seed, share))
+        batches = train_batches(config, source, config.seed, share) if training else eval_batches(config, source, config.seq_length)
+        batch = next(batches)
     except ValueError as error:
-        raise ValueError(f"seq_length={config.seq_length} does not fit the train split of {config.data!r}: {error}") from error
+        raise ValueError(f"seq_length={config.seq_length} does not fit the {split} split of {config.data!r}: {error}") from error
     lengths = [] if source.task is not None else [config.seq_length * multiple for multiple in config.eval_lengths]
     for length in lengths:
         try:
@@ -94,6 +100,14 @@ def _mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
         return make_mesh(**parse_mesh(config.mesh), devices=devices)
     except ValueError as error:
         raise ValueError(f"mesh {config.mesh!r} does not fit: {error}") from error
+
+
+def mesh_fits(config: Config) -> bool:
+    """Returns whether the mesh of a configuration fits the devices of this machine."""
+    try:
+        return bool(_mesh(config))
+    except ValueError:
+        return False
 
 
 def _rows(mesh: Mesh) -> int:
@@ -200,17 +214,35 @@ def abstract_step(
     return abstract_train_step(step, mesh, state, batch, _rules(mesh))
 
 
+def _abstract_state(config: Config, spec: str, source: Source) -> TrainState:
+    """Returns the state of a run as shapes with shardings, without drawing or compiling anything."""
+    mesh = _mesh(config)
+    params = abstract_model(config, spec, source)[1]
+    state = jax.eval_shape(lambda params: _first_state(config, params, config.seed), params)
+    if config.parallel == "pmap":
+        return state
+
+    def placed(leaf: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, state, state_shardings(state, mesh, _rules(mesh)))
+
+
 def train(
     config: Config, spec: str, seed: int, workdir: Path, source: Source, *, command: str | None = None, quiet: bool = False
 ) -> Params:
     """Trains one model, resuming from the newest checkpoint in ``workdir`` if there is one, and returns its parameters.
 
-    If ``config.ema_decay`` is set, their moving average is returned instead.
+    If ``config.ema_decay`` is set, their moving average is returned instead. With ``config.init_from``, a run that begins starts
+    from the parameters of that run.
 
     Raises:
+      ValueError: the run in init_from has no parameters of these shapes.
       KernelCompileError: the attention kernel failed to compile on this device.
     """
     with_params, state, mesh = _start(config, spec, seed, source)
+    if config.init_from and not Checkpoints(workdir / "checkpoints").steps():
+        state = _with_params_of(config, spec, source, state, workdir)
     step = make_train_step(
         make_loss(with_params, config.dropout_rate > 0, config.z_loss),
         optimizer_of(config),
@@ -238,6 +270,7 @@ def train(
             log_every=config.log_every,
             checkpoint_every=config.checkpoint_every,
             keep=config.keep_checkpoints,
+            keep_steps=milestones(config),
             evaluate=evaluate_now if config.evaluate_every else None,
             evaluate_every=config.evaluate_every,
             resume_command=command,
@@ -278,7 +311,9 @@ def optimizer_of(config: Config, settings: Mapping[str, Any] | None = None) -> A
     """Returns the optimizer of a configuration; ``settings``, which may be traced, override the fields of the same name."""
     chosen = {name: getattr(config, name) for name in TRACED_FIELDS} | dict(settings or {})
     peak, warmup, end = (chosen.pop(name) for name in TRACED_FIELDS[:3])
-    schedule = learning_rate_schedule(peak, config.steps, warmup, decay=config.decay, end_fraction=end)
+    schedule = learning_rate_schedule(
+        peak, config.steps, warmup, decay=config.decay, end_fraction=end, decay_steps=config.decay_steps
+    )
     return make_optimizer(schedule, optimizer=config.optimizer, **chosen)
 
 
@@ -298,10 +333,79 @@ def restore_params(config: Config, spec: str, seed: int, workdir: Path, source: 
     Raises:
       CheckpointError: the workdir has no checkpoint, or none that is intact.
     """
-    restored = Checkpoints(workdir / "checkpoints").restore_latest(_start(config, spec, seed, source)[1])
+    return restore(config, spec, workdir, source).state.eval_params
+
+
+def restore(config: Config, spec: str, workdir: Path, source: Source) -> Restored:
+    """Restores the newest intact checkpoint in a workdir.
+
+    Raises:
+      CheckpointError: the workdir has no checkpoint, or none that is intact.
+    """
+    restored = Checkpoints(workdir / "checkpoints").restore_latest(_abstract_state(config, spec, source))
     if restored is None:
         raise CheckpointError(f"workdir {workdir} has no checkpoint; run posjax train first")
-    return restored.state.eval_params
+    return restored
+
+
+def bare_source(run: StoredRun) -> Source:
+    """Returns the sizes of a run's data, without the data if its workdir records them."""
+    if run.config.task in ("lm", "mlm") and "vocab_size" in run.facts:
+        return Source(run.facts["vocab_size"], run.config.seq_length)
+    return open_source(run.config)
+
+
+def check_init_from(config: Config, specs: Sequence[str], source: Source) -> None:
+    """Checks that a configuration can start from the parameters of the run in ``init_from``, without reading them.
+
+    Raises:
+      ValueError: there is no such run, or its parameters have other names, shapes or dtypes; the message names the first that
+        differs.
+    """
+    if not config.init_from:
+        return
+    run = _init_run(config)
+    theirs = _leaves(abstract_model(run.config, run.config.encoding, bare_source(run))[1])
+    for spec in specs:
+        ours = _leaves(abstract_model(config, spec, source)[1])
+        for name in [*ours, *(name for name in theirs if name not in ours)]:
+            if name not in theirs or name not in ours or ours[name].shape != theirs[name].shape:
+                there, here = ("absent" if leaf is None else f"{list(leaf.shape)}" for leaf in (theirs.get(name), ours.get(name)))
+                raise ValueError(
+                    f"init_from must be a run with the same architecture, got {config.init_from!r}: {name} is {there} there and "
+                    f"{here} here, with encoding {spec!r}"
+                )
+
+
+def _init_run(config: Config) -> StoredRun:
+    """Returns the run in ``init_from``, which must be a single one."""
+    if not Path(config.init_from).is_dir():
+        raise ValueError(f"init_from must be the workdir of a run, got {config.init_from!r}, which does not exist")
+    runs = stored_runs(config.init_from)
+    if len(runs) > 1:
+        raise ValueError(f"init_from must be one run, such as {runs[0].path}, got the comparison {config.init_from!r}")
+    return runs[0]
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _with_params_of(config: Config, spec: str, source: Source, state: TrainState, workdir: Path) -> TrainState:
+    """Replaces the parameters of a first state by those of the run in ``init_from``, and records their digest in the workdir."""
+    check_init_from(config, (spec,), source)
+    run = _init_run(config)
+    on_our_devices = dataclasses.replace(run.config, mesh=config.mesh, parallel=config.parallel)
+    restored = restore(on_our_devices, run.config.encoding, run.path, bare_source(run))
+    params = restored.state.eval_params
+    digest = digest_of_arrays((name, leaf) for name, leaf in _leaves(jax.device_get(params)).items())
+    add_fact(workdir, "init_from", {"workdir": str(run.path), "step": restored.step, "digest": digest})
+
+    def copy() -> Params:  # a separate copy for the average, because both are donated
+        return jax.tree.map(lambda new, old: jax.device_put(jnp.array(new, old.dtype), old.sharding), params, state.params)
+
+    return dataclasses.replace(state, params=copy(), ema=None if state.ema is None else copy())
 
 
 # Comparison ----------------------------------------------------------------------------------------------------------
@@ -314,12 +418,14 @@ def compare(
 
     Results of finished runs are read from disk.
     """
-    rows = []
+    rows, facts = [], facts_of(config, source)
     pairs = [(spec, seed) for spec in config.encodings for seed in config.seeds]
     for number, (spec, seed) in enumerate(pairs, 1):
         folder = workdir / slug(spec) / f"seed-{seed}"
         say(f"{number} of {len(pairs)}: {spec}, seed {seed}")
-        row = train_and_evaluate(config, spec, seed, folder, source, command=command, say=say)
+        own = dataclasses.replace(config, encoding=spec, seeds=(seed,), workdir=str(folder))
+        init_or_check_workdir(own, facts, tokenizer_file(source))
+        row = train_and_evaluate(own, spec, seed, folder, source, command=command, say=say)
         rows.append({"encoding": spec, "seed": seed} | row)
     return rows
 
@@ -336,16 +442,55 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Trains and evaluates one encoding with one seed, and returns its results.
 
-    If the run is finished, its results are read from ``evaluation.json``.
+    If the run is finished and was evaluated as the configuration says, its results are read from ``evaluation.json``.
     """
-    done = folder / "evaluation.json"
-    if done.exists():
+    done, evaluated = folder / "evaluation.json", evaluated_as(config, config.steps, source)
+
+    def read() -> str:
+        return json.dumps(stored_evaluation(folder, evaluated, repair=True))
+
+    result = json.loads(text_of_first_process(read))
+    if result is not None:
         say(f"{folder} is already trained and evaluated")
-        return json.loads(done.read_text())
+        return result
     params = train(config, spec, seed, folder, source, command=command)
-    result = evaluate_params(config, spec, params, source)
-    if jax.process_index() == 0:
-        part = done.with_suffix(".part")
-        part.write_text(json.dumps(result))
-        part.replace(done)
+    result = finite(evaluate_params(config, spec, params, source) | {"evaluated": evaluated})
+    on_first_process(lambda: write_json(done, result))
     return result
+
+
+def evaluated_as(config: Config, step: int, source: Source) -> dict[str, Any]:
+    """Returns what the results of an evaluation depend on, besides the run."""
+    digest = source.digests.get("validation")
+    return {"step": step, "eval_lengths": list(config.eval_lengths), "eval_tokens": config.eval_tokens, "validation": digest}
+
+
+def stored_evaluation(folder: Path, evaluated: Mapping[str, Any] | None, repair: bool = False) -> dict[str, Any] | None:
+    """Reads the evaluation in a workdir.
+
+    Args:
+      folder: the workdir.
+      evaluated: ``evaluated_as``; None accepts any evaluation. Evaluations of posjax 0.2 do not record it and are accepted.
+      repair: sets a damaged file aside, so that it is made again, instead of raising an error.
+
+    Returns:
+      The results, or None if there are none, or none of such an evaluation.
+
+    Raises:
+      DamagedFile: the file is damaged.
+    """
+    try:
+        result = read_json(folder / "evaluation.json", "metrics")
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        if not repair:
+            raise
+        set_aside(folder / "evaluation.json", error)
+        return None
+    return result if evaluated is None or result.get("evaluated") in (None, dict(evaluated)) else None
+
+
+def tokenizer_file(source: Source) -> Path | None:
+    """Returns the file of the tokenizer of a text; None for bytes and synthetic tasks."""
+    return None if source.train is None else source.train.tokenizer_path

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ class Source:
       train, validation: the splits of a text, the second reduced to the excerpts that are evaluated; None for a synthetic task.
       task: the synthetic task; None for text.
       summary: lines that describe both splits of a text, for the opening of a run.
+      digests: a SHA-256 sum of the tokens and documents of each whole split, by name; empty for a synthetic task.
     """
 
     vocab_size: int
@@ -41,6 +42,7 @@ class Source:
     validation: Corpus | None = None
     task: synthetic.Task | None = None
     summary: tuple[str, ...] = ()
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def open_source(config: Config) -> Source:
@@ -66,10 +68,11 @@ def open_source(config: Config) -> Source:
         except ValueError as error:
             raise ValueError(f"data {config.data!r} cannot be used: {error}") from error
         summary = data_summary(config.data, train, validation)
+        digests = {"train": train.digest, "validation": validation.digest}
         # The longest rows begin with a BOS token, so an excerpt is one token shorter.
         excerpt_length = config.seq_length * max(config.eval_lengths) - 1
         validation = excerpts(validation, excerpt_length, max(1, config.eval_tokens // excerpt_length))
-        return Source(train.vocab_size, config.seq_length, train=train, validation=validation, summary=summary)
+        return Source(train.vocab_size, config.seq_length, train, validation, summary=summary, digests=digests)
     length = config.seq_length
     task = {
         "flip_flop": lambda: synthetic.flip_flop(length=length),
@@ -112,16 +115,16 @@ def repeats(train: Corpus | Mixture, validation: Corpus | Mixture) -> tuple[int,
     for part in validation.parts:
         lengths = np.diff(part.offsets)
         for number in some(np.flatnonzero(lengths)):
-            known.setdefault(_digest(part, number), []).append(int(lengths[number]))
+            known.setdefault(_document_digest(part, number), []).append(int(lengths[number]))
     wanted = np.unique([length for lengths in known.values() for length in lengths])
     found: list[int] = []
     for part in train.parts:
         for number in some(np.flatnonzero(np.isin(np.diff(part.offsets), wanted))):
-            found += known.pop(_digest(part, number), [])
+            found += known.pop(_document_digest(part, number), [])
     return len(found), sum(found) / max(1, validation.num_tokens)
 
 
-def _digest(corpus: Corpus, number: int) -> bytes:
+def _document_digest(corpus: Corpus, number: int) -> bytes:
     return hashlib.sha256(corpus.tokens[corpus.offsets[number] : corpus.offsets[number + 1]]).digest()
 
 

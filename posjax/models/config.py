@@ -95,8 +95,13 @@ class TransformerConfig:
         return Dims(self.num_heads, head_dim, self.embed_dim, self.max_length, self.num_kv_heads)
 
 
-def check_memory(config: TransformerConfig) -> None:
-    """Raises ValueError if the weights of a model, without those of its encodings, do not fit the memory of this machine."""
+def check_memory(config: TransformerConfig, copies: float = 1) -> None:
+    """Raises ValueError if the weights of a model, without those of its encodings, do not fit the memory of this machine.
+
+    Args:
+      config: the model.
+      copies: how often the weights are held: 1 for a model, 4 in training with Adam; less where they are sharded over devices.
+    """
     dims, width = config.dims, config.embed_dim
     heads = 2 * (dims.num_heads + dims.num_kv_heads) * dims.head_dim
     hidden = mlp_dim(config) * (2 if config.activation == "gelu" else 3)
@@ -104,7 +109,7 @@ def check_memory(config: TransformerConfig) -> None:
     sizes = dict(vocab_size=config.vocab_size, num_layers=config.num_layers, embed_dim=width, mlp_dim=mlp_dim(config))
     sizes |= dict(num_heads=dims.num_heads, num_kv_heads=dims.num_kv_heads, head_dim=dims.head_dim, num_classes=config.num_classes)
     weights = jax.ShapeDtypeStruct((rows + config.num_layers * (heads + hidden), width), jnp.float32)
-    check_fits(f"a Transformer with {', '.join(f'{name}={size}' for name, size in sizes.items())}", weights)
+    check_fits(f"a Transformer with {', '.join(f'{name}={size}' for name, size in sizes.items())}", weights, copies)
 
 
 def mlp_dim(config: TransformerConfig) -> int:

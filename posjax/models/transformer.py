@@ -153,13 +153,12 @@ class Transformer(nnx.Module):
             raise ValueError(
                 f"encoding must be one, or a sequence whose length divides num_layers={config.num_layers}, got {len(pattern)}"
             )
-        self.config = config
-        layout = pattern * (config.num_layers // len(pattern))
-        self.encodings = tuple(dict.fromkeys(layout))
-        self.layout = tuple(self.encodings.index(e) for e in layout)
-
         if not is_traced(rngs.params.key[...]):  # arrays are made at once
             check_memory(config)
+        self.config = config
+        self.encodings = tuple(dict.fromkeys(pattern))
+        self.layout = tuple(map(self.encodings.index, pattern)) * (config.num_layers // len(pattern))
+
         width = config.embed_dim
         dtype = jnp.dtype(config.compute_dtype)
         embedding_init = nnx.initializers.normal(width**-0.5)

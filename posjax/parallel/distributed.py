@@ -116,6 +116,38 @@ def first_process_first() -> Iterator[None]:
             wait_for_all()
 
 
+def text_of_first_process(function: Callable[[], str]) -> str:
+    """Returns on all processes the text that a function returns on process 0."""
+    text: list[str] = []
+    on_first_process(lambda: text.append(function()))
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return text[0]
+    key = f"posjax/text/{next(_numbers)}"
+    if text:
+        _client().key_value_set(key, text[0])
+    return _client().blocking_key_value_get(key, _LONG_MS)
+
+
+def on_first_process(function: Callable[[], None], error: type[Exception] = ValueError) -> None:
+    """Runs a function on process 0 and waits for it on all others. If it raises ``error`` or ValueError, all processes do."""
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return function()
+    key, failure = f"posjax/first/{next(_numbers)}", None
+    if jax.process_index() == 0:
+        try:
+            function()
+        except (ValueError, error) as raised:
+            failure = raised
+        _client().key_value_set(key, f"-{failure}" if failure else "+")
+        if failure:
+            raise failure
+        return None
+    answer = _client().blocking_key_value_get(key, _LONG_MS)
+    if answer.startswith("-"):
+        raise error(answer[1:])
+    return None
+
+
 # Stopping at the same step -------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ def parse_mesh(text: str) -> dict[str, int]:
       ValueError: an axis is unknown or repeated, or a size is neither a positive integer nor -1.
     """
     sizes: dict[str, int] = {}
-    for part in filter(None, text.replace(" ", "").split(",")):
+    for part in text.replace(" ", "").split(",") if text.strip() else ():
         name, _, size = part.partition("=")
         if name not in AXES or name in sizes or not (size == "-1" or (size.isdecimal() and int(size) > 0)):
             axes = f"each of {', '.join(AXES)} at most once, -1 for the remaining devices"

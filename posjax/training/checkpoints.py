@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +59,20 @@ class Checkpoints:
     Args:
       directory: directory of the checkpoints, created by the first save.
       keep: number of the newest intact checkpoints to keep. Older ones are removed once a newer one has been verified.
+      keep_steps: steps whose checkpoints are never removed.
 
     Raises:
       ValueError: keep is below 1.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int = 3):
+    def __init__(self, directory: str | os.PathLike, keep: int = 3, keep_steps: Sequence[int] = ()):
         check("keep", keep, int, least=1, what="be at least 1")
         # Not imported in the first save, because importing Orbax clears JAX's compiled programs: the step would compile twice.
         require("a folder of checkpoints", "orbax")
         from orbax.checkpoint import v1  # noqa: F401
 
         self.directory = Path(directory).absolute()
-        self.keep = keep
+        self.keep, self.keep_steps = keep, keep_steps
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, intact or damaged, in ascending order."""
@@ -189,7 +191,7 @@ class Checkpoints:
         steps = self.steps()
         good = [step for step in steps if _damage(self.directory / str(step), read=False) is None]
         for step in steps:
-            if step < good[-self.keep :][0]:
+            if step < good[-self.keep :][0] and step not in self.keep_steps:
                 shutil.rmtree(self.directory / str(step))
 
 

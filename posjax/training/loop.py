@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from posjax.checks import check, require
 from posjax.hardware import peak_flops
 from posjax.parallel.distributed import RESTART, PreemptionSync, on_peer_loss
 from posjax.training.checkpoints import Checkpoints
+from posjax.training.lock import holds_lock
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -47,6 +48,7 @@ class NonFiniteLoss(RuntimeError):
     """Raised after ten consecutive steps with a non-finite loss or gradient. The message names the newest intact checkpoint."""
 
 
+@holds_lock
 def fit(
     step_fn: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]],
     state: Any,
@@ -58,6 +60,7 @@ def fit(
     log_every: int = 50,
     checkpoint_every: int = 1000,
     keep: int = 3,
+    keep_steps: Sequence[int] = (),
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     evaluate_every: int | None = None,
     resume_command: str | None = None,
@@ -82,6 +85,7 @@ def fit(
       config: a JSON value stored with each checkpoint.
       log_every, checkpoint_every: intervals in steps. The last step is always logged and saved.
       keep: number of intact checkpoints to keep.
+      keep_steps: further steps to save at, whose checkpoints are kept.
       evaluate: state -> numbers by name, called every `evaluate_every` steps and after the last step. It must not donate the state.
       evaluate_every: interval in steps. None evaluates after the last step only.
       resume_command: the command that resumes the run, printed after an interruption. None prints this program's command line.
@@ -98,6 +102,7 @@ def fit(
       NonFiniteLoss: ten consecutive steps were not finite. No checkpoint is written while steps are being skipped, except after
         the last step.
       CheckpointError: there are checkpoints, but none can be used.
+      WorkdirInUse: another process is writing to the workdir.
       ValueError: an argument is out of range, or `batches` ended before `steps`.
     """
     for name, value in {"steps": steps, "log_every": log_every, "checkpoint_every": checkpoint_every}.items():
@@ -105,7 +110,7 @@ def fit(
     check("evaluate_every", evaluate_every, int | None, least=1, what="be at least 1, or None to evaluate only at the end")
     workdir = Path(workdir)
     say = _say if not quiet and jax.process_index() == 0 else lambda text: None
-    checkpoints = Checkpoints(workdir / "checkpoints", keep)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep, keep_steps)
 
     batches = iter(batches)
     restored = checkpoints.restore_latest(state)
@@ -142,7 +147,7 @@ def fit(
             clock.count(batch, metrics)
 
             last = step == steps
-            save_due = save_due or step % checkpoint_every == 0
+            save_due = save_due or step % checkpoint_every == 0 or step in keep_steps
             evaluating = evaluate is not None and (last or (evaluate_every and step % evaluate_every == 0))
             logging = step % log_every == 0 or evaluating or last
             stopping = None if last else sync.signal_after(step, caught)

@@ -352,8 +352,9 @@ def test_torch_and_x_transformers_compute_the_same(encoding):
 
 def test_gates_of_a_trained_model(tmp_path, monkeypatch):
     from posjax.lab import run as runs
-    from posjax.lab.config import Config, init_or_check_workdir
+    from posjax.lab.config import Config
     from posjax.lab.source import eval_batches, open_source
+    from posjax.lab.workdir import init_or_check_workdir
 
     config = Config(
         workdir=str(tmp_path / "run"), task="flip_flop", encoding="cope(4)", encodings=("cope(4)",), seq_length=8, batch_size=8,
@@ -395,7 +396,7 @@ def test_the_command_says_what_can_be_benched(run):
     code, out, _ = run("bench")
     assert code == 2 and "  attention " in out
     code, _, error = run("bench", "atention")
-    assert code == 1 and "did you mean attention?" in error
+    assert code == 2 and "did you mean attention?" in error
 
 
 def test_help_explains_every_field_and_near_flags_are_named(run):

@@ -423,7 +423,7 @@ NEEDS = "posjax bench gpu needs an NVIDIA GPU, but jax's platform is cpu. posjax
 
 def test_without_a_gpu_the_command_says_what_works(run, tmp_path):
     code, _, error = run("bench", "gpu", "--out", tmp_path / "made")
-    assert (code, error) == (1, f"posjax: {NEEDS}\n")
+    assert (code, error) == (2, f"posjax: {NEEDS}\n")
     assert not (tmp_path / "made").exists()
 
 

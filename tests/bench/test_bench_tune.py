@@ -234,7 +234,7 @@ def test_the_table_says_by_how_much(capsys, monkeypatch):
 
 def test_without_a_gpu_the_command_says_so(run, tmp_path):
     code, _, error = run("bench", "tune", "--out", tmp_path / "made")
-    assert (code, error) == (1, f"posjax: {NEEDS}{SHIPPED}\n")
+    assert (code, error) == (2, f"posjax: {NEEDS}{SHIPPED}\n")
     assert not (tmp_path / "made").exists()
 
 

@@ -24,9 +24,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from posjax import cli
 from posjax.attention.backends.compile_errors import translate_compile_errors
-from posjax.cli.common import parse
+from posjax.cli.common import parse, print_table
 from posjax.core.encoding import registered
-from posjax.lab import config, named_configs, prompting, source
+from posjax.lab import config, named_configs, prompting, report, source
 from posjax.lab import run as runs
 from posjax.training.checkpoints import Checkpoints
 
@@ -193,7 +193,8 @@ def test_interrupted_outside_of_training(run, straight, monkeypatch, number, exp
 def test_what_a_run_leaves_and_a_run_that_is_done(run, straight):
     left = {path.name for path in straight.iterdir()} - {path.name for path in straight.glob("events.out.tfevents*")}
     figures = {"loss_by_length.png", "loss_by_index.png", "attention_distance.png", "decay_curves.png", "cope_rope-cope-8.png"}
-    assert left - figures == {"config.json", "metrics.jsonl", "checkpoints", "evaluation.json", "results.json", "results.md"}
+    results_of_all = {"evaluation.json", "results.json", "results.md"}
+    assert left - figures == {"config.json", "run.json", "metrics.jsonl", "checkpoints", *results_of_all}
     assert left >= figures - {"cope_rope-cope-8.png"}  # which needs a line that is long enough
     (row,) = results(straight)
     assert row["encoding"] == "rope + cope(8)" and row["seed"] == 0
@@ -205,20 +206,19 @@ def test_what_a_run_leaves_and_a_run_that_is_done(run, straight):
 
 
 def test_evaluate_gives_the_numbers_of_train(run, straight):
-    trained = results(straight)
-    (straight / "results.json").unlink()
-    code, out, _ = run("evaluate", "tiny.py", "--workdir", "straight")
-    assert code == 0 and results(straight) == trained
-    assert f"{trained[0]['metrics']['bits_per_byte']['16']:.3f}" in out
+    trained, before = results(straight), files(straight)
+    code, out, _ = run("evaluate", "tiny.py", "--workdir", "straight", "--out", "evaluated")
+    assert code == 0 and results("evaluated") == trained
+    assert f"{trained[0]['metrics']['bits_per_byte']['16']:.3f}" in out and files(straight) == before
     code, _, err = run("evaluate", "tiny.py", "--workdir", "never")
-    assert code == 1 and "workdir must hold checkpoints, which posjax train writes, got 'never'" in err
+    assert code == 2 and "workdir must hold checkpoints, which posjax train and posjax compare write, got 'never'" in err
     assert not Path("never").exists()
 
 
 def test_another_config_is_refused(run, straight):
     before = files(straight)
     code, _, err = run("train", "tiny.py", "--workdir", "straight", "--num_heads", "4", "--learning_rate", "0.5")
-    assert code == 1 and "Traceback" not in err
+    assert code == 2 and "Traceback" not in err
     assert "num_heads is 2 there and 4 here, learning_rate is 0.001 there and 0.5 here; use another --workdir" in err
     assert files(straight) == before
 
@@ -381,22 +381,20 @@ def wrong_files(home):
     (home / "raises.py").write_text("def get_config():\n    raise KeyError('workdirr')")
     (home / "none.py").write_text("def get_config():\n    pass")
     (home / "file").write_text("mine")
-    (home / "broken").mkdir(exist_ok=True)
-    (home / "broken" / "config.json").write_text('{"steps": 3')
 
 
 TINY = ("train", "tiny.py")
 # arguments, exit code, what the message holds: the argument, its value, what would work
 WRONG = [
     (("trian", "tiny.py"), 2, r"verb must be train, compare, .*, got 'trian'; did you mean train\?"),
-    (("train",), 1, "a config must come first, such as quickstart or .*, got nothing"),
-    (("train", "--steps", "3"), 1, "a config must come first, .*, got '--steps'"),
-    (("train", "tinny.py"), 1, r"config must be a Python file.*, got 'tinny.py'; did you mean tiny.py\?"),
-    (("train", "text"), 1, "config must be a Python file.*, got 'text'"),
-    (("train", "raises.py"), 1, "config raises.py failed to load: KeyError: 'workdirr'"),
-    (("train", "none.py"), 1, "none.py must return a posjax.lab.config.Config, got NoneType"),
-    ((*TINY, "--stepz", "3"), 2, "Unrecognized options: --stepz.*Perhaps you meant.*--steps INT"),
-    ((*TINY, "--steps", "many"), 2, "--steps.*'many'.*optimizer steps"),
+    (("train",), 2, "a config must come first, such as quickstart or .*, got nothing"),
+    (("train", "--steps", "3"), 2, "a config must come first, .*, got '--steps'"),
+    (("train", "tinny.py"), 2, r"config must be a Python file.*, got 'tinny.py'; did you mean tiny.py\?"),
+    (("train", "text"), 2, "config must be a Python file.*, got 'text'"),
+    (("train", "raises.py"), 2, "config raises.py failed to load at line 2: KeyError: 'workdirr'"),
+    (("train", "none.py"), 2, "none.py must return a posjax.lab.config.Config, got NoneType"),
+    ((*TINY, "--stepz", "3"), 2, r"Unrecognized options: --stepz.*; did you mean --steps\?"),
+    ((*TINY, "--steps", "many"), 2, "--steps: .*'many'"),
     ((*TINY, "--tie_embeddings", "perhaps"), 2, "'perhaps' for argument '--tie-embeddings'.*'True', 'False'"),
     ((*TINY, "--task", "lmm"), 2, "'lmm' for argument '--task'.*'lm', 'mlm', 'flip_flop'"),
     ((*TINY, "--steps", "0"), 2, "steps must be an integer of at least 1, got 0"),
@@ -408,62 +406,101 @@ WRONG = [
     ((*TINY, "--num_kv_heads", "4"), 2, "num_kv_heads must divide num_heads=2, got 4"),
     ((*TINY, "--eval_lengths", "0"), 2, r"eval_lengths must be multiples of seq_length, integers of at least 1, got \(0,\)"),
     ((*TINY, "--tokenizer", "bpe", "--vocab_size", "9"), 2, "vocab_size must be an integer of at least 259, got 9"),
-    ((*TINY, "--encoding", "roppe"), 1, "encoding must be made of .*, got 'roppe' in 'roppe'; did you mean 'rope'"),
-    ((*TINY, "--encoding", "rope +"), 1, r"encoding must look like 'rope' or .*, got 'rope \+'"),
-    ((*TINY, "--encoding", "cope(1)"), 1, "max_position must be .*at least 2, got 1"),
-    ((*TINY, "--encoding", "rope / alibi"), 1, "encoding 'rope / alibi' does not fit .* num_layers=1, got 2"),
-    ((*TINY, "--encoding", "rope(fraction=0.1)"), 1, r"fraction=0.1"),
+    ((*TINY, "--encoding", "roppe"), 2, "encoding must be made of .*, got 'roppe' in 'roppe'; did you mean 'rope'"),
+    ((*TINY, "--encoding", "rope +"), 2, r"encoding must look like 'rope' or .*, got 'rope \+'"),
+    ((*TINY, "--encoding", "cope(1)"), 2, "max_position must be .*at least 2, got 1"),
+    ((*TINY, "--encoding", "rope / alibi"), 2, "encoding 'rope / alibi' does not fit .* num_layers=1, got 2"),
+    ((*TINY, "--encoding", "rope(fraction=0.1)"), 2, r"fraction=0.1"),
     (
         (*TINY, "--encoding", "alibi", "--attention", "linear"),
-        1,
+        2,
         "encoding 'alibi' does not fit .* must act only by rotation.*alibi",
     ),
-    ((*TINY, "--encoding", "cope(8)", "--task", "mlm"), 1, r"encoding 'cope\(8\)' does not fit .*is_causal.*"),
-    ((*TINY, "--batch_size", "12"), 1, "batch_size must be a multiple of 8 on 8 devices with accumulate_steps=1, got 12"),
-    ((*TINY, "--accumulate_steps", "3"), 1, "batch_size must be a multiple of 24 on 8 devices with accumulate_steps=3, got 8"),
-    ((*TINY, "--accumulate_steps", "2", "--parallel", "pmap"), 1, "batch_size must be a multiple of 16 on 8 devices .*, got 8"),
-    ((*TINY, "--data", "texxt"), 1, "data 'texxt' cannot be used: .*an existing file or folder.*; did you mean 'text'"),
-    ((*TINY, "--data", "empty"), 1, "data 'empty' cannot be used: source must contain text"),
+    ((*TINY, "--encoding", "cope(8)", "--task", "mlm"), 2, r"encoding 'cope\(8\)' does not fit .*is_causal.*"),
+    ((*TINY, "--batch_size", "12"), 2, "batch_size must be a multiple of 8 on 8 devices with accumulate_steps=1, got 12"),
+    ((*TINY, "--accumulate_steps", "3"), 2, "batch_size must be a multiple of 24 on 8 devices with accumulate_steps=3, got 8"),
+    ((*TINY, "--accumulate_steps", "2", "--parallel", "pmap"), 2, "batch_size must be a multiple of 16 on 8 devices .*, got 8"),
+    ((*TINY, "--data", "texxt"), 2, "data 'texxt' cannot be used: .*an existing file or folder.*; did you mean 'text'"),
+    ((*TINY, "--data", "empty"), 2, "data 'empty' cannot be used: source must contain text"),
     (
         (*TINY, "--data", "binary.txt"),
-        1,
+        2,
         "data 'binary.txt' cannot be used: source must contain only UTF-8 text.*convert or move the file",
     ),
     ((*TINY, "--data", "dangling"), 1, "cannot read .*gone.txt .No such file.*make it readable or remove it"),
     (
         (*TINY, "--data", "short.txt", "--seq_length", "64"),
-        1,
+        2,
         "seq_length=64 does not fit .*'short.txt': length must be at most .*, got 64",
     ),
-    ((*TINY, "--eval_lengths", "1", "900"), 1, r"eval_lengths=\(1, 900\) .* must fit the validation split.*at most \d+.*got 14400"),
-    ((*TINY, "--data", "tfds:imdb_review"), 1, "data 'tfds:imdb_review' cannot be used: .*; did you mean 'imdb_reviews'"),
+    ((*TINY, "--eval_lengths", "1", "900"), 2, r"eval_lengths=\(1, 900\) .* must fit the validation split.*at most \d+.*got 14400"),
+    ((*TINY, "--data", "tfds:imdb_review"), 2, "data 'tfds:imdb_review' cannot be used: .*; did you mean 'imdb_reviews'"),
     ((*TINY, "--data_dir", "file/below"), 1, "file/below"),
-    ((*TINY, "--task", "flip_flop", "--seq_length", "5"), 1, "length must be .*even.*got 5"),
-    ((*TINY, "--workdir", "file"), 1, "workdir must be a writable folder, got 'file'"),
-    (
-        (*TINY, "--workdir", "broken"),
-        1,
-        "workdir broken has an unreadable config.json .*; remove that file or use another --workdir",
-    ),
-    (("compare", "tiny.py", "--encodings", "rope", "ropee"), 1, "got 'ropee' in 'ropee'; did you mean 'rope'"),
+    ((*TINY, "--task", "flip_flop", "--seq_length", "5"), 2, "length must be .*even.*got 5"),
+    ((*TINY, "--workdir", "file"), 2, "workdir must be a writable folder, got 'file'"),
+    (("compare", "tiny.py", "--encodings", "rope", "ropee"), 2, "got 'ropee' in 'ropee'; did you mean 'rope'"),
     (
         ("compare", "tiny.py", "--encodings", "rope", "rope / alibi"),
-        1,
+        2,
         "encoding 'rope / alibi' does not fit .*num_layers=1, got 2",
     ),
-    (("compare", "tiny.py", "--encodings", "rope", "rope"), 1, "encodings must all differ, got 'rope', 'rope'"),
-    (("evaluate", "tiny.py", "--workdir", "text"), 1, "workdir must hold checkpoints, which posjax train writes, got 'text'"),
+    (("compare", "tiny.py", "--encodings", "rope", "rope"), 2, "encodings must all differ, got 'rope' 2 times"),
+    (
+        ("evaluate", "tiny.py", "--workdir", "text"),
+        2,
+        "workdir must hold checkpoints, .* got 'text'",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("argv", "code", "message"), WRONG, ids=[shlex.join(argv) for argv, _, _ in WRONG])
 def test_wrong_words(run, home, monkeypatch, argv, code, message):
     wrong_files(home)
-    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(runs, "train", None)  # nothing is trained
     got, out, err = run(*argv)
     assert got == code
-    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", err).split())
-    assert re.search(message, words), words
-    assert "Traceback" not in err and not out.strip()
+    assert re.search(message, err), err
+    assert len(err.splitlines()) == 1 and err.startswith("posjax: ") and not out.strip()
     assert not (home / "runs").exists()  # and no workdir is left behind
+
+
+# Runs that are not finite, and text of others ------------------------------------------------------------------------
+
+
+def strict(text):
+    """JSON as its standard has it, without NaN and Infinity."""
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+@pytest.mark.parametrize("task", ["lm", pytest.param("flip_flop", marks=pytest.mark.thorough)])
+def test_a_run_that_is_not_finite_does_not_succeed(run, home, task):
+    (home / "posjax_not_finite.py").write_text(
+        "import posjax as pj\n"
+        "not_finite = pj.encoding('not_finite', init=lambda key, dims: {}, embed=lambda params, x, tokens: x / 0)\n"
+    )
+    flags = ("--encoding", "posjax_not_finite:not_finite", "--steps", 3, "--warmup_steps", 1)
+    for _ in range(2):  # also when it is run again
+        code, out, err = run("train", "tiny.py", "--workdir", f"lost-{task}", "--task", task, *flags)
+        assert code == 1 and "ended with a loss that is not finite" in err.splitlines()[-1], err
+        assert "not finite" in out and "nan" not in out
+    folder = home / f"lost-{task}"
+    metrics = strict((folder / "results.json").read_text())["rows"][0]["metrics"]
+    assert None in metrics["bits_per_byte" if task == "lm" else "error"].values()
+    strict((folder / "evaluation.json").read_text())
+    assert strict((folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"] is None
+
+
+def test_text_of_others_is_escaped(run, home, capsys):
+    (home / "hostile").mkdir(exist_ok=True)
+    (home / "hostile" / "a.txt").write_text("hello\n" * 400)
+    if not (link := home / "hostile" / "\x1b]0;pwned\x07.txt").is_symlink():
+        link.symlink_to("/nonexistent")
+    code, out, err = run("train", "tiny.py", "--data", "hostile", "--workdir", "hostile-run")
+    assert code and "\x1b" not in out + err and r"\x1b]0;pwned\x07.txt" in err
+    spec = "<img src=x> | \x1b[31m"
+    metrics = {"error": {"a": 1.0}, "parameters": 1, "limit": None}
+    table = report.markdown_table([{"encoding": spec, "seed": 0, "metrics": metrics}], "error")
+    assert table.splitlines()[2:] == [r"| &lt;img src=x&gt; \| \\x1b[31m | 1.000 | 1 |"]
+    print_table([spec], [["[red]not markup[/red]\x1b[2J"]])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "<img src=x>" in out and "[red]not markup[/red]" in out

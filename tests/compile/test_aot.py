@@ -406,7 +406,7 @@ def test_wrong_settings_are_told(fields, message):
 
 def test_the_command_line_knows_schedule(run):
     code, _, error = run("bench", "schedul")
-    assert code == 1 and "did you mean schedule?" in error
+    assert code == 2 and "did you mean schedule?" in error
     code, out, _ = run("bench", "schedule", "--help")
     assert code == 0
     for field in dataclasses.fields(ScheduleBench):

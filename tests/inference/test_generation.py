@@ -307,9 +307,9 @@ def test_other_workdirs_tokens_and_tasks(run):
     code, out, _ = run(*flip, "--prompt", "w 1 r")
     assert code == 0 and out.startswith("w 1 r ") and set(out.split()) <= {"w", "r", "i", "0", "1"} and len(out.split()) == 8
     code, _, err = run(*flip, "--prompt", "w 7")
-    assert code == 1 and "prompt must be words of flip_flop, w, r, i, 0, 1, got '7'" in err
+    assert code == 2 and "prompt must be words of flip_flop, w, r, i, 0, 1, got '7'" in err
     code, _, err = run(*flip)
-    assert code == 1 and "prompt must have at least one word of flip_flop" in err
+    assert code == 2 and "prompt must have at least one word of flip_flop" in err
 
 
 @pytest.mark.parametrize(

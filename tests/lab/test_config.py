@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import re
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -12,12 +13,13 @@ import posjax as pj
 from posjax.core.encoding import PositionalEncoding, registered
 from posjax.encodings.spec import one_line, parametrize_spec, parse_encoding, slug, spec_of
 from posjax.lab import named_configs, report
-from posjax.lab.config import RUN_ONLY, Config, init_or_check_workdir, load_config, run_fingerprint
+from posjax.lab.config import Config, load_config
+from posjax.lab.workdir import RUN_ONLY, init_or_check_workdir, run_fingerprint
 
 WRONG_FIELDS = [
     ({"task": "lmm"}, "task must be one of lm, mlm, .*, got 'lmm'"),
     ({"tokenizer": "words"}, "tokenizer must be 'bytes', 'bpe', or the path of a tokenizer.json or a .gguf file, got 'words'"),
-    ({"decay": "step"}, "decay must be one of cosine, linear, constant, got 'step'"),
+    ({"decay": "step"}, "decay must be one of cosine, linear, constant, wsd, got 'step'"),
     ({"parallel": "xmap"}, "parallel must be one of jit, pmap, got 'xmap'"),
     ({"norm": "batchnorm"}, "norm must be .*rmsnorm.*, got 'batchnorm'"),
     ({"attention": "sparse"}, "attention must be .*softmax.*linear.*, got 'sparse'"),
@@ -35,6 +37,13 @@ WRONG_FIELDS = [
     ({"eval_lengths": ()}, r"eval_lengths must not be empty, got \(\)"),
     ({"encodings": ()}, r"encodings must not be empty, got \(\)"),
     ({"seeds": ()}, r"seeds must not be empty, got \(\)"),
+    ({"seeds": (1, 2, 2)}, r"seeds must all differ, got 2 2 times in \(1, 2, 2\)"),
+    ({"encodings": ("rope", "rope")}, "encodings must all differ, got 'rope' 2 times"),
+    ({"eval_lengths": (1, 1)}, r"eval_lengths must all differ, got 1 2 times in \(1, 1\)"),
+    ({"learning_rate": float("inf")}, "learning_rate must be positive and finite, got inf"),
+    ({"logits_soft_cap": float("inf")}, "logits_soft_cap must be a finite number or None, got inf"),
+    ({"vocab_size": 10**9}, "vocab_size must be an integer from 1 to 1048576, got 1000000000"),
+    ({"num_examples": 10**11}, "num_examples must be an integer from 1 .*synthetic task are held in memory"),
     ({"seeds": (-1,)}, r"seeds must lie in \[0, 2\*\*31\), got \(-1,\)"),
     ({"warmup_steps": 11, "steps": 10}, r"warmup_steps must lie in \[0, steps=10\], got 11"),
     ({"learning_rate": -1e-3}, "learning_rate must be positive, got -0.001"),
@@ -78,17 +87,17 @@ def test_configs_of_the_project(name, tmp_path, monkeypatch):
 
 
 WRONG_FILES = {
-    "raises.py": ("1 / 0", "raises.py failed to load: ZeroDivisionError: division by zero"),
-    "syntax.py": ("def get_config(:", "syntax.py failed to load: SyntaxError"),
+    "raises.py": ("1 / 0", "raises.py failed to load at line 1: ZeroDivisionError: division by zero"),
+    "syntax.py": ("def get_config(:", "syntax.py failed to load at line 1: SyntaxError"),
     "nothing.py": ("x = 1", "nothing.py failed to load: AttributeError: .*get_config"),
     "dict.py": ("def get_config():\n    return {}", "dict.py must return a posjax.lab.config.Config, got dict"),
     "field.py": (
         "from posjax.lab.config import Config\ndef get_config():\n    return Config(stepz=1)",
-        "field.py failed to load: TypeError: .*'stepz'",
+        "field.py failed to load at line 3: TypeError: .*'stepz'",
     ),
     "value.py": (
         "from posjax.lab.config import Config\ndef get_config():\n    return Config(steps=0)",
-        "value.py failed to load: ValueError: steps must be an integer of at least 1, got 0",
+        "value.py failed to load at line 3: ValueError: steps must be an integer of at least 1, got 0",
     ),
     "config.txt": ("x", "config must be a Python file, or a name .*, such as quickstart, got '.*config.txt'"),
 }
@@ -100,6 +109,20 @@ def test_wrong_config_file(tmp_path, name):
     (tmp_path / name).write_text(code)
     with pytest.raises(ValueError, match=message):
         load_config(str(tmp_path / name))
+
+
+def test_config_file_with_postponed_annotations_and_a_sibling(tmp_path, monkeypatch):
+    """As Python runs a script: dataclasses find the module of a class, and a file beside it can be imported."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "posjax_shared_fields.py").write_text("STEPS = 40\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\nfrom posjax.lab.config import Config\n"
+        "from posjax_shared_fields import STEPS\n@dataclasses.dataclass\nclass Mine:\n    width: int = 32\n"
+        "def get_config():\n    return Config(embed_dim=Mine().width, steps=STEPS, warmup_steps=4)\n"
+    )
+    config = load_config(str(tmp_path / "mine.py"))
+    assert (config.embed_dim, config.steps) == (32, 40)
+    assert sys.path[0] != str(tmp_path) and sys.path[-1] == str(tmp_path)
 
 
 def test_missing_config_file(tmp_path):
@@ -140,17 +163,6 @@ def test_a_workdir_that_is_older_than_a_field_has_its_default(tmp_path):
         init_or_check_workdir(dataclasses.replace(config, optimizer="muon", z_loss=0.1, ema_decay=0.5))
     assert set(run_fingerprint(config)) == set(old) - RUN_ONLY  # of which a grid makes the names of its folders
     assert run_fingerprint(dataclasses.replace(config, z_loss=0.1)) == run_fingerprint(config) | {"z_loss": 0.1}
-
-
-@pytest.mark.parametrize("damage", ["", "{", "[1]", "null", "\udcff"])
-def test_damaged_stored_config(tmp_path, damage):
-    stored = tmp_path / "config.json"
-    stored.write_bytes(damage.encode("utf-8", "surrogateescape"))
-    with pytest.raises(
-        ValueError, match=f"workdir {tmp_path} has an unreadable config.json .*; remove that file or use another --workdir"
-    ):
-        init_or_check_workdir(Config(workdir=str(tmp_path)))
-    assert stored.read_bytes() == damage.encode("utf-8", "surrogateescape")
 
 
 def test_workdir_that_is_a_file(tmp_path):

@@ -94,6 +94,11 @@ def test_schedule_corners():
     constant = learning_rate_schedule(2.0, 100, decay="constant")
     np.testing.assert_allclose([constant(0), constant(99)], [2.0, 2.0])
     np.testing.assert_allclose(learning_rate_schedule(2.0, 4, 4)(3), 2.0)  # all warmup
+    wsd = learning_rate_schedule(2.0, 100, 10, "wsd", end_fraction=0.5, decay_steps=20)
+    np.testing.assert_allclose(wsd(np.array([0, 9, 10, 79, 80, 90, 99, 100])), [0.2, 2.0, 2.0, 2.0, 2.0, 1.5, 1.05, 1.0], rtol=1e-6)
+    longer = learning_rate_schedule(2.0, 200, 10, "wsd", end_fraction=0.5)  # the last tenth
+    np.testing.assert_array_equal(longer(np.arange(80)), wsd(np.arange(80)))
+    np.testing.assert_allclose(longer(np.array([180, 190, 200])), [2.0, 1.5, 1.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +106,7 @@ def test_schedule_corners():
     [
         ((1.0, 0), "steps must be at least 1, got 0"),
         ((1.0, 10, 11), r"warmup_steps must be between 0 and steps \(10\), got 11"),
-        ((1.0, 10, 0, "cubic"), "decay must be one of cosine, linear, constant, got 'cubic'"),
+        ((1.0, 10, 0, "cubic"), "decay must be one of cosine, linear, constant, wsd, got 'cubic'"),
         ((1.0, 10, 0, "linear", 2.0), "end_fraction must be between 0 and 1, got 2.0"),
     ],
 )

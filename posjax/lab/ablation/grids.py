@@ -6,6 +6,7 @@ Rerunning a grid that was interrupted or killed resumes it from its last saved s
 """
 
 import hashlib
+import io
 import json
 import math
 import shlex
@@ -21,12 +22,15 @@ import numpy as np
 
 from posjax.attention.backends.compile_errors import translate_compile_errors
 from posjax.encodings.spec import parse_encoding, slug
+from posjax.files import DamagedFile, read_json, set_aside, write_atomically, write_json
 from posjax.lab.ablation.engine import BatchedRuns
 from posjax.lab.ablation.sweeps import Group, Point, groups
-from posjax.lab.config import Config, run_fingerprint
+from posjax.lab.config import Config
 from posjax.lab.evaluation import EvalSet, max_eval_length, measure_of, metric_scale, test_sets
 from posjax.lab.source import Source
+from posjax.lab.workdir import run_fingerprint
 from posjax.training.checkpoints import Checkpoints
+from posjax.training.lock import locked
 from posjax.training.loop import MAX_SKIPPED_IN_A_ROW, Interrupted, forget_after, json_number, noted_signals
 
 _SECONDS_BETWEEN_LINES = 15
@@ -65,6 +69,7 @@ def run_grid(
 
     Raises:
       ValueError: there are several processes.
+      WorkdirInUse: another process is writing to the workdir.
       Interrupted: SIGINT or SIGTERM arrived; the current piece was finished and saved.
       KernelCompileError: the attention kernel failed to compile on this device.
     """
@@ -73,7 +78,7 @@ def run_grid(
     all_groups = groups(points, seeds)
     total = sum(len(group.runs) * group.config.steps for group in all_groups)
     try:
-        with noted_signals() as caught, _Progress(total, say) as progress:
+        with locked(workdir), noted_signals() as caught, _Progress(total, say) as progress:
             rows = _rows(all_groups, points, workdir, source, at_once, tests or _usual_tests(source), caught, progress)
     except Interrupted as stopped:
         say(f"{stopped} To resume, run:\n  {command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
@@ -97,23 +102,33 @@ def _rows(
         folder = workdir / _folder(group)
         progress.begin(f"{number} of {len(all_groups)}: {group.spec}, {len(group.runs)} runs")
         done = folder / "rows.json"
-        if done.exists():
+        content = _finished(done)
+        if content is not None:
             progress.skipped(group.config.steps * len(group.runs))
         else:
             folder.mkdir(parents=True, exist_ok=True)
             with translate_compile_errors(group.config.implementation):
                 content = _train_group(group, source, folder, at_once, tests, caught, progress)
-            part = done.with_suffix(".part")
-            part.write_text(json.dumps(content))
-            part.replace(done)
+            write_json(done, content)
         items = _read_items(folder)
-        for index, (run, row) in enumerate(zip(group.runs, json.loads(done.read_text())["rows"], strict=True)):
+        for index, (run, row) in enumerate(zip(group.runs, read_json(done, "rows")["rows"], strict=True)):
             point = points[run.point]
             header = {"encoding": point.config.encoding, "seed": run.seed, "label": point.label, "settings": point.settings}
             run_items = {step: {column: sums[:, index] for column, sums in scored.items()} for step, scored in items.items()}
             evaluations = {int(step): scores for step, scores in row["evaluations"].items()}
             rows[run.point, run.seed] = {**header, **row, "evaluations": evaluations, "items": run_items}
     return rows
+
+
+def _finished(done: Path) -> dict[str, Any] | None:
+    """Reads a ``rows.json``; a damaged one is set aside, and the group is evaluated again from its checkpoint."""
+    try:
+        return read_json(done, "rows")
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        set_aside(done, error)
+        return None
 
 
 def _folder(group: Group) -> str:
@@ -136,11 +151,10 @@ def _usual_tests(source: Source) -> Callable[[Config, int | None], Mapping[str, 
 
 def _write_items(folder: Path, step: int, sums: Mapping[str, np.ndarray | None]) -> None:
     """Writes the [2, R, I] sums of every column, numerator and denominator, to items/STEP.npz atomically."""
-    path, part = folder / "items" / f"{step}.npz", folder / "items" / f"{step}.part"
+    path, content = folder / "items" / f"{step}.npz", io.BytesIO()
     path.parent.mkdir(exist_ok=True)
-    with part.open("wb") as file:
-        np.savez_compressed(file, **{column: x.astype(np.float32) for column, x in sums.items() if x is not None})
-    part.replace(path)
+    np.savez_compressed(content, **{column: x.astype(np.float32) for column, x in sums.items() if x is not None})
+    write_atomically(path, content.getvalue())
 
 
 def _read_items(folder: Path) -> dict[int, dict[str, np.ndarray]]:
@@ -198,7 +212,7 @@ def _train_group(
             scores = evaluate(selected)
             line |= {f"evaluation/{column}": values for column, values in scores.items()}
         with log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
         progress.moved((step - before) * len(group.runs), f"loss {np.mean(metrics['loss'][:, -1]):.4f}")
         if caught or step == config.steps or step - saved >= config.checkpoint_every:
             checkpoints.save(step, batched_runs.unpad(state), {"seconds": time.perf_counter() - began})
@@ -210,7 +224,7 @@ def _train_group(
     lines = [json.loads(text) for text in log.read_text().splitlines()]
     parameters = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(state.params))
     sizes = {"limit": limit, "parameters": parameters}
-    measure, _ = measure_of(config, source)
+    measure = measure_of(config, source)
     rows = []
     for index in range(len(group.runs)):
         final = {column: None if values is None else json_number(values[index]) for column, values in scores.items()}
@@ -298,4 +312,4 @@ def read_rows(workdir: Path) -> Iterator[dict[str, Any]]:
     Each has "rows", "seconds" (including compilation, and earlier processes of a resumed run), "compilations", and more.
     """
     for path in sorted(workdir.glob("*/rows.json")):
-        yield json.loads(path.read_text())
+        yield read_json(path, "rows")

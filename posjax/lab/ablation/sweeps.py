@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from posjax.encodings.spec import parametrize_spec, parse_encoding, substitute, with_argument
-from posjax.lab.config import RUN_ONLY, Config
+from posjax.lab.config import Config
 from posjax.lab.run import TRACED_FIELDS
+from posjax.lab.workdir import RUN_ONLY
 
 # Fields that do not change results, that have a flag of their own, or that all points of a grid must share.
 _NOT_SWEPT = {*RUN_ONLY, "seeds", "eval_lengths", "eval_tokens", "task", "data", "tokenizer"}

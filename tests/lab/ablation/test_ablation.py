@@ -220,7 +220,7 @@ def test_a_grid_from_the_command_line(run, tmp_path):
     assert {path.name for path in tmp_path.glob("*.*")} == {"config.json", "results.json", "results.md", "dots.png", "curves.png"}
     assert run(*command)[0] == 0
     code, _, err = run(*command, "--embed_dim", 32)
-    assert code == 1 and "belongs to a run with another configuration: embed_dim is 16 there and 32 here" in err
+    assert code == 2 and "belongs to a run with another configuration: embed_dim is 16 there and 32 here" in err
 
 
 @pytest.mark.parametrize(
