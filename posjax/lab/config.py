@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from posjax.checks import bounded, check_at_least, check_fields, check_one_of, short
+from posjax.data.tokenizers import check_tokenizer
 from posjax.encodings.spec import spec_of
 from posjax.lab import named_configs
 from posjax.models.transformer import TransformerConfig
@@ -28,15 +29,17 @@ class Config:
       init_from: workdir of a finished or interrupted run whose parameters (their moving average, if it keeps one) this run starts
         from, with a fresh optimizer at step 0. Empty: the parameters are drawn at random.
       task: lm (next token), mlm (masked tokens, an encoder with [CLS]), or a synthetic task: flip_flop, selective_copy, counting.
-      data: stdlib (source code of Python's standard library), tfds:NAME, or a file or folder of text.
+      data: stdlib (source code of Python's standard library), tfds:NAME, a file or folder of text or of tokens, or a mixture of
+        these with weights, such as books:0.7,code:0.3.
       validation_data: a source for validation, with the same choices as data, which is then all training text. Empty: part of data,
         namely its files named after validation, or else its last tenth.
       include: patterns of the files of a folder to read, such as '*.txt' or 'books/**'; none means all.
       exclude: patterns of the files of a folder to leave out.
       text_key: key of JSONL, or column of Parquet and Arrow, that holds the text.
       data_dir: folder for prepared data. Empty: $POSJAX_DATA_DIR, or else ~/.cache/posjax.
-      tokenizer: bytes, or bpe (trained on the train split).
-      vocab_size: vocabulary size of the bpe tokenizer.
+      tokenizer: bytes, bpe (trained on the train split), or the path of a tokenizer.json or a .gguf file.
+      vocab_size: vocabulary size of the bpe tokenizer; for a file of tokens, if it is not the default, the number of ids of the
+        tokenizer that made them.
       seq_length: tokens per training sequence; synthetic tasks derive their own length from it.
       num_variables: number of variables in the counting task, 1 to 26.
       num_examples: size of a fixed training set for a synthetic task; None draws new examples at every step.
@@ -103,7 +106,7 @@ class Config:
     exclude: tuple[str, ...] = ()
     text_key: str = "text"
     data_dir: str = ""
-    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    tokenizer: str = "bytes"
     # No tokenizer in use has as many as a million.
     vocab_size: int = bounded(4096, least=1, most=2**20, hint="this is the vocabulary of the tokenizer")
     seq_length: int = bounded(256, least=2)  # an input token and a target, or [CLS] and a token
@@ -178,6 +181,7 @@ class Config:
             if typing.get_origin(field.type) is Literal:
                 check_one_of(field.name, getattr(self, field.name), typing.get_args(field.type))
         check_fields(self)
+        check_tokenizer(self.tokenizer)
         if self.tokenizer == "bpe":
             check_at_least("vocab_size", self.vocab_size, 259)  # 256 bytes, two special tokens, one merge
         for name in ("encodings", "seeds", "eval_lengths"):

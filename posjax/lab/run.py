@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from posjax.attention.backends.compile_errors import translate_compile_errors
-from posjax.data.corpus import NUM_BYTES, NUM_SPECIAL
+from posjax.data.corpus import holds_tokens, vocab_size_of
 from posjax.encodings.spec import parse_encoding, slug
 from posjax.files import DamagedFile, finite, read_json, set_aside, write_json
 from posjax.lab.config import Config, load_config
@@ -178,7 +178,7 @@ def abstract_step(
 ) -> tuple[Any, tuple[TrainState, Any]]:
     """Builds the train step of a configuration for compilation on devices that need not be attached.
 
-    No parameters are drawn and no text is read.
+    No parameters are drawn and no text is read; a file of tokens is, for the size of its vocabulary.
 
         job = {"config": "pretrain_1b", "mesh": "fsdp=64,tensor=4"}
         posjax.compile.aot.compile_ahead("posjax.lab.run:abstract_step", job, "v5e:16x16")
@@ -202,11 +202,10 @@ def abstract_step(
             f"batch_size must be a multiple of {_rows(mesh) * config.accumulate_steps} on {len(devices)} devices with "
             f"mesh={config.mesh!r} and accumulate_steps={config.accumulate_steps}, got {config.batch_size}"
         )
-    if config.task in ("lm", "mlm"):
-        default = config.vocab_size if config.tokenizer == "bpe" else NUM_BYTES + NUM_SPECIAL
-        source = Source(default if vocab_size is None else vocab_size, config.seq_length)
-    else:
-        source = open_source(config)
+    is_text = config.task in ("lm", "mlm")
+    if is_text and vocab_size is None and not holds_tokens(config.data):
+        vocab_size = vocab_size_of(config.tokenizer, config.vocab_size, config.data_dir)
+    source = Source(vocab_size, config.seq_length) if is_text and vocab_size is not None else open_source(config)
     with_params, params = abstract_model(config, config.encoding, source)
     loss = make_loss(with_params, config.dropout_rate > 0, config.z_loss)
     step = make_train_step(loss, optimizer_of(config), accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay)

@@ -18,7 +18,7 @@ from posjax.lab.workdir import RUN_ONLY, init_or_check_workdir, run_fingerprint
 
 WRONG_FIELDS = [
     ({"task": "lmm"}, "task must be one of lm, mlm, .*, got 'lmm'"),
-    ({"tokenizer": "words"}, "tokenizer must be one of bytes, bpe, got 'words'"),
+    ({"tokenizer": "words"}, "tokenizer must be 'bytes', 'bpe', or the path of a tokenizer.json or a .gguf file, got 'words'"),
     ({"decay": "step"}, "decay must be one of cosine, linear, constant, wsd, got 'step'"),
     ({"parallel": "xmap"}, "parallel must be one of jit, pmap, got 'xmap'"),
     ({"norm": "batchnorm"}, "norm must be .*rmsnorm.*, got 'batchnorm'"),

@@ -26,7 +26,7 @@ from posjax.files import DamagedFile, read_json, set_aside, write_atomically, wr
 from posjax.lab.ablation.engine import BatchedRuns
 from posjax.lab.ablation.sweeps import Group, Point, groups
 from posjax.lab.config import Config
-from posjax.lab.evaluation import MEASURES, TASK_MEASURE, EvalSet, max_eval_length, metric_scale, test_sets
+from posjax.lab.evaluation import EvalSet, max_eval_length, measure_of, metric_scale, test_sets
 from posjax.lab.source import Source
 from posjax.lab.workdir import run_fingerprint
 from posjax.training.checkpoints import Checkpoints
@@ -226,7 +226,7 @@ def _train_group(
     lines = [json.loads(text) for text in log.read_text().splitlines()]
     parameters = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(state.params))
     sizes = {"limit": limit, "parameters": parameters}
-    measure = MEASURES.get(config.task, TASK_MEASURE)[0]
+    measure = measure_of(config, source)
     rows = []
     for index in range(len(group.runs)):
         final = {column: None if values is None else json_number(values[index]) for column, values in scores.items()}
