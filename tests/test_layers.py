@@ -11,7 +11,7 @@ import posjax
 
 PACKAGE = Path(posjax.__file__).parent
 LAYERS = (
-    ("typing", "checks", "files", "hardware"),
+    ("typing", "checks", "storage", "files", "hardware", "progress"),
     ("core", "parallel", "data"),
     ("encodings", "attention"),
     ("models", "testing"),

@@ -74,9 +74,10 @@ def _ablate(ablation, config, points, seeds: Sequence[int], command: str) -> Non
 
 def report_ablation(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
     from posjax.lab import report
-    from posjax.lab.evaluation import MEASURES, TASK_MEASURE
+    from posjax.lab.evaluation import MEASURES, measure_in
 
-    measure, label = MEASURES.get(config.task, TASK_MEASURE)
+    measure = measure_in(rows)
+    label = MEASURES[measure]
     seeds = len({row["seed"] for row in rows})
     heading = heading_of(config, source, label) + f".\nMean of {seeds} seed{'s' if seeds > 1 else ''}"
     heading += ", ± standard deviation, [95 % interval of the mean]." if seeds > 1 else "."

@@ -19,7 +19,7 @@ import numpy as np
 
 from posjax.checks import near
 from posjax.data import synthetic
-from posjax.data.corpus import Corpus
+from posjax.data.tokenizers import NUM_BYTES, NUM_SPECIAL, Vocabulary
 from posjax.encodings.spec import modules_of, parse_encoding
 from posjax.lab import probes
 from posjax.lab import run as runs
@@ -34,38 +34,24 @@ from posjax.typing import Float, Int, Params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tokenizer:
+class Tokenizer(Vocabulary):
     """Converts text to tokens and back, as a run was trained, without its data.
 
     Attributes:
       vocab_size: V, including the two special tokens.
-      path: file of the tokenizer; None if tokens are bytes.
+      path: file of the tokenizer; None if tokens are bytes, or ids of a tokenizer that is not known, which a text is then.
     """
 
     vocab_size: int
     path: Path | None = None
 
-    @functools.cached_property
-    def _corpus(self) -> Corpus:
-        return Corpus("", "train", np.zeros(0, np.uint8), np.zeros(1, np.int64), self.vocab_size, 0, self.path)
+    @property
+    def tokenizer_path(self) -> Path | None:
+        return self.path
 
     @property
-    def bos(self) -> int:
-        """Returns the id of the token that begins a document, which is also [CLS]."""
-        return self._corpus.bos
-
-    @property
-    def mask(self) -> int:
-        """Returns the id of [MASK]."""
-        return self._corpus.mask
-
-    def encode(self, text: str) -> Int[np.ndarray, " T"]:
-        """Encodes a text as tokens, int32 [T], without ``bos``."""
-        return self._corpus.encode(text)
-
-    def decode(self, tokens: Int[np.ndarray, " T"]) -> str:
-        """Decodes a row of tokens to text. Special tokens appear as <bos> and <mask>."""
-        return self._corpus.decode(tokens)
+    def num_bytes(self) -> int | None:
+        return 0 if self.path is not None or self.vocab_size == NUM_BYTES + NUM_SPECIAL else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

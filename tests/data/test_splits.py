@@ -86,6 +86,11 @@ LAYOUTS = {
         {name: 10 for name in MODULES if name >= "src/m183"}
         | {"src/train.py": 10, "src/test.py": 10, "src/validation/rules.py": 10},
     ),
+    "a program that has a folder for training": (
+        MODULES | {"train/README.md": 10, "train/run.py": 10, "test/data.json": 10, "README.md": 10},
+        {name: 10 for name in MODULES if name < "src/m182"},
+        {name: 10 for name in MODULES if name >= "src/m182"} | {"train/README.md": 10, "train/run.py": 10},
+    ),
     "a large file and small ones": (
         {"big.txt": 5000} | {f"small/{i:02}.txt": 5 for i in range(20)},
         {"big.txt": 4500} | {f"small/{i:02}.txt": 5 for i in range(18)},
@@ -120,6 +125,9 @@ def test_a_folder_is_split_as_a_person_expects(tmp_path, layout):
         (["x/train.txt", "x/valid.txt", "y/train.txt"], ["train", "validation", "train"]),
         (["train/test_1.txt", "validation/b.txt"], ["train", "validation"]),
         (["docs/dev/a.md", "b.md"], [None, None]),
+        (["en/train/a.txt", "en/dev/a.txt", "de/test/a.txt"], ["train", "validation", None]),
+        (["train/a.py", "test/a.py"], [None, None]),
+        (["train/a.py", "valid/a.py", "test/a.py", "b.py"], ["train", "validation", "test", None]),
         (["set/dev/a.md", "set/b.md"], ["validation", None]),
         (["demo-train.array_record-00000-of-00001", "demo-test.array_record-00000-of-00001"], ["train", "test"]),
         (["train.py", "validation.rs", "test.c"], [None, None, None]),
@@ -226,8 +234,9 @@ def test_links_are_followed_and_no_text_comes_twice(tmp_path):
     assert [file.path for file in files] == ["0.txt", "a.txt", "again/o.txt", "sub/b.txt", "z.txt"]
     read = [lines_by_file(documents(folder, split)) for split in ("train", "validation")]
     assert read == [{name: 27 for name in ("a.txt", "o.txt", "sub/b.txt")}, {name: 3 for name in ("a.txt", "o.txt", "sub/b.txt")}]
-    (folder / "train.txt").symlink_to("a.txt")  # the name that says something wins
-    assert lines_by_file(documents(folder, "train")) == {"a.txt": 27}
+    (folder / "valid.txt").symlink_to("a.txt")  # the name that says something wins
+    read = [lines_by_file(documents(folder, split)) for split in ("train", "validation")]
+    assert read == [{"o.txt": 30, "sub/b.txt": 30}, {"a.txt": 30}]
 
 
 @pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a device", "a device in a folder"])

@@ -7,9 +7,11 @@ Files and folders that are named after splits are those splits:
     wiki.train.tokens  wiki.valid.tokens                   one of several words, where the same words occur with another split
     corpus.txt  corpus.val.txt                             or with none
 
-The words are train and training; valid, validation, val and dev; test and testing. The name of a program, such as train.py, says
-nothing about it. Test files are left alone. If files are named after train, only these are training text, and a tenth of it is held
-out unless others are named after validation. If none is, the files without a split in their names are training text.
+The words are train and training; valid, validation, val and dev; test and testing. A folder within other folders counts if it is
+beside one for training. The name of a program, such as train.py, says nothing, and the folders of programs count only if one for
+training is beside one for validation. Test files are left alone. Files without a split in their names are training text, unless
+others are named after train and yet others after validation; then they are left out. A tenth of the training text is held out if no
+file is named after validation.
 
 Where a tenth is held out, each file that is more than a twentieth of the text gives its last tenth: the last tenth of its rows
 (JSONL, Parquet and so on), or of its bytes, from the beginning of a line. So a few books, or a few shards, are all represented in
@@ -17,6 +19,7 @@ validation. Smaller files are kept whole, because each is a document of its own:
 tenth of their bytes, are held out, so that files of one folder, which often resemble each other, are mostly on one side.
 """
 
+import itertools
 import os
 import re
 from collections import defaultdict
@@ -80,23 +83,26 @@ def split_names(paths: Iterable[str]) -> dict[str, str | None]:
         return None
 
     by_name = {name: split_of(name) for name in names}
-    folders = {path: [by_name[name] for name in path.split("/")[:-1]] for path in paths}
-    depth = _shared_depth(path.split("/")[:-1] for path in paths)
-    has_train = any("train" in splits for splits in folders.values())
-    chosen = {}
+    beside = defaultdict(set)  # folder -> splits of the folders directly in it
     for path in paths:
-        # Without a folder for training, one named test or dev may as well belong to a program or its documentation.
-        by_folder = next(filter(None, folders[path] if has_train else folders[path][: depth + 1]), None)
-        if _PROGRAM.fullmatch(os.path.splitext(path)[1]):
-            chosen[path] = by_folder if has_train else None
-        else:
-            chosen[path] = by_folder or by_name[path.rpartition("/")[2]]
-    return chosen
+        *folders, _ = path.split("/")
+        for depth, name in enumerate(folders):
+            beside[tuple(folders[:depth])].add(by_name[name])
+    columns = zip(*(path.split("/")[:-1] for path in paths), strict=False)
+    top = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))  # folders around all files
 
+    def split_of_path(path: str) -> str | None:
+        *folders, name = path.split("/")
+        is_program = _PROGRAM.fullmatch(os.path.splitext(name)[1])
+        for depth, folder in enumerate(folders):
+            parent = tuple(folders[:depth])
+            # Otherwise, a folder named test or dev may as well belong to a program or its documentation.
+            counts = beside[parent] >= {"train", "validation"} if is_program else "train" in beside[parent] or depth <= top
+            if by_name[folder] and counts:
+                return by_name[folder]
+        return None if is_program else by_name[name]
 
-def _shared_depth(folders: Iterable[list[str]]) -> int:
-    """Returns the number of folders that all paths have in common."""
-    return sum(1 for parts in zip(*folders, strict=False) if len(set(parts)) == 1)
+    return {path: split_of_path(path) for path in paths}
 
 
 def _template(name: str) -> tuple[str, ...]:
@@ -121,10 +127,13 @@ def assign_splits(sizes: Mapping[str, int], role: Literal["both", "train", "vali
         files are training text; "validation" if only validation text is needed: that of this name, or else all but test files.
     """
     named = defaultdict(list)
-    described = any(map(_ROWS.search, sizes))
-    about = [path for path in sorted(sizes) if described and _ABOUT.fullmatch(path.rpartition("/")[2])]
-    for path, split in split_names(path for path in sizes if path not in about).items():
+    for path, split in split_names(sizes).items():
         named[split].append(path)
+    about = []
+    if any(map(_ROWS.search, sizes)) or "train" in named or "validation" in named:
+        about = [path for path in sorted(named[None]) if _ABOUT.fullmatch(path.rpartition("/")[2])]
+        named[None] = [path for path in named[None] if path not in set(about)]
+    named = {split: paths for split, paths in named.items() if paths}
     notes = [f"left out: {listed(about)}, which {'describe' if len(about) > 1 else 'describes'} the data set"] if about else []
     if len(named) == 1:  # one name for all files distinguishes nothing
         named = {None: next(iter(named.values()))}
@@ -138,8 +147,9 @@ def assign_splits(sizes: Mapping[str, int], role: Literal["both", "train", "vali
     elif role == "validation":
         parts["validation"] = [(path, "all") for path in validation or train or unnamed]
     else:
-        texts = train or unnamed
-        if train and unnamed:
+        texts = sorted(train + unnamed)
+        if train and validation and unnamed:
+            texts = train
             notes.append(f"left out: {listed(unnamed)}, because other files are named after splits")
         if validation:
             parts["train"], parts["validation"] = ([(path, "all") for path in paths] for paths in (texts, validation))
@@ -160,13 +170,13 @@ def _hold_out(sizes: Mapping[str, int]) -> tuple[list[tuple[str, Part]], list[tu
     large = [path for path in sorted(sizes) if 20 * sizes[path] > total]
     small = [path for path in sorted(sizes) if 20 * sizes[path] <= total]
     left = sum(sizes[path] for path in small)
-    held_out, size = [], 0
+    held_out, size = set(), 0
     for path in reversed(small):
         if abs(size + sizes[path] - left / 10) > abs(size - left / 10):
             break
-        held_out.append(path)
+        held_out.add(path)
         size += sizes[path]
-    train = [(path, "all") for path in small if path not in set(held_out)] + [(path, "head") for path in large]
+    train = [(path, "all") for path in small if path not in held_out] + [(path, "head") for path in large]
     validation = [(path, "all") for path in held_out] + [(path, "tail") for path in large]
     how = []
     if large:

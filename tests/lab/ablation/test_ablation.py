@@ -262,7 +262,7 @@ def test_rows_on_the_device_are_those_of_the_pipeline(corpus):
     data, _ = on_device(corpus, length=24, batch_size=4)
     theirs = list(batches(corpus, length=24, batch_size=1, seed=0, shuffle=False, repeat=False))
     full = (len(corpus.tokens) + corpus.num_documents - 1) // 24
-    ours = jax.device_get(jax.jit(lambda d: language_rows(d, jnp.arange(full), 24, corpus.bos))(data))
+    ours = jax.device_get(jax.jit(lambda d: language_rows(d, 24 * jnp.arange(full), 24, corpus.bos))(data))
     for name in ours:
         np.testing.assert_array_equal(ours[name], np.concatenate([batch[name] for batch in theirs[:full]]), err_msg=name)
 
