@@ -24,7 +24,7 @@ from posjax.encodings.spec import modules_of, parse_encoding
 from posjax.lab import probes
 from posjax.lab import run as runs
 from posjax.lab.config import Config
-from posjax.lab.evaluation import MEASURES, TASK_MEASURE, layer_weights, max_eval_length
+from posjax.lab.evaluation import layer_weights, max_eval_length, measure_in
 from posjax.lab.source import Source, open_source
 from posjax.lab.workdir import EVALUATION, READING, TOKENIZER, StoredRun, choose_runs, read_config, stored_runs
 from posjax.models.losses import cross_entropy
@@ -217,7 +217,7 @@ def rows_of(
                 result = runs.evaluate_params(trained.config, trained.config.encoding, trained.params, source)
             rows.append({"encoding": reading.encoding, "seed": reading.seed, "workdir": workdir} | result)
     assert first is not None  # there is at least one workdir
-    return _distinct(_of_common_columns(rows, MEASURES.get(config.task, TASK_MEASURE)[0])), first
+    return _distinct(_of_common_columns(rows, measure_in(rows))), first
 
 
 def stored_rows(config: Config, flags: Set[str]) -> tuple[list[dict[str, Any]], Source]:
