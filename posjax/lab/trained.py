@@ -164,6 +164,8 @@ def open_data(chosen: Sequence[tuple[StoredRun, Config]], *, is_other_text: bool
       ValueError: the data cannot be used with these runs, or have changed.
     """
     config = dataclasses.replace(fitting(chosen[0][1], chosen[0][0]), workdir="")
+    if (stored := chosen[0][0].path / TOKENIZER).exists():  # the file that it was made from may be gone, or be another now
+        config = dataclasses.replace(config, tokenizer=str(stored))
     with first_process_first():
         source = open_source(config)
     for run, reading in chosen:

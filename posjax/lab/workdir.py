@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from posjax.data.tokenizers import KINDS
 from posjax.encodings.spec import modules_of, slug
 from posjax.files import DamagedFile, read_json, set_aside, write_atomically, write_json
 from posjax.lab.config import Config
@@ -298,6 +299,8 @@ def _facts_or_set_aside(workdir: Path) -> dict[str, Any]:
 def _check_fields(stored: Config, config: Config, workdir: Path, may_differ: Iterable[str], fixed: Iterable[str] = ()) -> None:
     then, now = dataclasses.asdict(stored), dataclasses.asdict(config)
     free = {*RUN_ONLY, *EVALUATION, *may_differ} - {*fixed}
+    if "data" in free and then["tokenizer"] not in KINDS and now["tokenizer"] not in KINDS:
+        free.add("tokenizer")  # paths: the digests of the tokens say whether the files are the same
     if any(name not in free and then[name] != now[name] for name in now):
         differ = [name for name in now if name not in free - _END and then[name] != now[name]]
         changes = ", ".join(f"{name} is {then[name]!r} there and {now[name]!r} here" for name in differ)
