@@ -51,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv is None:
         endings.own_process()
     argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(argv)
+    except KeyboardInterrupt as error:  # outside the training loop, or a second interrupt
+        fail(f"interrupted. To resume, run:\n  {shlex.join(['posjax', *argv])}", endings.exit_code(error), endings.leave)
+
+
+def _run(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0 if argv else 2)
@@ -96,9 +103,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             distributed.wait_for_all()  # the first process may still draw figures
     except Interrupted as stopped:  # the training loop has printed how to resume
         endings.leave(stopped.exit_code)
-    except KeyboardInterrupt as error:  # outside the training loop, or a second interrupt
-        code = distributed.RESTART if isinstance(error, endings.Terminated) else 130
-        fail(f"interrupted. To resume, run:\n  {shlex.join(['posjax', *argv])}", code, endings.leave)
     except distributed.ProcessLost as error:
         fail(str(error), distributed.RESTART, functools.partial(distributed.leave, together=False))
     except (ValueError, NotImplementedError, ImportError, OSError, CheckpointError, NonFiniteLoss, KernelCompileError) as error:

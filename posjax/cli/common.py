@@ -175,6 +175,7 @@ def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str],
         return
     from posjax.lab import report
     from posjax.lab.evaluation import MEASURES, measure_in, not_finite
+    from posjax.lab.summary import record
     from posjax.training.loop import NonFiniteLoss
 
     measure = measure_in(rows)
@@ -183,7 +184,7 @@ def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str],
     written = []
     if workdir is not None:
         workdir.mkdir(parents=True, exist_ok=True)
-        report.write_results(rows, measure, workdir, heading)
+        report.write_results(rows, measure, workdir, heading, record(config, source))
         figures = report.write_figures(rows, measure, label, config.seq_length, workdir, config.figure_format)
         written = [workdir / "results.json", workdir / "results.md", *figures]
     say("")

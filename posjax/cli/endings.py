@@ -49,12 +49,24 @@ def hide_tracebacks() -> None:
     sys.unraisablehook = lambda args: None if "Event loop is closed" in str(args.exc_value) else plain(args)
 
 
+def exit_code(error: KeyboardInterrupt) -> int:
+    """Returns the exit code of a command that was interrupted before it could save."""
+    if not isinstance(error, Terminated):
+        return 130
+    from posjax.parallel.distributed import RESTART
+
+    return RESTART
+
+
 def leave(code: int) -> None:
     """Ends the process; one of its own at once, without waiting for threads that read data or write checkpoints."""
-    from posjax.parallel import distributed
+    if "posjax.parallel.distributed" in sys.modules:
+        from posjax.parallel import distributed
 
-    if not _owned or distributed.is_joined():
-        distributed.leave(code)
+        if not _owned or distributed.is_joined():
+            distributed.leave(code)
+    elif not _owned:
+        sys.exit(code)
     _flush()
     os._exit(code)
 

@@ -18,10 +18,17 @@ from posjax.lab.statistics import summary
 Row = Mapping[str, Any]
 
 
-def write_results(rows: Sequence[Row], measure: str, workdir: Path, heading: str) -> str:
-    """Writes results.json and results.md, and returns the Markdown table in results.md."""
-    slim = [{"encoding": row["encoding"], "seed": row["seed"], "metrics": row["metrics"]} for row in rows]
-    write_json(workdir / "results.json", {"rows": slim}, indent=1)
+def write_results(rows: Sequence[Row], measure: str, workdir: Path, heading: str, record: Mapping[str, Any] | None = None) -> str:
+    """Writes results.json and results.md, and returns the Markdown table in results.md.
+
+    Args:
+      rows: the rows of results; the training curve of a row becomes part of results.json.
+      measure, workdir, heading: the metric of the table, the folder, and the text above the table.
+      record: what the results come from, as ``posjax.lab.summary.record`` returns it.
+    """
+    kept = ("encoding", "seed", "metrics", "curve")
+    slim = [{name: row[name] for name in kept if name in row} for row in rows]
+    write_json(workdir / "results.json", {**(record or {}), "rows": slim}, indent=1)
     table = markdown_table(rows, measure)
     write_atomically(workdir / "results.md", f"{heading}\n\n{table}\n")
     return table

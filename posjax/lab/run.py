@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from posjax.lab.config import Config, load_config
 from posjax.lab.evaluation import evaluate, mean_loss, take_tokens, token_losses
 from posjax.lab.flops import model_flops
 from posjax.lab.source import Source, eval_batches, open_source, train_batches
-from posjax.lab.summary import opening_lines
+from posjax.lab.summary import opening_lines, training_curve
 from posjax.lab.workdir import StoredRun, add_fact, digest_of_arrays, facts_of, init_or_check_workdir, milestones, stored_runs
 from posjax.models.losses import cross_entropy, z_loss
 from posjax.models.transformer import Transformer, functional
@@ -468,7 +469,10 @@ def train_and_evaluate(
         say(f"{folder} is already trained and evaluated")
         return result
     params = train(config, spec, seed, folder, source, command=command)
-    result = finite(evaluate_params(config, spec, params, source) | {"evaluated": evaluated})
+    began = time.perf_counter()
+    say("evaluating")
+    result = finite(evaluate_params(config, spec, params, source) | {"evaluated": evaluated, "curve": training_curve(folder)})
+    say(f"evaluated in {time.perf_counter() - began:.1f} s")
     on_first_process(lambda: write_json(done, result))
     return result
 

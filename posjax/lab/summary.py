@@ -1,5 +1,6 @@
 """The lines that a run prints before it compiles: on what, with what, and where it writes."""
 
+import dataclasses
 import platform
 import sys
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import jax
 import posjax
 from posjax.lab.config import Config
 from posjax.lab.source import Source
+from posjax.training.writers import read_metrics
 
 
 def opening_lines(config: Config, spec: str, source: Source, parameters: int, mesh: Mapping[str, int], workdir: Any) -> list[str]:
@@ -57,3 +59,17 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return {"python": sys.version.split()[0], "posjax": posjax.__version__} | packages
+
+
+def record(config: Config, source: Source) -> dict[str, Any]:
+    """Returns what results come from, as a JSON value: the configuration, versions, hardware, and digests of the data."""
+    digests = dict(getattr(source, "digests", {}))
+    return {"config": dataclasses.asdict(config), "versions": versions(), "hardware": hardware(), "data": digests}
+
+
+def training_curve(workdir: Any, most: int = 1000) -> dict[str, list[float | None]]:
+    """Returns the columns step, tokens, loss and evaluation/loss of a run's metrics.jsonl, thinned to `most` lines evenly."""
+    lines = read_metrics(workdir)
+    chosen = [line for index, line in enumerate(lines) if index % -(-len(lines) // most) == 0 or "evaluation/loss" in line]
+    names = [name for name in ("step", "tokens", "loss", "evaluation/loss") if any(name in line for line in chosen)]
+    return {name: [line.get(name) for line in chosen] for name in names}
