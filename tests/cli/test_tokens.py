@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 pytestmark = pytest.mark.thorough
-FIELDS = (
-    "--encoding rope --num_layers 1 --embed_dim 16 --num_heads 2 --seq_length 8 --batch_size 8 --steps 4 --warmup_steps 1 "
-    "--checkpoint_every 2 --eval_lengths 1 --eval_tokens 64 --log_every 1"
-).split()
+FIELDS = [
+    "--encoding=rope", "--num_layers=1", "--embed_dim=16", "--num_heads=2", "--seq_length=8", "--batch_size=8", "--steps=4",
+    "--warmup_steps=1", "--checkpoint_every=2", "--eval_lengths=1", "--eval_tokens=64", "--log_every=1",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
