@@ -70,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         require(f"posjax {verb}", "flax", "optax", "orbax", "rich", "tyro")
     except ModuleNotFoundError as error:
         fail(str(error))
-    from posjax import storage
     from posjax.attention.backends.compile_errors import KernelCompileError
     from posjax.parallel import distributed
     from posjax.training.checkpoints import CheckpointError, SaveError
@@ -87,8 +86,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if verb == "ablate":
             return run(rest, shlex.join(["posjax", *argv]))
         config = module.arguments(rest) if hasattr(module, "arguments") else parse(rest, verb)
-        if verb in ("train", "compare"):
-            storage.check_bucket(storage.run_path(config.workdir))
         distributed.join()
         with (
             endings.terminable(),

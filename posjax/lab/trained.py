@@ -30,6 +30,7 @@ from posjax.lab.workdir import EVALUATION, READING, TOKENIZER, StoredRun, choose
 from posjax.models.losses import cross_entropy
 from posjax.models.transformer import Transformer
 from posjax.parallel.distributed import first_process_first
+from posjax.storage import run_path
 from posjax.typing import Float, Int, Params
 
 
@@ -90,7 +91,7 @@ class TrainedRun:
 
 def load(path: str | Path, *, encoding: str | None = None, seed: int | None = None) -> TrainedRun:
     """Opens a trained run from its workdir. See ``posjax.load``."""
-    if not Path(path).is_dir():
+    if not run_path(path).is_dir():
         raise ValueError(f"path must be the workdir of a run, got {str(path)!r}, which is not a folder")
     chosen = [
         run
@@ -203,7 +204,7 @@ def rows_of(
     rows, first = [], None
     evaluation = {name: getattr(config, name) for name in {*EVALUATION, *(flags & READING)}}
     for workdir in workdirs:
-        stored = read_config(Path(workdir))
+        stored = read_config(run_path(workdir))
         if stored.task != config.task:
             tasks = f"{config.task!r} in {workdirs[0]} and {stored.task!r} in {workdir}"
             raise ValueError(f"runs to compare must have the same task, got {tasks}")

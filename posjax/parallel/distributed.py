@@ -140,14 +140,14 @@ def text_of_first_process(function: Callable[[], str]) -> str:
 
 
 def on_first_process(function: Callable[[], None], error: type[Exception] = ValueError) -> None:
-    """Runs a function on process 0 and waits for it on all others. If it raises ``error`` or ValueError, all processes do."""
+    """Runs a function on process 0 and waits for it on all others. If it fails, the others raise ``error`` with its message."""
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return function()
     key, failure = f"posjax/first/{next(_numbers)}", None
     if jax.process_index() == 0:
         try:
             function()
-        except (ValueError, error) as raised:
+        except Exception as raised:  # the others wait
             failure = raised
         _client().key_value_set(key, f"-{failure}" if failure else "+")
         if failure:
