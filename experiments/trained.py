@@ -33,7 +33,7 @@ from posjax.lab.ablation.engine import BatchedRuns, spread_over_cores
 from posjax.lab.ablation.grids import read_rows, run_grid
 from posjax.lab.ablation.sweeps import Point, grid, groups
 from posjax.lab.config import Config
-from posjax.lab.evaluation import MEASURES, TASK_MEASURE, EvalSet, metric_scale
+from posjax.lab.evaluation import MEASURES, EvalSet, measure_of, metric_scale
 from posjax.lab.source import Source, open_source
 from posjax.training.checkpoints import CheckpointError
 from posjax.training.loop import Interrupted
@@ -253,7 +253,8 @@ def _run(result: str, part: str, grid_part: Part) -> Found:
     finished = list(read_rows(folder))
     seconds = sum(group["seconds"] for group in finished)
     total = sum(steps.values()) * grid_part.seeds
-    measure, label = MEASURES.get(config.task, TASK_MEASURE)
+    measure = measure_of(config, source)
+    label = MEASURES[measure]
     scale = metric_scale(config, source)
     dots = {
         column: {name: values([r for r in rows if r["label"] == name], most, column, scale) for name, most in steps.items()}

@@ -162,16 +162,17 @@ def check_dtype(name: str, dtype: Any, *kinds: Any) -> np.dtype:
     return found
 
 
-def require(what: str, *modules: str) -> None:
-    """Raises ModuleNotFoundError with installation instructions if modules of the extra [lab] are missing.
+def require(what: str, *modules: str, extra: str = "lab") -> None:
+    """Raises ModuleNotFoundError with installation instructions if modules are missing.
 
     Args:
       what: the feature that needs them, for the message.
       modules: names of top-level modules.
+      extra: the extra of posjax that installs them.
     """
     missing = [name for name in modules if not _is_installed(name)]
     if missing:
-        raise ModuleNotFoundError(f"{what} needs {', '.join(missing)}: pip install 'posjax[lab]'", name=missing[0])
+        raise ModuleNotFoundError(f"{what} needs {', '.join(missing)}: pip install 'posjax[{extra}]'", name=missing[0])
 
 
 def _is_installed(name: str) -> bool:

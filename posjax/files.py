@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from posjax.storage import is_bucket, with_retries
+
 
 class DamagedFile(ValueError):
     """Raised when a small file does not hold what was written into it. The message names the file and the damage."""
@@ -23,8 +25,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
       OSError: the file cannot be written; the old one is unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
-    if "://" in str(path):
-        path.write_bytes(data)
+    if is_bucket(path):
+        with_retries(path.write_bytes, data)
         return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -66,7 +68,8 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
         raise ValueError(f"it contains {constant}")
 
     try:
-        value = json.loads(path.read_bytes().decode(), parse_constant=refuse)
+        contents = with_retries(path.read_bytes) if is_bucket(path) else path.read_bytes()
+        value = json.loads(contents.decode(), parse_constant=refuse)
     except ValueError as error:
         raise DamagedFile(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):

@@ -4,7 +4,6 @@ query, key, value, cotangent [B, T, N, H]
 params/...                   the encoding's parameters
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -118,27 +117,14 @@ def workdir_config(workdir: str) -> tuple[Any, str]:
     """Returns the Config of a trained workdir, and its encoding.
 
     Raises:
-      ValueError: ``workdir`` is not a workdir with checkpoints, or its name matches no encoding of the config.
+      ValueError: ``workdir`` is not the workdir of one run.
     """
-    import dataclasses
+    from posjax.lab.workdir import stored_runs
 
-    from posjax.lab.config import Config
-
-    folder = Path(workdir)
-    above = next((place for place in (folder, folder.parent.parent) if (place / "config.json").exists()), None)
-    if above is None or not (folder / "checkpoints").is_dir():
-        raise ValueError(
-            "workdir must hold checkpoints, such as runs/NAME of posjax train or runs/NAME/cope-64/seed-0 of posjax compare, "
-            f"got {workdir!r}"
-        )
-    stored = json.loads((above / "config.json").read_text())
-    config = Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
-    if above == folder:
-        return config, config.encoding
-    spec = next((spec for spec in config.encodings if slug(spec) == folder.parent.name), None)
-    if spec is None:
-        raise ValueError(f"workdir must be named after one of {config.encodings}, got {workdir!r}")
-    return dataclasses.replace(config, seeds=(int(folder.name.rpartition("-")[2]),)), spec
+    runs = stored_runs(workdir)
+    if len(runs) > 1:
+        raise ValueError(f"workdir must be that of one run, such as {runs[0].path}, got the comparison {workdir!r}")
+    return runs[0].config, runs[0].config.encoding
 
 
 def _end_to_end(x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -3,17 +3,15 @@
 Each verb is a module of this package and is imported, with its dependencies, only when it is called.
 """
 
-import contextlib
 import functools
 import importlib
 import os
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from posjax.checks import require
+from posjax.cli import endings
 from posjax.cli.common import fail, parse
 
 USAGE = """\
@@ -39,14 +37,19 @@ SLURM, Open MPI, TPU pods and Kubernetes jobs are detected; elsewhere set JAX_CO
 process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. If a process sends no heartbeat for POSJAX_HEARTBEAT_SECONDS
 (default 60), all processes stop.
 
-exit codes: 0 success; 1 error; 2 wrong usage, such as a value that cannot work; 130 interrupted by SIGINT; 75 stopped by
-SIGTERM or by the loss of a process. After 130 or 75, rerun the command to resume from the newest checkpoint.
+exit codes: 0 success; 1 error; 2 wrong usage, such as a value that cannot work; 130 interrupted by SIGINT
+(Ctrl-C); 75 stopped by SIGTERM, SIGHUP or SIGUSR1, or by the loss of a process. After 130 or 75, rerun the command to
+resume from the newest checkpoint.
+The first signal lets the current step finish and saves. A second Ctrl-C ends the command within seconds, and a third
+at once; checkpoints that are complete stay so.
 """
 VERBS = ("train", "compare", "ablate", "evaluate", "generate", "plot", "plan", "bench", "list")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line, the entry point of ``posjax``; exits with the codes listed in USAGE."""
+    if argv is None:
+        endings.own_process()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -69,9 +72,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(str(error))
     from posjax.attention.backends.compile_errors import KernelCompileError
     from posjax.parallel import distributed
-    from posjax.training.checkpoints import CheckpointError
-    from posjax.training.loop import Interrupted, NonFiniteLoss
+    from posjax.training.checkpoints import CheckpointError, SaveError
+    from posjax.training.loop import NonFiniteLoss
+    from posjax.training.signals import Interrupted
 
+    endings.hide_tracebacks()
+    config = None
     try:
         module = importlib.import_module(f"posjax.cli.{verb}")
         run = getattr(module, verb)  # each verb's module has a function of the same name
@@ -81,36 +87,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             return run(rest, shlex.join(["posjax", *argv]))
         config = module.arguments(rest) if hasattr(module, "arguments") else parse(rest, verb)
         distributed.join()
-        with _terminable(), distributed.on_peer_loss(lambda: f"to resume, run:\n  {shlex.join(['posjax', *argv])}"):
+        with (
+            endings.terminable(),
+            distributed.abort_message(lambda: endings.abort_text(config), 1),
+            distributed.on_peer_loss(lambda: f"to resume, run:\n  {shlex.join(['posjax', *argv])}"),
+        ):
             run(config, shlex.join(["posjax", *argv]))
             distributed.wait_for_all()  # the first process may still draw figures
     except Interrupted as stopped:  # the training loop has printed how to resume
-        sys.exit(stopped.exit_code)
+        endings.leave(stopped.exit_code)
     except KeyboardInterrupt as error:  # outside the training loop, or a second interrupt
-        code = distributed.RESTART if isinstance(error, _Terminated) else 130
-        fail(f"interrupted. To resume, run:\n  {shlex.join(['posjax', *argv])}", code, distributed.leave)
+        code = distributed.RESTART if isinstance(error, endings.Terminated) else 130
+        fail(f"interrupted. To resume, run:\n  {shlex.join(['posjax', *argv])}", code, endings.leave)
     except distributed.ProcessLost as error:
         fail(str(error), distributed.RESTART, functools.partial(distributed.leave, together=False))
     except (ValueError, NotImplementedError, ImportError, OSError, CheckpointError, NonFiniteLoss, KernelCompileError) as error:
         if os.environ.get("POSJAX_TRACEBACK"):
             raise
         fail(str(error), 2 if isinstance(error, ValueError | NotImplementedError) else 1, distributed.leave)
-
-
-class _Terminated(KeyboardInterrupt):
-    """Signals a SIGTERM outside the training loop; inside it, the loop handles SIGTERM and saves."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    def end(number, frame):
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except SaveError as error:
+        fail(str(error), 1, endings.leave)
+    except (RuntimeError, AssertionError, MemoryError) as error:
+        if os.environ.get("POSJAX_TRACEBACK") or (line := endings.explain(error, config)) is None:
+            raise
+        fail(line, 1, endings.leave)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from posjax.checks import check
 from posjax.cli.common import heading_of, parse, print_data, print_table, printer
+from posjax.storage import is_bucket
 
 
 def _ablation_flags() -> type:
@@ -47,6 +48,8 @@ def ablate(args: Sequence[str], command: str) -> None:
     seeds = tuple(range(config.seeds[0])) if len(config.seeds) == 1 and config.seeds[0] > 0 else config.seeds
     if config.init_from:
         raise ValueError(f"init_from must be '' in an ablation, whose runs start from random parameters, got {config.init_from!r}")
+    if is_bucket(config.workdir):
+        raise ValueError(f"workdir must be on a disk in an ablation, got {config.workdir!r}")
     spread_over_cores(len(points) * len(seeds))
     with locked(config.workdir):
         _ablate(ablation, config, points, seeds, command)
@@ -74,9 +77,10 @@ def _ablate(ablation, config, points, seeds: Sequence[int], command: str) -> Non
 
 def report_ablation(rows, config, source, workdir: Path, say: Callable[[str], None]) -> None:
     from posjax.lab import report
-    from posjax.lab.evaluation import MEASURES, TASK_MEASURE
+    from posjax.lab.evaluation import MEASURES, measure_in
 
-    measure, label = MEASURES.get(config.task, TASK_MEASURE)
+    measure = measure_in(rows)
+    label = MEASURES[measure]
     seeds = len({row["seed"] for row in rows})
     heading = heading_of(config, source, label) + f".\nMean of {seeds} seed{'s' if seeds > 1 else ''}"
     heading += ", ± standard deviation, [95 % interval of the mean]." if seeds > 1 else "."

@@ -174,16 +174,17 @@ def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str],
     if jax.process_index() > 0:
         return
     from posjax.lab import report
-    from posjax.lab.evaluation import MEASURES, TASK_MEASURE, not_finite
+    from posjax.lab.evaluation import MEASURES, measure_in, not_finite
     from posjax.training.loop import NonFiniteLoss
 
-    measure, label = MEASURES.get(config.task, TASK_MEASURE)
+    measure = measure_in(rows)
+    label = MEASURES[measure]
     heading = heading_of(config, source, label) + ("." if source.task is None else "")
     written = []
     if workdir is not None:
         workdir.mkdir(parents=True, exist_ok=True)
         report.write_results(rows, measure, workdir, heading)
-        figures = report.write_figures(rows, measure, label, config.seq_length, workdir)
+        figures = report.write_figures(rows, measure, label, config.seq_length, workdir, config.figure_format)
         written = [workdir / "results.json", workdir / "results.md", *figures]
     say("")
     say(heading)
@@ -199,13 +200,14 @@ def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str],
 
 def heading_of(config, source, label: str) -> str:
     """Returns the heading of a table of results."""
-    from posjax.data.corpus import unigram_bits_per_byte
+    from posjax.data.corpus import unigram_bits, unigram_bits_per_byte
 
     length = config.seq_length if source.task is None else source.task.length
     heading = f"{label}, trained on {length} tokens, {config.steps:,} steps of {config.batch_size} sequences"
     if config.task == "lm" and source.validation is not None:
-        entropy = unigram_bits_per_byte(source.validation)
-        heading += f"; unigram entropy of the validation text: {entropy:.3f} bits per byte"
+        per_byte = source.validation.num_bytes is not None
+        entropy = unigram_bits_per_byte(source.validation) if per_byte else unigram_bits(source.validation)
+        heading += f"; unigram entropy of the validation text: {entropy:.3f} bits per {'byte' if per_byte else 'token'}"
     if source.task is None:
         heading += ".\nColumns are evaluation lengths in tokens; 'max n' marks lengths beyond an encoding's limit of n positions"
     return heading

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from posjax.cli.common import given, open_run, parse, print_data, printer, report_rows
+from posjax.storage import run_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _train_all(options: Comparison, config: Any, command: str) -> None:
     say = printer()
     print_data(source, say)
     rows = runs.compare(config, workdir, source, command=command, say=say)
-    report_rows(rows, config, source, Path(options.out) if options.out else workdir, say)
+    report_rows(rows, config, source, run_path(options.out) if options.out else workdir, say)
 
 
 def _compare_trained(folders: Sequence[str], options: Comparison, config: Any, flags: set[str]) -> None:
@@ -63,4 +63,4 @@ def _compare_trained(folders: Sequence[str], options: Comparison, config: Any, f
 
     say = printer()
     rows, source = rows_of(folders, config, flags, say)
-    report_rows(rows, config, source, Path(options.out or "runs/comparison"), say)
+    report_rows(rows, config, source, run_path(options.out or "runs/comparison"), say)

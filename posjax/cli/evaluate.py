@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from posjax.cli.common import chosen_runs, given, parse, printer, report_rows
+from posjax.storage import run_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,4 +40,4 @@ def evaluate(parsed: tuple[Evaluation, Any, set[str]], command: str) -> None:
             say(f"evaluating {run.path}, step {run.step}")
         row = runs.evaluate_params(run.config, run.config.encoding, run.params, source)
         rows.append({"encoding": run.config.encoding, "seed": run.config.seed} | row)
-    report_rows(rows, config, source, Path(options.out) if options.out else None, say)
+    report_rows(rows, config, source, run_path(options.out) if options.out else None, say)

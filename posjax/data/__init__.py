@@ -6,7 +6,7 @@
 Importing this module needs only NumPy. tensorflow-datasets, grain and tokenizers are imported on first use.
 """
 
-from posjax.data.corpus import Corpus, load_corpus, unigram_bits_per_byte
+from posjax.data.corpus import Corpus, Mixture, load_corpus, unigram_bits_per_byte
 from posjax.data.pipeline import batches
 
-__all__ = ["Corpus", "batches", "load_corpus", "unigram_bits_per_byte"]
+__all__ = ["Corpus", "Mixture", "batches", "load_corpus", "unigram_bits_per_byte"]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.data.corpus import Corpus
+from posjax.data.corpus import Corpus, Mixture
 from posjax.data.pipeline import HIDDEN_SHARE, MASKED_SHARE, REPLACED_SHARE, count_rows
 from posjax.typing import Array
 
@@ -19,13 +19,14 @@ Data = dict[str, np.ndarray]
 Draw = Callable[[dict[str, Array], Array], dict[str, Array]]
 
 
-def on_device(corpus: Corpus, *, length: int, batch_size: int, masked: bool = False) -> tuple[Data, Draw]:
+def on_device(corpus: Corpus | Mixture, *, length: int, batch_size: int, masked: bool = False) -> tuple[Data, Draw]:
     """Prepares a corpus for sampling batches on the device.
 
     Args:
-      corpus: the text, of fewer than 2^31 tokens.
+      corpus: the text, or a mixture, of fewer than 2^31 tokens.
       length: T, tokens in a row.
-      batch_size: rows in a batch, each drawn uniformly from all rows of the corpus.
+      batch_size: rows in a batch, each drawn uniformly from all rows of the corpus; in a mixture, from the rows of a part that is
+        drawn with its weight.
       masked: whether to return batches for an encoder.
 
     Returns:
@@ -35,27 +36,40 @@ def on_device(corpus: Corpus, *, length: int, batch_size: int, masked: bool = Fa
     Raises:
       ValueError: the corpus is shorter than a row, or too long for 32-bit indices.
     """
-    if len(corpus.tokens) + corpus.num_documents >= 2**31:
+    if corpus.num_tokens + corpus.num_documents >= 2**31:
         raise ValueError(
-            f"corpus must have fewer than 2^31 tokens to be on the device, got {corpus.source!r} with {len(corpus.tokens):,}"
+            f"corpus must have fewer than 2^31 tokens to be on the device, got {corpus.source!r} with {corpus.num_tokens:,}"
         )
-    rows = count_rows(corpus, length, masked=masked)
-    starts = corpus.offsets[:-1] + np.arange(corpus.num_documents)  # index of each document's BOS in the stream
-    data = {"text": np.asarray(corpus.tokens), "starts": starts.astype(np.int32)}
+    parts = corpus.parts
+    rows = np.asarray([count_rows(part, length, masked=masked) for part in parts])
+    # Places of tokens in the text of all parts, or in their stream, which has a BOS before each document.
+    firsts = np.cumsum([0, *(part.num_tokens + (0 if masked else part.num_documents) for part in parts)])[:-1]
+    begins = np.cumsum([0, *(part.num_tokens for part in parts)])[:-1]
+    offsets = np.concatenate([part.offsets[:-1] + begin for part, begin in zip(parts, begins, strict=True)])
+    starts = offsets + np.arange(corpus.num_documents)  # index of each document's BOS in the stream
+    text = np.asarray(parts[0].tokens)
+    if len(parts) > 1:
+        text = np.concatenate([part.tokens for part in parts], dtype=np.min_scalar_type(corpus.vocab_size), casting="unsafe")
+    data = {"text": text, "starts": starts.astype(np.int32)}
 
     def draw(data: dict[str, Array], key: Array) -> dict[str, Array]:
         row_key, mask_key = jax.random.split(key)
-        index = jax.random.randint(row_key, (batch_size,), 0, rows)
+        limit, first = rows[0], 0
+        if len(parts) > 1:
+            row_key, part_key = jax.random.split(row_key)
+            part = jax.random.categorical(part_key, jnp.log(jnp.asarray(corpus.weights)), shape=(batch_size,))
+            limit, first = (jnp.asarray(of_parts, jnp.int32)[part] for of_parts in (rows, firsts))
+        index = jax.random.randint(row_key, (batch_size,), 0, limit)
         if masked:
-            return mask(_masked_rows(data, index, length, corpus.cls), mask_key, corpus.mask, corpus.bos)
-        return language_rows(data, index, length, corpus.bos)
+            return mask(_masked_rows(data, first + index * (length - 1), length, corpus.cls), mask_key, corpus.mask, corpus.bos)
+        return language_rows(data, first + index * length, length, corpus.bos)
 
     return data, draw
 
 
-def language_rows(data: dict[str, Array], index: Array, length: int, bos: int) -> dict[str, Array]:
-    """Returns the language-model rows with the given indices [B], from the stream of documents split every ``length`` tokens."""
-    begin = index[:, None] * length
+def language_rows(data: dict[str, Array], first: Array, length: int, bos: int) -> dict[str, Array]:
+    """Returns the language-model rows that begin at ``first`` [B] in the stream of documents."""
+    begin = first[:, None]
     place = begin + jnp.arange(length + 1, dtype=jnp.int32)
     starts = data["starts"]
     document = jnp.searchsorted(starts, place, side="right").astype(jnp.int32) - 1
@@ -70,10 +84,10 @@ def language_rows(data: dict[str, Array], index: Array, length: int, bos: int) -
     }
 
 
-def _masked_rows(data: dict[str, Array], index: Array, length: int, cls: int) -> dict[str, Array]:
-    place = index[:, None] * (length - 1) + jnp.arange(length - 1, dtype=jnp.int32)
+def _masked_rows(data: dict[str, Array], first: Array, length: int, cls: int) -> dict[str, Array]:
+    place = first[:, None] + jnp.arange(length - 1, dtype=jnp.int32)
     text = data["text"][place].astype(jnp.int32)
-    tokens = jnp.concatenate([jnp.full((len(index), 1), cls, jnp.int32), text], axis=1)
+    tokens = jnp.concatenate([jnp.full((len(first), 1), cls, jnp.int32), text], axis=1)
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
     return {"tokens": tokens, "targets": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}
 

@@ -4,15 +4,19 @@
 
 A corpus is read as one stream, with a BOS before each document, and split every T tokens. A row is one such window and
 the token that follows it, so that each token of the stream except the first is predicted once per epoch. Row i depends
-only on the seed and i, so resuming is exact and splitting over processes needs no communication.
+only on the seed and i, so resuming is exact and splitting over processes needs no communication. In a mixture, each corpus is
+shuffled and repeated on its own, and row i of the mixture is the next row of the corpus whose share is due.
 """
 
 import functools
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from posjax.checks import check, require
-from posjax.data.corpus import Corpus
+from posjax.data.corpus import Corpus, Mixture
 
 MASKED_SHARE = 0.15  # as in BERT: 15 % of the tokens are predicted; 80 % of these are masked, 10 % replaced, 10 % kept
 HIDDEN_SHARE = 0.8
@@ -20,7 +24,7 @@ REPLACED_SHARE = 0.1
 
 
 def batches(
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     *,
     length: int,
     batch_size: int,
@@ -30,7 +34,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     masked: bool = False,
-):
+) -> "Batches":
     """Returns an iterator of batches with `get_state()` and `set_state(state)`, for exact resumption.
 
     A batch is a dict of arrays [batch_size / process_count, length]: tokens, targets, segment_ids and positions (int32)
@@ -44,20 +48,22 @@ def batches(
     only those at selected positions count.
 
     Args:
-      corpus: the text.
+      corpus: the text, or a mixture of several, from which rows come in the proportion of the weights.
       length: T, tokens in a row.
       batch_size: rows in a batch over all processes; a multiple of process_count.
       seed: seed of the order and the masks, from 0 to 2^32 - 1.
       shuffle: whether to shuffle the rows, differently in each epoch. If False, rows come in the order of the text.
       repeat: whether to repeat forever, without the last tokens that do not fill a window. If False, the iterator stops
         after one epoch, which covers all tokens: the last window and the last batch are padded with segment 0 and weight 0.
+        A mixture repeats its corpora independently, and forever.
       process_index, process_count: this process gets rows [index * b, (index + 1) * b) of each batch, with
         b = batch_size / process_count. The concatenated batches of all processes equal the batch of a single process.
       masked: whether to return batches for an encoder.
 
     Returns:
-      A Grain iterator. Its state is a JSON-serializable dict. A new iterator with the same arguments, set to this state,
-      continues with exactly the batches that would have followed.
+      A `Batches`. Its state is a JSON-serializable dict. A new iterator with the same arguments, set to this state, continues with
+      exactly the batches that would have followed. Its `epoch` is the number of times that the corpus has been read; in a mixture,
+      the corpus that has been read most often.
 
     Raises:
       ValueError: an argument is out of range, or length exceeds the length of the corpus.
@@ -75,18 +81,79 @@ def batches(
     require("a pipeline of batches", "grain")
     import grain
 
-    rows = (_MaskedRows if masked else _Rows)(corpus, length, None if repeat else batch_size)
-    dataset = grain.MapDataset.source(rows).seed(seed)
-    if shuffle:
-        dataset = dataset.shuffle()
-    if repeat:
-        dataset = dataset.repeat()
-    if masked:
-        dataset = dataset.random_map(functools.partial(_mask, corpus=corpus))
+    def rows_of(corpus: Corpus, seed: int):
+        rows = (_MaskedRows if masked else _Rows)(corpus, length, None if repeat else batch_size)
+        dataset = grain.MapDataset.source(rows).seed(seed)
+        if shuffle:
+            dataset = dataset.shuffle()
+        if repeat:
+            dataset = dataset.repeat()
+        return dataset.random_map(functools.partial(_mask, corpus=corpus)) if masked else dataset
+
+    if len(corpus.parts) == 1:
+        dataset = rows_of(corpus.parts[0], seed)
+    elif repeat:
+        seeds = np.random.SeedSequence(seed).generate_state(len(corpus.parts))
+        parts = [rows_of(part, int(own)) for part, own in zip(corpus.parts, seeds, strict=True)]
+        dataset = grain.MapDataset.select_from_datasets(parts, _Proportions(corpus.weights))
+    else:
+        raise ValueError("repeat must be True with a mixture, whose corpora end at different rows, got False")
     share = batch_size // process_count
     dataset = dataset.batch(share, drop_remainder=True).slice(slice(process_index, None, process_count))
     # Rows are cheap to create, so two threads suffice to keep a few batches ready. Grain's default would buffer 500.
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    return Batches(iterator, lambda drawn: max(epochs(corpus, drawn * batch_size, length=length, masked=masked).values()))
+
+
+class Batches:
+    """Iterates over batches of a Grain iterator; see `batches`."""
+
+    def __init__(self, iterator: Any, epochs_after: Callable[[int], float]):
+        self._iterator, self._epochs_after = iterator, epochs_after
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._iterator.set_state(state)
+
+    @property
+    def epoch(self) -> float:
+        return self._epochs_after(self.get_state()["next_index"])
+
+
+def epochs(corpus: Corpus | Mixture, rows: int, *, length: int, masked: bool = False) -> dict[str, float]:
+    """Returns how often each source has been read after a number of rows: {source: epochs}."""
+    parts = zip(corpus.parts, corpus.weights, strict=True)
+    return {part.source: rows * weight / count_rows(part, length, masked=masked) for part, weight in parts}
+
+
+class _Proportions:
+    """Maps an index of a mixture to (part, index in the part); among the first n, each part has its share of n, to within one.
+
+    Grain's own ``mix`` rounds weights to a hundredth of the smallest.
+    """
+
+    def __init__(self, weights: tuple[float, ...]):
+        self.units = [max(1, round(weight * 2**40)) for weight in weights]
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        remaining, before, after = sum(self.units), int(index), int(index) + 1  # rows not given to the parts so far
+        for part, units in enumerate(self.units):
+            rest_before, rest_after = (n * (remaining - units) // remaining for n in (before, after))
+            if rest_before == rest_after:  # this part has the row
+                return part, before - rest_before
+            remaining, before, after = remaining - units, rest_before, rest_after
+        raise AssertionError("the last part has all remaining rows")
 
 
 class _Rows:

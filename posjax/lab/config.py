@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from posjax.checks import bounded, check_at_least, check_fields, check_one_of, short
+from posjax.data.tokenizers import check_tokenizer
 from posjax.encodings.spec import spec_of
 from posjax.lab import named_configs
 from posjax.models.transformer import TransformerConfig
@@ -28,15 +29,17 @@ class Config:
       init_from: workdir of a finished or interrupted run whose parameters (their moving average, if it keeps one) this run starts
         from, with a fresh optimizer at step 0. Empty: the parameters are drawn at random.
       task: lm (next token), mlm (masked tokens, an encoder with [CLS]), or a synthetic task: flip_flop, selective_copy, counting.
-      data: stdlib (source code of Python's standard library), tfds:NAME, or a file or folder of text.
+      data: stdlib (source code of Python's standard library), tfds:NAME, a file or folder of text or of tokens, or a mixture of
+        these with weights, such as books:0.7,code:0.3.
       validation_data: a source for validation, with the same choices as data, which is then all training text. Empty: part of data,
         namely its files named after validation, or else its last tenth.
       include: patterns of the files of a folder to read, such as '*.txt' or 'books/**'; none means all.
       exclude: patterns of the files of a folder to leave out.
       text_key: key of JSONL, or column of Parquet and Arrow, that holds the text.
       data_dir: folder for prepared data. Empty: $POSJAX_DATA_DIR, or else ~/.cache/posjax.
-      tokenizer: bytes, or bpe (trained on the train split).
-      vocab_size: vocabulary size of the bpe tokenizer.
+      tokenizer: bytes, bpe (trained on the train split), or the path of a tokenizer.json or a .gguf file.
+      vocab_size: vocabulary size of the bpe tokenizer; for a file of tokens, if it is not the default, the number of ids of the
+        tokenizer that made them.
       seq_length: tokens per training sequence; synthetic tasks derive their own length from it.
       num_variables: number of variables in the counting task, 1 to 26.
       num_examples: size of a fixed training set for a synthetic task; None draws new examples at every step.
@@ -83,7 +86,12 @@ class Config:
       mesh: devices per axis, e.g. data=2,fsdp=4; the axes are data, fsdp, context and tensor. Empty: data over all devices.
       log_every: steps between log lines.
       checkpoint_every: steps between checkpoints.
-      keep_checkpoints: number of checkpoints to keep.
+      checkpoint_minutes: also saves after this many minutes without a checkpoint; None saves by steps alone.
+      keep_last: number of newest checkpoints to keep.
+      keep_every: also keeps the checkpoints of multiples of this step; None keeps no others for this reason.
+      keep_best: also keeps this many checkpoints with the lowest evaluation loss, which evaluate_every determines.
+      loggers: where metrics go besides metrics.jsonl: tensorboard, csv, wandb.
+      figure_format: png, svg or pdf.
       evaluate_every: steps between evaluations during training; None evaluates only at the end.
       eval_lengths: lengths of the final evaluation, as multiples of seq_length.
       eval_tokens: number of validation tokens to evaluate at each length.
@@ -98,7 +106,7 @@ class Config:
     exclude: tuple[str, ...] = ()
     text_key: str = "text"
     data_dir: str = ""
-    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    tokenizer: str = "bytes"
     # No tokenizer in use has as many as a million.
     vocab_size: int = bounded(4096, least=1, most=2**20, hint="this is the vocabulary of the tokenizer")
     seq_length: int = bounded(256, least=2)  # an input token and a target, or [CLS] and a token
@@ -153,7 +161,12 @@ class Config:
     mesh: str = ""
     log_every: int = bounded(20, least=1)
     checkpoint_every: int = bounded(500, least=1)
-    keep_checkpoints: int = bounded(3, least=1)
+    checkpoint_minutes: float | None = bounded(None, above=0)
+    keep_last: int = bounded(3, least=1)
+    keep_every: int | None = bounded(None, least=1)
+    keep_best: int = bounded(0, least=0)
+    loggers: tuple[Literal["tensorboard", "csv", "wandb"], ...] = ("tensorboard",)
+    figure_format: Literal["png", "svg", "pdf"] = "png"
     evaluate_every: int | None = bounded(None, least=1)
     eval_lengths: tuple[int, ...] = (1, 2, 4, 8)
     eval_tokens: int = bounded(32_768, least=1)
@@ -168,6 +181,7 @@ class Config:
             if typing.get_origin(field.type) is Literal:
                 check_one_of(field.name, getattr(self, field.name), typing.get_args(field.type))
         check_fields(self)
+        check_tokenizer(self.tokenizer)
         if self.tokenizer == "bpe":
             check_at_least("vocab_size", self.vocab_size, 259)  # 256 bytes, two special tokens, one merge
         for name in ("encodings", "seeds", "eval_lengths"):

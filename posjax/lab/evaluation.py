@@ -21,9 +21,34 @@ from posjax.parallel.steps import jit_for_all
 from posjax.training.loop import json_number
 from posjax.typing import Array, Params
 
-# The metric of a task: its name in results, and its label in tables and on axes.
-MEASURES = {"lm": ("bits_per_byte", "loss (bits per byte)"), "mlm": ("masked_loss", "masked-token loss (nats)")}
-TASK_MEASURE = ("error", "error (%)")
+# Names of metrics in results, and their labels in tables and on axes.
+MEASURES = {
+    "bits_per_byte": "loss (bits per byte)",
+    "bits_per_token": "loss (bits per token)",
+    "masked_loss": "masked-token loss (nats)",
+    "error": "error (%)",
+}
+
+
+def measure_of(config: Config, source: Source) -> str:
+    """Returns the name of the metric of a task on a text."""
+    if source.task is not None:
+        return "error"
+    if config.task == "mlm":
+        return "masked_loss"
+    return "bits_per_token" if source.validation.num_bytes is None else "bits_per_byte"
+
+
+def measure_in(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the name of the metric in rows of results.
+
+    Raises:
+      ValueError: the rows have different metrics.
+    """
+    names = {name for row in rows for name in MEASURES if name in row["metrics"]}
+    if len(names) != 1:
+        raise ValueError(f"runs to compare must have the same metric, got {' and '.join(sorted(names)) or 'none'}")
+    return names.pop()
 
 
 def evaluate(config: Config, with_params: Callable[[Params], Transformer], params: Params, source: Source) -> dict[str, Any]:
@@ -41,7 +66,7 @@ def evaluate(config: Config, with_params: Callable[[Params], Transformer], param
     if source.task is not None:
         return {"metrics": {"error": _task_errors(config, with_params, params, source)} | metrics}
 
-    measure = MEASURES[config.task][0]
+    measure = measure_of(config, source)
     losses = jit_for_all(token_losses(with_params))
     scale = metric_scale(config, source)
     by_length: dict[str, float | None] = {}
@@ -124,12 +149,15 @@ def take_tokens(batch_iterator: Iterator[dict[str, np.ndarray]], tokens: int) ->
 def metric_scale(config: Config, source: Source) -> float:
     """Returns the factor that converts a mean score to the unit of the tables.
 
-    The error rate of a synthetic task becomes percent; the loss of an lm, in nats per token, becomes bits per byte.
+    The error rate of a synthetic task becomes percent; the loss of an lm, in nats per token, becomes bits per byte,
+    or bits per token if the tokenizer of the text is not known.
     """
     if source.task is not None:
         return 100.0
-    tokens_a_byte = len(source.validation.tokens) / source.validation.num_bytes
-    return tokens_a_byte / math.log(2) if config.task == "lm" else 1.0
+    if config.task == "mlm":
+        return 1.0
+    num_tokens, num_bytes = source.validation.num_tokens, source.validation.num_bytes
+    return (1.0 if num_bytes is None else num_tokens / num_bytes) / math.log(2)
 
 
 def score(
@@ -149,7 +177,7 @@ def score(
     def nats(params: Params, batch: dict[str, Array]) -> tuple[Array, Array]:
         return token_losses(with_params)(params, batch).sum(1), batch["weights"].sum(1)
 
-    return nats if config.task in MEASURES else wrong
+    return nats if config.task in ("lm", "mlm") else wrong
 
 
 def token_losses(with_params: Callable[[Params], Transformer]) -> Callable[[Params, dict[str, Array]], Array]:
@@ -236,7 +264,7 @@ def _cope_line(
     dims = dataclasses.replace(config.transformer(source.vocab_size).dims, max_length=source.max_length)
     counts = [probes.counts_by_gates(encoding, dims) for encoding in model.encodings]
     counting = [layer for layer, index in enumerate(model.layout) if counts[index]]
-    text = bytes(source.validation.tokens[:200_000]) if config.tokenizer == "bytes" else b""
+    text = bytes(source.validation.tokens[:200_000]) if source.validation.is_bytes else b""
     max_bytes = min(70, config.seq_length)  # including the newline
     min_bytes = min(40, max_bytes // 2)
     line_form = rb"\n((?=.{%d,%d}\n) *\w[ -~]*\n)" % (min_bytes - 1, max_bytes - 1)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax.checks import check_fits
-from posjax.data.corpus import NUM_BYTES, NUM_SPECIAL
+from posjax.data.corpus import vocab_size_of
 from posjax.lab.config import Config
 from posjax.models.config import check_memory
 
@@ -48,5 +48,7 @@ def check_step_fits(config: Config) -> None:
     stream = config.num_layers * config.embed_dim * jnp.dtype(config.compute_dtype).itemsize
     batch = jax.ShapeDtypeStruct((tokens * 20 + tokens * stream // config.accumulate_steps,), jnp.uint8)
     check_fits(f"a batch of {', '.join(f'{name}={getattr(config, name)!r}' for name in names)}", batch, 1 / devices)
-    vocab_size = config.vocab_size if config.tokenizer == "bpe" else NUM_BYTES + NUM_SPECIAL
-    check_memory(config.transformer(vocab_size if config.task in ("lm", "mlm") else NUM_SPECIAL), 4 / devices)
+    vocab_size = 2  # at least
+    if config.task in ("lm", "mlm"):
+        vocab_size = vocab_size_of(config.tokenizer, config.vocab_size, config.data_dir)
+    check_memory(config.transformer(vocab_size), 4 / devices)

@@ -139,14 +139,4 @@ def token_bytes(run: TrainedRun) -> Callable[[int], bytes]:
     if run.task is not None:
         words = run.task.words
         return lambda token: f" {words[token]}".encode()
-    special = {run.tokenizer.bos: b"<bos>", run.tokenizer.mask: b"<mask>"}
-    if run.tokenizer.path is None:
-        return lambda token: special[token] if token in special else bytes([token])
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(run.tokenizer.path))
-    # A byte-level BPE writes printable bytes as themselves and the others as characters from 256 on (GPT-2's table).
-    printable = [b for first, last in ("!~", "¡¬", "®ÿ") for b in range(ord(first), ord(last) + 1)]
-    byte_of = {chr(b): b for b in printable}
-    byte_of |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
-    return lambda token: special[token] if token in special else bytes(byte_of[c] for c in tokenizer.id_to_token(token))
+    return run.tokenizer.token_bytes

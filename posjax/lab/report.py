@@ -173,15 +173,27 @@ def spread(values: Sequence[float]) -> str:
 # Comparisons -----------------------------------------------------------------------------------------------------------
 
 
-def write_figures(rows: Sequence[Row], measure: str, label: str, train_length: int, workdir: Path) -> list[Path]:
-    """Draws the figures for which the rows have data, and returns their files. ``label`` names the measure on axes."""
+def write_figures(
+    rows: Sequence[Row], measure: str, label: str, train_length: int, workdir: Path, figure_format: str = "png"
+) -> list[Path]:
+    """Draws the figures for which the rows have data, and returns their files.
+
+    The decay of scores and CoPE's counts are those of each encoding's first seed.
+
+    Args:
+      rows: the rows of results.
+      measure, label: the metric, and its label on axes.
+      train_length: training length in tokens.
+      workdir: folder of the figures.
+      figure_format: png, svg or pdf.
+    """
     grouped = by_encoding(rows)
     first = {encoding: group[0] for encoding, group in grouped.items()}
     written = []
 
     def keep(name: str, figure: Any) -> None:
-        plots.save(figure, workdir / f"{name}.png")
-        written.append(workdir / f"{name}.png")
+        plots.save(figure, workdir / f"{name}.{figure_format}")
+        written.append(workdir / f"{name}.{figure_format}")
 
     lengths = rows[0]["metrics"][measure]
     if all(column.isdigit() for column in lengths) and len(lengths) > 1:
@@ -193,13 +205,17 @@ def write_figures(rows: Sequence[Row], measure: str, label: str, train_length: i
         }
         keep("loss_by_length", plots.loss_by_length(losses, train_length, label))
     curves = {
-        encoding: (row["loss_by_index"]["index"], row["loss_by_index"]["loss"])
-        for encoding, row in first.items()
-        if "loss_by_index" in row
+        encoding: (group[0]["loss_by_index"]["index"], [row["loss_by_index"]["loss"] for row in group])
+        for encoding, group in grouped.items()
+        if all("loss_by_index" in row for row in group)
     }
     if curves:
         keep("loss_by_index", plots.loss_by_index(curves, train_length, label))
-    distances = {encoding: row["attention_distance"] for encoding, row in first.items() if "attention_distance" in row}
+    distances = {
+        encoding: [row["attention_distance"] for row in group]
+        for encoding, group in grouped.items()
+        if all("attention_distance" in row for row in group)
+    }
     if distances:
         keep("attention_distance", plots.attention_distance(distances))
     decays = {encoding: (row["decay"]["distance"], row["decay"]["score"]) for encoding, row in first.items() if "decay" in row}

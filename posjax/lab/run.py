@@ -13,13 +13,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from posjax.attention.backends.compile_errors import translate_compile_errors
-from posjax.data.corpus import NUM_BYTES, NUM_SPECIAL
+from posjax.data.corpus import holds_tokens, vocab_size_of
 from posjax.encodings.spec import parse_encoding, slug
 from posjax.files import DamagedFile, finite, read_json, set_aside, write_json
 from posjax.lab.config import Config, load_config
 from posjax.lab.evaluation import evaluate, mean_loss, take_tokens, token_losses
 from posjax.lab.flops import model_flops
 from posjax.lab.source import Source, eval_batches, open_source, train_batches
+from posjax.lab.summary import opening_lines
 from posjax.lab.workdir import StoredRun, add_fact, digest_of_arrays, facts_of, init_or_check_workdir, milestones, stored_runs
 from posjax.models.losses import cross_entropy, z_loss
 from posjax.models.transformer import Transformer, functional
@@ -27,12 +28,14 @@ from posjax.parallel.distributed import on_first_process, text_of_first_process
 from posjax.parallel.mesh import ROWS, make_mesh, parse_mesh, row_share
 from posjax.parallel.partition_rules import PARTITION_RULES, SHARDED_RULES, Rules, shard_state, state_shardings
 from posjax.parallel.steps import abstract_train_step, jit_for_all, jit_train_step, pmap_train_step
+from posjax.storage import run_path
 from posjax.training.checkpoints import CheckpointError, Checkpoints, Restored
 from posjax.training.loop import fit
 from posjax.training.optimizer import make_optimizer
 from posjax.training.schedule import learning_rate_schedule
 from posjax.training.state import TrainState, init_state
 from posjax.training.step import make_train_step
+from posjax.training.writers import printed
 from posjax.typing import Array, Params
 
 
@@ -176,7 +179,7 @@ def abstract_step(
 ) -> tuple[Any, tuple[TrainState, Any]]:
     """Builds the train step of a configuration for compilation on devices that need not be attached.
 
-    No parameters are drawn and no text is read.
+    No parameters are drawn and no text is read; a file of tokens is, for the size of its vocabulary.
 
         job = {"config": "pretrain_1b", "mesh": "fsdp=64,tensor=4"}
         posjax.compile.aot.compile_ahead("posjax.lab.run:abstract_step", job, "v5e:16x16")
@@ -200,11 +203,10 @@ def abstract_step(
             f"batch_size must be a multiple of {_rows(mesh) * config.accumulate_steps} on {len(devices)} devices with "
             f"mesh={config.mesh!r} and accumulate_steps={config.accumulate_steps}, got {config.batch_size}"
         )
-    if config.task in ("lm", "mlm"):
-        default = config.vocab_size if config.tokenizer == "bpe" else NUM_BYTES + NUM_SPECIAL
-        source = Source(default if vocab_size is None else vocab_size, config.seq_length)
-    else:
-        source = open_source(config)
+    is_text = config.task in ("lm", "mlm")
+    if is_text and vocab_size is None and not holds_tokens(config.data):
+        vocab_size = vocab_size_of(config.tokenizer, config.vocab_size, config.data_dir)
+    source = Source(vocab_size, config.seq_length) if is_text and vocab_size is not None else open_source(config)
     with_params, params = abstract_model(config, config.encoding, source)
     loss = make_loss(with_params, config.dropout_rate > 0, config.z_loss)
     step = make_train_step(loss, optimizer_of(config), accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay)
@@ -260,6 +262,9 @@ def train(
     share = row_share(mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     actual = config if source.task is None else dataclasses.replace(config, seq_length=source.task.length)
+    if not quiet and jax.process_index() == 0:
+        for line in opening_lines(config, spec, source, parameters, mesh.shape, workdir):
+            printed(line)
     with translate_compile_errors(config.implementation):
         state = fit(
             pmap_train_step(step) if config.parallel == "pmap" else jit_train_step(step, mesh, _rules(mesh)),
@@ -270,7 +275,11 @@ def train(
             config=dataclasses.asdict(config) | {"encoding": spec, "seeds": [seed]},
             log_every=config.log_every,
             checkpoint_every=config.checkpoint_every,
-            keep=config.keep_checkpoints,
+            checkpoint_minutes=config.checkpoint_minutes,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            keep_best=config.keep_best,
+            loggers=config.loggers,
             keep_steps=milestones(config),
             evaluate=evaluate_now if config.evaluate_every else None,
             evaluate_every=config.evaluate_every,
@@ -380,7 +389,7 @@ def check_init_from(config: Config, specs: Sequence[str], source: Source) -> Non
 
 def _init_run(config: Config) -> StoredRun:
     """Returns the run in ``init_from``, which must be a single one."""
-    if not Path(config.init_from).is_dir():
+    if not run_path(config.init_from).is_dir():
         raise ValueError(f"init_from must be the workdir of a run, got {config.init_from!r}, which does not exist")
     runs = stored_runs(config.init_from)
     if len(runs) > 1:

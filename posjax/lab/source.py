@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from posjax.data import synthetic
-from posjax.data.corpus import Corpus, excerpts, load_corpus
+from posjax.data.corpus import Corpus, Mixture, excerpts, holds_tokens, load_corpus
 from posjax.data.files import shown
 from posjax.data.on_device import on_device as corpus_on_device
 from posjax.data.pipeline import batches
@@ -38,7 +38,7 @@ class Source:
 
     vocab_size: int
     max_length: int
-    train: Corpus | None = None
+    train: Corpus | Mixture | None = None
     validation: Corpus | None = None
     task: synthetic.Task | None = None
     summary: tuple[str, ...] = ()
@@ -52,9 +52,10 @@ def open_source(config: Config) -> Source:
       ValueError: the data cannot be loaded.
     """
     if config.task in ("lm", "mlm"):
+        has_size = config.tokenizer == "bpe" or (config.vocab_size != Config.vocab_size and holds_tokens(config.data))
         options = dict(
             tokenizer=config.tokenizer,
-            vocab_size=config.vocab_size if config.tokenizer == "bpe" else None,
+            vocab_size=config.vocab_size if has_size else None,
             data_dir=config.data_dir or None,
             validation_data=config.validation_data,
             include=config.include,
@@ -67,7 +68,7 @@ def open_source(config: Config) -> Source:
         except ValueError as error:
             raise ValueError(f"data {config.data!r} cannot be used: {error}") from error
         summary = data_summary(config.data, train, validation)
-        digests = {"train": _digest(train), "validation": _digest(validation)}
+        digests = {"train": train.digest, "validation": validation.digest}
         # The longest rows begin with a BOS token, so an excerpt is one token shorter.
         excerpt_length = config.seq_length * max(config.eval_lengths) - 1
         validation = excerpts(validation, excerpt_length, max(1, config.eval_tokens // excerpt_length))
@@ -81,21 +82,19 @@ def open_source(config: Config) -> Source:
     return Source(task.vocab_size, max(t.length for t in (task, *task.variants.values())), task=task)
 
 
-def data_summary(data: str, train: Corpus, validation: Corpus) -> tuple[str, ...]:
+def data_summary(data: str, train: Corpus | Mixture, validation: Corpus | Mixture) -> tuple[str, ...]:
     """Describes two splits in lines: their sizes, how they were chosen, and warnings.
 
     A warning says that validation has more text than training, or that whole documents of validation also occur in training.
     """
     rows = [("", "documents", "bytes", "tokens")]
-    tokens = {}
     for name, split in (("train", train), ("validation", validation)):
-        tokens[name] = sum(len(part.tokens) for part in _parts(split))
-        sizes = (split.num_documents, split.num_bytes, tokens[name])
+        sizes = (split.num_documents, split.num_bytes, split.num_tokens)
         rows.append((name, *("unknown" if size is None else f"{size:,}" for size in sizes)))
     lines = [f"data: {shown(data)}", *(f"  {row[0]:<10}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in rows)]
     lines += [f"  {shown(note)}" for note in train.notes]
-    if tokens["validation"] > tokens["train"]:
-        lines.append(f"warning: validation has more tokens than training, {tokens['validation']:,} and {tokens['train']:,}")
+    if validation.num_tokens > train.num_tokens:
+        lines.append(f"warning: validation has more tokens than training, {validation.num_tokens:,} and {train.num_tokens:,}")
     repeated, share = repeats(train, validation)
     if share > _TOLERATED_REPEATS:
         count = f"at least {repeated:,} of {validation.num_documents:,} validation documents"
@@ -103,7 +102,7 @@ def data_summary(data: str, train: Corpus, validation: Corpus) -> tuple[str, ...
     return tuple(lines)
 
 
-def repeats(train: Corpus, validation: Corpus) -> tuple[int, float]:
+def repeats(train: Corpus | Mixture, validation: Corpus | Mixture) -> tuple[int, float]:
     """Returns the number of documents of ``validation`` that are also documents of ``train``, and their share of its tokens.
 
     Of very many documents, only some, spread evenly, are compared.
@@ -113,30 +112,20 @@ def repeats(train: Corpus, validation: Corpus) -> tuple[int, float]:
         return numbers[:: -(-len(numbers) // _COMPARED_DOCUMENTS) or 1]
 
     known: dict[bytes, list[int]] = {}  # digest -> lengths of the documents that have it
-    for part in _parts(validation):
+    for part in validation.parts:
         lengths = np.diff(part.offsets)
         for number in some(np.flatnonzero(lengths)):
             known.setdefault(_document_digest(part, number), []).append(int(lengths[number]))
     wanted = np.unique([length for lengths in known.values() for length in lengths])
     found: list[int] = []
-    for part in _parts(train):
+    for part in train.parts:
         for number in some(np.flatnonzero(np.isin(np.diff(part.offsets), wanted))):
             found += known.pop(_document_digest(part, number), [])
-    return len(found), sum(found) / max(1, sum(len(part.tokens) for part in _parts(validation)))
-
-
-def _parts(corpus: Corpus) -> tuple[Corpus, ...]:
-    """Returns the corpora of a mixture, or the corpus itself."""
-    return getattr(corpus, "parts", (corpus,))
+    return len(found), sum(found) / max(1, validation.num_tokens)
 
 
 def _document_digest(corpus: Corpus, number: int) -> bytes:
     return hashlib.sha256(corpus.tokens[corpus.offsets[number] : corpus.offsets[number + 1]]).digest()
-
-
-def _digest(corpus: Corpus) -> str:
-    stored = getattr(corpus, "digest", None)
-    return stored or hashlib.sha256(hashlib.sha256(corpus.tokens).digest() + corpus.offsets.tobytes()).hexdigest()
 
 
 def batch_key(seed: int | Array, number: int | Array) -> Array:

@@ -19,53 +19,40 @@ import numpy as np
 
 from posjax.checks import near
 from posjax.data import synthetic
-from posjax.data.corpus import Corpus
+from posjax.data.tokenizers import NUM_BYTES, NUM_SPECIAL, Vocabulary
 from posjax.encodings.spec import modules_of, parse_encoding
 from posjax.lab import probes
 from posjax.lab import run as runs
 from posjax.lab.config import Config
-from posjax.lab.evaluation import layer_weights, max_eval_length
+from posjax.lab.evaluation import layer_weights, max_eval_length, measure_in
 from posjax.lab.source import Source, open_source
 from posjax.lab.workdir import EVALUATION, READING, TOKENIZER, StoredRun, choose_runs, read_config, stored_runs
 from posjax.models.losses import cross_entropy
 from posjax.models.transformer import Transformer
 from posjax.parallel.distributed import first_process_first
+from posjax.storage import run_path
 from posjax.typing import Float, Int, Params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tokenizer:
+class Tokenizer(Vocabulary):
     """Converts text to tokens and back, as a run was trained, without its data.
 
     Attributes:
       vocab_size: V, including the two special tokens.
-      path: file of the tokenizer; None if tokens are bytes.
+      path: file of the tokenizer; None if tokens are bytes, or ids of a tokenizer that is not known, which a text is then.
     """
 
     vocab_size: int
     path: Path | None = None
 
-    @functools.cached_property
-    def _corpus(self) -> Corpus:
-        return Corpus("", "train", np.zeros(0, np.uint8), np.zeros(1, np.int64), self.vocab_size, 0, self.path)
+    @property
+    def tokenizer_path(self) -> Path | None:
+        return self.path
 
     @property
-    def bos(self) -> int:
-        """Returns the id of the token that begins a document, which is also [CLS]."""
-        return self._corpus.bos
-
-    @property
-    def mask(self) -> int:
-        """Returns the id of [MASK]."""
-        return self._corpus.mask
-
-    def encode(self, text: str) -> Int[np.ndarray, " T"]:
-        """Encodes a text as tokens, int32 [T], without ``bos``."""
-        return self._corpus.encode(text)
-
-    def decode(self, tokens: Int[np.ndarray, " T"]) -> str:
-        """Decodes a row of tokens to text. Special tokens appear as <bos> and <mask>."""
-        return self._corpus.decode(tokens)
+    def num_bytes(self) -> int | None:
+        return 0 if self.path is not None or self.vocab_size == NUM_BYTES + NUM_SPECIAL else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,7 +91,7 @@ class TrainedRun:
 
 def load(path: str | Path, *, encoding: str | None = None, seed: int | None = None) -> TrainedRun:
     """Opens a trained run from its workdir. See ``posjax.load``."""
-    if not Path(path).is_dir():
+    if not run_path(path).is_dir():
         raise ValueError(f"path must be the workdir of a run, got {str(path)!r}, which is not a folder")
     chosen = [
         run
@@ -177,6 +164,8 @@ def open_data(chosen: Sequence[tuple[StoredRun, Config]], *, is_other_text: bool
       ValueError: the data cannot be used with these runs, or have changed.
     """
     config = dataclasses.replace(fitting(chosen[0][1], chosen[0][0]), workdir="")
+    if (stored := chosen[0][0].path / TOKENIZER).exists():  # the file that it was made from may be gone, or be another now
+        config = dataclasses.replace(config, tokenizer=str(stored))
     with first_process_first():
         source = open_source(config)
     for run, reading in chosen:
@@ -215,7 +204,7 @@ def rows_of(
     rows, first = [], None
     evaluation = {name: getattr(config, name) for name in {*EVALUATION, *(flags & READING)}}
     for workdir in workdirs:
-        stored = read_config(Path(workdir))
+        stored = read_config(run_path(workdir))
         if stored.task != config.task:
             tasks = f"{config.task!r} in {workdirs[0]} and {stored.task!r} in {workdir}"
             raise ValueError(f"runs to compare must have the same task, got {tasks}")
@@ -230,7 +219,7 @@ def rows_of(
                 result = runs.evaluate_params(trained.config, trained.config.encoding, trained.params, source)
             rows.append({"encoding": reading.encoding, "seed": reading.seed, "workdir": workdir} | result)
     assert first is not None  # there is at least one workdir
-    return _distinct(rows), first
+    return _distinct(_of_common_columns(rows, measure_in(rows))), first
 
 
 def stored_rows(config: Config, flags: Set[str]) -> tuple[list[dict[str, Any]], Source]:
@@ -248,6 +237,22 @@ def stored_rows(config: Config, flags: Set[str]) -> tuple[list[dict[str, Any]], 
         raise ValueError(f"workdir must hold an evaluated run, got {config.workdir!r}; run posjax evaluate {config.workdir} first")
     source = open_source(config) if config.task not in ("lm", "mlm") else Source(0, config.seq_length)
     return rows, source
+
+
+def _of_common_columns(rows: list[dict[str, Any]], measure: str) -> list[dict[str, Any]]:
+    """Reduces rows to the columns, such as evaluation lengths, that all of them have.
+
+    Raises:
+      ValueError: there are none.
+    """
+    columns = [column for column in rows[0]["metrics"][measure] if all(column in row["metrics"][measure] for row in rows)]
+    if not columns:
+        lengths = "; ".join(f"{row['workdir']}: {', '.join(row['metrics'][measure])}" for row in rows)
+        raise ValueError(f"runs to compare must be evaluated at a common length, set by --eval_lengths, got {lengths}")
+    return [
+        row | {"metrics": row["metrics"] | {measure: {column: row["metrics"][measure][column] for column in columns}}}
+        for row in rows
+    ]
 
 
 def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,17 +10,18 @@ import dataclasses
 import hashlib
 import json
 import math
-import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from posjax.data.tokenizers import KINDS
 from posjax.encodings.spec import modules_of, slug
 from posjax.files import DamagedFile, read_json, set_aside, write_atomically, write_json
 from posjax.lab.config import Config
 from posjax.lab.source import Source
 from posjax.parallel.distributed import on_first_process
+from posjax.storage import check_bucket, move, run_path
 from posjax.training.checkpoints import Checkpoints
 from posjax.training.schedule import num_decay_steps
 
@@ -66,7 +67,7 @@ class StoredRun:
 
 def is_workdir(path: str) -> bool:
     """Returns whether a path is a folder with a stored configuration."""
-    return bool(path) and (Path(path) / CONFIG).is_file()
+    return bool(path) and (run_path(path) / CONFIG).is_file()
 
 
 def read_config(path: Path) -> Config:
@@ -108,7 +109,7 @@ def stored_runs(workdir: str | Path, default: Config | None = None) -> list[Stor
       ValueError: there are no checkpoints, or no configuration.
       DamagedFile: a stored file is damaged.
     """
-    workdir = Path(workdir)
+    workdir = run_path(workdir)
     if (workdir / "checkpoints").is_dir():
         return [_stored_run(workdir, default)]
     found = [_stored_run(path.parent, default) for path in workdir.glob("*/seed-*/checkpoints")]
@@ -161,7 +162,7 @@ def choose_runs(
       ValueError: there is no such run, or a run was trained with another configuration (the message names the fields that differ).
     """
     runs = stored_runs(config.workdir, config)
-    is_comparison = runs[0].path != Path(config.workdir)
+    is_comparison = runs[0].path != run_path(config.workdir)
     wanted = None if encodings is None else {slug(spec) for spec in encodings}
     chosen = [
         run
@@ -176,7 +177,7 @@ def choose_runs(
     for run in chosen:
         same = dict(encoding=run.config.encoding, seeds=run.config.seeds) if is_comparison else {}
         reading = dataclasses.replace(config, workdir=str(run.path), **same)
-        _check_fields(run.config, reading, Path(config.workdir), may_differ=_DATA)
+        _check_fields(run.config, reading, run_path(config.workdir), may_differ=_DATA)
         pairs.append((run, reading))
     return pairs
 
@@ -206,7 +207,8 @@ def check_workdir(config: Config, fixed: Iterable[str] = ()) -> None:
     Raises:
       ValueError: the workdir belongs to a run with another configuration; the message names the fields that differ.
     """
-    workdir = Path(config.workdir)
+    workdir = run_path(config.workdir)
+    check_bucket(workdir)
     try:
         stored = read_config(workdir) if is_workdir(config.workdir) else None
     except DamagedFile:
@@ -240,7 +242,7 @@ def init_or_check_workdir(config: Config, facts: Mapping[str, Any] | None = None
       ValueError: the workdir belongs to a run with another configuration or other data (the message names the fields that differ),
         or cannot be created.
     """
-    workdir = Path(config.workdir)
+    workdir = run_path(config.workdir)
 
     def init_or_check() -> None:
         stored = _read_or_set_aside(workdir)
@@ -282,10 +284,7 @@ def _read_or_set_aside(workdir: Path) -> Config | None:
         set_aside(workdir / CONFIG, error)
         if step is None:
             return None
-        from orbax.checkpoint import v1 as ocp
-
-        saved = ocp.checkpointables_metadata(checkpoints.directory / str(step)).custom_metadata["config"]
-        write_json(workdir / CONFIG, saved, indent=1)
+        write_json(workdir / CONFIG, checkpoints.config(step), indent=1)
         return read_config(workdir)
 
 
@@ -300,6 +299,8 @@ def _facts_or_set_aside(workdir: Path) -> dict[str, Any]:
 def _check_fields(stored: Config, config: Config, workdir: Path, may_differ: Iterable[str], fixed: Iterable[str] = ()) -> None:
     then, now = dataclasses.asdict(stored), dataclasses.asdict(config)
     free = {*RUN_ONLY, *EVALUATION, *may_differ} - {*fixed}
+    if "data" in free and then["tokenizer"] not in KINDS and now["tokenizer"] not in KINDS:
+        free.add("tokenizer")  # paths: the digests of the tokens say whether the files are the same
     if any(name not in free and then[name] != now[name] for name in now):
         differ = [name for name in now if name not in free - _END and then[name] != now[name]]
         changes = ", ".join(f"{name} is {then[name]!r} there and {now[name]!r} here" for name in differ)
@@ -376,14 +377,14 @@ def _keep_aside(stored: Config, config: Config, workdir: Path) -> None:
     while aside.exists():
         number += 1
         aside = workdir / f"steps-{stored.steps}-{number}"
-    (aside / "checkpoints").mkdir(parents=True)
+    (aside / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(aside / CONFIG, dataclasses.asdict(stored) | {"workdir": str(aside)}, indent=1)
     for name in (FACTS, TOKENIZER, "metrics.jsonl", "evaluation.json"):
         if (workdir / name).exists():
-            shutil.copy2(workdir / name, aside / name)
+            write_atomically(aside / name, (workdir / name).read_bytes())
     for path in sorted((workdir / "checkpoints").iterdir()):
         if path.name.isdecimal() and int(path.name) > last:
-            path.rename(aside / "checkpoints" / path.name)
+            move(path, aside / "checkpoints" / path.name)
 
 
 def digest_of_arrays(named: Iterable[tuple[str, Any]]) -> str:

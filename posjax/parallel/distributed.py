@@ -68,7 +68,7 @@ def join() -> None:
             return
         # JAX's preemption service would replace Python's SIGTERM handler, and SIGTERM would have no effect before the loop runs.
         jax.config.update("jax_enable_preemption_service", False)
-        with _abort_message(lambda: f"the processes of this run did not connect within {_MEETING_SECONDS} s{where}", 1):
+        with abort_message(lambda: f"the processes of this run did not connect within {_MEETING_SECONDS} s{where}", 1):
             jax.distributed.initialize(
                 given.get(ADDRESS),
                 count,
@@ -80,6 +80,11 @@ def join() -> None:
     except (RuntimeError, KeyError, OSError) as error:
         alone = "" if COUNT in given else f"; set {COUNT}=1 to run in this process alone"
         raise ConnectionError(f"the processes of this run could not connect: {error}{alone}") from error
+
+
+def is_joined() -> bool:
+    """Returns whether this process is one of several of a run."""
+    return jax.distributed.is_initialized()
 
 
 def _integer(name: str) -> int:
@@ -102,6 +107,12 @@ def wait_for_all() -> None:
     """Blocks until every process has reached this call."""
     if jax.distributed.is_initialized():
         _client().wait_at_barrier(f"posjax/wait/{next(_numbers)}", _LONG_MS)
+
+
+def barrier(name: str) -> None:
+    """Blocks until every process has reached the barrier of this name, from any thread; involves no device."""
+    if jax.process_count() > 1:
+        _client().wait_at_barrier(name, _LONG_MS)
 
 
 @contextlib.contextmanager
@@ -129,14 +140,14 @@ def text_of_first_process(function: Callable[[], str]) -> str:
 
 
 def on_first_process(function: Callable[[], None], error: type[Exception] = ValueError) -> None:
-    """Runs a function on process 0 and waits for it on all others. If it raises ``error`` or ValueError, all processes do."""
+    """Runs a function on process 0 and waits for it on all others. If it fails, the others raise ``error`` with its message."""
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return function()
     key, failure = f"posjax/first/{next(_numbers)}", None
     if jax.process_index() == 0:
         try:
             function()
-        except (ValueError, error) as raised:
+        except Exception as raised:  # the others wait
             failure = raised
         _client().key_value_set(key, f"-{failure}" if failure else "+")
         if failure:
@@ -246,7 +257,7 @@ def on_peer_loss(message: Callable[[], str]) -> Iterator[None]:
     def loss() -> str:
         return f"another process of this run was lost; {message()}"
 
-    with _abort_message(loss, RESTART):
+    with abort_message(loss, RESTART):
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
@@ -256,7 +267,8 @@ def on_peer_loss(message: Callable[[], str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _abort_message(message: Callable[[], str], code: int) -> Iterator[None]:
+def abort_message(message: Callable[[], str], code: int) -> Iterator[None]:
+    """Prints a message and exits with a code if the runtime aborts this process within the body, from any of its threads."""
     _abort_messages.append((message, code))
     _on_abort(_HANDLER)
     try:

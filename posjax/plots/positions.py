@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from posjax.plots.seeds import mean_and_band
 from posjax.plots.style import BLACK, BLUE, RED, SKY, new_figure, styles
 from posjax.typing import Array
 
@@ -63,23 +64,37 @@ def cope_over_line(text: str, gates: Array, positions: Array, titles: Sequence[s
 def attention_distance(data: Mapping[str, Array]) -> "Figure":
     """Plots the attention distance of heads by layer: a panel per encoding, a dot per head, and a line through layer means.
 
+    With several seeds, there is a dot per head and seed, and a bar for the 95 % interval of each layer's mean over seeds. The axis
+    of distances is linear from 0 to 1 token and logarithmic beyond.
+
     Args:
-      data: {encoding: [L, N] mean distance in tokens}; each layer is as ``posjax.lab.probes.attention_distance`` returns it.
+      data: {encoding: [L, N] or [seeds, L, N] mean distance in tokens}; each layer is as
+        ``posjax.lab.probes.attention_distance`` returns it.
     """
     columns, rows = _grid(len(data))
     figure, panels = new_figure(1.0 + 2.0 * columns, 0.8 + 1.9 * rows, rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes, (name, style) in zip(panels.flat, styles(data).items(), strict=False):
         distances = np.asarray(data[name], float)
-        layers, heads = distances.shape
+        distances = distances.reshape(-1, *distances.shape[-2:])
+        seeds, layers, heads = distances.shape
         layer = np.arange(1, layers + 1)
-        offsets = np.linspace(-0.25, 0.25, heads) if heads > 1 else np.zeros(1)
-        axes.plot(layer[:, None] + offsets, distances, "o", markersize=4, color=style.color, alpha=0.6, mew=0, clip_on=False)
-        axes.plot(layer, distances.mean(1), color=style.color, linewidth=1.5)
+        offsets = np.linspace(-0.25, 0.25, seeds * heads) if seeds * heads > 1 else np.zeros(1)
+        dots = distances.transpose(1, 2, 0).reshape(layers, -1)
+        axes.plot(layer[:, None] + offsets, dots, "o", markersize=4, color=style.color, alpha=0.6, mew=0, clip_on=False)
+        means, band = mean_and_band(distances.mean(2))
+        axes.plot(layer, means, color=style.color, linewidth=1.5)
+        if band is not None:
+            axes.errorbar(layer, means, np.abs(band - means), fmt="none", color=style.color, linewidth=1.2, capsize=3)
         axes.set_title(name, fontsize=10)
-        axes.set_yscale("symlog", linthresh=1.0, linscale=0.4)  # a head that attends only to its own token has distance zero
-        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xticks(layer[:: math.ceil(layers / 8)])
-    axes.set_ylim(0, 1.3 * max([1.0, *(np.max(distances) for distances in data.values())]))
+    top = 1.3 * max([1.0, *(np.max(distances) for distances in data.values())])
+    octaves = int(np.log2(top)) + 1
+    ticks = [0, *(2**octave for octave in range(0, octaves, math.ceil(octaves / 7)))]
+    axes.set_yscale("symlog", base=2, linthresh=1.0, linscale=0.6)  # a head that attends only to its own token has distance zero
+    axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_ylim(0, top)
+    for axes in panels.flat:
+        axes.minorticks_off()
     _hide_rest(panels, len(data))
     figure.supxlabel("layer (dots: heads; line: their mean)", fontsize=10)
     figure.supylabel("mean attention distance (tokens)", fontsize=10)

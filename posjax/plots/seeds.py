@@ -122,6 +122,21 @@ def curves(
     return figure
 
 
+def mean_and_band(values: Array) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns the means [S] over seeds of [seeds, S], and the ends [2, S] of their 95 % intervals, None for a single seed.
+
+    Both are NaN, which matplotlib leaves out, where a value is not finite.
+    """
+    from posjax.lab.statistics import summary
+
+    values = np.atleast_2d(np.asarray(values, float))
+    found = [summary(column) if np.isfinite(column).all() else None for column in values.T]
+    means = np.array([np.nan if one is None else one.mean for one in found])
+    if len(values) < 2:
+        return means, None
+    return means, np.transpose([(np.nan, np.nan) if one is None else one.interval for one in found])
+
+
 def _mean_and_interval(axes: "Axes", values: np.ndarray, y: float, style: Style) -> tuple[float, ...]:
     """Draws the mean and its interval and returns the ends of the bar; without values, draws nothing and returns ()."""
     from posjax.lab.statistics import summary  # scipy.stats takes a second to import

@@ -5,6 +5,7 @@ Figures have no window and no global state: they need no display, and are freed 
 """
 
 import dataclasses
+import io
 import re
 import zlib
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from posjax.checks import require
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FORMATS = ("png", "svg", "pdf")
 GREY, BLACK, ORANGE, SKY = "#7f7f7f", "#000000", "#e69f00", "#56b4e9"
 GREEN, BLUE, RED, PURPLE = "#009e73", "#0072b2", "#d55e00", "#cc79a7"
 
@@ -71,8 +73,19 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
 
 
 def save(figure: "Figure", path: str | Path) -> None:
-    """Writes a figure as a PNG at 150 dots per inch. The figure need not be closed, because it is not registered with pyplot."""
-    figure.savefig(path, format="png", dpi=150)
+    """Writes a figure as the suffix of the path says: .png (150 dots per inch; also without a suffix), .svg or .pdf.
+
+    The figure need not be closed, because it is not registered with pyplot.
+
+    Raises:
+      ValueError: the suffix is another one.
+    """
+    suffix = Path(path).suffix.removeprefix(".") or "png"
+    if suffix not in FORMATS:
+        raise ValueError(f"path must end in one of {', '.join(f'.{name}' for name in FORMATS)}, got {str(path)!r}")
+    contents = io.BytesIO()
+    figure.savefig(contents, format=suffix, dpi=150)
+    (Path(path) if isinstance(path, str) else path).write_bytes(contents.getvalue())
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple["Figure", Any]:

@@ -22,6 +22,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from posjax.files import write_atomically
 from posjax.parallel.distributed import on_first_process
+from posjax.storage import is_bucket, run_path, with_retries
 
 try:
     import fcntl
@@ -61,7 +62,7 @@ def locked(workdir: str | os.PathLike) -> Iterator[None]:
     holders: list[str] = []
 
     def take() -> None:
-        holders.append(_take(_as_path(workdir)))
+        holders.append(_take(run_path(workdir)))
 
     on_first_process(take, WorkdirInUse)
     try:
@@ -83,14 +84,6 @@ def holds_lock(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **keywords)
 
     return with_lock
-
-
-def _as_path(workdir: str | os.PathLike) -> Any:
-    if "://" not in str(workdir):
-        return Path(workdir)
-    from etils import epath
-
-    return epath.Path(workdir)
 
 
 def _take(folder: Any) -> str:
@@ -214,7 +207,7 @@ def _myself() -> dict[str, Any]:
 def _owner(path: Any) -> dict[str, Any]:
     """Returns the content of a lock file, or an empty dict if there is none."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(with_retries(path.read_text) if is_bucket(path) else path.read_text())
         return content if isinstance(content, dict) and {"pid", "host", "since", "beat"} <= set(content) else {}
     except (OSError, ValueError):
         return {}

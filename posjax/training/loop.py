@@ -1,47 +1,37 @@
-"""The training loop, which resumes from the workdir and tolerates kills, signals and bad batches.
+"""The training loop, which resumes from the workdir and tolerates kills, signals, full disks and bad batches.
 
-    restore -> [ next batch -> step -> every log_every: fetch metrics, log -> every checkpoint_every: save ] -> save
+    restore -> [ next batch -> step -> every log_every: fetch metrics, log -> every checkpoint_every: begin to save ] -> save
 
 Between those points, the loop does not wait for the device: each step is dispatched while the previous one is still running. The
-loss, and therefore a streak of non-finite steps, is checked only at the next of these points.
+loss, and therefore a streak of non-finite steps, is checked only at the next of these points. Checkpoints are written while
+training goes on; one that cannot be written costs a warning, and the next is due at its own step. Only the last must succeed.
 """
 
 import contextlib
-import json
-import math
 import os
 import shlex
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from posjax.checks import check, require
+from posjax.checks import check
 from posjax.hardware import peak_flops
-from posjax.parallel.distributed import RESTART, PreemptionSync, on_peer_loss
-from posjax.training.checkpoints import Checkpoints
+from posjax.parallel.distributed import PreemptionSync, on_peer_loss
+from posjax.storage import run_path
+from posjax.training.checkpoints import Checkpoints, SaveError, from_first_process
 from posjax.training.lock import holds_lock
+from posjax.training.signals import Interrupted, noted_signals
+from posjax.training.writers import Writers, json_number, printed, read_metrics
 
 MAX_SKIPPED_IN_A_ROW = 10
-
-
-class Interrupted(Exception):
-    """Raised when SIGINT or SIGTERM stops the run. The message names the step of the newest checkpoint.
-
-    Attributes:
-      exit_code: exit code of the command line: 130 after SIGINT, posjax.parallel.distributed.RESTART after SIGTERM, which
-        schedulers send.
-    """
-
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.exit_code = RESTART if number == signal.SIGTERM else 130
+_GRACE_S = 3.0  # how long a process that ends at once waits for a checkpoint that is being written
 
 
 class NonFiniteLoss(RuntimeError):
@@ -58,11 +48,15 @@ def fit(
     workdir: str | os.PathLike,
     config: Any = None,
     log_every: int = 50,
-    checkpoint_every: int = 1000,
-    keep: int = 3,
-    keep_steps: Sequence[int] = (),
+    checkpoint_every: int | None = 1000,
+    checkpoint_minutes: float | None = None,
+    keep_last: int = 3,
+    keep_every: int | None = None,
+    keep_best: int = 0,
+    keep_steps: Collection[int] = frozenset(),
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     evaluate_every: int | None = None,
+    loggers: tuple[str, ...] = ("tensorboard",),
     resume_command: str | None = None,
     quiet: bool = False,
     shares: int | None = None,
@@ -70,24 +64,29 @@ def fit(
 ) -> Any:
     """Trains until `state.step == steps`, resuming from the newest intact checkpoint in the workdir, and returns the final state.
 
-    Writes `metrics.jsonl`, TensorBoard events and `checkpoints/` under `workdir`. Every line of `metrics.jsonl` has step, loss
+    Writes `metrics.jsonl`, the files of `loggers` and `checkpoints/` under `workdir`. Every line of `metrics.jsonl` has step, loss
     (of that step; null if not finite), learning_rate, grad_norm, tokens_per_second (since the previous line), skipped (in total),
-    and, after an evaluation, its numbers as "evaluation/<name>". Each step has at most one line, even after a resume.
+    tokens (seen since step 0), epoch (if the batches have one), time (Unix time), elapsed (seconds of training), memory_bytes (peak
+    of the first device, or of the process on a CPU) and, after an evaluation, its numbers as "evaluation/<name>". Each step has at
+    most one line, even after a resume.
 
     Args:
       step_fn: (state, batch) -> (state, metrics), from `jit_train_step`, `pmap_train_step` or `jax.jit`. It may donate the state.
       state: the state at step 0. A restored state is placed on the same devices with the same shardings.
       batches: an iterable of batches. If its iterator has `get_state()` and `set_state()` (as Grain's has), its position is stored
         in the checkpoint. Otherwise it must yield the same batches each time: after a resume, the batches already used are drawn
-        again and dropped.
+        again and dropped. An attribute `epoch` of the iterator is logged.
       steps: the step to stop at, at least 1.
-      workdir: directory of the run, created if it does not exist.
+      workdir: directory of the run, created if it does not exist, or a path in a bucket, such as gs://bucket/run.
       config: a JSON value stored with each checkpoint.
-      log_every, checkpoint_every: intervals in steps. The last step is always logged and saved.
-      keep: number of intact checkpoints to keep.
-      keep_steps: further steps to save at, whose checkpoints are kept.
+      log_every, checkpoint_every: intervals in steps. The last step is always logged and saved. checkpoint_every=None saves by
+        `checkpoint_minutes` alone.
+      checkpoint_minutes: saves, too, at the first log line after this many minutes without a save.
+      keep_last, keep_every, keep_best, keep_steps: which checkpoints to keep, see `Checkpoints`. With keep_best, every evaluation
+        is saved; with keep_steps, so are those steps.
       evaluate: state -> numbers by name, called every `evaluate_every` steps and after the last step. It must not donate the state.
       evaluate_every: interval in steps. None evaluates after the last step only.
+      loggers: further writers of the metrics: "tensorboard", "csv", "wandb".
       resume_command: the command that resumes the run, printed after an interruption. None prints this program's command line.
       quiet: whether to print nothing except the resume command.
       flops_per_token: floating-point operations of the model per token of a step, forward and backward. If it is given and the
@@ -95,22 +94,27 @@ def fit(
       shares: number of batches of the size that `batches` yields in one global batch. None means the number of processes.
 
     Raises:
-      Interrupted: SIGINT or SIGTERM was received. It is raised after the current step has finished and, unless steps are being
-        skipped, the state has been saved. With several processes, all of them raise it after the same step, soon after one of them
-        received the signal. (A second SIGINT raises KeyboardInterrupt at once.)
+      Interrupted: SIGINT, SIGTERM, SIGHUP or SIGUSR1 was received. It is raised after the current step has finished and, unless
+        steps are being skipped, the state has been saved. With several processes, all of them raise it after the same step, soon
+        after one of them received the signal. (A second SIGINT raises KeyboardInterrupt at once.)
       ProcessLost: another process was lost. (If JAX itself aborts this process because of that, the same message is printed.)
       NonFiniteLoss: ten consecutive steps were not finite. No checkpoint is written while steps are being skipped, except after
         the last step.
+      SaveError: the state after the last step, or after a signal, could not be saved. Older checkpoints are intact.
       CheckpointError: there are checkpoints, but none can be used.
       WorkdirInUse: another process is writing to the workdir.
       ValueError: an argument is out of range, or `batches` ended before `steps`.
     """
-    for name, value in {"steps": steps, "log_every": log_every, "checkpoint_every": checkpoint_every}.items():
+    for name, value in {"steps": steps, "log_every": log_every}.items():
         check(name, value, int, least=1, what="be at least 1")
+    what = "be at least 1, or None to save by checkpoint_minutes alone"
+    check("checkpoint_every", checkpoint_every, int | None, least=1, what=what)
+    check("checkpoint_minutes", checkpoint_minutes, float | None, above=0, what="be positive, or None")
     check("evaluate_every", evaluate_every, int | None, least=1, what="be at least 1, or None to evaluate only at the end")
-    workdir = Path(workdir)
-    say = _say if not quiet and jax.process_index() == 0 else lambda text: None
-    checkpoints = Checkpoints(workdir / "checkpoints", keep, keep_steps)
+    workdir = run_path(workdir)
+    say = printed if not quiet and jax.process_index() == 0 else lambda text: None
+    keep = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best, "keep_steps": keep_steps}
+    checkpoints = Checkpoints(workdir / "checkpoints", **keep)
 
     batches = iter(batches)
     restored = checkpoints.restore_latest(state)
@@ -121,55 +125,146 @@ def fit(
             return state
         _restore_iterator(batches, restored)
         say(f"resuming {workdir} from step {restored.step} of {steps}")
-    step = saved = int(state.step)
-
-    def save(prune: bool = True) -> None:
-        nonlocal saved
-        data_state = batches.get_state() if hasattr(batches, "get_state") else None
-        checkpoints.save(step, state, data_state, config, prune=prune)
-        saved = step
-
-    def state_message() -> str:
-        done = checkpoints.steps()
-        return f"{workdir} is {_saved_at(done[-1] if done else 0)}. To resume, run:\n  {_command(resume_command)}"
-
-    log = _Log(workdir, step, steps, quiet, flops_per_token)
-    with noted_signals() as caught, log, PreemptionSync(step) as sync, on_peer_loss(state_message):
-        clock, streaks, save_due = _Clock(jax.process_count() if shares is None else shares), [], False
+    step = int(state.step)
+    saves = _Saves(checkpoints, workdir, step, config, _command(resume_command))
+    every = _Intervals(steps, checkpoint_every, checkpoint_minutes, evaluate_every if evaluate else None, keep_best, keep_steps)
+    clock = _Clock(jax.process_count() if shares is None else shares)
+    log = _Log(workdir, step, steps, quiet, flops_per_token, loggers, config)
+    with noted_signals() as caught, log, PreemptionSync(step) as sync, on_peer_loss(saves.message), saves:
+        streaks, save_due = [], False
         while step < steps:
             try:
                 batch = next(batches)
             except StopIteration:
                 raise ValueError(f"batches ended after step {step} of {steps}; repeat the data or reduce steps") from None
-            state, metrics = step_fn(state, batch)
-            step += 1
+            with log.compiling(clock):
+                state, metrics = step_fn(state, batch)
+                step += 1
+                clock.count(batch, metrics)
             streaks.append(metrics["skipped_in_a_row"])
-            clock.count(batch, metrics)
 
             last = step == steps
-            save_due = save_due or step % checkpoint_every == 0 or step in keep_steps
-            evaluating = evaluate is not None and (last or (evaluate_every and step % evaluate_every == 0))
+            evaluating = evaluate is not None and every.evaluates(step)
             logging = step % log_every == 0 or evaluating or last
+            save_due = save_due or every.saves(step, logging)
             stopping = None if last else sync.signal_after(step, caught)
             if not (logging or save_due or stopping):
                 continue
 
-            streak = _check_streaks(jax.device_get(streaks), step, checkpoints)  # waits for the device
-            streaks = []
+            streak = _check_streaks(jax.device_get(streaks), step, saves)  # waits for the device
+            streaks, evaluation = [], {}
             if logging:
                 fetched, rate = jax.device_get(metrics), clock.lap()
                 with clock.paused():
-                    log.write(step, fetched, rate, evaluate(state) if evaluating else {})
+                    evaluation = evaluate(state) if evaluating else {}
+                    log.write(step, fetched, rate, clock.tokens_per_step * step, getattr(batches, "epoch", None), evaluation)
             # Nothing is saved while steps are being skipped, so that the newest checkpoint predates any divergence. The state
             # after the last step is always saved, but then the checkpoints from before the skipped steps are kept.
             if last or (streak == 0 and (save_due or stopping)):
                 with clock.paused():
-                    save(prune=streak == 0)
-                save_due = False
+                    saves.begin(step, state, batches, evaluation, prune=streak == 0, must_succeed=bool(last or stopping))
+                save_due, every.saved_at = False, time.monotonic()
             if stopping:
-                raise Interrupted(_interrupt_message(workdir, step, saved, stopping, resume_command), stopping)
+                raise Interrupted(_interrupt_message(step, stopping, saves.message()), stopping)
     say(f"{workdir} has finished {steps} steps")
     return state
+
+
+class _Intervals:
+    """Decides which steps are evaluated and saved, equally in all processes."""
+
+    def __init__(
+        self,
+        steps: int,
+        checkpoint_every: int | None,
+        checkpoint_minutes: float | None,
+        evaluate_every: int | None,
+        keep_best: int,
+        keep_steps: Collection[int],
+    ):
+        self.steps, self.checkpoint_every, self.checkpoint_minutes = steps, checkpoint_every, checkpoint_minutes
+        self.evaluate_every, self.keep_best, self.keep_steps = evaluate_every, keep_best, keep_steps
+        self.saved_at = time.monotonic()
+
+    def evaluates(self, step: int) -> bool:
+        return step == self.steps or (self.evaluate_every is not None and step % self.evaluate_every == 0)
+
+    def saves(self, step: int, logging: bool) -> bool:
+        if (self.checkpoint_every is not None and step % self.checkpoint_every == 0) or step in self.keep_steps:
+            return True
+        if self.keep_best and self.evaluate_every is not None and self.evaluates(step):
+            return True
+        if self.checkpoint_minutes is None or not logging:
+            return False
+        due = time.monotonic() - self.saved_at >= 60 * self.checkpoint_minutes
+        return bool(from_first_process(np.array(due)))  # the clocks of processes differ
+
+
+class _Saves:
+    """Saves in the background and keeps account of what was saved.
+
+    Leaving the context waits for the save in progress, but only for seconds after an interrupt, or if another process may be lost.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, workdir: Any, step: int, config: Any, command: str):
+        self.checkpoints, self.workdir, self.config, self.command = checkpoints, workdir, config, command
+        self.saved, self._writing = step, None
+
+    def __enter__(self) -> "_Saves":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        brief = kind is KeyboardInterrupt or (kind is not None and jax.process_count() > 1)
+        with contextlib.suppress(TimeoutError):
+            self.collect(_GRACE_S if brief else None)
+
+    def begin(
+        self, step: int, state: Any, batches: Any, evaluation: Mapping[str, float], *, prune: bool, must_succeed: bool
+    ) -> None:
+        """Begins a save, after the previous one has ended; with `must_succeed`, waits, tries twice, and raises SaveError."""
+        numbers = {name: json_number(value) for name, value in evaluation.items()} or None
+        for attempts_left in (1, 0) if must_succeed else (0,):
+            self.collect()
+            data_state = batches.get_state() if hasattr(batches, "get_state") else None
+            try:
+                self.checkpoints.save_async(step, state, data_state, self.config, prune=prune, evaluation=numbers)
+                self._writing = step
+                if must_succeed:
+                    self.checkpoints.wait()
+                    self.saved, self._writing = step, None
+                return
+            except SaveError as error:
+                self._writing = None
+                if must_succeed and not attempts_left:
+                    raise SaveError(f"{self.workdir} could not be saved at step {step}: {error}. {self.message()}") from error
+                if not must_succeed:
+                    self._warn(step, error)
+
+    def collect(self, timeout: float | None = None) -> None:
+        """Waits for the save in progress; a failure is a warning.
+
+        Raises:
+          TimeoutError: it takes longer than the timeout.
+        """
+        if self._writing is None:
+            return
+        try:
+            self.checkpoints.wait(timeout)
+            self.saved = self._writing
+        except SaveError as error:
+            self._warn(self._writing, error)
+        self._writing = None
+
+    def message(self) -> str:
+        """Returns what is saved and how to resume."""
+        if self._writing is not None and not self.checkpoints.is_saving:
+            self.collect()
+        is_saved = f"saved at step {self.saved}" if self.saved else "not saved yet"
+        return f"{self.workdir} is {is_saved}. To resume, run:\n  {self.command}"
+
+    def _warn(self, step: int, error: SaveError) -> None:
+        text = f"{self.workdir} could not be saved at step {step}: {error}; training goes on, and the next save is a new attempt"
+        warnings.warn(text, stacklevel=2)
 
 
 def _restore_iterator(batches: Iterator[Any], restored: Any) -> None:
@@ -181,13 +276,13 @@ def _restore_iterator(batches: Iterator[Any], restored: Any) -> None:
             raise ValueError(f"batches ended before step {restored.step}, at which the run resumes; repeat the data")
 
 
-def _check_streaks(streaks: list[np.ndarray], step: int, checkpoints: Checkpoints) -> int:
+def _check_streaks(streaks: list[np.ndarray], step: int, saves: _Saves) -> int:
     """Returns the number of consecutive non-finite steps at `step`.
 
     Args:
       streaks: `skipped_in_a_row` of each step since the last check, ending at `step`.
       step: the current step.
-      checkpoints: the checkpoints of the run, for the error message.
+      saves: the checkpoints of the run, for the error message.
 
     Raises:
       NonFiniteLoss: one of those steps was the tenth in a row, even if a finite step followed it.
@@ -195,6 +290,8 @@ def _check_streaks(streaks: list[np.ndarray], step: int, checkpoints: Checkpoint
     tenths = [index for index, streak in enumerate(streaks) if streak >= MAX_SKIPPED_IN_A_ROW]
     if tenths:
         tenth = step - len(streaks) + 1 + tenths[0]
+        saves.collect()
+        checkpoints = saves.checkpoints
         good = checkpoints.newest_good()
         checkpoint = "there is no checkpoint yet"
         if good is not None:
@@ -207,11 +304,10 @@ def _check_streaks(streaks: list[np.ndarray], step: int, checkpoints: Checkpoint
     return int(streaks[-1])
 
 
-def _interrupt_message(workdir: Path, step: int, saved: int, number: int, resume_command: str | None) -> str:
-    name, command = signal.Signals(number).name, _command(resume_command)
-    text = f"interrupted by {name} at step {step}; {workdir} is {_saved_at(saved)}. To resume, run:\n  {command}"
+def _interrupt_message(step: int, number: int, state: str) -> str:
+    text = f"interrupted by {signal.Signals(number).name} at step {step}; {state}"
     if jax.process_index() == 0:
-        _say(text)
+        printed(text)
     return text
 
 
@@ -219,44 +315,16 @@ def _command(resume_command: str | None) -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if resume_command is None else resume_command
 
 
-def _saved_at(step: int) -> str:
-    return f"saved at step {step}" if step else "not saved yet"
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-@contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Defers SIGINT and SIGTERM, so that they do not end the program in the middle of a step; yields a list of received signals."""
-    caught: list[int] = []
-
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second SIGINT interrupts at once
-
-    if threading.current_thread() is not threading.main_thread():
-        yield caught  # Python handles signals in the main thread only
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class _Clock:
     """Measures tokens per second between log points, excluding evaluation, saving and the first step, which compiles."""
 
     def __init__(self, shares: int):
-        self.shares = shares
+        self.shares, self.tokens_per_step = shares, 0
         self.tokens, self.start, self.first = 0, time.perf_counter(), None
 
     def count(self, batch: Any, metrics: dict[str, jax.Array]) -> None:
         leaf = batch["tokens"] if isinstance(batch, dict) and "tokens" in batch else None
-        tokens = self.shares * (leaf.size if leaf is not None else jax.tree.leaves(batch)[0].shape[0])
+        self.tokens_per_step = tokens = self.shares * (leaf.size if leaf is not None else jax.tree.leaves(batch)[0].shape[0])
         if self.first is None:
             jax.block_until_ready(metrics)  # once per run, so that later rates exclude compile time
             now = time.perf_counter()
@@ -278,27 +346,33 @@ class _Clock:
 
 
 class _Log:
-    """Writes `metrics.jsonl` and TensorBoard events, and prints a progress bar, or plain lines if stdout is not a terminal."""
+    """Sends metrics to the writers, and prints a progress bar, or plain lines if stdout is not a terminal."""
 
-    def __init__(self, workdir: Path, step: int, steps: int, quiet: bool, flops_per_token: float | None):
+    def __init__(
+        self,
+        workdir: Any,
+        step: int,
+        steps: int,
+        quiet: bool,
+        flops_per_token: float | None,
+        loggers: tuple[str, ...],
+        config: Any,
+    ):
         peak = peak_flops(jax.devices()[0])
         self.flops_of_peak = None if None in (peak, flops_per_token) else flops_per_token / (peak * jax.device_count())
         self.workdir, self.first, self.steps = workdir, step, steps
-        self.show = not quiet
-        self.started = time.perf_counter()
+        self.loggers, self.config = loggers, config
         self.active = jax.process_index() == 0
+        self.show = not quiet and self.active
         self.progress = None
 
     def __enter__(self) -> "_Log":
+        self.started = time.perf_counter()
         if not self.active:
             return self
-        require("training", "tensorboardX", "rich")
-        from tensorboardX import SummaryWriter
-
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        forget_after(self.workdir / "metrics.jsonl", self.first)
-        self.file = (self.workdir / "metrics.jsonl").open("a")
-        self.events = SummaryWriter(str(self.workdir), purge_step=self.first + 1 if self.first else None)
+        self.writers = Writers(self.workdir, self.first, self.loggers, self.config)
+        earlier = read_metrics(self.workdir) if self.first else []
+        self.elapsed_before = earlier[-1].get("elapsed") or 0.0 if earlier else 0.0
         if self.show and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -317,25 +391,47 @@ class _Log:
         if self.active:
             if self.progress:
                 self.progress.stop()
-            self.file.close()
-            self.events.close()
+            self.writers.close()
 
-    def write(self, step: int, metrics: dict[str, Any], rate: float, evaluation: dict[str, float]) -> None:
+    @contextlib.contextmanager
+    def compiling(self, clock: _Clock) -> Iterator[None]:
+        """Announces the compilation of the first step, and how long it took."""
+        if clock.first is not None or not self.show:
+            yield
+            return
+        began = time.perf_counter()
+        if not self.progress:
+            printed("compiling the training step")
+        yield
+        memory = f"; peak memory {peak_memory() / 2**30:.2f} GiB"
+        text = f"compiled in {time.perf_counter() - began:.1f} s{memory}"
+        if self.progress:
+            self.progress.update(self.task, description=text)
+        else:
+            printed(text)
+
+    def write(
+        self,
+        step: int,
+        metrics: dict[str, Any],
+        rate: float,
+        tokens: int,
+        epoch: float | None,
+        evaluation: dict[str, float],
+    ) -> None:
         if not self.active:
             return
-        line = {"step": step}
-        for name in ("loss", "learning_rate", "grad_norm"):
-            line[name] = json_number(metrics.get(name))
+        line = {name: json_number(metrics.get(name)) for name in ("loss", "learning_rate", "grad_norm")}
         line["tokens_per_second"] = json_number(rate)
         if self.flops_of_peak is not None:
             line["mfu"] = json_number(rate * self.flops_of_peak)
-        line["skipped"] = int(metrics["skipped"])
+        line |= {"skipped": int(metrics["skipped"]), "tokens": tokens}
+        if epoch is not None:
+            line["epoch"] = json_number(epoch)
+        elapsed = self.elapsed_before + time.perf_counter() - self.started
+        line |= {"time": round(time.time(), 3), "elapsed": round(elapsed, 3), "memory_bytes": peak_memory()}
         line |= {f"evaluation/{name}": json_number(value) for name, value in evaluation.items()}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        for name, value in line.items():
-            if name != "step" and value is not None:
-                self.events.add_scalar(name, value, step)
+        self.writers.write(step, line)
         if self.show:
             self._print(step, line)
 
@@ -351,28 +447,17 @@ class _Log:
             return
         left = (time.perf_counter() - self.started) / (step - self.first) * (self.steps - step)
         minutes, seconds = divmod(round(left), 60)
-        _say(f"step {step}/{self.steps}  {text}  {minutes // 60}:{minutes % 60:02}:{seconds:02} left{scores}")
+        printed(f"step {step}/{self.steps}  {text}  {minutes // 60}:{minutes % 60:02}:{seconds:02} left{scores}")
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Truncates a `metrics.jsonl` to the lines up to `step`, and drops malformed lines, such as one cut short by a kill."""
-    if not path.exists():
-        return
-    contents = path.read_bytes()
-    kept = b"".join(line for line in contents.splitlines(keepends=True) if _line_step(line) <= step)
-    if kept != contents:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(kept)
-        os.replace(temporary, path)
-
-
-def _line_step(line: bytes) -> float:
+def peak_memory() -> int:
+    """Returns the peak memory in bytes of the first local device, or of this process where devices do not report theirs."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except (ValueError, TypeError, KeyError):
-        return math.inf
-
-
-def json_number(value: Any) -> float | None:
-    """Returns the value as a float, or None if it is NaN or infinite, which JSON cannot represent."""
-    return None if value is None or not math.isfinite(value) else float(value)
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -474,7 +474,7 @@ def test_masked_epoch_leaves_nothing_out(corpus):
         ({"source": "tfds:imdb_reviewz"}, "got 'tfds:imdb_reviewz'; did you mean 'imdb_reviews'"),
         ({"split": "trian"}, "split must be one of train, validation, got 'trian'; did you mean 'train'"),
         ({"split": "train[:1%]"}, "split must be one of train, validation, got"),
-        ({"tokenizer": "byte"}, "tokenizer must be 'bytes' or 'bpe', got 'byte'; did you mean 'bytes'"),
+        ({"tokenizer": "byte"}, "tokenizer must be 'bytes', 'bpe', or the path of a .* file, got 'byte'; did you mean 'bytes'"),
         ({"vocab_size": 1000}, "vocab_size must be 258 or None with tokenizer='bytes', got 1000"),
         ({"tokenizer": "bpe", "vocab_size": 258}, "vocab_size must be at least 259 with tokenizer='bpe', got 258"),
     ],

@@ -18,7 +18,7 @@ from posjax.lab.workdir import RUN_ONLY, init_or_check_workdir, run_fingerprint
 
 WRONG_FIELDS = [
     ({"task": "lmm"}, "task must be one of lm, mlm, .*, got 'lmm'"),
-    ({"tokenizer": "words"}, "tokenizer must be one of bytes, bpe, got 'words'"),
+    ({"tokenizer": "words"}, "tokenizer must be 'bytes', 'bpe', or the path of a tokenizer.json or a .gguf file, got 'words'"),
     ({"decay": "step"}, "decay must be one of cosine, linear, constant, wsd, got 'step'"),
     ({"parallel": "xmap"}, "parallel must be one of jit, pmap, got 'xmap'"),
     ({"norm": "batchnorm"}, "norm must be .*rmsnorm.*, got 'batchnorm'"),
@@ -30,7 +30,7 @@ WRONG_FIELDS = [
     ({"accumulate_steps": 0}, "accumulate_steps must be an integer of at least 1, got 0"),
     ({"log_every": 0}, "log_every must be an integer of at least 1, got 0"),
     ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1, got 0"),
-    ({"keep_checkpoints": 0}, "keep_checkpoints must be an integer of at least 1, got 0"),
+    ({"keep_last": 0}, "keep_last must be an integer of at least 1, got 0"),
     ({"evaluate_every": 0}, "evaluate_every must be an integer of at least 1, got 0"),
     ({"eval_tokens": 0}, "eval_tokens must be an integer of at least 1, got 0"),
     ({"eval_lengths": (1, 0)}, r"eval_lengths must be multiples of seq_length, integers of at least 1, got \(1, 0\)"),

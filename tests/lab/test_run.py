@@ -84,7 +84,7 @@ def test_every_encoding_reads_the_same_data(tiny, tmp_path, monkeypatch):
     seen = {}
 
     def fit(step, state, batches, *, workdir, **options):
-        workdir.mkdir(parents=True)
+        workdir.mkdir(parents=True, exist_ok=True)
         seen[workdir.parent.name, workdir.name] = [batch["tokens"] for batch in itertools.islice(batches, 5)]
         return state
 

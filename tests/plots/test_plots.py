@@ -185,13 +185,51 @@ def test_an_encoding_that_stops_ends_in_a_cross_where_it_stops():
     assert "maximum length" not in legend_names(plots.loss_by_length({"rope": {128: [2.0], 256: [3.0]}}, 128))
 
 
-def test_seeds_are_thin_and_their_mean_is_labelled():
+def test_seeds_are_dots_and_their_mean_is_labelled():
     axes = plots.loss_by_length({"rope": {128: [2.0, 2.2], 256: [3.0, 3.4]}}, 128).axes[0]
     (mean,) = [line for line in axes.lines if line.get_label() == "rope"]
     np.testing.assert_allclose(mean.get_ydata(), [2.1, 3.2])
-    seeds = [list(line.get_ydata()) for line in axes.lines if line.get_linewidth() < 1 and len(line.get_xdata()) == 2]
-    assert seeds[:2] == [[2.0, 3.0], [2.2, 3.4]]
+    assert [list(line.get_ydata()) for line in axes.lines if line.get_marker() == "."] == [[2.0, 2.2], [3.0, 3.4]]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["128", "256"]
+    assert axes.get_ylim()[0] > 1.5 and axes.get_ylim()[1] < 4  # whatever the width of the intervals
+
+
+def test_intervals_over_seeds_are_students():
+    """Three seeds of 1, 2, 3: the deviation is 1, and t at 97.5 % with two degrees of freedom 4.30265."""
+    half = 4.30265 / np.sqrt(3)
+    bars = plots.loss_by_length({"rope": {128: [1.0, 2.0, 3.0]}}, 128).axes[0].collections
+    np.testing.assert_allclose(bars[0].get_segments()[0][:, 1], [2 - half, 2 + half], rtol=1e-5)
+    curves = {"rope": ([0, 8], [[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])}
+    (band,) = plots.loss_by_index(curves, 128).axes[0].collections
+    ends = band.get_paths()[0].vertices
+    np.testing.assert_allclose([ends[:, 1].min(), ends[:, 1].max()], [2 - half, 5], rtol=1e-5)
+    gap = plots.loss_by_index({"rope": ([0, 8, 16], [[1.0, np.nan, 2.0], [3.0, 4.0, 2.0]])}, 128).axes[0].lines[0]
+    np.testing.assert_array_equal(gap.get_ydata(), [2.0, np.nan, 2.0])
+    heads = np.stack([np.full((1, 4), value) for value in (1.0, 2.0, 3.0)])
+    (bars,) = plots.attention_distance({"rope": heads}).axes[0].collections
+    np.testing.assert_allclose(bars.get_segments()[0][:, 1], [2 - half, 2 + half], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("largest", "ticks"),
+    [(1.5, ["0", "1"]), (5.0, ["0", "1", "2", "4"]), (60.0, ["0", "1", "2", "4", "8", "16", "32", "64"]), (9000.0, None)],
+)
+def test_the_axis_of_distances_has_ticks_to_read_it_by(largest, ticks):
+    axes = plots.attention_distance({"rope": [[0.0, largest]]}).axes[0]
+    shown = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert shown == ticks if ticks else 6 <= len(shown) <= 8
+    values = [float(text.replace(",", "")) for text in shown]
+    np.testing.assert_array_equal(axes.get_yticks(), values)
+    assert axes.get_ylim()[1] < 4 * values[-1]  # the last tick is near the top
+
+
+@pytest.mark.parametrize(("suffix", "begin"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF"), ("", b"\x89PNG")])
+def test_figures_are_what_their_suffix_says(tmp_path, suffix, begin):
+    path = tmp_path / ("figure." + suffix).rstrip(".")
+    plots.save(plots.loss_by_index({"rope": ([0, 1], [2.0, 1.0])}, 1), path)
+    assert path.read_bytes().startswith(begin)
+    with pytest.raises(ValueError, match=r"path must end in one of \.png, \.svg, \.pdf, got 'figure.gif'"):
+        plots.save(None, "figure.gif")
 
 
 def test_an_encoding_without_results_is_still_named():

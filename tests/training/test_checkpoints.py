@@ -1,8 +1,10 @@
 """What was saved comes back bit for bit, or is refused by name; damage costs one checkpoint, never the run."""
 
 import dataclasses
+import json
 import re
 import shutil
+import threading
 import warnings
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 
 from posjax.parallel.mesh import make_mesh
 from posjax.parallel.partition_rules import state_shardings
-from posjax.training.checkpoints import CheckpointError, Checkpoints
+from posjax.training.checkpoints import CheckpointError, Checkpoints, SaveError
 from posjax.training.optimizer import make_optimizer
 from posjax.training.state import TrainState, init_state
 
@@ -97,8 +99,8 @@ def test_a_state_of_before_there_were_averages(tmp_path):
 def test_nothing_there(tmp_path):
     assert Checkpoints(tmp_path / "nowhere").restore_latest(make_state()) is None
     assert not (tmp_path / "nowhere").exists()
-    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
-        Checkpoints(tmp_path, keep=0)
+    with pytest.raises(ValueError, match="keep_last must be at least 1, got 0"):
+        Checkpoints(tmp_path, keep_last=0)
 
 
 def truncate(path):
@@ -134,7 +136,7 @@ def test_every_file_is_guarded(copy):
     assert len(paths) > 5
     for path in paths:
         contents = path.read_bytes()
-        path.write_bytes(contents[:-1])
+        path.write_bytes(contents[:-1] or b"more")
         assert copy.damage(30) and path.name in copy.damage(30), path
         path.write_bytes(contents)
     assert copy.damage(30) is None
@@ -219,3 +221,90 @@ def test_orbax_alone_can_read_it(saved):
 
     state = ocp.load_checkpointables(saved.directory / "30")["state"]
     np.testing.assert_array_equal(state["params"]["layers"]["kernel"], make_state(scale=3.0).params["layers"]["kernel"])
+
+
+# Manifests ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda manifest: {}, "is not listed in manifest.json"),
+        (lambda manifest: dict(list(manifest.items())[1:]), "is not listed in manifest.json"),
+        (lambda manifest: manifest | {"state/gone": {"bytes": 1, "sha256": "0"}}, "state/gone is missing"),
+        (lambda manifest: list(manifest), "manifest.json cannot be read"),
+    ],
+)
+def test_a_manifest_lists_every_file_and_no_other(copy, change, words):
+    path = copy.directory / "30" / "manifest.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.warns(UserWarning, match=f"checkpoint 30 .*{words}"):
+        assert copy.restore_latest(make_state()).step == 20
+
+
+def test_a_manifest_without_a_state(copy):
+    shutil.rmtree(copy.directory / "30" / "state")
+    for path in (copy.directory / "30").iterdir():
+        if path.name != "manifest.json":
+            path.unlink()
+    (copy.directory / "30" / "manifest.json").write_text("{}")
+    assert copy.damage(30) == "manifest.json lists no state"
+
+
+# Which are kept ----------------------------------------------------------------------------------------------------------
+
+
+def test_which_checkpoints_are_kept(tmp_path):
+    losses = {1: 5.0, 2: 1.0, 3: 3.0, 4: 2.0, 5: None, 6: 4.0, 7: 6.0, 8: 7.0}
+    checkpoints = Checkpoints(tmp_path, keep_last=2, keep_every=3, keep_best=2, keep_steps={1})
+    state = {"x": jnp.zeros(3)}
+    for step, loss in losses.items():
+        checkpoints.save(step, state, evaluation={"loss": loss})
+    # By hand: the last are 7 and 8, multiples of three 3 and 6, the lowest losses those of 2 and 4, and 1 was asked for.
+    assert checkpoints.steps() == [1, 2, 3, 4, 6, 7, 8]
+    for options, words in [
+        ({"keep_every": 0}, "keep_every must be at least 1"),
+        ({"keep_best": -1}, "keep_best must be at least 0"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            Checkpoints(tmp_path, **options)
+
+
+# Asynchronous saves ------------------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """The buffers of the saved state are donated, and overwritten, before the files are written."""
+    written = threading.Event()
+    commit = Checkpoints._commit
+    monkeypatch.setattr(Checkpoints, "_commit", lambda *args: written.wait(30) and commit(*args))
+    add = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state = {"x": jnp.full((256, 1024), 7.0)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_async(1, state)
+    for _ in range(5):
+        state = add(state)
+    jax.block_until_ready(state)
+    assert checkpoints.is_saving and checkpoints.steps() == []
+    with pytest.raises(TimeoutError):
+        checkpoints.wait(0.01)
+    written.set()
+    checkpoints.wait()
+    np.testing.assert_array_equal(checkpoints.restore_latest(state).state["x"], np.full((256, 1024), 7.0, np.float32))
+    np.testing.assert_array_equal(state["x"], np.full((256, 1024), 12.0, np.float32))
+
+
+def test_a_failed_save_is_reported_and_costs_nothing_else(tmp_path, monkeypatch):
+    checkpoints, state = Checkpoints(tmp_path), {"x": jnp.arange(3.0)}
+    checkpoints.save(1, state)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "_commit", full)
+        with pytest.raises(SaveError, match=r"^No space left on device$"):
+            checkpoints.save(2, state)
+    assert checkpoints.steps() == [1] and checkpoints.damage(1) is None and not (tmp_path / "saving").exists()
+    checkpoints.save(3, state)
+    assert checkpoints.steps() == [1, 3]

@@ -21,11 +21,13 @@ from posjax.parallel.mesh import make_mesh
 from posjax.parallel.steps import jit_train_step, pmap_train_step
 from posjax.training import loop
 from posjax.training.checkpoints import CheckpointError, Checkpoints
-from posjax.training.loop import Interrupted, NonFiniteLoss, fit, forget_after
+from posjax.training.loop import NonFiniteLoss, fit
 from posjax.training.optimizer import make_optimizer
 from posjax.training.schedule import learning_rate_schedule
+from posjax.training.signals import Interrupted
 from posjax.training.state import init_state
 from posjax.training.step import make_train_step
+from posjax.training.writers import forget_after
 
 STEPS = 40
 
@@ -98,7 +100,9 @@ def lines(workdir):
 
 
 def without_rate(entries):
-    return [{name: value for name, value in entry.items() if name != "tokens_per_second"} for entry in entries]
+    """What a run must repeat: all but measurements of the machine."""
+    measured = {"tokens_per_second", "time", "elapsed", "memory_bytes"}
+    return [{name: value for name, value in entry.items() if name not in measured} for entry in entries]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +122,11 @@ def test_what_a_run_leaves(straight):
     state, workdir = straight
     entries = lines(workdir)
     assert [entry["step"] for entry in entries] == list(range(5, STEPS + 1, 5))
-    assert set(entries[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "skipped"}
+    measured = {"tokens_per_second", "time", "elapsed", "memory_bytes"}
+    assert set(entries[0]) == {"step", "loss", "learning_rate", "grad_norm", "skipped", "tokens"} | measured
+    assert [entry["tokens"] for entry in entries] == [8 * 5 * entry["step"] for entry in entries]
+    assert all(abs(entry["time"] - time.time()) < 600 and entry["memory_bytes"] > 2**20 for entry in entries)
+    assert sorted(entry["elapsed"] for entry in entries) == [entry["elapsed"] for entry in entries]
     assert all(entry["tokens_per_second"] > 0 and entry["skipped"] == 0 for entry in entries)
     assert entries[-1]["loss"] < entries[0]["loss"]
     schedule = learning_rate_schedule(0.05, STEPS, 5)
@@ -292,7 +300,7 @@ def test_another_model_is_refused_and_nothing_lost(tmp_path):
 
 
 def test_a_few_bad_steps_are_skipped_and_no_checkpoint_is_written_among_them(tmp_path):
-    state = run(tmp_path, Batches(poison=range(18, 24)), keep=9)
+    state = run(tmp_path, Batches(poison=range(18, 24)), keep_last=9)
     assert int(state.skipped) == 6 and int(state.skipped_in_a_row) == 0
     assert Checkpoints(tmp_path / "checkpoints").steps() == [10, 24, 30, 40]  # 20 waited until 24 was good
     entries = {entry["step"]: entry for entry in lines(tmp_path)}
@@ -305,13 +313,13 @@ def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path, bad, log_every):
     words = r"10 steps in a row, from step 18 to 27; the newest intact checkpoint is .*checkpoints/10\."
     for _ in range(2):  # running it again changes nothing
         with pytest.raises(NonFiniteLoss, match=words):
-            run(tmp_path, Batches(poison=bad), keep=1, log_every=log_every)
+            run(tmp_path, Batches(poison=bad), keep_last=1, log_every=log_every)
         restored = Checkpoints(tmp_path / "checkpoints").restore_latest(new_state())
         assert restored.step == 10 and int(restored.state.skipped) == 0
 
 
 def test_bad_steps_at_the_very_end_lose_nothing(tmp_path, capsys):
-    state = run(tmp_path, Batches(poison=range(38, 41)), keep=1)
+    state = run(tmp_path, Batches(poison=range(38, 41)), keep_last=1)
     assert int(state.skipped_in_a_row) == 3
     assert Checkpoints(tmp_path / "checkpoints").steps() == [30, 40]
     run(tmp_path, Batches(end=0))
@@ -346,7 +354,7 @@ def test_arguments(tmp_path):
     for options, words in [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"log_every": 0}, "log_every must be at least 1, got 0"),
-        ({"checkpoint_every": -1}, "checkpoint_every must be at least 1, got -1"),
+        ({"checkpoint_every": -1}, "checkpoint_every must be at least 1, or None .*, got -1"),
         ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
     ]:
         with pytest.raises(ValueError, match=words):

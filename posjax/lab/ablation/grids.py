@@ -26,12 +26,14 @@ from posjax.files import DamagedFile, read_json, set_aside, write_atomically, wr
 from posjax.lab.ablation.engine import BatchedRuns
 from posjax.lab.ablation.sweeps import Group, Point, groups
 from posjax.lab.config import Config
-from posjax.lab.evaluation import MEASURES, TASK_MEASURE, EvalSet, max_eval_length, metric_scale, test_sets
+from posjax.lab.evaluation import EvalSet, max_eval_length, measure_of, metric_scale, test_sets
 from posjax.lab.source import Source
 from posjax.lab.workdir import run_fingerprint
 from posjax.training.checkpoints import Checkpoints
 from posjax.training.lock import locked
-from posjax.training.loop import MAX_SKIPPED_IN_A_ROW, Interrupted, forget_after, json_number, noted_signals
+from posjax.training.loop import MAX_SKIPPED_IN_A_ROW
+from posjax.training.signals import Interrupted, noted_signals
+from posjax.training.writers import forget_after, json_number
 
 _SECONDS_BETWEEN_LINES = 15
 
@@ -175,7 +177,7 @@ def _train_group(
     """Trains a group and returns the content of its ``rows.json``: rows in the order of its runs, and training statistics."""
     config, log = group.config, folder / "metrics.jsonl"
     # Created before anything is compiled, because importing Orbax clears JAX's caches of compiled programs.
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    checkpoints = Checkpoints(folder / "checkpoints", keep_last=1)
     began = time.perf_counter()
     batched_runs = BatchedRuns(group, source, jax.local_devices()[: len(group.runs)], at_once)
     state, step = batched_runs.start(), 0
@@ -224,7 +226,7 @@ def _train_group(
     lines = [json.loads(text) for text in log.read_text().splitlines()]
     parameters = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(state.params))
     sizes = {"limit": limit, "parameters": parameters}
-    measure = MEASURES.get(config.task, TASK_MEASURE)[0]
+    measure = measure_of(config, source)
     rows = []
     for index in range(len(group.runs)):
         final = {column: None if values is None else json_number(values[index]) for column, values in scores.items()}

@@ -217,7 +217,8 @@ def test_a_grid_from_the_command_line(run, tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     expected = [({"learning_rate": rate}, seed) for rate in (1e-3, 1e-2) for seed in (0, 1)]
     assert [(row["settings"], row["seed"]) for row in rows] == expected
-    assert {path.name for path in tmp_path.glob("*.*")} == {"config.json", "results.json", "results.md", "dots.png", "curves.png"}
+    written = {"config.json", "run.json", "results.json", "results.md", "dots.png", "curves.png"}
+    assert {path.name for path in tmp_path.glob("*.*")} == written
     assert run(*command)[0] == 0
     code, _, err = run(*command, "--embed_dim", 32)
     assert code == 2 and "belongs to a run with another configuration: embed_dim is 16 there and 32 here" in err
@@ -261,7 +262,7 @@ def test_rows_on_the_device_are_those_of_the_pipeline(corpus):
     data, _ = on_device(corpus, length=24, batch_size=4)
     theirs = list(batches(corpus, length=24, batch_size=1, seed=0, shuffle=False, repeat=False))
     full = (len(corpus.tokens) + corpus.num_documents - 1) // 24
-    ours = jax.device_get(jax.jit(lambda d: language_rows(d, jnp.arange(full), 24, corpus.bos))(data))
+    ours = jax.device_get(jax.jit(lambda d: language_rows(d, 24 * jnp.arange(full), 24, corpus.bos))(data))
     for name in ours:
         np.testing.assert_array_equal(ours[name], np.concatenate([batch[name] for batch in theirs[:full]]), err_msg=name)
 
