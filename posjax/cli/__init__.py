@@ -70,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         require(f"posjax {verb}", "flax", "optax", "orbax", "rich", "tyro")
     except ModuleNotFoundError as error:
         fail(str(error))
-    from posjax import storage
     from posjax.attention.backends.compile_errors import KernelCompileError
     from posjax.parallel import distributed
     from posjax.training.checkpoints import CheckpointError, SaveError
@@ -86,16 +85,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             return run(rest)
         if verb == "ablate":
             return run(rest, shlex.join(["posjax", *argv]))
-        config = module.arguments(rest) if hasattr(module, "arguments") else parse(rest, verb)
-        if verb in ("train", "compare"):
-            storage.check_bucket(storage.run_path(config.workdir))
+        parsed = module.arguments(rest) if hasattr(module, "arguments") else (parse(rest, verb),)
+        config = parsed[0]
         distributed.join()
         with (
             endings.terminable(),
             distributed.abort_message(lambda: endings.abort_text(config), 1),
             distributed.on_peer_loss(lambda: f"to resume, run:\n  {shlex.join(['posjax', *argv])}"),
         ):
-            run(config, shlex.join(["posjax", *argv]))
+            run(*parsed, shlex.join(["posjax", *argv]))
             distributed.wait_for_all()  # the first process may still draw figures
     except Interrupted as stopped:  # the training loop has printed how to resume
         endings.leave(stopped.exit_code)

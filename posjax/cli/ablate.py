@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from posjax.checks import check
-from posjax.cli.common import heading_of, parse, print_data, print_table, printer
+from posjax.cli.common import heading_of, parse, print_data, print_table, printer, writing
 
 
 def _ablation_flags() -> type:
@@ -38,7 +38,6 @@ def ablate(args: Sequence[str], command: str) -> None:
     """Runs posjax ablate: trains every combination with every seed; runs of equal shapes share one compiled program."""
     from posjax.lab.ablation.engine import spread_over_cores
     from posjax.lab.ablation.sweeps import grid, parse_sweep
-    from posjax.training.lock import locked
 
     ablation, config = parse(args, "ablate", _ablation_flags())
     if config.mesh:
@@ -48,7 +47,7 @@ def ablate(args: Sequence[str], command: str) -> None:
     if config.init_from:
         raise ValueError(f"init_from must be '' in an ablation, whose runs start from random parameters, got {config.init_from!r}")
     spread_over_cores(len(points) * len(seeds))
-    with locked(config.workdir):
+    with writing(config.workdir):
         _ablate(ablation, config, points, seeds, command)
 
 

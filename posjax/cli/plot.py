@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from posjax.cli.common import given, parse, printer, report_rows
+from posjax.storage import run_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,4 +24,4 @@ def plot(args: Sequence[str]) -> None:
 
     options, config = parse(args, "plot", Plotting)
     rows, source = stored_rows(config, given(args))
-    report_rows(rows, config, source, Path(options.out or config.workdir), printer())
+    report_rows(rows, config, source, run_path(options.out or config.workdir), printer())

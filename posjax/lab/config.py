@@ -17,6 +17,7 @@ from posjax.encodings.spec import spec_of
 from posjax.lab import named_configs
 from posjax.models.transformer import TransformerConfig
 from posjax.parallel.mesh import parse_mesh
+from posjax.storage import run_path
 from posjax.training.schedule import check_decay_steps
 
 
@@ -226,7 +227,7 @@ def load_config(path: str) -> Config:
     from posjax.lab.workdir import is_workdir, read_config
 
     if is_workdir(path) or path.endswith(".json"):
-        return read_config(Path(path))
+        return read_config(run_path(path))
     file = named_configs().get(path, Path(path))
     if not file.is_file() or file.suffix != ".py":
         files = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []

@@ -28,6 +28,7 @@ from posjax.parallel.distributed import on_first_process, text_of_first_process
 from posjax.parallel.mesh import ROWS, make_mesh, parse_mesh, row_share
 from posjax.parallel.partition_rules import PARTITION_RULES, SHARDED_RULES, Rules, shard_state, state_shardings
 from posjax.parallel.steps import abstract_train_step, jit_for_all, jit_train_step, pmap_train_step
+from posjax.storage import run_path
 from posjax.training.checkpoints import CheckpointError, Checkpoints, Restored
 from posjax.training.loop import fit
 from posjax.training.optimizer import make_optimizer
@@ -388,7 +389,7 @@ def check_init_from(config: Config, specs: Sequence[str], source: Source) -> Non
 
 def _init_run(config: Config) -> StoredRun:
     """Returns the run in ``init_from``, which must be a single one."""
-    if not Path(config.init_from).is_dir():
+    if not run_path(config.init_from).is_dir():
         raise ValueError(f"init_from must be the workdir of a run, got {config.init_from!r}, which does not exist")
     runs = stored_runs(config.init_from)
     if len(runs) > 1:
@@ -453,7 +454,7 @@ def train_and_evaluate(
 
     If the run is finished and was evaluated as the configuration says, its results are read from ``evaluation.json``.
     """
-    done, evaluated = folder / "evaluation.json", evaluated_as(config, config.steps, source)
+    done, evaluated = folder / "evaluation.json", evaluated_as(config, source.digests)
 
     def read() -> str:
         return json.dumps(stored_evaluation(folder, evaluated, repair=True))
@@ -468,10 +469,10 @@ def train_and_evaluate(
     return result
 
 
-def evaluated_as(config: Config, step: int, source: Source) -> dict[str, Any]:
-    """Returns what the results of an evaluation depend on, besides the run."""
-    digest = source.digests.get("validation")
-    return {"step": step, "eval_lengths": list(config.eval_lengths), "eval_tokens": config.eval_tokens, "validation": digest}
+def evaluated_as(config: Config, digests: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what the results of an evaluation of a finished run depend on; ``digests`` are those of the data."""
+    measured = {"eval_lengths": list(config.eval_lengths), "eval_tokens": config.eval_tokens}
+    return {"step": config.steps, **measured, "validation": digests.get("validation")}
 
 
 def stored_evaluation(folder: Path, evaluated: Mapping[str, Any] | None, repair: bool = False) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from posjax.files import DamagedFile, read_json, set_aside, write_atomically, wr
 from posjax.lab.config import Config
 from posjax.lab.source import Source
 from posjax.parallel.distributed import on_first_process
+from posjax.storage import files_in, is_bucket, remove, run_path, with_retries
 from posjax.training.checkpoints import Checkpoints
 from posjax.training.schedule import num_decay_steps
 
@@ -66,7 +66,7 @@ class StoredRun:
 
 def is_workdir(path: str) -> bool:
     """Returns whether a path is a folder with a stored configuration."""
-    return bool(path) and (Path(path) / CONFIG).is_file()
+    return bool(path) and (run_path(path) / CONFIG).is_file()
 
 
 def read_config(path: Path) -> Config:
@@ -108,13 +108,13 @@ def stored_runs(workdir: str | Path, default: Config | None = None) -> list[Stor
       ValueError: there are no checkpoints, or no configuration.
       DamagedFile: a stored file is damaged.
     """
-    workdir = Path(workdir)
+    workdir = run_path(workdir)
     if (workdir / "checkpoints").is_dir():
         return [_stored_run(workdir, default)]
-    found = [_stored_run(path.parent, default) for path in workdir.glob("*/seed-*/checkpoints")]
+    found = [_stored_run(path, default) for path in _folders(workdir, 2) if (path / "checkpoints").is_dir()]
     if not found:
         hint = f"neither {workdir / 'checkpoints'} nor {workdir / 'ENCODING' / 'seed-N' / 'checkpoints'} exists"
-        if next(workdir.glob("*/rows.json"), None):
+        if any((path / "rows.json").exists() for path in _folders(workdir, 1)):
             hint = "the runs of an ablation are not stored one by one; posjax plot shows their results"
         raise ValueError(
             f"workdir must hold checkpoints, which posjax train and posjax compare write, got {str(workdir)!r}: {hint}"
@@ -127,6 +127,14 @@ def stored_runs(workdir: str | Path, default: Config | None = None) -> list[Stor
         return (order.index(spec) if spec in order else len(order), spec, run.config.seed)
 
     return sorted(found, key=place)
+
+
+def _folders(path: Any, depth: int) -> list[Any]:
+    """Returns the folders at a depth below a folder."""
+    if not path.is_dir():
+        return []
+    inner = [entry for entry in path.iterdir() if entry.is_dir()]
+    return inner if depth == 1 else [folder for entry in inner for folder in _folders(entry, depth - 1)]
 
 
 def _stored_run(folder: Path, default: Config | None) -> StoredRun:
@@ -161,7 +169,7 @@ def choose_runs(
       ValueError: there is no such run, or a run was trained with another configuration (the message names the fields that differ).
     """
     runs = stored_runs(config.workdir, config)
-    is_comparison = runs[0].path != Path(config.workdir)
+    is_comparison = runs[0].path != run_path(config.workdir)
     wanted = None if encodings is None else {slug(spec) for spec in encodings}
     chosen = [
         run
@@ -176,7 +184,7 @@ def choose_runs(
     for run in chosen:
         same = dict(encoding=run.config.encoding, seeds=run.config.seeds) if is_comparison else {}
         reading = dataclasses.replace(config, workdir=str(run.path), **same)
-        _check_fields(run.config, reading, Path(config.workdir), may_differ=_DATA)
+        _check_fields(run.config, reading, run_path(config.workdir), may_differ=_DATA)
         pairs.append((run, reading))
     return pairs
 
@@ -206,7 +214,7 @@ def check_workdir(config: Config, fixed: Iterable[str] = ()) -> None:
     Raises:
       ValueError: the workdir belongs to a run with another configuration; the message names the fields that differ.
     """
-    workdir = Path(config.workdir)
+    workdir = run_path(config.workdir)
     try:
         stored = read_config(workdir) if is_workdir(config.workdir) else None
     except DamagedFile:
@@ -240,7 +248,7 @@ def init_or_check_workdir(config: Config, facts: Mapping[str, Any] | None = None
       ValueError: the workdir belongs to a run with another configuration or other data (the message names the fields that differ),
         or cannot be created.
     """
-    workdir = Path(config.workdir)
+    workdir = run_path(config.workdir)
 
     def init_or_check() -> None:
         stored = _read_or_set_aside(workdir)
@@ -282,10 +290,7 @@ def _read_or_set_aside(workdir: Path) -> Config | None:
         set_aside(workdir / CONFIG, error)
         if step is None:
             return None
-        from orbax.checkpoint import v1 as ocp
-
-        saved = ocp.checkpointables_metadata(checkpoints.directory / str(step)).custom_metadata["config"]
-        write_json(workdir / CONFIG, saved, indent=1)
+        write_json(workdir / CONFIG, checkpoints.config(step), indent=1)
         return read_config(workdir)
 
 
@@ -355,7 +360,7 @@ def _first_step_that_differs(stored: Config, config: Config, workdir: Path) -> i
             f"{prefix}with decay={decay!r} every step depends on the number of steps; use another --workdir with "
             f"decay='constant' or 'wsd', which can be extended, {other}"
         )
-    steps = sorted(int(path.parent.name) for path in workdir.glob("checkpoints/*/manifest.json") if path.parent.name.isdecimal())
+    steps = Checkpoints(workdir / "checkpoints").steps()
     shared = min(stable)
     if not steps or steps[-1] <= min(shared, config.steps):
         return None
@@ -380,10 +385,20 @@ def _keep_aside(stored: Config, config: Config, workdir: Path) -> None:
     write_json(aside / CONFIG, dataclasses.asdict(stored) | {"workdir": str(aside)}, indent=1)
     for name in (FACTS, TOKENIZER, "metrics.jsonl", "evaluation.json"):
         if (workdir / name).exists():
-            shutil.copy2(workdir / name, aside / name)
+            write_atomically(aside / name, (workdir / name).read_bytes())
     for path in sorted((workdir / "checkpoints").iterdir()):
         if path.name.isdecimal() and int(path.name) > last:
-            path.rename(aside / "checkpoints" / path.name)
+            _move(path, aside / "checkpoints" / path.name)
+
+
+def _move(source: Any, target: Any) -> None:
+    """Moves a folder; a bucket has no rename of folders, so that files are copied there, and removed at the end."""
+    if not is_bucket(source):
+        source.rename(target)
+        return
+    for name, path in files_in(source).items():
+        with_retries((target / name).write_bytes, with_retries(path.read_bytes))
+    remove(source)
 
 
 def digest_of_arrays(named: Iterable[tuple[str, Any]]) -> str:
