@@ -247,6 +247,22 @@ def bare(config: Config) -> Source:
     return open_source(config) if config.task not in ("lm", "mlm") else Source(0, config.seq_length)
 
 
+def stored_rows(config: Config, flags: Set[str]) -> tuple[list[dict[str, Any]], Source]:
+    """Returns the stored results in a configuration's workdir as rows, without opening data or checkpoints.
+
+    Raises:
+      ValueError: there are none.
+    """
+    encodings = (config.encoding,) if "encoding" in flags else config.encodings if "encodings" in flags else None
+    rows = []
+    for run, reading in choose_runs(config, encodings, config.seeds if "seeds" in flags else None):
+        if (result := runs.stored_evaluation(run.path, None)) is not None:
+            rows.append({"encoding": reading.encoding, "seed": reading.seed} | result)
+    if not rows:
+        raise ValueError(f"workdir must hold an evaluated run, got {config.workdir!r}; run posjax evaluate {config.workdir} first")
+    return rows, bare(config)
+
+
 def _of_common_columns(rows: list[dict[str, Any]], measure: str) -> list[dict[str, Any]]:
     """Reduces rows to the columns, such as evaluation lengths, that all of them have.
 
