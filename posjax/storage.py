@@ -123,6 +123,18 @@ def download(folder: Any, target: Path) -> None:
         with_retries(fetch, source, target / name)
 
 
+def move(folder: Any, target: Any, last: str = "manifest.json") -> None:
+    """Moves a folder to another place on the same disk, or file by file in the same bucket, the file named `last` at the end."""
+    if not is_bucket(folder):
+        folder.rename(target)
+        return
+    files = with_retries(files_in, folder)
+    for name in sorted(files, key=lambda name: name == last):
+        with_retries((target / name).parent.mkdir, parents=True, exist_ok=True)
+        with_retries((target / name).write_bytes, with_retries(files[name].read_bytes))
+    remove(folder)
+
+
 def remove(folder: Any) -> None:
     """Removes a folder with all that it holds, if it exists."""
     if is_bucket(folder):

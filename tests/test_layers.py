@@ -11,7 +11,9 @@ import posjax
 
 PACKAGE = Path(posjax.__file__).parent
 LAYERS = (
-    ("typing", "checks", "storage", "files", "hardware", "progress"),
+    ("typing", "checks", "hardware"),
+    ("storage",),
+    ("files", "progress"),
     ("core", "parallel", "data"),
     ("encodings", "attention"),
     ("models", "testing"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from posjax.checks import check
 from posjax.cli.common import heading_of, parse, print_data, print_table, printer, writing
+from posjax.storage import is_bucket
 
 
 def _ablation_flags() -> type:
@@ -46,6 +47,8 @@ def ablate(args: Sequence[str], command: str) -> None:
     seeds = tuple(range(config.seeds[0])) if len(config.seeds) == 1 and config.seeds[0] > 0 else config.seeds
     if config.init_from:
         raise ValueError(f"init_from must be '' in an ablation, whose runs start from random parameters, got {config.init_from!r}")
+    if is_bucket(config.workdir):
+        raise ValueError(f"workdir must be on a disk in an ablation, got {config.workdir!r}")
     spread_over_cores(len(points) * len(seeds))
     with writing(config.workdir):
         _ablate(ablation, config, points, seeds, command)

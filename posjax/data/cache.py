@@ -10,15 +10,15 @@ changes its time.
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from posjax.files import read_json, set_aside, write_json
 
 MANIFEST = "manifest.json"
 
@@ -26,14 +26,19 @@ MANIFEST = "manifest.json"
 def cached(folder: Path, build: Callable[[Path], None]) -> Path:
     """Returns ``folder``, which ``build`` fills first if it does not exist.
 
-    If the folder is damaged, it is renamed to NAME.damaged-N with a message on stderr, and built again.
+    If the folder is damaged, it is renamed to NAME.damaged-N with a warning, and built again.
 
     Raises:
       OSError: the folder cannot be written, or is damaged and cannot be renamed.
     """
     if folder.exists() and (fault := _fault(folder)):
-        aside = _set_aside(folder, fault)
-        print(f"posjax: the cache entry {folder} is damaged: {fault}; moved to {aside.name} and made again", file=sys.stderr)
+        damage = f"the cache entry {folder} is damaged ({fault})"
+        try:
+            set_aside(folder, f"{damage} and made again")
+        except FileNotFoundError:
+            pass  # another process has moved it
+        except OSError as error:
+            raise OSError(f"{damage} and cannot be renamed ({error.strerror}); remove it") from error
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -72,18 +77,6 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file through a temporary one, so that a reader sees the old content or the new."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-        _sync(part)
-        part.replace(path)
-        _sync(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _seal(folder: Path) -> None:
     """Writes the files of a folder to disk, and a manifest of them."""
     files = {}
@@ -111,7 +104,7 @@ def _sync(path: Path) -> None:
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    files = json.loads((folder / MANIFEST).read_bytes())["files"]
+    files = read_json(folder / MANIFEST, "files")["files"]
     if not files or not all({"size", "mtime_ns", "sha256"} <= set(state) for state in files.values()):
         raise ValueError
     return files
@@ -141,20 +134,3 @@ def _fault(folder: Path) -> str:
         with contextlib.suppress(OSError):
             write_json(folder / MANIFEST, {"files": files | times})
     return ""
-
-
-def _set_aside(folder: Path, fault: str) -> Path:
-    number = 1
-    while True:
-        aside = folder.with_name(f"{folder.name}.damaged-{number}")
-        number += 1
-        if aside.exists():
-            continue
-        try:
-            return folder.rename(aside)
-        except FileNotFoundError:  # another process has moved it
-            return aside
-        except OSError as error:
-            if not aside.exists():
-                message = f"the cache entry {folder} is damaged ({fault}) and cannot be renamed ({error.strerror}); remove it"
-                raise OSError(message) from error

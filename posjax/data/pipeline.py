@@ -10,6 +10,8 @@ shuffled and repeated on its own, and row i of the mixture is the next row of th
 
 import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +34,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     masked: bool = False,
-):
+) -> "Batches":
     """Returns an iterator of batches with `get_state()` and `set_state(state)`, for exact resumption.
 
     A batch is a dict of arrays [batch_size / process_count, length]: tokens, targets, segment_ids and positions (int32)
@@ -59,8 +61,9 @@ def batches(
       masked: whether to return batches for an encoder.
 
     Returns:
-      A Grain iterator. Its state is a JSON-serializable dict. A new iterator with the same arguments, set to this state,
-      continues with exactly the batches that would have followed.
+      A `Batches`. Its state is a JSON-serializable dict. A new iterator with the same arguments, set to this state, continues with
+      exactly the batches that would have followed. Its `epoch` is the number of times that the corpus has been read; in a mixture,
+      the corpus that has been read most often.
 
     Raises:
       ValueError: an argument is out of range, or length exceeds the length of the corpus.
@@ -98,7 +101,31 @@ def batches(
     share = batch_size // process_count
     dataset = dataset.batch(share, drop_remainder=True).slice(slice(process_index, None, process_count))
     # Rows are cheap to create, so two threads suffice to keep a few batches ready. Grain's default would buffer 500.
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    return Batches(iterator, lambda drawn: max(epochs(corpus, drawn * batch_size, length=length, masked=masked).values()))
+
+
+class Batches:
+    """Iterates over batches of a Grain iterator; see `batches`."""
+
+    def __init__(self, iterator: Any, epochs_after: Callable[[int], float]):
+        self._iterator, self._epochs_after = iterator, epochs_after
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._iterator.set_state(state)
+
+    @property
+    def epoch(self) -> float:
+        return self._epochs_after(self.get_state()["next_index"])
 
 
 def epochs(corpus: Corpus | Mixture, rows: int, *, length: int, masked: bool = False) -> dict[str, float]:

@@ -34,7 +34,7 @@ def opening_lines(config: Config, spec: str, source: Source, parameters: int, me
     ]
     if source.train is not None:
         text = source.train
-        lines.append(f"data      {config.data}: {len(text.tokens):,} tokens, {text.num_documents:,} documents to train on")
+        lines.append(f"data      {config.data}: {text.num_tokens:,} tokens, {text.num_documents:,} documents to train on")
     else:
         lines.append(f"data      {config.task}, {'drawn' if config.num_examples is None else f'{config.num_examples:,} examples'}")
     return [*lines, f"workdir   {workdir}"]

@@ -181,7 +181,7 @@ def open_data(chosen: Sequence[tuple[StoredRun, Config]], *, is_other_text: bool
     """
     first, reading = chosen[0]
     config = dataclasses.replace(fitting(reading, first), workdir="")
-    if is_other_text and (stored := _tokenizer_of(first)) is not None:  # a BPE would be trained anew on the other text
+    if (stored := _tokenizer_of(first)) is not None:  # the file that it was made from may be gone, or be another now
         config = dataclasses.replace(config, tokenizer=str(stored))
     with first_process_first():
         source = open_source(config)

@@ -15,12 +15,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from posjax.data.tokenizers import KINDS
 from posjax.encodings.spec import modules_of, slug
 from posjax.files import DamagedFile, read_json, set_aside, write_atomically, write_json
 from posjax.lab.config import Config
 from posjax.lab.source import Source
 from posjax.parallel.distributed import on_first_process
-from posjax.storage import files_in, is_bucket, remove, run_path, with_retries
+from posjax.storage import move, run_path
 from posjax.training.checkpoints import Checkpoints
 from posjax.training.schedule import num_decay_steps
 
@@ -305,6 +306,8 @@ def _facts_or_set_aside(workdir: Path) -> dict[str, Any]:
 def _check_fields(stored: Config, config: Config, workdir: Path, may_differ: Iterable[str], fixed: Iterable[str] = ()) -> None:
     then, now = dataclasses.asdict(stored), dataclasses.asdict(config)
     free = {*RUN_ONLY, *EVALUATION, *may_differ} - {*fixed}
+    if "data" in free and then["tokenizer"] not in KINDS and now["tokenizer"] not in KINDS:
+        free.add("tokenizer")  # paths: the digests of the tokens say whether the files are the same
     if any(name not in free and then[name] != now[name] for name in now):
         differ = [name for name in now if name not in free - _END and then[name] != now[name]]
         changes = ", ".join(f"{name} is {then[name]!r} there and {now[name]!r} here" for name in differ)
@@ -381,24 +384,14 @@ def _keep_aside(stored: Config, config: Config, workdir: Path) -> None:
     while aside.exists():
         number += 1
         aside = workdir / f"steps-{stored.steps}-{number}"
-    (aside / "checkpoints").mkdir(parents=True)
+    (aside / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_json(aside / CONFIG, dataclasses.asdict(stored) | {"workdir": str(aside)}, indent=1)
     for name in (FACTS, TOKENIZER, "metrics.jsonl", "evaluation.json"):
         if (workdir / name).exists():
             write_atomically(aside / name, (workdir / name).read_bytes())
     for path in sorted((workdir / "checkpoints").iterdir()):
         if path.name.isdecimal() and int(path.name) > last:
-            _move(path, aside / "checkpoints" / path.name)
-
-
-def _move(source: Any, target: Any) -> None:
-    """Moves a folder; a bucket has no rename of folders, so that files are copied there, and removed at the end."""
-    if not is_bucket(source):
-        source.rename(target)
-        return
-    for name, path in files_in(source).items():
-        with_retries((target / name).write_bytes, with_retries(path.read_bytes))
-    remove(source)
+            move(path, aside / "checkpoints" / path.name)
 
 
 def digest_of_arrays(named: Iterable[tuple[str, Any]]) -> str:

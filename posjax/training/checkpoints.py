@@ -128,15 +128,15 @@ class Checkpoints:
         """Describes the first damaged file of a checkpoint, or returns None if all files are intact."""
         return _damage(self._local(step))
 
-    def config(self, step: int) -> Any:
-        """Returns the config that was stored with a checkpoint."""
-        from orbax.checkpoint import v1 as ocp
-
-        return ocp.checkpointables_metadata(self._local(step)).custom_metadata["config"]
-
     def newest_good(self) -> int | None:
         """Returns the newest step with an intact checkpoint, or None."""
         return next((step for step in reversed(self.steps()) if self.damage(step) is None), None)
+
+    def config(self, step: int) -> Any:
+        """Returns the config that was saved with a checkpoint."""
+        from orbax.checkpoint import v1 as ocp
+
+        return ocp.checkpointables_metadata(self._local(step)).custom_metadata["config"]
 
     def save(self, step: int, state: Any, data_state: Any = None, config: Any = None, **options: Any) -> None:
         """Saves a checkpoint and blocks until everything is on disk; see `save_async`.

@@ -110,6 +110,10 @@ def test_each_source_has_epochs_of_its_own(folder, data_dir):
     counted = epochs(mixed, len(rows), length=10)
     assert counted[short.source] == pytest.approx(3.0) and counted[mixed.parts[0].source] < 1
     assert epochs(short, rows_of_short, length=10) == {short.source: 1.0}
+    iterator = batches(mixed, length=10, batch_size=2, seed=0)
+    assert iterator.epoch == 0
+    iterator.set_state({"next_index": 3 * rows_of_short})
+    assert iterator.epoch == pytest.approx(3.0)
 
 
 def test_sources_without_weights_are_read_in_proportion_to_their_tokens(folder, data_dir):
