@@ -459,7 +459,7 @@ def train_and_evaluate(
 
     If the run is finished and was evaluated as the configuration says, its results are read from ``evaluation.json``.
     """
-    done, evaluated = folder / "evaluation.json", evaluated_as(config, config.steps, source)
+    done, evaluated = folder / "evaluation.json", evaluated_as(config, source.digests)
 
     def read() -> str:
         return json.dumps(stored_evaluation(folder, evaluated, repair=True))
@@ -477,10 +477,10 @@ def train_and_evaluate(
     return result
 
 
-def evaluated_as(config: Config, step: int, source: Source) -> dict[str, Any]:
-    """Returns what the results of an evaluation depend on, besides the run."""
-    digest = source.digests.get("validation")
-    return {"step": step, "eval_lengths": list(config.eval_lengths), "eval_tokens": config.eval_tokens, "validation": digest}
+def evaluated_as(config: Config, digests: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what the results of an evaluation of a finished run depend on; ``digests`` are those of the data."""
+    measured = {"eval_lengths": list(config.eval_lengths), "eval_tokens": config.eval_tokens}
+    return {"step": config.steps, **measured, "validation": digests.get("validation")}
 
 
 def stored_evaluation(folder: Path, evaluated: Mapping[str, Any] | None, repair: bool = False) -> dict[str, Any] | None:
