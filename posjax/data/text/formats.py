@@ -276,6 +276,7 @@ def _check_column(path: Path, schema, text_key: str) -> None:
 
 def _strings(pa, path: Path, column, place: int, start: int, end: int | None, text_key: str) -> Iterator[bytes]:
     """Yields the texts of the rows from ``start`` to ``end`` in a column whose first row is number ``place``."""
+    column.validate(full=True)  # damaged offsets would lead outside of the memory
     low, high = max(start - place, 0), len(column) if end is None else min(end - place, len(column))
     for row in range(low, high):
         value = column[row].as_py()
