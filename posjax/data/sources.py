@@ -114,6 +114,8 @@ def open_source(
     validation = _open(validation_data, cache, tfds_dir, replace(reading, role="validation", argument="validation_data"))
     taken = frozenset(file.id for file in validation.files) if isinstance(validation, _Files) else frozenset()
     train = _open(source, cache, tfds_dir, replace(reading, role="train", taken=taken))
+    if train.key == validation.key:  # stdlib or a data set of TFDS
+        raise ValueError(f"validation_data must be another source than {source!r}, or empty to hold out a part of it")
 
     def documents(split: str) -> Iterator[Iterable[bytes]]:
         return (validation if split == "validation" else train).documents(split)
