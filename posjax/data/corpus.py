@@ -21,7 +21,7 @@ from posjax.checks import near
 from posjax.data import cache
 from posjax.data.files import shown
 from posjax.data.pretokenized import TokenFiles, open_tokens, scan
-from posjax.data.sources import CORPORA, TOKENIZERS, Text, open_source
+from posjax.data.sources import CORPORA, TOKENIZERS, Text, check_consistent, open_source
 from posjax.data.tokenizers import (
     BPE,
     BYTES,
@@ -189,6 +189,7 @@ def load_corpus(
         if not one.has_split(split):
             raise ValueError(f"split must be one of {', '.join(one.splits)}, got {split!r}{near(split, one.splits)}")
     texts = [one for one in opened if isinstance(one, Text)]
+    check_consistent(texts)
     if len(texts) < len(opened):
         _check_tokens(tokenizer, dict(zip(weights, opened, strict=True)))
     else:
