@@ -21,7 +21,7 @@ from posjax.checks import checked, near
 from posjax.data import cache
 from posjax.data.files import shown
 from posjax.data.pretokenized import TokenFiles, open_tokens, scan
-from posjax.data.sources import CORPORA, TOKENIZERS, Text, open_source
+from posjax.data.sources import CORPORA, TOKENIZERS, Text, check_consistent, open_source
 from posjax.data.tokenizers import (
     BPE,
     BYTES,
@@ -158,10 +158,10 @@ def load_corpus(
         held out for validation. "tfds:NAME", "tfds:NAME/CONFIG" or "tfds:NAME:FEATURE" is a text data set of TFDS; if it
         has no validation split, the last tenth of train is held out and removed from train. Several sources with weights,
         "a:0.7,b:0.3", are a mixture (`parse_mixture`). A .npy or .bin file of token ids, or a folder with train.bin and val.bin,
-        is a corpus of tokens (`posjax.data.pretokenized`). Any other string is the path
-        of a folder of UTF-8 text files, with one file in ten held out (hidden files and caches are ignored), or of one
-        file, with its last tenth held out.
-      split: "train" or "validation"; for "tfds:" any split of TFDS, such as "test" or "train[:1%]".
+        is a corpus of tokens (`posjax.data.pretokenized`). Any other string is the path of a file or folder, also in a bucket, of
+        text, JSONL, Parquet, Arrow or ArrayRecord (`posjax.data.text.formats`). Files named after splits are these splits; without
+        any, about a tenth of the text is held out (`posjax.data.text.splits`).
+      split: "train" or "validation"; "test" for files of this name; for "tfds:" any split of TFDS, such as "test" or "train[:1%]".
       tokenizer: "bytes" (ids 0 to 255), "bpe", a byte-level BPE trained on the train split, or the path of a tokenizer.json or a
         .gguf file. For a corpus of tokens: the file of the tokenizer that they were made with, or "bytes" if it is not known.
       vocab_size: for "bpe", V including the two special ids; at least 259, by default 8192. For a small text the BPE
@@ -192,6 +192,7 @@ def load_corpus(
         if not one.has_split(split):
             raise ValueError(f"split must be one of {', '.join(one.splits)}, got {split!r}{near(split, one.splits)}")
     texts = [one for one in opened if isinstance(one, Text)]
+    check_consistent(texts)
     if len(texts) < len(opened):
         _check_tokens(tokenizer, dict(zip(weights, opened, strict=True)))
     else:
