@@ -92,14 +92,15 @@ def _run(argv: list[str]) -> None:
             return run(rest)
         if verb == "ablate":
             return run(rest, shlex.join(["posjax", *argv]))
-        config = module.arguments(rest) if hasattr(module, "arguments") else parse(rest, verb)
+        parsed = module.arguments(rest) if hasattr(module, "arguments") else (parse(rest, verb),)
+        config = parsed[0]
         distributed.join()
         with (
             endings.terminable(),
             distributed.abort_message(lambda: endings.abort_text(config), 1),
             distributed.on_peer_loss(lambda: f"to resume, run:\n  {shlex.join(['posjax', *argv])}"),
         ):
-            run(config, shlex.join(["posjax", *argv]))
+            run(*parsed, shlex.join(["posjax", *argv]))
             distributed.wait_for_all()  # the first process may still draw figures
     except Interrupted as stopped:  # the training loop has printed how to resume
         endings.leave(stopped.exit_code)

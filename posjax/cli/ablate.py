@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from posjax.checks import check
-from posjax.cli.common import heading_of, parse, print_data, print_table, printer
+from posjax.cli.common import heading_of, parse, print_data, print_table, printer, writing
 from posjax.storage import is_bucket
 
 
@@ -39,7 +39,6 @@ def ablate(args: Sequence[str], command: str) -> None:
     """Runs posjax ablate: trains every combination with every seed; runs of equal shapes share one compiled program."""
     from posjax.lab.ablation.engine import spread_over_cores
     from posjax.lab.ablation.sweeps import grid, parse_sweep
-    from posjax.training.lock import locked
 
     ablation, config = parse(args, "ablate", _ablation_flags())
     if config.mesh:
@@ -51,7 +50,7 @@ def ablate(args: Sequence[str], command: str) -> None:
     if is_bucket(config.workdir):
         raise ValueError(f"workdir must be on a disk in an ablation, got {config.workdir!r}")
     spread_over_cores(len(points) * len(seeds))
-    with locked(config.workdir):
+    with writing(config.workdir):
         _ablate(ablation, config, points, seeds, command)
 
 

@@ -7,7 +7,7 @@ import io
 import itertools
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,17 @@ def chosen_runs(config, flags: set[str]):
 
     encodings = (config.encoding,) if "encoding" in flags else config.encodings if "encodings" in flags else None
     return choose_runs(config, encodings, config.seeds if "seeds" in flags else None)
+
+
+@contextlib.contextmanager
+def writing(workdir: str) -> Iterator[None]:
+    """Holds the lock of a workdir, after a check that a bucket can be written."""
+    from posjax.storage import check_bucket, run_path
+    from posjax.training.lock import locked
+
+    check_bucket(run_path(workdir))
+    with locked(workdir):
+        yield
 
 
 def open_run(config, specs: Sequence[str]):

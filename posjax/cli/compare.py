@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from posjax.cli.common import given, open_run, parse, print_data, printer, report_rows
+from posjax.cli.common import given, open_run, parse, print_data, printer, report_rows, writing
 from posjax.storage import run_path
 
 
@@ -19,8 +19,8 @@ class Comparison:
     out: str = ""
 
 
-def arguments(args: Sequence[str]) -> tuple[tuple[str, ...], Comparison, Any, set[str]]:
-    """Parses the command line after the verb and returns (runs, options, configuration, names of the flags).
+def arguments(args: Sequence[str]) -> tuple[Any, Comparison, tuple[str, ...], set[str]]:
+    """Parses the command line after the verb and returns (configuration, options, runs, names of the flags).
 
     Without any runs, the configuration is to be trained.
     """
@@ -32,17 +32,15 @@ def arguments(args: Sequence[str]) -> tuple[tuple[str, ...], Comparison, Any, se
         if not is_workdir(folder):
             raise ValueError(f"runs to compare must be workdirs, which hold a config.json, got {folder!r}")
     rest = [*args[:1], *args[count:]] if folders else args
-    return folders, *parse(rest, "compare", Comparison), given(args)
+    options, config = parse(rest, "compare", Comparison)
+    return config, options, folders, given(args)
 
 
-def compare(parsed: tuple[tuple[str, ...], Comparison, Any, set[str]], command: str) -> None:
+def compare(config: Any, options: Comparison, folders: tuple[str, ...], flags: set[str], command: str) -> None:
     """Runs posjax compare."""
-    from posjax.training.lock import locked
-
-    folders, options, config, flags = parsed
     if folders:
         return _compare_trained(folders, options, config, flags)
-    with locked(config.workdir):
+    with writing(config.workdir):
         _train_all(options, config, command)
 
 

@@ -19,17 +19,17 @@ class Evaluation:
     out: str = ""
 
 
-def arguments(args: Sequence[str]) -> tuple[Evaluation, Any, set[str]]:
-    """Parses the command line after the verb and returns (options, configuration, names of the flags)."""
-    return *parse(args, "evaluate", Evaluation), given(args)
+def arguments(args: Sequence[str]) -> tuple[Any, Evaluation, set[str]]:
+    """Parses the command line after the verb and returns (configuration, options, names of the flags)."""
+    options, config = parse(args, "evaluate", Evaluation)
+    return config, options, given(args)
 
 
-def evaluate(parsed: tuple[Evaluation, Any, set[str]], command: str) -> None:
+def evaluate(config: Any, options: Evaluation, flags: set[str], command: str) -> None:
     """Runs posjax evaluate: prints the results of every run in a workdir, to which nothing is written."""
     from posjax.lab import run as runs
     from posjax.lab.trained import open_data, open_trained
 
-    options, config, flags = parsed
     chosen = chosen_runs(config, flags)
     source = open_data(chosen, is_other_text=bool(flags & {"data", "validation_data"}))
     say = printer()

@@ -1,13 +1,11 @@
 """posjax train: trains and evaluates one encoding with one seed."""
 
-from posjax.cli.common import open_run, print_data, printer, report_rows
+from posjax.cli.common import open_run, print_data, printer, report_rows, writing
 
 
 def train(config, command: str) -> None:
     """Runs posjax train: trains and evaluates one encoding with one seed."""
-    from posjax.training.lock import locked
-
-    with locked(config.workdir):
+    with writing(config.workdir):
         _train(config, command)
 
 

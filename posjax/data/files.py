@@ -1,4 +1,4 @@
-"""Files on disk: which files a folder holds, patterns of their names, and errors that name them."""
+"""Files on a disk or in a bucket: which files a folder holds, patterns of their names, and errors that name them."""
 
 import functools
 import json
@@ -7,7 +7,9 @@ import re
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from posjax.storage import is_bucket, with_retries
 
 VALIDATION_SHARE = 0.1
 _SPECIAL = {
@@ -26,15 +28,15 @@ class File(NamedTuple):
     Attributes:
       path: path relative to the folder, with "/" as separator.
       size: size in bytes.
-      mtime_ns: time of the last change, in nanoseconds.
-      id: device and inode, which are the same for two names of one file.
+      version: text that changes with the content: the time of the last change, or what a bucket has for it.
+      id: device and inode, which are the same for two names of one file, or the path in a bucket.
       is_link: whether the last part of the path is a symbolic link.
     """
 
     path: str
     size: int
-    mtime_ns: int
-    id: tuple[int, int]
+    version: str
+    id: tuple[Any, ...]
     is_link: bool = False
 
 
@@ -55,19 +57,23 @@ def read_file(path: Path) -> bytes:
         raise unreadable(error) from error
 
 
-def unreadable(error: OSError, path: str | Path | None = None) -> OSError:
+def unreadable(error: Exception, path: str | Path | None = None) -> OSError:
     """Returns an error that names a file or folder and the reason why it cannot be read."""
-    name = shown(error.filename if path is None else path)
-    return OSError(f"cannot read {name} ({error.strerror or error}); make it readable or remove it from the source")
+    name = shown(error.filename if isinstance(error, OSError) and path is None else path)
+    reason = getattr(error, "strerror", None) or shown(str(error).split("\n")[0]) or type(error).__name__
+    return OSError(f"cannot read {name} ({reason}); make it readable or remove it from the source")
 
 
 def describe(path: Path, name: str, *, is_link: bool = False) -> File:
-    """Returns the description of a regular file.
+    """Returns the description of a regular file or of an object in a bucket.
 
     Raises:
       ValueError: the path is a named pipe, a socket or a device.
       OSError: there is no such file, or its folder cannot be read.
     """
+    if is_bucket(path):
+        (file,) = _objects(path)
+        return file._replace(path=name)
     try:
         status = path.stat()
     except OSError as error:
@@ -77,7 +83,7 @@ def describe(path: Path, name: str, *, is_link: bool = False) -> File:
         raise ValueError(
             f"source must consist of regular files, but {shown(path)} is {kind}; remove it, or leave it out by exclude"
         )
-    return File(name, status.st_size, status.st_mtime_ns, (status.st_dev, status.st_ino), is_link)
+    return File(name, status.st_size, str(status.st_mtime_ns), (status.st_dev, status.st_ino), is_link)
 
 
 def find_files(
@@ -100,6 +106,8 @@ def find_files(
       ValueError: a file is a named pipe, a socket or a device.
       OSError: a folder or a file cannot be read. The message gives its name and the reason.
     """
+    if is_bucket(root):
+        return _find_objects(root, include, exclude, left_out)
     skipped = {_id(path) for path in left_out if os.path.exists(path)}
     entered = {_id(folder) for folder in root.resolve().parents}  # a link to a folder around the root is a loop
     files, runs = [], []
@@ -123,6 +131,44 @@ def find_files(
     return sorted(files), sorted(runs)
 
 
+def _find_objects(
+    root: Any, include: Sequence[str], exclude: Sequence[str], left_out: Iterable[Path]
+) -> tuple[list[File], list[str]]:
+    files = _objects(root)
+    inside = {path.removeprefix(f"{root}/") for path in map(str, left_out) if path.startswith(f"{root}/")}
+    configs = [file.path.removesuffix("/config.json") for file in files if file.path.endswith("/config.json")]
+    runs = inside | {folder for folder in configs if is_run(root / folder)}
+
+    def is_wanted(path: str) -> bool:
+        names = path.split("/")
+        return (
+            not any(name.startswith(".") or name in _IGNORED for name in names)
+            and not any("/".join(names[:depth]) in runs for depth in range(len(names)))
+            and not any(matches(one, path) for one in exclude)
+            and (not include or any(matches(one, path) for one in include))
+        )
+
+    return sorted(file for file in files if is_wanted(file.path)), sorted(runs)
+
+
+def _objects(root: Any) -> list[File]:
+    """Returns all objects under a path in a bucket, or the object at that path, with one request."""
+    import fsspec
+
+    try:
+        system, top = fsspec.core.url_to_fs(str(root))
+        system.invalidate_cache()
+        found = with_retries(system.find, top, detail=True)
+    except Exception as error:  # each file system raises its own
+        raise unreadable(error, root) from error
+    names = ("etag", "ETag", "generation", "mtime", "updated", "LastModified", "created")
+    files = []
+    for path, info in found.items():
+        version = next((str(info[name]) for name in names if info.get(name)), "")
+        files.append(File(path.removeprefix(top).lstrip("/"), info["size"], version, (path,)))
+    return files
+
+
 def _id(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
@@ -143,7 +189,7 @@ def is_run(folder: Path) -> bool:
     """Returns whether a folder is a workdir of posjax, by its config.json."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except Exception:  # there is none, or it is another's; each file system of a bucket raises its own error
         return False
     return isinstance(config, dict) and config.keys() >= _RUN_FIELDS
 

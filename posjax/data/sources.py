@@ -11,13 +11,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from posjax.checks import near, require
 from posjax.data.files import VALIDATION_SHARE, File, describe, find_files, is_run, shown, unreadable
 from posjax.data.text import formats
 from posjax.data.text.splits import Splits, assign_splits, listed, split_names
 from posjax.data.text.streams import pieces
+from posjax.storage import SCHEMES, is_bucket, run_path, with_retries
 
 SPLITS = ("train", "validation")
 TFDS, CORPORA, TOKENIZERS = CACHED = ("tfds", "corpora", "tokenizers")  # folders of the cache
@@ -83,7 +84,7 @@ def open_source(
     """Opens a source of text.
 
     Args:
-      source: "stdlib", "tfds:NAME", or the path of a file or folder.
+      source: "stdlib", "tfds:NAME", or the path of a file or folder, which may be in a bucket (gs://, s3://).
       cache: folder of the caches, which are not text.
       tfds_dir: folder of TFDS data sets; None for TFDS's default.
       validation_data: another source, for validation; all of ``source`` but its test files is then training text. Empty: none.
@@ -98,12 +99,12 @@ def open_source(
     """
     if not text_key:
         raise ValueError("text_key must be the name of a key or column, such as 'text', got ''")
-    own = Path(workdir) if workdir else None
+    own = run_path(workdir) if workdir else None
     patterns = {"include": include, "exclude": exclude}
     for name, given in patterns.items():
         if isinstance(given, str) or not all(isinstance(pattern, str) and pattern.strip("/. ") for pattern in given):
             raise ValueError(f"{name} must be a tuple of patterns such as '*.txt' or 'books/**', got {given!r}")
-        if given and not any(os.path.isdir(os.path.expanduser(path)) for path in (source, validation_data)):
+        if given and not any(is_bucket(path) or os.path.isdir(os.path.expanduser(path)) for path in (source, validation_data)):
             raise ValueError(f"{name} must be empty unless a source is a folder, got {given} for {source!r}")
         patterns[name] = tuple(given)
     left_out = (*(cache / name for name in CACHED), *([own] if own else []))
@@ -129,8 +130,8 @@ def _open(source: str, cache: Path, tfds_dir: Path | None, reading: Reading) -> 
         return _open_tfds(source, tfds_dir, reading.role)
     path = _existing(source, reading.argument)
     if path.is_dir():
-        return _open_folder(path.resolve(), reading)
-    path = Path(os.path.abspath(path))  # a link keeps its name, which may say what the format is
+        return _open_folder(path if is_bucket(path) else path.resolve(), reading)
+    path = path if is_bucket(path) else Path(os.path.abspath(path))  # a link keeps its name, which may say what the format is
     return _open_files(path.parent, [describe(path, path.name)], f"file:{path}", reading)
 
 
@@ -143,6 +144,8 @@ def _existing(source: str, argument: str) -> Path:
     """
     hint = ""
     if source.strip():
+        if source.partition("://")[0] in SCHEMES:
+            return _in_bucket(source, argument)
         path = Path(os.path.expanduser(source))  # leaves "~" where there is no home folder
         try:
             path.stat()
@@ -153,6 +156,17 @@ def _existing(source: str, argument: str) -> Path:
         except OSError as error:
             raise unreadable(error, path) from error
     raise ValueError(f"{argument} must be 'stdlib', 'tfds:NAME' or an existing file or folder, got {source!r}{hint}")
+
+
+def _in_bucket(source: str, argument: str) -> Any:
+    path = run_path(source.rstrip("/"))
+    try:
+        exists = with_retries(path.exists, attempts=3)
+    except Exception as error:  # each file system raises its own
+        raise unreadable(error, source) from error
+    if not exists:
+        raise ValueError(f"{argument} must exist, but nothing is in the bucket at {source!r}")
+    return path
 
 
 def _import_tfds():
@@ -252,7 +266,7 @@ class _Files(Text):
 
 
 def _open_folder(folder: Path, reading: Reading) -> Text:
-    if folder == (reading.workdir and reading.workdir.resolve()) or is_run(folder):
+    if str(folder) == str(reading.workdir and reading.workdir.resolve()) or is_run(folder):
         raise ValueError(f"{reading.argument} must be a folder of text, got {str(folder)!r}, which is the workdir of a run")
     files, runs = find_files(folder, include=reading.include, exclude=reading.exclude, left_out=reading.left_out)
     if reading.include and not files:
@@ -329,6 +343,6 @@ def _once(files: list[File], taken: frozenset[tuple[int, int]]) -> tuple[list[Fi
 
 def _state(files: list[File], splits: Splits) -> Iterator[str]:
     """Yields lines that change with the files and with the choice of splits."""
-    state = {file.path: f"{file.size}:{file.mtime_ns}" for file in files}
+    state = {file.path: f"{file.size}:{file.version}" for file in files}
     for split, parts in splits.parts.items():
         yield from (f"{split}:{part}:{path}:{state[path]}" for path, part in parts)

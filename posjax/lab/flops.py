@@ -36,19 +36,19 @@ def model_flops(config: Config, parameters: int) -> float:
 def check_step_fits(config: Config) -> None:
     """Checks, before any data is read, that a step does not need more memory than this run's devices have.
 
-    The estimate is a lower bound: the batch and the input of every layer, which the backward pass needs; and the weights, their two
-    moments and their gradient.
+    The estimate is a lower bound: the batch, the input of every layer, which the backward pass needs, and the logits; and the
+    weights, their two moments and their gradient.
 
     Raises:
       ValueError: the step cannot fit. The message names the fields that determine its size.
     """
     devices = jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
-    tokens = config.batch_size * config.seq_length
-    names = ("task", "batch_size", "accumulate_steps", "seq_length", "num_layers", "embed_dim")
-    stream = config.num_layers * config.embed_dim * jnp.dtype(config.compute_dtype).itemsize
-    batch = jax.ShapeDtypeStruct((tokens * 20 + tokens * stream // config.accumulate_steps,), jnp.uint8)
-    check_fits(f"a batch of {', '.join(f'{name}={getattr(config, name)!r}' for name in names)}", batch, 1 / devices)
     vocab_size = 2  # at least
     if config.task in ("lm", "mlm"):
         vocab_size = vocab_size_of(config.tokenizer, config.vocab_size, config.data_dir)
+    tokens = config.batch_size * config.seq_length
+    names = ("task", "batch_size", "accumulate_steps", "seq_length", "num_layers", "embed_dim")
+    stream = config.num_layers * config.embed_dim * jnp.dtype(config.compute_dtype).itemsize + 4 * vocab_size
+    batch = jax.ShapeDtypeStruct((tokens * 20 + tokens * stream // config.accumulate_steps,), jnp.uint8)
+    check_fits(f"a batch of {', '.join(f'{name}={getattr(config, name)!r}' for name in names)}", batch, 1 / devices)
     check_memory(config.transformer(vocab_size), 4 / devices)

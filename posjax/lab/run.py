@@ -74,9 +74,8 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
     if twice := [spec for spec, name in zip(specs, names, strict=True) if names.count(name) > 1]:
         raise ValueError(f"encodings must all differ, got {', '.join(map(repr, twice))}")
     split = "train" if training else "validation"
-    try:
-        batches = train_batches(config, source, config.seed, share) if training else eval_batches(config, source, config.seq_length)
-        batch = next(batches)
+    try:  # without drawing a batch, which takes long if it is large
+        _ = train_batches(config, source, config.seed, share) if training else eval_batches(config, source, config.seq_length)
     except ValueError as error:
         raise ValueError(f"seq_length={config.seq_length} does not fit the {split} split of {config.data!r}: {error}") from error
     lengths = [] if source.task is not None else [config.seq_length * multiple for multiple in config.eval_lengths]
@@ -89,9 +88,17 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
     for spec in specs:
         try:
             with_params, params = abstract_model(config, spec, source)
-            jax.eval_shape(make_loss(with_params, dropout=False), params, batch, jax.eval_shape(jax.random.key, 0))
+            key = jax.eval_shape(jax.random.key, 0)
+            jax.eval_shape(make_loss(with_params, dropout=False), params, _abstract_batch(config, source), key)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"encoding {spec!r} does not fit this model: {error}") from error
+
+
+def _abstract_batch(config: Config, source: Source) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes and dtypes of a training batch."""
+    shape = (config.batch_size, config.seq_length if source.task is None else source.task.length)
+    dtypes = dict(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32, segment_ids=jnp.int32, positions=jnp.int32)
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
 
 def _mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
@@ -212,10 +219,7 @@ def abstract_step(
     loss = make_loss(with_params, config.dropout_rate > 0, config.z_loss)
     step = make_train_step(loss, optimizer_of(config), accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay)
     state = jax.eval_shape(lambda params: _first_state(config, params, config.seed), params)
-    shape = (config.batch_size, source.max_length)
-    dtypes = dict(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32, segment_ids=jnp.int32, positions=jnp.int32)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
-    return abstract_train_step(step, mesh, state, batch, _rules(mesh))
+    return abstract_train_step(step, mesh, state, _abstract_batch(config, source), _rules(mesh))
 
 
 def _abstract_state(config: Config, spec: str, source: Source) -> TrainState:
@@ -455,7 +459,7 @@ def train_and_evaluate(
 
     If the run is finished and was evaluated as the configuration says, its results are read from ``evaluation.json``.
     """
-    done, evaluated = folder / "evaluation.json", evaluated_as(config, config.steps, source)
+    done, evaluated = folder / "evaluation.json", evaluated_as(config, source.digests)
 
     def read() -> str:
         return json.dumps(stored_evaluation(folder, evaluated, repair=True))
@@ -473,10 +477,10 @@ def train_and_evaluate(
     return result
 
 
-def evaluated_as(config: Config, step: int, source: Source) -> dict[str, Any]:
-    """Returns what the results of an evaluation depend on, besides the run."""
-    digest = source.digests.get("validation")
-    return {"step": step, "eval_lengths": list(config.eval_lengths), "eval_tokens": config.eval_tokens, "validation": digest}
+def evaluated_as(config: Config, digests: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what the results of an evaluation of a finished run depend on; ``digests`` are those of the data."""
+    measured = {"eval_lengths": list(config.eval_lengths), "eval_tokens": config.eval_tokens}
+    return {"step": config.steps, **measured, "validation": digests.get("validation")}
 
 
 def stored_evaluation(folder: Path, evaluated: Mapping[str, Any] | None, repair: bool = False) -> dict[str, Any] | None:

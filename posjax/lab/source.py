@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from posjax.checks import short
 from posjax.data import synthetic
 from posjax.data.corpus import Corpus, Mixture, excerpts, holds_tokens, load_corpus
 from posjax.data.files import shown
@@ -65,8 +66,9 @@ def open_source(config: Config) -> Source:
         )
         try:
             train, validation = (load_corpus(config.data, split, **options) for split in ("train", "validation"))
-        except ValueError as error:
-            raise ValueError(f"data {config.data!r} cannot be used: {error}") from error
+        except (ValueError, OSError) as error:
+            kind = ValueError if isinstance(error, ValueError) else OSError
+            raise kind(f"data {short(config.data)} cannot be used: {str(error).strip().splitlines()[0]}") from error
         summary = data_summary(config.data, train, validation)
         digests = {"train": train.digest, "validation": validation.digest}
         # The longest rows begin with a BOS token, so an excerpt is one token shorter.

@@ -9,6 +9,8 @@ Letters in shapes: T tokens of a text, L layers, N query heads.
 
 import dataclasses
 import functools
+import hashlib
+import tempfile
 from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from posjax.checks import near
 from posjax.data import synthetic
 from posjax.data.tokenizers import NUM_BYTES, NUM_SPECIAL, Vocabulary
 from posjax.encodings.spec import modules_of, parse_encoding
+from posjax.files import write_atomically
 from posjax.lab import probes
 from posjax.lab import run as runs
 from posjax.lab.config import Config
@@ -30,7 +33,7 @@ from posjax.lab.workdir import EVALUATION, READING, TOKENIZER, StoredRun, choose
 from posjax.models.losses import cross_entropy
 from posjax.models.transformer import Transformer
 from posjax.parallel.distributed import first_process_first
-from posjax.storage import run_path
+from posjax.storage import is_bucket, run_path, with_retries
 from posjax.typing import Float, Int, Params
 
 
@@ -129,9 +132,22 @@ def open_trained(run: StoredRun, config: Config) -> TrainedRun:
     params = restored.state.eval_params
     tokenizer = None
     if source.task is None:
-        stored = run.path / TOKENIZER
-        tokenizer = Tokenizer(source.vocab_size, stored if stored.exists() else runs.tokenizer_file(source))
+        tokenizer = Tokenizer(source.vocab_size, _tokenizer_of(run) or runs.tokenizer_file(source))
     return TrainedRun(run.path, config, restored.step, with_params(params), params, with_params, tokenizer, source.task)
+
+
+def _tokenizer_of(run: StoredRun) -> Path | None:
+    """Returns the tokenizer's file in a workdir, None if there is none; that of a bucket is copied to this machine."""
+    stored = run.path / TOKENIZER
+    if not stored.exists():
+        return None
+    if not is_bucket(stored):
+        return stored
+    content = with_retries(stored.read_bytes)
+    local = Path(tempfile.gettempdir()) / f"posjax-{hashlib.sha256(content).hexdigest()[:24]}-{TOKENIZER}"
+    if not local.exists():
+        write_atomically(local, content)
+    return local
 
 
 def fitting(config: Config, run: StoredRun) -> Config:
@@ -163,8 +179,9 @@ def open_data(chosen: Sequence[tuple[StoredRun, Config]], *, is_other_text: bool
     Raises:
       ValueError: the data cannot be used with these runs, or have changed.
     """
-    config = dataclasses.replace(fitting(chosen[0][1], chosen[0][0]), workdir="")
-    if (stored := chosen[0][0].path / TOKENIZER).exists():  # the file that it was made from may be gone, or be another now
+    first, reading = chosen[0]
+    config = dataclasses.replace(fitting(reading, first), workdir="")
+    if (stored := _tokenizer_of(first)) is not None:  # the file that it was made from may be gone, or be another now
         config = dataclasses.replace(config, tokenizer=str(stored))
     with first_process_first():
         source = open_source(config)
@@ -180,8 +197,8 @@ def open_data(chosen: Sequence[tuple[StoredRun, Config]], *, is_other_text: bool
                 f"data must be tokens of the run's vocabulary, {run.facts['vocab_size']} ids, got {source.vocab_size}, because "
                 f"tokenizer={config.tokenizer!r} was trained on another text"
             )
-        ours, theirs = runs.tokenizer_file(source), run.path / TOKENIZER
-        if ours is not None and theirs.exists() and ours.read_bytes() != theirs.read_bytes():
+        ours, theirs = runs.tokenizer_file(source), _tokenizer_of(run)
+        if ours is not None and theirs is not None and ours.read_bytes() != theirs.read_bytes():
             raise ValueError(f"data {config.data!r} must be read with the tokenizer of run {run.path}, got one of another text")
         runs.check(fitting(reading, run), (reading.encoding,), source, training=False)
     return source
@@ -201,7 +218,7 @@ def rows_of(
     Raises:
       ValueError: a workdir has no runs, or the runs have different tasks.
     """
-    rows, first = [], None
+    rows, first, is_other_text = [], None, bool(flags & {"data", "validation_data"})
     evaluation = {name: getattr(config, name) for name in {*EVALUATION, *(flags & READING)}}
     for workdir in workdirs:
         stored = read_config(run_path(workdir))
@@ -209,10 +226,13 @@ def rows_of(
             tasks = f"{config.task!r} in {workdirs[0]} and {stored.task!r} in {workdir}"
             raise ValueError(f"runs to compare must have the same task, got {tasks}")
         chosen = choose_runs(dataclasses.replace(stored, **evaluation))
-        source = open_data(chosen, is_other_text=bool(flags & {"data", "validation_data"}))
-        first = first or source
+        results = []
         for run, reading in chosen:
-            result = runs.stored_evaluation(run.path, runs.evaluated_as(reading, reading.steps, source))
+            evaluated = runs.evaluated_as(reading, run.facts.get("data") or {})
+            results.append(None if is_other_text else runs.stored_evaluation(run.path, evaluated))
+        source = open_data(chosen, is_other_text=is_other_text) if None in results else bare(stored)
+        first = first or source
+        for (run, reading), result in zip(chosen, results, strict=True):
             if result is None:
                 say(f"evaluating {run.path}")
                 trained = open_trained(run, reading)
@@ -220,6 +240,11 @@ def rows_of(
             rows.append({"encoding": reading.encoding, "seed": reading.seed, "workdir": workdir} | result)
     assert first is not None  # there is at least one workdir
     return _distinct(_of_common_columns(rows, measure_in(rows))), first
+
+
+def bare(config: Config) -> Source:
+    """Returns the synthetic task of a configuration, or an empty source for a text."""
+    return open_source(config) if config.task not in ("lm", "mlm") else Source(0, config.seq_length)
 
 
 def stored_rows(config: Config, flags: Set[str]) -> tuple[list[dict[str, Any]], Source]:
@@ -235,8 +260,7 @@ def stored_rows(config: Config, flags: Set[str]) -> tuple[list[dict[str, Any]], 
             rows.append({"encoding": reading.encoding, "seed": reading.seed} | result)
     if not rows:
         raise ValueError(f"workdir must hold an evaluated run, got {config.workdir!r}; run posjax evaluate {config.workdir} first")
-    source = open_source(config) if config.task not in ("lm", "mlm") else Source(0, config.seq_length)
-    return rows, source
+    return rows, bare(config)
 
 
 def _of_common_columns(rows: list[dict[str, Any]], measure: str) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from posjax.files import DamagedFile, read_json, set_aside, write_atomically, wr
 from posjax.lab.config import Config
 from posjax.lab.source import Source
 from posjax.parallel.distributed import on_first_process
-from posjax.storage import check_bucket, move, run_path
+from posjax.storage import move, run_path
 from posjax.training.checkpoints import Checkpoints
 from posjax.training.schedule import num_decay_steps
 
@@ -112,10 +112,10 @@ def stored_runs(workdir: str | Path, default: Config | None = None) -> list[Stor
     workdir = run_path(workdir)
     if (workdir / "checkpoints").is_dir():
         return [_stored_run(workdir, default)]
-    found = [_stored_run(path.parent, default) for path in workdir.glob("*/seed-*/checkpoints")]
+    found = [_stored_run(path, default) for path in _folders(workdir, 2) if (path / "checkpoints").is_dir()]
     if not found:
         hint = f"neither {workdir / 'checkpoints'} nor {workdir / 'ENCODING' / 'seed-N' / 'checkpoints'} exists"
-        if next(workdir.glob("*/rows.json"), None):
+        if any((path / "rows.json").exists() for path in _folders(workdir, 1)):
             hint = "the runs of an ablation are not stored one by one; posjax plot shows their results"
         raise ValueError(
             f"workdir must hold checkpoints, which posjax train and posjax compare write, got {str(workdir)!r}: {hint}"
@@ -128,6 +128,14 @@ def stored_runs(workdir: str | Path, default: Config | None = None) -> list[Stor
         return (order.index(spec) if spec in order else len(order), spec, run.config.seed)
 
     return sorted(found, key=place)
+
+
+def _folders(path: Any, depth: int) -> list[Any]:
+    """Returns the folders at a depth below a folder."""
+    if not path.is_dir():
+        return []
+    inner = [entry for entry in path.iterdir() if entry.is_dir()]
+    return inner if depth == 1 else [folder for entry in inner for folder in _folders(entry, depth - 1)]
 
 
 def _stored_run(folder: Path, default: Config | None) -> StoredRun:
@@ -208,7 +216,6 @@ def check_workdir(config: Config, fixed: Iterable[str] = ()) -> None:
       ValueError: the workdir belongs to a run with another configuration; the message names the fields that differ.
     """
     workdir = run_path(config.workdir)
-    check_bucket(workdir)
     try:
         stored = read_config(workdir) if is_workdir(config.workdir) else None
     except DamagedFile:
@@ -356,7 +363,7 @@ def _first_step_that_differs(stored: Config, config: Config, workdir: Path) -> i
             f"{prefix}with decay={decay!r} every step depends on the number of steps; use another --workdir with "
             f"decay='constant' or 'wsd', which can be extended, {other}"
         )
-    steps = sorted(int(path.parent.name) for path in workdir.glob("checkpoints/*/manifest.json") if path.parent.name.isdecimal())
+    steps = Checkpoints(workdir / "checkpoints").steps()
     shared = min(stable)
     if not steps or steps[-1] <= min(shared, config.steps):
         return None

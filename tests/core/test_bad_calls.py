@@ -6,6 +6,7 @@ import bad_calls
 import jax
 import numpy as np
 import pytest
+import right_calls
 
 import posjax as pj
 from posjax.core.encoding import as_value
@@ -30,20 +31,20 @@ def test_a_thousand_more(seed):
 
 
 def test_every_call_is_right_before_it_is_changed():
-    for name, call in bad_calls.calls().items():
+    for name, call in right_calls.calls().items():
         if not name.startswith("sizes"):  # which draw arrays; the other test has them
             bad_calls.run(call, {argument: value for argument, (value, _) in call.arguments.items()})
         for argument, (value, domain) in call.arguments.items():
             if value is not None:
                 try:
                     domain(value)
-                except bad_calls.Refused:
+                except right_calls.Refused:
                     raise AssertionError(f"{name}: the domain of {argument} lacks {value!r}") from None
 
 
 def test_every_public_function_and_encoding_is_called():
     """The other public names hold arrays alone: what encodings return and what they are given."""
-    text = " ".join(bad_calls.calls())
+    text = " ".join(right_calls.calls())
     arrays = {"AttentionInputs", "Bias", "Cache", "PositionalEncoding", "Replace", "ScoreModifications", "Softmax", "Transport"}
     assert {name for name in pj.__all__ if name not in text} <= arrays | {"identity"}
 
@@ -80,17 +81,16 @@ def hoard(size):
     ],
 )
 def test_faults_are_found(function, expected, monkeypatch):
-    monkeypatch.setattr(bad_calls, "calls", lambda: {"call": bad_calls.Call(function, {"size": (1, bad_calls.integer(1))})})
+    call = right_calls.Call(function, {"size": (1, right_calls.integer(1))})
     monkeypatch.setattr(bad_calls, "MOST_BYTES", 10**7)
     peaks = iter((0, 80_000_000 if function is hoard else 0))
     monkeypatch.setattr(bad_calls, "_peak", lambda: next(peaks))
-    assert bad_calls.verdict(bad_calls.BadCall("call", "size", "= 0", {"size": 0})).startswith(expected)
+    assert bad_calls.verdict(bad_calls.BadCall("call", call, "size", "= 0", {"size": 0})).startswith(expected)
 
 
-def test_a_numpy_integer_that_means_something_else_is_found(monkeypatch):
-    call = bad_calls.Call(lambda size: isinstance(size, int), {"size": (1, bad_calls.integer(1))})
-    monkeypatch.setattr(bad_calls, "calls", lambda: {"call": call})
-    fault = bad_calls.verdict(bad_calls.BadCall("call", "size", "= np.int64(4)", {"size": np.int64(4)}))
+def test_a_numpy_integer_that_means_something_else_is_found():
+    call = right_calls.Call(lambda size: isinstance(size, int), {"size": (1, right_calls.integer(1))})
+    fault = bad_calls.verdict(bad_calls.BadCall("call", call, "size", "= np.int64(4)", {"size": np.int64(4)}))
     assert fault == "does not mean the same as 4"
 
 

@@ -68,8 +68,8 @@ def arrays(workdir, step):
     from orbax.checkpoint import v1 as ocp
 
     state = ocp.load_checkpointables(Path(workdir).absolute() / "checkpoints" / str(step))["state"]
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves if "key" not in jax.tree_util.keystr(path)}
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    return {name: np.asarray(leaf) for name, leaf in leaves.items() if name != "['key']"}  # of random numbers, constant in a run
 
 
 def assert_equal_arrays(ours, theirs):
@@ -149,7 +149,8 @@ def test_a_run_starts_from_the_parameters_of_another(run, monkeypatch):
     (state,) = states
     theirs = arrays("run", 4)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-        np.testing.assert_array_equal(leaf, theirs[f"['params']{jax.tree_util.keystr(path)}"])
+        name = f"['params']{jax.tree_util.keystr(path)}"
+        np.testing.assert_array_equal(leaf, theirs[name], err_msg=name)
     assert all(bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (state.params, state.ema)), strict=True))
     assert int(state.step) == 0 and not any(np.any(x) for x in jax.tree.leaves(state.opt_state) if x.ndim)
     assert read_config(Path("from")).init_from == "run"

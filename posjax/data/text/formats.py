@@ -10,11 +10,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from posjax.checks import near, require
-from posjax.data.files import shown, unreadable
+from posjax.data.files import describe, shown, unreadable
 from posjax.data.text import binary, streams
 from posjax.data.text.splits import Part
+from posjax.storage import is_bucket
 
 _HEAD = 4096  # bytes that a format is known by
 _BATCH_ROWS = 64  # rows of Parquet and ArrayRecord that are decoded at once
@@ -127,10 +129,7 @@ def _text_range(path: Path, codec: str | None, part: Part) -> tuple[int, int | N
     """Returns the first byte of a part of a text file, and the byte behind its last; None is the end of the file."""
     if part == "all":
         return 0, None
-    try:
-        size = path.stat().st_size if codec is None else sum(map(len, streams.blocks(path, codec)))
-    except OSError as error:
-        raise unreadable(error, path) from error
+    size = describe(path, path.name).size if codec is None else sum(map(len, streams.blocks(path, codec)))
     border = max(1, size * 9 // 10)
     place = border - 1  # of a border at the beginning of a line, where it may stay
     for chunk in streams.blocks(path, codec, place):
@@ -209,7 +208,8 @@ def _parquet(path: Path, kind: Kind, text_key: str):
     _check_column(path, schema, text_key)
 
     def read(start: int, end: int | None) -> Iterator[bytes]:
-        with _arrow_errors(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=streams.BLOCK) as file:
+        settings = dict(pre_buffer=False, buffer_size=streams.BLOCK)
+        with _arrow_errors(path), _opened(path) as opened, pq.ParquetFile(opened, **settings) as file:
             first = 0
             for group, size in enumerate(sizes):
                 if first + size > start and (end is None or first < end):
@@ -226,9 +226,12 @@ def _arrow(path: Path, kind: Kind, text_key: str):
     require(f"reading {shown(path)}", "pyarrow")
     import pyarrow as pa
 
+    def mapped_or_read(opened: Any) -> Any:
+        return pa.memory_map(opened) if isinstance(opened, str) else pa.PythonFile(opened)
+
     @contextlib.contextmanager
     def batches() -> Iterator[tuple[object, Iterable]]:
-        with _arrow_errors(path), pa.memory_map(str(path)) as mapped:
+        with _arrow_errors(path), _opened(path) as opened, mapped_or_read(opened) as mapped:
             if mapped.read(6) == b"ARROW1":
                 file = pa.ipc.open_file(mapped)
                 yield file.schema, (file.get_batch(i) for i in range(file.num_record_batches))
@@ -252,6 +255,11 @@ def _arrow(path: Path, kind: Kind, text_key: str):
                 place += batch.num_rows
 
     return count, read
+
+
+def _opened(path: Any) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context with what pyarrow opens: the path of a file on a disk, or an open file in a bucket."""
+    return path.open("rb") if is_bucket(path) else contextlib.nullcontext(str(path))
 
 
 def _check_column(path: Path, schema, text_key: str) -> None:
@@ -294,6 +302,8 @@ def _arrow_errors(path: Path) -> Iterator[None]:
 
 def _array_record(path: Path, kind: Kind, text_key: str):
     require(f"reading {shown(path)}", "array_record")
+    if is_bucket(path):
+        raise ValueError(f"source must be on a disk if it is ArrayRecord, got {shown(path)}; copy it")
     from array_record.python.array_record_module import ArrayRecordReader
 
     @contextlib.contextmanager

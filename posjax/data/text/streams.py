@@ -11,6 +11,7 @@ from pathlib import Path
 
 from posjax.checks import require
 from posjax.data.files import shown, unreadable
+from posjax.storage import is_bucket, with_retries
 
 BLOCK = 2**20  # bytes read at once
 PIECE = 2**24  # most bytes of a piece of a document
@@ -38,7 +39,7 @@ def blocks(path: Path, codec: str | None = None, start: int = 0, end: int | None
     """
     try:
         with contextlib.ExitStack() as stack:
-            file = stack.enter_context(path.open("rb"))
+            file = stack.enter_context(with_retries(path.open, "rb") if is_bucket(path) else path.open("rb"))
             if codec is None:
                 file.seek(start)
                 chunks, place = iter(lambda: file.read(BLOCK), b""), start
@@ -60,6 +61,10 @@ def blocks(path: Path, codec: str | None = None, start: int = 0, end: int | None
         if codec == "bzip2" and error.errno is None:
             raise damaged(path, f"its bzip2 data cannot be decompressed: {error}") from error
         raise unreadable(error, path) from error
+    except Exception as error:
+        if is_bucket(path) and not isinstance(error, ValueError):  # each file system of a bucket raises its own
+            raise unreadable(error, path) from error
+        raise
 
 
 def damaged(path: Path, why: str) -> ValueError:
