@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from posjax.checks import near
+from posjax.checks import checked, near
 from posjax.data import cache
 from posjax.data.files import shown
 from posjax.data.pretokenized import TokenFiles, open_tokens, scan
@@ -137,18 +137,19 @@ class Mixture(Vocabulary):
         return (*lines, *(f"{shown(part.source)}: {note}" for part in self.parts for note in part.notes))
 
 
+@checked()
 def load_corpus(
-    source: str = "stdlib",
+    source: str | os.PathLike = "stdlib",
     split: str = "train",
     *,
     tokenizer: str = BYTES,
     vocab_size: int | None = None,
-    data_dir: str | Path | None = None,
-    validation_data: str = "",
+    data_dir: str | os.PathLike | None = None,
+    validation_data: str | os.PathLike = "",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     text_key: str = "text",
-    workdir: str | Path | None = None,
+    workdir: str | os.PathLike | None = None,
 ) -> Corpus | Mixture:
     """Loads a corpus from the cache, building it first if necessary.
 
@@ -179,6 +180,8 @@ def load_corpus(
       ImportError: a package that this source or tokenizer needs is not installed.
     """
     check_tokenizer(tokenizer)
+    if not text_key:
+        raise ValueError("text_key must be the name of a key or column, got ''")
     chosen_dir = data_dir or os.environ.get("POSJAX_DATA_DIR")
     folder = _cache_folder(data_dir)
     tokenizer_path = cached_tokenizer(tokenizer, folder / TOKENIZERS) if tokenizer not in KINDS else None
@@ -271,6 +274,7 @@ def _number(text: str) -> float | None:
         return None
 
 
+@checked(length=dict(least=1), count=dict(least=1))
 def excerpts(corpus: Corpus | Mixture, length: int, count: int) -> Corpus:
     """Selects up to ``count`` excerpts of ``length`` tokens, spread evenly over a corpus, each within one document.
 

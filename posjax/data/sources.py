@@ -7,6 +7,7 @@ import contextlib
 import io
 import itertools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -183,16 +184,42 @@ def _prepare(make_builder, progress):
     """Prepares a TFDS data set unless it is already prepared, and returns its builder.
 
     TFDS builds in a temporary folder and renames it. If another process finishes first, its result is used.
+
+    Raises:
+      ConnectionError: the data set cannot be downloaded.
     """
     builder = make_builder()
     try:
-        with contextlib.redirect_stdout(progress), contextlib.redirect_stderr(progress):
+        with contextlib.redirect_stdout(progress), contextlib.redirect_stderr(progress), _first_retry_only():
             builder.download_and_prepare()
-    except Exception:
+    except Exception as error:
         builder = make_builder()
-        if not builder.data_path.exists():
-            raise
+        if builder.data_path.exists():
+            return builder
+        if isinstance(error, OSError) and type(error).__module__.startswith(("requests", "urllib")):
+            reason = str(error).split("(Caused by ")[-1].removesuffix(")")
+            raise ConnectionError(
+                f"the data set {builder.info.full_name} cannot be downloaded: {reason}; check the network and rerun the command, "
+                f"or copy a prepared data set to {builder.data_path}"
+            ) from error
+        raise
     return builder
+
+
+@contextlib.contextmanager
+def _first_retry_only() -> Iterator[None]:
+    """Lets through the first of the warnings with which urllib3 repeats a request for minutes."""
+    logger, seen = logging.getLogger("urllib3.connectionpool"), []
+
+    def is_first(record: logging.LogRecord) -> bool:
+        seen.append(record)
+        return len(seen) == 1
+
+    logger.addFilter(is_first)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_first)
 
 
 def _open_stdlib(cache: Path, role: Role) -> Text:
