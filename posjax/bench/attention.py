@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -381,9 +382,24 @@ def versions() -> dict[str, str]:
     return packages
 
 
+def _lines(seconds: float = 15.0) -> Callable[[str, int, int], None]:
+    """Returns a function that prints progress as lines: the first, the last, and one every 15 seconds."""
+    printed = [-math.inf]
+
+    def show(text: str, done: int, total: int) -> None:
+        if done == total or time.monotonic() - printed[0] >= seconds:
+            print(f"{text}: {done} of {total}", flush=True)
+            printed[0] = time.monotonic()
+
+    return show
+
+
 @contextlib.contextmanager
 def show_progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Shows progress on one line of the terminal; yields a function of (description, done, total)."""
+    """Shows progress on one line of the terminal, else as lines; yields a function of (description, done, total)."""
+    if not quiet and not sys.stdout.isatty():
+        yield _lines()
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())

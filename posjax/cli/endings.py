@@ -112,9 +112,7 @@ def _end_at_second_interrupt() -> None:
     def end_after(seconds: float) -> None:
         time.sleep(seconds)
         with contextlib.suppress(OSError):
-            os.write(
-                2, b"posjax: interrupted again; ended without saving. Rerun the command to resume from the newest checkpoint\n"
-            )
+            os.write(2, b"posjax: interrupted again and ended; rerun the command to resume from the newest checkpoint\n")
         os._exit(130)
 
     def watch() -> None:

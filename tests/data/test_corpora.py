@@ -1,5 +1,6 @@
 """Corpora and pipelines against the files on disk and naive loops over the same text."""
 
+import io
 import itertools
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -303,6 +305,9 @@ def test_tfds_beside_validation_data(tfds_package, tmp_path):
     assert read("tfds:posjax_demo_train", validation_data=path) == {"train": 40, "validation": 1}
     assert read(path, validation_data="tfds:posjax_demo_train") == {"train": 1, "validation": 40}
     assert read(path, validation_data="tfds:posjax_demo_three") == {"train": 1, "validation": 40}
+    for name in ("stdlib", "tfds:posjax_demo_three"):
+        with pytest.raises(ValueError, match=f"validation_data must be another source than '{name}'"):
+            load_corpus(name, data_dir=tmp_path / "data", validation_data=name)
 
 
 # tokens
@@ -574,3 +579,22 @@ def test_data_dir_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("POSJAX_DATA_DIR", str(tmp_path / "cache"))
     load_corpus(write(tmp_path, {"a.txt": "some text"}) / "a.txt")
     assert list((tmp_path / "cache" / "corpora").iterdir())
+
+
+def test_a_data_set_that_cannot_be_downloaded(tmp_path):
+    """TFDS raises the errors of requests, whose texts are long; a network that is down is not wrong usage."""
+    import requests
+
+    from posjax.data import sources
+
+    class Builder:
+        data_path, info = tmp_path / "absent", types.SimpleNamespace(full_name="lm1b/1.1.0")
+
+        def download_and_prepare(self):
+            raise requests.exceptions.ConnectionError(
+                "HTTPConnectionPool: Max retries exceeded (Caused by NameResolutionError('x'))"
+            )
+
+    words = r"^the data set lm1b/1.1.0 cannot be downloaded: NameResolutionError\('x'\); check the network .* or copy .*absent$"
+    with pytest.raises(ConnectionError, match=words):
+        sources._prepare(Builder, io.StringIO())

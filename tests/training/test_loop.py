@@ -20,7 +20,7 @@ import pytest
 from posjax.parallel.mesh import make_mesh
 from posjax.parallel.steps import jit_train_step, pmap_train_step
 from posjax.training import loop
-from posjax.training.checkpoints import CheckpointError, Checkpoints
+from posjax.training.checkpoints import CheckpointError, Checkpoints, SaveError
 from posjax.training.loop import NonFiniteLoss, fit
 from posjax.training.optimizer import make_optimizer
 from posjax.training.schedule import learning_rate_schedule
@@ -194,9 +194,11 @@ def test_evaluation_shares_the_line_of_its_step(tmp_path):
     assert lines(tmp_path)[-1]["evaluation/error"] is None  # strict JSON has no NaN
 
 
-@pytest.mark.parametrize("batches", [Batches, Replayed])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, capsys, straight, batches, number):
+@pytest.mark.parametrize(
+    ("number", "batches"),
+    [(signal.SIGINT, Batches), (signal.SIGTERM, Replayed), (signal.SIGHUP, Batches), (signal.SIGUSR1, Batches)],
+)
+def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, capsys, straight, number, batches):
     before = signal.getsignal(number)
 
     def hook(at):
@@ -206,7 +208,7 @@ def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, capsys, straight, bat
     words = rf"{signal.Signals(number).name} at step 17; .* saved at step 17(.|\n)*posjax train again"
     with pytest.raises(Interrupted, match=words) as stopped:
         run(tmp_path, batches(hook=hook))
-    assert stopped.value.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 75}[number]
+    assert stopped.value.exit_code == (130 if number == signal.SIGINT else 75)
     assert "posjax train again" in capsys.readouterr().out
     assert signal.getsignal(number) is before
     assert Checkpoints(tmp_path / "checkpoints").steps() == [10, 17]
@@ -225,6 +227,83 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Batches(hook=hook))
     assert Checkpoints(tmp_path / "checkpoints").steps() == [10]
+
+
+def test_nohup_keeps_its_meaning(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run(tmp_path, Batches(hook=lambda at: os.kill(os.getpid(), signal.SIGHUP)), steps=3, quiet=True)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_interrupt_while_saving_leaves_what_is_being_written(tmp_path, monkeypatch):
+    """The second Ctrl-C comes while the loop waits for the disk: it ends at once, and what the threads finish is a checkpoint."""
+    commit = Checkpoints._commit
+
+    def slow(*args):
+        if args[1].name != "10":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+        commit(*args)
+
+    monkeypatch.setattr(Checkpoints, "_commit", slow)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Batches(hook=lambda at: at == 12 and os.kill(os.getpid(), signal.SIGINT)), quiet=True)
+    assert time.monotonic() - began < 10
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.steps() == [10, 12] and checkpoints.newest_good() == 12
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, straight):
+    commit = Checkpoints._commit
+
+    def full(self, written, *args):
+        if written.name in failing:
+            raise OSError(28, "No space left on device")
+        commit(self, written, *args)
+
+    monkeypatch.setattr(Checkpoints, "_commit", full)
+    failing = {"20", "30"}
+    with pytest.warns(UserWarning, match="could not be saved at step 20: No space left on device; training goes on"):
+        assert_same_run(run(tmp_path / "a"), tmp_path / "a", straight)
+    assert Checkpoints(tmp_path / "a" / "checkpoints").steps() == [10, 40]
+    failing = {"40"}
+    words = r"b could not be saved at step 40: No space left on device\. .*b is saved at step 30\. To resume, run:\n  posjax train"
+    with pytest.raises(SaveError, match=words):
+        run(tmp_path / "b")
+    failing = set()
+    assert_same_run(run(tmp_path / "b"), tmp_path / "b", straight)
+
+
+def test_when_checkpoints_are_saved_and_kept(tmp_path, monkeypatch):
+    def evaluate(state):
+        return {"loss": abs(int(state.step) - 12.0)}  # lowest at steps 8, 12 and 16
+
+    options = dict(steps=25, checkpoint_every=5, keep_last=1, quiet=True)
+    run(tmp_path / "a", evaluate=evaluate, evaluate_every=4, keep_best=2, keep_every=10, keep_steps={3}, **options)
+    assert Checkpoints(tmp_path / "a" / "checkpoints").steps() == [3, 10, 12, 16, 20, 25]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    now = [0.0]
+
+    def hook(at):
+        now[0] = 10.0 * at  # ten seconds a step: a minute is over at step 6, and again at 16, but logs are at 10 and 20
+
+    run(
+        tmp_path / "b",
+        Batches(hook=hook),
+        **options | {"checkpoint_every": None, "checkpoint_minutes": 1, "keep_last": 9, "log_every": 10},
+    )
+    assert Checkpoints(tmp_path / "b" / "checkpoints").steps() == [10, 20, 25]
+
+
+def test_what_a_run_prints_first(tmp_path, capsys):
+    run(tmp_path, steps=5)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "compiling the training step"
+    assert re.fullmatch(r"compiled in \d+\.\d s; peak memory \d+\.\d\d GiB", out[1])
 
 
 def test_fit_works_in_another_thread(tmp_path):
