@@ -389,6 +389,7 @@ def _keep_aside(stored: Config, config: Config, workdir: Path) -> None:
     for name in (FACTS, TOKENIZER, "metrics.jsonl", "evaluation.json"):
         if (workdir / name).exists():
             write_atomically(aside / name, (workdir / name).read_bytes())
+    (workdir / "evaluation.json").unlink(missing_ok=True)
     for path in sorted((workdir / "checkpoints").iterdir()):
         if path.name.isdecimal() and int(path.name) > last:
             move(path, aside / "checkpoints" / path.name)
