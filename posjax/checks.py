@@ -15,7 +15,8 @@ A check goes by the annotation of an argument and by bounds:
 A bool is not a number, and neither is a string such as "3". NumPy scalars are converted to Python scalars. An annotation with any
 other part is not checked, so that user-defined classes may have fields of any type.
 
-``check`` checks one argument, and ``check_fields`` the fields of a dataclass, whose bounds are in their metadata (``bounded``).
+``check`` checks one argument, ``checked`` all arguments of a function, and ``check_fields`` the fields of a dataclass, whose bounds
+are in their metadata (``bounded``).
 """
 
 import contextlib
@@ -23,12 +24,13 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import inspect
 import math
 import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +39,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+_F = typing.TypeVar("_F", bound=Callable[..., Any])
 Number = int | float
 INT32 = 2**31 - 1  # the largest integer in arrays of positions and ids, and the default limit of integers
 _TINIEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -118,6 +121,37 @@ def check(name: str, value: Any, annotation: Any, **bounds: Any) -> Any:
       ValueError: the value has another type or is out of bounds; the message names the argument.
     """
     return _checked(name, value, _kinds(annotation) or (), Bounds(**bounds))
+
+
+def checked(**bounds: Mapping[str, Any]) -> Callable[[_F], _F]:
+    """Returns a decorator that checks the arguments of a function by their annotations, classes included.
+
+    Args:
+      **bounds: ``Bounds`` of arguments, e.g. ``length=dict(least=1)``.
+
+    The decorated function raises ValueError, with the name of the argument, if a value has another type or is out of bounds.
+    """
+
+    def decorate(function: _F) -> _F:
+        signature = inspect.signature(function)
+
+        @functools.cache  # not at once: an annotation may name a class that is defined later
+        def checks() -> dict[str, tuple[tuple[Any, ...], Bounds]]:
+            hints = typing.get_type_hints(function)
+            kinds = {name: _kinds(hints[name], classes=True) for name in signature.parameters if name in hints}
+            return {name: (kind, Bounds(**bounds.get(name, {}))) for name, kind in kinds.items() if kind}
+
+        @functools.wraps(function)
+        def call(*args: Any, **keywords: Any) -> Any:
+            bound = signature.bind(*args, **keywords)
+            for name, value in bound.arguments.items():
+                if name in checks():
+                    bound.arguments[name] = _checked(name, value, *checks()[name])
+            return function(*bound.args, **bound.kwargs)
+
+        return typing.cast(_F, call)
+
+    return decorate
 
 
 def check_at_least(name: str, value: Any, least: int, most: int = INT32) -> int:
@@ -263,20 +297,24 @@ def _checks_of(cls: type) -> tuple[tuple[str, tuple[Any, ...], Bounds], ...]:
     return tuple((field.name, kinds, field.metadata.get("bounds", Bounds())) for field, kinds in fields if kinds)
 
 
-def _kinds(annotation: Any) -> tuple[Any, ...] | None:
-    """Returns the kinds of an annotation: bases, ("one of", values) and ("many", kinds); None if any part is something else."""
+def _kinds(annotation: Any, classes: bool = False) -> tuple[Any, ...] | None:
+    """Returns the kinds of an annotation: bases, ("one of", values) and ("many", kinds); None if any part is something else.
+
+    With ``classes``, a class is a kind, too, and a sequence stands for a tuple or list.
+    """
     annotation = types.NoneType if annotation is None else annotation
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if found := [base for base in _BASES if annotation is base or origin is base]:
         return tuple(found)
     if origin is Literal:
         return (("one of", args),)
-    if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
-        kinds = _kinds(args[0])
+    if (origin is tuple and len(args) == 2 and args[1] is Ellipsis) or (classes and origin is Sequence):
+        kinds = _kinds(args[0], classes)
         return None if kinds is None else (("many", kinds),)
     if origin not in (typing.Union, types.UnionType):
-        return None
-    parts = [_kinds(arg) for arg in args]
+        cls = origin or annotation
+        return (cls,) if classes and isinstance(cls, type) and cls not in (object, Any) else None
+    parts = [_kinds(arg, classes) for arg in args]
     return None if None in parts else tuple(kind for part in parts for kind in part)
 
 
@@ -362,7 +400,8 @@ def _nouns(kind: Any, bounds: Bounds) -> list[str]:
     if kind is jax.Array:
         return [_ARRAYS[bounds.rank is None]]
     if kind is not float:
-        return [{bool: "True or False", str: "a string", Callable: "a function"}.get(kind, "None")]
+        words = {bool: "True or False", str: "a string", Callable: "a function", types.NoneType: "None", os.PathLike: "a path"}
+        return [words.get(kind) or f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"]
     verb, _, rest = ("be", "", "a finite number") if bounds.what else bounds.of_float().partition(" ")
     if verb == "lie":
         return [f"a number {rest}"]

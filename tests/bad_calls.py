@@ -145,7 +145,13 @@ OF_ARRAYS: dict[str, Callable[[Any], Any]] = {
 
 
 # What a message may name instead: arguments that no longer go with the one that is changed.
-GO_WITH = {"encoding": ("is_causal", "params", "bias"), "tokens": ("positions", "segment_ids")}
+GO_WITH = {
+    "encoding": ("is_causal", "params", "bias"),
+    "tokens": ("positions", "segment_ids"),
+    "spec": ("encoding",),
+    "text": ("mesh", "sweep"),
+    "path": ("config",),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posjax.checks import printable
+from posjax.storage import run_path
 
 
 def fail(message: str, code: int = 1, leave: Callable[[int], None] = sys.exit) -> None:
@@ -101,12 +102,19 @@ def _warmup_steps(config, flags: Sequence[str]) -> int:
     """Returns the warmup of a config, shortened in proportion if ``--steps`` is set below it.
 
     This makes ``posjax compare quickstart --steps 20`` a quick try of any config. An explicit ``--warmup_steps`` is not changed.
+    A run whose warmup was shortened like this keeps it when it is given more steps.
     """
+    from posjax.lab.workdir import is_workdir, read_config
+
+    def shortened(steps: int) -> int:
+        return config.warmup_steps if steps >= config.warmup_steps else config.warmup_steps * steps // config.steps
+
     values = dict(itertools.pairwise(flags)) | dict(flag.split("=", 1) for flag in flags if "=" in flag)
-    steps = values.get("--steps", "")
-    if not steps.isdecimal() or int(steps) >= config.warmup_steps:
-        return config.warmup_steps
-    return config.warmup_steps * int(steps) // config.steps
+    steps, workdir = values.get("--steps", ""), values.get("--workdir", config.workdir)
+    with contextlib.suppress(ValueError, OSError):  # reported when the workdir is opened
+        if is_workdir(workdir) and (stored := read_config(run_path(workdir))).warmup_steps == shortened(stored.steps):
+            return stored.warmup_steps if not steps.isdecimal() or int(steps) >= stored.warmup_steps else shortened(int(steps))
+    return shortened(int(steps)) if steps.isdecimal() else config.warmup_steps
 
 
 def given(args: Sequence[str]) -> set[str]:
@@ -169,13 +177,14 @@ def print_data(source, say: Callable[[str], None]) -> None:
         say("\n".join(source.summary))
 
 
-def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str], None]) -> None:
+def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str], None], others: Sequence[Any] = ()) -> None:
     """Prints the results of runs and writes them to a folder, in the first process.
 
     Args:
       rows, config, source: the results, and the configuration and data that they come from.
       workdir: the folder; None: nothing is written.
       say: prints a line.
+      others: configurations of further runs among the rows.
 
     Raises:
       NonFiniteLoss: a loss is not finite. The results have been written.
@@ -191,7 +200,7 @@ def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str],
 
     measure = measure_in(rows)
     label = MEASURES[measure]
-    heading = heading_of(config, source, label) + ("." if source.task is None else "")
+    heading = heading_of(config, source, label, others) + ("." if source.task is None else "")
     written = []
     if workdir is not None:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -210,12 +219,17 @@ def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str],
             )
 
 
-def heading_of(config, source, label: str) -> str:
-    """Returns the heading of a table of results."""
+def heading_of(config, source, label: str, others: Sequence[Any] = ()) -> str:
+    """Returns the heading of a table of results of a configuration, and of other ones that differ in their sizes."""
     from posjax.data.corpus import unigram_bits, unigram_bits_per_byte
 
-    length = config.seq_length if source.task is None else source.task.length
-    heading = f"{label}, trained on {length} tokens, {config.steps:,} steps of {config.batch_size} sequences"
+    def sizes(of: Callable[[Any], int]) -> str:
+        each = sorted({of(one) for one in (config, *others)})
+        return f"{each[0]:,}" if len(each) == 1 else f"{each[0]:,} to {each[-1]:,}"
+
+    length = sizes(lambda one: one.seq_length) if source.task is None else source.task.length
+    steps, rows = sizes(lambda one: one.steps), sizes(lambda one: one.batch_size)
+    heading = f"{label}, trained on {length} tokens, {steps} steps of {rows} sequences"
     if config.task == "lm" and source.validation is not None:
         per_byte = source.validation.num_bytes is not None
         entropy = unigram_bits_per_byte(source.validation) if per_byte else unigram_bits(source.validation)

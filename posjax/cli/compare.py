@@ -60,5 +60,5 @@ def _compare_trained(folders: Sequence[str], options: Comparison, config: Any, f
     from posjax.lab.trained import rows_of
 
     say = printer()
-    rows, source = rows_of(folders, config, flags, say)
-    report_rows(rows, config, source, run_path(options.out or "runs/comparison"), say)
+    rows, source, configs = rows_of(folders, config, flags, say)
+    report_rows(rows, configs[0], source, run_path(options.out or "runs/comparison"), say, configs[1:])

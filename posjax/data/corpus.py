@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from posjax.checks import near
+from posjax.checks import checked, near
 from posjax.data import cache
 from posjax.data.files import shown
 from posjax.data.pretokenized import TokenFiles, open_tokens, scan
-from posjax.data.sources import CORPORA, TOKENIZERS, Text, open_source
+from posjax.data.sources import CORPORA, TOKENIZERS, Text, check_consistent, open_source
 from posjax.data.tokenizers import (
     BPE,
     BYTES,
@@ -137,18 +137,19 @@ class Mixture(Vocabulary):
         return (*lines, *(f"{shown(part.source)}: {note}" for part in self.parts for note in part.notes))
 
 
+@checked()
 def load_corpus(
-    source: str = "stdlib",
+    source: str | os.PathLike = "stdlib",
     split: str = "train",
     *,
     tokenizer: str = BYTES,
     vocab_size: int | None = None,
-    data_dir: str | Path | None = None,
-    validation_data: str = "",
+    data_dir: str | os.PathLike | None = None,
+    validation_data: str | os.PathLike = "",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     text_key: str = "text",
-    workdir: str | Path | None = None,
+    workdir: str | os.PathLike | None = None,
 ) -> Corpus | Mixture:
     """Loads a corpus from the cache, building it first if necessary.
 
@@ -157,10 +158,10 @@ def load_corpus(
         held out for validation. "tfds:NAME", "tfds:NAME/CONFIG" or "tfds:NAME:FEATURE" is a text data set of TFDS; if it
         has no validation split, the last tenth of train is held out and removed from train. Several sources with weights,
         "a:0.7,b:0.3", are a mixture (`parse_mixture`). A .npy or .bin file of token ids, or a folder with train.bin and val.bin,
-        is a corpus of tokens (`posjax.data.pretokenized`). Any other string is the path
-        of a folder of UTF-8 text files, with one file in ten held out (hidden files and caches are ignored), or of one
-        file, with its last tenth held out.
-      split: "train" or "validation"; for "tfds:" any split of TFDS, such as "test" or "train[:1%]".
+        is a corpus of tokens (`posjax.data.pretokenized`). Any other string is the path of a file or folder, also in a bucket, of
+        text, JSONL, Parquet, Arrow or ArrayRecord (`posjax.data.text.formats`). Files named after splits are these splits; without
+        any, about a tenth of the text is held out (`posjax.data.text.splits`).
+      split: "train" or "validation"; "test" for files of this name; for "tfds:" any split of TFDS, such as "test" or "train[:1%]".
       tokenizer: "bytes" (ids 0 to 255), "bpe", a byte-level BPE trained on the train split, or the path of a tokenizer.json or a
         .gguf file. For a corpus of tokens: the file of the tokenizer that they were made with, or "bytes" if it is not known.
       vocab_size: for "bpe", V including the two special ids; at least 259, by default 8192. For a small text the BPE
@@ -179,6 +180,8 @@ def load_corpus(
       ImportError: a package that this source or tokenizer needs is not installed.
     """
     check_tokenizer(tokenizer)
+    if not text_key:
+        raise ValueError("text_key must be the name of a key or column, got ''")
     chosen_dir = data_dir or os.environ.get("POSJAX_DATA_DIR")
     folder = _cache_folder(data_dir)
     tokenizer_path = cached_tokenizer(tokenizer, folder / TOKENIZERS) if tokenizer not in KINDS else None
@@ -189,6 +192,7 @@ def load_corpus(
         if not one.has_split(split):
             raise ValueError(f"split must be one of {', '.join(one.splits)}, got {split!r}{near(split, one.splits)}")
     texts = [one for one in opened if isinstance(one, Text)]
+    check_consistent(texts)
     if len(texts) < len(opened):
         _check_tokens(tokenizer, dict(zip(weights, opened, strict=True)))
     else:
@@ -270,6 +274,7 @@ def _number(text: str) -> float | None:
         return None
 
 
+@checked(length=dict(least=1), count=dict(least=1))
 def excerpts(corpus: Corpus | Mixture, length: int, count: int) -> Corpus:
     """Selects up to ``count`` excerpts of ``length`` tokens, spread evenly over a corpus, each within one document.
 

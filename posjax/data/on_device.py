@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from posjax.checks import checked
 from posjax.data.corpus import Corpus, Mixture
 from posjax.data.pipeline import HIDDEN_SHARE, MASKED_SHARE, REPLACED_SHARE, count_rows
 from posjax.typing import Array
@@ -19,6 +20,7 @@ Data = dict[str, np.ndarray]
 Draw = Callable[[dict[str, Array], Array], dict[str, Array]]
 
 
+@checked(length=dict(least=1), batch_size=dict(least=1))
 def on_device(corpus: Corpus | Mixture, *, length: int, batch_size: int, masked: bool = False) -> tuple[Data, Draw]:
     """Prepares a corpus for sampling batches on the device.
 

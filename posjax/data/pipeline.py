@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from posjax.checks import check, require
+from posjax.checks import checked, require
 from posjax.data.corpus import Corpus, Mixture
 
 MASKED_SHARE = 0.15  # as in BERT: 15 % of the tokens are predicted; 80 % of these are masked, 10 % replaced, 10 % kept
@@ -23,6 +23,12 @@ HIDDEN_SHARE = 0.8
 REPLACED_SHARE = 0.1
 
 
+@checked(
+    length=dict(least=1, what="be at least 1"),
+    batch_size=dict(least=1, what="be at least 1"),
+    process_count=dict(least=1, what="be at least 1"),
+    seed=dict(least=0, most=2**32 - 1, what="be from 0 to 2^32 - 1"),
+)
 def batches(
     corpus: Corpus | Mixture,
     *,
@@ -69,15 +75,12 @@ def batches(
       ValueError: an argument is out of range, or length exceeds the length of the corpus.
       ImportError: grain is not installed.
     """
-    for name, value in (("length", length), ("batch_size", batch_size), ("process_count", process_count)):
-        check(name, value, int, least=1, what="be at least 1")
     if masked and length < 2:
         raise ValueError(f"length must be at least 2 with masked=True ([CLS] and a token), got {length}")
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index must lie in [0, process_count={process_count}), got {process_index}")
     if batch_size % process_count:
         raise ValueError(f"batch_size must be a multiple of process_count ({process_count}), got {batch_size}")
-    check("seed", seed, int, least=0, most=2**32 - 1, what="be from 0 to 2^32 - 1")
     require("a pipeline of batches", "grain")
     import grain
 
@@ -208,7 +211,8 @@ class _MaskedRows:
         return _fill_up(row, self.length)
 
 
-def count_rows(corpus: Corpus, length: int, *, masked: bool = False) -> int:
+@checked(length=dict(least=1))
+def count_rows(corpus: Corpus | Mixture, length: int, *, masked: bool = False) -> int:
     """Returns the number of full rows of ``length`` tokens in a corpus.
 
     Raises:

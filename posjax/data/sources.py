@@ -5,6 +5,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -115,6 +116,8 @@ def open_source(
     validation = _open(validation_data, cache, tfds_dir, replace(reading, role="validation", argument="validation_data"))
     taken = frozenset(file.id for file in validation.files) if isinstance(validation, _Files) else frozenset()
     train = _open(source, cache, tfds_dir, replace(reading, role="train", taken=taken))
+    if train.key == validation.key:  # stdlib or a data set of TFDS
+        raise ValueError(f"validation_data must be another source than {source!r}, or empty to hold out a part of it")
 
     def documents(split: str) -> Iterator[Iterable[bytes]]:
         return (validation if split == "validation" else train).documents(split)
@@ -289,7 +292,24 @@ def _text_feature(tfds, builder, feature: str, source: str) -> str:
 
 @dataclass(frozen=True)
 class _Files(Text):
-    files: tuple[File, ...] = ()  # of the split "validation", if the source was opened for it alone
+    files: tuple[File, ...] = ()  # those that are read in some split
+    parts: frozenset[tuple[tuple[Any, ...], str, str]] = frozenset()  # id of a file, split, and part of the file in this split
+
+
+def check_consistent(texts: Sequence[Text]) -> None:
+    """Checks that no file has one split in one source and another split in another, so that a mixture trains on no validation text.
+
+    Raises:
+      ValueError: a file has; the message names it.
+    """
+    for one, other in itertools.combinations([text for text in texts if isinstance(text, _Files)], 2):
+        paths = {file.id: file.path for file in (*other.files, *one.files)}
+        both = {part[0] for part in one.parts} & {part[0] for part in other.parts}
+        if differ := sorted({paths[part[0]] for part in one.parts ^ other.parts if part[0] in both}):
+            raise ValueError(
+                f"the sources of a mixture must agree on which text is for validation, but {listed(differ)} would be split in two "
+                "ways; leave it out of one of them, or pass validation_data"
+            )
 
 
 def _open_folder(folder: Path, reading: Reading) -> Text:
@@ -335,6 +355,7 @@ def _open_files(folder: Path, files: list[File], name: str, reading: Reading) ->
     if reading.role == "both" and not splits.parts["train"]:
         why = f"but all files of {path!r} are named after other splits: {'; '.join(splits.notes)}"
         raise ValueError(f"{reading.argument} must contain training text, {why}")
+    ids = {file.path: file.id for file in files}
     used = {path for parts in splits.parts.values() for path, _ in parts}
 
     def documents(split: str) -> Iterator[Iterable[bytes]]:
@@ -350,6 +371,7 @@ def _open_files(folder: Path, files: list[File], name: str, reading: Reading) ->
         tuple(split for split in (*SPLITS, "test") if split in splits.parts),
         (*splits.notes, *notes),
         tuple(file for file in files if file.path in used),
+        frozenset((ids[path], split, part) for split, parts in splits.parts.items() for path, part in parts),
     )
 
 

@@ -10,13 +10,14 @@ training run can be one compiled program that includes its data. Nothing is writ
 B is the batch size and T `task.length`.
 """
 
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from posjax.checks import check, check_at_least
 
 MAX_VALUE = 10  # counting: the largest value that a variable may take
 MIN_OPERATIONS = 3  # counting: the shortest program
@@ -75,18 +76,6 @@ class Task:
         return " ".join(self.words[token] for token in tokens if token != self.pad_token)
 
 
-def _check_integer(name: str, value: int, minimum: int, maximum: int | None = None) -> None:
-    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_integer or value < minimum or (maximum is not None and value > maximum):
-        limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        raise ValueError(f"{name} must be an integer {limits}, got {value!r}")
-
-
-def _check_number(name: str, value: float, wanted: str, holds: Callable[[float], bool]) -> None:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not holds(value):
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
-
-
 def _predict_next(tokens: jax.Array, answered: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (tokens, targets, weights) for strings [B, T]; `answered` [B, T] marks positions whose next token is an answer."""
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))  # the last token has no target: its weight is 0
@@ -124,10 +113,10 @@ def flip_flop(length: int = 512, ignore_probability: float = 0.8) -> Task:
 
 
 def _flip_flop(name: str, length: int, ignore_probability: float) -> Task:
-    _check_integer("length", length, 4)
+    check_at_least("length", length, 4)
     if length % 2:
         raise ValueError(f"length must be even, because a string is pairs of an instruction and a bit, got {length}")
-    _check_number("ignore_probability", ignore_probability, "from 0 to 1", lambda p: 0 <= p <= 1)
+    check("ignore_probability", ignore_probability, float, least=0, most=1)
     pairs = length // 2
 
     def sample(key: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -181,9 +170,9 @@ def selective_copy(num_tokens: int = 256, num_blanks: int = 256, vocab_size: int
 
 
 def _selective_copy(name: str, num_tokens: int, num_blanks: int, vocab_size: int) -> Task:
-    _check_integer("num_tokens", num_tokens, 1)
-    _check_integer("num_blanks", num_blanks, 0)
-    _check_integer("vocab_size", vocab_size, 3)
+    check_at_least("num_tokens", num_tokens, 1)
+    check_at_least("num_blanks", num_blanks, 0)
+    check_at_least("vocab_size", vocab_size, 3)
     mixed_length = num_tokens + num_blanks
     separator = vocab_size - 1
 
@@ -260,13 +249,13 @@ def counting(
 
 
 def _counting(name, num_variables, max_operations, set_weight, increment_weight, pass_weight, length) -> Task:
-    _check_integer("num_variables", num_variables, 1, 26)
-    _check_integer("max_operations", max_operations, MIN_OPERATIONS)
-    _check_integer("length", length, 3)
+    check_at_least("num_variables", num_variables, 1, 26)
+    check_at_least("max_operations", max_operations, MIN_OPERATIONS)
+    check_at_least("length", length, 3)
     for argument, weight in (("increment_weight", increment_weight), ("pass_weight", pass_weight)):
-        _check_number(argument, weight, "0 or a positive number", lambda w: 0 <= w < float("inf"))
+        check(argument, weight, float, least=0, what="be 0 or a positive number")
     wanted = "a positive number, because the question needs a variable that is set"
-    _check_number("set_weight", set_weight, wanted, lambda w: 0 < w < float("inf"))
+    check("set_weight", set_weight, float, above=0, what=f"be {wanted}")
 
     # Conditioned on at least one set (see the docstring of `counting`), and computed once, in float64.
     no_set_yet = (pass_weight / (pass_weight + set_weight)) ** np.arange(max_operations + 1)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from posjax.checks import check, near, require
+from posjax.checks import check, checked, near, require, short
 from posjax.data import cache
 
 BYTES, BPE = KINDS = ("bytes", "bpe")
@@ -72,6 +72,7 @@ class Vocabulary:
         """Returns whether tokens are the bytes of the text."""
         return self.has_text and self.tokenizer_path is None
 
+    @checked()
     def encode(self, text: str | bytes) -> np.ndarray:
         """Encodes a text as tokens, int32 [n], without `bos`. Without a tokenizer, a text is token ids such as "17 4 1023".
 
@@ -91,6 +92,8 @@ class Vocabulary:
           ValueError: a token is not an id of this corpus.
         """
         tokens = np.asarray(tokens).ravel()
+        if tokens.size and tokens.dtype.kind not in "iu":
+            raise ValueError(f"tokens must be integers, got {short(tokens)}")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise ValueError(f"tokens must lie in [0, {self.vocab_size - 1}], got {tokens.min()} to {tokens.max()}")
         pieces, start = [], 0

@@ -21,7 +21,7 @@ import tokenize
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from posjax.checks import short
+from posjax.checks import checked, short
 from posjax.core.chain import Chain, chain
 from posjax.core.encoding import PositionalEncoding, registered
 
@@ -60,6 +60,7 @@ def spec_of(encoding: PositionalEncoding | Sequence[PositionalEncoding]) -> str:
     return text.removesuffix("()")
 
 
+@checked()
 def parse_encoding(spec: str, settings: Sequence[Any] = ()) -> PositionalEncoding | tuple[PositionalEncoding, ...]:
     """Parses the text form of an encoding, or of one encoding for each of several layers.
 

@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 from typing import Literal
 
-from posjax.checks import bounded, check_at_least, check_fields, check_one_of, short
+from posjax.checks import bounded, check_at_least, check_fields, check_one_of, checked, short
 from posjax.data.tokenizers import check_tokenizer
 from posjax.encodings.spec import spec_of
 from posjax.lab import named_configs
@@ -193,6 +193,8 @@ class Config:
                 raise ValueError(
                     f"{name} must all differ, got {repeated[0]!r} {values.count(repeated[0])} times in {short(values)}"
                 )
+        if not self.text_key:
+            raise ValueError("text_key must be the name of a key or column, got ''")
         if any(multiple < 1 for multiple in self.eval_lengths):
             raise ValueError(f"eval_lengths must be multiples of seq_length, integers of at least 1, got {self.eval_lengths}")
         if self.warmup_steps < 0 or self.warmup_steps > self.steps:
@@ -215,7 +217,8 @@ class Config:
         return self.seeds[0]
 
 
-def load_config(path: str) -> Config:
+@checked()
+def load_config(path: str | os.PathLike) -> Config:
     """Loads the Config that ``get_config()`` in a Python file returns; an empty workdir becomes runs/NAME.
 
     Args:
@@ -226,6 +229,7 @@ def load_config(path: str) -> Config:
     """
     from posjax.lab.workdir import is_workdir, read_config
 
+    path = os.fspath(path)
     if is_workdir(path) or path.endswith(".json"):
         return read_config(run_path(path))
     file = named_configs().get(path, Path(path))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from posjax.checks import check_at_least, short
+from posjax.checks import bounded, check_fields, short
 from posjax.encodings.spec import parse_encoding
 from posjax.inference.generation import stream
 from posjax.inference.sampling import Sampling
@@ -33,16 +33,15 @@ class Prompting:
 
     prompt: tuple[str, ...] = ()
     prompt_file: str = ""
-    max_new_tokens: int = 256
+    max_new_tokens: int = bounded(256, least=1)
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    seed: int = 0
+    seed: int = bounded(0, least=0)
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_at_least("max_new_tokens", self.max_new_tokens, 1)
-        check_at_least("seed", self.seed, 0)
+        check_fields(self)
         if "" in self.stop:
             raise ValueError("stop must not contain an empty text, got ''")
         _ = self.sampling

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from posjax.checks import check, checked, short
 from posjax.typing import Array
 
 CONFIDENCE = 0.95
@@ -75,6 +76,7 @@ def difference(first: Sequence[float] | Array, second: Sequence[float] | Array, 
     Raises:
       ValueError: as ``summary``; first or second is empty, or paired values differ in number.
     """
+    check("paired", paired, bool)
     first, second = _checked("first", first), _checked("second", second)
     if not first.size or not second.size:
         raise ValueError(f"first and second must have at least one value each, got {first.size} and {second.size}")
@@ -178,6 +180,7 @@ def sign_flips(differences: Sequence[float] | Array) -> float:
     return float((sums >= sums[0] * (1 - 1e-12)).mean())
 
 
+@checked()
 def binomial_bounds(wrong: int, total: int) -> tuple[float, float]:
     """Computes the exact 95 % interval of an error rate, ``wrong`` of ``total`` independent answers (Clopper and Pearson 1934).
 
@@ -211,7 +214,13 @@ def _around(mean: float, error: float, freedom: float) -> tuple[float, float]:
 
 
 def _checked(name: str, values: Sequence[float] | Array) -> np.ndarray:
-    values = np.asarray(values, float)
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError):  # rows of different lengths, or keys of random numbers
+        array = np.asarray("")
+    if array.dtype.kind not in "iuf" and array.size:
+        raise ValueError(f"{name} must be numbers, got {short(values)}")
+    values = array.astype(float)
     if values.ndim != 1:
         raise ValueError(f"{name} must have one axis with a value per seed, got shape {values.shape}")
     if not np.isfinite(values).all():

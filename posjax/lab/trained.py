@@ -206,8 +206,10 @@ def open_data(chosen: Sequence[tuple[StoredRun, Config]], *, is_other_text: bool
 
 def rows_of(
     workdirs: Sequence[str], config: Config, flags: Set[str], say: Callable[[str], None]
-) -> tuple[list[dict[str, Any]], Source]:
-    """Returns the results of runs as rows for ``posjax.lab.report``, and the data of the first; evaluates what is missing.
+) -> tuple[list[dict[str, Any]], Source, list[Config]]:
+    """Returns the results of runs as rows for ``posjax.lab.report``, the data of the first, and the configurations.
+
+    Evaluations that are missing are made; nothing is trained or written.
 
     Args:
       workdirs: workdirs of runs or of comparisons.
@@ -218,7 +220,7 @@ def rows_of(
     Raises:
       ValueError: a workdir has no runs, or the runs have different tasks.
     """
-    rows, first, is_other_text = [], None, bool(flags & {"data", "validation_data"})
+    rows, configs, first, is_other_text = [], [], None, bool(flags & {"data", "validation_data"})
     evaluation = {name: getattr(config, name) for name in {*EVALUATION, *(flags & READING)}}
     for workdir in workdirs:
         stored = read_config(run_path(workdir))
@@ -232,6 +234,7 @@ def rows_of(
             results.append(None if is_other_text else runs.stored_evaluation(run.path, evaluated))
         source = open_data(chosen, is_other_text=is_other_text) if None in results else bare(stored)
         first = first or source
+        configs.append(chosen[0][1])
         for (run, reading), result in zip(chosen, results, strict=True):
             if result is None:
                 say(f"evaluating {run.path}")
@@ -239,7 +242,7 @@ def rows_of(
                 result = runs.evaluate_params(trained.config, trained.config.encoding, trained.params, source)
             rows.append({"encoding": reading.encoding, "seed": reading.seed, "workdir": workdir} | result)
     assert first is not None  # there is at least one workdir
-    return _distinct(_of_common_columns(rows, measure_in(rows))), first
+    return _distinct(_of_common_columns(rows, measure_in(rows))), first, configs
 
 
 def bare(config: Config) -> Source:

@@ -94,7 +94,7 @@ def read_facts(workdir: Path) -> dict[str, Any]:
     """Returns the content of a workdir's run.json; empty if there is none, as in workdirs of posjax 0.2 and before."""
     try:
         return read_json(workdir / FACTS)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
 
 

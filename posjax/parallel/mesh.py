@@ -19,12 +19,13 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from posjax.checks import check
+from posjax.checks import check, checked
 
 AXES = ("data", "fsdp", "context", "tensor")  # ordered from the most distant devices to the nearest
 ROWS = ("data", "fsdp")
 
 
+@checked()
 def parse_mesh(text: str) -> dict[str, int]:
     """Parses a mesh specification such as "data=2,fsdp=4" into the keyword arguments of `make_mesh`. "" gives {}.
 

@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from posjax.checks import check, require
+from posjax.checks import checked, require
 from posjax.parallel.distributed import barrier
 from posjax.storage import download, files_in, is_bucket, remove, run_path, upload, with_retries
 
@@ -89,6 +89,11 @@ class Checkpoints:
         processes.
     """
 
+    @checked(
+        keep_last=dict(least=1, what="be at least 1"),
+        keep_every=dict(least=1, what="be at least 1, or None"),
+        keep_best=dict(least=0, what="be at least 0"),
+    )
     def __init__(
         self,
         directory: str | os.PathLike,
@@ -98,9 +103,6 @@ class Checkpoints:
         keep_best: int = 0,
         keep_steps: Collection[int] = frozenset(),
     ):
-        check("keep_last", keep_last, int, least=1, what="be at least 1")
-        check("keep_every", keep_every, int | None, least=1, what="be at least 1, or None")
-        check("keep_best", keep_best, int, least=0, what="be at least 0")
         # Not imported in the first save, because importing Orbax clears JAX's compiled programs: the step would compile twice.
         require("a folder of checkpoints", "orbax")
         from orbax.checkpoint import v1  # noqa: F401

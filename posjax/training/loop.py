@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from posjax.checks import check
+from posjax.checks import checked
 from posjax.hardware import peak_flops
 from posjax.parallel.distributed import PreemptionSync, on_peer_loss
 from posjax.storage import run_path
@@ -38,6 +38,13 @@ class NonFiniteLoss(RuntimeError):
     """Raised after ten consecutive steps with a non-finite loss or gradient. The message names the newest intact checkpoint."""
 
 
+@checked(
+    steps=dict(least=1, what="be at least 1"),
+    log_every=dict(least=1, what="be at least 1"),
+    checkpoint_every=dict(least=1, what="be at least 1, or None to save by checkpoint_minutes alone"),
+    checkpoint_minutes=dict(above=0, what="be positive, or None"),
+    evaluate_every=dict(least=1, what="be at least 1, or None to evaluate only at the end"),
+)
 @holds_lock
 def fit(
     step_fn: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]],
@@ -105,12 +112,6 @@ def fit(
       WorkdirInUse: another process is writing to the workdir.
       ValueError: an argument is out of range, or `batches` ended before `steps`.
     """
-    for name, value in {"steps": steps, "log_every": log_every}.items():
-        check(name, value, int, least=1, what="be at least 1")
-    what = "be at least 1, or None to save by checkpoint_minutes alone"
-    check("checkpoint_every", checkpoint_every, int | None, least=1, what=what)
-    check("checkpoint_minutes", checkpoint_minutes, float | None, above=0, what="be positive, or None")
-    check("evaluate_every", evaluate_every, int | None, least=1, what="be at least 1, or None to evaluate only at the end")
     workdir = run_path(workdir)
     say = printed if not quiet and jax.process_index() == 0 else lambda text: None
     keep = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best, "keep_steps": keep_steps}

@@ -75,7 +75,7 @@ def test_a_folder_in_a_bucket(bucket, tmp_path):
         bucket.pipe(f"b/data/{name}", text.encode("latin-1"))
     assert read("gs://b/data/", tmp_path) == [["a", "b"], ["c"]]
     assert read("gs://b/data", tmp_path, exclude=("*.md",)) == [["a"], ["c"]]
-    assert read("gs://b/data", tmp_path, include=("*/a.txt",), validation_data="gs://b/data/test") == [["a", "c"], ["d"]]
+    assert read("gs://b/data", tmp_path, include=("a.txt",), validation_data="gs://b/data/test") == [["a", "c"], ["d"]]
     files, runs = find_files(storage.run_path("gs://b/data"), left_out=[storage.run_path("gs://b/data/valid")])
     assert [file.path for file in files] == ["test/a.txt", "train/a.txt", "train/b.md"] and runs == ["run", "valid"]
     key = open_source("gs://b/data", tmp_path, None).key

@@ -305,6 +305,9 @@ def test_tfds_beside_validation_data(tfds_package, tmp_path):
     assert read("tfds:posjax_demo_train", validation_data=path) == {"train": 40, "validation": 1}
     assert read(path, validation_data="tfds:posjax_demo_train") == {"train": 1, "validation": 40}
     assert read(path, validation_data="tfds:posjax_demo_three") == {"train": 1, "validation": 40}
+    for name in ("stdlib", "tfds:posjax_demo_three"):
+        with pytest.raises(ValueError, match=f"validation_data must be another source than '{name}'"):
+            load_corpus(name, data_dir=tmp_path / "data", validation_data=name)
 
 
 # tokens

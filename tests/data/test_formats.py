@@ -226,7 +226,7 @@ def test_an_error_in_the_last_tenth_comes_with_the_training_text(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.parquet"])
-def test_documents_larger_than_memory_are_read_in_pieces(tmp_path, name):
+def test_a_large_text_comes_in_pieces(tmp_path, name):
     line = "".join(random.Random(0).choices("abcdefgh ", k=999)) + "\n"
     path = tmp_path / name
     if name == "a.parquet":

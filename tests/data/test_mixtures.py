@@ -181,6 +181,8 @@ def on_device_masked(mixed):
         ("tfds:lm1b:1.1.0", {"tfds:lm1b:1.1.0": None}),
         ("tfds:lm1b:0.5,stdlib:1.5", {"tfds:lm1b": 0.5, "stdlib": 1.5}),
         ("tfds:lm1b:1.1.0:text:2 , stdlib:1e-1", {"tfds:lm1b:1.1.0:text": 2.0, "stdlib": 0.1}),
+        ("gs://bucket/a:0.7,gs://bucket/b:3", {"gs://bucket/a": 0.7, "gs://bucket/b": 3.0}),
+        ("gs://bucket/a,s3://bucket/a", {"gs://bucket/a": None, "s3://bucket/a": None}),
         ("C:/text,stdlib", {"C:/text": None, "stdlib": None}),
     ],
 )

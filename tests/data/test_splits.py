@@ -177,6 +177,18 @@ def test_validation_data_of_its_own(tmp_path):
         splits(data / "gone")
 
 
+def test_the_sources_of_a_mixture_agree_on_what_is_held_out(tmp_path):
+    folder = write(tmp_path / "data", {f"small/{i:02}.txt": 5 for i in range(10)} | {"big.txt": 5000})
+
+    def load(*sources):
+        return load_corpus(",".join(f"{source}:1" for source in sources), data_dir=tmp_path / "cache")
+
+    assert load(folder / "big.txt", folder / "small").num_documents == 11  # nine tenths of each file
+    with pytest.raises(ValueError, match=r"mixture must agree .* but small/00\.txt, small/01\.txt, .* split in two ways"):
+        load(folder, folder / "small")
+    assert load(folder / "big.txt", folder).num_documents == 11  # the last tenth of big.txt is held out in both
+
+
 def test_include_and_exclude(tmp_path):
     folder = write(tmp_path / "data", {"a.txt": 10, "b.md": 10, "books/c.txt": 10, "books/old/d.txt": 10, "books/e.png": "\0"})
 

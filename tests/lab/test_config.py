@@ -142,8 +142,9 @@ def test_workdir_belongs_to_one_config(tmp_path):
     assert init_or_check_workdir(config) == tmp_path / "a" / "b"
     stored = tmp_path / "a" / "b" / "config.json"
     assert json.loads(stored.read_text())["steps"] == 200
-    before = stored.read_bytes()
     init_or_check_workdir(dataclasses.replace(config, checkpoint_every=7, log_every=3, parallel="pmap"))  # how it runs, not what
+    before = stored.read_bytes()
+    assert json.loads(before)["parallel"] == "pmap"
     wrong = r"steps is 200 there and 300 here, beta1 is 0.9 there and 0.8 here; use another --workdir, or remove it"
     with pytest.raises(ValueError, match=wrong):
         init_or_check_workdir(dataclasses.replace(config, steps=300, beta1=0.8))
@@ -154,7 +155,7 @@ def test_a_workdir_that_is_older_than_a_field_has_its_default(tmp_path):
     config = Config(workdir=str(tmp_path), steps=200)
     init_or_check_workdir(config)
     fields = json.loads((tmp_path / "config.json").read_text())
-    later = ("optimizer", "z_loss", "ema_decay", "validation_data", "include", "exclude", "text_key")
+    later = ("optimizer", "z_loss", "ema_decay", "validation_data", "include", "exclude", "text_key", "init_from", "decay_steps")
     old = {name: value for name, value in fields.items() if name not in later}
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert init_or_check_workdir(config) == tmp_path

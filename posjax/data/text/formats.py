@@ -203,7 +203,7 @@ def _parquet(path: Path, kind: Kind, text_key: str):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _arrow_errors(path), pq.ParquetFile(path) as file:
+    with _arrow_errors(path), _opened(path) as opened, pq.ParquetFile(opened) as file:
         schema, sizes = file.schema_arrow, [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     _check_column(path, schema, text_key)
 
@@ -227,7 +227,7 @@ def _arrow(path: Path, kind: Kind, text_key: str):
     import pyarrow as pa
 
     def mapped_or_read(opened: Any) -> Any:
-        return pa.memory_map(opened) if isinstance(opened, str) else pa.PythonFile(opened)
+        return pa.memory_map(opened) if isinstance(opened, str) else pa.PythonFile(opened, mode="r")
 
     @contextlib.contextmanager
     def batches() -> Iterator[tuple[object, Iterable]]:
@@ -276,6 +276,7 @@ def _check_column(path: Path, schema, text_key: str) -> None:
 
 def _strings(pa, path: Path, column, place: int, start: int, end: int | None, text_key: str) -> Iterator[bytes]:
     """Yields the texts of the rows from ``start`` to ``end`` in a column whose first row is number ``place``."""
+    column.validate(full=True)  # damaged offsets would lead outside of the memory
     low, high = max(start - place, 0), len(column) if end is None else min(end - place, len(column))
     for row in range(low, high):
         value = column[row].as_py()

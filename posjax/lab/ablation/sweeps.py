@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from posjax.checks import checked
 from posjax.encodings.spec import parametrize_spec, parse_encoding, substitute, with_argument
 from posjax.lab.config import Config
 from posjax.lab.run import TRACED_FIELDS
@@ -62,6 +63,7 @@ class Group:
     runs: tuple[Run, ...]
 
 
+@checked()
 def parse_sweep(text: str) -> tuple[str, tuple[Any, ...]]:
     """Parses a sweep "field=a,b,c" into ("field", values).
 
