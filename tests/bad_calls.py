@@ -9,6 +9,7 @@ what the same call with a plain Python value means.
 """
 
 import collections
+import contextlib
 import dataclasses
 import fractions
 import math
@@ -278,7 +279,7 @@ def main(count: int, seed: int, table: Mapping[str, Call]) -> None:
 
 if __name__ == "__main__":
     numbers = [int(word) for word in sys.argv[1:3]]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # some calls write to a folder named by a drawn word
         if "laboratory" in sys.argv:
             from right_calls_laboratory import laboratory_calls
 

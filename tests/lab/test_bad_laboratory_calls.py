@@ -9,7 +9,10 @@ from right_calls_laboratory import laboratory_calls
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    return laboratory_calls(tmp_path_factory.mktemp("calls"))
+    folder = tmp_path_factory.mktemp("calls")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # some calls write to a folder named by a drawn word
+        yield laboratory_calls(folder)
 
 
 def faults(table, seed: int, count: int) -> dict[str, str]:

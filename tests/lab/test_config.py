@@ -145,6 +145,7 @@ def test_workdir_belongs_to_one_config(tmp_path):
     init_or_check_workdir(dataclasses.replace(config, checkpoint_every=7, log_every=3, parallel="pmap"))  # how it runs, not what
     before = stored.read_bytes()
     assert json.loads(before)["parallel"] == "pmap"
+    assert json.loads(before)["checkpoint_every"] == 7
     wrong = r"steps is 200 there and 300 here, beta1 is 0.9 there and 0.8 here; use another --workdir, or remove it"
     with pytest.raises(ValueError, match=wrong):
         init_or_check_workdir(dataclasses.replace(config, steps=300, beta1=0.8))
