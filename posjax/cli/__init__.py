@@ -91,7 +91,8 @@ def _run(argv: list[str]) -> None:
         if verb in ("bench", "generate", "plan", "plot"):
             return run(rest)
         if verb == "ablate":
-            return run(rest, shlex.join(["posjax", *argv]))
+            with endings.terminable():
+                return run(rest, shlex.join(["posjax", *argv]))
         parsed = module.arguments(rest) if hasattr(module, "arguments") else (parse(rest, verb),)
         config = parsed[0]
         distributed.join()
@@ -109,7 +110,8 @@ def _run(argv: list[str]) -> None:
     except (ValueError, NotImplementedError, ImportError, OSError, CheckpointError, NonFiniteLoss, KernelCompileError) as error:
         if os.environ.get("POSJAX_TRACEBACK"):
             raise
-        fail(str(error), 2 if isinstance(error, ValueError | NotImplementedError) else 1, distributed.leave)
+        code = 2 if isinstance(error, ValueError | NotImplementedError) else 1
+        fail(endings.with_space(error, config), code, distributed.leave)
     except SaveError as error:
         fail(str(error), 1, endings.leave)
     except (RuntimeError, AssertionError, MemoryError) as error:

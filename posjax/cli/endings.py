@@ -166,6 +166,14 @@ def explain(error: BaseException, config: Any) -> str | None:
     return None
 
 
+def with_space(error: Exception, config: Any) -> str:
+    """Returns the message of an error, and for a full disk also the workdir and how to go on."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return str(error)
+    workdir = getattr(config, "workdir", "")
+    return f"{error}{f'; workdir {workdir}' if workdir else ''}; free space and rerun the command: checkpoints are intact"
+
+
 def memory_advice(config: Any) -> str:
     """Returns what to change when memory runs out, with the fields of the configuration that matter, if there is one."""
     if config is None:

@@ -86,8 +86,7 @@ def fit(
       steps: the step to stop at, at least 1.
       workdir: directory of the run, created if it does not exist, or a path in a bucket, such as gs://bucket/run.
       config: a JSON value stored with each checkpoint.
-      log_every, checkpoint_every: intervals in steps. The last step is always logged and saved. checkpoint_every=None saves by
-        `checkpoint_minutes` alone.
+      log_every, checkpoint_every: intervals in steps (None: by minutes alone). The last step is always logged and saved.
       checkpoint_minutes: saves, too, at the first log line after this many minutes without a save.
       keep_last, keep_every, keep_best, keep_steps: which checkpoints to keep, see `Checkpoints`. With keep_best, every evaluation
         is saved; with keep_steps, so are those steps.
@@ -105,8 +104,7 @@ def fit(
         steps are being skipped, the state has been saved. With several processes, all of them raise it after the same step, soon
         after one of them received the signal. (A second SIGINT raises KeyboardInterrupt at once.)
       ProcessLost: another process was lost. (If JAX itself aborts this process because of that, the same message is printed.)
-      NonFiniteLoss: ten consecutive steps were not finite. No checkpoint is written while steps are being skipped, except after
-        the last step.
+      NonFiniteLoss: ten consecutive steps were not finite. While steps are skipped, nothing is saved but the last step.
       SaveError: the state after the last step, or after a signal, could not be saved. Older checkpoints are intact.
       CheckpointError: there are checkpoints, but none can be used.
       WorkdirInUse: another process is writing to the workdir.
@@ -114,9 +112,8 @@ def fit(
     """
     workdir = run_path(workdir)
     say = printed if not quiet and jax.process_index() == 0 else lambda text: None
-    keep = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best, "keep_steps": keep_steps}
-    checkpoints = Checkpoints(workdir / "checkpoints", **keep)
-
+    folder = workdir / "checkpoints"
+    checkpoints = Checkpoints(folder, keep_last, keep_every=keep_every, keep_best=keep_best, keep_steps=keep_steps)
     batches = iter(batches)
     restored = checkpoints.restore_latest(state)
     if restored is not None:

@@ -154,6 +154,12 @@ def test_memory_that_runs_out_is_one_line_of_advice(error):
     assert "batch_size" in endings.explain(error, None)
 
 
+def test_a_full_disk_names_the_workdir():
+    line = endings.with_space(OSError(28, "No space left on device"), Config(workdir="runs/x"))
+    assert line == "[Errno 28] No space left on device; workdir runs/x; free space and rerun the command: checkpoints are intact"
+    assert endings.with_space(ValueError("wrong"), None) == "wrong"
+
+
 def test_devices_that_do_not_exist(monkeypatch):
     assert endings.explain(RuntimeError("something else"), None) is None
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")

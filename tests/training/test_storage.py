@@ -14,7 +14,6 @@ from test_loop import STEPS, Batches, assert_same_run, lines, run, straight  # n
 from posjax import storage
 from posjax.storage import check_bucket, run_path
 from posjax.training.checkpoints import Checkpoints, SaveError
-from posjax.training.loop import fit
 from posjax.training.writers import read_metrics
 
 
@@ -122,5 +121,5 @@ def test_a_bucket_without_its_package(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
     with pytest.raises(ValueError, match="s3://b/run cannot be reached without the package s3fs; pip install s3fs"):
-        fit(None, None, [], steps=1, workdir="s3://b/run")
+        run("s3://b/run")
     assert not list(tmp_path.iterdir())

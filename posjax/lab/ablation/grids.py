@@ -29,7 +29,7 @@ from posjax.lab.config import Config
 from posjax.lab.evaluation import EvalSet, max_eval_length, measure_of, metric_scale, test_sets
 from posjax.lab.source import Source
 from posjax.lab.workdir import run_fingerprint
-from posjax.training.checkpoints import Checkpoints
+from posjax.training.checkpoints import Checkpoints, SaveError
 from posjax.training.lock import locked
 from posjax.training.loop import MAX_SKIPPED_IN_A_ROW
 from posjax.training.signals import Interrupted, noted_signals
@@ -217,7 +217,10 @@ def _train_group(
             file.write(json.dumps(line, allow_nan=False) + "\n")
         progress.moved((step - before) * len(group.runs), f"loss {np.mean(metrics['loss'][:, -1]):.4f}")
         if caught or step == config.steps or step - saved >= config.checkpoint_every:
-            checkpoints.save(step, batched_runs.unpad(state), {"seconds": time.perf_counter() - began})
+            try:
+                checkpoints.save(step, batched_runs.unpad(state), {"seconds": time.perf_counter() - began})
+            except SaveError as error:
+                raise SaveError(f"{folder} could not be saved at step {step}: {error}. Rerun the command to resume.") from error
             saved = step
         if caught and step < config.steps:
             name = signal.Signals(caught[0]).name
