@@ -77,6 +77,11 @@ def never(words: list[str]) -> bool:
     return False
 
 
+def writable(words: list[str]) -> bool:
+    """A file in a folder that exists; "" is none."""
+    return len(words) == 1 and "\0" not in words[0] and len(words[0]) < 255 and not words[0].startswith("/") and words[0] != "text"
+
+
 positive, count = number(lambda x: x > 0), integer(1)
 boolean = choice("True", "False")
 FLAGS: dict[str, Callable[[list[str]], bool]] = {
@@ -86,7 +91,7 @@ FLAGS: dict[str, Callable[[list[str]], bool]] = {
     "vocab_size": integer(1, 2**20),
     "seq_length": integer(2, 10_000),
     "num_variables": integer(1, 26),
-    "num_examples": integer(1, 10**8, none=True),
+    "num_examples": integer(1, none=True),
     "batch_size": integer(1, 10**6),
     "encoding": choice("rope", "alibi", "cope(8)"),
     "seeds": many(integer(0)),
@@ -140,7 +145,13 @@ VERBS = {
     "train": FLAGS,
     "compare": FLAGS | {"encodings": many(choice("rope", "alibi", "cope(8)"))},
     "ablate": FLAGS | {"runs_at_once": integer(1, none=True), "sweep": choice("learning_rate=1e-3,3e-4", "rope.theta=10,100")},
+    "evaluate": FLAGS,
     "generate": PROMPTING,
+    "plot": FLAGS,
+    "plan": {
+        name: FLAGS[name] for name in FLAGS if name not in ("data", "batch_size", "mesh", "num_layers", "seq_length")
+    }  # of other machines
+    | {"topology": choice("v5e:2x2", "h200:1x1x8"), "candidates": count, "out": writable},
 }
 
 # Changes -----------------------------------------------------------------------------------------------------------------------
@@ -187,6 +198,11 @@ BY_FLAG = {
         "encoding=rope,roppe", "encoding=rope,rope",
         "rope.theta=0,1", "num_heads=3,5", "cope.max_position=1,2", "learning_rate=(1", "rope.=1", ".theta=1",
     ],
+    "topology": [
+        "v5e", "v5e:", "v9x:2x2", "v5e:0x2", "v5e:-1x2", "v5e:axb", "h200", "h200:1x1", "h200:0x1x8", "gpu:1x1x8", ":", "2x2",
+        "v5e:2x2x2x2x2",
+    ],
+    "out": ["text", "", "/dev/null/plans.json"],
     "temperature": ["-0.1", "1e-45"],
     "top_p": ["0", "1.1", "-1"],
     "prompt_file": ["/nonexistent", "text", "/dev/zero", "binary.txt", "pipe"],
@@ -268,11 +284,13 @@ def make_home(folder: Path) -> None:
 def bad_commands(seed: int) -> Iterator[Command]:
     rng = random.Random(seed)
     for number in itertools.count():
-        verb = rng.choice(["train", "train", "train", "compare", "ablate", "generate"])
+        verb = rng.choice(["train", "train", "train", "compare", "ablate", "evaluate", "generate", "plot", "plan"])
         end = ("--workdir", f"never/{number}")
         kind = rng.random()
         if kind < 0.08:
-            yield Command((verb, f"config_{rng.randrange(len(CONFIGS))}.py", *end), ("config", "batch_size", "workdir"), False)
+            number_of = rng.randrange(len(CONFIGS))
+            is_right = verb == "plan" and list(CONFIGS)[number_of] == "huge"  # for this machine alone
+            yield Command((verb, f"config_{number_of}.py", *end), ("config", "batch_size", "workdir"), is_right)
         elif kind < 0.13:
             yield Command((verb, rng.choice(NAMES), *end), ("config",), False)
         elif kind < 0.18:
@@ -290,12 +308,15 @@ def bad_commands(seed: int) -> Iterator[Command]:
             words = [rng.choice(special)] if special and rng.random() < 0.85 else rng.choice(VALUES)
             flag_form = rng.choice([f"--{flag}", f"--{flag.replace('_', '-')}"])
             names = (flag, flag.removesuffix("s"), *(word.partition("=")[0] for word in words if flag == "sweep" and "=" in word))
+            if verb in ("evaluate", "generate", "plot"):
+                names += ("workdir",)  # which holds no run
             yield Command((verb, "tiny.py", flag_form, *words, *end), tuple(filter(None, names)), VERBS[verb][flag](words))
 
 
 def verdict(command: Command) -> str | None:
     """Runs a command in the current folder, as ``make_home`` fills it; returns what is wrong with how posjax takes it, or None."""
     from posjax import cli
+    from posjax.cli import plan
     from posjax.lab import prompting
     from posjax.lab import run as runs
     from posjax.lab.ablation import grids
@@ -312,7 +333,7 @@ def verdict(command: Command) -> str | None:
     before = signal.signal(signal.SIGALRM, hangs)
     signal.alarm(MOST_WAITING)
     with contextlib.ExitStack() as stack:
-        for module, name in ((runs, "train"), (grids, "_train_group"), (prompting, "stream")):
+        for module, name in ((runs, "train"), (grids, "_train_group"), (prompting, "stream"), (plan, "make_plans")):
             stack.enter_context(mock.patch.object(module, name, trained))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(out))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import tyro
 
 from posjax.bench.results import print_table
+from posjax.checks import check, short
 from posjax.cli.common import parse
 from posjax.compile import aot, aot_gpu
 from posjax.compile.plan import Plan, advice, candidates, make_plans, mesh_flag
@@ -36,15 +38,24 @@ class Planning:
     out: str = ""
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w+:[1-9]\d*(x[1-9]\d*){1,2}", self.topology):
+            raise ValueError(
+                f"topology must be a generation and a shape, such as v5p:8x8x8 or h200:1x1x8, got {short(self.topology)}"
+            )
         if aot_gpu.gpu_of(self.topology) is None:
             aot.generation_of(self.topology)
-        if self.candidates < 1:
-            raise ValueError(f"candidates must be at least 1, got {self.candidates}")
+        check("candidates", self.candidates, int, least=1, what="be at least 1")
 
 
 def plan(args: Sequence[str]) -> None:
     """Runs posjax plan: predicts memory, collectives and time of a step by compiling it for chips that are not attached."""
     planning, config = parse(args, "plan", Planning)
+    if planning.out:
+        try:  # before minutes of compilation
+            Path(planning.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(planning.out).open("a").close()
+        except OSError as error:
+            raise ValueError(f"out must be a file that can be written, got {short(planning.out)}: {error.strerror}") from None
     base = load_config(args[0])
     changed = {f.name: v for f in dataclasses.fields(base) if (v := getattr(config, f.name)) != getattr(base, f.name)}
     run(args[0], config, changed, planning)

@@ -116,13 +116,13 @@ def _call(node: ast.expr, spec: str) -> ast.Call:
     keywords = [keyword.arg for keyword in call.keywords]
     if repeated := [keyword for keyword in keywords if keywords.count(keyword) > 1]:
         raise ValueError(
-            f"arguments of {name} must be given once, got {repeated[0]!r} {keywords.count(repeated[0])} times in {spec!r}"
+            f"encoding {name} must have each argument once, got {repeated[0]!r} {keywords.count(repeated[0])} times in {spec!r}"
         )
     if ":" not in name and name not in registered():
         near = difflib.get_close_matches(name, registered(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"encoding must be made of {', '.join(registered())}, got {name!r} in {spec!r}; {hint}posjax list shows all"
+            f"encoding must be made of {', '.join(registered())}, got {short(name)} in {short(spec)}; {hint}posjax list shows all"
         )
     return call
 
@@ -175,7 +175,7 @@ def _construct(call: ast.Call, spec: str, settings: Sequence[Any]) -> Positional
         args = [value(arg) for arg in call.args]
         keywords = {keyword.arg: value(keyword.value) for keyword in call.keywords if keyword.arg is not None}
     except ValueError:
-        raise ValueError(f"arguments of {name} must be plain values such as 64 or 'keys', got {spec!r}") from None
+        raise ValueError(f"encoding {short(spec)}: arguments of {name} must be plain values such as 64 or 'keys'") from None
     if isinstance(make, PositionalEncoding) and not (args or keywords):
         return make
     if not callable(make):
@@ -185,11 +185,11 @@ def _construct(call: ast.Call, spec: str, settings: Sequence[Any]) -> Positional
     try:
         signature.bind(*args, **keywords)
     except TypeError as error:
-        raise ValueError(f"{name} must be called as {usage}, got {spec!r}: {error}") from None
+        raise ValueError(f"encoding {name} must be called as {usage}, got {spec!r}: {error}") from None
     try:
         encoding = make(*args, **keywords)
     except TypeError as error:  # such as 8 < "a"
-        raise ValueError(f"{name} must be called as {usage}, got {spec!r}: {error}") from None
+        raise ValueError(f"encoding {name} must be called as {usage}, got {spec!r}: {error}") from None
     except ValueError as error:
         raise ValueError(f"encoding {short(spec)}: {error}") from None
     if not isinstance(encoding, PositionalEncoding):

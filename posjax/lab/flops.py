@@ -52,3 +52,6 @@ def check_step_fits(config: Config) -> None:
     batch = jax.ShapeDtypeStruct((tokens * 20 + tokens * stream // config.accumulate_steps,), jnp.uint8)
     check_fits(f"a batch of {', '.join(f'{name}={getattr(config, name)!r}' for name in names)}", batch, 1 / devices)
     check_memory(config.transformer(vocab_size), 4 / devices)
+    if config.num_examples is not None and config.task not in ("lm", "mlm"):
+        examples = jax.ShapeDtypeStruct((config.num_examples * config.seq_length * 20,), jnp.uint8)
+        check_fits(f"num_examples={config.num_examples} of task={config.task!r}, seq_length={config.seq_length}", examples)

@@ -332,6 +332,7 @@ def test_compare_goes_on_with_what_is_missing(run, home):
     }
 
 
+@pytest.mark.thorough
 def test_flip_flop(run, home):
     """From five words to a coin, whose loss is ln 2 = 0.69."""
     flags = {"task": "flip_flop", "encoding": "cope(8)", "learning_rate": "0.02", "batch_size": 32}

@@ -1,11 +1,10 @@
-"""Data in a bucket: an fsspec file system in memory under gs://, which epath opens as it opens Google's."""
+"""Data in a bucket."""
 
 import json
-from typing import ClassVar
 
 import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
+from bucket import Bucket, empty_bucket
 
 from posjax import storage
 from posjax.data import load_corpus
@@ -15,30 +14,10 @@ from posjax.data.sources import open_source
 TEXTS = [f"document {i}\n" * 9 for i in range(40)]
 
 
-class Bucket(MemoryFileSystem):
-    protocol = ("gs", "gcs")
-    store: ClassVar[dict] = {}
-    pseudo_dirs: ClassVar[list] = [""]
-    fails = False
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol("/" + str(path).split("://", 1)[-1].lstrip("/"))
-
-    def find(self, *args, **options):
-        if Bucket.fails:
-            raise ConnectionResetError("the connection was reset")
-        return super().find(*args, **options)
-
-
 @pytest.fixture
-def bucket(monkeypatch):
-    for name in ("gs", "gcs"):
-        fsspec.register_implementation(name, Bucket, clobber=True)
-    Bucket.store.clear()
-    monkeypatch.setattr(storage, "FIRST_DELAY_S", 0.001)
-    yield fsspec.filesystem("gs")
-    Bucket.fails = False
+def bucket():
+    with empty_bucket():
+        yield fsspec.filesystem("gs")
 
 
 def read(source, tmp_path, **options):
@@ -87,6 +66,6 @@ def test_what_is_not_there_is_named(bucket, tmp_path):
     with pytest.raises(ValueError, match="source must exist, but nothing is in the bucket at 'gs://b/gone'"):
         read("gs://b/gone", tmp_path)
     bucket.pipe("b/a.txt", b"text")
-    Bucket.fails = True
+    Bucket.failures = 1.0
     with pytest.raises(OSError, match=r"cannot read gs://b/a\.txt \(the connection was reset\)"):
         read("gs://b/a.txt", tmp_path)

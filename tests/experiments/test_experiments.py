@@ -67,6 +67,7 @@ def test_tables_are_markdown():
 # Symmetry and expansion
 
 
+@pytest.mark.thorough
 def test_only_positions_and_a_mask_over_two_layers_tell_the_order():
     for is_causal, num_layers in ((False, 2), (True, 1)):
         assert symmetry.change_under_permutation("identity", is_causal, num_layers, 2) < 1e-5

@@ -242,7 +242,7 @@ WRONG_SPECS = [
         "cope(max_positions=8)",
         r"cope must be called as cope\(max_position.*got 'cope\(max_positions=8\)': missing .*'max_position'",
     ),
-    ("cope(len('a'))", r"arguments of cope must be plain values such as 64 or 'keys', got"),
+    ("cope(len('a'))", r"arguments of cope must be plain values such as 64 or 'keys'"),
     ("cope(1)", "max_position must be .*at least 2, got 1"),
     ("cope(8, gates='sums')", "gates must be .*'keys'.*, got 'sums'"),
     ("cope('a')", "max_position must be .*, got 'a'"),

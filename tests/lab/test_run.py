@@ -101,7 +101,8 @@ def test_every_encoding_reads_the_same_data(tiny, tmp_path, monkeypatch):
 SLOWER = ("tupe(relative=True)", "learned", "t5(bidirectional=True)")
 
 
-@pytest.mark.parametrize("spec", ["tupe", *(pytest.param(s, marks=pytest.mark.thorough) for s in SLOWER)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("spec", ["tupe", *SLOWER])
 def test_encoder_learns(tiny, tmp_path, spec):
     """The four of encoder_mlm learn the frequencies of characters, and hardly more in 60 steps: no answer leaks."""
     config = dataclasses.replace(

@@ -1,53 +1,22 @@
-"""Runs in a bucket: an fsspec file system in memory under gs://, which epath opens as it opens Google's, and which may fail."""
-
-import random
-from typing import ClassVar
+"""Runs in a bucket."""
 
 import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
+from bucket import Bucket, empty_bucket
 from test_loop import STEPS, Batches, assert_same_run, lines, run, straight  # noqa: F401
 
-from posjax import storage
 from posjax.storage import check_bucket, run_path
 from posjax.training.checkpoints import Checkpoints, SaveError
 from posjax.training.writers import read_metrics
 
 
-class Bucket(MemoryFileSystem):
-    """A bucket: objects that appear whole, neither appends nor renames of folders, and `failures` of operations."""
-
-    protocol = ("gs", "gcs")
-    store: ClassVar[dict] = {}
-    pseudo_dirs: ClassVar[list] = [""]
-    failures, rng, failed = 0.0, random.Random(0), 0
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol("/" + str(path).split("://", 1)[-1].lstrip("/"))
-
-    def _open(self, path, mode="rb", **options):
-        assert mode in ("rb", "wb"), f"a bucket has no mode {mode}"
-        if Bucket.rng.random() < Bucket.failures:
-            Bucket.failed += 1
-            raise ConnectionResetError("the connection was reset")
-        return super()._open(path, mode, **options)
-
-    def mv(self, *args, **options):
-        raise AssertionError("a bucket has no rename")
-
-
 @pytest.fixture
-def bucket(monkeypatch):
-    for name in ("gs", "gcs"):
-        fsspec.register_implementation(name, Bucket, clobber=True)
-    Bucket.store.clear()
-    monkeypatch.setattr(storage, "FIRST_DELAY_S", 0.001)
-    yield run_path("gs://bucket/run")
-    Bucket.failures = 0.0
+def bucket():
+    with empty_bucket():
+        yield run_path("gs://bucket/run")
 
 
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(bucket, straight, tmp_path):  # noqa: F811

@@ -206,7 +206,13 @@ def test_encodings_that_they_do_not_know(case, monkeypatch):
 @pytest.mark.parametrize("implementation", ["pallas", None])
 @pytest.mark.parametrize(
     "encoding",
-    [pj.rope(), pj.chain(pj.rope(), pj.cope(8)), pj.chain(pj.t5(6, 8), pj.t5(4, 8), PAIRS), pj.chain(pj.cope(8), PAIRS)],
+    [
+        pj.chain(pj.rope(), pj.cope(8)),
+        *(
+            pytest.param(encoding, marks=pytest.mark.thorough)
+            for encoding in (pj.rope(), pj.chain(pj.t5(6, 8), pj.t5(4, 8), PAIRS), pj.chain(pj.cope(8), PAIRS))
+        ),
+    ],
     ids=lambda encoding: encoding.name,
 )
 def test_programs_for_a_gpu_contain_them_wherever_they_are_lowered(implementation, encoding):
