@@ -248,7 +248,7 @@ def near(word: str, candidates: Iterable[str]) -> str:
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def check_fits(what: str, shapes: Any, count: float = 1) -> None:
+def check_fits(what: str, shapes: Any, count: Number = 1) -> None:
     """Raises ValueError if ``count`` copies of a tree of arrays, or of their shapes, take more memory than the host or a device."""
     leaves = [leaf for leaf in jax.tree.leaves(shapes) if hasattr(leaf, "shape")]
     size = count * sum(math.prod(leaf.shape) * _itemsize(leaf.dtype) for leaf in leaves)

@@ -307,7 +307,11 @@ def bad_commands(seed: int) -> Iterator[Command]:
             special = BY_FLAG.get(flag, [])
             words = [rng.choice(special)] if special and rng.random() < 0.85 else rng.choice(VALUES)
             flag_form = rng.choice([f"--{flag}", f"--{flag.replace('_', '-')}"])
-            names = (flag, flag.removesuffix("s"), *(word.partition("=")[0] for word in words if flag == "sweep" and "=" in word))
+            names = (
+                flag,
+                flag.removesuffix("s"),
+                *(word.partition("=")[0].rpartition(".")[2] for word in words if flag == "sweep"),
+            )
             if verb in ("evaluate", "generate", "plot"):
                 names += ("workdir",)  # which holds no run
             yield Command((verb, "tiny.py", flag_form, *words, *end), tuple(filter(None, names)), VERBS[verb][flag](words))

@@ -181,7 +181,7 @@ def training_calls(folder: Path) -> dict[str, Call]:
     loop = count | optional
     loop |= {
         "step_fn": (lambda state, batch: (state, {}), only(callable)),
-        "batches": ([], only(lambda x: hasattr(x, "__iter__") and not (isinstance(x, np.ndarray) and x.ndim == 0))),
+        "batches": ([], only(lambda x: hasattr(x, "__iter__") and not (isinstance(x, np.ndarray | jax.Array) and x.ndim == 0))),
         "workdir": (str(folder / "fit"), any_path),
         "checkpoint_every": (1, integer(1, none=True)),
         "checkpoint_minutes": (None, number(lambda x: x > 0, none=True)),
@@ -222,7 +222,7 @@ def statistics_calls() -> dict[str, Call]:
         ),
         "sign_flips": Call(statistics.sign_flips, {"differences": (values, some)}, equal=False),
         "binomial_bounds": Call(statistics.binomial_bounds, {"wrong": (3, integer(0, 10)), "total": (10, integer(3))}),
-        "benjamini_hochberg": Call(statistics.benjamini_hochberg, {"p_values": (values, some)}, equal=False),
+        "benjamini_hochberg": Call(statistics.benjamini_hochberg, {"p_values": (values, numbers(0))}, equal=False),
     }
 
 

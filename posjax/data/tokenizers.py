@@ -91,9 +91,13 @@ class Vocabulary:
         Raises:
           ValueError: a token is not an id of this corpus.
         """
-        tokens = np.asarray(tokens).ravel()
-        if tokens.size and tokens.dtype.kind not in "iu":
+        try:
+            ids = np.asarray(tokens).ravel()
+        except (TypeError, ValueError):  # keys of random numbers, or rows of different lengths
+            ids = np.zeros(1)
+        if ids.size and ids.dtype.kind not in "iu":
             raise ValueError(f"tokens must be integers, got {short(tokens)}")
+        tokens = ids
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise ValueError(f"tokens must lie in [0, {self.vocab_size - 1}], got {tokens.min()} to {tokens.max()}")
         pieces, start = [], 0

@@ -193,6 +193,8 @@ class Config:
                 raise ValueError(
                     f"{name} must all differ, got {repeated[0]!r} {values.count(repeated[0])} times in {short(values)}"
                 )
+        if not self.data.strip():
+            raise ValueError(f"data must be 'stdlib', 'tfds:NAME' or an existing file or folder, got {self.data!r}")
         if not self.text_key:
             raise ValueError("text_key must be the name of a key or column, got ''")
         if any(multiple < 1 for multiple in self.eval_lengths):

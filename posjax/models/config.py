@@ -95,7 +95,7 @@ class TransformerConfig:
         return Dims(self.num_heads, head_dim, self.embed_dim, self.max_length, self.num_kv_heads)
 
 
-def check_memory(config: TransformerConfig, copies: float = 1) -> None:
+def check_memory(config: TransformerConfig, copies: int | float = 1) -> None:
     """Raises ValueError if the weights of a model, without those of its encodings, do not fit the memory of this machine.
 
     Args:

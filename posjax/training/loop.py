@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from posjax.checks import checked
+from posjax.checks import checked, short
 from posjax.hardware import peak_flops
 from posjax.parallel.distributed import PreemptionSync, on_peer_loss
 from posjax.storage import run_path
@@ -114,7 +114,7 @@ def fit(
     say = printed if not quiet and jax.process_index() == 0 else lambda text: None
     folder = workdir / "checkpoints"
     checkpoints = Checkpoints(folder, keep_last, keep_every=keep_every, keep_best=keep_best, keep_steps=keep_steps)
-    batches = iter(batches)
+    batches = _iterator(batches)
     restored = checkpoints.restore_latest(state)
     if restored is not None:
         state = restored.state
@@ -263,6 +263,13 @@ class _Saves:
     def _warn(self, step: int, error: SaveError) -> None:
         text = f"{self.workdir} could not be saved at step {step}: {error}; training goes on, and the next save is a new attempt"
         warnings.warn(text, stacklevel=2)
+
+
+def _iterator(batches: Iterable[Any]) -> Iterator[Any]:
+    try:
+        return iter(batches)
+    except TypeError:  # an array without axes
+        raise ValueError(f"batches must be an iterable of batches, got {short(batches)}") from None
 
 
 def _restore_iterator(batches: Iterator[Any], restored: Any) -> None:
