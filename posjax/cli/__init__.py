@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(argv)
     except KeyboardInterrupt as error:  # outside the training loop, or a second interrupt
+        endings.defer_interrupts()
         fail(f"interrupted. To resume, run:\n  {shlex.join(['posjax', *argv])}", endings.exit_code(error), endings.leave)
 
 

@@ -46,7 +46,13 @@ def hide_tracebacks() -> None:
 
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     plain = sys.unraisablehook
-    sys.unraisablehook = lambda args: None if "Event loop is closed" in str(args.exc_value) else plain(args)
+
+    def is_noise(
+        error: BaseException | None,
+    ) -> bool:  # an interrupt that fell into a destructor is lost; the thread ends the process
+        return isinstance(error, KeyboardInterrupt) or "Event loop is closed" in str(error)
+
+    sys.unraisablehook = lambda args: None if is_noise(args.exc_value) else plain(args)
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
@@ -58,8 +64,15 @@ def exit_code(error: KeyboardInterrupt) -> int:
     return RESTART
 
 
+def defer_interrupts() -> None:
+    """Keeps further SIGINTs from interrupting the last lines of a command; a third one still ends the process at once."""
+    if _owned and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, lambda number, frame: None)  # not SIG_IGN, which would hide them from the thread, too
+
+
 def leave(code: int) -> None:
     """Ends the process; one of its own at once, without waiting for threads that read data or write checkpoints."""
+    defer_interrupts()
     if "posjax.parallel.distributed" in sys.modules:
         from posjax.parallel import distributed
 
