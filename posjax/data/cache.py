@@ -34,9 +34,8 @@ def cached(folder: Path, build: Callable[[Path], None]) -> Path:
     if folder.exists() and (fault := _fault(folder)):
         damage = f"the cache entry {folder} is damaged ({fault})"
         try:
-            set_aside(folder, f"{damage} and made again")
-        except FileNotFoundError:
-            pass  # another process has moved it
+            with contextlib.suppress(FileNotFoundError):  # another process has moved it
+                set_aside(folder, f"{damage} and made again")
         except OSError as error:
             raise OSError(f"{damage} and cannot be renamed ({error.strerror}); remove it") from error
     if folder.exists():

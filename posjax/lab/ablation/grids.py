@@ -29,13 +29,12 @@ from posjax.lab.config import Config
 from posjax.lab.evaluation import EvalSet, max_eval_length, measure_of, metric_scale, test_sets
 from posjax.lab.source import Source
 from posjax.lab.workdir import run_fingerprint
+from posjax.progress import INTERVAL
 from posjax.training.checkpoints import Checkpoints, SaveError
 from posjax.training.lock import locked
 from posjax.training.loop import MAX_SKIPPED_IN_A_ROW
 from posjax.training.signals import Interrupted, noted_signals
 from posjax.training.writers import forget_after, json_number
-
-_SECONDS_BETWEEN_LINES = 15
 
 
 def run_grid(
@@ -305,7 +304,7 @@ class _Progress:
         text = f"{text}  {speed:,.0f} steps/s"
         if self.bar:
             self.bar.update(self.task, completed=self.done, description=text)
-        elif now - self.shown > _SECONDS_BETWEEN_LINES:
+        elif now - self.shown > INTERVAL:
             self.shown = now
             minutes, seconds = divmod(round((self.total - self.done) / speed), 60)
             self.say(f"{100 * self.done / self.total:.0f} %  {text}  {minutes // 60}:{minutes % 60:02}:{seconds:02} left")
