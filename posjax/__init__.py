@@ -27,6 +27,17 @@ from posjax.core.structures import (
 )
 from posjax.encodings.absolute import learned, sinusoidal
 from posjax.encodings.cope import cope, cope_alibi, cope_mlp
+from posjax.encodings.frequencies import (
+    dynamic_ntk_scaling,
+    linear_scaling,
+    llama3_scaling,
+    longrope_scaling,
+    ntk_fixed_scaling,
+    ntk_scaling,
+    ntk_theta_scaling,
+    proportional_scaling,
+    yarn_scaling,
+)
 from posjax.encodings.relative import alibi, t5
 from posjax.encodings.rotary import convert_pairing, rope
 from posjax.encodings.tupe import tupe
@@ -66,17 +77,26 @@ __all__ = [
     "cope",
     "cope_alibi",
     "cope_mlp",
+    "dynamic_ntk_scaling",
     "encoding",
     "identity",
     "init_cache",
     "learned",
     "linear_attention",
+    "linear_scaling",
+    "llama3_scaling",
     "load",
+    "longrope_scaling",
+    "ntk_fixed_scaling",
+    "ntk_scaling",
+    "ntk_theta_scaling",
+    "proportional_scaling",
     "register",
     "rope",
     "sinusoidal",
     "t5",
     "tupe",
+    "yarn_scaling",
 ]
 
 
