@@ -27,6 +27,7 @@ from posjax.core.structures import (
 )
 from posjax.encodings.absolute import learned, sinusoidal
 from posjax.encodings.cope import cope, cope_alibi, cope_mlp
+from posjax.encodings.query_scale import log_scale
 from posjax.encodings.relative import alibi, t5
 from posjax.encodings.rotary import convert_pairing, rope
 from posjax.encodings.tupe import tupe
@@ -72,6 +73,7 @@ __all__ = [
     "learned",
     "linear_attention",
     "load",
+    "log_scale",
     "register",
     "rope",
     "sinusoidal",
