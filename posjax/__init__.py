@@ -27,10 +27,13 @@ from posjax.core.structures import (
 )
 from posjax.encodings.absolute import learned, sinusoidal
 from posjax.encodings.cope import cope, cope_alibi, cope_mlp
+from posjax.encodings.multi_axis import axial_coordinates, axial_rope, mrope, mrope_positions, rope_mixed
+from posjax.encodings.pope import pope
 from posjax.encodings.query_scale import log_scale
 from posjax.encodings.relative import alibi, t5
 from posjax.encodings.rotary import convert_pairing, rope
 from posjax.encodings.tupe import tupe
+from posjax.encodings.xpos import xpos
 
 if TYPE_CHECKING:
     from posjax.lab.trained import TrainedRun
@@ -61,6 +64,8 @@ __all__ = [
     "attention",
     "attention_fn",
     "attention_weights",
+    "axial_coordinates",
+    "axial_rope",
     "cache_layout",
     "chain",
     "convert_pairing",
@@ -74,11 +79,16 @@ __all__ = [
     "linear_attention",
     "load",
     "log_scale",
+    "mrope",
+    "mrope_positions",
+    "pope",
     "register",
     "rope",
+    "rope_mixed",
     "sinusoidal",
     "t5",
     "tupe",
+    "xpos",
 ]
 
 

@@ -37,7 +37,7 @@ class LogScale(PositionalEncoding):
     """
 
     length: int = bounded(8192, least=1)
-    beta: Array | float = hyperparameter(0.1, least=0)
+    beta: Array | float = hyperparameter(default=0.1, least=0)
     rule: Rule = "llama4"
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
