@@ -38,9 +38,13 @@ from posjax.encodings.frequencies import (
     proportional_scaling,
     yarn_scaling,
 )
+from posjax.encodings.multi_axis import axial_coordinates, axial_rope, mrope, mrope_positions, rope_mixed
+from posjax.encodings.pope import pope
+from posjax.encodings.query_scale import log_scale
 from posjax.encodings.relative import alibi, t5
 from posjax.encodings.rotary import convert_pairing, rope
 from posjax.encodings.tupe import tupe
+from posjax.encodings.xpos import xpos
 
 if TYPE_CHECKING:
     from posjax.lab.trained import TrainedRun
@@ -71,6 +75,8 @@ __all__ = [
     "attention",
     "attention_fn",
     "attention_weights",
+    "axial_coordinates",
+    "axial_rope",
     "cache_layout",
     "chain",
     "convert_pairing",
@@ -86,16 +92,22 @@ __all__ = [
     "linear_scaling",
     "llama3_scaling",
     "load",
+    "log_scale",
     "longrope_scaling",
+    "mrope",
+    "mrope_positions",
     "ntk_fixed_scaling",
     "ntk_scaling",
     "ntk_theta_scaling",
+    "pope",
     "proportional_scaling",
     "register",
     "rope",
+    "rope_mixed",
     "sinusoidal",
     "t5",
     "tupe",
+    "xpos",
     "yarn_scaling",
 ]
 
