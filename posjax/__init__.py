@@ -40,8 +40,9 @@ from posjax.encodings.frequencies import (
 )
 from posjax.encodings.multi_axis import axial_coordinates, axial_rope, mrope, mrope_positions, rope_mixed
 from posjax.encodings.pope import pope
-from posjax.encodings.query_scale import log_scale
+from posjax.encodings.query_scale import log_scale, query_scale
 from posjax.encodings.relative import alibi, t5
+from posjax.encodings.rope_config import rope_from_config
 from posjax.encodings.rotary import convert_pairing, rope
 from posjax.encodings.tupe import tupe
 from posjax.encodings.xpos import xpos
@@ -101,8 +102,10 @@ __all__ = [
     "ntk_theta_scaling",
     "pope",
     "proportional_scaling",
+    "query_scale",
     "register",
     "rope",
+    "rope_from_config",
     "rope_mixed",
     "sinusoidal",
     "t5",
