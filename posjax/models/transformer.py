@@ -26,6 +26,7 @@ from posjax.checks import check_at_least, check_fits, is_array, is_traced, short
 from posjax.core.encoding import Dims, PositionalEncoding, Tokens, what_is
 from posjax.core.manual_axes import vary_alike
 from posjax.models.config import TransformerConfig, check_memory, mlp_dim
+from posjax.models.losses import cross_entropy_of
 from posjax.parallel.gather import gather_params, in_rows
 from posjax.parallel.mesh import mesh_of
 from posjax.typing import Array, Float, Int, Params
@@ -219,6 +220,34 @@ class Transformer(nnx.Module):
             raise ValueError("num_classes must be a number to classify, got None; set TransformerConfig(num_classes=...)")
         hidden = self._hidden(tokens, positions, segment_ids, dropout_key, coordinates, place_key)[0]
         return self.classifier(hidden[:, 0]).astype(jnp.float32)
+
+    def losses(
+        self,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        weights: Float[Array, "B T"],
+        positions: Int[Array, "_ T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        coordinates: Array | None = None,
+    ) -> Float[Array, "B T"]:
+        """Returns the weighted cross-entropy of every target in nats, in memory that does not grow with the length times V.
+
+        Args:
+          targets: the token to predict at every position, integers below V.
+          weights: factors of the losses. Where one is zero, the loss is zero, whatever the target is.
+          tokens, positions, segment_ids, coordinates: as in ``__call__``.
+
+        Raises:
+          ValueError: targets are not integers, or weights not numbers, of the shape of ``tokens``.
+        """
+        _check_tokens(tokens)
+        for name, x, kind, what in (("targets", targets, jnp.integer, "integers"), ("weights", weights, jnp.floating, "floats")):
+            if not is_array(x, kind) or x.shape != tokens.shape:
+                got = f"{x.dtype}{list(x.shape)}" if is_array(x) else short(x)
+                raise ValueError(f"{name} must be {what} {list(tokens.shape)}, the shape of tokens, got {got}")
+        hidden = self._hidden(tokens, positions, segment_ids, None, coordinates)[0]
+        return cross_entropy_of(self._logits, hidden, targets, weights, self.config.vocab_size)
 
     def records(
         self,
