@@ -25,9 +25,11 @@ class TransformerConfig:
       max_length: longest sequence that encodings with a table of positions support.
       is_causal: True builds a decoder, False an encoder whose first token is [CLS].
       norm: "rmsnorm" or "layernorm".
+      norm_epsilon: epsilon that norms add to the variance.
       norm_position: "pre" normalizes the input of each residual branch and the output of the last layer. "post" normalizes after
         each residual sum and once after the embedding, as BERT does.
       activation: "gelu" or "swiglu".
+      embedding_scale: factor of the token embeddings. None means sqrt(D).
       tie_embeddings: whether the output projection shares the token embedding matrix. False gives it a matrix of its own.
       dropout_rate: dropout rate after the embedding and after each residual branch.
       remat: what the backward pass recomputes. "none" recomputes no activations. "full" saves only the input of each layer and
@@ -56,8 +58,10 @@ class TransformerConfig:
     max_length: int = bounded(1024, least=1)
     is_causal: bool = True
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_epsilon: float = bounded(1e-6, above=0)
     norm_position: Literal["pre", "post"] = "pre"
     activation: Literal["gelu", "swiglu"] = "gelu"
+    embedding_scale: float | None = bounded(None, above=0)
     tie_embeddings: bool = True
     dropout_rate: float = bounded(0.0, least=0, below=1)
     remat: Literal["none", "attention", "full"] = "none"

@@ -340,7 +340,10 @@ class Transformer(nnx.Module):
         if segment_ids is not None:
             unknown = (tokens < 0) | (tokens >= config.vocab_size)  # an embedding of NaN would reach every row, even from padding
             tokens = jnp.where((segment_ids == 0) & unknown, 0, tokens)
-        x = self._part("token_embedding")(tokens) * jnp.asarray(math.sqrt(config.embed_dim), jnp.dtype(config.compute_dtype))
+        x = self._part("token_embedding")(tokens)
+        scale = math.sqrt(config.embed_dim) if config.embedding_scale is None else config.embedding_scale
+        if scale != 1:
+            x = x * jnp.asarray(scale, x.dtype)
         placed: list[Array | None] = []  # the coordinates for each encoding; None if they are the positions
         for i, (encoding, p) in enumerate(zip(self.encodings, params, strict=True)):
             at = None if coordinates is None else canonicalize_coordinates("coordinates", coordinates, *tokens.shape)
@@ -466,7 +469,7 @@ def functional(model: nnx.Module) -> tuple[Callable[[Params], nnx.Module], Param
 
 def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:
     kind = nnx.RMSNorm if config.norm == "rmsnorm" else nnx.LayerNorm
-    return kind(config.embed_dim, dtype=jnp.dtype(config.compute_dtype), rngs=rngs)
+    return kind(config.embed_dim, epsilon=config.norm_epsilon, dtype=jnp.dtype(config.compute_dtype), rngs=rngs)
 
 
 def _dropout(x: Array, rate: float, key: Array | None) -> Array:

@@ -1,1 +1,1 @@
-"""Weights of other libraries: read, converted to this package's Transformer, and written back."""
+"""Checkpoints of other libraries: their configurations, weights and files."""
