@@ -11,8 +11,7 @@ import dataclasses
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -207,4 +206,31 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray | Callable[[], np.ndarray]]) -> None: ...
+def write_tensors(path: Path, entries: Mapping[str, tuple[np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
+    """Writes a safetensors file, of which one array at a time is in memory.
+
+    Args:
+      path: the file, which appears when it is complete.
+      entries: dtype and shape of each tensor by name.
+      arrays: the tensors in the same order.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without a format
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for (dtype, shape), array in zip(entries.values(), arrays, strict=True):
+                assert array.shape == shape
+                file.write(np.ascontiguousarray(array.astype(dtype, copy=False)).data.cast("B") if array.size else b"")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
