@@ -30,7 +30,7 @@ from posjax.checks import check_one_of, near, short
 from posjax.core.chain import Chain
 from posjax.core.encoding import PositionalEncoding
 from posjax.encodings.spec import parse_encoding
-from posjax.files import read_json, write_json
+from posjax.files import write_json
 from posjax.models.config import TransformerConfig, check_memory
 from posjax.models.pretrained.architecture import Architecture, Weight, match_names, tensors_from
 from posjax.models.pretrained.families import architecture_of
@@ -149,9 +149,8 @@ def configured(config: TransformerConfig, fields: Mapping[str, Any]) -> Transfor
         if name not in known:
             raise ValueError(f"fields must be those of TransformerConfig, got {name!r}{near(name, known)}")
         if name not in FREE_FIELDS and value != getattr(config, name):
-            raise ValueError(
-                f"{name} must be that of the checkpoint, {getattr(config, name)!r}, got {value!r}; only {', '.join(FREE_FIELDS)} may differ"
-            )
+            free = f"only {', '.join(FREE_FIELDS)} may differ"
+            raise ValueError(f"{name} must be that of the checkpoint, {getattr(config, name)!r}, got {value!r}; {free}")
     return dataclasses.replace(config, **fields)
 
 
@@ -284,8 +283,8 @@ def _rows(architecture: Architecture, checkpoint: Checkpoint, old: _Old) -> dict
     for name, layer, weight in architecture.tensors():
         tensor = checkpoint.tensors[names[name]]
         if tensor.dtype.name not in ("float64", *DTYPES):
-            raise ValueError(f"{tensor.file}: {names[name]} must be float32, bfloat16 or float16, got {tensor.stored}; load the model "
-                             "without quantization, or its GGUF file")  # fmt: skip
+            how = "load the model without quantization, or its GGUF file"
+            raise ValueError(f"{tensor.file}: {names[name]} must be float32, bfloat16 or float16, got {tensor.stored}; {how}")
         for number, path in enumerate(weight.paths):
             for place in old.places(path):
                 rows.setdefault(place, []).append(_Part(tensor, weight, number, layer))
@@ -304,7 +303,8 @@ def _filled(name: str, shape: tuple[int, ...], dtype: np.dtype, parts: list[_Par
     def piece(part: _Part, expected: tuple[int, ...]) -> np.ndarray:
         array = read(part)
         if array.shape != expected:
-            raise ValueError(f"{name} must have the shape {list(expected)} for each layer, got {list(array.shape)} in {part.tensor.file}")
+            got = f"{list(array.shape)} in {part.tensor.file}"
+            raise ValueError(f"{name} must have the shape {list(expected)}, without an axis of layers, got {got}")
         return array
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
@@ -363,7 +363,8 @@ def save_pretrained(
     files = _write_weights(folder, architecture, functional(model)[1], DTYPES[dtype], shard_bytes)
     if len(files) > 1:
         total = sum(math.prod(weight.shape) for _, _, weight in architecture.tensors()) * DTYPES[dtype].itemsize
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": {n: f for f, names in files.items() for n in names}})
+        weight_map = {name: file for file, names in files.items() for name in names}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     if checkpoint is not None:
         _copy_tokenizer(checkpoint, folder)
     config.pop("dtype", None)
@@ -381,8 +382,8 @@ def _check_same(model: Transformer, architecture: Architecture) -> None:
     for layer, (ours, theirs) in enumerate(zip(encodings, architecture.encodings, strict=True)):
         if ours != theirs:
             raise ValueError(
-                f"model must have the encoding that source describes, {theirs!r} in layer {layer}, got {ours!r}; transformers would "
-                "compute something else"
+                f"model must have the encoding that source describes, {theirs!r} in layer {layer}, got {ours!r}; transformers "
+                "would compute something else"
             )
 
 
