@@ -8,11 +8,11 @@ Opening reads headers only. A tensor of a safetensors file is memory-mapped, so 
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,8 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if not folder.is_dir():
         what = "which is another file" if folder.exists() else "which does not exist; models are not downloaded"
         siblings = [str(one) for one in folder.parent.iterdir()] if not folder.exists() and folder.parent.is_dir() else []
-        raise ValueError(
-            f"path must be a folder with {CONFIG} and {WEIGHTS}, or a .gguf file, got {str(path)!r}, {what}{near(str(folder), siblings)}"
-        )
+        hint = near(str(folder), siblings)
+        raise ValueError(f"path must be a folder with {CONFIG} and {WEIGHTS}, or a .gguf file, got {str(path)!r}, {what}{hint}")
     if not (folder / CONFIG).is_file():
         found = sorted(folder.glob("*.gguf"))
         hint = f"; did you mean {str(found[0])!r}?" if found else ""
@@ -117,8 +116,8 @@ def _tensors_of(folder: Path) -> dict[str, Tensor]:
     pickled = sorted(one.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for one in folder.glob(pattern))
     if pickled:
         raise ValueError(
-            f"path must be a folder with safetensors files, got {str(folder)!r} with {pickled[0]}, a pickle, which can run code when "
-            "it is read; load it with transformers and call save_pretrained(folder), which writes safetensors"
+            f"path must be a folder with safetensors files, got {str(folder)!r} with {pickled[0]}, a pickle, which can run code "
+            "when it is read; load it with transformers and call save_pretrained(folder), which writes safetensors"
         )
     raise ValueError(f"path must be a folder with {WEIGHTS} or {INDEX}, got {str(folder)!r} without either")
 
@@ -132,8 +131,9 @@ def _indexed(index: Path) -> dict[str, Tensor]:
         if not (index.parent / file).is_file():
             raise ValueError(f"{index} names {file}, which does not exist; copy or download all files of the model")
         shards[file] = read_header(index.parent / file)
-    if missing := [name for name, file in files.items() if name not in shards[file]]:
-        raise ValueError(f"{index} places {missing[0]} in {files[missing[0]]}, which does not hold it; the files are of different models")
+    for name, file in files.items():
+        if name not in shards[file]:
+            raise ValueError(f"{index} places {name} in {file}, which does not hold it; the files are of different models")
     return {name: shards[file][name] for name, file in files.items()}
 
 
@@ -164,7 +164,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
         tensors[name], span = _entry(path, name, entry, 8 + length, size)
         spans.append((*span, name))
     spans.sort()
-    for (_, end, name), (begin, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
         if begin < end:
             raise DamagedFile(f"{path} is damaged: the data of {name} and {other} overlap")
     return tensors
@@ -183,8 +183,8 @@ def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> tuple[Te
         raise ValueError(f"{path}: {name} must have one of the dtypes {', '.join(DTYPES)}, got {stored!r}")
     dtype = DTYPES[stored]
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise DamagedFile(f"{path} is damaged: {name} of {stored}{list(shape)} must have {math.prod(shape) * dtype.itemsize:,} bytes, "
-                          f"got {end - begin:,}")  # fmt: skip
+        expected = math.prod(shape) * dtype.itemsize
+        raise DamagedFile(f"{path} is damaged: {name} of {stored}{list(shape)} must have {expected:,} bytes, got {end - begin:,}")
     if start + end > size:
         raise DamagedFile(
             f"{path} is incomplete: {name} ends at byte {start + end:,}, the file has {size:,}; copy or download it again"
@@ -207,4 +207,31 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray | Callable[[], np.ndarray]]) -> None: ...
+def write_tensors(path: Path, entries: Mapping[str, tuple[np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
+    """Writes a safetensors file, of which one array at a time is in memory.
+
+    Args:
+      path: the file, which appears when it is complete.
+      entries: dtype and shape of each tensor by name.
+      arrays: the tensors in the same order.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without a format
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for (dtype, shape), array in zip(entries.values(), arrays, strict=True):
+                assert array.shape == shape
+                file.write(np.ascontiguousarray(array.astype(dtype, copy=False)).data.cast("B") if array.size else b"")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

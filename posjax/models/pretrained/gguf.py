@@ -22,7 +22,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from posjax.checks import near, require
+from posjax.checks import near, require, short
+from posjax.data.gguf_file import StoredTensor, read_gguf
 from posjax.files import DamagedFile
 from posjax.models.pretrained.files import Checkpoint, Tensor
 
@@ -57,70 +58,73 @@ def open_gguf(path: Path) -> Checkpoint:
       ImportError: gguf is not installed.
     """
     require("a .gguf file", "gguf", extra="gguf")
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:  # the package raises whatever an array does when it ends too early
-        why = " ".join(str(error).split())
-        raise DamagedFile(f"{path} is no GGUF file, or is incomplete: {why}; copy or download it again") from None
-    keys = _Keys(path, reader)
+    header = read_gguf(path)
+    keys = _Keys(path, header.keys)
     if (parts := keys.fields.get("split.count")) and int(parts) > 1:
-        raise ValueError(f"path must be a whole GGUF file, got {str(path)!r}, one of {parts}; merge them with llama-gguf-split --merge")
+        how = "merge them with llama-gguf-split --merge"
+        raise ValueError(f"path must be a whole GGUF file, got {str(path)!r}, one of {parts} parts; {how}")
     name = keys.architecture
     if name not in _KINDS:
-        raise ValueError(
-            f"path must be a GGUF file of one of the architectures {', '.join(_KINDS)}, got {name!r} in {str(path)!r}{near(name, _KINDS)}"
-        )
+        known = ", ".join(_KINDS)
+        raise ValueError(f"{path}: general.architecture must be one of {known}, got {name!r}{near(str(name), _KINDS)}")
     if keys.get("expert_count", 0):
         raise ValueError(f"path must be a GGUF file of a model without experts, got {keys.get('expert_count')} in {str(path)!r}")
-    kind, stored = _KINDS[name], {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(keys, kind, stored)
+    kind = _KINDS[name]
+    config = _config(keys, kind, header.tensors)
     tensors = {}
-    for tensor in reader.tensors:
+    for tensor in header.tensors.values():
         if tensor.name in _NOT_WEIGHTS:
             continue
         stem, _, suffix = tensor.name.rpartition(".")
         layer = next((part for part in stem.split(".") if part.isdecimal()), "")
         pattern = re.sub(r"^blk\.\d+\.", "blk.*.", stem)
         if pattern not in kind.names:
-            raise ValueError(f"{path}: tensor {tensor.name} must be one of a model of architecture {name!r}, which has none of this name")
+            raise ValueError(f"{path}: tensors must be those of architecture {name!r}, got {tensor.name}")
         change = kind.changes.get(pattern)
         tensors[f"{kind.names[pattern].replace('*', layer)}.{suffix}"] = _tensor(path, tensor, change, config)
     return Checkpoint(path, config, tensors, path)
 
 
-def _tensor(path: Path, tensor: Any, change: Change | None, config: Config) -> Tensor:
+def _tensor(path: Path, stored: StoredTensor, change: Change | None, config: Config) -> Tensor:
     import gguf
 
     kinds = gguf.GGMLQuantizationType
     plain = {kinds.F32: np.float32, kinds.F16: np.float16, kinds.BF16: ml_dtypes.bfloat16, kinds.F64: np.float64}
-    shape = tuple(int(n) for n in reversed(tensor.shape))
-    dtype = np.dtype(plain.get(tensor.tensor_type, np.float32))
+    try:
+        kind = kinds(stored.dtype)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError):
+        raise ValueError(f"{path}: tensor {stored.name} has the unknown dtype {stored.dtype}") from None
+    shape = stored.shape
+    if not shape or shape[-1] % block:
+        raise DamagedFile(f"{path} is damaged: rows of {stored.name} must be multiples of {block} ({kind.name}), got {list(shape)}")
+    bytes_shape = (*shape[:-1], shape[-1] // block * block_bytes)
+    end = stored.offset + math.prod(bytes_shape)
+    if end > (size := path.stat().st_size):
+        what = f"{stored.name} ends at byte {end:,}, the file has {size:,}"
+        raise DamagedFile(f"{path} is incomplete: {what}; copy or download it again")
+    dtype = np.dtype(plain.get(kind, np.float32))
 
     def read() -> np.ndarray:
+        data = np.memmap(path, np.uint8, "r", stored.offset, bytes_shape)
         try:
-            array = tensor.data.view(dtype) if tensor.tensor_type in plain else gguf.dequantize(tensor.data, tensor.tensor_type)
+            array = data.view(dtype) if kind in plain else gguf.dequantize(np.asarray(data), kind)
         except NotImplementedError:
-            known = "the package gguf, which dequantizes, does not support; use a file of another quantization"
-            raise ValueError(f"{path}: tensor {tensor.name} has the dtype {tensor.tensor_type.name}, which {known}") from None
-        array = array.reshape(shape)
+            known = "which the package gguf does not dequantize; use a file of another quantization"
+            raise ValueError(f"{path}: tensor {stored.name} has the dtype {kind.name}, {known}") from None
+        array = array.reshape(stored.shape)
         return array if change is None else change(array, config)
 
     if change is not None:  # a transposed kernel has another shape
-        shape_after = change(np.lib.stride_tricks.as_strided(np.zeros((), np.bool_), shape, (0,) * len(shape)), config).shape
-    else:
-        shape_after = shape
-    return Tensor(tuple(shape_after), dtype, tensor.tensor_type.name, path, read)
+        shape = change(np.broadcast_to(np.zeros((), np.bool_), shape), config).shape
+    return Tensor(shape, dtype, kind.name, path, read)
 
 
 class _Keys:
     """Looks keys of a GGUF file up."""
 
-    def __init__(self, path: Path, reader: Any):
-        self.path = path
-        # The lists of tokens are long, and read by the tokenizer only.
-        self.fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.t")}
+    def __init__(self, path: Path, fields: Mapping[str, Any]):
+        self.path, self.fields = path, fields
         self.architecture = self.require_key("general.architecture")
 
     def require_key(self, name: str) -> Any:
@@ -144,14 +148,15 @@ class _Keys:
         value = self[name] if default is None else self.get(name, default)
         sizes = sorted({*value}) if isinstance(value, Sequence) else [value]
         if len(sizes) != 1 or not isinstance(sizes[0], int) or sizes[0] < 1:
-            raise ValueError(f"{self.path}: {self.architecture}.{name} must be one positive number for all layers, got {str(value)[:80]}")
+            key = f"{self.architecture}.{name}"
+            raise ValueError(f"{self.path}: {key} must be one positive number for all layers, got {short(value)}")
         return sizes[0]
 
 
 # The keys of config.json ---------------------------------------------------------------------------------------------------
 
 
-def _config(keys: _Keys, kind: _Kind, stored: Mapping[str, Any]) -> Config:
+def _config(keys: _Keys, kind: _Kind, stored: Mapping[str, StoredTensor]) -> Config:
     """Returns config.json for a file: the keys of all models, and those of its architecture."""
     if "token_embd.weight" not in stored:
         raise DamagedFile(f"{keys.path} must have the tensor token_embd.weight, got a GGUF file without it")
@@ -159,7 +164,7 @@ def _config(keys: _Keys, kind: _Kind, stored: Mapping[str, Any]) -> Config:
     common = {
         "model_type": kind.model_type,
         "architectures": [kind.cls],
-        "vocab_size": int(stored["token_embd.weight"].shape[-1]),
+        "vocab_size": stored["token_embd.weight"].shape[0],
         "hidden_size": width,
         "num_hidden_layers": keys.size("block_count"),
         "num_attention_heads": heads,
@@ -183,7 +188,7 @@ def _rms_norm_config(keys: _Keys, common: Config) -> Config:
     }
 
 
-def _rope(keys: _Keys, common: Config, stored: Mapping[str, Any]) -> Config:
+def _rope(keys: _Keys, common: Config, stored: Mapping[str, StoredTensor]) -> Config:
     """Returns the keys of the rotation."""
     if keys.architecture in ("gpt2", "bloom"):
         return {}
@@ -222,9 +227,9 @@ def _scaling(keys: _Keys, common: Config) -> Config | None:
     return scaling
 
 
-def _factors(keys: _Keys, tensor: Any, common: Config, theta: float) -> Config:
+def _factors(keys: _Keys, tensor: StoredTensor, common: Config, theta: float) -> Config:
     """Returns the scaling for a file with a divisor of each frequency: Llama 3's if they are its, a list otherwise."""
-    divisors = np.asarray(tensor.data, np.float64).ravel()
+    divisors = np.asarray(_tensor(keys.path, tensor, None, common).read(), np.float64)
     factor, low, high, length = float(divisors.max()), 1.0, 4.0, 8192
     wavelength = 2 * math.pi * theta ** (np.arange(len(divisors)) / len(divisors))
     smooth = np.clip((length / wavelength - low) / (high - low), 0, 1)
@@ -270,9 +275,7 @@ def _gemma3_config(keys: _Keys, common: Config) -> Config:
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": scalar,
         "sliding_window": keys.size("attention.sliding_window"),
-        "layer_types": [
-            "full_attention" if (n + 1) % 6 == 0 else "sliding_attention" for n in range(common["num_hidden_layers"])
-        ],
+        "layer_types": ["full_attention" if (n + 1) % 6 == 0 else "sliding_attention" for n in range(common["num_hidden_layers"])],
         "rope_local_base_freq": _decimal(keys.get("rope.freq_base_swa", 10_000.0)),
         "final_logit_softcapping": keys.get("final_logit_softcapping"),
         "attn_logit_softcapping": keys.get("attn_logit_softcapping"),
