@@ -66,7 +66,8 @@ class Keys:
         for name, value in expected.items():
             given = self.config.get(name)
             if given is not None and given != value:
-                raise ValueError(f"{name} of config.json must be {value!r} or absent, got {short(given)}")
+                wanted = "null" if value is None else f"{value!r}"
+                raise ValueError(f"{name} of config.json must be {wanted} or absent, got {short(given)}")
 
     def layers(self, name: str, count: int, kinds: Sequence[Any], default: Sequence[Any]) -> tuple[Any, ...]:
         """Returns a list with one of ``kinds`` for each layer.

@@ -86,6 +86,7 @@ def gemma3(keys: Keys) -> Architecture:
     types = [LAYER_TYPES[(layer + 1) % pattern != 0] for layer in range(layers)]
     types = keys.layers("layer_types", layers, LAYER_TYPES, types)
     by_type = {kind: keys.positions(kind) for kind in LAYER_TYPES}
+    keys.refuse(attn_logit_softcapping=None)  # transformers ignores it in Gemma 3
     return _gemma23(keys, types, caps=(None, None), encodings=[by_type[kind] for kind in types], qk_norm="head")
 
 
