@@ -9,47 +9,17 @@ Parameters below "layers/" have a leading axis of layers, and the name of their 
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from posjax.core.encoding import PositionalEncoding
 from posjax.models.config import TransformerConfig
+from posjax.models.pretrained.layouts import Weight
 from posjax.typing import Params
 
-Shape = tuple[int, ...]
 _MOST_NAMES = 3  # in a message
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Describes how the elements of a tensor are arranged in parameters: a function and its inverse.
-
-    Attributes:
-      load: from the tensor of one layer to the parameters of that layer, as a tuple of arrays.
-      save: the inverse of ``load``.
-    """
-
-    load: Callable[[np.ndarray], tuple[np.ndarray, ...]]
-    save: Callable[..., np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """Describes one row of the table of weights.
-
-    Attributes:
-      name: name of the tensor, with "{layer}" for the number of the layer if every layer has one.
-      shape: shape of the tensor.
-      paths: paths of the parameters that the tensor holds; more than one for a fused projection.
-      layout: how it holds them.
-    """
-
-    name: str
-    shape: Shape
-    paths: tuple[str, ...]
-    layout: Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,24 +134,3 @@ def tensors_from(architecture: Architecture, params: Params) -> Iterator[tuple[s
                 value = value[part]
             arrays.append(np.asarray(value if layer is None else value[layer]))
         yield name, np.ascontiguousarray(weight.layout.save(*arrays))
-
-
-# Layouts ----------------------------------------------------------------------------------------------------------------
-
-
-def _one(load: Callable[[np.ndarray], np.ndarray], save: Callable[[np.ndarray], np.ndarray]) -> Layout:
-    return Layout(lambda tensor: (load(tensor),), save)
-
-
-SAME = _one(lambda tensor: tensor, lambda array: array)
-TRANSPOSED = _one(lambda tensor: tensor.T, lambda array: array.T)  # torch.nn.Linear: [out, in] -> [in, out]
-
-
-def to_heads(num_heads: int, head_dim: int) -> Layout:
-    """Returns the layout of a projection to heads, [N H, D] -> [D, N, H]."""
-    return _one(lambda tensor: tensor.T.reshape(-1, num_heads, head_dim), lambda array: array.reshape(-1, num_heads * head_dim).T)
-
-
-def from_heads(num_heads: int, head_dim: int) -> Layout:
-    """Returns the layout of a projection from heads, [D, N H] -> [N, H, D]."""
-    return _one(lambda tensor: tensor.T.reshape(num_heads, head_dim, -1), lambda array: array.reshape(num_heads * head_dim, -1).T)

@@ -9,9 +9,20 @@ from typing import Any
 
 from posjax.checks import near, short
 from posjax.models.pretrained.architecture import Architecture
-from posjax.models.pretrained.families.llama import llama
+from posjax.models.pretrained.families import llama
+from posjax.models.pretrained.families.keys import Keys
 
-FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {"llama": llama}
+FAMILIES: dict[str, Callable[[Keys], Architecture]] = {
+    "llama": llama.llama,
+    "mistral": llama.mistral,
+    "qwen2": llama.qwen2,
+    "qwen3": llama.qwen3,
+    "smollm3": llama.smollm3,
+    "olmo2": llama.olmo2,
+    "gemma": llama.gemma,
+    "gemma2": llama.gemma2,
+    "gemma3_text": llama.gemma3,
+}
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
@@ -27,4 +38,6 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     if model_type not in FAMILIES:
         hint = near(str(model_type), FAMILIES)
         raise ValueError(f"model_type must be one of {', '.join(sorted(FAMILIES))}, got {short(model_type)}{hint}")
-    return FAMILIES[model_type](config)
+    keys = Keys(config)
+    keys.refuse(quantization_config=None, is_encoder_decoder=False)
+    return FAMILIES[model_type](keys)
