@@ -274,6 +274,9 @@ class Transformer(nnx.Module):
             got = f"{len(cache)} runs of layers" if isinstance(cache, tuple) else short(cache)
             raise ValueError(f"cache must come from init_cache of this model, got {got}")
         _check_tokens(tokens)
+        if logits_at is not None and (not is_array(logits_at, jnp.integer) or logits_at.shape != tokens.shape[:1]):
+            got = f"{logits_at.dtype}{list(logits_at.shape)}" if is_array(logits_at) else short(logits_at)
+            raise ValueError(f"logits_at must be integers [{tokens.shape[0]}], one for each row, got {got}")
         for one in cache:
             kv_cache.check_room(one, tokens.shape[1])
         first = jax.tree.map(lambda x: x[0], cache[0])

@@ -101,7 +101,7 @@ def load_params(
     check_memory(config, DTYPES[dtype].itemsize / 4 / (1 if mesh is None else mesh.size))
 
     def make(key: Any) -> Transformer:
-        return Transformer(config, shortest_pattern(encodings), rngs=nnx.Rngs(key))
+        return Transformer(config, pattern_of(encodings), rngs=nnx.Rngs(key))
 
     key = jax.random.key(seed)
     with_params, abstract = functional(nnx.eval_shape(make, key))
@@ -173,10 +173,11 @@ def layers_of(encoding: Encoding | None, architecture: Architecture) -> tuple[Po
     return pattern * (layers // len(pattern))
 
 
-def shortest_pattern(encodings: tuple[PositionalEncoding, ...]) -> tuple[PositionalEncoding, ...]:
-    """Returns the shortest sequence that is repeated over the layers."""
+def pattern_of(encodings: tuple[PositionalEncoding, ...]) -> PositionalEncoding | tuple[PositionalEncoding, ...]:
+    """Returns the encoding of all layers, or the shortest sequence that is repeated over them."""
     count = len(encodings)
-    return next(encodings[:n] for n in range(1, count + 1) if count % n == 0 and encodings[:n] * (count // n) == encodings)
+    pattern = next(encodings[:n] for n in range(1, count + 1) if count % n == 0 and encodings[:n] * (count // n) == encodings)
+    return pattern[0] if len(pattern) == 1 else pattern
 
 
 def members_of(encoding: PositionalEncoding) -> dict[str, PositionalEncoding]:
