@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import posjax as pj
+from posjax.models import layer as layer_module
 from posjax.models import transformer
 from posjax.models.losses import cross_entropy, z_loss
 from posjax.models.transformer import Transformer, TransformerConfig, functional
@@ -141,13 +142,14 @@ def test_dropout_only_with_a_key_and_a_rate(dropout):
 
 def test_every_dropout_has_a_key_of_its_own(monkeypatch):
     """The embedding's, and those of both branches of every layer; those of another call are others."""
-    keys, plain = [], transformer._dropout
+    keys, plain = [], layer_module.dropout
 
     def recorded(x, rate, key):
         jax.debug.callback(lambda key: keys.append(tuple(np.asarray(key).tolist())), jax.random.key_data(key))
         return plain(x, rate, key)
 
-    monkeypatch.setattr(transformer, "_dropout", recorded)
+    for module in (layer_module, transformer):
+        monkeypatch.setattr(module, "dropout", recorded)
     model = build(dropout_rate=0.3, num_layers=3)
     for seed in (0, 1):
         model(TOKENS, dropout_key=jax.random.key(seed))
@@ -157,7 +159,7 @@ def test_every_dropout_has_a_key_of_its_own(monkeypatch):
 
 def test_dropout_keeps_the_mean():
     x = jnp.ones(100_000)
-    kept = transformer._dropout(x, 0.25, jax.random.key(1))
+    kept = layer_module.dropout(x, 0.25, jax.random.key(1))
     assert set(np.unique(kept)) == {0.0, np.float32(1 / 0.75)}
     # The share kept is binomial: five standard errors.
     assert abs(float((kept > 0).mean()) - 0.75) < 5 * np.sqrt(0.75 * 0.25 / x.size)
@@ -306,7 +308,7 @@ def test_z_loss_in_closed_form():
         ({"embed_dim": 18}, r"num_heads must divide embed_dim=18 if head_dim is None, got 4"),
         ({"num_kv_heads": 3}, r"num_kv_heads must divide num_heads=4, got 3"),
         ({"norm": "batchnorm"}, r"norm must be 'rmsnorm' or 'layernorm', got 'batchnorm'"),
-        ({"activation": "relu"}, r"activation must be 'gelu' or 'swiglu', got 'relu'"),
+        ({"activation": "relu"}, r"activation must be 'gelu', 'gelu_exact', 'swiglu' or 'geglu', got 'relu'"),
         ({"compute_dtype": "float16"}, r"compute_dtype must be 'float32' or 'bfloat16', got 'float16'"),
         ({"dropout_rate": 1.0}, r"dropout_rate must lie in \[0, 1\), got 1.0"),
         ({"mlp_dim": 0}, r"mlp_dim must be an integer of at least 1, got 0"),

@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries: their configurations, weights and files."""
