@@ -56,7 +56,7 @@ class MRope(PositionalEncoding):
       ValueError: sections are not three numbers of pairs, do not fit the layout, or (in ``attend``) do not sum to R / 2; or
         ``rope`` rejects an argument.
 
-    Wang et al., arXiv:2409.12191, section 2.1; Qwen3-VL, arXiv:2511.21631 (interleaved); Wei et al., arXiv:2502.05173 (alternating).
+    Wang et al., arXiv:2409.12191, section 2.1; interleaved: Qwen3-VL, arXiv:2511.21631; alternating: Wei et al., arXiv:2502.05173.
     """
 
     sections: tuple[int, ...]

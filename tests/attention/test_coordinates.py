@@ -107,11 +107,11 @@ def test_the_cache(kind):
 
 def test_a_cache_must_have_been_made_for_them():
     plain = kv_cache.init_cache(pj.rope(), DIMS, B, max_length=T)
-    with pytest.raises(ValueError, match="the cache, which was created without a coordinate_dtype, got an array"):
+    with pytest.raises(ValueError, match="None for a cache that was created without a coordinate_dtype, got an array"):
         kv_cache.attend(*operands(), pj.rope(), {}, plain, coordinates=jnp.zeros((T, 1)))
-    with pytest.raises(ValueError, match="the cache, which was created with a coordinate_dtype, got None"):
-        cache = kv_cache.init_cache(pj.rope(), DIMS, B, max_length=T, coordinate_dtype=jnp.float32)
-        kv_cache.attend(*operands(), pj.rope(), {}, cache)
+    three = kv_cache.init_cache(IN_SPACE, DIMS, B, max_length=T, coordinate_dtype=jnp.float32)
+    with pytest.raises(ValueError, match="coordinates must have the 3 axes of the cache, got 2"):
+        kv_cache.attend(*operands(), IN_SPACE, {}, three, coordinates=jnp.zeros((T, 2)))
 
 
 @pytest.mark.parametrize("encoding", [pj.rope(), pj.alibi(), pj.chain(pj.rope(), pj.cope(4))], ids=lambda e: e.name)
