@@ -26,6 +26,7 @@ from posjax.checks import bounded, check, checked, short
 from posjax.core.encoding import MOST_CHANNELS, AttentionInputs, Dims, PositionalEncoding, Tokens, get_param, register
 from posjax.core.structures import Pairing, Rotate, ScoreModifications
 from posjax.encodings.absolute import theta
+from posjax.encodings.frequencies import Scaling
 from posjax.encodings.phases import angles_by_channel, angles_of_learned, geometric_frequencies
 from posjax.encodings.rotary import rotated_width
 from posjax.typing import Array, Float, Params
@@ -50,7 +51,7 @@ class MRope(PositionalEncoding):
         say, and the rest to time (Qwen3-VL, Qwen3.5). "alternating" alternates height and width in the fast pairs and gives the
         slowest to time (Ernie 4.5 VL with pairing="interleaved", whose configuration lists sections as height, width, time;
         VideoRoPE with pairing="half").
-      theta, fraction, pairing: as in ``rope``.
+      theta, fraction, pairing, scaling: as in ``rope``; the scaling may not depend on the length of the sequence.
 
     Raises:
       ValueError: sections are not three numbers of pairs, do not fit the layout, or (in ``attend``) do not sum to R / 2; or
@@ -64,9 +65,13 @@ class MRope(PositionalEncoding):
     theta: Array | float = theta()
     fraction: float = bounded(1.0, above=0, most=1)
     pairing: Pairing = "half"
+    scaling: Scaling | None = None
     axes = 3
 
     def __post_init__(self) -> None:
+        if self.scaling is not None and (not isinstance(self.scaling, Scaling) or self.scaling.depends_on_length):
+            hint = "None, or a scaling that does not depend on the length, such as yarn_scaling(4.0, original_max_length=32_768)"
+            raise ValueError(f"scaling of mrope must be {hint}, got {short(self.scaling)}")
         if len(self.sections) != 3 or min(self.sections) < 0 or not 0 < sum(self.sections) < MOST_CHANNELS:
             raise ValueError(
                 f"sections must be numbers of pairs for time, height and width, such as (16, 24, 24), got {self.sections}"
@@ -86,10 +91,11 @@ class MRope(PositionalEncoding):
                 f"sections of mrope must sum to {width // 2}, half of the {width} rotated channels, got {self.sections} with the "
                 f"sum {sum(self.sections)}"
             )
-        frequencies = geometric_frequencies(self.theta, width)
+        scaling = self.scaling or Scaling()
+        frequencies = scaling.frequencies(self.theta, width)
         axis_of = _mrope_axes(self.sections, self.layout)
         phases = (angles_by_channel(_by_pair(tokens.on_axes(3), axis_of), frequencies) for tokens in (inputs.q, inputs.k))
-        return ScoreModifications((_rotation(*phases, pairing=self.pairing),))
+        return ScoreModifications((_rotation(*phases, gain=scaling.gain(), pairing=self.pairing),))
 
 
 mrope = MRope
@@ -118,9 +124,14 @@ def _by_pair(coordinates: Array, axis_of: np.ndarray) -> Array:
     return jnp.broadcast_to(chosen, (*coordinates.shape[:-1], len(axis_of)))
 
 
-def _rotation(query_phase: Array, key_phase: Array, **how: Any) -> Rotate:
-    """Returns a rotation by phases [B, T, R / 2] that all heads share."""
-    return Rotate(query_phase[:, :, None], key_phase[:, :, None], learned=False, **how)
+def _rotation(query_phase: Array, key_phase: Array, *, gain: float = 1.0, **how: Any) -> Rotate:
+    """Returns a rotation by phases [B, T, R / 2] that all heads share, with one gain."""
+
+    def gain_of(phase: Array) -> Array | None:
+        return None if gain == 1 else jnp.full((1, phase.shape[1], 1, 1), gain, jnp.float32)
+
+    query_gain, key_gain = gain_of(query_phase), gain_of(key_phase)
+    return Rotate(query_phase[:, :, None], key_phase[:, :, None], query_gain, key_gain, learned=False, **how)
 
 
 def mrope_positions(

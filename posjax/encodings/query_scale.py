@@ -1,4 +1,4 @@
-"""Queries that grow with the logarithm of their position, so that attention stays sharp over long contexts."""
+"""Scales of queries: constant, or growing with the logarithm of the position, so that attention stays sharp over long contexts."""
 
 from typing import Literal
 
@@ -59,3 +59,31 @@ class LogScale(PositionalEncoding):
 
 
 log_scale = LogScale
+
+
+@register("query_scale")
+class QueryScale(PositionalEncoding):
+    """Multiplies the query, and with it all scores, by a constant.
+
+    Models with multi-head latent attention (DeepSeek V2 and V3) under YaRN multiply scores by (0.1 mscale_all_dim ln s + 1)^2,
+    including those of channels that are not rotated. ``rope_from_config`` expresses that by a query_scale. Place it first in a
+    chain, like ``log_scale``.
+
+    Args:
+      factor: factor of the query. It may be a traced scalar; its gradient is zero.
+
+    Raises:
+      ValueError: factor is not one positive number.
+
+    DeepSeek-AI, arXiv:2405.04434, section 3.1.4.
+    """
+
+    factor: Array | float = hyperparameter(default=1.0, above=0)
+
+    def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
+        query = inputs.turned_query
+        scaled = (query.astype(jnp.float32) * traced_hparam(self.factor)).astype(query.dtype)
+        return ScoreModifications((Replace(scaled, inputs.turned_key),))
+
+
+query_scale = QueryScale

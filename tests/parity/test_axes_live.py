@@ -73,7 +73,7 @@ def test_mrope_equals_transformers_on_text_with_an_image_and_a_video(model):
 def rope_index(parts, merge_size=2):
     """transformers' coordinates and offset of a sequence of text and grids."""
     kinds = [[0] * p if isinstance(p, int) else [1 if p[0] == 1 else 2] * (math.prod(p) // merge_size**2) for p in parts]
-    kinds = torch.tensor([sum(kinds, [])])
+    kinds = torch.tensor([[kind for part in kinds for kind in part]])
     grids = {n: [p for p in parts if not isinstance(p, int) and (p[0] > 1) == (n == 2)] for n in (1, 2)}
     model = types.SimpleNamespace(config=types.SimpleNamespace(vision_config=types.SimpleNamespace(spatial_merge_size=merge_size)))
     model.get_vision_position_ids = types.MethodType(qwen2_vl.Qwen2VLModel.get_vision_position_ids, model)
