@@ -46,8 +46,9 @@ class Rotations:
 
     chips: tuple[Literal["v4", "v5e", "v5p", "v6e", "tpu7x"], ...] = ("v4", "v5e", "v5p", "v6e", "tpu7x")
     encodings: tuple[str, ...] = (
-        "examples.amplified_rope:AmplifiedRope(1.1)",
+        "rope(scaling=yarn_scaling(factor=4.0, original_max_length=2048))",
         "mrope((16, 24, 24))",
+        "mrope((16, 24, 24), scaling=yarn_scaling(factor=4.0, original_max_length=2048))",
         "mrope((24, 20, 20), 'interleaved')",
         "axial_rope()",
         "axial_rope(layout='blocks')",

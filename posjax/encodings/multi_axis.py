@@ -219,7 +219,8 @@ class AxialRope(PositionalEncoding):
       widths: layout "widths": channels of each axis, even numbers with a sum of at most H; channels beyond are not rotated.
       order: the axes in the order of their channels; None is 0, 1, ... Coordinates usually begin with the row, so that (1, 0)
         rotates the first channels by the column, "x first" (rope-vit, SAM 2).
-      num_prefix_tokens: number of tokens at the start of a sequence that are not rotated: [CLS] and registers.
+      num_prefix_tokens: number of tokens at the start of a sequence that are not rotated, [CLS] and registers: ``place`` sets their
+        coordinates to zero. Without a model, ``axial_coordinates(..., num_prefix_tokens=...)`` does the same.
       scale: factor of coordinates: 2 pi in DINOv3, whose coordinates are turns.
       shift, jitter, rescale: augmentation in training (DINOv3), drawn in ``place`` once per call and not per image. Coordinates
         move by U(-shift, shift) and are multiplied by exp U(-ln jitter, ln jitter), both drawn for each axis, and by
@@ -257,7 +258,7 @@ class AxialRope(PositionalEncoding):
 
     def place(self, tokens: Tokens, key: Array | None = None) -> Array | None:
         if key is None or (self.shift, self.jitter, self.rescale) == (None, None, None):
-            return tokens.coordinates
+            return _without_prefix(tokens, tokens.coordinates, self.axes, self.num_prefix_tokens)
         coordinates = tokens.on_axes(self.axes).astype(jnp.float32)
         keys = jax.random.split(key, 3)
         size = (1, 1, coordinates.shape[-1])
@@ -266,7 +267,7 @@ class AxialRope(PositionalEncoding):
         for draw, factor, shape in ((keys[1], self.jitter, size), (keys[2], self.rescale, (1, 1, 1))):
             if factor is not None:
                 coordinates *= jnp.exp(jax.random.uniform(draw, shape, minval=-math.log(factor), maxval=math.log(factor)))
-        return coordinates
+        return _without_prefix(tokens, coordinates, self.axes, self.num_prefix_tokens)
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         widths = self._widths(inputs.query.shape[-1])
@@ -276,7 +277,7 @@ class AxialRope(PositionalEncoding):
             parts = [ladder[place :: self.axes] for place in range(self.axes)]
         else:
             parts = [geometric_frequencies(self.theta, width) for width in widths]
-        at = [_without_prefix(tokens, self.axes, self.num_prefix_tokens) for tokens in (inputs.q, inputs.k)]
+        at = [tokens.on_axes(self.axes) for tokens in (inputs.q, inputs.k)]
         if self.layout in ("blocks", "widths") and self.pairing == "half":  # each axis has pairs of its own
             blocks = [(np.array([axis]).repeat(len(part)), part) for axis, part in zip(order, parts, strict=True)]
         else:
@@ -308,11 +309,11 @@ class AxialRope(PositionalEncoding):
 axial_rope = AxialRope
 
 
-def _without_prefix(tokens: Tokens, axes: int, num_prefix_tokens: int) -> Array:
-    """Returns the coordinates [B, T, A], zero for the first tokens of a sequence, which are then not rotated."""
-    coordinates = tokens.on_axes(axes)
+def _without_prefix(tokens: Tokens, coordinates: Array | None, axes: int, num_prefix_tokens: int) -> Array | None:
+    """Returns coordinates that are zero, and thus rotate by nothing, for the first tokens of a sequence."""
     if not num_prefix_tokens:
         return coordinates
+    coordinates = tokens.on_axes(axes) if coordinates is None else coordinates
     return jnp.where((tokens.order < num_prefix_tokens)[..., None], jnp.zeros((), coordinates.dtype), coordinates)
 
 
@@ -373,7 +374,7 @@ class RopeMixed(PositionalEncoding):
     Args:
       theta: base of the initial frequencies.
       pairing: as in ``rope``; "interleaved" in rope-vit.
-      num_prefix_tokens: number of tokens at the start of a sequence that are not rotated: [CLS].
+      num_prefix_tokens: number of tokens at the start of a sequence that are not rotated, as in ``axial_rope``.
 
     Raises:
       ValueError: theta is not one positive number, or (in ``init``) H is not a multiple of 4.
@@ -396,12 +397,15 @@ class RopeMixed(PositionalEncoding):
         row = jnp.concatenate([magnitude * jnp.sin(angle), magnitude * jnp.cos(angle)], axis=1)
         return {"frequencies": jnp.stack([row, column])}
 
+    def place(self, tokens: Tokens, key: Array | None = None) -> Array | None:
+        return _without_prefix(tokens, tokens.coordinates, self.axes, self.num_prefix_tokens)
+
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         heads, kv_heads, head_dim = *(x.shape[2] for x in (inputs.query, inputs.key)), inputs.query.shape[-1]
         frequencies = get_param(params, "frequencies", self.registered_name, (2, kv_heads, head_dim // 2)).astype(jnp.float32)
 
         def phase(tokens: Tokens, of_heads: Float[Array, "2 N R2"]) -> Array:
-            coordinates = _without_prefix(tokens, 2, self.num_prefix_tokens)[..., None, None]
+            coordinates = tokens.on_axes(2)[..., None, None]
             row, column = (angles_of_learned(coordinates[:, :, axis], of_heads[axis][None, None]) for axis in range(2))
             return row + column
 

@@ -166,8 +166,12 @@ def test_axial_does_not_rotate_cls_and_registers():
     query = normal(1, 1, 2 + 4, N, 24)
     at = pj.axial_coordinates((2, 2), num_prefix_tokens=2)
     assert at.tolist() == [[0, 0], [0, 0], [0, 0], [0, 1], [1, 0], [1, 1]]
-    got, _ = transformed(pj.axial_rope(num_prefix_tokens=2), query, query, at[None] + 7)
-    np.testing.assert_array_equal(got[:, :2], query[:, :2])
+    encoding = pj.axial_rope(num_prefix_tokens=2)
+    tokens = pj.Tokens.at(jnp.arange(6), coordinates=jnp.asarray(at[None] + 7))
+    for key in (None, jax.random.key(0)):  # the augmentation of training leaves them alone, too
+        placed = pj.axial_rope(num_prefix_tokens=2, shift=0.5, rescale=2.0).place(tokens, key)
+        np.testing.assert_array_equal(transformed(encoding, query, query, placed)[0][:, :2], query[:, :2])
+    got, _ = transformed(encoding, query, query, encoding.place(tokens))
     pairs = [(*channels(6 * axis + m, "half", 24), axis, f) for axis in (0, 1) for m, f in enumerate(ladder(12, 1e4))]
     close(got[:, 2:], rotated(query[:, 2:], at[None, 2:] + 7, pairs), atol=1e-5)
 
