@@ -122,6 +122,7 @@ WEIGHTS = {name: normal(seed, D, heads, H) / math.sqrt(D) for name, seed, heads 
 VARIANTS = (  # of other cases; README's command leaves them to the thorough tests
     "rope fraction",
     "log_scale + rope",
+    "mrope",
     "mrope interleaved",
     "mrope alternating",
     "axial_rope",
@@ -130,6 +131,7 @@ VARIANTS = (  # of other cases; README's command leaves them to the thorough tes
     "axial_rope widths",
     "rope_mixed",
     "xpos",
+    "pope",
     "t5 bidirectional",
     "tupe a tied",
     "tupe a released",
