@@ -55,6 +55,13 @@ CASES = [
     Case("rope half", pj.rope(), shift_invariant=True, shift=FAR),
     Case("rope interleaved", pj.rope(pairing="interleaved"), shift_invariant=True, shift=FAR),
     Case("rope fraction", pj.rope(theta=500.0, fraction=0.25), shift_invariant=True, shift=FAR),
+    Case(
+        "rope yarn",
+        pj.rope(fraction=0.5, pairing="interleaved", scaling=pj.yarn_scaling(4.0, 16), channels="last"),
+        shift_invariant=True,
+        shift=FAR,
+    ),
+    Case("query_scale + rope", pj.chain(pj.query_scale(1.5), pj.rope()), shift_invariant=True, shift=FAR),
     Case("log_scale + rope", pj.chain(pj.log_scale(3), pj.rope())),
     Case("alibi", pj.alibi(), shift_invariant=True),
     Case("t5", pj.t5(num_buckets=6, max_distance=8), shift_invariant=True),
@@ -111,6 +118,8 @@ WEIGHTS = {name: normal(seed, D, heads, H) / math.sqrt(D) for name, seed, heads 
 
 VARIANTS = (  # of other cases; README's command leaves them to the thorough tests
     "rope fraction",
+    "rope yarn",
+    "query_scale + rope",
     "t5 bidirectional",
     "tupe a tied",
     "tupe a released",
