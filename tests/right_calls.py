@@ -336,6 +336,50 @@ def constructor_calls() -> dict[str, Call]:
             "beta": (0.1, number(lambda x: x >= 0, array=True)),
             "rule": ("llama4", choice("llama4", "ministral3", "inkling")),
         },
+        pj.mrope: {
+            "sections": (
+                (4, 2, 2),
+                only(
+                    lambda x: (
+                        isinstance(x, tuple | list)
+                        and len(x) == 3
+                        and all(isinstance(n, int | np.integer) and not isinstance(n, bool) and n >= 0 for n in x)
+                        and 0 < sum(x) < 2**15
+                    )
+                ),
+            ),
+            "layout": ("blocks", choice("blocks", "interleaved", "alternating")),
+            "theta": (10_000.0, positive),
+            "fraction": (1.0, number(lambda x: 0 < x <= 1)),
+            "pairing": ("half", choice("half", "interleaved")),
+        },
+        pj.axial_rope: {
+            "axes": (2, integer(2, 4)),
+            "layout": ("shared", choice("shared", "split", "blocks")),
+            "theta": (10_000.0, positive),
+            "fraction": (1.0, number(lambda x: 0 < x <= 1)),
+            "pairing": ("half", choice("half", "interleaved")),
+            "widths": (None, only(lambda x: x is None)),
+            "order": (None, only(lambda x: x is None)),
+            "num_prefix_tokens": (5, integer(0)),
+            "scale": (1.0, number(lambda x: x > 0)),
+            "shift": (0.1, number(lambda x: x >= 0, none=True)),
+            "jitter": (1.1, number(lambda x: x >= 1, none=True)),
+            "rescale": (2.0, number(lambda x: x >= 1, none=True)),
+        },
+        pj.rope_mixed: {
+            "theta": (10.0, number(lambda x: x > 0)),
+            "pairing": ("interleaved", choice("half", "interleaved")),
+            "num_prefix_tokens": (1, integer(0)),
+        },
+        pj.xpos: {
+            "scale_base": (512.0, number(lambda x: x > 0)),
+            "gamma": (0.4, number(lambda x: x > 0)),
+            "theta": (10_000.0, positive),
+            "pairing": ("interleaved", choice("half", "interleaved")),
+            "centre": (0, integer(0)),
+        },
+        pj.pope: {"theta": (10_000.0, positive)},
         pj.alibi: {"slope": (None, slopes)},
         pj.t5: buckets | {"bidirectional": (False, flag)},
         pj.tupe: buckets | dict.fromkeys(("relative", "untie_cls", "released"), (True, flag)),
@@ -347,6 +391,7 @@ def constructor_calls() -> dict[str, Call]:
     calls = {cls.registered_name: Call(cls, arguments) for cls, arguments in encodings.items() if arguments}
     calls |= scaling_calls()
     calls["cope"] = dataclasses.replace(calls["cope"], required=("max_position",))
+    calls["mrope"] = dataclasses.replace(calls["mrope"], required=("sections",))
     sizes = {"num_heads": (N, integer(1, 2**15)), "head_dim": (H, integer(1, 2**15))}
     sizes |= {
         "embed_dim": (D, integer(1, none=True)),

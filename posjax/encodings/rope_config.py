@@ -154,7 +154,7 @@ def rope_from_config(
     rotated, head_dim = _rotated_channels(config, parameters, kind)
     scaling = _scaling(kind, config, parameters, rotated)
     if "mrope_section" in parameters:
-        encoding = _mrope(config, parameters, kind, theta, rotated, pairing)
+        encoding = _mrope(config, parameters, scaling, theta, rotated, pairing)
     else:
         latent = bool(config.get("qk_rope_head_dim"))
         fraction = rotated if head_dim is None else rotated / head_dim
@@ -537,10 +537,8 @@ def _scaling(kind: str, config: Config, parameters: Config, rotated: float) -> s
     return None
 
 
-def _mrope(config: Config, parameters: Config, kind: str, theta: float, rotated: float, pairing: Pairing) -> PositionalEncoding:
+def _mrope(config: Config, parameters: Config, scaling: Any, theta: float, rotated: float, pairing: Pairing) -> PositionalEncoding:
     """Returns M-RoPE with the sections of a configuration."""
-    if kind != "default":
-        raise ValueError(f"rope_type must be 'default' with mrope_section, got {kind!r}")
     sections = parameters["mrope_section"]
     if not isinstance(sections, list | tuple) or len(sections) != 3 or not all(isinstance(n, int) for n in sections):
         raise ValueError(f"mrope_section must be three numbers of pairs, got {short(sections)}")
@@ -553,7 +551,8 @@ def _mrope(config: Config, parameters: Config, kind: str, theta: float, rotated:
             f"mrope_section must sum to half of the {round(fraction * head_dim)} rotated channels, got {short(sections)} with "
             f"the sum {sum(sections)}"
         )
-    return _built(mrope, sections=tuple(sections), layout=layout, theta=theta, fraction=fraction, pairing=pairing)
+    arguments = dict(sections=tuple(sections), layout=layout, theta=theta, fraction=fraction, pairing=pairing, scaling=scaling)
+    return _built(mrope, **arguments)
 
 
 # Scales of queries ---------------------------------------------------------------------------------------------------
