@@ -125,14 +125,9 @@ def architecture_in(checkpoint: Checkpoint) -> Architecture:
     """Returns the architecture of a checkpoint.
 
     Raises:
-      ValueError: posjax does not have it, or the weights are quantized.
+      ValueError: posjax does not have it, or the weights are quantized in another way than in GGUF.
     """
     try:
-        if quantization := checkpoint.config.get("quantization_config"):
-            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-            raise ValueError(
-                f"quantization_config must be absent, got {short(method)}; load the model without quantization, or its GGUF file"
-            )
         return architecture_of(checkpoint.config)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
