@@ -44,8 +44,8 @@ Encoding = PositionalEncoding | Sequence[PositionalEncoding] | str
 FREE_FIELDS = ("max_length", "dropout_rate", "remat", "scan_layers", "compute_dtype", "implementation")
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float32", "bfloat16", "float16")}
 SHARD_BYTES = 5 * 10**9  # of a file that is written: transformers' own size
-# Encodings that leave a model as it is until they are trained: their embeddings, or the last layer of their network, start at zero.
-_NEUTRAL = ("identity", "cope", "cope_mlp")
+# Encodings that leave a model as it is until they are trained: their table, or the last layer of their network, starts at zero.
+_NEUTRAL = ("identity", "cope", "cope_mlp", "t5")
 _COPIED = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "vocab.json", "merges.txt")
 _COPIED += ("added_tokens.json", "tokenizer.model", "chat_template.jinja", "chat_template.json")
 
