@@ -27,9 +27,25 @@ from posjax.core.structures import (
 )
 from posjax.encodings.absolute import learned, sinusoidal
 from posjax.encodings.cope import cope, cope_alibi, cope_mlp
+from posjax.encodings.frequencies import (
+    dynamic_ntk_scaling,
+    linear_scaling,
+    llama3_scaling,
+    longrope_scaling,
+    ntk_fixed_scaling,
+    ntk_scaling,
+    ntk_theta_scaling,
+    proportional_scaling,
+    yarn_scaling,
+)
+from posjax.encodings.multi_axis import axial_coordinates, axial_rope, mrope, mrope_positions, rope_mixed
+from posjax.encodings.pope import pope
+from posjax.encodings.query_scale import log_scale, query_scale
 from posjax.encodings.relative import alibi, t5
+from posjax.encodings.rope_config import rope_from_config
 from posjax.encodings.rotary import convert_pairing, rope
 from posjax.encodings.tupe import tupe
+from posjax.encodings.xpos import xpos
 
 if TYPE_CHECKING:
     from posjax.lab.trained import TrainedRun
@@ -60,23 +76,42 @@ __all__ = [
     "attention",
     "attention_fn",
     "attention_weights",
+    "axial_coordinates",
+    "axial_rope",
     "cache_layout",
     "chain",
     "convert_pairing",
     "cope",
     "cope_alibi",
     "cope_mlp",
+    "dynamic_ntk_scaling",
     "encoding",
     "identity",
     "init_cache",
     "learned",
     "linear_attention",
+    "linear_scaling",
+    "llama3_scaling",
     "load",
+    "log_scale",
+    "longrope_scaling",
+    "mrope",
+    "mrope_positions",
+    "ntk_fixed_scaling",
+    "ntk_scaling",
+    "ntk_theta_scaling",
+    "pope",
+    "proportional_scaling",
+    "query_scale",
     "register",
     "rope",
+    "rope_from_config",
+    "rope_mixed",
     "sinusoidal",
     "t5",
     "tupe",
+    "xpos",
+    "yarn_scaling",
 ]
 
 

@@ -327,6 +327,11 @@ def constructor_calls() -> dict[str, Call]:
             "fraction": (1.0, number(lambda x: 0 < x <= 1)),
             "pairing": ("half", choice("half", "interleaved")),
         },
+        pj.log_scale: {
+            "length": (8192, integer(1)),
+            "beta": (0.1, number(lambda x: x >= 0, array=True)),
+            "rule": ("llama4", choice("llama4", "ministral3", "inkling")),
+        },
         pj.alibi: {"slope": (None, slopes)},
         pj.t5: buckets | {"bidirectional": (False, flag)},
         pj.tupe: buckets | dict.fromkeys(("relative", "untie_cls", "released"), (True, flag)),

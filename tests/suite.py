@@ -55,6 +55,7 @@ CASES = [
     Case("rope half", pj.rope(), shift_invariant=True, shift=FAR),
     Case("rope interleaved", pj.rope(pairing="interleaved"), shift_invariant=True, shift=FAR),
     Case("rope fraction", pj.rope(theta=500.0, fraction=0.25), shift_invariant=True, shift=FAR),
+    Case("log_scale + rope", pj.chain(pj.log_scale(3), pj.rope())),
     Case("alibi", pj.alibi(), shift_invariant=True),
     Case("t5", pj.t5(num_buckets=6, max_distance=8), shift_invariant=True),
     Case("t5 bidirectional", pj.t5(num_buckets=8, max_distance=8, bidirectional=True), shift_invariant=True),

@@ -1,5 +1,8 @@
 """Rotary position embedding (RoPE)."""
 
+from typing import Literal
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -7,6 +10,7 @@ from posjax.checks import bounded, check, is_array, short
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, register
 from posjax.core.structures import Pairing, Rotate, ScoreModifications
 from posjax.encodings.absolute import theta
+from posjax.encodings.frequencies import ProportionalScaling, Scaling, sequence_lengths
 from posjax.encodings.phases import angles, geometric_frequencies
 from posjax.typing import Array, Float, Int, Params
 
@@ -22,14 +26,18 @@ class Rope(PositionalEncoding):
     Args:
       theta: base of the frequencies; wavelengths range from 2 pi to 2 pi theta positions. It may be a traced scalar, such as a
         swept hyperparameter; its gradient is zero. Phases are then float32 products with a relative error of up to 2e-7.
-      fraction: fraction of the head's channels that are rotated, from the first on; 0.25 in GPT-NeoX.
+      fraction: fraction of the head's channels that are rotated; 0.25 in GPT-NeoX.
       pairing: which channels form pair m: "half" is (m, m + R/2) (GPT-NeoX, transformers' Llama), "interleaved" is
         (2m, 2m + 1) (GPT-J, Meta's Llama). A checkpoint trained with one gives wrong results with the other; ``convert_pairing``
         reorders its channels.
+      scaling: how frequencies are changed for sequences longer than those in training, such as ``yarn_scaling(factor=4.0,
+        original_max_length=8192)``; None leaves them. ``posjax.encodings.frequencies`` lists the scalings.
+      channels: which R channels of a head are rotated: the "first", or the "last" as in multi-head latent attention (DeepSeek).
 
     Raises:
       ValueError: theta is not one positive number (a traced theta that is not positive gives NaN), fraction is outside (0, 1],
-        pairing is unknown, or (in ``attend``) fraction * H is not an even number of channels.
+        pairing or channels is unknown, scaling is not a scaling, or (in ``attend``) fraction * H is not an even number of channels
+        or does not fit the scaling.
 
     Su et al., arXiv:2104.09864, equation 34.
     """
@@ -37,11 +45,31 @@ class Rope(PositionalEncoding):
     theta: Array | float = theta()
     fraction: float = bounded(1.0, above=0, most=1)
     pairing: Pairing = "half"
+    scaling: Scaling | None = None
+    channels: Literal["first", "last"] = "first"
+
+    def __post_init__(self) -> None:
+        if self.scaling is not None and not isinstance(self.scaling, Scaling):
+            is_class = isinstance(self.scaling, type) and issubclass(self.scaling, Scaling)
+            got = f"the class {self.scaling.__name__}; call it" if is_class else short(self.scaling)
+            raise ValueError(f"scaling must be a scaling such as linear_scaling(4.0), or None, got {got}")
+        if isinstance(self.scaling, ProportionalScaling) and self.fraction != 1:
+            raise ValueError(f"fraction must be 1.0 with {self.scaling!r}, which has a fraction of its own, got {self.fraction!r}")
+
+    @property
+    def cache(self) -> str:
+        return "raw" if self.scaling is not None and self.scaling.depends_on_length else "transformed"
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
-        frequencies = geometric_frequencies(self.theta, rotated_width(inputs.query.shape[-1], self.fraction))
-        query_phase, key_phase = (angles(tokens.positions, frequencies)[:, :, None] for tokens in (inputs.q, inputs.k))
-        return ScoreModifications((Rotate(query_phase, key_phase, pairing=self.pairing, learned=False),))
+        head_dim = inputs.query.shape[-1]
+        width = rotated_width(head_dim, self.fraction)
+        offset = head_dim - width if self.channels == "last" else 0
+        scaling = self.scaling or Scaling()
+        lengths = sequence_lengths(inputs.q, inputs.k) if scaling.depends_on_length else (None, None)
+        sides = zip((inputs.q, inputs.k), lengths, strict=True)
+        rotations = (scaling.rotation(self.theta, width, tokens.positions, length) for tokens, length in sides)
+        phases, gains = zip(*(jax.tree.map(lambda x: x[:, :, None], both) for both in rotations), strict=True)  # no axis of heads
+        return ScoreModifications((Rotate(*phases, *gains, pairing=self.pairing, offset=offset, learned=False),))
 
 
 rope = Rope

@@ -2,6 +2,7 @@
 
 rope                                   an encoding with its defaults
 cope(max_position=64, gates="keys")    an encoding with arguments, as in Python
+rope(scaling=linear_scaling(4.0))      an argument that is a scaling of frequencies
 rope + cope(64)                        a chain
 cope(64) / identity / identity         one encoding per layer, repeated over the layers
 my_package.mine:encoding(3)            a class or a function in a module that can be imported, or an encoding value without (3)
@@ -21,9 +22,10 @@ import tokenize
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from posjax.checks import checked, short
+from posjax.checks import checked, near, short
 from posjax.core.chain import Chain, chain
 from posjax.core.encoding import PositionalEncoding, registered
+from posjax.encodings.frequencies import SCALINGS, Scaling
 
 _MAX_LENGTH = 10_000  # of a text; Python's parser would run out of its stack for a far longer one
 
@@ -65,7 +67,7 @@ def parse_encoding(spec: str, settings: Sequence[Any] = ()) -> PositionalEncodin
     """Parses the text form of an encoding, or of one encoding for each of several layers.
 
     Args:
-      spec: names of posjax's encodings with literal arguments, joined by ``+`` (chain) and ``/`` (next layer).
+      spec: names of posjax's encodings, joined by ``+`` (chain) and ``/`` (next layer); arguments are literals or scalings.
       settings: values of ``_0``, ``_1``, ... in the text, which ``parametrize_spec`` writes; they may be traced.
 
     Returns:
@@ -113,18 +115,22 @@ def _call(node: ast.expr, spec: str) -> ast.Call:
     name = _name(call)
     if name is None or any(keyword.arg is None for keyword in call.keywords):
         raise ValueError(f"encoding must look like 'rope' or 'rope + cope(64)', got {spec!r}")
+    _check_repeated(name, call, spec)
+    if ":" not in name and name not in registered():
+        close = difflib.get_close_matches(name, registered(), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"encoding must be made of {', '.join(registered())}, got {short(name)} in {short(spec)}; {hint}posjax list shows all"
+        )
+    return call
+
+
+def _check_repeated(name: str | None, call: ast.Call, spec: str) -> None:
     keywords = [keyword.arg for keyword in call.keywords]
     if repeated := [keyword for keyword in keywords if keywords.count(keyword) > 1]:
         raise ValueError(
             f"encoding {name} must have each argument once, got {repeated[0]!r} {keywords.count(repeated[0])} times in {spec!r}"
         )
-    if ":" not in name and name not in registered():
-        near = difflib.get_close_matches(name, registered(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(
-            f"encoding must be made of {', '.join(registered())}, got {short(name)} in {short(spec)}; {hint}posjax list shows all"
-        )
-    return call
 
 
 # While a text is a Python expression, module:name is an attribute with a mark in its name.
@@ -169,32 +175,62 @@ def _construct(call: ast.Call, spec: str, settings: Sequence[Any]) -> Positional
 
     def value(node: ast.expr) -> Any:
         placeholder = _PLACEHOLDER.fullmatch(node.id) if isinstance(node, ast.Name) else None
-        return settings[int(placeholder[1])] if placeholder and int(placeholder[1]) < len(settings) else ast.literal_eval(node)
+        if placeholder and int(placeholder[1]) < len(settings):
+            return settings[int(placeholder[1])]
+        if isinstance(node, ast.Call | ast.Name):
+            return _scaling(node, spec, name)
+        return _literal(node, spec, name)
 
-    try:
-        args = [value(arg) for arg in call.args]
-        keywords = {keyword.arg: value(keyword.value) for keyword in call.keywords if keyword.arg is not None}
-    except ValueError:
-        raise ValueError(f"encoding {short(spec)}: arguments of {name} must be plain values such as 64 or 'keys'") from None
+    args = [value(arg) for arg in call.args]
+    keywords = {keyword.arg: value(keyword.value) for keyword in call.keywords if keyword.arg is not None}
     if isinstance(make, PositionalEncoding) and not (args or keywords):
         return make
     if not callable(make):
         raise ValueError(f"{name} must be an encoding, or a class or function that returns one, got {make!r} in {spec!r}")
+    encoding = _called(name, make, args, keywords, spec)
+    if not isinstance(encoding, PositionalEncoding):
+        raise ValueError(f"{name} must return a PositionalEncoding, got {encoding!r} in {spec!r}")
+    return encoding
+
+
+def _called(name: str | None, make: Callable[..., Any], args: list[Any], keywords: dict[str, Any], spec: str) -> Any:
+    """Returns make(*args, **keywords), with errors that quote the text."""
     signature = inspect.signature(make)
     usage = f"{name}{signature.replace(return_annotation=inspect.Signature.empty)}"
     try:
         signature.bind(*args, **keywords)
-    except TypeError as error:
-        raise ValueError(f"encoding {name} must be called as {usage}, got {spec!r}: {error}") from None
-    try:
-        encoding = make(*args, **keywords)
-    except TypeError as error:  # such as 8 < "a"
-        raise ValueError(f"encoding {name} must be called as {usage}, got {spec!r}: {error}") from None
+        return make(*args, **keywords)
+    except TypeError as error:  # of bind, or such as 8 < "a"
+        unknown = next((keyword for keyword in keywords if keyword not in signature.parameters), None)
+        hint = near(unknown, signature.parameters) if unknown else ""
+        raise ValueError(f"encoding {name} must be called as {usage}, got {spec!r}: {error}{hint}") from None
     except ValueError as error:
         raise ValueError(f"encoding {short(spec)}: {error}") from None
-    if not isinstance(encoding, PositionalEncoding):
-        raise ValueError(f"{name} must return a PositionalEncoding, got {encoding!r} in {spec!r}")
-    return encoding
+
+
+def _literal(node: ast.expr, spec: str, name: str | None) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(
+            f"encoding {short(spec)}: arguments of {name} must be plain values such as 64 or 'keys', or scalings such as "
+            f"linear_scaling(4.0), got {short(ast.unparse(node))}"
+        ) from None
+
+
+def _scaling(node: ast.Call | ast.Name, spec: str, owner: str | None) -> Scaling:
+    """Returns the scaling that a call in an argument of ``owner`` constructs; a name alone is a call without arguments."""
+    call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
+    name = call.func.id if isinstance(call.func, ast.Name) else None
+    if name not in SCALINGS or any(keyword.arg is None for keyword in call.keywords):
+        raise ValueError(
+            f"encoding {short(spec)}: arguments of {owner} must be plain values such as 64 or 'keys', or one of "
+            f"{', '.join(SCALINGS)}, got {short(ast.unparse(node))}{'' if name in SCALINGS else near(str(name), SCALINGS)}"
+        )
+    _check_repeated(name, call, spec)
+    args = [_literal(arg, spec, name) for arg in call.args]
+    keywords = {keyword.arg: _literal(keyword.value, spec, name) for keyword in call.keywords if keyword.arg is not None}
+    return _called(name, SCALINGS[name], args, keywords, spec)
 
 
 # Encodings that differ only in numbers -------------------------------------------------------------------------------
@@ -247,8 +283,25 @@ def substitute(spec: str, settings: dict[int, float]) -> str:
     return re.sub(rf"\b{_PLACEHOLDER.pattern}\b", replace, spec)
 
 
+def parse_scaling(text: str) -> Scaling | None:
+    """Parses the text form of a scaling, such as "linear_scaling(4.0)"; returns None if the text does not begin with its name.
+
+    Raises:
+      ValueError: the scaling rejects its arguments.
+    """
+    if text.partition("(")[0].strip() not in SCALINGS:
+        return None
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"a scaling must look like linear_scaling(4.0), got {short(text)}: {error.msg}") from None
+    if not isinstance(node, ast.Call | ast.Name):
+        raise ValueError(f"a scaling must look like linear_scaling(4.0), got {short(text)}")
+    return _scaling(node, text, None)
+
+
 def with_argument(spec: str, name: str, argument: str, value: Any) -> str:
-    """Sets an argument of every member with the given name in a spec.
+    """Sets an argument of every member with the given name in a spec; a value may be a scaling.
 
     >>> with_argument("rope + cope(64)", "cope", "gate_bias", -2.0)
     'rope + cope(64, gate_bias=-2.0)'
@@ -257,15 +310,15 @@ def with_argument(spec: str, name: str, argument: str, value: Any) -> str:
       ValueError: the encoding is unknown (the message suggests the closest one), or it has no such argument.
     """
     if name not in registered():
-        near = difflib.get_close_matches(name, registered(), n=1)
-        raise ValueError(f"{name!r} is not an encoding" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise ValueError(f"{name!r} is not an encoding{near(name, registered())}")
     known = list(inspect.signature(registered()[name]).parameters)
     if argument not in known:
         takes = f"takes {', '.join(known)}" if known else "takes no arguments"
         raise ValueError(f"{name} has no argument {argument!r}; it {takes}")
 
     def change(call: ast.Call) -> ast.Call:
-        return _with(call, argument, ast.Constant(value)) if _name(call) == name else call
+        node = ast.parse(repr(value), mode="eval").body if isinstance(value, Scaling) else ast.Constant(value)
+        return _with(call, argument, node) if _name(call) == name else call
 
     return _rewritten(spec, change)
 

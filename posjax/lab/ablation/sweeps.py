@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from posjax.checks import checked
-from posjax.encodings.spec import parametrize_spec, parse_encoding, substitute, with_argument
+from posjax.encodings.spec import parametrize_spec, parse_encoding, parse_scaling, substitute, with_argument
 from posjax.lab.config import Config
 from posjax.lab.run import TRACED_FIELDS
 from posjax.lab.workdir import RUN_ONLY
@@ -93,7 +93,10 @@ def parse_sweep(text: str) -> tuple[str, tuple[Any, ...]]:
     words = _split(values)
     if "" in words:
         raise ValueError(f"sweep must not have empty values, got {text!r}")
-    parsed = tuple(_value(word) for word in words) if name != "encoding" else tuple(words)
+    try:
+        parsed = tuple(_value(word) for word in words) if name != "encoding" else tuple(words)
+    except ValueError as error:
+        raise ValueError(f"invalid sweep {text!r}: {error}") from None
     if repeated := [word for word, value in zip(words, parsed, strict=True) if parsed.count(value) > 1]:
         raise ValueError(f"sweep values must all differ, got {repeated[0]} more than once in {text!r}")
     return name, parsed
@@ -204,4 +207,5 @@ def _value(word: str) -> Any:
     try:
         return ast.literal_eval(word)
     except (ValueError, SyntaxError):
-        return word
+        scaling = parse_scaling(word)
+        return word if scaling is None else scaling

@@ -9,7 +9,7 @@ from typing import Any
 
 from posjax.checks import near, short
 from posjax.models.pretrained.architecture import Architecture
-from posjax.models.pretrained.families import llama
+from posjax.models.pretrained.families import bert, gpt, llama
 from posjax.models.pretrained.families.keys import Keys
 
 FAMILIES: dict[str, Callable[[Keys], Architecture]] = {
@@ -22,6 +22,13 @@ FAMILIES: dict[str, Callable[[Keys], Architecture]] = {
     "gemma": llama.gemma,
     "gemma2": llama.gemma2,
     "gemma3_text": llama.gemma3,
+    "gpt2": gpt.gpt2,
+    "gptj": gpt.gptj,
+    "gpt_neox": gpt.gpt_neox,
+    "bloom": gpt.bloom,
+    "bert": bert.bert,
+    "roberta": bert.roberta,
+    "xlm-roberta": bert.roberta,
 }
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posjax.checks import check, short
-from posjax.core.encoding import PositionalEncoding, identity
-from posjax.encodings.rotary import rope
+from posjax.core.encoding import PositionalEncoding
+from posjax.encodings.rope_config import rope_from_config
 
 _REQUIRED: Any = object()
 
@@ -66,7 +66,8 @@ class Keys:
         for name, value in expected.items():
             given = self.config.get(name)
             if given is not None and given != value:
-                raise ValueError(f"{name} of config.json must be {value!r} or absent, got {short(given)}")
+                wanted = "null" if value is None else f"{value!r}"
+                raise ValueError(f"{name} of config.json must be {wanted} or absent, got {short(given)}")
 
     def layers(self, name: str, count: int, kinds: Sequence[Any], default: Sequence[Any]) -> tuple[Any, ...]:
         """Returns a list with one of ``kinds`` for each layer.
@@ -92,22 +93,6 @@ class Keys:
         windows = tuple(size - 1 if kind == "sliding_attention" else None for kind in layer_types)
         return windows[0] if len(set(windows)) == 1 else windows
 
-    def positions(self, layer_type: str | None = None) -> PositionalEncoding:
-        """Returns the rotary encoding of the layers of one type."""
-        parameters = self.config.get("rope_parameters") or {}
-        if layer_type in parameters:
-            parameters = parameters[layer_type]
-        if parameters is None:
-            return identity()
-        legacy = self.config.get("rope_scaling")
-        kind = parameters.get("rope_type", "default")
-        if legacy or kind != "default":
-            raise ValueError(f"rope_type of config.json must be 'default', got {short(legacy or kind)}")
-        theta = parameters.get("rope_theta") or self.config.get("rope_theta") or self.config.get("rotary_emb_base") or 10_000.0
-        if layer_type == "sliding_attention" and "rope_local_base_freq" in self.config:
-            theta = self.config["rope_local_base_freq"]
-        fraction = parameters.get("partial_rotary_factor") or self.config.get("rotary_pct") or 1.0
-        if self.config["model_type"] == "gptj":
-            head_dim = self.size("n_embd", "hidden_size") // self.size("n_head", "num_attention_heads")
-            return rope(fraction=self.size("rotary_dim") / head_dim, pairing="interleaved")
-        return rope(theta, fraction)
+    def rotary(self, layers: int) -> tuple[PositionalEncoding, ...]:
+        """Returns the rotary encoding of each layer."""
+        return tuple(rope_from_config(self.config, layer=layer) for layer in range(layers))
