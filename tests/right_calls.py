@@ -527,6 +527,9 @@ def model_calls() -> dict[str, Call]:
     def forward(tokens: Any, **others: Any) -> Any:
         return with_params(params)(tokens, **others)
 
+    def losses(**arguments: Any) -> Any:
+        return with_params(params).losses(jnp.zeros((B, T), int), **arguments)
+
     huge = only(lambda x: isinstance(x, int | np.integer) and not isinstance(x, bool) and 1 <= x <= 10_000)
     prompts = [[1, 2], [3]]
     generated = {
@@ -582,6 +585,16 @@ def model_calls() -> dict[str, Call]:
             True,
             weight=0.5,
             required=("tokens",),
+        ),
+        "losses of Transformer": Call(
+            losses,
+            {
+                "targets": (jnp.zeros((B, T), int), array([(B, T)], "iu")),
+                "weights": (ones(B, T), array([(B, T)], "f")),
+            },
+            True,
+            weight=0.3,
+            required=("targets", "weights"),
         ),
         "init_cache of Transformer": Call(
             decode_cache,

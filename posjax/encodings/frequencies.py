@@ -331,11 +331,11 @@ class Llama3Scaling(Scaling):
     Args:
       factor: s, at least 1; 8 in Llama 3.1, 32 in the small Llama 3.2.
       low_freq_factor: low; wavelengths above L / low are divided by s.
-      high_freq_factor: high; wavelengths below L / high are left alone.
+      high_freq_factor: high; wavelengths below L / high are left alone. If it equals low (Llama 4 Scout), there is no ramp.
       original_max_length: L, the length of sequences in training, in tokens.
 
     Raises:
-      ValueError: an argument is out of range, or high_freq_factor is not above low_freq_factor.
+      ValueError: an argument is out of range, or high_freq_factor is below low_freq_factor.
 
     Grattafiori et al., arXiv:2407.21783; the ramp is that of the released code.
     """
@@ -346,9 +346,9 @@ class Llama3Scaling(Scaling):
     original_max_length: int = _length(8192)
 
     def __post_init__(self) -> None:
-        if self.high_freq_factor <= self.low_freq_factor:
+        if self.high_freq_factor < self.low_freq_factor:
             raise ValueError(
-                f"high_freq_factor must be above low_freq_factor={self.low_freq_factor!r}, got {self.high_freq_factor!r}; 4 and 1 "
+                f"high_freq_factor must be at least low_freq_factor={self.low_freq_factor!r}, got {self.high_freq_factor!r}; 4 and 1 "
                 "are usual"
             )
 
@@ -356,7 +356,8 @@ class Llama3Scaling(Scaling):
         frequencies = geometric_frequencies(theta, width)
         xp = np if isinstance(frequencies, np.ndarray) else jnp
         turns = frequencies * (self.original_max_length / (2 * math.pi))
-        t = xp.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
+        span = self.high_freq_factor - self.low_freq_factor
+        t = xp.clip((turns - self.low_freq_factor) / (span or 1e-30), 0.0, 1.0)  # without a span, a step
         return frequencies * ((1.0 - t) / self.factor + t)
 
 

@@ -67,13 +67,14 @@ _NOPE = {  # types of layers that do not rotate
     **dict.fromkeys(("afmoe", "cohere2", "exaone4", "exaone_moe"), ("full_attention",)),
     "kimi_linear": ("full_attention",),
 }
+_SCALED_FULL = {"gemma3_text", "gemma3n_text", "olmo3", "t5gemma2_decoder", "t5gemma2_text"}  # 4.x scales only full attention
 _NOPE_INTERVAL = {"llama4_text": 4, "smollm3": 4}  # every fourth layer does not rotate, unless no_rope_layers says which
 _PATTERN = {"cohere2": 4, "exaone4": 4, "gemma3_text": 6, "olmo3": 4}  # every n-th layer has full attention
 _OTHERS = """afmoe arcee aria_text axk1 chameleon cohere2 deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 esm eurobert
 exaone4 exaone_moe falcon_h1 gemma gemma2 glm4_moe_lite glm4v_text glm_moe_dsa glm_ocr_text granite granitemoe granitemoehybrid
 granitemoeshared gpt_neox_japanese hunyuan_v1_dense hunyuan_v1_moe internlm2 internlm3 jais2 jetmoe kimi_k2 kimi_linear llama
-minicpm minicpm3 ministral mistral mistral4 moshi nanochat olmo olmo2 olmoe phi3 phi4_multimodal qwen2 qwen2_moe qwen3 qwen3_moe sarvam_mla
-seed_oss starcoder2 vaultgemma youtu gptj codegen"""  # model types with all other defaults
+minicpm minicpm3 ministral mistral mistral4 moshi nanochat olmo olmo2 olmoe phi3 phi4_multimodal qwen2 qwen2_moe qwen3 qwen3_moe
+sarvam_mla seed_oss starcoder2 vaultgemma youtu gptj codegen"""  # model types with all other defaults
 _ROTARY = {*_THETA, *_LOCAL_THETA, *_FRACTION, *_ROTARY_DIM, *_HEAD_DIM, *_OTHERS.split()}
 _UNSUPPORTED = {
     "cohere2_moe": "its first layers rotate although their type does not",
@@ -143,7 +144,7 @@ def rope_from_config(
     parameters, is_local = _parameters(config, layer_type)
     if parameters is None:
         return identity()
-    kind = _kind(parameters)
+    kind = _kind(parameters, model)
     _check_inside(parameters, kind, model)
     theta = _theta(config, parameters, is_local, layer)
     if theta == 0:
@@ -336,19 +337,23 @@ def _parameters(config: Config, layer_type: str | None) -> tuple[dict[str, Any] 
             raise ValueError(f"layer_type must be one of {', '.join(by_type)}, which rope_parameters has, got {layer_type!r}")
         parameters = by_type[layer_type]
         return None if parameters is None else dict(parameters), has_local and layer_type == "sliding_attention"
-    if has_local and layer_type is None:
-        raise ValueError("layer_type must be 'full_attention' or 'sliding_attention', whose thetas differ, got None")
-    is_local = has_local and layer_type == "sliding_attention"
-    # Gemma 3 scales its layers with full attention only; ModernBERT's old form scales both kinds.
-    is_gemma = "global_rope_theta" not in config and not str(config.get("model_type")).startswith("modernbert")
-    return {} if is_local and is_gemma else _given(config), is_local
+    given, is_local = _given(config), has_local and layer_type == "sliding_attention"
+    scaled_full = bool(given) and (config.get("model_type") in _SCALED_FULL or config.get("rope_local_base_freq") is not None)
+    if (has_local or scaled_full) and layer_type is None:
+        raise ValueError(
+            "layer_type must be 'full_attention' or 'sliding_attention', in which frequencies differ for this model, got None"
+        )
+    return {} if scaled_full and layer_type == "sliding_attention" else given, is_local
 
 
 # Values --------------------------------------------------------------------------------------------------------------
 
 
-def _kind(parameters: Config) -> str:
+def _kind(parameters: Config, model: str) -> str:
+    """Returns the type of the parameters: a key of _KEYS."""
     given = parameters.get("rope_type") or parameters.get("type")
+    if given == "yarn" and model.startswith("phi") and "short_factor" in parameters:
+        return "longrope"  # the first files of Phi-3
     kind = _ALIASES.get(given, given) if isinstance(given, str | None) else given
     if not isinstance(kind, str) or kind not in _KEYS:
         names = sorted({*_KEYS, *(alias for alias in _ALIASES if alias not in (None, "none"))})

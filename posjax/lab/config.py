@@ -82,6 +82,7 @@ class Config:
       implementation: attention implementation: xla (dense), xla_chunked (tiled) or pallas (kernels); None selects the fastest.
       steps: number of optimizer steps.
       optimizer: adamw, or muon: Muon for the matrices of the layers and AdamW for all else, with the same learning rate.
+      trainable: all, or encoding to train the parameters of the encodings and leave all others as they are.
       learning_rate: peak learning rate.
       warmup_steps: steps of linear warmup to the peak; shortened in proportion if --steps is set too small for it.
       decay: shape of the learning rate after the peak: cosine, linear, constant, or wsd (constant, then linear in the last
@@ -159,6 +160,7 @@ class Config:
     implementation: Literal["xla", "xla_chunked", "pallas"] | None = None
     steps: int = bounded(1000, least=1)
     optimizer: Literal["adamw", "muon"] = "adamw"
+    trainable: Literal["all", "encoding"] = "all"
     learning_rate: float = bounded(1e-3, above=0)
     warmup_steps: int = 100
     decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

@@ -34,7 +34,7 @@ from posjax.parallel.steps import abstract_train_step, jit_for_all, jit_train_st
 from posjax.storage import run_path
 from posjax.training.checkpoints import CheckpointError, Checkpoints, Restored
 from posjax.training.loop import fit
-from posjax.training.optimizer import make_optimizer
+from posjax.training.optimizer import freeze, make_optimizer
 from posjax.training.schedule import learning_rate_schedule
 from posjax.training.state import TrainState, init_state
 from posjax.training.step import make_train_step
@@ -94,6 +94,8 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
             jax.eval_shape(make_loss(with_params, dropout=False), params, _abstract_batch(config, source), key)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"encoding {spec!r} does not fit this model: {error}") from error
+        if training and config.trainable == "encoding" and not jax.tree.leaves(params.get("encoding", {})):
+            raise ValueError(f"encoding must have learned parameters with trainable='encoding', got {spec!r}, which has none")
 
 
 def _abstract_batch(config: Config, source: Source) -> dict[str, jax.ShapeDtypeStruct]:
@@ -163,16 +165,16 @@ def build_model(
 
 
 def make_loss(
-    with_params: Callable[[Params], Transformer], dropout: bool, z_weight: float = 0.0
+    with_params: Callable[[Params], Transformer], dropout: bool, z_weight: float = 0.0, trainable: str = "all"
 ) -> Callable[[Params, Any, Array], tuple[Array, Array]]:
     """Returns the training loss, a function (params, batch, key) -> (sum of weighted nats, sum of weights).
 
-    Its gradient includes ``z_weight`` times ``z_loss``. Its value does not, so that the losses of runs with and without z-loss are
-    comparable.
+    Its gradient is zero for parameters that are not ``trainable``. It includes ``z_weight`` times ``z_loss``, but the value does
+    not, so that the losses of runs with and without z-loss are comparable.
     """
 
     def loss(params: Params, batch: dict[str, Array], key: Array) -> tuple[Array, Array]:
-        model = with_params(params)
+        model = with_params(freeze(params, trainable))
         keys = dict(dropout_key=key if dropout else None, place_key=jax.random.fold_in(key, 1))
         logits = model(batch["tokens"], batch["positions"], batch["segment_ids"], **keys)
         _, nats, weight = cross_entropy(logits, batch["targets"], batch["weights"])
@@ -218,7 +220,7 @@ def abstract_step(
         vocab_size = vocab_size_of(config.tokenizer, config.vocab_size, config.data_dir)
     source = Source(vocab_size, config.seq_length) if is_text and vocab_size is not None else open_source(config)
     with_params, params = abstract_model(config, config.encoding, source)
-    loss = make_loss(with_params, config.dropout_rate > 0, config.z_loss)
+    loss = make_loss(with_params, config.dropout_rate > 0, config.z_loss, config.trainable)
     step = make_train_step(loss, optimizer_of(config), accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay)
     state = jax.eval_shape(lambda params: _first_state(config, params, config.seed), params)
     return abstract_train_step(step, mesh, state, _abstract_batch(config, source), _rules(mesh))
@@ -255,7 +257,7 @@ def train(
         start = _with_params_of if config.init_from else _with_pretrained_params
         state = start(config, spec, source, state, workdir)
     step = make_train_step(
-        make_loss(with_params, config.dropout_rate > 0, config.z_loss),
+        make_loss(with_params, config.dropout_rate > 0, config.z_loss, config.trainable),
         optimizer_of(config),
         accumulate_steps=config.accumulate_steps,
         axis_name="data" if config.parallel == "pmap" else None,
@@ -332,7 +334,7 @@ def optimizer_of(config: Config, settings: Mapping[str, Any] | None = None) -> A
     schedule = learning_rate_schedule(
         peak, config.steps, warmup, decay=config.decay, end_fraction=end, decay_steps=config.decay_steps
     )
-    return make_optimizer(schedule, optimizer=config.optimizer, **chosen)
+    return make_optimizer(schedule, optimizer=config.optimizer, trainable=config.trainable, **chosen)
 
 
 def evaluate_params(config: Config, spec: str, params: Params, source: Source) -> dict[str, Any]:

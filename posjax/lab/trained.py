@@ -32,7 +32,6 @@ from posjax.lab.config import Config
 from posjax.lab.evaluation import layer_weights, max_eval_length, measure_in
 from posjax.lab.source import Source, open_source
 from posjax.lab.workdir import EVALUATION, READING, TOKENIZER, StoredRun, choose_runs, read_config, stored_runs
-from posjax.models.losses import cross_entropy
 from posjax.models.pretrained.tokenizer import PretrainedTokenizer, opened
 from posjax.models.transformer import Transformer
 from posjax.parallel.distributed import first_process_first
@@ -366,7 +365,7 @@ def token_losses(run: TrainedRun, text: str) -> Float[np.ndarray, " T"]:
     tokens = tokens_of(run, text)
 
     def losses(model: Transformer, tokens: Any) -> Any:
-        return cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], jnp.ones((1, tokens.shape[1] - 1)))[0][0]
+        return model.losses(tokens[:, :-1], tokens[:, 1:], jnp.ones((1, tokens.shape[1] - 1)))[0]
 
     return run._apply(losses, tokens[None])
 

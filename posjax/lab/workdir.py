@@ -37,7 +37,7 @@ _DATA = {"data", "validation_data", "include", "exclude", "text_key"}  # where t
 READING = RUN_ONLY | EVALUATION | _DATA  # what may differ when a run is read
 _END = {"steps", "decay", "decay_steps", "end_fraction"}  # when the learning rate decays
 # Newer fields: runs that started without them resume with their defaults.
-_LATER = {"optimizer", "z_loss", "ema_decay", "init_from", "from_pretrained", "decay_steps", *_DATA - {"data"}}
+_LATER = {"optimizer", "trainable", "z_loss", "ema_decay", "init_from", "from_pretrained", "decay_steps", *_DATA - {"data"}}
 _RENAMED = {"keep_checkpoints": "keep_last"}
 
 

@@ -25,6 +25,7 @@ from posjax.core.encoding import Dims, PositionalEncoding, Tokens, what_is
 from posjax.core.manual_axes import vary_alike
 from posjax.models.config import TransformerConfig, check_memory
 from posjax.models.layer import Layer, activate, dropout, norm
+from posjax.models.losses import cross_entropy_of
 from posjax.parallel.gather import gather_params, in_rows
 from posjax.parallel.mesh import mesh_of
 from posjax.typing import Array, Float, Int, Params
@@ -158,6 +159,35 @@ class Transformer(nnx.Module):
         hidden = self._hidden(tokens, positions, segment_ids, coordinates, token_types, **keys)[0]
         return self.classifier(hidden[:, 0]).astype(jnp.float32)
 
+    def losses(
+        self,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        weights: Float[Array, "B T"],
+        positions: Int[Array, "_ T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        coordinates: Array | None = None,
+        token_types: Int[Array, "_ T"] | None = None,
+    ) -> Float[Array, "B T"]:
+        """Returns the weighted cross-entropy of every target in nats, in memory that does not grow with the length times V.
+
+        Args:
+          targets: the token to predict at every position, integers below V.
+          weights: factors of the losses. Where one is zero, the loss is zero, whatever the target is.
+          tokens, positions, segment_ids, coordinates, token_types: as in ``__call__``.
+
+        Raises:
+          ValueError: targets are not integers, or weights not numbers, of the shape of ``tokens``.
+        """
+        _check_tokens(tokens)
+        for name, x, kind, what in (("targets", targets, jnp.integer, "integers"), ("weights", weights, jnp.floating, "floats")):
+            if not is_array(x, kind) or x.shape != tokens.shape:
+                got = f"{x.dtype}{list(x.shape)}" if is_array(x) else short(x)
+                raise ValueError(f"{name} must be {what} {list(tokens.shape)}, the shape of tokens, got {got}")
+        hidden = self._hidden(tokens, positions, segment_ids, coordinates, token_types)[0]
+        return cross_entropy_of(self._logits, hidden, targets, weights, self.config.vocab_size)
+
     def records(
         self,
         tokens: Int[Array, "B T"],
@@ -220,6 +250,7 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         coordinates: Array | None = None,
+        logits_at: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T V"], tuple[kv_cache.LayerCache, ...]]:
         """Processes the next tokens of each sequence, one or many, given a cache of the earlier ones.
 
@@ -229,6 +260,7 @@ class Transformer(nnx.Module):
           positions: positions of the tokens, [B, T] or [1, T]. None continues from the last token of each row.
           segment_ids: segment of each token. 0 marks padding, which no token attends to. None puts all tokens in segment 1.
           coordinates: as in ``__call__``, for a cache that was made with a ``coordinate_dtype``.
+          logits_at: index below T of the token of each row whose logits are returned, [B, 1, V]; None returns those of all tokens.
 
         Returns:
           float32 logits [B, T, V], which match those of one call on the full sequence (NaN if a traced call exceeds the capacity of
@@ -242,12 +274,17 @@ class Transformer(nnx.Module):
             got = f"{len(cache)} runs of layers" if isinstance(cache, tuple) else short(cache)
             raise ValueError(f"cache must come from init_cache of this model, got {got}")
         _check_tokens(tokens)
+        if logits_at is not None and (not is_array(logits_at, jnp.integer) or logits_at.shape != tokens.shape[:1]):
+            got = f"{logits_at.dtype}{list(logits_at.shape)}" if is_array(logits_at) else short(logits_at)
+            raise ValueError(f"logits_at must be integers [{tokens.shape[0]}], one for each row, got {got}")
         for one in cache:
             kv_cache.check_room(one, tokens.shape[1])
         first = jax.tree.map(lambda x: x[0], cache[0])
         positions, segments = kv_cache.next_positions(first, tokens.shape[1], positions, segment_ids)
         segments = None if segment_ids is None else segments
         hidden, _, cache = self._hidden(tokens, positions, segments, coordinates, cache=cache)
+        if logits_at is not None:
+            hidden = jnp.take_along_axis(hidden, logits_at[:, None, None], axis=1)
         return self._logits(hidden), cache
 
     def encoding_params(self, layer: int) -> Params:
