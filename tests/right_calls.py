@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 import posjax as pj
+from posjax.encodings.frequencies import Scaling
 from posjax.inference.generation import stream
 from posjax.inference.sampling import Sampling
 from posjax.lab.config import Config
@@ -326,7 +327,10 @@ def constructor_calls() -> dict[str, Call]:
             "theta": (10_000.0, positive),
             "fraction": (1.0, number(lambda x: 0 < x <= 1)),
             "pairing": ("half", choice("half", "interleaved")),
+            "scaling": (pj.linear_scaling(2.0), only(lambda x: x is None or isinstance(x, Scaling))),
+            "channels": ("first", choice("first", "last")),
         },
+        pj.query_scale: {"factor": (1.0, positive)},
         pj.log_scale: {
             "length": (8192, integer(1)),
             "beta": (0.1, number(lambda x: x >= 0, array=True)),
@@ -385,6 +389,7 @@ def constructor_calls() -> dict[str, Call]:
         pj.cope_mlp: counted | {"hidden_dim": (64, integer(1, 2**16)), "scaled": (False, flag)},
     }
     calls = {cls.registered_name: Call(cls, arguments) for cls, arguments in encodings.items() if arguments}
+    calls |= scaling_calls()
     calls["cope"] = dataclasses.replace(calls["cope"], required=("max_position",))
     calls["mrope"] = dataclasses.replace(calls["mrope"], required=("sections",))
     sizes = {"num_heads": (N, integer(1, 2**15)), "head_dim": (H, integer(1, 2**15))}
@@ -441,6 +446,65 @@ def constructor_calls() -> dict[str, Call]:
 
         calls[f"sizes of {make}"] = Call(sized, sizes, weight=0.5, equal=False, required=("num_heads", "head_dim"))
     return calls
+
+
+def scaling_calls() -> dict[str, Call]:
+    factor, length = number(lambda x: x >= 1), integer(1)
+    optional = number(lambda x: x > 0, none=True)
+    numbers = only(lambda x: isinstance(x, tuple | list) and len(x) == 2 and all(type(n) in (int, float) and n > 0 for n in x))
+
+    def lists(x: Any) -> Any:
+        return tuple(numbers(x))
+
+    def gains(x: Any) -> Any:
+        return lists(x) if isinstance(x, tuple | list) else optional(x)
+
+    arguments: dict[Any, dict[str, Any]] = {
+        pj.linear_scaling: {"factor": (2.0, factor)},
+        pj.ntk_scaling: {"factor": (2.0, factor)},
+        pj.ntk_theta_scaling: {"factor": (2.0, factor)},
+        pj.ntk_fixed_scaling: {"factor": (2.0, factor), "mixed_b": (None, optional)},
+        pj.dynamic_ntk_scaling: {"factor": (2.0, factor), "original_max_length": (64, length)},
+        pj.yarn_scaling: {
+            "factor": (2.0, factor),
+            "original_max_length": (64, length),
+            "attention_factor": (None, optional),
+            **dict.fromkeys(("mscale", "mscale_all_dim"), (1.0, number(lambda x: x >= 0, none=True))),
+            "beta_fast": (32.0, number(lambda x: x >= 1)),
+            "beta_slow": (1.0, number(lambda x: 0 < x <= 32)),
+            "truncate": (True, flag),
+        },
+        pj.llama3_scaling: {
+            "factor": (8.0, factor),
+            "low_freq_factor": (1.0, number(lambda x: 0 < x <= 4)),
+            "high_freq_factor": (4.0, number(lambda x: x >= 1)),
+            "original_max_length": (64, length),
+        },
+        pj.longrope_scaling: {
+            **dict.fromkeys(("short_factor", "long_factor"), ((1.0, 2.0), lists)),
+            "original_max_length": (64, integer(2)),
+            "factor": (2.0, factor),
+            "attention_factor": (None, gains),
+            "use": (None, choice(None, "short", "long")),
+        },
+        pj.proportional_scaling: {"fraction": (0.5, number(lambda x: 0 < x <= 1)), "factor": (2.0, factor)},
+    }
+    made = {cls.registered_name: Call(cls, own, weight=0.3) for cls, own in arguments.items()}
+    made |= {
+        name: dataclasses.replace(call, required=("factor",)) for name, call in made.items() if name[:3] in ("lin", "ntk", "yar")
+    }
+    config = {"model_type": "olmo3", "num_hidden_layers": 4, "rope_theta": 5e5}
+    made["rope_from_config"] = Call(
+        pj.rope_from_config,
+        {
+            "config": (config, only(lambda x: isinstance(x, dict) and "model_type" in x)),
+            "layer_type": (None, choice(None, "full_attention", "sliding_attention")),
+            "layer": (None, integer(0, 3, none=True)),
+        },
+        weight=0.5,
+        required=("config",),
+    )
+    return made
 
 
 def _has_no_arrays(x: Any) -> bool:
@@ -526,13 +590,26 @@ def model_calls() -> dict[str, Call]:
     count = dict(vocab_size=11, num_layers=2, embed_dim=D, num_heads=N, max_length=16)
     sizes = {name: (size, integer(1)) for name, size in count.items()}
     sizes |= {
-        name: (None, integer(1, none=True)) for name in ("num_kv_heads", "head_dim", "mlp_dim", "local_window_size", "num_classes")
+        name: (None, integer(1, none=True)) for name in ("num_kv_heads", "head_dim", "mlp_dim", "num_token_types", "num_classes")
     }
-    flags = {name: (True, flag) for name in ("is_causal", "tie_embeddings", "scan_layers")}
+    window = integer(1, none=True)
+
+    def windows(x: Any) -> Any:
+        return tuple(map(window, x)) if isinstance(x, tuple | list) and len(x) in (1, 2) else window(x)
+
+    def biases(x: Any) -> Any:
+        if not isinstance(x, tuple | list) or not set(x) <= {"qkv", "out", "mlp", "head"}:
+            raise Refused
+        return tuple(x)
+
+    sizes |= {"local_window_size": ((None, 3), windows), "biases": (("qkv", "head"), biases)}
+    flags = {name: (True, flag) for name in ("is_causal", "tie_embeddings", "scan_layers", "embedding_norm", "head_transform")}
+    flags |= {name: (False, flag) for name in ("parallel_residual", "shared_norm")}
     choices = {
         "norm": choice("rmsnorm", "layernorm"),
-        "norm_position": choice("pre", "post"),
-        "activation": choice("gelu", "swiglu"),
+        "norm_position": choice("pre", "post", "output", "sandwich"),
+        "qk_norm": choice(None, "head", "full"),
+        "activation": choice("gelu", "gelu_exact", "swiglu", "geglu"),
         "remat": choice("none", "attention", "full"),
         "compute_dtype": choice("float32", "bfloat16"),
         "attention": choice("softmax", "linear"),
@@ -540,7 +617,9 @@ def model_calls() -> dict[str, Call]:
     }
     defaults = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
     choices = {name: (defaults[name], domain) for name, domain in choices.items()}
-    numbers = {"dropout_rate": (0.1, number(lambda x: 0 <= x < 1)), "logits_soft_cap": (None, number(lambda x: x > 0, none=True))}
+    factor = number(lambda x: x > 0, none=True)
+    numbers = {"dropout_rate": (0.1, number(lambda x: 0 <= x < 1)), "norm_epsilon": (1e-6, number(lambda x: x > 0))}
+    numbers |= dict.fromkeys(("logits_soft_cap", "final_logits_soft_cap", "attention_scale", "embedding_scale"), (None, factor))
     config = TransformerConfig(**count)
     with_params, params = functional(Transformer(config, pj.rope(), rngs=nnx.Rngs(0)))
 
@@ -556,6 +635,9 @@ def model_calls() -> dict[str, Call]:
 
     def forward(tokens: Any, **others: Any) -> Any:
         return with_params(params)(tokens, **others)
+
+    def losses(**arguments: Any) -> Any:
+        return with_params(params).losses(jnp.zeros((B, T), int), **arguments)
 
     huge = only(lambda x: isinstance(x, int | np.integer) and not isinstance(x, bool) and 1 <= x <= 10_000)
     prompts = [[1, 2], [3]]
@@ -612,6 +694,16 @@ def model_calls() -> dict[str, Call]:
             True,
             weight=0.5,
             required=("tokens",),
+        ),
+        "losses of Transformer": Call(
+            losses,
+            {
+                "targets": (jnp.zeros((B, T), int), array([(B, T)], "iu")),
+                "weights": (ones(B, T), array([(B, T)], "f")),
+            },
+            True,
+            weight=0.3,
+            required=("targets", "weights"),
         ),
         "init_cache of Transformer": Call(
             decode_cache,

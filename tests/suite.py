@@ -55,6 +55,13 @@ CASES = [
     Case("rope half", pj.rope(), shift_invariant=True, shift=FAR),
     Case("rope interleaved", pj.rope(pairing="interleaved"), shift_invariant=True, shift=FAR),
     Case("rope fraction", pj.rope(theta=500.0, fraction=0.25), shift_invariant=True, shift=FAR),
+    Case(
+        "rope yarn",
+        pj.rope(fraction=0.5, pairing="interleaved", scaling=pj.yarn_scaling(4.0, 16), channels="last"),
+        shift_invariant=True,
+        shift=FAR,
+    ),
+    Case("query_scale + rope", pj.chain(pj.query_scale(1.5), pj.rope()), shift_invariant=True, shift=FAR),
     Case("log_scale + rope", pj.chain(pj.log_scale(3), pj.rope())),
     Case("mrope", pj.mrope((2, 1, 1)), shift_invariant=True, shift=FAR),
     Case("mrope interleaved", pj.mrope((2, 1, 1), "interleaved", pairing="interleaved"), shift_invariant=True, shift=FAR),
@@ -121,6 +128,8 @@ WEIGHTS = {name: normal(seed, D, heads, H) / math.sqrt(D) for name, seed, heads 
 
 VARIANTS = (  # of other cases; README's command leaves them to the thorough tests
     "rope fraction",
+    "rope yarn",
+    "query_scale + rope",
     "log_scale + rope",
     "mrope",
     "mrope interleaved",

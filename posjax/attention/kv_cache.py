@@ -123,7 +123,10 @@ def init_cache(
 
     key, value, columns, state = jax.eval_shape(one_token, jax.random.key(0))
     if encoding.cache == "raw" and (encoding.needs_hidden or state is not None):
-        raise ValueError(f"cache must be 'transformed' for {encoding.title}, which has a state or needs hidden, got 'raw'")
+        raise ValueError(
+            f"cache must be 'transformed' for {encoding.title}, which has a state or needs hidden, got 'raw'; no member may change "
+            "earlier keys with the length, as dynamic_ntk_scaling does"
+        )
     shapes = key, value, columns
     check_fits(f"a cache of batch_size={batch_size} and {name}={slots} for {dims}", shapes, slots)
     return Cache(

@@ -70,24 +70,35 @@ def parse(args: Sequence[str], verb: str, options: type | None = None):
     from posjax.lab.config import Config, load_config
 
     if not args or args[0].startswith("-"):
-        if "--help" not in args and "-h" not in args:
+        if not given(args) & {"help", "from_pretrained"} and "-h" not in args:
             raise ValueError(
-                "a config must come first, such as quickstart or a Python file of your own, got "
+                "a config must come first, such as quickstart or a Python file of your own, or --from_pretrained, got "
                 + (repr(args[0]) if args else "nothing")
             )
         default, flags = Config(), list(args)
     else:
         default, flags = load_config(args[0]), list(args[1:])
-        default = dataclasses.replace(default, warmup_steps=_warmup_steps(default, flags))
+    default = dataclasses.replace(default, warmup_steps=_warmup_steps(default, flags))
     cli = functools.partial(parse_flags, args=flags, prog=f"posjax {verb} CONFIG")
     if options is None:
-        config = cli(Config, default=default, config=(tyro.conf.FlagConversionOff,))
+        config = _completed(cli(Config, default=default, config=(tyro.conf.FlagConversionOff,)), args)
         _check_encodings(config)
         return config
     both = dataclasses.make_dataclass("Both", [(verb, options), ("config", Config)])  # the field names are headings in --help
     parsed = cli(both, default=both(options(), default), config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes))
-    _check_encodings(parsed.config)
-    return getattr(parsed, verb), parsed.config
+    config = _completed(parsed.config, args)
+    _check_encodings(config)
+    return getattr(parsed, verb), config
+
+
+def _completed(config, args: Sequence[str]):
+    """Returns a configuration with the architecture of its checkpoint; a stored one has it already."""
+    from posjax.lab.config import with_pretrained
+    from posjax.lab.workdir import is_workdir
+
+    flags = given(args)
+    is_stored = bool(args) and (is_workdir(args[0]) or args[0].endswith(".json")) and "from_pretrained" not in flags
+    return with_pretrained(config, flags) if config.from_pretrained and not is_stored else config
 
 
 def _check_encodings(config) -> None:
@@ -177,7 +188,16 @@ def print_data(source, say: Callable[[str], None]) -> None:
         say("\n".join(source.summary))
 
 
-def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str], None], others: Sequence[Any] = ()) -> None:
+def report_rows(
+    rows,
+    config,
+    source,
+    workdir: Path | None,
+    say: Callable[[str], None],
+    others: Sequence[Any] = (),
+    *,
+    is_trained: bool = True,
+) -> None:
     """Prints the results of runs and writes them to a folder, in the first process.
 
     Args:
@@ -185,6 +205,7 @@ def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str],
       workdir: the folder; None: nothing is written.
       say: prints a line.
       others: configurations of further runs among the rows.
+      is_trained: False for a checkpoint of another library, whose training is not the configuration's.
 
     Raises:
       NonFiniteLoss: a loss is not finite. The results have been written.
@@ -200,7 +221,7 @@ def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str],
 
     measure = measure_in(rows)
     label = MEASURES[measure]
-    heading = heading_of(config, source, label, others) + ("." if source.task is None else "")
+    heading = heading_of(config, source, label, others, is_trained=is_trained) + ("." if source.task is None else "")
     written = []
     if workdir is not None:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -219,7 +240,7 @@ def report_rows(rows, config, source, workdir: Path | None, say: Callable[[str],
             )
 
 
-def heading_of(config, source, label: str, others: Sequence[Any] = ()) -> str:
+def heading_of(config, source, label: str, others: Sequence[Any] = (), *, is_trained: bool = True) -> str:
     """Returns the heading of a table of results of a configuration, and of other ones that differ in their sizes."""
     from posjax.data.corpus import unigram_bits, unigram_bits_per_byte
 
@@ -230,6 +251,8 @@ def heading_of(config, source, label: str, others: Sequence[Any] = ()) -> str:
     length = sizes(lambda one: one.seq_length) if source.task is None else source.task.length
     steps, rows = sizes(lambda one: one.steps), sizes(lambda one: one.batch_size)
     heading = f"{label}, trained on {length} tokens, {steps} steps of {rows} sequences"
+    if not is_trained:
+        heading = f"{label} of {config.from_pretrained}"
     if config.task == "lm" and source.validation is not None:
         per_byte = source.validation.num_bytes is not None
         entropy = unigram_bits_per_byte(source.validation) if per_byte else unigram_bits(source.validation)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from posjax.cli.common import parse
+from posjax.cli.common import given, parse
 
 
 def generate(args: Sequence[str]) -> None:
@@ -21,7 +21,7 @@ def generate(args: Sequence[str]) -> None:
 
     try:
         with translate_compile_errors(config.implementation):
-            continue_prompts(config, prompting, write)
+            continue_prompts(config, prompting, write, is_pretrained="from_pretrained" in given(args))
     except KeyboardInterrupt:
         write("\n")
         sys.exit(130)

@@ -59,6 +59,7 @@ class Corpus(Vocabulary):
       tokenizer_path: path of the tokenizer's file in the cache. None if tokens are bytes, or their tokenizer is not known.
       digest: SHA-256 of the tokens and offsets of the split; the same wherever the text is stored.
       notes: lines that say how the splits of the source were chosen.
+      special_ids: as in `Vocabulary`.
     """
 
     source: str
@@ -70,6 +71,7 @@ class Corpus(Vocabulary):
     tokenizer_path: Path | None = None
     digest: str = ""
     notes: tuple[str, ...] = ()
+    special_ids: tuple[int, int] | None = None
 
     @property
     def num_documents(self) -> int:
@@ -108,6 +110,10 @@ class Mixture(Vocabulary):
     @property
     def vocab_size(self) -> int:
         return self.parts[0].vocab_size
+
+    @property
+    def special_ids(self) -> tuple[int, int] | None:
+        return self.parts[0].special_ids
 
     @property
     def tokenizer_path(self) -> Path | None:
@@ -183,7 +189,7 @@ def load_corpus(
     if not text_key:
         raise ValueError("text_key must be the name of a key or column, got ''")
     chosen_dir = data_dir or os.environ.get("POSJAX_DATA_DIR")
-    folder = _cache_folder(data_dir)
+    folder = cache_folder(data_dir)
     tokenizer_path = cached_tokenizer(tokenizer, folder / TOKENIZERS) if tokenizer not in KINDS else None
     options = dict(include=include, exclude=exclude, text_key=text_key, workdir=workdir, validation_data=validation_data)
     weights = parse_mixture(str(source))
@@ -211,6 +217,20 @@ def load_corpus(
     parts = [replace(part, vocab_size=max(part.vocab_size for part in parts)) for part in parts]
     shares = [part.num_tokens if weight is None else weight for part, weight in zip(parts, weights.values(), strict=True)]
     return Mixture(str(source), split, tuple(parts), tuple(share / math.fsum(shares) for share in shares))
+
+
+def with_vocabulary(corpus: Corpus | Mixture, vocab_size: int, special_ids: tuple[int, int]) -> Corpus | Mixture:
+    """Returns a corpus for a model that was trained elsewhere, with its vocabulary size and special tokens.
+
+    Raises:
+      ValueError: the tokenizer of the corpus has more ids than the model.
+    """
+    size = corpus.vocab_size - NUM_SPECIAL
+    if size > vocab_size:
+        raise ValueError(f"tokenizer must have at most the {vocab_size:,} ids of the model, got {size:,}")
+    if isinstance(corpus, Mixture):
+        return replace(corpus, parts=tuple(replace(one, vocab_size=vocab_size, special_ids=special_ids) for one in corpus.parts))
+    return replace(corpus, vocab_size=vocab_size, special_ids=special_ids)
 
 
 def parse_mixture(source: str) -> dict[str, float | None]:
@@ -256,11 +276,16 @@ def vocab_size_of(tokenizer: str, vocab_size: int, data_dir: str | Path | None) 
     """Returns V of a tokenizer without reading a text: ``vocab_size`` for a BPE to be trained, otherwise the tokenizer's own."""
     if tokenizer == BPE:
         return vocab_size
-    path = None if tokenizer == BYTES else cached_tokenizer(tokenizer, _cache_folder(data_dir) / TOKENIZERS)
+    path = None if tokenizer == BYTES else cached_tokenizer(tokenizer, cache_folder(data_dir) / TOKENIZERS)
     return num_ids(path) + NUM_SPECIAL
 
 
-def _cache_folder(data_dir: str | Path | None) -> Path:
+def cache_folder(data_dir: str | Path | None) -> Path:
+    """Returns the folder of the caches: ``data_dir``, or $POSJAX_DATA_DIR, or ~/.cache/posjax.
+
+    Raises:
+      ValueError: neither is given, and the user has no home directory.
+    """
     try:
         return Path(data_dir or os.environ.get("POSJAX_DATA_DIR") or "~/.cache/posjax").expanduser()
     except RuntimeError:  # a container's user without HOME and without an entry in the list of users

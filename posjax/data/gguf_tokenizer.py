@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from posjax.checks import require
+from posjax.data.gguf_file import read_gguf
+from posjax.files import DamagedFile
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # kinds of tokens; 5 is unused, and 6 a byte
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -32,19 +33,15 @@ def convert(path: Path) -> bytes:
 
     Raises:
       ValueError: the file is not GGUF, has no tokenizer, or has one of a kind that cannot be converted.
-      ImportError: gguf or tokenizers is not installed.
+      ImportError: tokenizers is not installed.
     """
-    require("the tokenizer of a .gguf file", "gguf", extra="gguf")
-    import gguf
-
     try:
-        fields = gguf.GGUFReader(path).fields
-    except (ValueError, IndexError, OverflowError, KeyError) as error:
-        raise ValueError(f"tokenizer must be a GGUF file, but {path} cannot be read: {error}") from None
+        keys = read_gguf(path).keys
+    except DamagedFile as error:
+        raise ValueError(f"tokenizer must be a GGUF file: {error}") from None
 
     def get(name: str, default: Any = None) -> Any:
-        field = fields.get(f"tokenizer.ggml.{name}")
-        return default if field is None else field.contents()
+        return keys.get(f"tokenizer.ggml.{name}", default)
 
     model, tokens = get("model"), get("tokens")
     if model is None or not tokens:

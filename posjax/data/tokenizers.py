@@ -39,6 +39,7 @@ class Vocabulary:
 
     Attributes:
       vocab_size: V.
+      special_ids: `bos` and `mask` of a model that was trained elsewhere, which are ids of its tokenizer; None: the two last ids.
       tokenizer_path: path of a tokenizer.json. None: tokens are bytes, or ids of a tokenizer that is not known.
       num_bytes: length of the text in bytes; None where tokens are ids and the tokenizer is not known.
     """
@@ -46,11 +47,12 @@ class Vocabulary:
     vocab_size: int
     tokenizer_path: Path | None
     num_bytes: int | None
+    special_ids: tuple[int, int] | None = None
 
     @property
     def bos(self) -> int:
         """Returns the id of the token that begins a document; 256 for bytes."""
-        return self.vocab_size - 2
+        return self.vocab_size - 2 if self.special_ids is None else self.special_ids[0]
 
     @property
     def cls(self) -> int:
@@ -60,7 +62,16 @@ class Vocabulary:
     @property
     def mask(self) -> int:
         """Returns the id of [MASK]; 257 for bytes."""
-        return self.vocab_size - 1
+        return self.vocab_size - 1 if self.special_ids is None else self.special_ids[1]
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Returns the ids that end a generated text."""
+        return (self.bos,)
+
+    def prompt(self, text: str) -> np.ndarray:
+        """Encodes a text as the beginning of a document, int32 [n]: ``bos`` and the text's tokens."""
+        return np.concatenate([[self.bos], self.encode(text)]).astype(np.int32)
 
     @property
     def has_text(self) -> bool:
@@ -101,7 +112,8 @@ class Vocabulary:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise ValueError(f"tokens must lie in [0, {self.vocab_size - 1}], got {tokens.min()} to {tokens.max()}")
         pieces, start = [], 0
-        for end in [*np.flatnonzero(tokens >= self.bos), len(tokens)]:
+        is_special = (tokens >= self.bos) & (self.special_ids is None)  # else they are tokens of the tokenizer
+        for end in [*np.flatnonzero(is_special), len(tokens)]:
             pieces.append(self._decode(tokens[start:end]))
             if end < len(tokens):
                 pieces.append("<bos>" if tokens[end] == self.bos else "<mask>")
@@ -110,7 +122,7 @@ class Vocabulary:
 
     def token_bytes(self, token: int) -> bytes:
         """Returns the bytes that a token adds to a text; one character may span several tokens."""
-        if token >= self.bos:
+        if token >= self.bos and self.special_ids is None:
             return b"<bos>" if token == self.bos else b"<mask>"
         if self.tokenizer_path is not None:
             return token_table(self.tokenizer_path)(token)

@@ -20,7 +20,7 @@ length of the sequence.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -331,11 +331,11 @@ class Llama3Scaling(Scaling):
     Args:
       factor: s, at least 1; 8 in Llama 3.1, 32 in the small Llama 3.2.
       low_freq_factor: low; wavelengths above L / low are divided by s.
-      high_freq_factor: high; wavelengths below L / high are left alone.
+      high_freq_factor: high; wavelengths below L / high are left alone. If it equals low (Llama 4 Scout), there is no ramp.
       original_max_length: L, the length of sequences in training, in tokens.
 
     Raises:
-      ValueError: an argument is out of range, or high_freq_factor is not above low_freq_factor.
+      ValueError: an argument is out of range, or high_freq_factor is below low_freq_factor.
 
     Grattafiori et al., arXiv:2407.21783; the ramp is that of the released code.
     """
@@ -346,17 +346,18 @@ class Llama3Scaling(Scaling):
     original_max_length: int = _length(8192)
 
     def __post_init__(self) -> None:
-        if self.high_freq_factor <= self.low_freq_factor:
+        if self.high_freq_factor < self.low_freq_factor:
             raise ValueError(
-                f"high_freq_factor must be above low_freq_factor={self.low_freq_factor!r}, got {self.high_freq_factor!r}; 4 and 1 "
-                "are usual"
+                f"high_freq_factor must be at least low_freq_factor={self.low_freq_factor!r}, got {self.high_freq_factor!r}; 4 and "
+                "1 are usual"
             )
 
     def frequencies(self, theta: Theta, width: int, length: int | None = None) -> np.ndarray | Array:
         frequencies = geometric_frequencies(theta, width)
         xp = np if isinstance(frequencies, np.ndarray) else jnp
         turns = frequencies * (self.original_max_length / (2 * math.pi))
-        t = xp.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
+        span = self.high_freq_factor - self.low_freq_factor
+        t = xp.clip((turns - self.low_freq_factor) / (span or 1e-30), 0.0, 1.0)  # without a span, a step
         return frequencies * ((1.0 - t) / self.factor + t)
 
 
@@ -393,11 +394,15 @@ class LongRopeScaling(Scaling):
     original_max_length: int = bounded(least=2)
     factor: float = _factor(1.0)
     attention_factor: float | tuple[float, ...] | None = bounded(None, above=0)
-    use: str | None = None
+    use: Literal["short", "long"] | None = None
 
     def __post_init__(self) -> None:
-        if self.use not in (None, "short", "long"):
-            raise ValueError(f"use must be 'short', 'long' or None, got {self.use!r}")
+        counts = len(self.short_factor), len(self.long_factor)
+        if counts[0] != counts[1] or not counts[0]:
+            raise ValueError(
+                "short_factor and long_factor must have one number for each pair of rotated channels, got "
+                f"{counts[0]} and {counts[1]} numbers"
+            )
         if isinstance(self.attention_factor, tuple) and len(self.attention_factor) != 2:
             raise ValueError(f"attention_factor must be one number, or a pair for short and long, got {self.attention_factor!r}")
 

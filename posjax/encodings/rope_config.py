@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posjax.checks import near, short
+from posjax.checks import INT32, check, checked, near, short
 from posjax.core.chain import chain
 from posjax.core.encoding import PositionalEncoding, identity
 from posjax.core.structures import Pairing
@@ -67,13 +67,14 @@ _NOPE = {  # types of layers that do not rotate
     **dict.fromkeys(("afmoe", "cohere2", "exaone4", "exaone_moe"), ("full_attention",)),
     "kimi_linear": ("full_attention",),
 }
+_SCALED_FULL = {"gemma3_text", "gemma3n_text", "olmo3", "t5gemma2_decoder", "t5gemma2_text"}  # 4.x scales only full attention
 _NOPE_INTERVAL = {"llama4_text": 4, "smollm3": 4}  # every fourth layer does not rotate, unless no_rope_layers says which
 _PATTERN = {"cohere2": 4, "exaone4": 4, "gemma3_text": 6, "olmo3": 4}  # every n-th layer has full attention
 _OTHERS = """afmoe arcee aria_text axk1 chameleon cohere2 deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 esm eurobert
 exaone4 exaone_moe falcon_h1 gemma gemma2 glm4_moe_lite glm4v_text glm_moe_dsa glm_ocr_text granite granitemoe granitemoehybrid
 granitemoeshared gpt_neox_japanese hunyuan_v1_dense hunyuan_v1_moe internlm2 internlm3 jais2 jetmoe kimi_k2 kimi_linear llama
-minicpm minicpm3 ministral mistral mistral4 moshi nanochat olmo olmo2 olmoe phi3 phi4_multimodal qwen2 qwen2_moe qwen3 qwen3_moe sarvam_mla
-seed_oss starcoder2 vaultgemma youtu gptj codegen"""  # model types with all other defaults
+minicpm minicpm3 ministral mistral mistral4 moshi nanochat olmo olmo2 olmoe phi3 phi4_multimodal qwen2 qwen2_moe qwen3 qwen3_moe
+sarvam_mla seed_oss starcoder2 vaultgemma youtu gptj codegen"""  # model types with all other defaults
 _ROTARY = {*_THETA, *_LOCAL_THETA, *_FRACTION, *_ROTARY_DIM, *_HEAD_DIM, *_OTHERS.split()}
 _UNSUPPORTED = {
     "cohere2_moe": "its first layers rotate although their type does not",
@@ -107,6 +108,7 @@ _ROPE_LIKE = re.compile(r"rope|rotary|mscale")
 _KEY_OF = {"original_max_length": "original_max_position_embeddings"}
 
 
+@checked(layer=dict(least=0))
 def rope_from_config(
     config: Config | str | os.PathLike, layer_type: str | None = None, *, layer: int | None = None
 ) -> PositionalEncoding:
@@ -135,7 +137,7 @@ def rope_from_config(
         and its value.
     """
     config = _read(config)
-    model = config.get("model_type") or ""
+    model = check("model_type", config.get("model_type"), str | None) or ""
     _check_outside(config, model)
     layer_type = _layer_type(config, layer_type, layer)
     if not _rotates(config, layer_type, layer):
@@ -143,7 +145,7 @@ def rope_from_config(
     parameters, is_local = _parameters(config, layer_type)
     if parameters is None:
         return identity()
-    kind = _kind(parameters)
+    kind = _kind(parameters, model)
     _check_inside(parameters, kind, model)
     theta = _theta(config, parameters, is_local, layer)
     if theta == 0:
@@ -201,28 +203,44 @@ def _check_outside(config: Config, model: str) -> None:
         )
 
 
+def _integer(config: Config, key: str, least: int = 1, most: int = 2**20) -> int | None:
+    """Returns an integer of a configuration, None if it is null or not given."""
+    return check(key, config.get(key), int | None, least=least, most=most)
+
+
+def _number(config: Config, key: str) -> float | None:
+    """Returns a number of a configuration, None if it is null or not given."""
+    return check(key, config.get(key), float | None)
+
+
 def _unsupported(key: str, value: Any, supported: Any, where: str = "") -> ValueError:
+    words = (
+        ", ".join(sorted(supported))
+        if len(supported) < 16
+        else "rope_parameters, rope_scaling, rope_theta and partial_rotary_factor"
+    )
+    got = short(value)
+    got = got if len(got) <= 60 else f"{got[:57]}..."
     return ValueError(
-        f"the key {key!r} of a configuration{where} is not supported, got {short(value)}; supported are "
-        f"{', '.join(sorted(supported))}{near(key, supported)}"
+        f"the key {key!r} of a configuration{where} is not supported, got {got}; supported are {words}{near(key, supported)}"
     )
 
 
 def _layers(config: Config) -> Sequence[str] | None:
     """Returns the type of every layer; None if the configuration does not say."""
-    types, count = config.get("layer_types"), config.get("num_hidden_layers")
-    if isinstance(types, Sequence) and not isinstance(types, str):
+    types, count = check("layer_types", config.get("layer_types"), tuple[str, ...] | None), _integer(config, "num_hidden_layers")
+    if types is not None:
         return types
     model = config.get("model_type")
-    if not isinstance(count, int):
+    if count is None:
         return None
     if model in ("modernbert", "modernbert-decoder"):
-        every = config.get("global_attn_every_n_layers", 3)
+        every = _integer(config, "global_attn_every_n_layers") or 3
         return ["sliding_attention" if n % every else "full_attention" for n in range(count)]
     if model not in _PATTERN:
         return None
-    every = config.get("sliding_window_pattern", _PATTERN[model])
-    if isinstance(every, str):  # "LLLG": local, local, local, global
+    every = check("sliding_window_pattern", config.get("sliding_window_pattern", _PATTERN[model]), int | str | None, least=0)
+    if isinstance(every, str) and every:  # "LLLG": local, local, local, global
         return ["sliding_attention" if every[n % len(every)] == "L" else "full_attention" for n in range(count)]
     return ["sliding_attention" if every and (n + 1) % every else "full_attention" for n in range(count)]
 
@@ -231,9 +249,9 @@ def _layer_type(config: Config, layer_type: str | None, layer: int | None) -> st
     """Returns the type of the layer after checks; None if it is not known."""
     types, nested = _layers(config), _nested(config)
     if layer is not None:
-        count = config.get("num_hidden_layers") or (len(types) if types else None)
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 or (isinstance(count, int) and layer >= count):
-            raise ValueError(f"layer must be an index of a layer, from 0 to {count - 1 if count else '...'}, got {layer!r}")
+        count = _integer(config, "num_hidden_layers") or (len(types) if types else None)
+        if count is not None and layer >= count:
+            raise ValueError(f"layer must be below the number of layers, {count}, got {layer}")
         own = types[layer] if types and layer < len(types) else None
         if layer_type is not None and own is not None and layer_type != own:
             raise ValueError(f"layer_type must be the type of layer {layer}, {own!r}, or None, got {layer_type!r}")
@@ -305,19 +323,20 @@ def _rotates(config: Config, layer_type: str | None, layer: int | None) -> bool:
 
 def _no_rope_layers(config: Config) -> Sequence[Any] | None:
     """Returns a number for every layer, 0 where it does not rotate; None if that does not depend on the index."""
-    given, count = config.get("no_rope_layers"), config.get("num_hidden_layers")
+    given, count = (
+        check("no_rope_layers", config.get("no_rope_layers"), tuple[int, ...] | None),
+        _integer(config, "num_hidden_layers"),
+    )
     if given:
-        if not isinstance(given, Sequence) or any(value not in (0, 1) for value in given):
+        if any(value not in (0, 1) for value in given):
             raise ValueError(f"no_rope_layers must be a list of 0 and 1, one for each layer, got {short(given)}")
-        if isinstance(count, int) and len(given) < count:
+        if count is not None and len(given) != count:
             raise ValueError(f"no_rope_layers must have a number for each of {count} layers, got {len(given)}")
         return given
-    every = config.get("no_rope_layer_interval", _NOPE_INTERVAL.get(config.get("model_type") or ""))
+    every = _integer(config, "no_rope_layer_interval") or _NOPE_INTERVAL.get(config.get("model_type") or "")
     if every is None:
         return None
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"no_rope_layer_interval must be a positive integer, got {short(every)}")
-    return [int((n + 1) % every != 0) for n in range(count if isinstance(count, int) else every)]
+    return [int((n + 1) % every != 0) for n in range(every if count is None else count)]
 
 
 def _parameters(config: Config, layer_type: str | None) -> tuple[dict[str, Any] | None, bool]:
@@ -336,19 +355,23 @@ def _parameters(config: Config, layer_type: str | None) -> tuple[dict[str, Any] 
             raise ValueError(f"layer_type must be one of {', '.join(by_type)}, which rope_parameters has, got {layer_type!r}")
         parameters = by_type[layer_type]
         return None if parameters is None else dict(parameters), has_local and layer_type == "sliding_attention"
-    if has_local and layer_type is None:
-        raise ValueError("layer_type must be 'full_attention' or 'sliding_attention', whose thetas differ, got None")
-    is_local = has_local and layer_type == "sliding_attention"
-    # Gemma 3 scales its layers with full attention only; ModernBERT's old form scales both kinds.
-    is_gemma = "global_rope_theta" not in config and not str(config.get("model_type")).startswith("modernbert")
-    return {} if is_local and is_gemma else _given(config), is_local
+    given, is_local = _given(config), has_local and layer_type == "sliding_attention"
+    scaled_full = bool(given) and (config.get("model_type") in _SCALED_FULL or config.get("rope_local_base_freq") is not None)
+    if (has_local or scaled_full) and layer_type is None:
+        raise ValueError(
+            "layer_type must be 'full_attention' or 'sliding_attention', in which frequencies differ for this model, got None"
+        )
+    return {} if scaled_full and layer_type == "sliding_attention" else given, is_local
 
 
 # Values --------------------------------------------------------------------------------------------------------------
 
 
-def _kind(parameters: Config) -> str:
+def _kind(parameters: Config, model: str) -> str:
+    """Returns the type of the parameters: a key of _KEYS."""
     given = parameters.get("rope_type") or parameters.get("type")
+    if given == "yarn" and model.startswith("phi") and "short_factor" in parameters:
+        return "longrope"  # the first files of Phi-3
     kind = _ALIASES.get(given, given) if isinstance(given, str | None) else given
     if not isinstance(kind, str) or kind not in _KEYS:
         names = sorted({*_KEYS, *(alias for alias in _ALIASES if alias not in (None, "none"))})
@@ -368,24 +391,16 @@ def _check_inside(parameters: Config, kind: str, model: str) -> None:
         raise _unsupported("alpha", parameters["alpha"], known - {"alpha"}, f" with rope_type 'dynamic' and model_type {model!r}")
 
 
-def _number(config: Config, key: str) -> float | None:
-    value = config.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise ValueError(f"{key} must be a number, got {short(value)}")
-    return value
-
-
 def _theta(config: Config, parameters: Config, is_local: bool, layer: int | None) -> float:
     """Returns the base of frequencies: of the layer, of its parameters, of the configuration around them, or of the model type."""
     model = config.get("model_type") or ""
     if (by_layer := config.get("layer_rope_theta")) is not None:
-        if not isinstance(by_layer, Sequence) or isinstance(by_layer, str) or not by_layer:
-            raise ValueError(f"layer_rope_theta must be a list of numbers, one for each layer, got {short(by_layer)}")
+        by_layer = check("layer_rope_theta", by_layer, tuple[float, ...], least=0) or (0.0,)
         if layer is None and len(set(by_layer)) > 1:
             raise ValueError("layer must be the index of a layer, because layers differ in layer_rope_theta, got None")
         if layer is not None and layer >= len(by_layer):
             raise ValueError(f"layer_rope_theta must have a number for each layer, got {len(by_layer)} numbers for layer {layer}")
-        return _number({"layer_rope_theta": by_layer[layer or 0]}, "layer_rope_theta") or 0.0
+        return float(by_layer[layer or 0])
     outside = ("rope_local_base_freq", "local_rope_theta") if is_local else ("global_rope_theta", "rope_theta")
     given = [_number(parameters, "rope_theta"), *(_number(config, key) for key in outside)]
     given += [_number(config, key) for key in ("rotary_emb_base",)]
@@ -403,13 +418,13 @@ def _pairing(config: Config) -> Pairing:
 
 
 def _head_dim(config: Config) -> int | None:
-    if config.get("qk_rope_head_dim"):
-        return int(config["qk_rope_head_dim"]) + int(config.get("qk_nope_head_dim") or 0)
-    if isinstance(given := config.get("head_dim"), int):
+    if latent := _integer(config, "qk_rope_head_dim", least=0):
+        return latent + (_integer(config, "qk_nope_head_dim", least=0) or 0)
+    if (given := _integer(config, "head_dim")) is not None:
         return given
     if (default := _HEAD_DIM.get(config.get("model_type") or "")) is not None:
         return default
-    sizes = [next((config[key] for key in keys if isinstance(config.get(key), int)), None) for keys in (_WIDTHS, _HEADS)]
+    sizes = [next(filter(None, (_integer(config, key) for key in keys)), None) for keys in (_WIDTHS, _HEADS)]
     return sizes[0] // sizes[1] if sizes[0] and sizes[1] else None
 
 
@@ -420,10 +435,10 @@ def _rotated_channels(config: Config, parameters: Config, kind: str) -> tuple[fl
     """Returns the number of rotated channels and the head dimension; or the fraction of channels and None."""
     head_dim, model = _head_dim(config), config.get("model_type") or ""
     if latent := config.get("qk_rope_head_dim"):  # head_dim and partial_rotary_factor only repeat it, in several ways
-        return int(latent), head_dim
-    rotary_dim = config.get("rotary_dim", _ROTARY_DIM.get(model))
+        return latent, head_dim
+    rotary_dim = _integer(config, "rotary_dim") or _ROTARY_DIM.get(model)
     if rotary_dim is not None:
-        if head_dim is None or not isinstance(rotary_dim, int) or not 0 < rotary_dim <= head_dim:
+        if head_dim is None or not 0 < rotary_dim <= head_dim:
             raise ValueError(f"rotary_dim must be an integer from 1 to the head dimension, {head_dim}, got {short(rotary_dim)}")
         rotated_width(head_dim, rotary_dim / head_dim)
         return rotary_dim, head_dim
@@ -455,10 +470,10 @@ def _built(make: Any, **arguments: Any) -> Any:
 
 def _original_length(config: Config, parameters: Config) -> int:
     """Returns the length of sequences in training: outside the parameters, inside them, or ``max_position_embeddings``."""
-    places = (config, "original_max_position_embeddings"), (parameters, "original_max_position_embeddings")
-    for place, key in (*places, (config, "max_position_embeddings")):
-        if (value := _number(place, key)) is not None:
-            return int(value) if value == int(value) else value  # type: ignore[return-value]  # the scaling refuses fractions
+    original = "original_max_position_embeddings"
+    for place, key in ((config, original), (parameters, original), (config, "max_position_embeddings")):
+        if (value := _integer(place, key, most=INT32)) is not None:
+            return value
     raise ValueError("original_max_position_embeddings or max_position_embeddings must be given, got neither")
 
 
@@ -489,7 +504,7 @@ def _scaling(kind: str, config: Config, parameters: Config, rotated: float) -> s
     if kind == "dynamic":
         if given.get("alpha"):  # HunYuan: a fixed base, although the type says otherwise
             return _built(scalings.ntk_scaling, factor=given["alpha"])
-        if (longest := _number(config, "max_position_embeddings")) is None:
+        if (longest := _integer(config, "max_position_embeddings", most=INT32)) is None:
             raise ValueError("max_position_embeddings must be given for rope_type 'dynamic', got none")
         return _built(scalings.dynamic_ntk_scaling, factor=need("factor"), original_max_length=longest)
     if kind == "llama3":

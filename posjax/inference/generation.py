@@ -161,10 +161,10 @@ def _read(
     with_params, params: Params, tokens: Array, segments: Array, coordinates: Array | None, logits: Array, cache: Any
 ) -> tuple[Array, Any]:
     """Writes one chunk of the prompts to the cache. Returns the logits after each row's last token so far, and the cache."""
-    new, cache = with_params(params).decode(tokens, cache, segment_ids=segments, coordinates=coordinates)
     count = (segments != 0).sum(1)
-    last = jnp.take_along_axis(new, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return jnp.where((count > 0)[:, None], last, logits), cache
+    last = jnp.maximum(count - 1, 0)
+    new, cache = with_params(params).decode(tokens, cache, segment_ids=segments, coordinates=coordinates, logits_at=last)
+    return jnp.where((count > 0)[:, None], new[:, 0], logits), cache
 
 
 @functools.partial(jax.jit, static_argnames=("with_params", "sampling"), donate_argnames=("logits", "cache"))

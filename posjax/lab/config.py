@@ -2,23 +2,33 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import os
 import sys
 import traceback
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from posjax.checks import bounded, check_at_least, check_fields, check_one_of, checked, short
 from posjax.data.tokenizers import check_tokenizer
 from posjax.encodings.spec import spec_of
+from posjax.files import read_json
 from posjax.lab import named_configs
+from posjax.models.pretrained.architecture import Architecture
+from posjax.models.pretrained.families import architecture_of
+from posjax.models.pretrained.files import open_checkpoint
+from posjax.models.pretrained.load import FREE_FIELDS, architecture_in, pattern_of
+from posjax.models.pretrained.tokenizer import adds_bos, special_tokens
 from posjax.models.transformer import TransformerConfig
 from posjax.parallel.mesh import parse_mesh
-from posjax.storage import run_path
+from posjax.storage import is_bucket, run_path
 from posjax.training.schedule import check_decay_steps
+
+PRETRAINED = "pretrained.json"  # in a workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +39,8 @@ class Config:
       workdir: folder for all outputs of the run. Empty: runs/NAME for configs/NAME.py.
       init_from: workdir of a finished or interrupted run whose parameters (their moving average, if it keeps one) this run starts
         from, with a fresh optimizer at step 0. Empty: the parameters are drawn at random.
+      from_pretrained: checkpoint of another library that this run starts from: a folder with config.json and safetensors files, or
+        a .gguf file. Its architecture, tokenizer and encoding become those of the run; only the encoding may differ. Empty: none.
       task: lm (next token), mlm (masked tokens, an encoder with [CLS]), or a synthetic task: flip_flop, selective_copy, counting.
       data: stdlib (source code of Python's standard library), tfds:NAME, a file or folder of text or of tokens, or a mixture of
         these with weights, such as books:0.7,code:0.3.
@@ -54,10 +66,10 @@ class Config:
       num_heads: number of query heads.
       num_kv_heads: number of key and value heads; None means num_heads.
       head_dim: channels per head; None means embed_dim / num_heads.
-      mlp_dim: hidden width of the MLP; None means 4 embed_dim (8/3 embed_dim with swiglu).
+      mlp_dim: hidden width of the MLP; None means 4 embed_dim (8/3 embed_dim with a gate).
       norm: rmsnorm or layernorm.
       norm_position: pre or post.
-      activation: gelu or swiglu.
+      activation: gelu or gelu_exact, or swiglu or geglu, which have a gate.
       tie_embeddings: uses the token embeddings as the output projection, too.
       dropout_rate: dropout rate after the embedding and after each attention and MLP block.
       remat: what the backward pass recomputes to save memory: none, attention (all but attention) or full (whole layers).
@@ -70,6 +82,7 @@ class Config:
       implementation: attention implementation: xla (dense), xla_chunked (tiled) or pallas (kernels); None selects the fastest.
       steps: number of optimizer steps.
       optimizer: adamw, or muon: Muon for the matrices of the layers and AdamW for all else, with the same learning rate.
+      trainable: all, or encoding to train the parameters of the encodings and leave all others as they are.
       learning_rate: peak learning rate.
       warmup_steps: steps of linear warmup to the peak; shortened in proportion if --steps is set too small for it.
       decay: shape of the learning rate after the peak: cosine, linear, constant, or wsd (constant, then linear in the last
@@ -100,6 +113,7 @@ class Config:
 
     workdir: str = ""
     init_from: str = ""
+    from_pretrained: str = ""
     task: Literal["lm", "mlm", "flip_flop", "selective_copy", "counting"] = "lm"
     data: str = "stdlib"
     validation_data: str = ""
@@ -134,7 +148,7 @@ class Config:
     mlp_dim: int | None = None
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_position: Literal["pre", "post"] = "pre"
-    activation: Literal["gelu", "swiglu"] = "gelu"
+    activation: Literal["gelu", "gelu_exact", "swiglu", "geglu"] = "gelu"
     tie_embeddings: bool = True
     dropout_rate: float = 0.0
     remat: Literal["none", "attention", "full"] = "none"
@@ -146,6 +160,7 @@ class Config:
     implementation: Literal["xla", "xla_chunked", "pallas"] | None = None
     steps: int = bounded(1000, least=1)
     optimizer: Literal["adamw", "muon"] = "adamw"
+    trainable: Literal["all", "encoding"] = "all"
     learning_rate: float = bounded(1e-3, above=0)
     warmup_steps: int = 100
     decay: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -206,17 +221,109 @@ class Config:
             raise ValueError(f"mesh must be '' with parallel='pmap', which shards rows over all devices, got {self.mesh!r}")
         if any(not 0 <= seed < 2**31 for seed in self.seeds):  # 2^31 is the seed of the evaluation
             raise ValueError(f"seeds must lie in [0, 2**31), got {self.seeds}")
-        self.transformer(vocab_size=2)
+        if self.from_pretrained and self.init_from:
+            raise ValueError(f"init_from must be '' with from_pretrained={self.from_pretrained!r}, got {self.init_from!r}")
+        if not self.from_pretrained:
+            self.transformer(vocab_size=2)
 
     def transformer(self, vocab_size: int) -> TransformerConfig:
-        """Returns the model configuration; tables of positions are as long as the training sequences."""
+        """Returns the model configuration; tables of positions are as long as the training sequences.
+
+        With ``from_pretrained``, the sizes are the checkpoint's, the vocabulary and the tables of positions included.
+        """
         names = {f.name for f in dataclasses.fields(self)}
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(TransformerConfig) if f.name in names}
+        if self.from_pretrained:
+            own = self.pretrained.architecture.config
+            return dataclasses.replace(own, **{name: value for name, value in shared.items() if name in FREE_FIELDS})
         return TransformerConfig(**shared | {"vocab_size": vocab_size}, max_length=self.seq_length, is_causal=self.task != "mlm")
+
+    @property
+    def pretrained(self) -> "Pretrained":
+        """Returns what the run knows about the checkpoint that it starts from: by its workdir, or else by the checkpoint.
+
+        Raises:
+          ValueError: neither can be read.
+        """
+        stored = run_path(self.workdir) / PRETRAINED if self.workdir else None
+        if stored is not None and stored.is_file():
+            return _stored_pretrained(str(stored), stored.stat().st_mtime_ns if not is_bucket(stored) else 0)
+        path = Path(self.from_pretrained).expanduser()
+        header = path / "config.json" if path.is_dir() else path
+        return _pretrained_of(self.from_pretrained, header.stat().st_mtime_ns if header.exists() else 0)
 
     @property
     def seed(self) -> int:
         return self.seeds[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """What a run knows about the checkpoint that it starts from; its workdir holds it as pretrained.json.
+
+    Attributes:
+      config: the checkpoint's config.json.
+      adds_bos: whether its tokenizer puts a token before a text.
+    """
+
+    config: dict[str, Any]
+    adds_bos: bool
+
+    @functools.cached_property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.config)
+
+
+@functools.lru_cache(maxsize=8)
+def _pretrained_of(path: str, changed: int) -> Pretrained:
+    checkpoint = open_checkpoint(path)
+    architecture_in(checkpoint)
+    return Pretrained(dict(checkpoint.config), adds_bos(checkpoint))
+
+
+@functools.lru_cache(maxsize=8)
+def _stored_pretrained(path: str, changed: int) -> Pretrained:
+    return Pretrained(**read_json(run_path(path), "config", "adds_bos"))
+
+
+def with_pretrained(config: Config, chosen: Collection[str]) -> Config:
+    """Returns a configuration with the architecture, tokenizer and encoding of the checkpoint in ``from_pretrained``.
+
+    Args:
+      config: the configuration.
+      chosen: fields that were chosen for this run, such as flags of the command line. They must not contradict the checkpoint,
+        whereas the others are replaced by its values.
+
+    Raises:
+      ValueError: the checkpoint cannot be used, or a field contradicts it.
+    """
+    checkpoint = open_checkpoint(config.from_pretrained)
+    architecture = architecture_in(checkpoint)
+    fields: dict[str, Any] = {"workdir": config.workdir or f"runs/{checkpoint.path.stem}"}
+    if not architecture.config.is_causal:
+        raise ValueError(
+            f"from_pretrained must be a decoder, got {config.from_pretrained!r}, an encoder; posjax.models.pretrained loads it"
+        )
+    if config.task != "lm":
+        raise ValueError(f"task must be 'lm' with from_pretrained={config.from_pretrained!r}, got {config.task!r}")
+    names = {field.name for field in dataclasses.fields(config)}
+    for field in dataclasses.fields(architecture.config):
+        if field.name not in names or field.name in FREE_FIELDS:
+            continue
+        value = getattr(architecture.config, field.name)
+        if field.name in chosen and getattr(config, field.name) != value:
+            where = f"the one of the checkpoint {config.from_pretrained}"
+            raise ValueError(f"{field.name} must be {value!r}, {where}, got {getattr(config, field.name)!r}")
+        if not isinstance(value, tuple):  # windows by layer are the checkpoint's alone
+            fields[field.name] = value
+    if "encoding" not in chosen:
+        fields["encoding"] = spec_of(pattern_of(architecture.encodings))
+    if "tokenizer" not in chosen:
+        if checkpoint.tokenizer is None:
+            raise ValueError(f"tokenizer must be chosen, because {config.from_pretrained!r} has no tokenizer.json")
+        fields["tokenizer"] = str(checkpoint.tokenizer)
+    special_tokens(checkpoint.config)
+    return dataclasses.replace(config, **fields)
 
 
 @checked()

@@ -15,7 +15,6 @@ from posjax.core.encoding import PositionalEncoding
 from posjax.lab import probes
 from posjax.lab.config import Config
 from posjax.lab.source import Source, eval_batches, test_rows
-from posjax.models.losses import cross_entropy
 from posjax.models.transformer import LayerRecord, Transformer
 from posjax.parallel.steps import jit_for_all
 from posjax.training.loop import json_number
@@ -182,8 +181,8 @@ def score(
 
 def token_losses(with_params: Callable[[Params], Transformer]) -> Callable[[Params, dict[str, Array]], Array]:
     def losses(params: Params, batch: dict[str, Array]) -> Array:
-        logits = with_params(params)(batch["tokens"], batch["positions"], batch["segment_ids"])
-        return cross_entropy(logits, batch["targets"], batch["weights"])[0]
+        names = ("tokens", "targets", "weights", "positions", "segment_ids")
+        return with_params(params).losses(*(batch[name] for name in names))
 
     return losses
 

@@ -12,7 +12,7 @@ from posjax.inference.generation import stream
 from posjax.inference.sampling import Sampling
 from posjax.inference.text import TextRow
 from posjax.lab.config import Config
-from posjax.lab.trained import TrainedRun, one_run, open_trained, task_tokens
+from posjax.lab.trained import TrainedRun, one_run, open_pretrained, open_trained, task_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Prompting:
             raise ValueError(f"prompt_file must be a file of UTF-8 text, got {short(self.prompt_file)}: {why}") from None
 
 
-def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str], None]) -> None:
+def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str], None], *, is_pretrained: bool = False) -> None:
     """Completes prompts with the newest intact checkpoint and streams each prompt and its completion to ``write``.
 
     All prompts are completed as one batch. The first completion is written while it is generated; each of the others follows once
@@ -78,6 +78,7 @@ def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str]
       config: the configuration of the run, with a workdir that ``posjax train`` or ``posjax compare`` wrote.
       prompting: the prompts and the sampling.
       write: called with each piece of text.
+      is_pretrained: whether the model is the checkpoint in ``from_pretrained`` instead of a run.
 
     Raises:
       ValueError: there is no checkpoint, the workdir belongs to another run, the model cannot read a prompt, or the sequence would
@@ -90,7 +91,7 @@ def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str]
         )
     parse_encoding(config.encoding)
     prompts = prompting.prompts
-    run = open_trained(*one_run(config))
+    run = open_pretrained(config) if is_pretrained else open_trained(*one_run(config))
     rows = [_encode(run, text) for text in prompts]
     tokens = stream(
         run.with_params,
@@ -99,7 +100,7 @@ def continue_prompts(config: Config, prompting: Prompting, write: Callable[[str]
         max_new_tokens=prompting.max_new_tokens,
         sampling=prompting.sampling,
         seed=prompting.seed,
-        stop_tokens=[end for end in (run.task.pad_token if run.task else run.tokenizer.bos,) if end is not None],
+        stop_tokens=[end for end in ((run.task.pad_token,) if run.task else run.tokenizer.stop_tokens) if end is not None],
     )
     bytes_of = token_bytes(run)
     texts = [TextRow(bytes_of, prompting.stop) for _ in rows]
@@ -130,7 +131,7 @@ def _encode(run: TrainedRun, text: str) -> np.ndarray:
     """
     if run.task is not None:
         return task_tokens(run.task, text, "prompt")
-    return np.concatenate([[run.tokenizer.bos], run.tokenizer.encode(text)]).astype(np.int32)
+    return run.tokenizer.prompt(text)
 
 
 def token_bytes(run: TrainedRun) -> Callable[[int], bytes]:

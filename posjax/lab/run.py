@@ -24,6 +24,8 @@ from posjax.lab.source import Source, eval_batches, open_source, train_batches
 from posjax.lab.summary import opening_lines, training_curve
 from posjax.lab.workdir import StoredRun, add_fact, digest_of_arrays, facts_of, init_or_check_workdir, milestones, stored_runs
 from posjax.models.losses import cross_entropy, z_loss
+from posjax.models.pretrained.files import open_checkpoint
+from posjax.models.pretrained.load import FREE_FIELDS, load_params
 from posjax.models.transformer import Transformer, functional
 from posjax.parallel.distributed import on_first_process, text_of_first_process
 from posjax.parallel.mesh import ROWS, make_mesh, parse_mesh, row_share
@@ -32,7 +34,7 @@ from posjax.parallel.steps import abstract_train_step, jit_for_all, jit_train_st
 from posjax.storage import run_path
 from posjax.training.checkpoints import CheckpointError, Checkpoints, Restored
 from posjax.training.loop import fit
-from posjax.training.optimizer import make_optimizer
+from posjax.training.optimizer import freeze, make_optimizer
 from posjax.training.schedule import learning_rate_schedule
 from posjax.training.state import TrainState, init_state
 from posjax.training.step import make_train_step
@@ -92,6 +94,8 @@ def check(config: Config, specs: Sequence[str], source: Source, devices: int | N
             jax.eval_shape(make_loss(with_params, dropout=False), params, _abstract_batch(config, source), key)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"encoding {spec!r} does not fit this model: {error}") from error
+        if training and config.trainable == "encoding" and not jax.tree.leaves(params.get("encoding", {})):
+            raise ValueError(f"encoding must have learned parameters with trainable='encoding', got {spec!r}, which has none")
 
 
 def _abstract_batch(config: Config, source: Source) -> dict[str, jax.ShapeDtypeStruct]:
@@ -161,16 +165,16 @@ def build_model(
 
 
 def make_loss(
-    with_params: Callable[[Params], Transformer], dropout: bool, z_weight: float = 0.0
+    with_params: Callable[[Params], Transformer], dropout: bool, z_weight: float = 0.0, trainable: str = "all"
 ) -> Callable[[Params, Any, Array], tuple[Array, Array]]:
     """Returns the training loss, a function (params, batch, key) -> (sum of weighted nats, sum of weights).
 
-    Its gradient includes ``z_weight`` times ``z_loss``. Its value does not, so that the losses of runs with and without z-loss are
-    comparable.
+    Its gradient is zero for parameters that are not ``trainable``. It includes ``z_weight`` times ``z_loss``, but the value does
+    not, so that the losses of runs with and without z-loss are comparable.
     """
 
     def loss(params: Params, batch: dict[str, Array], key: Array) -> tuple[Array, Array]:
-        model = with_params(params)
+        model = with_params(freeze(params, trainable))
         keys = dict(dropout_key=key if dropout else None, place_key=jax.random.fold_in(key, 1))
         logits = model(batch["tokens"], batch["positions"], batch["segment_ids"], **keys)
         _, nats, weight = cross_entropy(logits, batch["targets"], batch["weights"])
@@ -216,7 +220,7 @@ def abstract_step(
         vocab_size = vocab_size_of(config.tokenizer, config.vocab_size, config.data_dir)
     source = Source(vocab_size, config.seq_length) if is_text and vocab_size is not None else open_source(config)
     with_params, params = abstract_model(config, config.encoding, source)
-    loss = make_loss(with_params, config.dropout_rate > 0, config.z_loss)
+    loss = make_loss(with_params, config.dropout_rate > 0, config.z_loss, config.trainable)
     step = make_train_step(loss, optimizer_of(config), accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay)
     state = jax.eval_shape(lambda params: _first_state(config, params, config.seed), params)
     return abstract_train_step(step, mesh, state, _abstract_batch(config, source), _rules(mesh))
@@ -241,18 +245,19 @@ def train(
 ) -> Params:
     """Trains one model, resuming from the newest checkpoint in ``workdir`` if there is one, and returns its parameters.
 
-    If ``config.ema_decay`` is set, their moving average is returned instead. With ``config.init_from``, a run that begins starts
-    from the parameters of that run.
+    If ``config.ema_decay`` is set, their moving average is returned instead. With ``config.init_from`` or
+    ``config.from_pretrained``, a run that begins starts from the parameters of that run or checkpoint.
 
     Raises:
-      ValueError: the run in init_from has no parameters of these shapes.
+      ValueError: the run in init_from has no parameters of these shapes, or the checkpoint cannot be loaded.
       KernelCompileError: the attention kernel failed to compile on this device.
     """
     with_params, state, mesh = _start(config, spec, seed, source)
-    if config.init_from and not Checkpoints(workdir / "checkpoints").steps():
-        state = _with_params_of(config, spec, source, state, workdir)
+    if (config.init_from or config.from_pretrained) and not Checkpoints(workdir / "checkpoints").steps():
+        start = _with_params_of if config.init_from else _with_pretrained_params
+        state = start(config, spec, source, state, workdir)
     step = make_train_step(
-        make_loss(with_params, config.dropout_rate > 0, config.z_loss),
+        make_loss(with_params, config.dropout_rate > 0, config.z_loss, config.trainable),
         optimizer_of(config),
         accumulate_steps=config.accumulate_steps,
         axis_name="data" if config.parallel == "pmap" else None,
@@ -329,7 +334,7 @@ def optimizer_of(config: Config, settings: Mapping[str, Any] | None = None) -> A
     schedule = learning_rate_schedule(
         peak, config.steps, warmup, decay=config.decay, end_fraction=end, decay_steps=config.decay_steps
     )
-    return make_optimizer(schedule, optimizer=config.optimizer, **chosen)
+    return make_optimizer(schedule, optimizer=config.optimizer, trainable=config.trainable, **chosen)
 
 
 def evaluate_params(config: Config, spec: str, params: Params, source: Source) -> dict[str, Any]:
@@ -366,7 +371,10 @@ def restore(config: Config, spec: str, workdir: Path, source: Source) -> Restore
 def bare_source(run: StoredRun) -> Source:
     """Returns the sizes of a run's data, without the data if its workdir records them."""
     if run.config.task in ("lm", "mlm") and "vocab_size" in run.facts:
-        return Source(run.facts["vocab_size"], run.config.seq_length)
+        length = run.config.seq_length
+        if run.config.from_pretrained:
+            length = run.config.transformer(run.facts["vocab_size"]).max_length
+        return Source(run.facts["vocab_size"], length)
     return open_source(run.config)
 
 
@@ -416,7 +424,29 @@ def _with_params_of(config: Config, spec: str, source: Source, state: TrainState
     params = restored.state.eval_params
     digest = digest_of_arrays((name, leaf) for name, leaf in _leaves(jax.device_get(params)).items())
     add_fact(workdir, "init_from", {"workdir": str(run.path), "step": restored.step, "digest": digest})
+    return _with_params(state, params)
 
+
+def _with_pretrained_params(config: Config, spec: str, source: Source, state: TrainState, workdir: Path) -> TrainState:
+    """Replaces the parameters of a first state by those of a checkpoint, and records their digest in the workdir."""
+    params = load_pretrained(config, spec, source)[1]
+    digest = digest_of_arrays((name, leaf) for name, leaf in _leaves(jax.device_get(params)).items())
+    add_fact(workdir, "from_pretrained", {"path": config.from_pretrained, "digest": digest})
+    return _with_params(state, params)
+
+
+def load_pretrained(config: Config, spec: str, source: Source) -> tuple[Callable[[Params], Transformer], Params]:
+    """Returns the model of the checkpoint in ``from_pretrained``, with an encoding, as ``build_model`` does."""
+    mesh = None if config.parallel == "pmap" else _mesh(config)
+    if mesh is not None and _rules(mesh) is PARTITION_RULES:
+        mesh = None
+    checkpoint = open_checkpoint(config.from_pretrained)
+    model = config.transformer(source.vocab_size)
+    fields = {name: getattr(model, name) for name in FREE_FIELDS}
+    return load_params(checkpoint, encoding=spec, mesh=mesh, seed=config.seed, **fields)
+
+
+def _with_params(state: TrainState, params: Params) -> TrainState:
     def copy() -> Params:  # a separate copy for the average, because both are donated
         return jax.tree.map(lambda new, old: jax.device_put(jnp.array(new, old.dtype), old.sharding), params, state.params)
 

@@ -10,11 +10,12 @@ import numpy as np
 
 from posjax.checks import short
 from posjax.data import synthetic
-from posjax.data.corpus import Corpus, Mixture, excerpts, holds_tokens, load_corpus
+from posjax.data.corpus import Corpus, Mixture, excerpts, holds_tokens, load_corpus, with_vocabulary
 from posjax.data.files import shown
 from posjax.data.on_device import on_device as corpus_on_device
 from posjax.data.pipeline import batches
 from posjax.lab.config import Config
+from posjax.models.pretrained.tokenizer import special_tokens
 from posjax.typing import Array
 
 EVAL_SEED, _EXAMPLES_SEED = 2**31, 2**31 + 1  # seeds of the evaluation data and of fixed training sets
@@ -29,8 +30,8 @@ class Source:
 
     Attributes:
       vocab_size: V.
-      max_length: length that the model's tables of positions must support: seq_length for text; for a synthetic
-        task, the length of the longest of the task and its variants.
+      max_length: length that the model's tables of positions must support: seq_length for text, or that of the checkpoint in
+        from_pretrained; for a synthetic task, the length of the longest of the task and its variants.
       train, validation: the splits of a text, the second reduced to the excerpts that are evaluated; None for a synthetic task.
       task: the synthetic task; None for text.
       summary: lines that describe both splits of a text, for the opening of a run.
@@ -69,12 +70,18 @@ def open_source(config: Config) -> Source:
         except (ValueError, OSError) as error:
             kind = ValueError if isinstance(error, ValueError) else OSError
             raise kind(f"data {short(config.data)} cannot be used: {str(error).strip().splitlines()[0]}") from error
+        max_length = config.seq_length
+        if config.from_pretrained:
+            model = config.transformer(train.vocab_size)
+            begin, _ = special_tokens(config.pretrained.config)
+            train, validation = (with_vocabulary(one, model.vocab_size, (begin, begin)) for one in (train, validation))
+            max_length = model.max_length
         summary = data_summary(config.data, train, validation)
         digests = {"train": train.digest, "validation": validation.digest}
         # The longest rows begin with a BOS token, so an excerpt is one token shorter.
         excerpt_length = config.seq_length * max(config.eval_lengths) - 1
         validation = excerpts(validation, excerpt_length, max(1, config.eval_tokens // excerpt_length))
-        return Source(train.vocab_size, config.seq_length, train, validation, summary=summary, digests=digests)
+        return Source(train.vocab_size, max_length, train, validation, summary=summary, digests=digests)
     length = config.seq_length
     task = {
         "flip_flop": lambda: synthetic.flip_flop(length=length),

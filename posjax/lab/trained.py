@@ -21,7 +21,9 @@ import numpy as np
 
 from posjax.checks import near
 from posjax.data import synthetic
-from posjax.data.tokenizers import NUM_BYTES, NUM_SPECIAL, Vocabulary
+from posjax.data.corpus import cache_folder
+from posjax.data.sources import TOKENIZERS
+from posjax.data.tokenizers import NUM_BYTES, NUM_SPECIAL, Vocabulary, cached_tokenizer
 from posjax.encodings.spec import modules_of, parse_encoding
 from posjax.files import write_atomically
 from posjax.lab import probes
@@ -30,7 +32,7 @@ from posjax.lab.config import Config
 from posjax.lab.evaluation import layer_weights, max_eval_length, measure_in
 from posjax.lab.source import Source, open_source
 from posjax.lab.workdir import EVALUATION, READING, TOKENIZER, StoredRun, choose_runs, read_config, stored_runs
-from posjax.models.losses import cross_entropy
+from posjax.models.pretrained.tokenizer import PretrainedTokenizer, opened
 from posjax.models.transformer import Transformer
 from posjax.parallel.distributed import first_process_first
 from posjax.storage import is_bucket, run_path, with_retries
@@ -79,7 +81,7 @@ class TrainedRun:
     model: Transformer
     params: Params
     with_params: Callable[[Params], Transformer]
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | PretrainedTokenizer | None
     task: synthetic.Task | None
 
     @functools.cached_property
@@ -132,8 +134,26 @@ def open_trained(run: StoredRun, config: Config) -> TrainedRun:
     params = restored.state.eval_params
     tokenizer = None
     if source.task is None:
-        tokenizer = Tokenizer(source.vocab_size, _tokenizer_of(run) or runs.tokenizer_file(source))
+        path = _tokenizer_of(run) or runs.tokenizer_file(source)
+        if config.from_pretrained and path is not None:
+            tokenizer = opened(config.pretrained.config, path, config.pretrained.adds_bos)
+        else:
+            tokenizer = Tokenizer(source.vocab_size, path)
     return TrainedRun(run.path, config, restored.step, with_params(params), params, with_params, tokenizer, source.task)
+
+
+def open_pretrained(config: Config) -> TrainedRun:
+    """Opens the checkpoint in ``from_pretrained`` as if it were a run.
+
+    Raises:
+      ValueError: it cannot be loaded, or its encoding cannot be replaced by the configuration's.
+    """
+    pretrained = config.pretrained
+    source = Source(pretrained.architecture.config.vocab_size, pretrained.architecture.config.max_length)
+    with_params, params = runs.load_pretrained(config, config.encoding, source)
+    path = cached_tokenizer(config.tokenizer, cache_folder(config.data_dir) / TOKENIZERS)
+    tokenizer = opened(pretrained.config, path, pretrained.adds_bos)
+    return TrainedRun(Path(config.from_pretrained), config, 0, with_params(params), params, with_params, tokenizer, None)
 
 
 def _tokenizer_of(run: StoredRun) -> Path | None:
@@ -180,7 +200,9 @@ def open_data(chosen: Sequence[tuple[StoredRun, Config]], *, is_other_text: bool
       ValueError: the data cannot be used with these runs, or have changed.
     """
     first, reading = chosen[0]
-    config = dataclasses.replace(fitting(reading, first), workdir="")
+    config = fitting(reading, first)
+    if not config.from_pretrained:  # whose architecture the workdir holds
+        config = dataclasses.replace(config, workdir="")
     if (stored := _tokenizer_of(first)) is not None:  # the file that it was made from may be gone, or be another now
         config = dataclasses.replace(config, tokenizer=str(stored))
     with first_process_first():
@@ -303,7 +325,7 @@ def tokens_of(run: TrainedRun, text: str) -> Int[np.ndarray, " T"]:
     """
     if run.task is None:
         assert run.tokenizer is not None  # every run of a text has one
-        tokens = np.concatenate([[run.tokenizer.bos], run.tokenizer.encode(text)]).astype(np.int32)
+        tokens = run.tokenizer.prompt(text)
     else:
         tokens = task_tokens(run.task, text, "text")
     source = Source(run.model.config.vocab_size, run.model.config.max_length)
@@ -343,7 +365,7 @@ def token_losses(run: TrainedRun, text: str) -> Float[np.ndarray, " T"]:
     tokens = tokens_of(run, text)
 
     def losses(model: Transformer, tokens: Any) -> Any:
-        return cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], jnp.ones((1, tokens.shape[1] - 1)))[0][0]
+        return model.losses(tokens[:, :-1], tokens[:, 1:], jnp.ones((1, tokens.shape[1] - 1)))[0]
 
     return run._apply(losses, tokens[None])
 

@@ -3,6 +3,7 @@
 <workdir>/config.json       the configuration, with which ``posjax train`` can start the same run elsewhere
 <workdir>/run.json          digests of the data, the vocabulary, where user-defined encodings came from, and init_from's digest
 <workdir>/tokenizer.json    the tokenizer, unless tokens are bytes
+<workdir>/pretrained.json   of a run that starts from another library's checkpoint, its config.json
 <workdir>/checkpoints/      absent in the workdir of a comparison, which has a workdir ENCODING/seed-N for every run
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 from posjax.data.tokenizers import KINDS
 from posjax.encodings.spec import modules_of, slug
 from posjax.files import DamagedFile, read_json, set_aside, write_atomically, write_json
-from posjax.lab.config import Config
+from posjax.lab.config import PRETRAINED, Config
 from posjax.lab.source import Source
 from posjax.parallel.distributed import on_first_process
 from posjax.storage import move, run_path
@@ -36,7 +37,7 @@ _DATA = {"data", "validation_data", "include", "exclude", "text_key"}  # where t
 READING = RUN_ONLY | EVALUATION | _DATA  # what may differ when a run is read
 _END = {"steps", "decay", "decay_steps", "end_fraction"}  # when the learning rate decays
 # Newer fields: runs that started without them resume with their defaults.
-_LATER = {"optimizer", "z_loss", "ema_decay", "init_from", "decay_steps", *_DATA - {"data"}}
+_LATER = {"optimizer", "trainable", "z_loss", "ema_decay", "init_from", "from_pretrained", "decay_steps", *_DATA - {"data"}}
 _RENAMED = {"keep_checkpoints": "keep_last"}
 
 
@@ -263,6 +264,8 @@ def init_or_check_workdir(config: Config, facts: Mapping[str, Any] | None = None
             workdir.mkdir(parents=True, exist_ok=True)
             if stored is None or dataclasses.asdict(stored) != dataclasses.asdict(config):
                 write_json(workdir / CONFIG, dataclasses.asdict(config), indent=1)
+            if config.from_pretrained and not (workdir / PRETRAINED).exists():
+                write_json(workdir / PRETRAINED, dataclasses.asdict(config.pretrained), indent=1)
             if facts and {**before, **facts} != before:
                 write_json(workdir / FACTS, {**before, **facts}, indent=1)
             if tokenizer is not None and not (workdir / TOKENIZER).exists():

@@ -1,5 +1,7 @@
 """Losses computed from logits, as weighted sums over tokens."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -19,6 +21,43 @@ def cross_entropy(
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     losses = (jax.nn.logsumexp(logits, axis=-1) - chosen) * weights
     return losses, losses.sum(), weights.sum()
+
+
+_MOST_LOGITS = 2**26  # that ``cross_entropy_of`` holds at a time: 256 MiB in float32
+
+
+def cross_entropy_of(
+    logits_of: Callable[[Array], Float[Array, "B C V"]],
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    vocab_size: int,
+) -> Float[Array, "B T"]:
+    """Computes the losses of ``cross_entropy`` without the logits of all tokens at once, which a long text has no memory for.
+
+    The tokens are divided into as few equal chunks as keep the logits of each below 256 MiB. Derivatives compute a chunk's logits
+    again.
+
+    Args:
+      logits_of: the output layer, which acts on each token by itself.
+      hidden: the results of the last layer.
+      vocab_size: V.
+    """
+    batch, length = targets.shape
+    if batch * length * vocab_size <= _MOST_LOGITS:
+        return cross_entropy(logits_of(hidden), targets, weights)[0]
+    size = max(1, _MOST_LOGITS // (batch * vocab_size))
+    size = -(-length // -(-length // size))
+    missing = -length % size
+
+    def chunks(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+
+    losses = jax.lax.map(
+        jax.checkpoint(lambda x: cross_entropy(logits_of(x[0]), *x[1:])[0]), tuple(map(chunks, (hidden, targets, weights)))
+    )
+    return jnp.moveaxis(losses, 0, 1).reshape(batch, -1)[:, :length]
 
 
 def z_loss(logits: Float[Array, "B T V"], weights: Float[Array, "B T"]) -> Float[Array, ""]:

@@ -3,7 +3,7 @@
     tokens -> embedding -> encoding.embed -> [ q, k, v -> attention under the encoding; MLP ] x L -> logits
 
 The parameters of all layers are stacked and the layers run in a ``lax.scan``, so compile time does not grow with depth. Layers may
-have different encodings: each run of consecutive layers with the same encoding is one scan.
+have different encodings and windows: each run of consecutive layers with the same encoding and window is one scan.
 """
 
 import dataclasses
@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from posjax.attention import kv_cache
-from posjax.attention.api import attention
 from posjax.attention.arguments import canonicalize_coordinates, canonicalize_positions, check_segment_ids
 from posjax.attention.backends.xla_chunked.attention import SAVED
-from posjax.attention.linear import LinearCache, linear_attend, linear_attention
+from posjax.attention.linear import LinearCache
 from posjax.checks import check_at_least, check_fits, is_array, is_traced, short
 from posjax.core.encoding import Dims, PositionalEncoding, Tokens, what_is
 from posjax.core.manual_axes import vary_alike
-from posjax.models.config import TransformerConfig, check_memory, mlp_dim
+from posjax.models.config import TransformerConfig, check_memory
+from posjax.models.layer import Layer, activate, dropout, norm
+from posjax.models.losses import cross_entropy_of
 from posjax.parallel.gather import gather_params, in_rows
 from posjax.parallel.mesh import mesh_of
 from posjax.typing import Array, Float, Int, Params
@@ -47,83 +47,6 @@ class LayerRecord(NamedTuple):
     hidden: Array | None
     encoding: PositionalEncoding
     params: Params
-
-
-class _Layer(nnx.Module):
-    """Applies one attention branch and one MLP branch.
-
-    ``Transformer`` builds all L layers in one vmapped call, so every parameter has a leading axis of layers.
-    """
-
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        dims, dtype = config.dims, jnp.dtype(config.compute_dtype)
-        width = config.embed_dim
-
-        def linear(source: int | tuple[int, ...], target: int | tuple[int, ...], gain: float = 1.0) -> nnx.LinearGeneral:
-            axis = tuple(range(-len(source), 0)) if isinstance(source, tuple) else -1
-            init = nnx.initializers.variance_scaling(gain, "fan_in", "normal")
-            return nnx.LinearGeneral(source, target, axis=axis, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
-
-        # 2L branches are added to the residual stream: this gain keeps its variance near one at initialization (GPT-2).
-        last = 1.0 / (2 * config.num_layers)
-        heads = (dims.num_heads, dims.head_dim)
-        kv_heads = (dims.num_kv_heads, dims.head_dim)
-        self.query = linear(width, heads)
-        self.key = linear(width, kv_heads)
-        self.value = linear(width, kv_heads)
-        self.out = linear(heads, width, last)
-        hidden = mlp_dim(config)
-        self.up = linear(width, hidden)
-        if config.activation == "swiglu":
-            self.gate = linear(width, hidden)
-        self.down = linear(hidden, width, last)
-        self.attention_norm = _norm(config, rngs)
-        self.mlp_norm = _norm(config, rngs)
-        self.config = config
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        encoding: PositionalEncoding,
-        params: Params,
-        positions: Int[Array, "_ T"],
-        coordinates: Array | None,
-        segment_ids: Int[Array, "B T"] | None,
-        dropout_key: Array | None,
-        cache: kv_cache.LayerCache | None = None,
-    ) -> tuple[Array, tuple[Array, Array, Array, Array | None, Params], kv_cache.LayerCache | None]:
-        config = self.config
-        pre = config.norm_position == "pre"
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-
-        hidden = self.attention_norm(x) if pre else x
-        query, key, value = checkpoint_name((self.query(hidden), self.key(hidden), self.value(hidden)), SAVED)
-        shared = dict(is_causal=config.is_causal, segment_ids=segment_ids, query_positions=positions, key_positions=positions)
-        source = hidden if encoding.needs_hidden else None
-        how = dict(logits_soft_cap=config.logits_soft_cap, implementation=config.implementation)
-        if config.attention == "linear" and cache is not None:
-            positions, segments = kv_cache.next_positions(cache, x.shape[1], positions, segment_ids)
-            mixed, cache = linear_attend(query, key, value, encoding, params, cache, positions=positions, real=segments != 0)
-            after = kv_cache.position_after(positions, segments, cache.next_position)
-            cache = dataclasses.replace(cache, next_position=after)
-        elif config.attention == "linear":
-            mixed = linear_attention(query, key, value, encoding, params, **shared)
-        elif cache is not None:
-            own = dict(positions=positions, coordinates=coordinates, segment_ids=segment_ids, hidden=source)
-            mixed, cache = kv_cache.attend(query, key, value, encoding, params, cache, **own, **how)
-        else:
-            own = dict(query_coordinates=coordinates, key_coordinates=coordinates, hidden=source)
-            how["local_window_size"] = config.local_window_size
-            mixed = attention(query, key, value, encoding, params, **shared, **own, **how)
-        x = x + _dropout(self.out(mixed), config.dropout_rate, keys[0])
-        x = x if pre else self.attention_norm(x)
-
-        hidden = self.mlp_norm(x) if pre else x
-        up = self.up(hidden)
-        active = jax.nn.gelu(up) if config.activation == "gelu" else jax.nn.silu(self.gate(hidden)) * up
-        x = x + _dropout(self.down(active), config.dropout_rate, keys[1])
-        x = x if pre else self.mlp_norm(x)
-        return x, (query, key, value, source, params), cache
 
 
 class Transformer(nnx.Module):
@@ -163,10 +86,21 @@ class Transformer(nnx.Module):
         dtype = jnp.dtype(config.compute_dtype)
         embedding_init = nnx.initializers.normal(width**-0.5)
         self.token_embedding = nnx.Embed(config.vocab_size, width, dtype=dtype, embedding_init=embedding_init, rngs=rngs)
-        self.layers = nnx.vmap(lambda r: _Layer(config, r), in_axes=0, out_axes=0)(rngs.split(config.num_layers))
-        self.outer_norm = _norm(config, rngs)
+        self.layers = nnx.vmap(lambda r: Layer(config, r), in_axes=0, out_axes=0)(rngs.split(config.num_layers))
+        self.outer_norm = norm(config, width, rngs)
+        if config.embedding_norm:
+            self.embedding_norm = norm(config, width, rngs)
+        if config.num_token_types is not None:
+            self.token_type_embedding = nnx.Embed(
+                config.num_token_types, width, dtype=dtype, embedding_init=embedding_init, rngs=rngs
+            )
+        if config.head_transform:
+            self.head_transform = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+            self.head_norm = norm(config, width, rngs)
         if not config.tie_embeddings:
-            self.head = nnx.Linear(width, config.vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
+            self.head = nnx.Linear(width, config.vocab_size, use_bias="head" in config.biases, dtype=dtype, rngs=rngs)
+        elif "head" in config.biases:
+            self.head_bias = nnx.Param(jnp.zeros(config.vocab_size))
         if config.num_classes is not None:
             self.classifier = nnx.Linear(width, config.num_classes, dtype=dtype, rngs=rngs)
         # Initialized last, so that two models that differ only in their encoding have the same initial weights elsewhere.
@@ -184,6 +118,7 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         coordinates: Array | None = None,
+        token_types: Int[Array, "_ T"] | None = None,
         dropout_key: Array | None = None,
         place_key: Array | None = None,
     ) -> Float[Array, "B T V"]:
@@ -194,11 +129,13 @@ class Transformer(nnx.Module):
           positions: positions of the tokens, [B, T] or [1, T]. None means 0, 1, 2, ...
           segment_ids: segment of each token; tokens of different segments do not attend to each other. None means one segment.
           coordinates: [T, A] or [B, T, A], which encodings read in place of the positions, as in ``posjax.attention``.
+          token_types: type of each token, [B, T] or [1, T], for a model with ``num_token_types``. None means type 0.
           dropout_key: PRNG key for dropout. None disables dropout.
           place_key: PRNG key for encodings that draw the coordinates of tokens while training, once for all layers. None gives the
             coordinates of evaluation.
         """
-        return self._logits(self._hidden(tokens, positions, segment_ids, dropout_key, coordinates, place_key)[0])
+        keys = dict(dropout_key=dropout_key, place_key=place_key)
+        return self._logits(self._hidden(tokens, positions, segment_ids, coordinates, token_types, **keys)[0])
 
     def classify(
         self,
@@ -207,6 +144,7 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         coordinates: Array | None = None,
+        token_types: Int[Array, "_ T"] | None = None,
         dropout_key: Array | None = None,
         place_key: Array | None = None,
     ) -> Float[Array, "B C"]:
@@ -217,8 +155,38 @@ class Transformer(nnx.Module):
         """
         if self.config.num_classes is None:
             raise ValueError("num_classes must be a number to classify, got None; set TransformerConfig(num_classes=...)")
-        hidden = self._hidden(tokens, positions, segment_ids, dropout_key, coordinates, place_key)[0]
+        keys = dict(dropout_key=dropout_key, place_key=place_key)
+        hidden = self._hidden(tokens, positions, segment_ids, coordinates, token_types, **keys)[0]
         return self.classifier(hidden[:, 0]).astype(jnp.float32)
+
+    def losses(
+        self,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        weights: Float[Array, "B T"],
+        positions: Int[Array, "_ T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        coordinates: Array | None = None,
+        token_types: Int[Array, "_ T"] | None = None,
+    ) -> Float[Array, "B T"]:
+        """Returns the weighted cross-entropy of every target in nats, in memory that does not grow with the length times V.
+
+        Args:
+          targets: the token to predict at every position, integers below V.
+          weights: factors of the losses. Where one is zero, the loss is zero, whatever the target is.
+          tokens, positions, segment_ids, coordinates, token_types: as in ``__call__``.
+
+        Raises:
+          ValueError: targets are not integers, or weights not numbers, of the shape of ``tokens``.
+        """
+        _check_tokens(tokens)
+        for name, x, kind, what in (("targets", targets, jnp.integer, "integers"), ("weights", weights, jnp.floating, "floats")):
+            if not is_array(x, kind) or x.shape != tokens.shape:
+                got = f"{x.dtype}{list(x.shape)}" if is_array(x) else short(x)
+                raise ValueError(f"{name} must be {what} {list(tokens.shape)}, the shape of tokens, got {got}")
+        hidden = self._hidden(tokens, positions, segment_ids, coordinates, token_types)[0]
+        return cross_entropy_of(self._logits, hidden, targets, weights, self.config.vocab_size)
 
     def records(
         self,
@@ -227,21 +195,23 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         coordinates: Array | None = None,
+        token_types: Int[Array, "_ T"] | None = None,
     ) -> list[LayerRecord]:
         """Returns the attention inputs of every layer, from the first layer to the last."""
-        return self._hidden(tokens, positions, segment_ids, None, coordinates, keep=True)[1]
+        return self._hidden(tokens, positions, segment_ids, coordinates, token_types, keep=True)[1]
 
     def init_cache(
         self, batch_size: int, max_length: int | None = None, *, window: int | None = None, coordinate_dtype: Any = None
     ) -> tuple[kv_cache.LayerCache, ...]:
         """Returns an empty key-value cache for ``decode``.
 
-        The tuple has one entry for each run of consecutive layers with the same encoding: the caches of these layers, stacked.
+        The tuple has one entry for each run of consecutive layers with the same encoding and window: the caches of these layers,
+        stacked.
 
         Args:
           batch_size: B, the number of sequences.
           max_length: number of tokens that the cache holds, padding included. None means ``config.max_length``. It has no effect on
-            a model with a local window, which caches only that window, or with linear attention, which caches only running sums.
+            layers with a local window, which cache only that window, or with linear attention, which cache only running sums.
           window: number of earlier tokens that are kept and attended to; ``config.local_window_size`` applies if it is smaller.
           coordinate_dtype: dtype of the coordinates that calls of ``decode`` will receive; None if none will receive any.
 
@@ -257,20 +227,20 @@ class Transformer(nnx.Module):
         for name, size in (("max_length", max_length), ("window", window)):
             if size is not None:
                 check_at_least(name, size, 1)
-        window = min((w for w in (window, config.local_window_size) if w is not None), default=None)
-        length = None if window is not None else config.max_length if max_length is None else max_length
 
-        def empty(index: int, layers: int) -> kv_cache.LayerCache:
+        def empty(index: int, own_window: int | None, layers: int) -> kv_cache.LayerCache:
             if config.attention == "linear":
                 shape = (layers, batch_size, config.num_heads, config.dims.head_dim)
                 check_fits(f"a cache of batch_size={batch_size}", jax.ShapeDtypeStruct((*shape, shape[-1]), jnp.float32))
                 sums = jnp.zeros((*shape, shape[-1])), jnp.zeros(shape)
                 return LinearCache(*sums, next_position=jnp.zeros(shape[:2], jnp.int32))
-            dtypes = dict(coordinate_dtype=coordinate_dtype, dtype=jnp.dtype(config.compute_dtype))
-            one = kv_cache.init_cache(self.encodings[index], config.dims, batch_size, max_length=length, window=window, **dtypes)
+            nearest = min((w for w in (window, own_window) if w is not None), default=None)
+            length = None if nearest is not None else config.max_length if max_length is None else max_length
+            how = dict(max_length=length, window=nearest, coordinate_dtype=coordinate_dtype, dtype=jnp.dtype(config.compute_dtype))
+            one = kv_cache.init_cache(self.encodings[index], config.dims, batch_size, **how)
             return jax.tree.map(lambda x: jnp.repeat(x[None], layers, axis=0), one)
 
-        return tuple(empty(index, len(list(run))) for index, run in itertools.groupby(self.layout))
+        return tuple(empty(index, own_window, rows.stop - rows.start) for index, own_window, rows in self._runs())
 
     def decode(
         self,
@@ -280,6 +250,7 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         coordinates: Array | None = None,
+        logits_at: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T V"], tuple[kv_cache.LayerCache, ...]]:
         """Processes the next tokens of each sequence, one or many, given a cache of the earlier ones.
 
@@ -290,6 +261,7 @@ class Transformer(nnx.Module):
           segment_ids: segment of each token. 0 marks padding, which no token attends to. None puts all tokens in segment 1.
           coordinates: as in ``__call__``, for a cache that was made with a ``coordinate_dtype``. None continues each row from its
             own largest coordinate plus one, on all axes.
+          logits_at: index below T of the token of each row whose logits are returned, [B, 1, V]; None returns those of all tokens.
 
         Returns:
           float32 logits [B, T, V], which match those of one call on the full sequence (NaN if a traced call exceeds the capacity of
@@ -298,19 +270,25 @@ class Transformer(nnx.Module):
         Raises:
           ValueError: the cache does not belong to this model, or has no room for the tokens.
         """
-        runs = len(list(itertools.groupby(self.layout)))
+        runs = len(self._runs())
         if not isinstance(cache, tuple) or len(cache) != runs or not all(isinstance(one, kv_cache.LayerCache) for one in cache):
             got = f"{len(cache)} runs of layers" if isinstance(cache, tuple) else short(cache)
             raise ValueError(f"cache must come from init_cache of this model, got {got}")
         _check_tokens(tokens)
-        kv_cache.check_room(cache[0], tokens.shape[1])
+        if logits_at is not None and (not is_array(logits_at, jnp.integer) or logits_at.shape != tokens.shape[:1]):
+            got = f"{logits_at.dtype}{list(logits_at.shape)}" if is_array(logits_at) else short(logits_at)
+            raise ValueError(f"logits_at must be integers [{tokens.shape[0]}], one for each row, got {got}")
+        for one in cache:
+            kv_cache.check_room(one, tokens.shape[1])
         first = jax.tree.map(lambda x: x[0], cache[0])
         positions, segments = kv_cache.next_positions(first, tokens.shape[1], positions, segment_ids)
         segments = None if segment_ids is None else segments
         if coordinates is None and isinstance(first, kv_cache.Cache) and first.next_coordinate is not None:
             axes = max(encoding.axes for encoding in self.encodings)
             coordinates = kv_cache.next_coordinates(first, positions, axes)
-        hidden, _, cache = self._hidden(tokens, positions, segments, None, coordinates, cache=cache)
+        hidden, _, cache = self._hidden(tokens, positions, segments, coordinates, cache=cache)
+        if logits_at is not None:
+            hidden = jnp.take_along_axis(hidden, logits_at[:, None, None], axis=1)
         return self._logits(hidden), cache
 
     def encoding_params(self, layer: int) -> Params:
@@ -321,13 +299,24 @@ class Transformer(nnx.Module):
     def _encoding_params(self, index: int) -> Params:
         return jax.tree.map(lambda p: p[...], self.encoding[str(index)], is_leaf=lambda p: isinstance(p, nnx.Param))
 
+    def _runs(self) -> list[tuple[int, int | None, slice]]:
+        """Returns encoding, window and layers of each run of consecutive layers with the same encoding and window."""
+        kinds = list(zip(self.layout, self.config.windows, strict=True))
+        runs = []
+        for (index, window), run in itertools.groupby(range(len(kinds)), key=kinds.__getitem__):
+            layers = list(run)
+            runs.append((index, window, slice(layers[0], layers[-1] + 1)))
+        return runs
+
     def _hidden(
         self,
         tokens: Array,
         positions: Array | None,
         segment_ids: Array | None,
-        dropout_key: Array | None,
-        coordinates: Array | None = None,
+        coordinates: Array | None,
+        token_types: Array | None = None,
+        *,
+        dropout_key: Array | None = None,
         place_key: Array | None = None,
         keep: bool = False,
         cache: tuple[kv_cache.LayerCache, ...] = (),
@@ -341,10 +330,7 @@ class Transformer(nnx.Module):
         embed_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         layer_keys = None if dropout_key is None else jax.random.split(layers_key, config.num_layers)
 
-        if segment_ids is not None:
-            unknown = (tokens < 0) | (tokens >= config.vocab_size)  # an embedding of NaN would reach every row, even from padding
-            tokens = jnp.where((segment_ids == 0) & unknown, 0, tokens)
-        x = self._part("token_embedding")(tokens) * jnp.asarray(math.sqrt(config.embed_dim), jnp.dtype(config.compute_dtype))
+        x = self._embed(tokens, segment_ids, token_types)
         placed: list[Array | None] = []  # the coordinates for each encoding; None if they are the positions
         for i, (encoding, p) in enumerate(zip(self.encodings, params, strict=True)):
             at = None if coordinates is None else canonicalize_coordinates("coordinates", coordinates, *tokens.shape)
@@ -353,22 +339,42 @@ class Transformer(nnx.Module):
             own = dataclasses.replace(own, coordinates=encoding.place(own, draw))
             placed.append(own.coordinates)
             x = encoding.embed(_layer_params(encoding, p, 0), x, own)
-        x = in_rows(_dropout(x, config.dropout_rate, embed_key))
-        x = x if config.norm_position == "pre" else self.outer_norm(x)
+        if config.embedding_norm:
+            x = self.embedding_norm(x)
+        x = in_rows(dropout(x, config.dropout_rate, embed_key))
+        x = self.outer_norm(x) if config.norm_position == "post" else x
 
         records: list[LayerRecord] = []
         caches: list[kv_cache.LayerCache | None] = []
-        runs = itertools.groupby(range(config.num_layers), key=self.layout.__getitem__)
-        for (index, run), seen in itertools.zip_longest(runs, cache):
-            run = list(run)
-            first = self.layout[: run[0]].count(index)  # index of the run's first layer among the layers with this encoding
-            own = slice(first, first + len(run))
-            rows = slice(run[0], run[-1] + 1)
-            where = dict(positions=positions, coordinates=placed[index], segment_ids=segment_ids)
+        for (index, window, rows), seen in itertools.zip_longest(self._runs(), cache):
+            first = self.layout[: rows.start].count(index)  # index of the run's first layer among the layers with this encoding
+            own = slice(first, first + rows.stop - rows.start)
+            where = dict(positions=positions, coordinates=placed[index], segment_ids=segment_ids, window=window)
             x, kept, seen = self._run(x, rows, index, params[index], own, where, layer_keys, keep, seen)
             records += kept
             caches.append(seen)
-        return (self.outer_norm(x) if config.norm_position == "pre" else x), records, tuple(caches)
+        return (x if config.norm_position == "post" else self.outer_norm(x)), records, tuple(caches)
+
+    def _embed(self, tokens: Array, segment_ids: Array | None, token_types: Array | None) -> Array:
+        """Returns the embeddings of tokens and token types, [B, T, D]."""
+        config = self.config
+        if segment_ids is not None:
+            unknown = (tokens < 0) | (tokens >= config.vocab_size)  # an embedding of NaN would reach every row, even from padding
+            tokens = jnp.where((segment_ids == 0) & unknown, 0, tokens)
+        x = self._part("token_embedding")(tokens)
+        scale = math.sqrt(config.embed_dim) if config.embedding_scale is None else config.embedding_scale
+        if scale != 1:
+            x = x * jnp.asarray(scale, x.dtype)
+        if config.num_token_types is None:
+            if token_types is not None:
+                raise ValueError(f"token_types must be None for a model without num_token_types, got {short(token_types)}")
+            return x
+        if token_types is None:
+            token_types = jnp.zeros((1, tokens.shape[1]), jnp.int32)
+        if not is_array(token_types, jnp.integer) or token_types.shape not in (tokens.shape, (1, tokens.shape[1])):
+            shapes = f"[{tokens.shape[0]}, {tokens.shape[1]}] or [1, {tokens.shape[1]}]"
+            raise ValueError(f"token_types must be integers {shapes}, got {short(token_types)}")
+        return x + self._part("token_type_embedding")(token_types)
 
     def _run(
         self,
@@ -377,12 +383,12 @@ class Transformer(nnx.Module):
         index: int,
         params: Params,
         own_rows: slice,
-        where: dict[str, Array | None],
+        where: dict[str, Any],
         layer_keys: Array | None,
         keep: bool,
         cache: kv_cache.LayerCache | None,
     ) -> tuple[Array, list[LayerRecord], kv_cache.LayerCache | None]:
-        """Runs consecutive layers with the same encoding as one scan; ``where`` holds positions, coordinates and segment ids."""
+        """Runs consecutive layers with the same encoding and window as one scan; ``where`` holds the other arguments of a layer."""
         encoding = self.encodings[index]
         shared, own = _split_params(encoding, params)
         graph, stacked, structure = self._weights("layers")
@@ -431,8 +437,15 @@ class Transformer(nnx.Module):
         return nnx.merge(graph, jax.tree.unflatten(structure, jax.tree.leaves(gather_params(weights, name))))
 
     def _logits(self, hidden: Array) -> Array:
-        logits = self._part("token_embedding").attend(hidden) if self.config.tie_embeddings else self._part("head")(hidden)
-        return logits.astype(jnp.float32)
+        config = self.config
+        if config.head_transform:
+            hidden = self.head_norm(activate(config, self._part("head_transform")(hidden)))
+        logits = self._part("token_embedding").attend(hidden) if config.tie_embeddings else self._part("head")(hidden)
+        if config.tie_embeddings and "head" in config.biases:
+            logits = logits + self.head_bias[...].astype(logits.dtype)
+        logits = logits.astype(jnp.float32)
+        cap = config.final_logits_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 # Policies that select what a layer saves for the backward pass. None of them saves the all-gathered weights.
@@ -466,17 +479,6 @@ def functional(model: nnx.Module) -> tuple[Callable[[Params], nnx.Module], Param
         return nnx.merge(graph, filled)
 
     return with_params, nnx.to_pure_dict(state)
-
-
-def _norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Module:
-    kind = nnx.RMSNorm if config.norm == "rmsnorm" else nnx.LayerNorm
-    return kind(config.embed_dim, dtype=jnp.dtype(config.compute_dtype), rngs=rngs)
-
-
-def _dropout(x: Array, rate: float, key: Array | None) -> Array:
-    if key is None or rate == 0.0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
 # Encoding parameters: some leaves are shared by all layers, the others have a leading axis of layers ---------------------

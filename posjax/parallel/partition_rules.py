@@ -26,8 +26,12 @@ SHARDED_RULES: Rules = (
     (r"layers/out/kernel$", PartitionSpec(None, "tensor", None, WEIGHTS)),  # [L, N, H, D]
     (r"layers/(up|gate)/kernel$", PartitionSpec(None, WEIGHTS, "tensor")),  # [L, D, F]
     (r"layers/down/kernel$", PartitionSpec(None, "tensor", WEIGHTS)),  # [L, F, D]
+    (r"layers/(query|key|value)/bias$", PartitionSpec(None, "tensor", None)),  # [L, N or K, H]
+    (r"layers/(up|gate)/bias$", PartitionSpec(None, "tensor")),  # [L, F]
     (r"token_embedding/embedding$", PartitionSpec("tensor", WEIGHTS)),  # [V, D]
+    (r"head_transform/kernel$", PartitionSpec(WEIGHTS, None)),  # [D, D]
     (r"head/kernel$", PartitionSpec(WEIGHTS, "tensor")),  # [D, V]
+    (r"(head/bias|head_bias)$", PartitionSpec("tensor")),  # [V]
     (r"", PartitionSpec()),
 )
 

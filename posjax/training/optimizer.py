@@ -13,6 +13,24 @@ from posjax.training.schedule import Schedule
 from posjax.typing import Array, Params
 
 OPTIMIZERS = ("adamw", "muon")
+TRAINABLE = ("all", "encoding")
+
+
+def encoding_mask(params: Params) -> Any:
+    """Returns a mask of a Transformer's leaves that belong to its encodings: a pytree of bools with the structure of `params`."""
+    return {name: jax.tree.map(lambda _, own=name == "encoding": own, leaves) for name, leaves in params.items()}
+
+
+def freeze(params: Params, trainable: str) -> Params:
+    """Stops the gradients of the leaves that are not trained, so that they are not computed.
+
+    Args:
+      params: the parameters of a Transformer.
+      trainable: "all", or "encoding" for the leaves of `encoding_mask`.
+    """
+    if trainable == "all":
+        return params
+    return jax.tree.map(lambda own, leaf: leaf if own else jax.lax.stop_gradient(leaf), encoding_mask(params), params)
 
 
 def decay_mask(params: Params) -> Any:
@@ -93,6 +111,7 @@ def make_optimizer(
     clip_norm: float | None = 1.0,
     optimizer: str = "adamw",
     momentum: float = 0.95,
+    trainable: str = "all",
 ) -> optax.GradientTransformation:
     """Returns AdamW (Loshchilov and Hutter, arXiv:1711.05101), or Muon combined with AdamW, after clipping by global norm.
 
@@ -119,6 +138,7 @@ def make_optimizer(
       clip_norm: maximum global norm of the gradient. None disables clipping.
       optimizer: "adamw" or "muon".
       momentum: momentum of Muon, in [0, 1).
+      trainable: "all", or "encoding" to update only the leaves of `encoding_mask`. The others have no moments and do not decay.
       (All numbers may be traced, for example in a hyperparameter sweep.)
 
     Returns:
@@ -128,6 +148,7 @@ def make_optimizer(
       ValueError: an argument is not a number or is out of range, or the optimizer is unknown.
     """
     check_one_of("optimizer", optimizer, OPTIMIZERS)
+    check_one_of("trainable", trainable, TRAINABLE)
     if not callable(learning_rate):
         check("learning_rate", learning_rate, Array | float, least=0, rank=0)
     for name, value in dict(beta1=beta1, beta2=beta2, momentum=momentum).items():
@@ -141,9 +162,12 @@ def make_optimizer(
         # Nesterov Adam for the other leaves.
         muon = optax.chain(optax.trace(momentum, nesterov=True), _scale_by_orthogonalizing())
         direction = optax.partition({True: muon, False: direction}, matrix_mask)
-    return optax.chain(
+    update = optax.chain(
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
         direction,
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
         optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate),
     )
+    if trainable == "all":
+        return update
+    return optax.partition({True: update, False: optax.set_to_zero()}, encoding_mask)

@@ -254,7 +254,7 @@ def test_a_file_that_is_no_tokenizer(tmp_path, content, settings, message):
 def test_a_file_that_is_no_gguf(tmp_path):
     pytest.importorskip("gguf")
     path = write(tmp_path / "a.gguf", "not GGUF at all")
-    with pytest.raises(ValueError, match=r"tokenizer must be a GGUF file, but .*a.gguf cannot be read"):
+    with pytest.raises(ValueError, match=r"tokenizer must be a GGUF file: .*a.gguf is no GGUF file"):
         load_corpus(write(tmp_path / "a.txt", TEXT), tokenizer=str(path), data_dir=tmp_path / "data")
 
 

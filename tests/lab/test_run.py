@@ -215,6 +215,22 @@ def test_a_run_on_any_mesh_is_the_run_on_one_axis(tiny, tmp_path, meshes, fields
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((jax.device_get(a) == jax.device_get(b)).all()), restored, params[mesh]))
 
 
+@pytest.mark.thorough
+def test_an_encoding_is_trained_alone(tiny, tmp_path):
+    """Only CoPE's table moves, resuming included; an encoding without parameters is refused."""
+    config = dataclasses.replace(tiny, trainable="encoding", steps=4, warmup_steps=0, checkpoint_every=2)
+    source = open_source(config)
+    runs.check(config, ["rope + cope(4)"], source, devices=1)
+    first = leaves(runs.build_model(config, "rope + cope(4)", source, 0)[1])
+    half = dataclasses.replace(config, steps=2, decay="constant")
+    runs.train(half, "rope + cope(4)", 0, tmp_path, source, quiet=True)
+    last = leaves(runs.train(dataclasses.replace(half, steps=4), "rope + cope(4)", 0, tmp_path, source, quiet=True))
+    moved = [name for name in first if np.any(np.asarray(first[name]) != np.asarray(last[name]))]
+    assert moved and all(name.startswith("encoding/") for name in moved)
+    with pytest.raises(ValueError, match="learned parameters with trainable='encoding', got 'rope', which has none"):
+        runs.check(config, ["rope"], source, devices=1)
+
+
 def test_check_compiles_nothing(tiny, monkeypatch):
     """All that a wrong command says, it says before the first compilation."""
     source = open_source(tiny)

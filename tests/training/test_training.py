@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from posjax.parallel.mesh import make_mesh, shard_batch
 from posjax.parallel.steps import jit_train_step, pmap_train_step
-from posjax.training.optimizer import decay_mask, make_optimizer
+from posjax.training.optimizer import decay_mask, freeze, make_optimizer
 from posjax.training.schedule import learning_rate_schedule
 from posjax.training.state import init_state
 from posjax.training.step import make_train_step
@@ -131,6 +132,30 @@ def test_decay_mask_keeps_norms_encodings_and_biases():
         "embedding": True,
         "out": {"scale": False, "v": False},
     }
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_frozen_leaves_stay_and_the_encoding_takes_the_step_of_its_own_optimizer(optimizer):
+    """With trainable="encoding", a step equals that of an optimizer that knows no other leaves, its clipping included."""
+    params = {"encoding": {"0": {"embedding": jnp.full((3, 2), 0.5)}}, "layers": {"up": {"kernel": jnp.full((2, 4, 4), 3.0)}}}
+
+    def loss(params):
+        params = freeze(params, "encoding")
+        table = params["encoding"]["0"]["embedding"]
+        return (jnp.arange(6.0).reshape(3, 2) * table**2).sum() * params["layers"]["up"]["kernel"].sum()
+
+    gradient = jax.grad(loss)(params)
+    assert not np.any(gradient["layers"]["up"]["kernel"])
+    whole = make_optimizer(0.1, weight_decay=0.1, clip_norm=1.0, optimizer=optimizer, trainable="encoding")
+    own = make_optimizer(0.1, weight_decay=0.1, clip_norm=1.0, optimizer=optimizer)
+    updates, state = whole.update(gradient, whole.init(params), params)
+    part = {"encoding": params["encoding"]}
+    expected, _ = own.update({"encoding": gradient["encoding"]}, own.init(part), part)
+    assert np.any(expected["encoding"]["0"]["embedding"])
+    np.testing.assert_array_equal(updates["encoding"]["0"]["embedding"], expected["encoding"]["0"]["embedding"])
+    np.testing.assert_array_equal(updates["layers"]["up"]["kernel"], np.zeros((2, 4, 4)))
+    assert not [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (2, 4, 4)]  # frozen leaves have no moments
+    assert optax.tree.get(state, "learning_rate", filtering=lambda _, leaf: isinstance(leaf, jax.Array)) == np.float32(0.1)
 
 
 def test_nnx_state_trains():

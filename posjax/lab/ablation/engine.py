@@ -137,7 +137,9 @@ def programs_of(group: Group, source: Source) -> Programs:
 
     def step(traced: Mapping[str, Array]) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
         settings, fields = parts(traced)
-        loss = make_loss(abstract_model(config, group.spec, source, settings)[0], config.dropout_rate > 0, config.z_loss)
+        loss = make_loss(
+            abstract_model(config, group.spec, source, settings)[0], config.dropout_rate > 0, config.z_loss, config.trainable
+        )
         optimizer = optimizer_of(config, fields)
         return make_train_step(loss, optimizer, accumulate_steps=config.accumulate_steps, ema_decay=config.ema_decay)
 
