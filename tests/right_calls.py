@@ -590,13 +590,26 @@ def model_calls() -> dict[str, Call]:
     count = dict(vocab_size=11, num_layers=2, embed_dim=D, num_heads=N, max_length=16)
     sizes = {name: (size, integer(1)) for name, size in count.items()}
     sizes |= {
-        name: (None, integer(1, none=True)) for name in ("num_kv_heads", "head_dim", "mlp_dim", "local_window_size", "num_classes")
+        name: (None, integer(1, none=True)) for name in ("num_kv_heads", "head_dim", "mlp_dim", "num_token_types", "num_classes")
     }
-    flags = {name: (True, flag) for name in ("is_causal", "tie_embeddings", "scan_layers")}
+    window = integer(1, none=True)
+
+    def windows(x: Any) -> Any:
+        return tuple(map(window, x)) if isinstance(x, tuple | list) and len(x) in (1, 2) else window(x)
+
+    def biases(x: Any) -> Any:
+        if not isinstance(x, tuple | list) or not set(x) <= {"qkv", "out", "mlp", "head"}:
+            raise Refused
+        return tuple(x)
+
+    sizes |= {"local_window_size": ((None, 3), windows), "biases": (("qkv", "head"), biases)}
+    flags = {name: (True, flag) for name in ("is_causal", "tie_embeddings", "scan_layers", "embedding_norm", "head_transform")}
+    flags |= {name: (False, flag) for name in ("parallel_residual", "shared_norm")}
     choices = {
         "norm": choice("rmsnorm", "layernorm"),
-        "norm_position": choice("pre", "post"),
-        "activation": choice("gelu", "swiglu"),
+        "norm_position": choice("pre", "post", "output", "sandwich"),
+        "qk_norm": choice(None, "head", "full"),
+        "activation": choice("gelu", "gelu_exact", "swiglu", "geglu"),
         "remat": choice("none", "attention", "full"),
         "compute_dtype": choice("float32", "bfloat16"),
         "attention": choice("softmax", "linear"),
@@ -604,7 +617,9 @@ def model_calls() -> dict[str, Call]:
     }
     defaults = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
     choices = {name: (defaults[name], domain) for name, domain in choices.items()}
-    numbers = {"dropout_rate": (0.1, number(lambda x: 0 <= x < 1)), "logits_soft_cap": (None, number(lambda x: x > 0, none=True))}
+    factor = number(lambda x: x > 0, none=True)
+    numbers = {"dropout_rate": (0.1, number(lambda x: 0 <= x < 1)), "norm_epsilon": (1e-6, number(lambda x: x > 0))}
+    numbers |= dict.fromkeys(("logits_soft_cap", "final_logits_soft_cap", "attention_scale", "embedding_scale"), (None, factor))
     config = TransformerConfig(**count)
     with_params, params = functional(Transformer(config, pj.rope(), rngs=nnx.Rngs(0)))
 

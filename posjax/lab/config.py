@@ -66,10 +66,10 @@ class Config:
       num_heads: number of query heads.
       num_kv_heads: number of key and value heads; None means num_heads.
       head_dim: channels per head; None means embed_dim / num_heads.
-      mlp_dim: hidden width of the MLP; None means 4 embed_dim (8/3 embed_dim with swiglu).
+      mlp_dim: hidden width of the MLP; None means 4 embed_dim (8/3 embed_dim with a gate).
       norm: rmsnorm or layernorm.
       norm_position: pre or post.
-      activation: gelu or swiglu.
+      activation: gelu or gelu_exact, or swiglu or geglu, which have a gate.
       tie_embeddings: uses the token embeddings as the output projection, too.
       dropout_rate: dropout rate after the embedding and after each attention and MLP block.
       remat: what the backward pass recomputes to save memory: none, attention (all but attention) or full (whole layers).
@@ -148,7 +148,7 @@ class Config:
     mlp_dim: int | None = None
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_position: Literal["pre", "post"] = "pre"
-    activation: Literal["gelu", "swiglu"] = "gelu"
+    activation: Literal["gelu", "gelu_exact", "swiglu", "geglu"] = "gelu"
     tie_embeddings: bool = True
     dropout_rate: float = 0.0
     remat: Literal["none", "attention", "full"] = "none"
@@ -314,7 +314,8 @@ def with_pretrained(config: Config, chosen: Collection[str]) -> Config:
         if field.name in chosen and getattr(config, field.name) != value:
             where = f"the one of the checkpoint {config.from_pretrained}"
             raise ValueError(f"{field.name} must be {value!r}, {where}, got {getattr(config, field.name)!r}")
-        fields[field.name] = value
+        if not isinstance(value, tuple):  # windows by layer are the checkpoint's alone
+            fields[field.name] = value
     if "encoding" not in chosen:
         fields["encoding"] = spec_of(pattern_of(architecture.encodings))
     if "tokenizer" not in chosen:

@@ -200,7 +200,9 @@ def open_data(chosen: Sequence[tuple[StoredRun, Config]], *, is_other_text: bool
       ValueError: the data cannot be used with these runs, or have changed.
     """
     first, reading = chosen[0]
-    config = dataclasses.replace(fitting(reading, first), workdir="")
+    config = fitting(reading, first)
+    if not config.from_pretrained:  # whose architecture the workdir holds
+        config = dataclasses.replace(config, workdir="")
     if (stored := _tokenizer_of(first)) is not None:  # the file that it was made from may be gone, or be another now
         config = dataclasses.replace(config, tokenizer=str(stored))
     with first_process_first():

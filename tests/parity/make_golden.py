@@ -17,8 +17,10 @@ import types
 
 import numpy as np
 import torch
+import transformers
 from diffusers.models.embeddings import apply_rotary_emb as apply_flux
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from ours import tensors_of
 from PoPE_pytorch.pope import PoPE
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 from transformers import T5Config
@@ -262,8 +264,45 @@ def make_axes():
     save("axes", AXES_PACKAGES, **arrays)
 
 
+# --- whole models ------------------------------------------------------------------------------------------------
+
+TINY = dict(vocab_size=11, num_hidden_layers=2, num_attention_heads=2, hidden_size=12, max_position_embeddings=16)
+TINY |= dict(intermediate_size=10, num_key_value_heads=1, head_dim=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+TINY_GPT = dict(vocab_size=11, n_layer=2, n_head=2, n_embd=12, n_positions=16, bos_token_id=1, eos_token_id=2)
+FAMILIES = {
+    "olmo2": ("Olmo2", "ForCausalLM", TINY | dict(head_dim=6)),
+    "gemma3_text": (
+        "Gemma3",
+        "ForCausalLM",
+        TINY | dict(sliding_window=3, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=3),
+    ),
+    "gptj": ("GPTJ", "ForCausalLM", TINY_GPT | dict(rotary_dim=4)),
+    "bloom": ("Bloom", "ForCausalLM", dict(vocab_size=11, n_layer=2, n_head=2, hidden_size=12, bos_token_id=1, eos_token_id=2)),
+    "bert": ("Bert", "ForMaskedLM", TINY),
+}
+
+
+def make_families():
+    """Logits of tiny models, of weights that ``ours.tensors_of`` draws from their names and shapes."""
+    arrays = {"tokens": np.random.default_rng(0).integers(0, 11, (1, 7))}
+    for family, (name, head, options) in FAMILIES.items():
+        config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config"))(**options)
+        config._attn_implementation = "eager"
+        model = getattr(transformers, name + head)(config).eval()
+        parameters = dict(model.named_parameters())
+        tensors = tensors_of({key: parameter.shape for key, parameter in parameters.items()})
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(torch.from_numpy(tensors[key]))
+            arrays[family] = model(torch.from_numpy(arrays["tokens"])).logits.numpy()
+        keys = {key: value for key, value in config.to_dict().items() if "token_id" not in key and key != "transformers_version"}
+        arrays[f"{family}_config"] = np.array(json.dumps(keys))
+        arrays[f"{family}_names"] = np.array(sorted(parameters))
+    save("families", **arrays)
+
+
 if __name__ == "__main__":
-    for make in (make_cope, make_alibi, make_t5, make_rope, make_sinusoidal, make_axes):
+    for make in (make_cope, make_alibi, make_t5, make_rope, make_sinusoidal, make_axes, make_families):
         make()
     for path in sorted(FOLDER.glob("*.npz")):
         print(f"{path.name:20s} {path.stat().st_size / 1000:6.1f} kB")

@@ -26,6 +26,14 @@ def normal(seed, *shapes):
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
+def tensors_of(shapes, seed=0):
+    """Random weights by name, the same for the same names and shapes; the scales of norms are about one, or zero in Gemma."""
+    rng = np.random.default_rng(seed)
+    drawn = {name: (0.3 * rng.normal(size=shapes[name])).astype(np.float32) for name in sorted(shapes)}
+    is_gemma = any("pre_feedforward_layernorm" in name for name in shapes)
+    return {name: x + 1 if x.ndim == 1 and name.endswith("weight") and not is_gemma else x for name, x in drawn.items()}
+
+
 def random_leaves(params, seed=0):
     """The same tree with every leaf normal: what starts at zero would hide a wrong sign or a wrong place."""
     rng = np.random.default_rng(seed)

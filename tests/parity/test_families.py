@@ -34,11 +34,10 @@ def theta(value, **others):
     return {"rope_parameters": {"rope_type": "default", "rope_theta": value, **others}}
 
 
-BY_TYPE = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
-    "full_attention": {"rope_type": "default", "rope_theta": 9e4},
-}
 FULL, LOCAL = "full_attention", "sliding_attention"
+BY_TYPE = {LOCAL: {"rope_type": "default", "rope_theta": 700.0}, FULL: {"rope_type": "default", "rope_theta": 9e4}}
+GEMMA3 = GEMMA | dict(rope_parameters=BY_TYPE, sliding_window=4)
+NEOX = SIZES | dict(intermediate_size=70)
 CASES = {
     "llama": ("Llama", LLAMA | theta(5_000.0) | dict(rms_norm_eps=1e-3)),
     "llama-biases": ("Llama", LLAMA | theta(3e5) | dict(attention_bias=True, mlp_bias=True, head_dim=10, tie_word_embeddings=True)),
@@ -53,16 +52,10 @@ CASES = {
     "olmo2": ("Olmo2", LLAMA | theta(5e5)),
     "gemma": ("Gemma", GEMMA | theta(8_000.0)),
     "gemma2": ("Gemma2", GEMMA | theta(8_000.0) | dict(sliding_window=4, attn_logit_softcapping=3.0, final_logit_softcapping=2.0)),
-    "gemma3": ("Gemma3", GEMMA | dict(rope_parameters=BY_TYPE, sliding_window=4, layer_types=[LOCAL, FULL, LOCAL], query_pre_attn_scalar=7)),
-    "gemma3-biases": (
-        "Gemma3",
-        GEMMA | dict(rope_parameters=BY_TYPE, sliding_window=6, final_logit_softcapping=2.0, attention_bias=True),
-    ),
-    "gpt_neox": ("GPTNeoX", SIZES | theta(9_000.0, partial_rotary_factor=0.25) | dict(intermediate_size=70, hidden_act="gelu")),
-    "gpt_neox-sequential": (
-        "GPTNeoX",
-        SIZES | theta(9_000.0, partial_rotary_factor=1.0) | dict(intermediate_size=70, use_parallel_residual=False, attention_bias=False),
-    ),
+    "gemma3": ("Gemma3", GEMMA3 | dict(layer_types=[LOCAL, FULL, LOCAL], query_pre_attn_scalar=7)),
+    "gemma3-biases": ("Gemma3", GEMMA3 | dict(final_logit_softcapping=2.0, attention_bias=True)),
+    "gpt_neox": ("GPTNeoX", NEOX | theta(9_000.0, partial_rotary_factor=0.25) | dict(hidden_act="gelu")),
+    "gpt_neox-sequential": ("GPTNeoX", NEOX | dict(use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new")),
     "gptj": ("GPTJ", GPT | dict(rotary_dim=4, n_positions=40)),
     "bloom": ("Bloom", dict(vocab_size=V, hidden_size=48, n_layer=3, n_head=6)),
     "gpt2": ("GPT2", GPT | dict(n_positions=40, n_inner=70)),
@@ -71,7 +64,7 @@ CASES = {
     "bert-tanh": ("Bert", BERT | dict(hidden_act="gelu_new")),
     "roberta": ("Roberta", BERT | dict(type_vocab_size=2)),
     "xlm_roberta": ("XLMRoberta", BERT | dict(type_vocab_size=1)),
-}  # fmt: skip
+}
 ENCODERS = ("Bert", "Roberta", "XLMRoberta")
 HEADS = dict.fromkeys(ENCODERS, "ForMaskedLM") | {"GPT2": "LMHeadModel"}
 

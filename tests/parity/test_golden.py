@@ -4,6 +4,7 @@ The recordings (tests/parity/golden, written by make_golden.py) need no torch he
 themselves, on fresh random inputs. Everything is float32 in posjax and must agree to 1e-5.
 """
 
+import json
 import math
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
+from flax import nnx
 from ours import (
     attention,
     attention_weights,
@@ -24,6 +26,7 @@ from ours import (
     random_leaves,
     rotate,
     rotate_at,
+    tensors_of,
     turned,
     visible,
 )
@@ -32,6 +35,9 @@ import posjax as pj
 from posjax.attention.backends.reference import scores_of
 from posjax.attention.call import prepare
 from posjax.encodings.relative import alibi_slopes
+from posjax.models.pretrained.architecture import params_from, tensors_from
+from posjax.models.pretrained.families import architecture_of
+from posjax.models.transformer import Transformer, functional
 
 FORMS = {"listing": False, "released": True}
 
@@ -384,3 +390,22 @@ def test_pope_scores_equal_its_package():
     data = golden("axes")
     query, key = rotate(pj.pope(), data["query"], data["key"], np.arange(15), {"delta": jnp.asarray(data["delta"])})
     close(np.einsum("btnh,bsnh->bnts", *(np.asarray(x, np.float64) for x in (query, key))), data["pope_scores"], 2e-5)
+
+
+# --- whole models ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["olmo2", "gemma3_text", "gptj", "bloom", "bert"])
+def test_logits_of_a_model_equal_those_of_transformers(family):
+    """Norms in every place, windows, parallel and sequential branches, every kind of bias, and the layouts of all weights."""
+    recorded = golden("families")
+    architecture = architecture_of(json.loads(str(recorded[f"{family}_config"])))
+    shapes = {name: weight.shape for name, _, weight in architecture.tensors()}
+    assert sorted(shapes) == recorded[f"{family}_names"].tolist()
+    tensors = tensors_of(shapes)
+    params = params_from(architecture, tensors)
+    with_params, _ = functional(nnx.eval_shape(lambda: Transformer(architecture.config, architecture.encodings, rngs=nnx.Rngs(0))))
+    logits = with_params(params)(jnp.asarray(recorded["tokens"], jnp.int32))
+    close(logits, recorded[family])
+    for name, tensor in tensors_from(architecture, params):
+        np.testing.assert_allclose(tensor, tensors[name], rtol=0, atol=1e-7)  # 1 + w rounds w

@@ -229,7 +229,7 @@ def write_tensors(path: Path, entries: Mapping[str, tuple[np.dtype, tuple[int, .
             file.write(len(text).to_bytes(8, "little") + text)
             for (dtype, shape), array in zip(entries.values(), arrays, strict=True):
                 assert array.shape == shape
-                file.write(np.ascontiguousarray(array.astype(dtype, copy=False)).data.cast("B") if array.size else b"")
+                file.write(array.astype(dtype, copy=False).tobytes())
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

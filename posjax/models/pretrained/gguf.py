@@ -116,7 +116,7 @@ def _tensor(path: Path, stored: StoredTensor, change: Change | None, config: Con
         return array if change is None else change(array, config)
 
     if change is not None:  # a transposed kernel has another shape
-        shape = change(np.broadcast_to(np.zeros((), np.bool_), shape), config).shape
+        shape = change(np.broadcast_to(np.zeros((), np.int8), shape), config).shape
     return Tensor(shape, dtype, kind.name, path, read)
 
 

@@ -44,8 +44,8 @@ Encoding = PositionalEncoding | Sequence[PositionalEncoding] | str
 FREE_FIELDS = ("max_length", "dropout_rate", "remat", "scan_layers", "compute_dtype", "implementation")
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float32", "bfloat16", "float16")}
 SHARD_BYTES = 5 * 10**9  # of a file that is written: transformers' own size
-# Encodings that leave a model as it is until they are trained: their embeddings, or the last layer of their network, start at zero.
-_NEUTRAL = ("identity", "cope", "cope_mlp")
+# Encodings that leave a model as it is until they are trained: their table, or the last layer of their network, starts at zero.
+_NEUTRAL = ("identity", "cope", "cope_mlp", "t5")
 _COPIED = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "vocab.json", "merges.txt")
 _COPIED += ("added_tokens.json", "tokenizer.model", "chat_template.jinja", "chat_template.json")
 
@@ -125,14 +125,9 @@ def architecture_in(checkpoint: Checkpoint) -> Architecture:
     """Returns the architecture of a checkpoint.
 
     Raises:
-      ValueError: posjax does not have it, or the weights are quantized.
+      ValueError: posjax does not have it, or the weights are quantized in another way than in GGUF.
     """
     try:
-        if quantization := checkpoint.config.get("quantization_config"):
-            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-            raise ValueError(
-                f"quantization_config must be absent, got {short(method)}; load the model without quantization, or its GGUF file"
-            )
         return architecture_of(checkpoint.config)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None

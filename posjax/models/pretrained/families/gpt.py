@@ -93,7 +93,7 @@ def gptj(keys: Keys) -> Architecture:
         *normalization("transformer.ln_f", "outer_norm", width, "layernorm"),
         *linear("lm_head", "head", width, vocab, True),
     ]
-    return Architecture(config, (keys.positions(),) * layers, tuple(weights), "transformer.", unused=(_MASKS,))
+    return Architecture(config, keys.rotary(layers), tuple(weights), "transformer.", unused=(_MASKS,))
 
 
 def gpt_neox(keys: Keys) -> Architecture:
@@ -131,7 +131,7 @@ def gpt_neox(keys: Keys) -> Architecture:
     unused = (_MASKS, r"rotary_emb\.inv_freq$", *([r"^embed_out\.weight$"] if tied else []))
     if not tied:
         weights += linear("embed_out", "head", width, vocab, False)
-    return Architecture(config, (keys.positions(),) * layers, tuple(weights), "gpt_neox.", unused=unused)
+    return Architecture(config, keys.rotary(layers), tuple(weights), "gpt_neox.", unused=unused)
 
 
 def bloom(keys: Keys) -> Architecture:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posjax.checks import check, short
-from posjax.core.encoding import PositionalEncoding, identity
-from posjax.encodings.rotary import rope
+from posjax.core.encoding import PositionalEncoding
+from posjax.encodings.rope_config import rope_from_config
 
 _REQUIRED: Any = object()
 
@@ -33,10 +33,12 @@ class Keys:
             raise ValueError(f"config.json of model_type={self.config.get('model_type')!r} must have the key {names[0]!r}")
         return default
 
+    def _name(self, names: Sequence[str]) -> str:
+        return next((name for name in names if self.config.get(name) is not None), names[0])
+
     def _checked(self, names: Sequence[str], default: Any, kind: Any, **bounds: Any) -> Any:
         value = self.get(*names, default=default)
-        present = next((name for name in names if self.config.get(name) is not None), names[0])
-        return value if value is default else check(f"{present} of config.json", value, kind, **bounds)
+        return value if value is default else check(f"{self._name(names)} of config.json", value, kind, **bounds)
 
     def size(self, *names: str, default: Any = _REQUIRED) -> Any:
         """Returns a positive integer."""
@@ -58,7 +60,8 @@ class Keys:
         """
         value = self.get(*names, default=default)
         if not isinstance(value, str) or value not in choices:
-            raise ValueError(f"{names[0]} of config.json must be {' or '.join(map(repr, choices))}, got {short(value)}")
+            words = " or ".join(map(repr, choices))
+            raise ValueError(f"{self._name(names)} of config.json must be {words}, got {short(value)}")
         return choices[value]
 
     def refuse(self, **expected: Any) -> None:
@@ -93,22 +96,6 @@ class Keys:
         windows = tuple(size - 1 if kind == "sliding_attention" else None for kind in layer_types)
         return windows[0] if len(set(windows)) == 1 else windows
 
-    def positions(self, layer_type: str | None = None) -> PositionalEncoding:
-        """Returns the rotary encoding of the layers of one type."""
-        parameters = self.config.get("rope_parameters") or {}
-        if layer_type in parameters:
-            parameters = parameters[layer_type]
-        if parameters is None:
-            return identity()
-        legacy = self.config.get("rope_scaling")
-        kind = parameters.get("rope_type", "default")
-        if legacy or kind != "default":
-            raise ValueError(f"rope_type of config.json must be 'default', got {short(legacy or kind)}")
-        theta = parameters.get("rope_theta") or self.config.get("rope_theta") or self.config.get("rotary_emb_base") or 10_000.0
-        if layer_type == "sliding_attention" and "rope_local_base_freq" in self.config:
-            theta = self.config["rope_local_base_freq"]
-        fraction = parameters.get("partial_rotary_factor") or self.config.get("rotary_pct") or 1.0
-        if self.config["model_type"] == "gptj":
-            head_dim = self.size("n_embd", "hidden_size") // self.size("n_head", "num_attention_heads")
-            return rope(fraction=self.size("rotary_dim") / head_dim, pairing="interleaved")
-        return rope(theta, fraction)
+    def rotary(self, layers: int) -> tuple[PositionalEncoding, ...]:
+        """Returns the rotary encoding of each layer."""
+        return tuple(rope_from_config(self.config, layer=layer) for layer in range(layers))

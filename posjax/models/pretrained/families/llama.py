@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from posjax.core.encoding import PositionalEncoding, identity
+from posjax.core.encoding import identity
 from posjax.models.config import TransformerConfig
 from posjax.models.pretrained.architecture import Architecture
 from posjax.models.pretrained.families.keys import Keys
@@ -51,14 +51,11 @@ def qwen3(keys: Keys) -> Architecture:
 def smollm3(keys: Keys) -> Architecture:
     """SmolLM 3: no rotation in every fourth layer."""
     layers = keys.size("num_hidden_layers")
-    interval = keys.size("no_rope_layer_interval", default=4)
-    rotates = keys.layers("no_rope_layers", layers, (0, 1), [int((layer + 1) % interval != 0) for layer in range(layers)])
     window = keys.size("sliding_window", default=None) if keys.flag("use_sliding_window", default=False) else None
-    types = [LAYER_TYPES[window is not None and not rotate] for rotate in rotates]
+    types = [LAYER_TYPES[window is not None and encoding == identity()] for encoding in keys.rotary(layers)]
     types = keys.layers("layer_types", layers, LAYER_TYPES, types)
     biases = _attention_biases(keys) + (("mlp",) if keys.flag("mlp_bias", default=False) else ())
-    encodings = [keys.positions() if rotate else identity() for rotate in rotates]
-    return _decoder(keys, kv_heads=4, biases=biases, tied=True, encodings=encodings, windows=keys.windows(types, window))
+    return _decoder(keys, kv_heads=4, biases=biases, tied=True, windows=keys.windows(types, window))
 
 
 def olmo2(keys: Keys) -> Architecture:
@@ -76,7 +73,7 @@ def gemma2(keys: Keys) -> Architecture:
     """Gemma 2: as Gemma 1, with norms before and after both branches, soft caps, and a window in every second layer."""
     layers = keys.size("num_hidden_layers")
     types = keys.layers("layer_types", layers, LAYER_TYPES, [LAYER_TYPES[layer % 2 == 0] for layer in range(layers)])
-    return _gemma23(keys, types, caps=(50.0, 30.0), encodings=[keys.positions()])
+    return _gemma23(keys, types, caps=(50.0, 30.0))
 
 
 def gemma3(keys: Keys) -> Architecture:
@@ -85,9 +82,8 @@ def gemma3(keys: Keys) -> Architecture:
     pattern = keys.size("sliding_window_pattern", "_sliding_window_pattern", default=6)
     types = [LAYER_TYPES[(layer + 1) % pattern != 0] for layer in range(layers)]
     types = keys.layers("layer_types", layers, LAYER_TYPES, types)
-    by_type = {kind: keys.positions(kind) for kind in LAYER_TYPES}
     keys.refuse(attn_logit_softcapping=None)  # transformers ignores it in Gemma 3
-    return _gemma23(keys, types, caps=(None, None), encodings=[by_type[kind] for kind in types], qk_norm="head")
+    return _gemma23(keys, types, caps=(None, None), qk_norm="head")
 
 
 def _gemma23(keys: Keys, types: Sequence[str], caps: tuple[float | None, float | None], **options: Any) -> Architecture:
@@ -137,7 +133,6 @@ def _decoder(
     qk_norm: Literal["head", "full"] | None = None,
     one_more: bool = False,
     embedding_scale: float | None = 1.0,
-    encodings: Sequence[PositionalEncoding] | None = None,
     windows: int | tuple[int | None, ...] | None = None,
     **options: Any,
 ) -> Architecture:
@@ -149,7 +144,6 @@ def _decoder(
       biases, norm_position, qk_norm, embedding_scale, windows, options: as in TransformerConfig.
       activations: names of activation functions in config.json, and those of TransformerConfig.
       one_more: whether norms multiply by 1 + w.
-      encodings: of each layer, or one for all; None for the one that config.json describes.
     """
     width, layers = keys.size("hidden_size"), keys.size("num_hidden_layers")
     heads, hidden, vocab = keys.size("num_attention_heads"), keys.size("intermediate_size"), keys.size("vocab_size")
@@ -175,7 +169,6 @@ def _decoder(
         local_window_size=windows,
         **options,
     )
-    encodings = [keys.positions()] if encodings is None else encodings
 
     def norm(name: str, path: str, channels: int) -> tuple[Weight, ...]:
         return normalization(name, path, channels, "rmsnorm", ONE_MORE if one_more else SAME)
@@ -202,8 +195,4 @@ def _decoder(
     if not tied:
         weights += linear("lm_head", "head", width, vocab, False)
     unused = (r"rotary_emb\.inv_freq$", *([r"^lm_head\.weight$"] if tied else []))
-    return Architecture(config, _each(encodings, layers), tuple(weights), "model.", unused=unused)
-
-
-def _each(encodings: Sequence[PositionalEncoding], layers: int) -> tuple[PositionalEncoding, ...]:
-    return tuple(encodings) * (layers // len(encodings))
+    return Architecture(config, keys.rotary(layers), tuple(weights), "model.", unused=unused)
