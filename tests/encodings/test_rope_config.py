@@ -251,7 +251,10 @@ BAD = {
         {"model_type": "qwen2_vl", "head_dim": 128, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 23]}},
         r"mrope_section must sum to half of the 128 rotated channels, got \[16, 24, 23\] with the sum 63",
     ),
-    "sections of yarn": (scaled(**YARN, mrope_section=[16, 24, 24]), r"rope_type must be 'default' with mrope_section, got 'yarn'"),
+    "sections of a scaling by length": (
+        scaled(rope_type="dynamic", factor=2.0, mrope_section=[16, 24, 24]),
+        r"scaling of mrope must be .* does not depend on the length, .*, got dynamic_ntk_scaling",
+    ),
     "no rotary encoding": ({"model_type": "bloom"}, r"config must have a rotary encoding, got model_type 'bloom' and none of"),
     "alibi": ({"model_type": "falcon", "alibi": True}, r"config must be that of a model with a rotary encoding, got alibi=True"),
     "relative keys": (LLAMA | {"position_embedding_type": "relative_key"}, r"got position_embedding_type='relative_key'"),
