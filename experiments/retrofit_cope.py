@@ -7,7 +7,7 @@ names larger models as future work). Three kinds of runs, with the same rows of 
 
     RoPE, all             all weights are trained, with the model's own encoding
     RoPE + CoPE, all      all weights are trained, CoPE's embeddings among them
-    RoPE + CoPE, CoPE     CoPE's embeddings are trained alone, 4,096 numbers shared by all layers, at a rate of their own
+    RoPE + CoPE, CoPE     CoPE's embeddings are trained alone, 4,096 numbers in each of 30 layers, at a rate of their own
 
 The loss is that of the windows of English and of Python that context_extension.py reads, in the trained 8,192 tokens and past them;
 it is compared with the model's before fine-tuning. Every run and pass is stored in runs/experiments/retrofit_cope; rerun the
@@ -34,7 +34,7 @@ from posjax.plots.style import BLACK, BLUE, GREY, ORANGE, RED, new_figure, save
 
 FOLDER = Path("runs/experiments/retrofit_cope")
 ROPE = f"rope(theta={THETA})"
-COPE = f"{ROPE} + cope(max_position=64)"
+COPE = f"{ROPE} + cope(max_position=64, shared=False)"
 RUNS = {  # label -> encoding, what is trained, peak learning rate
     "RoPE, all": (ROPE, "all", 5e-5),
     "RoPE + CoPE, all": (COPE, "all", 5e-5),
