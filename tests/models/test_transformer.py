@@ -192,6 +192,36 @@ def test_a_local_window_and_causality_bound_what_a_token_sees():
     assert differs.tolist() == [4 <= t <= 7 for t in range(12)]
 
 
+def test_windows_by_layer_are_of_the_cache_too():
+    """Windows of 1 and 2 positions reach 3 back; a cache of each layer holds what its window needs."""
+    model = build(pj.alibi(), local_window_size=(1, 2))
+    differs = np.abs(np.asarray(model(TOKENS) - model(TOKENS.at[:, 4].add(1) % 19))).max((0, 2)) > 1e-6
+    assert differs.tolist() == [4 <= t <= 7 for t in range(12)]
+    mixed, same = (nnx.eval_shape(lambda windows=windows: build(local_window_size=windows)) for windows in ((3, None), (3, 3)))
+    assert [cache.key.shape[2] for cache in mixed.init_cache(2, 9)] == [3, 9]
+    assert [cache.key.shape[2] for cache in mixed.init_cache(2, 9, window=2)] == [2, 2]
+    assert len(same.init_cache(2, 9)) == 1
+    with pytest.raises(ValueError, match=r"max_length of the cache must be at least 12 to add 12 tokens, got 9"):
+        mixed.decode(TOKENS, mixed.init_cache(2, 9))
+
+
+def test_token_types_are_added_to_the_embedding():
+    model = build(num_layers=1, is_causal=False, num_token_types=2, embedding_scale=1.0)
+    types = jnp.asarray([[0] * 6 + [1] * 6])
+    _, params = functional(model)
+    other = dict(params, token_embedding={"embedding": params["token_embedding"]["embedding"]})
+    difference = params["token_type_embedding"]["embedding"][1] - params["token_type_embedding"]["embedding"][0]
+    np.testing.assert_array_equal(model(TOKENS), model(TOKENS, token_types=jnp.zeros((2, 12), jnp.int32)))
+    # The same by hand: every token a row of a table of its own, with the difference of the types in it.
+    rows = params["token_embedding"]["embedding"][TOKENS[0]] + types[0][:, None] * difference
+    table = jnp.concatenate([rows, jnp.zeros((7, 16))])
+    with_params, _ = functional(model)
+    by_hand = with_params(dict(other, token_embedding={"embedding": table})).records(jnp.arange(12)[None])[0]
+    record = model.records(TOKENS[:1], token_types=types)[0]
+    np.testing.assert_allclose(record.query, by_hand.query, atol=2e-6)
+    assert float(jnp.abs(record.query[:, 6:] - model.records(TOKENS[:1])[0].query[:, 6:]).max()) > 1e-3
+
+
 # Encodings by layer --------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +343,16 @@ def test_z_loss_in_closed_form():
         ({"dropout_rate": 1.0}, r"dropout_rate must lie in \[0, 1\), got 1.0"),
         ({"mlp_dim": 0}, r"mlp_dim must be an integer of at least 1, got 0"),
         ({"attention": "linear", "local_window_size": 4}, r"local_window_size and logits_soft_cap must be None with attention="),
+        ({"attention": "linear", "attention_scale": 0.5}, r"attention_scale must be None with attention='linear', got 0.5"),
+        ({"local_window_size": (1, 2, 3)}, r"local_window_size must be one, or a tuple whose length divides num_layers=2, got 3"),
+        ({"local_window_size": (1, 0)}, r"local_window_size must be an integer of at least 1, a tuple, .*got \(1, 0\)"),
+        ({"norm_position": "both"}, r"norm_position must be 'pre', 'post', 'output' or 'sandwich', got 'both'"),
+        ({"parallel_residual": True, "norm_position": "post"}, r"norm_position must be 'pre' with parallel_residual, got 'post'"),
+        ({"shared_norm": True}, r"parallel_residual must be True with shared_norm, got False"),
+        ({"embedding_norm": True, "norm_position": "post"}, r"embedding_norm must be False with norm_position='post'"),
+        ({"biases": ("qkv", "key")}, r"biases must be a tuple, each 'qkv', 'out', 'mlp' or 'head', got \('qkv', 'key'\)"),
+        ({"norm_epsilon": 0.0}, r"norm_epsilon must be positive, got 0.0"),
+        ({"qk_norm": "all"}, r"qk_norm must be 'head', 'full' or None, got 'all'"),
     ],
 )
 def test_impossible_shapes_are_refused(changes, message):
@@ -329,6 +369,10 @@ def test_wrong_calls_are_refused():
         build().classify(TOKENS)
     with pytest.raises(ValueError, match=r"positions must be below the max_length of learned, 8, got a sequence that needs 12"):
         build(pj.learned(), max_length=8)(TOKENS)
+    with pytest.raises(ValueError, match=r"token_types must be None for a model without num_token_types, got int32\[2, 12\]"):
+        build()(TOKENS, token_types=TOKENS)
+    with pytest.raises(ValueError, match=r"token_types must be integers \[2, 12\] or \[1, 12\], got float32\[2, 12\]"):
+        build(num_token_types=2)(TOKENS, token_types=TOKENS * 1.0)
     with pytest.raises(ValueError, match=r"is_causal must be True \(or a mask given\) for cope"):
         build(pj.cope(4), is_causal=False)(TOKENS)
 

@@ -100,6 +100,38 @@ def test_one_axis_cuts_batch_and_state(one_device):
     lies(found[0], {"query/kernel": (2, 2, 4, 4), "down/kernel": (2, 48, 2), "token_embedding/embedding": (32, 2)})
 
 
+BIASES = ("qkv", "out", "mlp", "head")
+OTHERS = (
+    dict(norm="layernorm", norm_position="post", is_causal=False, biases=BIASES, head_transform=True, num_token_types=2),
+    dict(norm_position="sandwich", qk_norm="full", activation="geglu", local_window_size=(3, None), final_logits_soft_cap=2.0),
+    dict(parallel_residual=True, qk_norm="head", biases=("mlp", "head"), tie_embeddings=False, embedding_norm=True),
+)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("options", OTHERS, ids=["post", "sandwich", "parallel"])
+def test_two_axes_cut_the_weights_of_other_families(options):
+    config = TransformerConfig(32, num_layers=2, embed_dim=WIDTH, num_heads=4, mlp_dim=48, **options)
+    with_params, params = functional(Transformer(config, parse_encoding("rope"), rngs=nnx.Rngs(0)))
+    loss = make_loss(with_params, dropout=False)
+    states = []
+    for mesh in (make_mesh(1), make_mesh(fsdp=2, tensor=4)):
+        state, step = init_state(params, OPTIMIZER, 0), jit_train_step(make_train_step(loss, OPTIMIZER), mesh, SHARDED_RULES)
+        for number in range(2):
+            state, metrics = step(state, make_batch(number))
+        states.append((state, metrics))
+    (one, expected), (cut, found) = states
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+    cut_leaves = leaves_by_path(cut.params)
+    for path, leaf in leaves_by_path(one.params).items():
+        np.testing.assert_allclose(cut_leaves[path], leaf, atol=1e-5, err_msg=path)
+    shards = {path: leaf.sharding.shard_shape(leaf.shape) for path, leaf in cut_leaves.items()}
+    parts = {"layers/query/bias": (2, 1, 4), "layers/up/bias": (2, 12), "head_bias": (8,), "head/bias": (8,)}
+    parts |= {"head_transform/kernel": (8, 16)}
+    for path in parts.keys() & shards.keys():
+        assert shards[path] == parts[path], path
+
+
 @pytest.mark.thorough
 def test_two_axes_cut_batch_heads_and_state_and_no_device_holds_the_whole_batch(one_device):
     whole = re.compile(rf"f32\[{BATCH},(\d+,)*{LENGTH}\b|f32\[\d+,{BATCH},{LENGTH},")

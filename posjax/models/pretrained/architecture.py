@@ -79,8 +79,8 @@ def match_names(architecture: Architecture, tensors: Mapping[str, Any]) -> dict[
     wrong = []
     for name, weight in needed.items():
         if name in names and tuple(tensors[names[name]].shape) != weight.shape:
-            wrong.append(f"{name} {list(tensors[names[name]].shape)} for {list(weight.shape)}")
-    faults = dict(missing=missing, unexpected=unexpected, shapes=wrong)
+            wrong.append(f"{name} {list(tensors[names[name]].shape)} instead of {list(weight.shape)}")
+    faults = {"missing": missing, "unexpected": unexpected, "other shapes": wrong}
     if any(faults.values()):
         parts = [f"{what}: {_listed(found)}" for what, found in faults.items() if found]
         raise ValueError(f"the weights must be those of config.json, got {'; '.join(parts)}")

@@ -41,6 +41,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     Raises:
       ValueError: the model type is unknown, a key is missing, or its value asks for what posjax does not have.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config must be a mapping, the keys and values of a config.json, got {short(config)}")
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         hint = near(str(model_type), FAMILIES)

@@ -43,6 +43,10 @@ def _encoder(
     width, layers = keys.size("hidden_size"), keys.size("num_hidden_layers")
     heads, hidden, vocab = keys.size("num_attention_heads"), keys.size("intermediate_size"), keys.size("vocab_size")
     rows, types = keys.size("max_position_embeddings", default=512), keys.size("type_vocab_size", default=2)
+    if rows <= skipped:
+        raise ValueError(
+            f"max_position_embeddings of config.json must be above the {skipped} rows up to that of pad_token_id, got {rows}"
+        )
     head_dim = width // heads
     config = TransformerConfig(
         vocab,

@@ -33,10 +33,12 @@ class Keys:
             raise ValueError(f"config.json of model_type={self.config.get('model_type')!r} must have the key {names[0]!r}")
         return default
 
+    def _name(self, names: Sequence[str]) -> str:
+        return next((name for name in names if self.config.get(name) is not None), names[0])
+
     def _checked(self, names: Sequence[str], default: Any, kind: Any, **bounds: Any) -> Any:
         value = self.get(*names, default=default)
-        present = next((name for name in names if self.config.get(name) is not None), names[0])
-        return value if value is default else check(f"{present} of config.json", value, kind, **bounds)
+        return value if value is default else check(f"{self._name(names)} of config.json", value, kind, **bounds)
 
     def size(self, *names: str, default: Any = _REQUIRED) -> Any:
         """Returns a positive integer."""
@@ -58,7 +60,8 @@ class Keys:
         """
         value = self.get(*names, default=default)
         if not isinstance(value, str) or value not in choices:
-            raise ValueError(f"{names[0]} of config.json must be {' or '.join(map(repr, choices))}, got {short(value)}")
+            words = " or ".join(map(repr, choices))
+            raise ValueError(f"{self._name(names)} of config.json must be {words}, got {short(value)}")
         return choices[value]
 
     def refuse(self, **expected: Any) -> None:
