@@ -348,8 +348,12 @@ def save_pretrained(
     check_one_of("dtype", dtype, tuple(DTYPES))
     if not isinstance(model, Transformer):
         raise TypeError(f"model must be a Transformer, got {short(model)}")
-    checkpoint = None if isinstance(source, Mapping) else open_checkpoint(source)
-    config = dict(source if checkpoint is None else checkpoint.config)
+    checkpoint, config = None, dict[str, Any]()
+    if isinstance(source, Mapping):
+        config |= source
+    else:
+        checkpoint = open_checkpoint(source)
+        config |= checkpoint.config
     architecture = architecture_of(config)
     _check_same(model, architecture)
     folder = Path(os.fspath(folder)).expanduser()
