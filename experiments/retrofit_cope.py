@@ -3,7 +3,7 @@
     python experiments/retrofit_cope.py --english test.txt --train_english valid.txt     # WikiText-2's; hours on two cores
 
 CoPE's position embeddings start at zero, so that adding it leaves the model as it is (arXiv:2405.18719 trains from scratch and
-names larger models as future work). Three kinds of runs, with the same rows of 2,048 tokens in the same order for each seed:
+names larger models as future work). Three kinds of runs, with the same rows of 512 tokens in the same order for each seed:
 
     RoPE, all             all weights are trained, with the model's own encoding
     RoPE + CoPE, all      all weights are trained, CoPE's embeddings among them
@@ -40,7 +40,7 @@ RUNS = {  # label -> encoding, what is trained, peak learning rate
     "RoPE + CoPE, all": (COPE, "all", 5e-5),
     "RoPE + CoPE, CoPE": (COPE, "encoding", 2e-3),
 }
-SEEDS, STEPS, ROW, LENGTH = (0, 1, 2), 200, 2048, 16_384
+SEEDS, STEPS, ROW, LENGTH = (0, 1, 2), 200, 512, 12_288
 PARTS = {"in": slice(0, TRAINED), "past": slice(TRAINED, None)}
 BIN = 1024
 
@@ -63,7 +63,7 @@ def train(path: Path, label: str, seed: int, english: Path, steps: int) -> Path:
         "warmup_steps": max(1, steps // 15),
         "weight_decay": 0.0,
         "beta2": 0.95,
-        "checkpoint_every": max(1, steps // 4),
+        "checkpoint_every": max(1, steps // 2),
         "keep_last": 1,
         "eval_lengths": 1,
         "eval_tokens": ROW,
