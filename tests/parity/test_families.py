@@ -89,7 +89,7 @@ def logits_of(model, tokens, **others):
 
 
 def near(ours, theirs):
-    assert np.abs(np.asarray(ours) - theirs).max() < 1e-4 * np.abs(theirs).max()
+    assert np.abs(np.asarray(ours) - theirs).max() < 1e-5 * np.abs(theirs).max()
 
 
 @pytest.mark.thorough  # it compiles several shapes of every model
