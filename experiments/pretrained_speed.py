@@ -52,10 +52,9 @@ PROGRAMS = {
     "posjax": """
 from posjax.inference.generation import generate
 from posjax.inference.sampling import Sampling
-from posjax.models.pretrained.load import from_pretrained
-from posjax.models.transformer import functional
+from posjax.models.transformer import Transformer, functional
 
-with_params, params = functional(from_pretrained({path!r}, max_length=16384))
+with_params, params = functional(Transformer.from_pretrained({path!r}, max_length=16384))
 greedy = Sampling(temperature=0.0)
 serve(lambda prompt, new: generate(with_params, params, [prompt], max_new_tokens=new, sampling=greedy, chunk={chunk}))
 """,

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 import posjax as pj
+from posjax.encodings.frequencies import Scaling
 from posjax.inference.generation import stream
 from posjax.inference.sampling import Sampling
 from posjax.lab.config import Config
@@ -326,12 +327,59 @@ def constructor_calls() -> dict[str, Call]:
             "theta": (10_000.0, positive),
             "fraction": (1.0, number(lambda x: 0 < x <= 1)),
             "pairing": ("half", choice("half", "interleaved")),
+            "scaling": (pj.linear_scaling(2.0), only(lambda x: x is None or isinstance(x, Scaling))),
+            "channels": ("first", choice("first", "last")),
         },
+        pj.query_scale: {"factor": (1.0, positive)},
         pj.log_scale: {
             "length": (8192, integer(1)),
             "beta": (0.1, number(lambda x: x >= 0, array=True)),
             "rule": ("llama4", choice("llama4", "ministral3", "inkling")),
         },
+        pj.mrope: {
+            "sections": (
+                (4, 2, 2),
+                only(
+                    lambda x: (
+                        isinstance(x, tuple | list)
+                        and len(x) == 3
+                        and all(isinstance(n, int | np.integer) and not isinstance(n, bool) and n >= 0 for n in x)
+                        and 0 < sum(x) < 2**15
+                    )
+                ),
+            ),
+            "layout": ("blocks", choice("blocks", "interleaved", "alternating")),
+            "theta": (10_000.0, positive),
+            "fraction": (1.0, number(lambda x: 0 < x <= 1)),
+            "pairing": ("half", choice("half", "interleaved")),
+        },
+        pj.axial_rope: {
+            "axes": (2, integer(2, 4)),
+            "layout": ("shared", choice("shared", "split", "blocks")),
+            "theta": (10_000.0, positive),
+            "fraction": (1.0, number(lambda x: 0 < x <= 1)),
+            "pairing": ("half", choice("half", "interleaved")),
+            "widths": (None, only(lambda x: x is None)),
+            "order": (None, only(lambda x: x is None)),
+            "num_prefix_tokens": (5, integer(0)),
+            "scale": (1.0, number(lambda x: x > 0)),
+            "shift": (0.1, number(lambda x: x >= 0, none=True)),
+            "jitter": (1.1, number(lambda x: x >= 1, none=True)),
+            "rescale": (2.0, number(lambda x: x >= 1, none=True)),
+        },
+        pj.rope_mixed: {
+            "theta": (10.0, number(lambda x: x > 0)),
+            "pairing": ("interleaved", choice("half", "interleaved")),
+            "num_prefix_tokens": (1, integer(0)),
+        },
+        pj.xpos: {
+            "scale_base": (512.0, number(lambda x: x > 0)),
+            "gamma": (0.4, number(lambda x: x > 0)),
+            "theta": (10_000.0, positive),
+            "pairing": ("interleaved", choice("half", "interleaved")),
+            "centre": (0, integer(0)),
+        },
+        pj.pope: {"theta": (10_000.0, positive)},
         pj.alibi: {"slope": (None, slopes)},
         pj.t5: buckets | {"bidirectional": (False, flag)},
         pj.tupe: buckets | dict.fromkeys(("relative", "untie_cls", "released"), (True, flag)),
@@ -341,7 +389,9 @@ def constructor_calls() -> dict[str, Call]:
         pj.cope_mlp: counted | {"hidden_dim": (64, integer(1, 2**16)), "scaled": (False, flag)},
     }
     calls = {cls.registered_name: Call(cls, arguments) for cls, arguments in encodings.items() if arguments}
+    calls |= scaling_calls()
     calls["cope"] = dataclasses.replace(calls["cope"], required=("max_position",))
+    calls["mrope"] = dataclasses.replace(calls["mrope"], required=("sections",))
     sizes = {"num_heads": (N, integer(1, 2**15)), "head_dim": (H, integer(1, 2**15))}
     sizes |= {
         "embed_dim": (D, integer(1, none=True)),
@@ -396,6 +446,65 @@ def constructor_calls() -> dict[str, Call]:
 
         calls[f"sizes of {make}"] = Call(sized, sizes, weight=0.5, equal=False, required=("num_heads", "head_dim"))
     return calls
+
+
+def scaling_calls() -> dict[str, Call]:
+    factor, length = number(lambda x: x >= 1), integer(1)
+    optional = number(lambda x: x > 0, none=True)
+    numbers = only(lambda x: isinstance(x, tuple | list) and len(x) == 2 and all(type(n) in (int, float) and n > 0 for n in x))
+
+    def lists(x: Any) -> Any:
+        return tuple(numbers(x))
+
+    def gains(x: Any) -> Any:
+        return lists(x) if isinstance(x, tuple | list) else optional(x)
+
+    arguments: dict[Any, dict[str, Any]] = {
+        pj.linear_scaling: {"factor": (2.0, factor)},
+        pj.ntk_scaling: {"factor": (2.0, factor)},
+        pj.ntk_theta_scaling: {"factor": (2.0, factor)},
+        pj.ntk_fixed_scaling: {"factor": (2.0, factor), "mixed_b": (None, optional)},
+        pj.dynamic_ntk_scaling: {"factor": (2.0, factor), "original_max_length": (64, length)},
+        pj.yarn_scaling: {
+            "factor": (2.0, factor),
+            "original_max_length": (64, length),
+            "attention_factor": (None, optional),
+            **dict.fromkeys(("mscale", "mscale_all_dim"), (1.0, number(lambda x: x >= 0, none=True))),
+            "beta_fast": (32.0, number(lambda x: x >= 1)),
+            "beta_slow": (1.0, number(lambda x: 0 < x <= 32)),
+            "truncate": (True, flag),
+        },
+        pj.llama3_scaling: {
+            "factor": (8.0, factor),
+            "low_freq_factor": (1.0, number(lambda x: 0 < x <= 4)),
+            "high_freq_factor": (4.0, number(lambda x: x >= 1)),
+            "original_max_length": (64, length),
+        },
+        pj.longrope_scaling: {
+            **dict.fromkeys(("short_factor", "long_factor"), ((1.0, 2.0), lists)),
+            "original_max_length": (64, integer(2)),
+            "factor": (2.0, factor),
+            "attention_factor": (None, gains),
+            "use": (None, choice(None, "short", "long")),
+        },
+        pj.proportional_scaling: {"fraction": (0.5, number(lambda x: 0 < x <= 1)), "factor": (2.0, factor)},
+    }
+    made = {cls.registered_name: Call(cls, own, weight=0.3) for cls, own in arguments.items()}
+    made |= {
+        name: dataclasses.replace(call, required=("factor",)) for name, call in made.items() if name[:3] in ("lin", "ntk", "yar")
+    }
+    config = {"model_type": "olmo3", "num_hidden_layers": 4, "rope_theta": 5e5}
+    made["rope_from_config"] = Call(
+        pj.rope_from_config,
+        {
+            "config": (config, only(lambda x: isinstance(x, dict) and "model_type" in x)),
+            "layer_type": (None, choice(None, "full_attention", "sliding_attention")),
+            "layer": (None, integer(0, 3, none=True)),
+        },
+        weight=0.5,
+        required=("config",),
+    )
+    return made
 
 
 def _has_no_arrays(x: Any) -> bool:

@@ -55,7 +55,24 @@ CASES = [
     Case("rope half", pj.rope(), shift_invariant=True, shift=FAR),
     Case("rope interleaved", pj.rope(pairing="interleaved"), shift_invariant=True, shift=FAR),
     Case("rope fraction", pj.rope(theta=500.0, fraction=0.25), shift_invariant=True, shift=FAR),
+    Case(
+        "rope yarn",
+        pj.rope(fraction=0.5, pairing="interleaved", scaling=pj.yarn_scaling(4.0, 16), channels="last"),
+        shift_invariant=True,
+        shift=FAR,
+    ),
+    Case("query_scale + rope", pj.chain(pj.query_scale(1.5), pj.rope()), shift_invariant=True, shift=FAR),
     Case("log_scale + rope", pj.chain(pj.log_scale(3), pj.rope())),
+    Case("mrope", pj.mrope((2, 1, 1)), shift_invariant=True, shift=FAR),
+    Case("mrope interleaved", pj.mrope((2, 1, 1), "interleaved", pairing="interleaved"), shift_invariant=True, shift=FAR),
+    Case("mrope alternating", pj.mrope((2, 1, 1), "alternating"), shift_invariant=True, shift=FAR),
+    Case("axial_rope", pj.axial_rope(), shift_invariant=True, shift=FAR),
+    Case("axial_rope blocks", pj.axial_rope(layout="blocks", theta=100.0), shift_invariant=True, shift=FAR),
+    Case("axial_rope split", pj.axial_rope(layout="split", pairing="interleaved"), shift_invariant=True, shift=FAR),
+    Case("axial_rope widths", pj.axial_rope(3, "widths", widths=(2, 4, 2), scale=0.5), shift_invariant=True),
+    Case("rope_mixed", pj.rope_mixed(), shift_invariant=True, shift=FAR),
+    Case("xpos", pj.xpos(), shift_invariant=True),
+    Case("pope", pj.pope(), shift_invariant=True, shift=FAR),
     Case("alibi", pj.alibi(), shift_invariant=True),
     Case("t5", pj.t5(num_buckets=6, max_distance=8), shift_invariant=True),
     Case("t5 bidirectional", pj.t5(num_buckets=8, max_distance=8, bidirectional=True), shift_invariant=True),
@@ -111,6 +128,17 @@ WEIGHTS = {name: normal(seed, D, heads, H) / math.sqrt(D) for name, seed, heads 
 
 VARIANTS = (  # of other cases; README's command leaves them to the thorough tests
     "rope fraction",
+    "rope yarn",
+    "query_scale + rope",
+    "log_scale + rope",
+    "mrope interleaved",
+    "mrope alternating",
+    "axial_rope",
+    "axial_rope blocks",
+    "axial_rope split",
+    "axial_rope widths",
+    "rope_mixed",
+    "xpos",
     "t5 bidirectional",
     "tupe a tied",
     "tupe a released",
@@ -187,7 +215,7 @@ def past_gradients(case: Case):
 
 def repeat_key_heads(params):
     """The parameters of N key heads that equal those of K, each repeated."""
-    axis_of = {"gate_kernel": 1, "key_kernel": 1, "key_bias": 0}
+    axis_of = {"gate_kernel": 1, "key_kernel": 1, "key_bias": 0, "frequencies": 1}
 
     def repeat(path, leaf):
         axis = axis_of.get(path[-1].key)

@@ -54,6 +54,7 @@ class Cache:
       next_position: int32 [B], one past the last token of each row.
       used: int32 [], number of slots written; not counted in a window cache.
       state: the encoding's ``ScoreModifications.state`` after the last call, zeros before the first; None if it has none.
+      next_coordinate: [B], one past the largest coordinate of each row on any axis; None if coordinates are the positions.
       window: number of earlier positions that a token attends to, equal to S; None: a full-length cache, where it attends to all.
       made_for: pytree structure of the encoding that the cache was created for.
     """
@@ -67,6 +68,7 @@ class Cache:
     next_position: Array
     used: Array
     state: Any = None
+    next_coordinate: Array | None = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     made_for: Any = dataclasses.field(default=None, metadata={"static": True})
 
@@ -94,8 +96,8 @@ def init_cache(
       batch_size: B.
       max_length: number of slots of a full cache, in tokens, including padding of prompts.
       window: number of slots of a sliding window: a token attends to that many positions before it, as with ``local_window_size``.
-      coordinate_dtype: int32 or float32 if calls will pass coordinates, on as many axes as the encoding reads; None if coordinates
-        are the positions.
+      coordinate_dtype: int32 or float32 if some calls will pass coordinates, on as many axes as the encoding reads; None if
+        coordinates are the positions.
       dtype: dtype of query, key and value.
 
     Raises:
@@ -121,7 +123,10 @@ def init_cache(
 
     key, value, columns, state = jax.eval_shape(one_token, jax.random.key(0))
     if encoding.cache == "raw" and (encoding.needs_hidden or state is not None):
-        raise ValueError(f"cache must be 'transformed' for {encoding.title}, which has a state or needs hidden, got 'raw'")
+        raise ValueError(
+            f"cache must be 'transformed' for {encoding.title}, which has a state or needs hidden, got 'raw'; no member may change "
+            "earlier keys with the length, as dynamic_ntk_scaling does"
+        )
     shapes = key, value, columns
     check_fits(f"a cache of batch_size={batch_size} and {name}={slots} for {dims}", shapes, slots)
     return Cache(
@@ -134,6 +139,7 @@ def init_cache(
         next_position=jnp.zeros(batch_size, jnp.int32),
         used=jnp.zeros((), jnp.int32),
         state=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state),
+        next_coordinate=None if coordinate_dtype is None else jnp.zeros(batch_size, coordinate_dtype),
         window=window,
         made_for=jax.tree.structure(encoding),
     )
@@ -165,7 +171,8 @@ def attend(
       encoding, params: as in ``attention``; the cache must have been created for this encoding.
       cache: result of ``init_cache`` or of the previous call.
       positions: [T], [1, T] or [B, T] integers, non-decreasing along a row; None continues from ``cache.next_position``.
-      coordinates: [T, A] or [B, T, A], as in ``attention``, for a cache that was created with a ``coordinate_dtype``.
+      coordinates: [T, A] or [B, T, A], as in ``attention``, for a cache that was created with a ``coordinate_dtype``. None
+        continues each row from its own largest coordinate plus one, on all axes, as text after an image does under ``mrope``.
       segment_ids: [B, T] integers. 0 marks padding, to which no token attends; other tokens attend within their segment. None puts
         all tokens into segment 1.
       hidden: [B, T, D], as in ``attention``.
@@ -191,10 +198,10 @@ def attend(
         raise ValueError(f"encoding must be the one that the cache was created for, {made_for}, got {encoding}")
     check_room(cache, query.shape[1])
     load_kernels(query, cache.key, implementation)
-    if (coordinates is None) != (cache.coordinates is None):
-        given, made = ("None", "with") if coordinates is None else ("an array", "without")
-        raise ValueError(f"coordinates must match the cache, which was created {made} a coordinate_dtype, got {given}")
+    if coordinates is not None and cache.coordinates is None:
+        raise ValueError("coordinates must be None for a cache that was created without a coordinate_dtype, got an array")
     positions, segments = next_positions(cache, key.shape[1], positions, segment_ids)
+    coordinates, next_coordinate = _of_new_tokens(coordinates, cache, positions, segments)
     options: dict[str, Any] = dict(
         is_causal=True, local_window_size=cache.window, scale=scale, logits_soft_cap=logits_soft_cap, query_positions=positions
     )
@@ -203,9 +210,10 @@ def attend(
         key=key,
         value=value,
         positions=positions,
-        coordinates=_of_new_tokens(coordinates, cache, segments),
+        coordinates=coordinates,
         segments=segments,
         next_position=position_after(positions, segments, cache.next_position),
+        next_coordinate=next_coordinate,
     )
     if encoding.cache == "raw":
         full = _join(cache, new)
@@ -240,14 +248,27 @@ def _check_dims(dims: Any) -> None:
         raise ValueError(f"dims must be sizes such as Dims(num_heads=8, head_dim=64), got {short(dims)}")
 
 
-def _of_new_tokens(coordinates: Array | None, cache: Cache, segments: Array) -> Array | None:
-    """Returns the coordinates of new tokens, [B, T, A] as in the cache; None for None."""
-    if coordinates is None or cache.coordinates is None:
-        return None
-    coordinates = canonicalize_coordinates("coordinates", coordinates, *segments.shape)
-    if coordinates.shape[-1] != cache.coordinates.shape[-1]:
-        raise ValueError(f"coordinates must have the {cache.coordinates.shape[-1]} axes of the cache, got {coordinates.shape[-1]}")
-    return _for_rows(coordinates, len(segments))
+def _of_new_tokens(coordinates: Array | None, cache: Cache, positions: Array, segments: Array) -> tuple[Array | None, Array | None]:
+    """Returns the coordinates of new tokens, [B, T, A] as in the cache, and the next coordinate; None for both without them."""
+    if cache.coordinates is None or cache.next_coordinate is None:
+        return None, None
+    axes = cache.coordinates.shape[-1]
+    if coordinates is None:
+        coordinates = next_coordinates(cache, positions, axes)
+    else:
+        coordinates = canonicalize_coordinates("coordinates", coordinates, *segments.shape)
+        if coordinates.shape[-1] < axes:
+            raise ValueError(f"coordinates must have the {axes} axes of the cache, got {coordinates.shape[-1]}")
+    largest = coordinates.astype(cache.next_coordinate.dtype).max(-1)
+    after = jnp.where(segments != 0, largest + 1, 0).max(1)
+    return _for_rows(coordinates[..., :axes], len(segments)), jnp.maximum(cache.next_coordinate, after)
+
+
+def next_coordinates(cache: Cache, positions: Array, axes: int) -> Array:
+    """Returns the coordinates [B, T, A] of next tokens at these positions, which differ from them by one offset in each row."""
+    assert cache.next_coordinate is not None
+    offset = cache.next_coordinate - cache.next_position.astype(cache.next_coordinate.dtype)
+    return jnp.repeat((positions.astype(offset.dtype) + offset[:, None])[..., None], axes, axis=2)
 
 
 def _columns(call: AttentionCall) -> tuple[dict[str, Array], ...]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from posjax.attention.arguments import canonicalize_positions, check_encoding, check_operands, check_params, check_segment_ids
-from posjax.checks import check, round_up
+from posjax.checks import check, round_up, short
 from posjax.core.encoding import AttentionInputs, PositionalEncoding, Tokens
 from posjax.core.manual_axes import vary_alike
 from posjax.core.structures import Rotate, Softmax, check_structures
@@ -164,8 +164,12 @@ def _features(
     mods = encoding.attend(check_params(params), inputs)
     check_structures(encoding.title, mods, query, key)
     is_plain = isinstance(mods.weights, Softmax) and mods.weights.sink is None and not mods.biases
-    is_stateless = mods.state is None and encoding.cache == "transformed"
-    if not (is_plain and is_stateless and all(isinstance(transform, Rotate) for transform in mods.transforms)):
+    if encoding.cache == "raw":
+        raise ValueError(
+            "encoding must rotate each key by its own position alone in linear_attention, such as rope(), got "
+            f"{short(encoding)}, which changes with the length"
+        )
+    if not (is_plain and mods.state is None and all(isinstance(transform, Rotate) for transform in mods.transforms)):
         raise ValueError(
             f"encoding must act only by rotation and carry no state in linear_attention, such as rope(), got {encoding.title}"
         )

@@ -20,7 +20,7 @@ length of the sequence.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -348,8 +348,8 @@ class Llama3Scaling(Scaling):
     def __post_init__(self) -> None:
         if self.high_freq_factor < self.low_freq_factor:
             raise ValueError(
-                f"high_freq_factor must be at least low_freq_factor={self.low_freq_factor!r}, got {self.high_freq_factor!r}; 4 and 1 "
-                "are usual"
+                f"high_freq_factor must be at least low_freq_factor={self.low_freq_factor!r}, got {self.high_freq_factor!r}; 4 and "
+                "1 are usual"
             )
 
     def frequencies(self, theta: Theta, width: int, length: int | None = None) -> np.ndarray | Array:
@@ -394,11 +394,15 @@ class LongRopeScaling(Scaling):
     original_max_length: int = bounded(least=2)
     factor: float = _factor(1.0)
     attention_factor: float | tuple[float, ...] | None = bounded(None, above=0)
-    use: str | None = None
+    use: Literal["short", "long"] | None = None
 
     def __post_init__(self) -> None:
-        if self.use not in (None, "short", "long"):
-            raise ValueError(f"use must be 'short', 'long' or None, got {self.use!r}")
+        counts = len(self.short_factor), len(self.long_factor)
+        if counts[0] != counts[1] or not counts[0]:
+            raise ValueError(
+                "short_factor and long_factor must have one number for each pair of rotated channels, got "
+                f"{counts[0]} and {counts[1]} numbers"
+            )
         if isinstance(self.attention_factor, tuple) and len(self.attention_factor) != 2:
             raise ValueError(f"attention_factor must be one number, or a pair for short and long, got {self.attention_factor!r}")
 

@@ -26,6 +26,7 @@ from posjax.checks import bounded, check, checked, short
 from posjax.core.encoding import MOST_CHANNELS, AttentionInputs, Dims, PositionalEncoding, Tokens, get_param, register
 from posjax.core.structures import Pairing, Rotate, ScoreModifications
 from posjax.encodings.absolute import theta
+from posjax.encodings.frequencies import Scaling
 from posjax.encodings.phases import angles_by_channel, angles_of_learned, geometric_frequencies
 from posjax.encodings.rotary import rotated_width
 from posjax.typing import Array, Float, Params
@@ -50,13 +51,13 @@ class MRope(PositionalEncoding):
         say, and the rest to time (Qwen3-VL, Qwen3.5). "alternating" alternates height and width in the fast pairs and gives the
         slowest to time (Ernie 4.5 VL with pairing="interleaved", whose configuration lists sections as height, width, time;
         VideoRoPE with pairing="half").
-      theta, fraction, pairing: as in ``rope``.
+      theta, fraction, pairing, scaling: as in ``rope``; the scaling may not depend on the length of the sequence.
 
     Raises:
       ValueError: sections are not three numbers of pairs, do not fit the layout, or (in ``attend``) do not sum to R / 2; or
         ``rope`` rejects an argument.
 
-    Wang et al., arXiv:2409.12191, section 2.1; Qwen3-VL, arXiv:2511.21631 (interleaved); Wei et al., arXiv:2502.05173 (VideoRoPE).
+    Wang et al., arXiv:2409.12191, section 2.1; interleaved: Qwen3-VL, arXiv:2511.21631; alternating: Wei et al., arXiv:2502.05173.
     """
 
     sections: tuple[int, ...]
@@ -64,9 +65,13 @@ class MRope(PositionalEncoding):
     theta: Array | float = theta()
     fraction: float = bounded(1.0, above=0, most=1)
     pairing: Pairing = "half"
+    scaling: Scaling | None = None
     axes = 3
 
     def __post_init__(self) -> None:
+        if self.scaling is not None and (not isinstance(self.scaling, Scaling) or self.scaling.depends_on_length):
+            hint = "None, or a scaling that does not depend on the length, such as yarn_scaling(4.0, original_max_length=32_768)"
+            raise ValueError(f"scaling of mrope must be {hint}, got {short(self.scaling)}")
         if len(self.sections) != 3 or min(self.sections) < 0 or not 0 < sum(self.sections) < MOST_CHANNELS:
             raise ValueError(
                 f"sections must be numbers of pairs for time, height and width, such as (16, 24, 24), got {self.sections}"
@@ -86,10 +91,11 @@ class MRope(PositionalEncoding):
                 f"sections of mrope must sum to {width // 2}, half of the {width} rotated channels, got {self.sections} with the "
                 f"sum {sum(self.sections)}"
             )
-        frequencies = geometric_frequencies(self.theta, width)
+        scaling = self.scaling or Scaling()
+        frequencies = scaling.frequencies(self.theta, width)
         axis_of = _mrope_axes(self.sections, self.layout)
         phases = (angles_by_channel(_by_pair(tokens.on_axes(3), axis_of), frequencies) for tokens in (inputs.q, inputs.k))
-        return ScoreModifications((_rotation(*phases, pairing=self.pairing),))
+        return ScoreModifications((_rotation(*phases, gain=scaling.gain(), pairing=self.pairing),))
 
 
 mrope = MRope
@@ -118,9 +124,14 @@ def _by_pair(coordinates: Array, axis_of: np.ndarray) -> Array:
     return jnp.broadcast_to(chosen, (*coordinates.shape[:-1], len(axis_of)))
 
 
-def _rotation(query_phase: Array, key_phase: Array, **how: Any) -> Rotate:
-    """Returns a rotation by phases [B, T, R / 2] that all heads share."""
-    return Rotate(query_phase[:, :, None], key_phase[:, :, None], learned=False, **how)
+def _rotation(query_phase: Array, key_phase: Array, *, gain: float = 1.0, **how: Any) -> Rotate:
+    """Returns a rotation by phases [B, T, R / 2] that all heads share, with one gain."""
+
+    def gain_of(phase: Array) -> Array | None:
+        return None if gain == 1 else jnp.full((1, phase.shape[1], 1, 1), gain, jnp.float32)
+
+    query_gain, key_gain = gain_of(query_phase), gain_of(key_phase)
+    return Rotate(query_phase[:, :, None], key_phase[:, :, None], query_gain, key_gain, learned=False, **how)
 
 
 def mrope_positions(
@@ -208,7 +219,8 @@ class AxialRope(PositionalEncoding):
       widths: layout "widths": channels of each axis, even numbers with a sum of at most H; channels beyond are not rotated.
       order: the axes in the order of their channels; None is 0, 1, ... Coordinates usually begin with the row, so that (1, 0)
         rotates the first channels by the column, "x first" (rope-vit, SAM 2).
-      num_prefix_tokens: number of tokens at the start of a sequence that are not rotated: [CLS] and registers.
+      num_prefix_tokens: number of tokens at the start of a sequence that are not rotated, [CLS] and registers: ``place`` sets their
+        coordinates to zero. Without a model, ``axial_coordinates(..., num_prefix_tokens=...)`` does the same.
       scale: factor of coordinates: 2 pi in DINOv3, whose coordinates are turns.
       shift, jitter, rescale: augmentation in training (DINOv3), drawn in ``place`` once per call and not per image. Coordinates
         move by U(-shift, shift) and are multiplied by exp U(-ln jitter, ln jitter), both drawn for each axis, and by
@@ -246,7 +258,7 @@ class AxialRope(PositionalEncoding):
 
     def place(self, tokens: Tokens, key: Array | None = None) -> Array | None:
         if key is None or (self.shift, self.jitter, self.rescale) == (None, None, None):
-            return tokens.coordinates
+            return _without_prefix(tokens, tokens.coordinates, self.axes, self.num_prefix_tokens)
         coordinates = tokens.on_axes(self.axes).astype(jnp.float32)
         keys = jax.random.split(key, 3)
         size = (1, 1, coordinates.shape[-1])
@@ -255,7 +267,7 @@ class AxialRope(PositionalEncoding):
         for draw, factor, shape in ((keys[1], self.jitter, size), (keys[2], self.rescale, (1, 1, 1))):
             if factor is not None:
                 coordinates *= jnp.exp(jax.random.uniform(draw, shape, minval=-math.log(factor), maxval=math.log(factor)))
-        return coordinates
+        return _without_prefix(tokens, coordinates, self.axes, self.num_prefix_tokens)
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         widths = self._widths(inputs.query.shape[-1])
@@ -265,7 +277,7 @@ class AxialRope(PositionalEncoding):
             parts = [ladder[place :: self.axes] for place in range(self.axes)]
         else:
             parts = [geometric_frequencies(self.theta, width) for width in widths]
-        at = [_without_prefix(tokens, self.axes, self.num_prefix_tokens) for tokens in (inputs.q, inputs.k)]
+        at = [tokens.on_axes(self.axes) for tokens in (inputs.q, inputs.k)]
         if self.layout in ("blocks", "widths") and self.pairing == "half":  # each axis has pairs of its own
             blocks = [(np.array([axis]).repeat(len(part)), part) for axis, part in zip(order, parts, strict=True)]
         else:
@@ -297,11 +309,11 @@ class AxialRope(PositionalEncoding):
 axial_rope = AxialRope
 
 
-def _without_prefix(tokens: Tokens, axes: int, num_prefix_tokens: int) -> Array:
-    """Returns the coordinates [B, T, A], zero for the first tokens of a sequence, which are then not rotated."""
-    coordinates = tokens.on_axes(axes)
+def _without_prefix(tokens: Tokens, coordinates: Array | None, axes: int, num_prefix_tokens: int) -> Array | None:
+    """Returns coordinates that are zero, and thus rotate by nothing, for the first tokens of a sequence."""
     if not num_prefix_tokens:
         return coordinates
+    coordinates = tokens.on_axes(axes) if coordinates is None else coordinates
     return jnp.where((tokens.order < num_prefix_tokens)[..., None], jnp.zeros((), coordinates.dtype), coordinates)
 
 
@@ -362,7 +374,7 @@ class RopeMixed(PositionalEncoding):
     Args:
       theta: base of the initial frequencies.
       pairing: as in ``rope``; "interleaved" in rope-vit.
-      num_prefix_tokens: number of tokens at the start of a sequence that are not rotated: [CLS].
+      num_prefix_tokens: number of tokens at the start of a sequence that are not rotated, as in ``axial_rope``.
 
     Raises:
       ValueError: theta is not one positive number, or (in ``init``) H is not a multiple of 4.
@@ -385,12 +397,15 @@ class RopeMixed(PositionalEncoding):
         row = jnp.concatenate([magnitude * jnp.sin(angle), magnitude * jnp.cos(angle)], axis=1)
         return {"frequencies": jnp.stack([row, column])}
 
+    def place(self, tokens: Tokens, key: Array | None = None) -> Array | None:
+        return _without_prefix(tokens, tokens.coordinates, self.axes, self.num_prefix_tokens)
+
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
         heads, kv_heads, head_dim = *(x.shape[2] for x in (inputs.query, inputs.key)), inputs.query.shape[-1]
         frequencies = get_param(params, "frequencies", self.registered_name, (2, kv_heads, head_dim // 2)).astype(jnp.float32)
 
         def phase(tokens: Tokens, of_heads: Float[Array, "2 N R2"]) -> Array:
-            coordinates = _without_prefix(tokens, 2, self.num_prefix_tokens)[..., None, None]
+            coordinates = tokens.on_axes(2)[..., None, None]
             row, column = (angles_of_learned(coordinates[:, :, axis], of_heads[axis][None, None]) for axis in range(2))
             return row + column
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posjax.checks import near, short
+from posjax.checks import INT32, check, checked, near, short
 from posjax.core.chain import chain
 from posjax.core.encoding import PositionalEncoding, identity
 from posjax.core.structures import Pairing
@@ -108,6 +108,7 @@ _ROPE_LIKE = re.compile(r"rope|rotary|mscale")
 _KEY_OF = {"original_max_length": "original_max_position_embeddings"}
 
 
+@checked(layer=dict(least=0))
 def rope_from_config(
     config: Config | str | os.PathLike, layer_type: str | None = None, *, layer: int | None = None
 ) -> PositionalEncoding:
@@ -136,7 +137,7 @@ def rope_from_config(
         and its value.
     """
     config = _read(config)
-    model = config.get("model_type") or ""
+    model = check("model_type", config.get("model_type"), str | None) or ""
     _check_outside(config, model)
     layer_type = _layer_type(config, layer_type, layer)
     if not _rotates(config, layer_type, layer):
@@ -153,7 +154,7 @@ def rope_from_config(
     rotated, head_dim = _rotated_channels(config, parameters, kind)
     scaling = _scaling(kind, config, parameters, rotated)
     if "mrope_section" in parameters:
-        encoding = _mrope(config, parameters, kind, theta, rotated, pairing)
+        encoding = _mrope(config, parameters, scaling, theta, rotated, pairing)
     else:
         latent = bool(config.get("qk_rope_head_dim"))
         fraction = rotated if head_dim is None else rotated / head_dim
@@ -202,28 +203,44 @@ def _check_outside(config: Config, model: str) -> None:
         )
 
 
+def _integer(config: Config, key: str, least: int = 1, most: int = 2**20) -> int | None:
+    """Returns an integer of a configuration, None if it is null or not given."""
+    return check(key, config.get(key), int | None, least=least, most=most)
+
+
+def _number(config: Config, key: str) -> float | None:
+    """Returns a number of a configuration, None if it is null or not given."""
+    return check(key, config.get(key), float | None)
+
+
 def _unsupported(key: str, value: Any, supported: Any, where: str = "") -> ValueError:
+    words = (
+        ", ".join(sorted(supported))
+        if len(supported) < 16
+        else "rope_parameters, rope_scaling, rope_theta and partial_rotary_factor"
+    )
+    got = short(value)
+    got = got if len(got) <= 60 else f"{got[:57]}..."
     return ValueError(
-        f"the key {key!r} of a configuration{where} is not supported, got {short(value)}; supported are "
-        f"{', '.join(sorted(supported))}{near(key, supported)}"
+        f"the key {key!r} of a configuration{where} is not supported, got {got}; supported are {words}{near(key, supported)}"
     )
 
 
 def _layers(config: Config) -> Sequence[str] | None:
     """Returns the type of every layer; None if the configuration does not say."""
-    types, count = config.get("layer_types"), config.get("num_hidden_layers")
-    if isinstance(types, Sequence) and not isinstance(types, str):
+    types, count = check("layer_types", config.get("layer_types"), tuple[str, ...] | None), _integer(config, "num_hidden_layers")
+    if types is not None:
         return types
     model = config.get("model_type")
-    if not isinstance(count, int):
+    if count is None:
         return None
     if model in ("modernbert", "modernbert-decoder"):
-        every = config.get("global_attn_every_n_layers", 3)
+        every = _integer(config, "global_attn_every_n_layers") or 3
         return ["sliding_attention" if n % every else "full_attention" for n in range(count)]
     if model not in _PATTERN:
         return None
-    every = config.get("sliding_window_pattern", _PATTERN[model])
-    if isinstance(every, str):  # "LLLG": local, local, local, global
+    every = check("sliding_window_pattern", config.get("sliding_window_pattern", _PATTERN[model]), int | str | None, least=0)
+    if isinstance(every, str) and every:  # "LLLG": local, local, local, global
         return ["sliding_attention" if every[n % len(every)] == "L" else "full_attention" for n in range(count)]
     return ["sliding_attention" if every and (n + 1) % every else "full_attention" for n in range(count)]
 
@@ -232,9 +249,9 @@ def _layer_type(config: Config, layer_type: str | None, layer: int | None) -> st
     """Returns the type of the layer after checks; None if it is not known."""
     types, nested = _layers(config), _nested(config)
     if layer is not None:
-        count = config.get("num_hidden_layers") or (len(types) if types else None)
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 or (isinstance(count, int) and layer >= count):
-            raise ValueError(f"layer must be an index of a layer, from 0 to {count - 1 if count else '...'}, got {layer!r}")
+        count = _integer(config, "num_hidden_layers") or (len(types) if types else None)
+        if count is not None and layer >= count:
+            raise ValueError(f"layer must be below the number of layers, {count}, got {layer}")
         own = types[layer] if types and layer < len(types) else None
         if layer_type is not None and own is not None and layer_type != own:
             raise ValueError(f"layer_type must be the type of layer {layer}, {own!r}, or None, got {layer_type!r}")
@@ -306,19 +323,20 @@ def _rotates(config: Config, layer_type: str | None, layer: int | None) -> bool:
 
 def _no_rope_layers(config: Config) -> Sequence[Any] | None:
     """Returns a number for every layer, 0 where it does not rotate; None if that does not depend on the index."""
-    given, count = config.get("no_rope_layers"), config.get("num_hidden_layers")
+    given, count = (
+        check("no_rope_layers", config.get("no_rope_layers"), tuple[int, ...] | None),
+        _integer(config, "num_hidden_layers"),
+    )
     if given:
-        if not isinstance(given, Sequence) or any(value not in (0, 1) for value in given):
+        if any(value not in (0, 1) for value in given):
             raise ValueError(f"no_rope_layers must be a list of 0 and 1, one for each layer, got {short(given)}")
-        if isinstance(count, int) and len(given) < count:
+        if count is not None and len(given) != count:
             raise ValueError(f"no_rope_layers must have a number for each of {count} layers, got {len(given)}")
         return given
-    every = config.get("no_rope_layer_interval", _NOPE_INTERVAL.get(config.get("model_type") or ""))
+    every = _integer(config, "no_rope_layer_interval") or _NOPE_INTERVAL.get(config.get("model_type") or "")
     if every is None:
         return None
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"no_rope_layer_interval must be a positive integer, got {short(every)}")
-    return [int((n + 1) % every != 0) for n in range(count if isinstance(count, int) else every)]
+    return [int((n + 1) % every != 0) for n in range(every if count is None else count)]
 
 
 def _parameters(config: Config, layer_type: str | None) -> tuple[dict[str, Any] | None, bool]:
@@ -373,24 +391,16 @@ def _check_inside(parameters: Config, kind: str, model: str) -> None:
         raise _unsupported("alpha", parameters["alpha"], known - {"alpha"}, f" with rope_type 'dynamic' and model_type {model!r}")
 
 
-def _number(config: Config, key: str) -> float | None:
-    value = config.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise ValueError(f"{key} must be a number, got {short(value)}")
-    return value
-
-
 def _theta(config: Config, parameters: Config, is_local: bool, layer: int | None) -> float:
     """Returns the base of frequencies: of the layer, of its parameters, of the configuration around them, or of the model type."""
     model = config.get("model_type") or ""
     if (by_layer := config.get("layer_rope_theta")) is not None:
-        if not isinstance(by_layer, Sequence) or isinstance(by_layer, str) or not by_layer:
-            raise ValueError(f"layer_rope_theta must be a list of numbers, one for each layer, got {short(by_layer)}")
+        by_layer = check("layer_rope_theta", by_layer, tuple[float, ...], least=0) or (0.0,)
         if layer is None and len(set(by_layer)) > 1:
             raise ValueError("layer must be the index of a layer, because layers differ in layer_rope_theta, got None")
         if layer is not None and layer >= len(by_layer):
             raise ValueError(f"layer_rope_theta must have a number for each layer, got {len(by_layer)} numbers for layer {layer}")
-        return _number({"layer_rope_theta": by_layer[layer or 0]}, "layer_rope_theta") or 0.0
+        return float(by_layer[layer or 0])
     outside = ("rope_local_base_freq", "local_rope_theta") if is_local else ("global_rope_theta", "rope_theta")
     given = [_number(parameters, "rope_theta"), *(_number(config, key) for key in outside)]
     given += [_number(config, key) for key in ("rotary_emb_base",)]
@@ -408,13 +418,13 @@ def _pairing(config: Config) -> Pairing:
 
 
 def _head_dim(config: Config) -> int | None:
-    if config.get("qk_rope_head_dim"):
-        return int(config["qk_rope_head_dim"]) + int(config.get("qk_nope_head_dim") or 0)
-    if isinstance(given := config.get("head_dim"), int):
+    if latent := _integer(config, "qk_rope_head_dim", least=0):
+        return latent + (_integer(config, "qk_nope_head_dim", least=0) or 0)
+    if (given := _integer(config, "head_dim")) is not None:
         return given
     if (default := _HEAD_DIM.get(config.get("model_type") or "")) is not None:
         return default
-    sizes = [next((config[key] for key in keys if isinstance(config.get(key), int)), None) for keys in (_WIDTHS, _HEADS)]
+    sizes = [next(filter(None, (_integer(config, key) for key in keys)), None) for keys in (_WIDTHS, _HEADS)]
     return sizes[0] // sizes[1] if sizes[0] and sizes[1] else None
 
 
@@ -425,10 +435,10 @@ def _rotated_channels(config: Config, parameters: Config, kind: str) -> tuple[fl
     """Returns the number of rotated channels and the head dimension; or the fraction of channels and None."""
     head_dim, model = _head_dim(config), config.get("model_type") or ""
     if latent := config.get("qk_rope_head_dim"):  # head_dim and partial_rotary_factor only repeat it, in several ways
-        return int(latent), head_dim
-    rotary_dim = config.get("rotary_dim", _ROTARY_DIM.get(model))
+        return latent, head_dim
+    rotary_dim = _integer(config, "rotary_dim") or _ROTARY_DIM.get(model)
     if rotary_dim is not None:
-        if head_dim is None or not isinstance(rotary_dim, int) or not 0 < rotary_dim <= head_dim:
+        if head_dim is None or not 0 < rotary_dim <= head_dim:
             raise ValueError(f"rotary_dim must be an integer from 1 to the head dimension, {head_dim}, got {short(rotary_dim)}")
         rotated_width(head_dim, rotary_dim / head_dim)
         return rotary_dim, head_dim
@@ -460,10 +470,10 @@ def _built(make: Any, **arguments: Any) -> Any:
 
 def _original_length(config: Config, parameters: Config) -> int:
     """Returns the length of sequences in training: outside the parameters, inside them, or ``max_position_embeddings``."""
-    places = (config, "original_max_position_embeddings"), (parameters, "original_max_position_embeddings")
-    for place, key in (*places, (config, "max_position_embeddings")):
-        if (value := _number(place, key)) is not None:
-            return int(value) if value == int(value) else value  # type: ignore[return-value]  # the scaling refuses fractions
+    original = "original_max_position_embeddings"
+    for place, key in ((config, original), (parameters, original), (config, "max_position_embeddings")):
+        if (value := _integer(place, key, most=INT32)) is not None:
+            return value
     raise ValueError("original_max_position_embeddings or max_position_embeddings must be given, got neither")
 
 
@@ -494,7 +504,7 @@ def _scaling(kind: str, config: Config, parameters: Config, rotated: float) -> s
     if kind == "dynamic":
         if given.get("alpha"):  # HunYuan: a fixed base, although the type says otherwise
             return _built(scalings.ntk_scaling, factor=given["alpha"])
-        if (longest := _number(config, "max_position_embeddings")) is None:
+        if (longest := _integer(config, "max_position_embeddings", most=INT32)) is None:
             raise ValueError("max_position_embeddings must be given for rope_type 'dynamic', got none")
         return _built(scalings.dynamic_ntk_scaling, factor=need("factor"), original_max_length=longest)
     if kind == "llama3":
@@ -527,10 +537,8 @@ def _scaling(kind: str, config: Config, parameters: Config, rotated: float) -> s
     return None
 
 
-def _mrope(config: Config, parameters: Config, kind: str, theta: float, rotated: float, pairing: Pairing) -> PositionalEncoding:
+def _mrope(config: Config, parameters: Config, scaling: Any, theta: float, rotated: float, pairing: Pairing) -> PositionalEncoding:
     """Returns M-RoPE with the sections of a configuration."""
-    if kind != "default":
-        raise ValueError(f"rope_type must be 'default' with mrope_section, got {kind!r}")
     sections = parameters["mrope_section"]
     if not isinstance(sections, list | tuple) or len(sections) != 3 or not all(isinstance(n, int) for n in sections):
         raise ValueError(f"mrope_section must be three numbers of pairs, got {short(sections)}")
@@ -543,7 +551,8 @@ def _mrope(config: Config, parameters: Config, kind: str, theta: float, rotated:
             f"mrope_section must sum to half of the {round(fraction * head_dim)} rotated channels, got {short(sections)} with "
             f"the sum {sum(sections)}"
         )
-    return _built(mrope, sections=tuple(sections), layout=layout, theta=theta, fraction=fraction, pairing=pairing)
+    arguments = dict(sections=tuple(sections), layout=layout, theta=theta, fraction=fraction, pairing=pairing, scaling=scaling)
+    return _built(mrope, **arguments)
 
 
 # Scales of queries ---------------------------------------------------------------------------------------------------

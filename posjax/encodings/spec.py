@@ -196,7 +196,8 @@ def _construct(call: ast.Call, spec: str, settings: Sequence[Any]) -> Positional
 def _called(name: str | None, make: Callable[..., Any], args: list[Any], keywords: dict[str, Any], spec: str) -> Any:
     """Returns make(*args, **keywords), with errors that quote the text."""
     signature = inspect.signature(make)
-    usage = f"{name}{signature.replace(return_annotation=inspect.Signature.empty)}"
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    usage = f"{name}{signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)}"
     try:
         signature.bind(*args, **keywords)
         return make(*args, **keywords)

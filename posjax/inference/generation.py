@@ -43,6 +43,7 @@ def stream(
     stop_tokens: Sequence[int] = (),
     chunk: int = 256,
     window: int | None = None,
+    coordinates: Sequence[Any] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the next token of every row, int32 [B], until all rows have stopped or ``max_new_tokens`` tokens are generated.
 
@@ -60,10 +61,12 @@ def stream(
       chunk: number of prompt tokens that are processed at a time.
       window: number of earlier tokens that are kept and attended to, in constant memory. None means all, or the model's local
         window.
+      coordinates: B arrays [tokens of the prompt, A] for encodings that read coordinates, such as those of ``mrope_positions``. New
+        tokens continue from a row's own largest coordinate plus one, on all axes. None: coordinates are the positions.
 
     Raises (when called, before anything is compiled):
       ValueError: there are no prompts, one is empty, ids lie outside the vocabulary, a size is below 1, there are more tokens than
-        the encoding supports, or the model cannot decode.
+        the encoding supports, coordinates do not fit the prompts, or the model cannot decode.
     """
     for name, size in (("max_new_tokens", max_new_tokens), ("chunk", chunk), ("window", window)):
         if size is not None or name != "window":
@@ -94,15 +97,32 @@ def stream(
             )
     width = min(chunk, _rounded(longest))
     chunks = -(-longest // width)
-    cache = model.init_cache(len(rows), _rounded(chunks * width + max_new_tokens), window=window)
+    at = None if coordinates is None else _padded_coordinates(coordinates, rows, chunks * width)
+    length, dtype = _rounded(chunks * width + max_new_tokens), None if at is None else at.dtype
+    cache = model.init_cache(len(rows), length, window=window, coordinate_dtype=dtype)
     tokens = np.zeros((len(rows), chunks * width), np.int32)
     segments = np.zeros_like(tokens)
     for number, row in enumerate(rows):
         tokens[number, : len(row)] = row
         segments[number, : len(row)] = 1
-    pieces = [(part[0], part[1]) for part in zip(*(np.split(x, chunks, axis=1) for x in (tokens, segments)), strict=True)]
+    split = [[None] * chunks if x is None else np.split(x, chunks, axis=1) for x in (tokens, segments, at)]
+    pieces = [*zip(*split, strict=True)]
     key = jax.random.key(seed)
     return _tokens(with_params, params, cache, pieces, key, max_new_tokens, sampling, frozenset(stop_tokens))
+
+
+def _padded_coordinates(coordinates: Any, rows: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """Returns the coordinates of all prompts as one array [B, length, A], int32 or float32, with zeros behind each prompt."""
+    each = [np.asarray(x) for x in coordinates] if isinstance(coordinates, Sequence) or is_array(coordinates) else []
+    axes = each[0].shape[-1] if each and each[0].ndim else 0
+    if [x.shape for x in each] != [(len(row), axes) for row in rows] or any(x.dtype.kind not in "iuf" for x in each):
+        got = [x.shape for x in each] or short(coordinates)
+        raise ValueError(f"coordinates must be one array [tokens, axes] for each of the {len(rows)} prompts, got {got}")
+    dtype = np.float32 if any(x.dtype.kind == "f" for x in each) else np.int32
+    padded = np.zeros((len(rows), length, axes), dtype)
+    for row, x in zip(padded, each, strict=True):
+        row[: len(x)] = x
+    return padded
 
 
 def _is_id(token: Any) -> bool:
@@ -117,15 +137,15 @@ def _tokens(
     with_params: Callable,
     params: Params,
     cache: Any,
-    pieces: Sequence[tuple[np.ndarray, np.ndarray]],
+    pieces: Sequence[tuple[Any, ...]],
     key: Array,
     count: int,
     sampling: Sampling,
     stops: frozenset[int],
 ) -> Iterator[np.ndarray]:
     logits = jnp.zeros((len(pieces[0][0]), with_params(params).config.vocab_size))
-    for tokens, segments in pieces:
-        logits, cache = _read(with_params, params, tokens, segments, logits, cache)
+    for tokens, segments, coordinates in pieces:
+        logits, cache = _read(with_params, params, tokens, segments, coordinates, logits, cache)
     active = np.ones(len(logits), bool)
     for number in range(count):
         token, logits, cache = _step(with_params, sampling, params, key, number, logits, cache)
@@ -137,11 +157,13 @@ def _tokens(
 
 
 @functools.partial(jax.jit, static_argnames="with_params", donate_argnames=("logits", "cache"))
-def _read(with_params, params: Params, tokens: Array, segments: Array, logits: Array, cache: Any) -> tuple[Array, Any]:
+def _read(
+    with_params, params: Params, tokens: Array, segments: Array, coordinates: Array | None, logits: Array, cache: Any
+) -> tuple[Array, Any]:
     """Writes one chunk of the prompts to the cache. Returns the logits after each row's last token so far, and the cache."""
     count = (segments != 0).sum(1)
     last = jnp.maximum(count - 1, 0)
-    new, cache = with_params(params).decode(tokens, cache, segment_ids=segments, logits_at=last)
+    new, cache = with_params(params).decode(tokens, cache, segment_ids=segments, coordinates=coordinates, logits_at=last)
     return jnp.where((count > 0)[:, None], new[:, 0], logits), cache
 
 

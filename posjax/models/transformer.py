@@ -231,7 +231,7 @@ class Transformer(nnx.Module):
           max_length: number of tokens that the cache holds, padding included. None means ``config.max_length``. It has no effect on
             layers with a local window, which cache only that window, or with linear attention, which cache only running sums.
           window: number of earlier tokens that are kept and attended to; ``config.local_window_size`` applies if it is smaller.
-          coordinate_dtype: dtype of the coordinates that ``decode`` will receive; None if it will receive none.
+          coordinate_dtype: dtype of the coordinates that calls of ``decode`` will receive; None if none will receive any.
 
         Raises:
           ValueError: the model is an encoder, window is set with linear attention, or a size is below 1.
@@ -277,7 +277,8 @@ class Transformer(nnx.Module):
           cache: the cache returned by ``init_cache`` or by the previous call.
           positions: positions of the tokens, [B, T] or [1, T]. None continues from the last token of each row.
           segment_ids: segment of each token. 0 marks padding, which no token attends to. None puts all tokens in segment 1.
-          coordinates: as in ``__call__``, for a cache that was made with a ``coordinate_dtype``.
+          coordinates: as in ``__call__``, for a cache that was made with a ``coordinate_dtype``. None continues each row from its
+            own largest coordinate plus one, on all axes.
           logits_at: index below T of the token of each row whose logits are returned, [B, 1, V]; None returns those of all tokens.
 
         Returns:
@@ -300,6 +301,9 @@ class Transformer(nnx.Module):
         first = jax.tree.map(lambda x: x[0], cache[0])
         positions, segments = kv_cache.next_positions(first, tokens.shape[1], positions, segment_ids)
         segments = None if segment_ids is None else segments
+        if coordinates is None and isinstance(first, kv_cache.Cache) and first.next_coordinate is not None:
+            axes = max(encoding.axes for encoding in self.encodings)
+            coordinates = kv_cache.next_coordinates(first, positions, axes)
         hidden, _, cache = self._hidden(tokens, positions, segments, coordinates, cache=cache)
         if logits_at is not None:
             hidden = jnp.take_along_axis(hidden, logits_at[:, None, None], axis=1)

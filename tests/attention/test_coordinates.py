@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from backends import BACKENDS
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 from suite import normal
@@ -107,11 +108,11 @@ def test_the_cache(kind):
 
 def test_a_cache_must_have_been_made_for_them():
     plain = kv_cache.init_cache(pj.rope(), DIMS, B, max_length=T)
-    with pytest.raises(ValueError, match="the cache, which was created without a coordinate_dtype, got an array"):
+    with pytest.raises(ValueError, match="None for a cache that was created without a coordinate_dtype, got an array"):
         kv_cache.attend(*operands(), pj.rope(), {}, plain, coordinates=jnp.zeros((T, 1)))
-    with pytest.raises(ValueError, match="the cache, which was created with a coordinate_dtype, got None"):
-        cache = kv_cache.init_cache(pj.rope(), DIMS, B, max_length=T, coordinate_dtype=jnp.float32)
-        kv_cache.attend(*operands(), pj.rope(), {}, cache)
+    three = kv_cache.init_cache(IN_SPACE, DIMS, B, max_length=T, coordinate_dtype=jnp.float32)
+    with pytest.raises(ValueError, match="coordinates must have the 3 axes of the cache, got 2"):
+        kv_cache.attend(*operands(), IN_SPACE, {}, three, coordinates=jnp.zeros((T, 2)))
 
 
 @pytest.mark.parametrize("encoding", [pj.rope(), pj.alibi(), pj.chain(pj.rope(), pj.cope(4))], ids=lambda e: e.name)
@@ -144,3 +145,66 @@ def test_the_transformer_and_its_decoder():
     first, cache = model.decode(tokens[:, :9], cache, coordinates=at[:, :9])
     rest, _ = model.decode(tokens[:, 9:], cache, coordinates=at[:, 9:])
     np.testing.assert_allclose(jnp.concatenate([first, rest], 1), whole, atol=1e-4)
+
+
+# Rotations by several coordinates, in a model ------------------------------------------------------------------------------------
+
+
+def mixed_layers():
+    """A model whose layers alternate between M-RoPE and no encoding."""
+    config = TransformerConfig(vocab_size=11, num_layers=2, embed_dim=24, num_heads=2, num_kv_heads=1, max_length=T)
+    return Transformer(config, [pj.identity(), pj.mrope((2, 2, 2), theta=100.0)], rngs=nnx.Rngs(0))
+
+
+def conversation():
+    """Tokens, segments and coordinates of two rows, the second left-padded: text, an image or a video, text."""
+    parts = [[2, (1, 2, 3), 4], [1, (6, 1, 1), 3]]
+    first, second = (pj.mrope_positions(row, merge_size=1)[0] for row in parts)
+    at = np.stack([first, np.concatenate([np.zeros((2, 3), np.int32), second])])
+    segments = np.ones(at.shape[:2], np.int32)
+    segments[1, :2] = 0
+    return np.random.default_rng(0).integers(0, 11, at.shape[:2]), segments, at
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("sizes", [(9, 1, 1, 1), (4, 5, 3)])
+def test_a_model_continues_each_row_from_its_largest_coordinate(sizes):
+    """The last three tokens of both rows are text, whose coordinates the cache continues."""
+    model, (tokens, segments, at) = mixed_layers(), conversation()
+    whole = model(jnp.asarray(tokens), segment_ids=jnp.asarray(segments), coordinates=at)
+    assert float(jnp.abs(whole - model(jnp.asarray(tokens), segment_ids=jnp.asarray(segments))).max()) > 1e-3
+    cache, outs, start = model.init_cache(2, coordinate_dtype=jnp.int32), [], 0
+    for size in sizes:
+        now = slice(start, start := start + size)
+        given = {"coordinates": at[:, now]} if start <= 9 else {}
+        out, cache = model.decode(jnp.asarray(tokens[:, now]), cache, segment_ids=jnp.asarray(segments[:, now]), **given)
+        outs.append(out)
+    real = segments[..., None] != 0
+    np.testing.assert_allclose(jnp.concatenate(outs, 1) * real, whole * real, atol=1e-4)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "xla"])
+@pytest.mark.parametrize(
+    "encoding",
+    [pj.mrope((2, 2, 2), "interleaved"), pj.axial_rope(layout="blocks"), pj.rope_mixed(), pj.xpos(), pj.pope()],
+    ids=lambda encoding: encoding.name,
+)
+def test_rotations_of_each_row_in_every_backend(encoding, backend):
+    """Two rows with coordinates of their own, forward and backward, equal dense attention of the rotated query and key."""
+    length = 136
+    query, key, value = normal(1, B, length, N, H), normal(2, B, length, K, H), normal(3, B, length, K, H)
+    params = encoding.init(jax.random.key(0), DIMS)
+    at = jnp.asarray(np.random.default_rng(4).integers(0, 60, (B, length, encoding.axes)), jnp.int32)
+
+    def loss(query, key, backend):
+        own = dict(is_causal=True, query_coordinates=at, key_coordinates=at)
+        out = backend(prepare(query, key, value, encoding, params, **own))
+        return (out * normal(5, B, length, N, H)).sum(), out
+
+    results = [
+        jax.jit(jax.value_and_grad(functools.partial(loss, backend=BACKENDS[name]), (0, 1), has_aux=True))(query, key)
+        for name in ("xla", backend)
+    ]
+    for want, got in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4 * max(1.0, float(jnp.abs(want).max())))

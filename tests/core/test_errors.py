@@ -75,6 +75,117 @@ BAD = {
     "Dims: key heads": (lambda: pj.Dims(4, 8, num_kv_heads=3), ValueError, r"num_kv_heads must divide num_heads=4, got 3"),
     # making an encoding
     "sinusoidal: theta": (lambda: pj.sinusoidal(0.0), ValueError, r"theta must be positive, got 0\.0; 10_000"),
+    # several axes
+    "mrope: two sections": (lambda: pj.mrope((4, 4)), ValueError, r"sections must be .*such as \(16, 24, 24\), got \(4, 4\)"),
+    "mrope: negative": (lambda: pj.mrope((-1, 4, 1)), ValueError, r"sections must be numbers of pairs .*got \(-1, 4, 1\)"),
+    "mrope: no pairs": (lambda: pj.mrope((0, 0, 0)), ValueError, r"sections must be numbers of pairs .*got \(0, 0, 0\)"),
+    "mrope: floats": (lambda: pj.mrope((1.0, 2, 1)), ValueError, r"sections must be .*got \(1\.0, 2, 1\)"),
+    "mrope: layout": (lambda: pj.mrope((2, 1, 1), "strided"), ValueError, r"layout must be 'blocks'.*got 'strided'"),
+    "mrope: no such pairs": (
+        lambda: pj.mrope((1, 1, 6), "interleaved"),
+        ValueError,
+        r"sections must fit layout='interleaved', in which pairs 1, 4, .* must exist, got \(1, 1, 6\)",
+    ),
+    "mrope: not alternating": (
+        lambda: pj.mrope((1, 3, 1), "alternating"),
+        ValueError,
+        r"sections must fit layout='alternating', in which height and width .*same number of pairs, got \(1, 3, 1\)",
+    ),
+    "mrope: another sum": (
+        lambda: call(pj.mrope((16, 24, 24))),
+        ValueError,
+        r"sections of mrope must sum to 4, half of the 8 rotated channels, got \(16, 24, 24\) with the sum 64",
+    ),
+    "mrope: a scaling by length": (
+        lambda: pj.mrope((2, 1, 1), scaling=pj.dynamic_ntk_scaling(2.0, 100)),
+        ValueError,
+        r"scaling of mrope must be .*does not depend on the length.*got dynamic_ntk_scaling",
+    ),
+    "mrope: two coordinates": (
+        lambda: call(pj.mrope((2, 1, 1)), query_coordinates=jnp.zeros((T, 2)), key_coordinates=jnp.zeros((T, 2))),
+        ValueError,
+        r"query_coordinates must have 3 axes for mrope, got 2",
+    ),
+    "mrope_positions: a number": (lambda: pj.mrope_positions(7), ValueError, r"parts must be a list such as .*got 7"),
+    "mrope_positions: two sizes": (lambda: pj.mrope_positions([(4, 4)]), ValueError, r"parts must be .*grids.*got \(4, 4\)"),
+    "mrope_positions: no frames": (lambda: pj.mrope_positions([(0, 4, 4)]), ValueError, r"parts must be .*got \(0, 4, 4\)"),
+    "mrope_positions: fewer than none": (lambda: pj.mrope_positions([-2]), ValueError, r"parts must have non-negative .*got -2"),
+    "mrope_positions: half a token": (
+        lambda: pj.mrope_positions([(1, 3, 4)]),
+        ValueError,
+        r"height and width of parts must be multiples of merge_size=2, got \(1, 3, 4\)",
+    ),
+    "mrope_positions: backwards": (
+        lambda: pj.mrope_positions([(2, 2, 2, -1.0)]),
+        ValueError,
+        r"seconds must be at least 0, got -1",
+    ),
+    "mrope_positions: merge": (lambda: pj.mrope_positions([1], merge_size=0), ValueError, r"merge_size must be .* 1, got 0"),
+    "axial_rope: one axis": (lambda: pj.axial_rope(1), ValueError, r"axes must be an integer .*2.*got 1"),
+    "axial_rope: five axes": (lambda: pj.axial_rope(5), ValueError, r"axes must be an integer from 2 to 4, got 5"),
+    "axial_rope: no widths": (
+        lambda: pj.axial_rope(layout="widths"),
+        ValueError,
+        r"widths must be given for layout='widths' and no other, got None",
+    ),
+    "axial_rope: odd widths": (
+        lambda: pj.axial_rope(2, "widths", widths=(3, 5)),
+        ValueError,
+        r"widths must be even .*for 2 axes.*got \(3, 5\)",
+    ),
+    "axial_rope: too wide": (
+        lambda: call(pj.axial_rope(2, "widths", widths=(6, 4))),
+        ValueError,
+        r"widths of axial_rope must sum .*head_dim=8, got \(6, 4\)",
+    ),
+    "axial_rope: order": (
+        lambda: pj.axial_rope(order=(1, 2)),
+        ValueError,
+        r"order must be a permutation of \(0, 1\), got \(1, 2\)",
+    ),
+    "axial_rope: jitter": (lambda: pj.axial_rope(jitter=0.5), ValueError, r"jitter must be at least 1, got 0\.5"),
+    "axial_rope: channels": (
+        lambda: call(pj.axial_rope(3)),
+        ValueError,
+        r"fraction \* head_dim must be a multiple of 6 for 3 axes .*got 8; layout='widths'",
+    ),
+    "axial_coordinates: no patches": (lambda: pj.axial_coordinates((0, 3)), ValueError, r"sizes must be 1 to 4 .*got \(0, 3\)"),
+    "axial_coordinates: normalize": (
+        lambda: pj.axial_coordinates((2, 3), normalize="mean"),
+        ValueError,
+        r"normalize must be 'separate'.*got 'mean'",
+    ),
+    "axial_coordinates: both": (
+        lambda: pj.axial_coordinates((2, 3), normalize="max", pretrained=(4, 4)),
+        ValueError,
+        r"pretrained must be 2 sizes, without normalize, got \(4, 4\) and normalize='max'",
+    ),
+    "rope_mixed: channels": (
+        lambda: pj.rope_mixed().init(jax.random.key(0), pj.Dims(4, 6)),
+        ValueError,
+        r"head_dim must be a multiple of 4 .*got 6",
+    ),
+    "rope_mixed: frequencies": (
+        lambda: call(pj.rope_mixed(), {"frequencies": ones(2, N, H)}),
+        ValueError,
+        r"params\['frequencies'\] of rope_mixed must have shape \(2, 2, 4\), got \(2, 4, 8\)",
+    ),
+    "xpos: base": (lambda: pj.xpos(0.0), ValueError, r"scale_base must be positive, got 0"),
+    "xpos: gamma": (lambda: pj.xpos(gamma=-0.4), ValueError, r"gamma must be positive, got -0\.4"),
+    "xpos: out of reach": (
+        lambda: call(pj.xpos(), query_positions=jnp.arange(T) + 40_000),
+        ValueError,
+        r"positions must be within 28328 of centre=0 for xpos in float32, got one at a distance of 40003; a larger scale_base",
+    ),
+    "pope: delta": (lambda: call(pj.pope(), {}), ValueError, r"params of pope must have the key 'delta', got \{\}"),
+    "log_scale: length": (lambda: pj.log_scale(0), ValueError, r"length must be an integer of at least 1, got 0"),
+    "log_scale: beta": (lambda: pj.log_scale(beta=-1.0), ValueError, r"beta must be at least 0, got -1"),
+    "log_scale: rule": (
+        lambda: pj.log_scale(rule="yarn"),
+        ValueError,
+        r"rule must be 'llama4', 'ministral3' or 'inkling', got 'yarn'",
+    ),
+    # rope
     "rope: theta": (lambda: pj.rope(theta=-1.0), ValueError, r"theta must be positive, got -1\.0; 10_000"),
     "rope: several thetas": (lambda: pj.rope(jnp.ones(3)), ValueError, r"theta must be one number, .*got shape \(3,\); 10_000"),
     "rope: several traced thetas": (

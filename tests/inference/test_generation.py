@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from suite import noisy
 
+import posjax as pj
 from posjax import cli
 from posjax.encodings.spec import parse_encoding
 from posjax.inference import generation
@@ -147,6 +148,27 @@ def test_rows_of_one_batch_are_what_each_is_alone(rope_cope):
     assert [row.tolist() for row in rows] == [row[:end] for row, end in zip(expected, ends, strict=True)]
     rows = generate(*rope_cope, PROMPTS[:1] * 3, max_new_tokens=14, sampling=GREEDY, chunk=4, stop_tokens=expected[0][:1])
     assert [row.size for row in rows] == [0, 0, 0]
+
+
+@pytest.mark.thorough
+def test_prompts_with_coordinates_continue_from_their_largest():
+    """Two prompts with images, of different lengths, in chunks: each token equals that of the model on the whole sequence."""
+    config = TransformerConfig(vocab_size=17, num_layers=2, embed_dim=24, num_heads=2, max_length=32)
+    with_params, params = functional(Transformer(config, pj.mrope((2, 2, 2), theta=100.0), rngs=nnx.Rngs(1)))
+    params = noisy(params)
+    coordinates = [pj.mrope_positions(parts, merge_size=1)[0] for parts in ([2, (1, 2, 3), 1], [1, (5, 1, 1)])]
+    prompts = [[5, 3, 8, 1, 16, 4, 2, 9, 11], [7, 1, 12, 3, 3, 6]]
+    rows = generate(with_params, params, prompts, max_new_tokens=4, sampling=GREEDY, chunk=4, coordinates=coordinates)
+    for prompt, at, row in zip(prompts, coordinates, rows, strict=True):
+        tokens = list(prompt)
+        for _ in range(4):
+            more = np.repeat(at.max() + 1 + np.arange(len(tokens) - len(prompt))[:, None], 3, axis=1)
+            logits = with_params(params)(jnp.asarray([tokens]), coordinates=np.concatenate([at, more]).astype(np.int32))
+            tokens.append(int(logits[0, -1].argmax()))
+        assert row.tolist() == tokens[len(prompt) :]
+    for wrong in (coordinates[:1], [coordinates[0], coordinates[0]], 3, [coordinates[0], coordinates[1][:, :2]]):
+        with pytest.raises(ValueError, match=r"coordinates must be one array .* for each of the 2 prompts, got"):
+            generate(with_params, params, prompts, max_new_tokens=4, coordinates=wrong)
 
 
 def test_every_token_is_drawn_anew(rope_cope):

@@ -1,6 +1,6 @@
 """Writes tests/parity/golden/*.npz: what other people's packages answer, so that CI without torch can ask the same.
 
-    pip install torch x-transformers transformers rotary-embedding-torch
+    pip install torch x-transformers transformers rotary-embedding-torch diffusers && pip install --no-deps timm PoPE-pytorch
     python tests/parity/make_golden.py
 
 The files hold float32 inputs, float32 answers (float64 arithmetic where the package allows it), and the versions
@@ -12,12 +12,16 @@ import importlib.metadata
 import json
 import math
 import pathlib
+import sys
 import types
 
 import numpy as np
 import torch
 import transformers
+from diffusers.models.embeddings import apply_rotary_emb as apply_flux
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from ours import tensors_of
+from PoPE_pytorch.pope import PoPE
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 from transformers import T5Config
 from transformers.models.bloom import modeling_bloom as bloom
@@ -30,14 +34,15 @@ from x_transformers.x_transformers import CoPE
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 PACKAGES = ("torch", "x-transformers", "transformers", "rotary-embedding-torch", "numpy")
+AXES_PACKAGES = ("torch", "timm", "diffusers", "PoPE-pytorch", "numpy")
 
 
 def torch64(array):
     return torch.from_numpy(np.asarray(array)).double()
 
 
-def save(name, **arrays):
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+def save(name, packages=PACKAGES, **arrays):
+    versions = {package: importlib.metadata.version(package) for package in packages}
     narrow = {key: array.astype(np.float32) if array.dtype == np.float64 else array for key, array in arrays.items()}
     FOLDER.mkdir(exist_ok=True)
     np.savez_compressed(FOLDER / f"{name}.npz", versions=np.array(json.dumps(versions)), **narrow)
@@ -219,6 +224,46 @@ def make_sinusoidal():
     save("sinusoidal", table=table.numpy())
 
 
+# --- several axes: timm, diffusers, PoPE-pytorch -----------------------------------------------------------------
+
+
+def timm_sincos():
+    """timm's rotations without timm itself, which needs torchvision."""
+    for name in ("timm", "timm.layers"):
+        package = types.ModuleType(name)
+        folder = pathlib.Path(importlib.metadata.distribution("timm").locate_file(""))
+        package.__path__ = [str(folder / name.replace(".", "/"))]
+        sys.modules[name] = package
+    return importlib.import_module("timm.layers.pos_embed_sincos")
+
+
+def make_axes():
+    """RoPE-Mixed, EVA's rescaled grid, DINOv3's coordinates, FLUX's widths and PoPE on small inputs."""
+    timm, (query,) = timm_sincos(), normal(8, (1, 15, 2, 24))
+    heads = torch.from_numpy(query).transpose(1, 2)
+    arrays = {"query": query}
+    frequencies = torch.from_numpy(normal(9, (2, 2, 12))[0])
+    x, y = timm.get_mixed_grid([3, 5], "xy")  # columns are the first coordinate, as rope-vit's
+    mixed = timm.get_mixed_freqs(frequencies, x, y)
+    arrays |= {"mixed_frequencies": frequencies.numpy()}
+    arrays["mixed"] = timm.apply_rot_embed_cat(heads, mixed).transpose(1, 2).numpy()
+    eva = timm.RotaryEmbeddingCat(24, in_pixels=False, feat_shape=[3, 5], ref_feat_shape=[16, 16]).get_embed()
+    arrays["eva"] = timm.apply_rot_embed_cat(heads, eva).transpose(1, 2).numpy()
+    for normalize in ("separate", "min", "max"):
+        arrays[f"dinov3_{normalize}"] = timm.make_coords_dinov3(3, 5, normalize).numpy()
+    at = np.random.default_rng(10).integers(0, 60, (15, 3))
+    widths = (4, 8, 12)
+    parts = [get_1d_rotary_pos_embed(w, torch64(at[:, a]), use_real=True, freqs_dtype=torch.float64) for a, w in enumerate(widths)]
+    cos, sin = (torch.cat(side, -1) for side in zip(*parts, strict=True))
+    arrays |= {"flux_coordinates": at, "flux": apply_flux(heads, (cos, sin)).transpose(1, 2).numpy()}
+    delta, (key,) = np.random.default_rng(11).uniform(-7, 1, (2, 24)).astype(np.float32), normal(12, (1, 15, 2, 24))
+    pope = PoPE(24, heads=2)
+    pope.bias.data = torch.from_numpy(delta)
+    q, k = pope.apply_pope_to_qk(pope(15), heads, torch.from_numpy(key).transpose(1, 2))
+    arrays |= {"key": key, "delta": delta, "pope_scores": (q.double() @ k.double().transpose(-1, -2)).detach().numpy()}
+    save("axes", AXES_PACKAGES, **arrays)
+
+
 # --- whole models ------------------------------------------------------------------------------------------------
 
 TINY = dict(vocab_size=11, num_hidden_layers=2, num_attention_heads=2, hidden_size=12, max_position_embeddings=16)
@@ -257,7 +302,7 @@ def make_families():
 
 
 if __name__ == "__main__":
-    for make in (make_cope, make_alibi, make_t5, make_rope, make_sinusoidal, make_families):
+    for make in (make_cope, make_alibi, make_t5, make_rope, make_sinusoidal, make_axes, make_families):
         make()
     for path in sorted(FOLDER.glob("*.npz")):
         print(f"{path.name:20s} {path.stat().st_size / 1000:6.1f} kB")

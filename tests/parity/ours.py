@@ -78,6 +78,14 @@ def rotate(encoding, query, key, positions, params=None):
     return turned(encoding, params or {}, inputs_of(query, key, key, positions, positions))
 
 
+def rotate_at(encoding, query, key, coordinates, params=None):
+    """Rotated query and key at coordinates [T, A] or [B, T, A]."""
+    inputs = inputs_of(query, key, key)
+    coordinates = jnp.asarray(coordinates).reshape(-1, *np.shape(coordinates)[-2:])
+    q, k = (dataclasses.replace(side, coordinates=coordinates) for side in (inputs.q, inputs.k))
+    return turned(encoding, params or {}, dataclasses.replace(inputs, q=q, k=k))
+
+
 def dense_bias(encoding, params, query, key, value, is_causal, query_positions=None, hidden=None):
     """[B, N, T, S] sum of the encoding's biases, each evaluated as one tile over everything."""
     query, key, value = (jnp.asarray(x) for x in (query, key, value))

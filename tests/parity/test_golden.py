@@ -25,6 +25,7 @@ from ours import (
     normal,
     random_leaves,
     rotate,
+    rotate_at,
     tensors_of,
     turned,
     visible,
@@ -358,6 +359,37 @@ def test_tupe_without_reset_is_the_plain_position_product():
     query, key, value = normal(15, *[(2, 20, 2, 8)] * 3)
     want, _ = references.tupe_attention(query, key, value, product / 4, np.ones((20, 20), bool))
     close(attention(query, key, value, encoding, params), want)
+
+
+# --- several axes ------------------------------------------------------------------------------------------------
+
+
+def test_rope_mixed_equals_timm_whose_first_frequency_is_of_columns():
+    data, at = golden("axes"), pj.axial_coordinates((3, 5))
+    params = {"frequencies": jnp.asarray(data["mixed_frequencies"][::-1])}
+    close(rotate_at(pj.rope_mixed(), data["query"], data["query"], at, params)[0], data["mixed"])
+
+
+def test_axial_rope_equals_timm_on_a_grid_rescaled_as_in_eva():
+    data, at = golden("axes"), pj.axial_coordinates((3, 5), pretrained=(16, 16))
+    close(rotate_at(pj.axial_rope(pairing="interleaved"), data["query"], data["query"], at)[0], data["eva"])
+
+
+@pytest.mark.parametrize("normalize", ["separate", "min", "max"])
+def test_dinov3_coordinates_equal_timm(normalize):
+    close(pj.axial_coordinates((3, 5), normalize=normalize), golden("axes")[f"dinov3_{normalize}"], 1e-6)
+
+
+def test_axial_rope_of_widths_equals_flux():
+    data = golden("axes")
+    encoding = pj.axial_rope(3, "widths", widths=(4, 8, 12), pairing="interleaved")
+    close(rotate_at(encoding, data["query"], data["query"], data["flux_coordinates"])[0], data["flux"])
+
+
+def test_pope_scores_equal_its_package():
+    data = golden("axes")
+    query, key = rotate(pj.pope(), data["query"], data["key"], np.arange(15), {"delta": jnp.asarray(data["delta"])})
+    close(np.einsum("btnh,bsnh->bnts", *(np.asarray(x, np.float64) for x in (query, key))), data["pope_scores"], 2e-5)
 
 
 # --- whole models ------------------------------------------------------------------------------------------------

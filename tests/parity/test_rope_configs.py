@@ -1,5 +1,5 @@
 # ruff: noqa: E402 (what needs the packages is imported after they are known to be there)
-"""``rope_from_config`` against the classes of transformers: frequencies, attention factors and widths of configurations in the wild.
+"""``rope_from_config`` against the classes of transformers: frequencies, attention factors and widths of known configurations.
 
 Configurations are as they stand in files of models, in the forms of transformers 4 and 5. Skipped where transformers is missing.
 """
