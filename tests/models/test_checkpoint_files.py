@@ -73,7 +73,8 @@ def test_a_llama_in_gguf_has_the_names_keys_and_order_of_transformers(tmp_path):
     quantized = {"blk.0.ffn_up.weight": gguf.GGMLQuantizationType.BF16, "blk.1.ffn_up.weight": gguf.GGMLQuantizationType.F16}
     write_gguf(tmp_path / "a.gguf", "llama", LLAMA_KEYS, llama_gguf_arrays(arrays), quantized)
     checkpoint = open_checkpoint(tmp_path / "a.gguf")
-    expected = {name: value for name, value in CONFIG.items() if name != "torch_dtype"} | {"rope_scaling": None}
+    expected = {name: value for name, value in CONFIG.items() if name != "torch_dtype"}
+    expected |= {"rope_scaling": None, "pad_token_id": None}
     assert checkpoint.config == expected and set(checkpoint.tensors) == set(arrays)
     for name, array in arrays.items():
         tensor = checkpoint.tensors[name]

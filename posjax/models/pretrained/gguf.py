@@ -173,6 +173,8 @@ def _config(keys: _Keys, kind: _Kind, stored: Mapping[str, StoredTensor]) -> Con
     for name in ("bos", "eos"):
         if (token := keys.fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             common[f"{name}_token_id"] = int(token)
+    padding = keys.fields.get("tokenizer.ggml.padding_token_id")  # none is not the same as the default of a model type
+    common["pad_token_id"] = None if padding is None else int(padding)
     return common | kind.config(keys, common) | _rope(keys, common, stored)
 
 
