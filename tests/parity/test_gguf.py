@@ -16,6 +16,7 @@ pytest.importorskip("accelerate")
 
 import jax.numpy as jnp
 
+import posjax as pj
 from posjax.models.pretrained.load import from_pretrained, save_pretrained
 
 pytestmark = pytest.mark.thorough
@@ -148,3 +149,19 @@ def test_models_from_a_folder_and_into_another(name, tmp_path):
         assert (again.state_dict()[key] - tensor).abs().max() <= off, key
     original, saved = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "ours"))
     assert saved == {key: value for key, value in original.items() if key != "dtype"} | {"torch_dtype": "float32"}
+
+
+def test_learned_positions_are_carried_over_into_a_chain(tmp_path):
+    model = made("gpt2")
+    model.save_pretrained(tmp_path / "gpt2")
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 24))
+    own = from_pretrained(tmp_path / "gpt2")
+    (learned,) = own.encodings
+    chained = from_pretrained(tmp_path / "gpt2", encoding=pj.chain(pj.cope(4), learned))
+    expected = logits_of(model, tokens)
+    assert np.abs(np.asarray(chained(jnp.asarray(tokens))) - expected).max() < 1e-4 * expected.std()
+    with pytest.warns(UserWarning, match=r"encoding: learned\(.*\) of the checkpoint is not used; rope\(\) is new"):
+        other = from_pretrained(tmp_path / "gpt2", encoding="rope")
+    assert np.abs(np.asarray(other(jnp.asarray(tokens))) - expected).max() > 0.1 * expected.std()
+    with pytest.raises(ValueError, match=r"must have the shape \[32, 32\], .* got \[64, 32\]"):
+        from_pretrained(tmp_path / "gpt2", max_length=32)

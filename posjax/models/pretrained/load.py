@@ -300,7 +300,10 @@ def _filled(name: str, shape: tuple[int, ...], dtype: np.dtype, parts: list[_Par
         array = read(part)
         if array.shape != expected:
             got = f"{list(array.shape)} in {part.tensor.file}"
-            raise ValueError(f"{name} must have the shape {list(expected)}, without an axis of layers, got {got}")
+            hint = (
+                "; max_length must be the checkpoint's, because its positions are a table" if name.startswith("encoding/") else ""
+            )
+            raise ValueError(f"{name} must have the shape {list(expected)}, without an axis of layers, got {got}{hint}")
         return array
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
