@@ -164,10 +164,10 @@ def scaling_of(kind: str, config: Config, parameters: Config, rotated: float) ->
     return None
 
 
-def mrope_of(config: Config, parameters: Config, kind: str, theta: float, rotated: float, pairing: Pairing) -> PositionalEncoding:
+def mrope_of(
+    config: Config, parameters: Config, theta: float, rotated: float, pairing: Pairing, scaling: scalings.Scaling | None
+) -> PositionalEncoding:
     """Returns M-RoPE with the sections of a configuration."""
-    if kind != "default":
-        raise ValueError(f"rope_type must be 'default' with mrope_section, got {kind!r}")
     sections = parameters["mrope_section"]
     if not isinstance(sections, list | tuple) or len(sections) != 3 or not all(isinstance(n, int) for n in sections):
         raise ValueError(f"mrope_section must be three numbers of pairs, got {short(sections)}")
@@ -180,7 +180,7 @@ def mrope_of(config: Config, parameters: Config, kind: str, theta: float, rotate
             f"mrope_section must sum to half of the {round(fraction * head_dim)} rotated channels, got {short(sections)} with "
             f"the sum {sum(sections)}"
         )
-    return built(mrope, sections=tuple(sections), layout=layout, theta=theta, fraction=fraction, pairing=pairing)
+    return built(mrope, sections=tuple(sections), layout=layout, theta=theta, fraction=fraction, pairing=pairing, scaling=scaling)
 
 
 def position_scale(config: Config, parameters: Config, rotates: bool) -> PositionalEncoding | None:
