@@ -3,8 +3,9 @@
     python experiments/pretrained_parity.py --english FILE     # WikiText-2's test text; half an hour on two CPU cores
 
 Compares the logits of the first 512 tokens of the text, 64 tokens that both decode greedily after its first 128, and the perplexity
-of all of the text in windows of 2,048 tokens, each read by itself. Both read posjax's tokens and compute in float32. Needs the packages torch, transformers,
-accelerate and gguf. Finished windows are stored in runs/experiments/pretrained_parity. Writes results/pretrained_parity.json.
+of all of the text in windows of 2,048 tokens, each read by itself. Both read posjax's tokens and compute in float32. Needs the
+packages torch, transformers, accelerate and gguf. Finished windows are stored in runs/experiments/pretrained_parity. Writes
+results/pretrained_parity.json.
 """
 
 import argparse
