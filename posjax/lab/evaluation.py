@@ -213,7 +213,7 @@ def _task_errors(config: Config, with_params: Callable, params: Params, source: 
 
 
 def layer_weights(
-    config: TransformerConfig, record: LayerRecord, positions: Array | None = None, segments: Array | None = None
+    config: TransformerConfig, layer: int, record: LayerRecord, positions: Array | None = None, segments: Array | None = None
 ) -> Array:
     """Returns the attention probabilities of a layer of a model, [B, N, T, T], from the inputs of its attention."""
     return attention_weights(
@@ -227,11 +227,13 @@ def layer_weights(
         segment_ids=segments,
         query_positions=positions,
         key_positions=positions,
-        local_window_size=record.local_window_size,
+        local_window_size=config.windows[layer],
         scale=config.attention_scale,
         logits_soft_cap=config.logits_soft_cap,
     )
 
+
+_MOST_WEIGHTS = 2**27  # of a layer's attention that a figure is made from: 512 MiB
 
 # The data of the figures ----------------------------------------------------------------------------------------------
 
@@ -242,14 +244,17 @@ def _probe(config: Config, with_params: Callable[[Params], Transformer], params:
     if config.attention == "linear":
         return probed
     batch = next(eval_batches(config, source, config.seq_length))
-    tokens, segments, positions = (jnp.asarray(batch[name][:8]) for name in ("tokens", "segment_ids", "positions"))
+    heads = config.transformer(source.vocab_size).num_heads
+    length = min(config.seq_length, math.isqrt(_MOST_WEIGHTS // heads))
+    rows = max(1, min(8, _MOST_WEIGHTS // (heads * length**2)))
+    tokens, segments, positions = (jnp.asarray(batch[name][:rows, :length]) for name in ("tokens", "segment_ids", "positions"))
 
     @jit_for_all
     def distances(params: Params) -> list[Array]:
         model = with_params(params)
         records = model.records(tokens, positions, segments)
-        weights = (layer_weights(model.config, record, positions, segments) for record in records)
-        return [probes.attention_distance(layer, positions, positions) for layer in weights]
+        weights = (layer_weights(model.config, *layer, positions, segments) for layer in enumerate(records))
+        return [probes.attention_distance(each, positions, positions) for each in weights]
 
     probed["attention_distance"] = [layer.tolist() for layer in jax.device_get(distances(params))]
     line = _cope_line(config, with_params, params, source) if is_causal else None

@@ -383,7 +383,8 @@ def attention_maps(run: TrainedRun, text: str) -> Float[np.ndarray, "L N T T"]:
         raise ValueError("run must have softmax attention, because linear attention has no probabilities, got attention='linear'")
 
     def maps(model: Transformer, tokens: Any) -> Any:
-        return jnp.stack([layer_weights(model.config, record)[0].astype(jnp.float32) for record in model.records(tokens)])
+        weights = (layer_weights(model.config, *layer) for layer in enumerate(model.records(tokens)))
+        return jnp.stack([each[0].astype(jnp.float32) for each in weights])
 
     return run._apply(maps, tokens_of(run, text)[None])
 

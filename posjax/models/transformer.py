@@ -40,7 +40,6 @@ class LayerRecord(NamedTuple):
       key, value: [B, T, K, H].
       hidden: [B, T, D]; None unless the encoding needs it.
       encoding, params: the encoding of the layer and its parameters.
-      local_window_size: the local window of the layer.
     """
 
     query: Array
@@ -49,7 +48,6 @@ class LayerRecord(NamedTuple):
     hidden: Array | None
     encoding: PositionalEncoding
     params: Params
-    local_window_size: int | None = None
 
 
 class Transformer(nnx.Module):
@@ -436,7 +434,7 @@ class Transformer(nnx.Module):
         if not keep:
             return x, [], cache
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i in range(layers.stop - layers.start)]
-        return x, [LayerRecord(*arrays, encoding, params, where["window"]) for *arrays, params in each], cache
+        return x, [LayerRecord(*arrays, encoding, params) for *arrays, params in each], cache
 
     def _weights(self, name: str) -> tuple[Any, Params, Any]:
         """Returns a submodule's graph definition, its parameters, and the tree structure that ``nnx.merge`` expects them in.
