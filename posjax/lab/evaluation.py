@@ -233,6 +233,8 @@ def layer_weights(
     )
 
 
+_MOST_WEIGHTS = 2**27  # of a layer's attention that a figure is made from: 512 MiB
+
 # The data of the figures ----------------------------------------------------------------------------------------------
 
 
@@ -242,7 +244,10 @@ def _probe(config: Config, with_params: Callable[[Params], Transformer], params:
     if config.attention == "linear":
         return probed
     batch = next(eval_batches(config, source, config.seq_length))
-    tokens, segments, positions = (jnp.asarray(batch[name][:8]) for name in ("tokens", "segment_ids", "positions"))
+    heads = config.transformer(source.vocab_size).num_heads
+    length = min(config.seq_length, math.isqrt(_MOST_WEIGHTS // heads))
+    rows = max(1, min(8, _MOST_WEIGHTS // (heads * length**2)))
+    tokens, segments, positions = (jnp.asarray(batch[name][:rows, :length]) for name in ("tokens", "segment_ids", "positions"))
 
     @jit_for_all
     def distances(params: Params) -> list[Array]:

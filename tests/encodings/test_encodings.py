@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from suite import (
     CASES,
     DIMS,
@@ -19,6 +18,7 @@ from suite import (
     layer,
     learned_cases,
     normal,
+    parametrized,
     past_gradients,
     random_params,
 )
@@ -78,7 +78,7 @@ def test_the_last_query_sees_the_order_of_earlier_tokens(case):
     assert differs(other[:, -1], causal(case)[:, -1]) != case.order_blind
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.encoding.needs_causal], ids=lambda case: case.name)
+@parametrized([case for case in CASES if not case.encoding.needs_causal])
 def test_without_a_mask_a_permutation_of_the_tokens_is_seen_unless_there_is_no_encoding(case):
     params, permutation = random_params(case.encoding), np.random.default_rng(8).permutation(T)
     out = layer(case.encoding, params, TOKENS)[:, permutation]

@@ -100,6 +100,8 @@ def random_form(case: Case) -> Form:
     positions += ["decoding"] * (length <= keys) + ["restarting"] * 2 * (segments == "packed" and length == keys)
     side = pick(None, 6, 15, 0)
     sizes = [(4, 2, 8, 5), (3, 1, 8, 8), (2, 2, 16, 16)][program % 3]
+    if case.name.startswith("mrope"):  # its sections are those of heads with 8 channels
+        sizes = (4, 2, 8, 5)
     return Form(
         sizes=sizes,
         length=length,
