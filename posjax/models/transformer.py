@@ -460,7 +460,7 @@ class Transformer(nnx.Module):
             hidden = self.head_norm(activate(config, self._part("head_transform")(hidden)))
         logits = self._part("token_embedding").attend(hidden) if config.tie_embeddings else self._part("head")(hidden)
         if config.tie_embeddings and "head" in config.biases:
-            logits = logits + self.head_bias[...].astype(logits.dtype)
+            logits = logits + self.head_bias[...].astype(logits.dtype)[None, None]
         logits = logits.astype(jnp.float32)
         cap = config.final_logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
