@@ -66,6 +66,11 @@ def test_a_path_is_that_of_a_file_or_of_its_folder(tmp_path):
             pj.mrope((24, 20, 20), layout="interleaved", theta=500_000.0),
         ),
         (
+            {"model_type": "qwen2_5_vl_text", "hidden_size": 2048, "num_attention_heads": 16}
+            | {"rope_scaling": YARN | {"mrope_section": [16, 24, 24]}},
+            pj.mrope((16, 24, 24), theta=1e6, scaling=pj.yarn_scaling(4.0, 32_768)),
+        ),
+        (
             {"model_type": "ernie4_5_vl_moe_text", "rope_parameters": {"mrope_section": [22, 22, 20]}},
             pj.mrope((20, 22, 22), layout="alternating", theta=500_000.0, pairing="interleaved"),
         ),
@@ -251,9 +256,9 @@ BAD = {
         {"model_type": "qwen2_vl", "head_dim": 128, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 23]}},
         r"mrope_section must sum to half of the 128 rotated channels, got \[16, 24, 23\] with the sum 63",
     ),
-    "sections of a scaling by length": (
+    "sections of dynamic": (
         scaled(rope_type="dynamic", factor=2.0, mrope_section=[16, 24, 24]),
-        r"scaling of mrope must be .* does not depend on the length, .*, got dynamic_ntk_scaling",
+        r"scaling of mrope must be None, or a scaling that does not depend on the length, .*got dynamic_ntk_scaling",
     ),
     "no rotary encoding": ({"model_type": "bloom"}, r"config must have a rotary encoding, got model_type 'bloom' and none of"),
     "alibi": ({"model_type": "falcon", "alibi": True}, r"config must be that of a model with a rotary encoding, got alibi=True"),

@@ -182,17 +182,25 @@ def test_encodings_as_text():
     assert parse_encoding("rope").name == "rope"
     assert parse_encoding(" rope + cope( 64 ) + alibi ").name == "rope+cope+alibi"
     assert parse_encoding("cope(max_position=8, gates='keys', scaled=True)").name == "cope"
+    assert parse_encoding("rope(scaling=llama3_scaling)") == parse_encoding("rope(1e4, 1.0, 'half', llama3_scaling(8.0))")
     layers = parse_encoding("cope(8) / identity / cope(8)")
     assert [layer.name for layer in layers] == ["cope", "identity", "cope"] and layers[0] is layers[2]
     for name in registered():
-        text = f"{name}(8)" if name.startswith("cope") else name
+        text = f"{name}(8)" if name.startswith("cope") else "mrope((2, 1, 1))" if name == "mrope" else name
         assert isinstance(parse_encoding(text), PositionalEncoding)
         assert one_line(name).endswith(".") or one_line(name).endswith(":") or len(one_line(name)) > 20
 
 
 def test_text_of_encodings():
     """And back; in a configuration, the value itself becomes text."""
-    for text in ("rope", "rope(theta=500.0) + cope(max_position=64, gates='keys')", "cope(max_position=8) / identity"):
+    long = "longrope_scaling(short_factor=(1.0, 2.0), long_factor=(1.0, 4.0), original_max_length=64, factor=2.0)"
+    for text in (
+        "rope",
+        "rope(theta=500.0) + cope(max_position=64, gates='keys')",
+        "cope(max_position=8) / identity",
+        "rope(scaling=yarn_scaling(factor=4.0, original_max_length=2048)) + cope(max_position=64)",
+        f"rope(fraction=0.5, scaling={long}, channels='last')",
+    ):
         assert spec_of(parse_encoding(text)) == text
     values = Config(encoding=pj.chain(pj.rope(), pj.cope(64)), encodings=(pj.rope(), "alibi", [pj.t5(), pj.identity()]))
     assert values.encoding == "rope + cope(max_position=64)"
@@ -252,6 +260,19 @@ WRONG_SPECS = [
     ("rope(fraction=2)", "fraction must .*, got 2"),
     ("rope(pairing='third')", "pairing must be .*, got 'third'"),
     ("t5(num_buckets=1)", "num_buckets must .*, got 1"),
+    ("rope(scaling=yarn_scalin(4.0))", r"arguments of rope must be .* got 'yarn_scalin\(4.0\)'; did you mean 'yarn_scaling'\?"),
+    ("rope(scaling=rope())", r"arguments of rope must be plain values .* or one of linear_scaling, .* got 'rope\(\)'"),
+    ("rope(scaling=linear_scaling(cope(3)))", r"arguments of linear_scaling must be plain values .*got 'cope\(3\)'"),
+    ("rope(scaling=linear_scaling(**{}))", r"arguments of rope must be .*got 'linear_scaling\(\*\*\{\}\)'"),
+    ("rope(scaling=linear_scaling(factor=2.0, factor=3.0))", "linear_scaling must have each argument once, got 'factor' 2 times"),
+    ("rope(scaling=linear_scaling(0.5))", "encoding .*: factor must be at least 1, got 0.5"),
+    (
+        "rope(scaling=yarn_scaling(4.0, original_max_len=8))",
+        r"yarn_scaling must be called as .*; did you mean 'original_max_length'\?",
+    ),
+    ("rope(scaling=4.0)", r"scaling must be a scaling such as linear_scaling\(4.0\), or None, got 4.0"),
+    ("rope(theta=linear_scaling(2.0))", r"theta must be .*got linear_scaling\(factor=2.0\)"),
+    ("linear_scaling(4.0)", r"encoding must be made of .*got 'linear_scaling'"),
 ]
 
 

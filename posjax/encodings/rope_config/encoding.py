@@ -66,7 +66,7 @@ def rope_from_config(
     rotated, head_dim = rotated_channels(config, parameters, kind)
     scaling = scaling_of(kind, config, parameters, rotated)
     if "mrope_section" in parameters:
-        encoding = mrope_of(config, parameters, scaling, theta, rotated, pairing)
+        encoding = mrope_of(config, parameters, theta, rotated, pairing, scaling)
     else:
         latent = bool(config.get("qk_rope_head_dim"))
         fraction = rotated if head_dim is None else rotated / head_dim

@@ -1,7 +1,7 @@
 """Checkpoints of other libraries: their configurations, weights, tokenizers and files.
 
-    model = from_pretrained("models/SmolLM2-135M")
-    tokenizer = tokenizer_of("models/SmolLM2-135M")
+model = from_pretrained("models/SmolLM2-135M")
+tokenizer = tokenizer_of("models/SmolLM2-135M")
 """
 
 from posjax.models.pretrained.files import Checkpoint, open_checkpoint

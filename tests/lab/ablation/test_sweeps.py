@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+import posjax as pj
 from posjax.encodings.spec import parametrize_spec, parse_encoding, substitute, with_argument
 from posjax.lab.ablation.sweeps import grid, groups, parse_sweep
 from posjax.lab.config import Config
@@ -34,6 +35,7 @@ def test_equal_layers_stay_equal_when_they_are_blanked():
         ("rope(500.0) / rope", ("rope", "theta", 10.0), "rope(10.0) / rope(theta=10.0)"),
         ("cope(64, gates='keys')", ("cope", "gates", "values"), "cope(64, gates='values')"),
         ("alibi", ("rope", "theta", 10.0), "alibi"),
+        ("rope(500.0)", ("rope", "scaling", pj.linear_scaling(2.0)), "rope(500.0, scaling=linear_scaling(factor=2.0))"),
     ],
 )
 def test_an_argument_is_set_where_it_belongs(spec, change, expected):
@@ -50,6 +52,10 @@ def test_an_argument_is_set_where_it_belongs(spec, change, expected):
         ("clip_norm=1.0,None", ("clip_norm", (1.0, None))),
         ("rope.theta=1e4,500", ("rope.theta", (1e4, 500))),
         ("cope.gates='keys',values", ("cope.gates", ("keys", "values"))),
+        (
+            "rope.scaling=None,linear_scaling(2.0), yarn_scaling(4.0, 64)",
+            ("rope.scaling", (None, pj.linear_scaling(2.0), pj.yarn_scaling(4.0, 64))),
+        ),
     ],
 )
 def test_sweeps_are_read(text, expected):
