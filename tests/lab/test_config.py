@@ -157,7 +157,7 @@ def test_a_workdir_that_is_older_than_a_field_has_its_default(tmp_path):
     init_or_check_workdir(config)
     fields = json.loads((tmp_path / "config.json").read_text())
     later = {"optimizer", "z_loss", "ema_decay", "validation_data", "include", "exclude", "text_key", "init_from", "decay_steps"}
-    later |= {"from_pretrained"}
+    later |= {"from_pretrained", "trainable"}
     old = {name: value for name, value in fields.items() if name not in later}
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert init_or_check_workdir(config) == tmp_path
