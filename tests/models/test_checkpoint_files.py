@@ -363,6 +363,11 @@ BAD_GGUF = {
         lambda p: gguf_file(p, keys={"rope.scaling.type": "odd"}),
         "rope.scaling.type must be none, linear or yarn, got 'odd'",
     ),
+    "a window": (lambda p: gguf_file(p, "olmo2", {"attention.sliding_window": 8}), "attention.sliding_window must be absent or 0"),
+    "a gain": (
+        lambda p: gguf_file(p, keys={"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.attn_factor": 1.5}),
+        "rope.scaling.attn_factor must be 1 or absent, got 1.5",
+    ),
     "partial rotation": (
         lambda p: gguf_file(p, keys={"rope.dimension_count": 4}),
         "rope.dimension_count must be the width of a head, 8, got 4",

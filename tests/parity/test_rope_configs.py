@@ -16,8 +16,10 @@ rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
 
 import posjax as pj
 from posjax.core.chain import Chain
+from posjax.core.structures import apply_rotation
 from posjax.encodings.frequencies import Scaling
 from posjax.encodings.phases import geometric_frequencies
+from posjax.encodings.rope_config import defaults, values
 from posjax.encodings.rotary import rotated_width
 
 transformers.logging.set_verbosity_error()
@@ -323,3 +325,94 @@ def test_frequencies_and_gains_equal_transformers(config, original, layer_type):
 
 def test_there_are_enough_configurations():
     assert len(CONFIGS) >= 40
+
+
+# Defaults of model types, from the classes and functions of transformers ----------------------------------------------------------
+
+
+def modules():
+    """Every known model type with its configuration class and its module."""
+    for model_type in sorted(defaults.ROTARY & set(transformers.CONFIG_MAPPING.keys())):
+        cls = transformers.CONFIG_MAPPING[model_type]
+        folder = cls.__module__.split(".")[-2]
+        try:
+            yield model_type, cls, importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+        except ModuleNotFoundError:
+            continue  # a configuration of another model's module
+
+
+@pytest.mark.thorough
+def test_theta_and_partial_rotation_of_model_types():
+    """A configuration that says nothing has the frequencies of transformers' default configuration."""
+    compared = 0
+    for model_type, cls, _ in modules():
+        try:
+            rope_parameters = cls().rope_parameters
+        except (AttributeError, TypeError, ValueError):
+            continue
+        if not rope_parameters or rope_parameters.get("rope_type") != "default":
+            continue
+        config = {"model_type": model_type, "layer_types": [FULL, SLIDING]}
+        for layer_type in (FULL, SLIDING):
+            encoding = pj.rope_from_config(config | {"no_rope_layers": [1, 1]}, layer_type)
+            if encoding == pj.identity():
+                continue
+            assert encoding.theta == rope_parameters["rope_theta"], model_type
+            fraction = rope_parameters.get("partial_rotary_factor", 1.0)
+            assert encoding.fraction == fraction or model_type in ("gptj", "codegen"), model_type
+            compared += 1
+            break
+    assert compared > 90
+
+
+@pytest.mark.thorough
+def test_pairings_of_model_types():
+    """Scores after transformers' own rotation are those of the pairing."""
+    width, length = 16, 5
+    query, key = torch.randn(1, 1, length, width), torch.randn(1, 1, length, width)
+    phase = torch.arange(length)[:, None] * 100.0 ** (-torch.arange(0, width, 2) / width)
+    layouts = torch.cat([phase, phase], -1)[None], phase[None], phase.repeat_interleave(2, -1)[None]
+
+    def scores_of(pairing):
+        turned = (apply_rotation(np.moveaxis(x.numpy(), 1, 2), phase.numpy()[None, :, None], pairing) for x in (query, key))
+        return np.einsum("btnh,bsnh->bnts", *turned)
+
+    want = {pairing: scores_of(pairing) for pairing in ("half", "interleaved")}
+    compared = 0
+    for model_type, _, module in modules():
+        found = set()
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if not name.startswith("apply_rotary_pos_emb") or "vision" in name:
+                continue
+            for angle in layouts:
+                try:
+                    turned = function(query.clone(), key.clone(), angle.cos(), angle.sin())
+                    got = (turned[0] @ turned[1].transpose(-1, -2)).numpy()
+                except (TypeError, RuntimeError, IndexError):
+                    continue
+                found |= {
+                    pairing for pairing, scores in want.items() if got.shape == scores.shape and np.allclose(got, scores, atol=1e-4)
+                }
+        if found:
+            ours = values.pairing_of({"model_type": model_type})
+            assert ours in found, (model_type, ours, found)
+            assert len(found) == 1 or model_type in (*defaults.INTERLEAVE_OPTION, "axk2", "deepseek_v32", "dots3_note_text"), (
+                model_type
+            )
+            compared += 1
+    assert compared > 90
+
+
+@pytest.mark.parametrize("name", ["deepseek v2 lite", "deepseek v3", "kimi k2", "mistral 4", "minicpm 3"])
+def test_latent_attention_has_the_softmax_scale_of_transformers(name):
+    """The factor of all scores, beside the one of rotated channels."""
+    config = CONFIGS[name][0]
+    model = config["model_type"]
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    (attention,) = [
+        c for n, c in inspect.getmembers(module, inspect.isclass) if n.endswith("Attention") and c.__module__ == module.__name__
+    ]
+    want = attention(config_of(config), 0).scaling * (config["qk_rope_head_dim"] + config["qk_nope_head_dim"]) ** 0.5
+    encoding = pj.rope_from_config(config)
+    members = encoding.encodings if isinstance(encoding, Chain) else (encoding,)
+    assert abs(np.prod([member.factor for member in members if member.name == "query_scale"]) / want - 1) < 1e-12

@@ -22,7 +22,7 @@ FRACTION = {
     **dict.fromkeys(("phi", "recurrent_gemma"), 0.5),
     **{"moonshine": 0.9, "moonshine_streaming": 0.8},
 }
-ROTARY_DIM = {"gptj": 64, "codegen": 64, "minimax_m3_vl_text": 64}
+ROTARY_DIM = {"gptj": 64, "codegen": 64}
 HEAD_DIM = {
     **dict.fromkeys(("bailing_hybrid", "csm", "gpt_oss", "openai_privacy_filter", "sarvam_moe"), 64),
     **dict.fromkeys(("cohere2", "cwm", "ernie4_5", "exaone", "glm", "glm4", "helium", "hy_v3", "laguna", "llama4_text"), 128),
@@ -32,7 +32,9 @@ HEAD_DIM = {
 }
 INTERLEAVED = {"bailing_hybrid", "blt", "codegen", "cohere", "cohere2", "deepseek_v2", "deepseek_v32", "deepseek_v4", "ernie4_5"}
 INTERLEAVED |= {"ernie4_5_moe", "ernie4_5_vl_moe_text", "glm", "glm4", "glm4v_text", "glm_moe_dsa", "glm_ocr_text", "gptj"}
-INTERLEAVED |= {"helium", "llama4_text", "longcat_flash", "moonshine", "moonshine_streaming", "openai_privacy_filter"}
+INTERLEAVED |= {"axk2", "dots3_note_text", "hy_v4_vl_text", "pe_audio_encoder", "pe_audio_video_encoder", "pe_video_encoder"}
+INTERLEAVED |= {"helium", "llama4_text", "longcat_flash", "moonshine", "moonshine_streaming", "moonshine_streaming_encoder"}
+INTERLEAVED |= {"openai_privacy_filter"}
 INTERLEAVE_OPTION = {"axk1", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "mistral4", "sarvam_mla", "youtu"}  # rope_interleave, True
 NOPE = {  # types of layers that do not rotate
     **dict.fromkeys(("afmoe", "cohere2", "exaone4", "exaone_moe"), ("full_attention",)),
@@ -44,13 +46,16 @@ PATTERN = {"cohere2": 4, "exaone4": 4, "gemma3_text": 6, "olmo3": 4}  # every n-
 _OTHERS = """afmoe arcee aria_text axk1 chameleon cohere2 deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 esm eurobert
 exaone4 exaone_moe falcon_h1 gemma gemma2 glm4_moe_lite glm4v_text glm_moe_dsa glm_ocr_text granite granitemoe granitemoehybrid
 granitemoeshared gpt_neox_japanese hunyuan_v1_dense hunyuan_v1_moe internlm2 internlm3 jais2 jetmoe kimi_k2 kimi_linear llama
-minicpm minicpm3 ministral mistral mistral4 moshi nanochat olmo olmo2 olmoe phi3 phi4_multimodal qwen2 qwen2_moe qwen3 qwen3_moe
+minicpm minicpm3 ministral mistral mistral4 moshi olmo olmo2 olmoe phi3 phi4_multimodal qwen2 qwen2_moe qwen3 qwen3_moe
 sarvam_mla seed_oss starcoder2 vaultgemma youtu gptj codegen"""  # model types with all other defaults
 ROTARY = {*THETA, *LOCAL_THETA, *FRACTION, *ROTARY_DIM, *HEAD_DIM, *_OTHERS.split()}
 UNSUPPORTED = {
     "cohere2_moe": "its first layers rotate although their type does not",
-    "hunyuan_vl": "XD-RoPE cuts the doubled ladder of frequencies and is not a rotation",
-    "hunyuan_vl_text": "XD-RoPE cuts the doubled ladder of frequencies and is not a rotation",
+    "musicflamingo": "it rotates by time in seconds",
+    "nanochat": "it rotates in the opposite direction; exchange the halves of each head's query and key channels and use rope()",
+    **dict.fromkeys(("mistral_large4", "mistral_large4_text"), "it learns frequencies (LeRoPE)"),
+    **dict.fromkeys(("dinov3_vit", "eomt_dinov3", "sapiens2"), "it rotates by a grid, for which axial_rope() is"),
+    **dict.fromkeys(("hunyuan_vl", "hunyuan_vl_text"), "XD-RoPE cuts the doubled ladder of frequencies and is not a rotation"),
 }
 NOT_ATTENTION = {"linear_attention", "conv", "mamba", "mamba2", "recurrent", "mlp", "kda", "moe"}
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}

@@ -84,7 +84,7 @@ def rotates(config: Config, layer_type: str | None, layer: int | None) -> bool:
     model = config.get("model_type") or ""
     if config.get("position_embedding_type") == "nope" or config.get("qk_rope_head_dim") == 0 or model == "kimi_linear":
         return False
-    if layer_type in NOT_ATTENTION:
+    if layer_type in NOT_ATTENTION or (model == "zamba2" and not config.get("use_mem_rope")):
         return False
     if (rotary := _no_rope_layers(config)) is not None:
         if layer is not None:

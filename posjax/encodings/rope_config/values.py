@@ -45,9 +45,10 @@ def pairing_of(config: Config) -> Pairing:
 
 def _head_dim(config: Config) -> int | None:
     """Returns the channels of a head, with both parts in latent attention; None if the configuration does not say."""
-    if latent := integer(config, "qk_rope_head_dim", least=0):
-        return latent + (integer(config, "qk_nope_head_dim", least=0) or 0)
-    if (given := integer(config, "head_dim")) is not None:
+    latent, rest, given = (integer(config, key, least=0) for key in ("qk_rope_head_dim", "qk_nope_head_dim", "head_dim"))
+    if latent:
+        return latent + rest if rest is not None else given or latent
+    if given := given or integer(config, "kv_channels"):
         return given
     if (default := HEAD_DIM.get(config.get("model_type") or "")) is not None:
         return default
@@ -55,7 +56,7 @@ def _head_dim(config: Config) -> int | None:
     return sizes[0] // sizes[1] if sizes[0] and sizes[1] else None
 
 
-_WIDTHS, _HEADS = ("hidden_size", "n_embd", "d_model"), ("num_attention_heads", "n_head", "num_heads")
+_WIDTHS, _HEADS = ("hidden_size", "n_embd", "d_model"), ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
 
 def rotated_channels(config: Config, parameters: Config, kind: str) -> tuple[float, int | None]:
