@@ -7,7 +7,7 @@ perplexity   Nothing is trained. Two windows of 32,768 tokens of English and two
              read under each method. The perplexity of their first 2,048 to 32,768 tokens is that of the same text for all methods.
 passkey      Nothing is trained. A number of five digits is hidden at five depths of a repetitive text; greedy decoding must repeat
              it (Mohtashami and Jaggi, arXiv:2305.16300).
-finetune     All weights are trained for a few hundred steps on rows of 2,048 tokens with linear scaling and with YaRN, three seeds
+finetune     All weights are trained for a few hundred steps on rows of 1,024 tokens with linear scaling and with YaRN, three seeds
              each, and the windows are read again.
 
 Every pass and every run is stored in runs/experiments/context_extension; rerun the command to resume. Writes
@@ -46,7 +46,7 @@ LENGTHS = (2048, 4096, 8192, 12_288, 16_384, 24_576, 32_768)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 BIN = 256  # tokens of a point in the figure
 TUNED = ("linear x4", "YaRN x4")
-SEEDS, STEPS, ROW = (0, 1, 2), 300, 2048
+SEEDS, STEPS, ROW = (0, 1, 2), 200, 1024
 
 # What the papers report, in words, for the methods that have a paper.
 PUBLISHED = {
@@ -264,7 +264,7 @@ def train(model: Model, label: str, seed: int, english: Path, steps: int) -> Pat
         "warmup_steps": steps // 15,
         "weight_decay": 0.0,
         "beta2": 0.95,
-        "checkpoint_every": max(1, steps // 6),
+        "checkpoint_every": max(1, steps // 2),
         "keep_last": 1,
         "eval_lengths": 1,
         "eval_tokens": ROW,

@@ -3,11 +3,11 @@
     python experiments/retrofit_cope.py --english test.txt --train_english valid.txt     # WikiText-2's; hours on two cores
 
 CoPE's position embeddings start at zero, so that adding it leaves the model as it is (arXiv:2405.18719 trains from scratch and
-names larger models as future work). Three kinds of runs, with the same rows of 2,048 tokens in the same order for each seed:
+names larger models as future work). Three kinds of runs, with the same rows of 512 tokens in the same order for each seed:
 
     RoPE, all             all weights are trained, with the model's own encoding
     RoPE + CoPE, all      all weights are trained, CoPE's embeddings among them
-    RoPE + CoPE, CoPE     CoPE's embeddings are trained alone, 4,096 numbers shared by all layers, at a rate of their own
+    RoPE + CoPE, CoPE     CoPE's embeddings are trained alone, 4,096 numbers in each of 30 layers, at a rate of their own
 
 The loss is that of the windows of English and of Python that context_extension.py reads, in the trained 8,192 tokens and past them;
 it is compared with the model's before fine-tuning. Every run and pass is stored in runs/experiments/retrofit_cope; rerun the
@@ -34,13 +34,13 @@ from posjax.plots.style import BLACK, BLUE, GREY, ORANGE, RED, new_figure, save
 
 FOLDER = Path("runs/experiments/retrofit_cope")
 ROPE = f"rope(theta={THETA})"
-COPE = f"{ROPE} + cope(max_position=64)"
+COPE = f"{ROPE} + cope(max_position=64, shared=False)"
 RUNS = {  # label -> encoding, what is trained, peak learning rate
     "RoPE, all": (ROPE, "all", 5e-5),
     "RoPE + CoPE, all": (COPE, "all", 5e-5),
     "RoPE + CoPE, CoPE": (COPE, "encoding", 2e-3),
 }
-SEEDS, STEPS, ROW, LENGTH = (0, 1, 2), 200, 2048, 16_384
+SEEDS, STEPS, ROW, LENGTH = (0, 1, 2), 200, 512, 12_288
 PARTS = {"in": slice(0, TRAINED), "past": slice(TRAINED, None)}
 BIN = 1024
 
@@ -63,7 +63,7 @@ def train(path: Path, label: str, seed: int, english: Path, steps: int) -> Path:
         "warmup_steps": max(1, steps // 15),
         "weight_decay": 0.0,
         "beta2": 0.95,
-        "checkpoint_every": max(1, steps // 4),
+        "checkpoint_every": max(1, steps // 2),
         "keep_last": 1,
         "eval_lengths": 1,
         "eval_tokens": ROW,

@@ -257,6 +257,8 @@ def _of_new_tokens(coordinates: Array | None, cache: Cache, positions: Array, se
         coordinates = next_coordinates(cache, positions, axes)
     else:
         coordinates = canonicalize_coordinates("coordinates", coordinates, *segments.shape)
+        if coordinates.dtype != cache.coordinates.dtype and not jnp.issubdtype(cache.coordinates.dtype, jnp.floating):
+            raise ValueError(f"coordinates must be integers for a cache of {cache.coordinates.dtype}, got {coordinates.dtype}")
         if coordinates.shape[-1] < axes:
             raise ValueError(f"coordinates must have the {axes} axes of the cache, got {coordinates.shape[-1]}")
     largest = coordinates.astype(cache.next_coordinate.dtype).max(-1)

@@ -29,6 +29,8 @@ usage: posjax VERB CONFIG [--field value ...] [--workdir DIR]
 
 CONFIG is a name that posjax list shows, such as quickstart, a Python file of your own, or the config.json of a run.
 RUN is the workdir of a run, which needs nothing else; compare RUN RUN ... puts the results of several runs in one table.
+train, evaluate and generate --from_pretrained PATH use the checkpoint of another library, a folder with config.json and safetensors
+files or a .gguf file, and then need neither CONFIG nor RUN.
 Run posjax VERB CONFIG --help for a description of every field.
 Rerun train, compare or ablate to resume; a finished run exits at once.
 

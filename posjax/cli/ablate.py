@@ -45,8 +45,9 @@ def ablate(args: Sequence[str], command: str) -> None:
         raise ValueError(f"mesh must be '' in an ablation, each of whose runs takes one device, got {config.mesh!r}")
     points = grid(config, [parse_sweep(text) for text in ablation.sweep])
     seeds = tuple(range(config.seeds[0])) if len(config.seeds) == 1 and config.seeds[0] > 0 else config.seeds
-    if config.init_from:
-        raise ValueError(f"init_from must be '' in an ablation, whose runs start from random parameters, got {config.init_from!r}")
+    for name in ("init_from", "from_pretrained"):
+        if start := getattr(config, name):
+            raise ValueError(f"{name} must be '' in an ablation, whose runs start from random parameters, got {start!r}")
     if is_bucket(config.workdir):
         raise ValueError(f"workdir must be on a disk in an ablation, got {config.workdir!r}")
     spread_over_cores(len(points) * len(seeds))

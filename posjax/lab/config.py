@@ -68,7 +68,7 @@ class Config:
       head_dim: channels per head; None means embed_dim / num_heads.
       mlp_dim: hidden width of the MLP; None means 4 embed_dim (8/3 embed_dim with a gate).
       norm: rmsnorm or layernorm.
-      norm_position: pre or post.
+      norm_position: pre, post, output (of each branch), or sandwich (input and output).
       activation: gelu or gelu_exact, or swiglu or geglu, which have a gate.
       tie_embeddings: uses the token embeddings as the output projection, too.
       dropout_rate: dropout rate after the embedding and after each attention and MLP block.
@@ -147,7 +147,7 @@ class Config:
     head_dim: int | None = None
     mlp_dim: int | None = None
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_position: Literal["pre", "post"] = "pre"
+    norm_position: Literal["pre", "post", "output", "sandwich"] = "pre"
     activation: Literal["gelu", "gelu_exact", "swiglu", "geglu"] = "gelu"
     tie_embeddings: bool = True
     dropout_rate: float = 0.0

@@ -15,6 +15,7 @@ from posjax.core.encoding import PositionalEncoding
 from posjax.lab import probes
 from posjax.lab.config import Config
 from posjax.lab.source import Source, eval_batches, test_rows
+from posjax.models.config import TransformerConfig
 from posjax.models.transformer import LayerRecord, Transformer
 from posjax.parallel.steps import jit_for_all
 from posjax.training.loop import json_number
@@ -211,8 +212,10 @@ def _task_errors(config: Config, with_params: Callable, params: Params, source: 
     return errors
 
 
-def layer_weights(config: Config, record: LayerRecord, positions: Array | None = None, segments: Array | None = None) -> Array:
-    """Returns the attention probabilities of a layer, [B, N, T, T], from the inputs of its attention."""
+def layer_weights(
+    config: TransformerConfig, layer: int, record: LayerRecord, positions: Array | None = None, segments: Array | None = None
+) -> Array:
+    """Returns the attention probabilities of a layer of a model, [B, N, T, T], from the inputs of its attention."""
     return attention_weights(
         record.query,
         record.key,
@@ -220,14 +223,17 @@ def layer_weights(config: Config, record: LayerRecord, positions: Array | None =
         record.params,
         value=record.value,
         hidden=record.hidden,
-        is_causal=config.task != "mlm",
+        is_causal=config.is_causal,
         segment_ids=segments,
         query_positions=positions,
         key_positions=positions,
-        local_window_size=config.local_window_size,
+        local_window_size=config.windows[layer],
+        scale=config.attention_scale,
         logits_soft_cap=config.logits_soft_cap,
     )
 
+
+_MOST_WEIGHTS = 2**27  # of a layer's attention that a figure is made from: 512 MiB
 
 # The data of the figures ----------------------------------------------------------------------------------------------
 
@@ -238,13 +244,17 @@ def _probe(config: Config, with_params: Callable[[Params], Transformer], params:
     if config.attention == "linear":
         return probed
     batch = next(eval_batches(config, source, config.seq_length))
-    tokens, segments, positions = (jnp.asarray(batch[name][:8]) for name in ("tokens", "segment_ids", "positions"))
+    heads = config.transformer(source.vocab_size).num_heads
+    length = min(config.seq_length, math.isqrt(_MOST_WEIGHTS // heads))
+    rows = max(1, min(8, _MOST_WEIGHTS // (heads * length**2)))
+    tokens, segments, positions = (jnp.asarray(batch[name][:rows, :length]) for name in ("tokens", "segment_ids", "positions"))
 
     @jit_for_all
     def distances(params: Params) -> list[Array]:
-        records = with_params(params).records(tokens, positions, segments)
-        weights = (layer_weights(config, record, positions, segments) for record in records)
-        return [probes.attention_distance(layer, positions, positions) for layer in weights]
+        model = with_params(params)
+        records = model.records(tokens, positions, segments)
+        weights = (layer_weights(model.config, *layer, positions, segments) for layer in enumerate(records))
+        return [probes.attention_distance(each, positions, positions) for each in weights]
 
     probed["attention_distance"] = [layer.tolist() for layer in jax.device_get(distances(params))]
     line = _cope_line(config, with_params, params, source) if is_causal else None
@@ -275,9 +285,10 @@ def _cope_line(
 
     @jit_for_all
     def gates_and_positions(params: Params) -> tuple[Array, Array]:
-        record = with_params(params).records(tokens)[counting[-1]]
-        arrays = record.query, record.key, record.value
-        return probes.cope_positions(*arrays, record.encoding, record.params, hidden=record.hidden)
+        model = with_params(params)
+        record = model.records(tokens)[counting[-1]]
+        arrays, scale = (record.query, record.key, record.value), model.config.attention_scale
+        return probes.cope_positions(*arrays, record.encoding, record.params, hidden=record.hidden, scale=scale)
 
     gates, positions = (x[0, :, -1, -len(line_match[1]) :].tolist() for x in jax.device_get(gates_and_positions(params)))
     return {"layer": counting[-1], "text": line_match[1].decode(), "gates": gates, "positions": positions}

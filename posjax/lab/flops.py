@@ -17,11 +17,12 @@ def attention_flops(config: Config) -> float:
 
     Each visible (query, key) pair costs 4 H operations per head.
     """
-    length, window = config.seq_length, config.local_window_size
-    visible = length if window is None else min(window + 1, length)
-    pairs = visible * (visible + 1) / 2 + (length - visible) * visible if config.task != "mlm" else length * length
-    heads = config.num_heads * (config.head_dim or config.embed_dim // config.num_heads)
-    return 4.0 * config.num_layers * config.batch_size * heads * pairs
+    model, length = config.transformer(vocab_size=2), config.seq_length
+    pairs = 0.0
+    for window in model.windows:
+        visible = length if window is None else min(window + 1, length)
+        pairs += visible * (visible + 1) / 2 + (length - visible) * visible if model.is_causal else length * length
+    return 4.0 * config.batch_size * model.dims.num_heads * model.dims.head_dim * pairs
 
 
 def model_flops(config: Config, parameters: int) -> float:

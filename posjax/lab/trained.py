@@ -383,7 +383,8 @@ def attention_maps(run: TrainedRun, text: str) -> Float[np.ndarray, "L N T T"]:
         raise ValueError("run must have softmax attention, because linear attention has no probabilities, got attention='linear'")
 
     def maps(model: Transformer, tokens: Any) -> Any:
-        return jnp.stack([layer_weights(run.config, record)[0].astype(jnp.float32) for record in model.records(tokens)])
+        weights = (layer_weights(model.config, *layer) for layer in enumerate(model.records(tokens)))
+        return jnp.stack([each[0].astype(jnp.float32) for each in weights])
 
     return run._apply(maps, tokens_of(run, text)[None])
 
@@ -409,8 +410,8 @@ def gates_and_positions(run: TrainedRun, text: str) -> tuple[list[int], Float[np
         records = model.records(tokens)
         pairs = []
         for record in (records[layer] for layer in layers):
-            arrays = record.query, record.key, record.value
-            pairs.append(probes.cope_positions(*arrays, record.encoding, record.params, hidden=record.hidden))
+            arrays, scale = (record.query, record.key, record.value), model.config.attention_scale
+            pairs.append(probes.cope_positions(*arrays, record.encoding, record.params, hidden=record.hidden, scale=scale))
         return tuple(jnp.stack([pair[index][0] for pair in pairs]) for index in (0, 1))
 
     return layers, *run._apply(gates_and_sums, tokens_of(run, text)[None])

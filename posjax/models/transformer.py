@@ -9,6 +9,7 @@ have different encodings and windows: each run of consecutive layers with the sa
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -110,6 +111,23 @@ class Transformer(nnx.Module):
             for i, (e, key) in enumerate(zip(self.encodings, keys, strict=True))
         ]
         self.encoding = nnx.data({str(i): jax.tree.map(nnx.Param, params) for i, params in enumerate(made)})
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, **options: Any) -> "Transformer":
+        """Loads a checkpoint of another library, with its architecture, encoding and weights.
+
+            model = Transformer.from_pretrained("models/SmolLM2-135M")
+
+        Args:
+          path: a folder with config.json and safetensors files, or a .gguf file.
+          **options: encoding, dtype, mesh, seed and others of ``posjax.models.pretrained.from_pretrained``.
+
+        Raises:
+          ValueError: the checkpoint is damaged, incomplete or of a model that posjax does not have, or an option does not fit it.
+        """
+        from posjax.models.pretrained.load import from_pretrained
+
+        return from_pretrained(path, **options)
 
     def __call__(
         self,
@@ -442,7 +460,7 @@ class Transformer(nnx.Module):
             hidden = self.head_norm(activate(config, self._part("head_transform")(hidden)))
         logits = self._part("token_embedding").attend(hidden) if config.tie_embeddings else self._part("head")(hidden)
         if config.tie_embeddings and "head" in config.biases:
-            logits = logits + self.head_bias[...].astype(logits.dtype)
+            logits = logits + self.head_bias[...].astype(logits.dtype)[None, None]
         logits = logits.astype(jnp.float32)
         cap = config.final_logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

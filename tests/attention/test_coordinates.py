@@ -111,6 +111,9 @@ def test_a_cache_must_have_been_made_for_them():
     with pytest.raises(ValueError, match="None for a cache that was created without a coordinate_dtype, got an array"):
         kv_cache.attend(*operands(), pj.rope(), {}, plain, coordinates=jnp.zeros((T, 1)))
     three = kv_cache.init_cache(IN_SPACE, DIMS, B, max_length=T, coordinate_dtype=jnp.float32)
+    whole = kv_cache.init_cache(IN_SPACE, DIMS, B, max_length=T, coordinate_dtype=jnp.int32)
+    with pytest.raises(ValueError, match="coordinates must be integers for a cache of int32, got float32"):
+        kv_cache.attend(*operands(), IN_SPACE, {}, whole, coordinates=jnp.zeros((T, 3)))
     with pytest.raises(ValueError, match="coordinates must have the 3 axes of the cache, got 2"):
         kv_cache.attend(*operands(), IN_SPACE, {}, three, coordinates=jnp.zeros((T, 2)))
 

@@ -64,6 +64,11 @@ def test_flags_that_contradict_the_checkpoint(run, home, kind):
     assert not (home / "run").exists()
 
 
+def test_an_ablation_starts_from_random_parameters(run, home):
+    code, out, err = run("ablate", *FIELDS, "--sweep", "learning_rate=1e-3,1e-4")
+    assert (code, out) == (2, "") and err.startswith("posjax: from_pretrained must be '' in an ablation") and err.count("\n") == 1
+
+
 @pytest.mark.thorough
 def test_generate_needs_no_workdir(run, home):
     """Against a loop over the whole sequence, of which the most likely token is taken."""

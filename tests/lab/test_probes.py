@@ -9,6 +9,8 @@ import pytest
 
 import posjax as pj
 from posjax.lab import probes
+from posjax.lab.evaluation import layer_weights
+from posjax.models.transformer import LayerRecord, TransformerConfig
 
 N, H = 4, 16
 DIMS = pj.Dims(num_heads=N, head_dim=H, max_length=40)
@@ -296,3 +298,19 @@ def test_grouped_keys_and_gates_with_keys_of_their_own_work():
 def test_distances_that_cannot_be_placed_are_named(encoding, distances, message):
     with pytest.raises(ValueError, match=message):
         curve(encoding, distances=distances)
+
+
+# A model's attention
+
+
+def test_probabilities_of_a_layer_are_those_of_its_window_and_scale():
+    sizes = dict(vocab_size=11, num_layers=2, embed_dim=16, num_heads=2, max_length=8)
+    config = TransformerConfig(**sizes, attention_scale=0.7, local_window_size=(2, None), logits_soft_cap=1.5)
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.normal(size=(1, 6, 2, 8)), jnp.float32) for _ in range(3))
+    record = LayerRecord(query, key, value, None, pj.identity(), {})
+    distance = np.arange(6)[:, None] - np.arange(6)
+    scores = 1.5 * np.tanh(0.7 * np.einsum("bqnh,bknh->bnqk", *(np.asarray(x, np.float64) for x in (query, key))) / 1.5)
+    for layer, reach in enumerate((2, 6)):
+        weights = np.where((distance >= 0) & (distance <= reach), np.exp(scores), 0.0)
+        np.testing.assert_allclose(layer_weights(config, layer, record), weights / weights.sum(-1, keepdims=True), atol=1e-6)

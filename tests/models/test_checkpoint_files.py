@@ -73,7 +73,8 @@ def test_a_llama_in_gguf_has_the_names_keys_and_order_of_transformers(tmp_path):
     quantized = {"blk.0.ffn_up.weight": gguf.GGMLQuantizationType.BF16, "blk.1.ffn_up.weight": gguf.GGMLQuantizationType.F16}
     write_gguf(tmp_path / "a.gguf", "llama", LLAMA_KEYS, llama_gguf_arrays(arrays), quantized)
     checkpoint = open_checkpoint(tmp_path / "a.gguf")
-    expected = {name: value for name, value in CONFIG.items() if name != "torch_dtype"} | {"rope_scaling": None}
+    expected = {name: value for name, value in CONFIG.items() if name != "torch_dtype"}
+    expected |= {"rope_scaling": None, "pad_token_id": None}
     assert checkpoint.config == expected and set(checkpoint.tensors) == set(arrays)
     for name, array in arrays.items():
         tensor = checkpoint.tensors[name]
@@ -361,6 +362,11 @@ BAD_GGUF = {
     "unknown scaling": (
         lambda p: gguf_file(p, keys={"rope.scaling.type": "odd"}),
         "rope.scaling.type must be none, linear or yarn, got 'odd'",
+    ),
+    "a window": (lambda p: gguf_file(p, "olmo2", {"attention.sliding_window": 8}), "attention.sliding_window must be absent or 0"),
+    "a gain": (
+        lambda p: gguf_file(p, keys={"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.attn_factor": 1.5}),
+        "rope.scaling.attn_factor must be 1 or absent, got 1.5",
     ),
     "partial rotation": (
         lambda p: gguf_file(p, keys={"rope.dimension_count": 4}),

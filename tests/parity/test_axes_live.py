@@ -70,6 +70,21 @@ def test_mrope_equals_transformers_on_text_with_an_image_and_a_video(model):
     agrees(pj.mrope(sections, layout, theta=1e6, pairing=pairing), want, query, key, at)
 
 
+def test_mrope_with_yarn_equals_qwen2_vl():
+    """As Qwen2.5-VL's card configures it for long inputs."""
+    at, _ = pj.mrope_positions(CONVERSATION)
+    query, key = normal(6, (B, len(at), N, 128), (B, len(at), K, 128))
+    yarn = dict(factor=4.0, original_max_position_embeddings=32_768, mrope_section=[16, 24, 24])
+    how = config(128, 1e6, "yarn", **yarn)
+    how.hidden_size, how.num_attention_heads, how.standardize_rope_params = 512, 4, lambda: None
+    cos, sin = qwen2_vl.Qwen2VLRotaryEmbedding(how)(torch.zeros(1), torch.from_numpy(at.T.astype(np.int64))[:, None])
+    want = qwen2_vl.apply_rotary_pos_emb(*to_torch(query, key), cos, sin, unsqueeze_dim=2)
+    read = {"model_type": "qwen2_vl_text", "head_dim": 128, "rope_theta": 1e6, "max_position_embeddings": 32_768}
+    encoding = pj.rope_from_config(read | {"rope_scaling": {"type": "yarn"} | yarn})
+    assert encoding == pj.mrope((16, 24, 24), theta=1e6, scaling=pj.yarn_scaling(factor=4.0, original_max_length=32_768))
+    agrees(encoding, want, query, key, at)
+
+
 def rope_index(parts, merge_size=2):
     """transformers' coordinates and offset of a sequence of text and grids."""
     kinds = [[0] * p if isinstance(p, int) else [1 if p[0] == 1 else 2] * (math.prod(p) // merge_size**2) for p in parts]

@@ -405,7 +405,8 @@ def test_logits_of_a_model_equal_those_of_transformers(family):
     tensors = tensors_of(shapes)
     params = params_from(architecture, tensors)
     with_params, _ = functional(nnx.eval_shape(lambda: Transformer(architecture.config, architecture.encodings, rngs=nnx.Rngs(0))))
-    logits = with_params(params)(jnp.asarray(recorded["tokens"], jnp.int32))
+    with jax.numpy_rank_promotion("raise"):
+        logits = with_params(params)(jnp.asarray(recorded["tokens"], jnp.int32))
     close(logits, recorded[family])
     for name, tensor in tensors_from(architecture, params):
         np.testing.assert_allclose(tensor, tensors[name], rtol=0, atol=1e-7)  # 1 + w rounds w

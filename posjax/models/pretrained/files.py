@@ -174,10 +174,9 @@ def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> tuple[Te
     """Returns a tensor from its entry in a header, and where its bytes begin and end after the header."""
     try:
         stored, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        is_valid = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (TypeError, KeyError, ValueError):
-        is_valid = False
-    if not is_valid:
+        stored, shape, begin, end = "", (), -1, -1
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise DamagedFile(f"{path} is damaged: {name} must have a dtype, a shape and data_offsets, got {str(entry)[:100]}")
     if stored not in DTYPES:
         raise ValueError(f"{path}: {name} must have one of the dtypes {', '.join(DTYPES)}, got {stored!r}")

@@ -67,6 +67,9 @@ def open_gguf(path: Path) -> Checkpoint:
     if name not in _KINDS:
         known = ", ".join(_KINDS)
         raise ValueError(f"{path}: general.architecture must be one of {known}, got {name!r}{near(str(name), _KINDS)}")
+    if keys.get("attention.sliding_window", 0) and name != "gemma3":  # OLMo 3 among others, whose other layers are not stored
+        window = keys.get("attention.sliding_window")
+        raise ValueError(f"{path}: {name}.attention.sliding_window must be absent or 0, got {window}; use the model's safetensors")
     if keys.get("expert_count", 0):
         raise ValueError(f"path must be a GGUF file of a model without experts, got {keys.get('expert_count')} in {str(path)!r}")
     kind = _KINDS[name]
@@ -173,6 +176,8 @@ def _config(keys: _Keys, kind: _Kind, stored: Mapping[str, StoredTensor]) -> Con
     for name in ("bos", "eos"):
         if (token := keys.fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             common[f"{name}_token_id"] = int(token)
+    padding = keys.fields.get("tokenizer.ggml.padding_token_id")  # none is not the same as the default of a model type
+    common["pad_token_id"] = None if padding is None else int(padding)
     return common | kind.config(keys, common) | _rope(keys, common, stored)
 
 
@@ -221,9 +226,10 @@ def _scaling(keys: _Keys, common: Config) -> Config | None:
     for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
         if (value := keys.get(f"rope.scaling.{theirs}")) is not None:
             scaling[ours] = _decimal(value)
-    # llama.cpp multiplies the default by this number; in config.json an attention_factor replaces the default.
-    if (gain := keys.get("rope.scaling.attn_factor", 1.0)) != 1.0:
-        scaling["attention_factor"] = _decimal(gain) * (0.1 * math.log(factor) + 1.0)
+    if (
+        gain := keys.get("rope.scaling.attn_factor", 1.0)
+    ) != 1.0:  # a factor of the default, or in its place, by llama.cpp's version
+        raise ValueError(f"{keys.path}: {keys.architecture}.rope.scaling.attn_factor must be 1 or absent, got {gain}")
     return scaling
 
 
@@ -268,14 +274,15 @@ def _smollm3_config(keys: _Keys, common: Config) -> Config:
 
 def _gemma3_config(keys: _Keys, common: Config) -> Config:
     found = _rms_norm_config(keys, common)
-    is_27b = common["num_hidden_layers"] == 62  # the only size that scales by its width per head
+    layers, every = common["num_hidden_layers"], keys.size("attention.sliding_window_pattern", 6)
+    is_27b = layers == 62  # the only size that scales by its width per head
     scalar = common["hidden_size"] // common["num_attention_heads"] if is_27b else found["head_dim"]
     del found["hidden_act"]
     return found | {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": scalar,
         "sliding_window": keys.size("attention.sliding_window"),
-        "layer_types": ["full_attention" if (n + 1) % 6 == 0 else "sliding_attention" for n in range(common["num_hidden_layers"])],
+        "layer_types": ["full_attention" if (n + 1) % every == 0 else "sliding_attention" for n in range(layers)],
         "rope_local_base_freq": _decimal(keys.get("rope.freq_base_swa", 10_000.0)),
         "final_logit_softcapping": keys.get("final_logit_softcapping"),
         "attn_logit_softcapping": keys.get("attn_logit_softcapping"),

@@ -300,7 +300,10 @@ def _filled(name: str, shape: tuple[int, ...], dtype: np.dtype, parts: list[_Par
         array = read(part)
         if array.shape != expected:
             got = f"{list(array.shape)} in {part.tensor.file}"
-            raise ValueError(f"{name} must have the shape {list(expected)}, without an axis of layers, got {got}")
+            hint = (
+                "; max_length must be the checkpoint's, because its positions are a table" if name.startswith("encoding/") else ""
+            )
+            raise ValueError(f"{name} must have the shape {list(expected)}, without an axis of layers, got {got}{hint}")
         return array
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
@@ -348,8 +351,12 @@ def save_pretrained(
     check_one_of("dtype", dtype, tuple(DTYPES))
     if not isinstance(model, Transformer):
         raise TypeError(f"model must be a Transformer, got {short(model)}")
-    checkpoint = None if isinstance(source, Mapping) else open_checkpoint(source)
-    config = dict(source if checkpoint is None else checkpoint.config)
+    checkpoint, config = None, dict[str, Any]()
+    if isinstance(source, Mapping):
+        config |= source
+    else:
+        checkpoint = open_checkpoint(source)
+        config |= checkpoint.config
     architecture = architecture_of(config)
     _check_same(model, architecture)
     folder = Path(os.fspath(folder)).expanduser()

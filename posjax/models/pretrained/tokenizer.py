@@ -57,7 +57,7 @@ class PretrainedTokenizer(Vocabulary):
         return tokens if len(tokens) and (begins or not self.adds_bos) else np.concatenate([[self.bos], tokens]).astype(np.int32)
 
 
-def tokenizer_of(source: str | os.PathLike | Checkpoint, *, data_dir: str | os.PathLike | None = None) -> PretrainedTokenizer:
+def tokenizer_of(source: str | os.PathLike | Checkpoint, *, data_dir: str | Path | None = None) -> PretrainedTokenizer:
     """Returns the tokenizer of a checkpoint.
 
     Args:

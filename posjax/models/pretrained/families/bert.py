@@ -11,7 +11,7 @@ _OLD_NAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", 
 
 
 def bert(keys: Keys) -> Architecture:
-    """BERT. The pooler and the head for the next sentence are not used."""
+    """Returns the architecture of BERT. The pooler and the head for the next sentence are not used."""
     width, vocab = keys.size("hidden_size"), keys.size("vocab_size")
     head = [
         *linear("cls.predictions.transform.dense", "head_transform", width, width, True),
@@ -23,7 +23,7 @@ def bert(keys: Keys) -> Architecture:
 
 
 def roberta(keys: Keys) -> Architecture:
-    """RoBERTa and XLM-RoBERTa: as BERT, with positions that begin in row ``pad_token_id + 1`` of their table."""
+    """Returns the architecture of RoBERTa: BERT with positions that begin in row ``pad_token_id + 1`` of their table."""
     width, vocab = keys.size("hidden_size"), keys.size("vocab_size")
     head = [
         *linear("lm_head.dense", "head_transform", width, width, True),

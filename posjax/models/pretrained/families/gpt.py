@@ -23,7 +23,7 @@ _MASKS = r"(attn|attention)\.(bias|masked_bias)$"  # stored causal masks
 
 
 def gpt2(keys: Keys) -> Architecture:
-    """GPT-2: learned positions, and weights stored as [in, out] (Conv1D)."""
+    """Returns the architecture of GPT-2: learned positions, and weights stored as [in, out] (Conv1D)."""
     keys.refuse(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     width, layers = keys.size("n_embd", "hidden_size"), keys.size("n_layer", "num_hidden_layers")
     heads, vocab, length = keys.size("n_head", "num_attention_heads"), keys.size("vocab_size"), _positions(keys)
@@ -59,7 +59,7 @@ def gpt2(keys: Keys) -> Architecture:
 
 
 def gptj(keys: Keys) -> Architecture:
-    """GPT-J: one norm for two parallel branches, and a bias of the head."""
+    """Returns the architecture of GPT-J: one norm for two parallel branches, and a bias of the head."""
     keys.refuse(tie_word_embeddings=False)
     width, layers = keys.size("n_embd", "hidden_size"), keys.size("n_layer", "num_hidden_layers")
     heads, vocab = keys.size("n_head", "num_attention_heads"), keys.size("vocab_size")
@@ -97,7 +97,7 @@ def gptj(keys: Keys) -> Architecture:
 
 
 def gpt_neox(keys: Keys) -> Architecture:
-    """GPT-NeoX and Pythia: parallel branches, and rotation of a part of the channels."""
+    """Returns the architecture of GPT-NeoX and Pythia: parallel branches, and rotation of a part of the channels."""
     width, layers = keys.size("hidden_size"), keys.size("num_hidden_layers")
     heads, hidden, vocab = keys.size("num_attention_heads"), keys.size("intermediate_size"), keys.size("vocab_size")
     bias = keys.flag("attention_bias", default=True)
@@ -135,7 +135,7 @@ def gpt_neox(keys: Keys) -> Architecture:
 
 
 def bloom(keys: Keys) -> Architecture:
-    """BLOOM: ALiBi, and a norm of the embedding."""
+    """Returns the architecture of BLOOM: ALiBi, and a norm of the embedding."""
     keys.refuse(apply_residual_connection_post_layernorm=False)
     width, layers = keys.size("hidden_size", "n_embed"), keys.size("n_layer", "num_hidden_layers")
     heads, vocab = keys.size("n_head", "num_attention_heads"), keys.size("vocab_size")

@@ -28,28 +28,28 @@ _NORMS: dict[NormPosition, dict[str, str]] = {
 
 
 def llama(keys: Keys) -> Architecture:
-    """Llama 1 to 3, SmolLM 1 and 2, and others that use its code."""
+    """Returns the architecture of Llama 1 to 3, SmolLM 1 and 2, and others that use its code."""
     return _decoder(keys, biases=_attention_biases(keys) + (("mlp",) if keys.flag("mlp_bias", default=False) else ()))
 
 
 def mistral(keys: Keys) -> Architecture:
-    """Mistral 7B and its successors, with a window in all layers or in none."""
+    """Returns the architecture of Mistral 7B and its successors, with a window in all layers or in none."""
     window = keys.size("sliding_window", default=None if "sliding_window" in keys.config else 4096)
     return _decoder(keys, kv_heads=8, windows=keys.windows(["sliding_attention"], window))
 
 
 def qwen2(keys: Keys) -> Architecture:
-    """Qwen 2 and 2.5: biases of query, key and value."""
+    """Returns the architecture of Qwen 2 and 2.5: biases of query, key and value."""
     return _decoder(keys, biases=("qkv",), windows=_qwen_windows(keys))
 
 
 def qwen3(keys: Keys) -> Architecture:
-    """Qwen 3: norms of queries and keys by head."""
+    """Returns the architecture of Qwen 3: norms of queries and keys by head."""
     return _decoder(keys, head_dim=128, biases=_attention_biases(keys), qk_norm="head", windows=_qwen_windows(keys))
 
 
 def smollm3(keys: Keys) -> Architecture:
-    """SmolLM 3: no rotation in every fourth layer."""
+    """Returns the architecture of SmolLM 3: no rotation in every fourth layer."""
     layers = keys.size("num_hidden_layers")
     window = keys.size("sliding_window", default=None) if keys.flag("use_sliding_window", default=False) else None
     types = [LAYER_TYPES[window is not None and encoding == identity()] for encoding in keys.rotary(layers)]
@@ -59,25 +59,25 @@ def smollm3(keys: Keys) -> Architecture:
 
 
 def olmo2(keys: Keys) -> Architecture:
-    """OLMo 2: norms on the outputs of the branches, and of all queries and all keys of a token together."""
+    """Returns the architecture of OLMo 2: norms of the outputs of branches, and of all queries and all keys of a token."""
     return _decoder(keys, biases=_attention_biases(keys), epsilon=1e-5, norm_position="output", qk_norm="full")
 
 
 def gemma(keys: Keys) -> Architecture:
-    """Gemma 1: norms with a factor of 1 + w, GeGLU, and an embedding scale of sqrt(D)."""
+    """Returns the architecture of Gemma 1: norms with a factor of 1 + w, GeGLU, and an embedding scale of sqrt(D)."""
     keys.refuse(use_bidirectional_attention=False)
     return _gemma(keys, kv_heads=16)
 
 
 def gemma2(keys: Keys) -> Architecture:
-    """Gemma 2: as Gemma 1, with norms before and after both branches, soft caps, and a window in every second layer."""
+    """Returns the architecture of Gemma 2: Gemma 1 with norms before and after a branch, soft caps, windows by layer."""
     layers = keys.size("num_hidden_layers")
     types = keys.layers("layer_types", layers, LAYER_TYPES, [LAYER_TYPES[layer % 2 == 0] for layer in range(layers)])
     return _gemma23(keys, types, caps=(50.0, 30.0))
 
 
 def gemma3(keys: Keys) -> Architecture:
-    """Gemma 3, text only: as Gemma 2, with norms of queries and keys by head, and another theta in layers with a window."""
+    """Returns the architecture of Gemma 3 for text: Gemma 2 with norms of queries and keys, and a theta for each type of layer."""
     layers = keys.size("num_hidden_layers")
     pattern = keys.size("sliding_window_pattern", "_sliding_window_pattern", default=6)
     types = [LAYER_TYPES[(layer + 1) % pattern != 0] for layer in range(layers)]
