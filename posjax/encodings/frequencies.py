@@ -213,7 +213,7 @@ class DynamicNtkScaling(Scaling):
     that of the length at which they were read; only a new cache, filled at once, changes it. vLLM differs: it uses the one base of
     its longest sequence, which is ``ntk_scaling(factor=g)``.
 
-    Up to L, phases are exact. Beyond, frequencies have a relative error of up to 3e-7.
+    Up to L, phases are exact. Beyond, they are float32 products with a relative error of up to 2e-7.
 
     Args:
       factor: s, at least 1.
