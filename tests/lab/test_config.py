@@ -286,6 +286,8 @@ def test_names_for_folders():
     assert slug("cope(64)") == "cope-64"
     assert slug("rope + cope(64)") == "rope-cope-64"
     assert slug("rope / cope(64)") == "rope-then-cope-64"
+    long = [f"rope(scaling=longrope_scaling({(1.5,) * 48}, {(last,) * 48}, 4096))" for last in (2.5, 3.5)]
+    assert all(len(slug(spec)) < 160 for spec in long) and slug(long[0]) != slug(long[1])
 
 
 # Results as files ----------------------------------------------------------------------------------------------------
