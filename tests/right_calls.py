@@ -5,7 +5,7 @@ A domain is stated by hand: a function of a value that returns it as the call me
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -405,6 +405,34 @@ def constructor_calls() -> dict[str, Call]:
         {"name": ("mine", text), **points, "axes": (1, integer(1, 2**15)), "cache": ("transformed", choice("transformed", "raw"))}
         | dict.fromkeys(("per_layer", "needs_hidden", "needs_causal"), (False, flag)),
         required=("name",),
+    )
+    whole = only(lambda x: isinstance(x, int | np.integer) and not isinstance(x, bool) and x in (1, 2, 4))
+    parts = [3, (1, 4, 4), 2]
+    calls["mrope_positions"] = Call(
+        pj.mrope_positions,
+        {
+            "parts": (
+                parts,
+                only(lambda x: x is parts or (isinstance(x, Sequence) and all(type(n) is int and 0 <= n <= 2**24 for n in x))),
+            ),
+            "merge_size": (2, whole),
+            "tokens_per_second": (1.0, number(lambda x: x > 0)),
+        },
+        equal=False,
+        required=("parts",),
+        weight=0.5,
+    )
+    calls["axial_coordinates"] = Call(
+        pj.axial_coordinates,
+        {
+            "sizes": ((2, 3), only(lambda x: isinstance(x, tuple | list) and len(x) == 2 and tuple(x) == (2, 3))),
+            "normalize": (None, choice(None, "separate", "min", "max")),
+            "pretrained": (None, only(lambda x: x is None)),
+            "num_prefix_tokens": (1, integer(0, 2**24 - 6)),
+        },
+        equal=False,
+        required=("sizes",),
+        weight=0.5,
     )
     calls["chain"] = Call(lambda encodings: pj.chain(pj.rope(), encodings), {"encodings": (pj.alibi(), is_encoding)})
     calls["register"] = Call(

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.checks import bounded, check, checked, short
+from posjax.checks import INT32, bounded, check, checked, short
 from posjax.core.encoding import MOST_CHANNELS, AttentionInputs, Dims, PositionalEncoding, Tokens, get_param, register
 from posjax.core.structures import Pairing, Rotate, ScoreModifications
 from posjax.encodings.absolute import theta
@@ -33,6 +33,7 @@ from posjax.typing import Array, Float, Params
 
 MRopeLayout = Literal["blocks", "interleaved", "alternating"]
 AxialLayout = Literal["shared", "split", "blocks", "widths"]
+MOST_TOKENS = 2**24  # of a part or a grid
 
 
 @register("mrope")
@@ -159,7 +160,7 @@ def mrope_positions(
       text minus its position in the sequence. A cache with a ``coordinate_dtype`` tracks it.
 
     Raises:
-      ValueError: a part is neither a number of tokens nor a grid, or a grid is not a multiple of merge_size.
+      ValueError: a part is neither a number of tokens nor a grid, or is too large, or a grid is not a multiple of merge_size.
     """
     merge_size = check("merge_size", merge_size, int, least=1)
     tokens_per_second = check("tokens_per_second", tokens_per_second, float, above=0)
@@ -168,14 +169,16 @@ def mrope_positions(
     blocks, start, total = [np.zeros((0, 3), np.int64)], 0, 0
     for part in parts:
         if isinstance(part, int | np.integer) and not isinstance(part, bool):
-            if part < 0:
-                raise ValueError(f"parts must have non-negative numbers of tokens, got {part}")
+            if not 0 <= part <= MOST_TOKENS:
+                raise ValueError(f"parts must have 0 to {MOST_TOKENS} tokens each, got {short(part)}")
             block = np.repeat(np.arange(part)[:, None], 3, axis=1)
         else:
             block = _grid_positions(part, merge_size, tokens_per_second)
         blocks.append(start + block)
         start += int(block.max(initial=-1)) + 1
         total += len(block)
+    if start > INT32:
+        raise ValueError(f"coordinates must be below 2^31 - 1, got {start}; use fewer parts, or fewer tokens per second")
     return np.concatenate(blocks).astype(np.int32), start - total
 
 
@@ -188,8 +191,10 @@ def _grid_positions(part: Any, merge_size: int, tokens_per_second: float) -> np.
     frames, height, width = grid[0], grid[1], grid[2]
     if height % merge_size or width % merge_size:
         raise ValueError(f"height and width of parts must be multiples of merge_size={merge_size}, got {grid}")
+    if frames * height * width > MOST_TOKENS:
+        raise ValueError(f"parts must have 0 to {MOST_TOKENS} patches each, got {short(grid)}")
     interval = 1.0 if len(grid) == 3 else check("seconds", grid[3], float, least=0) * tokens_per_second
-    times = np.floor(np.arange(frames) * interval).astype(np.int64)
+    times = np.floor(np.minimum(np.arange(frames) * interval, INT32)).astype(np.int64)
     axes = np.meshgrid(times, np.arange(height // merge_size), np.arange(width // merge_size), indexing="ij")
     return np.stack(axes, axis=-1).reshape(-1, 3)
 
@@ -344,8 +349,8 @@ def axial_coordinates(
       ValueError: there are not 1 to 4 sizes of at least 1, or normalize and pretrained are both given, or pretrained has another
         length.
     """
-    if not 1 <= len(sizes) <= 4 or min(sizes) < 1:
-        raise ValueError(f"sizes must be 1 to 4 numbers of patches such as (14, 14), got {sizes}")
+    if not 1 <= len(sizes) <= 4 or min(sizes) < 1 or math.prod(sizes) + num_prefix_tokens > MOST_TOKENS:
+        raise ValueError(f"sizes must be 1 to 4 numbers of patches such as (14, 14), up to {MOST_TOKENS} in all, got {sizes}")
     if pretrained is not None and (normalize is not None or len(pretrained) != len(sizes) or min(pretrained) < 1):
         raise ValueError(f"pretrained must be {len(sizes)} sizes, without normalize, got {pretrained} and normalize={normalize!r}")
     axes = [np.arange(n) for n in sizes]

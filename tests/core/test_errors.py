@@ -109,7 +109,22 @@ BAD = {
     "mrope_positions: a number": (lambda: pj.mrope_positions(7), ValueError, r"parts must be a list such as .*got 7"),
     "mrope_positions: two sizes": (lambda: pj.mrope_positions([(4, 4)]), ValueError, r"parts must be .*grids.*got \(4, 4\)"),
     "mrope_positions: no frames": (lambda: pj.mrope_positions([(0, 4, 4)]), ValueError, r"parts must be .*got \(0, 4, 4\)"),
-    "mrope_positions: fewer than none": (lambda: pj.mrope_positions([-2]), ValueError, r"parts must have non-negative .*got -2"),
+    "mrope_positions: fewer than none": (
+        lambda: pj.mrope_positions([-2]),
+        ValueError,
+        r"parts must have 0 to 16777216 tokens each, got -2",
+    ),
+    "mrope_positions: too many": (lambda: pj.mrope_positions([10**12]), ValueError, r"parts must have 0 to .*got 10+"),
+    "mrope_positions: too large": (
+        lambda: pj.mrope_positions([(9, 10**6, 10**6)]),
+        ValueError,
+        r"parts must have .*patches each, got",
+    ),
+    "mrope_positions: too late": (
+        lambda: pj.mrope_positions([(2, 2, 2, 1e30)]),
+        ValueError,
+        r"coordinates must be below 2\^31 - 1, got .*tokens per second",
+    ),
     "mrope_positions: half a token": (
         lambda: pj.mrope_positions([(1, 3, 4)]),
         ValueError,

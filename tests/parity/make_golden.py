@@ -18,10 +18,7 @@ import types
 import numpy as np
 import torch
 import transformers
-from diffusers.models.embeddings import apply_rotary_emb as apply_flux
-from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from ours import tensors_of
-from PoPE_pytorch.pope import PoPE
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 from transformers import T5Config
 from transformers.models.bloom import modeling_bloom as bloom
@@ -239,6 +236,10 @@ def timm_sincos():
 
 def make_axes():
     """RoPE-Mixed, EVA's rescaled grid, DINOv3's coordinates, FLUX's widths and PoPE on small inputs."""
+    from diffusers.models.embeddings import apply_rotary_emb as apply_flux  # here, because the live tests import this file
+    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+    from PoPE_pytorch.pope import PoPE
+
     timm, (query,) = timm_sincos(), normal(8, (1, 15, 2, 24))
     heads = torch.from_numpy(query).transpose(1, 2)
     arrays = {"query": query}
