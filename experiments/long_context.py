@@ -3,7 +3,7 @@
 import hashlib
 import sysconfig
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -15,6 +15,7 @@ from posjax.typing import Params
 
 THETA, TRAINED, LONGEST, HEAD_DIM = 100_000.0, 8192, 32_768, 64
 MODULES = ("_pydecimal.py", "tkinter/__init__.py")  # long files of Python's library
+_QUANTUM = 1024  # losses are stored as multiples of 1 / _QUANTUM nats
 
 
 def windows(tokenizer: PretrainedTokenizer, english: Path, count: int = 2, length: int = LONGEST) -> dict[str, np.ndarray]:
@@ -33,40 +34,62 @@ def windows(tokenizer: PretrainedTokenizer, english: Path, count: int = 2, lengt
     return texts
 
 
-def digests(texts: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Returns the beginning of the SHA-256 of each text's tokens, which says whether two machines read the same text."""
-    return {name: hashlib.sha256(text.astype("<i4").tobytes()).hexdigest()[:16] for name, text in texts.items()}
-
-
-def stored_losses(
-    folder: Path,
-    name: str,
-    with_params: Callable[[Params], Transformer],
-    params: Params,
-    tokens: np.ndarray,
-) -> np.ndarray:
-    """Returns the loss of each token but the first, nats, float32 [T], from a file in ``folder`` or by a pass that is stored there.
+class Store:
+    """Keeps arrays of finished passes in one .npz file, which is written after each, so that a program resumes where it stopped.
 
     Args:
-      folder: where losses are stored.
-      name: what is read by which model; part of the file's name, together with a digest of the tokens.
+      path: the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.arrays: dict[str, np.ndarray] = dict(np.load(path)) if path.exists() else {}
+
+    def get(self, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """Returns the array of a key, which is made and stored if there is none."""
+        if key not in self.arrays:
+            self.arrays[key] = make()
+            part = self.path.with_suffix(".part")
+            with part.open("wb") as file:
+                np.savez_compressed(file, **self.arrays)
+            part.replace(self.path)
+        return self.arrays[key]
+
+
+def losses_of(
+    store: Store,
+    name: str,
+    model: Callable[[], tuple[Callable[[Params], Transformer], Params]],
+    tokens: np.ndarray,
+) -> np.ndarray:
+    """Returns the loss of each token but the first, nats, float64 [T], from the store or by a pass that is stored there.
+
+    Losses are rounded to multiples of 1/1024 nats.
+
+    Args:
+      store: where losses are stored.
+      name: what is read by which model; the key, together with the number and a digest of the tokens.
+      model: returns the model as ``functional`` does; not called if the losses are stored.
       tokens: integers [T + 1].
     """
-    digest = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()[:8]
-    path = folder / f"{name.replace('/', '_').replace(' ', '_')}-{len(tokens) - 1}-{digest}.npy"
-    if path.exists():
-        return np.load(path)
-    began = time.perf_counter()
-    row = tokens[None].astype(np.int32)
-    program = jax.jit(lambda p, x, y, w: with_params(p).losses(x, y, w))
-    losses = np.asarray(program(params, row[:, :-1], row[:, 1:], np.ones((1, len(tokens) - 1), np.float32)))[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.npy")
-    np.save(part, losses)
-    part.replace(path)
-    seconds = time.perf_counter() - began
-    print(f"{name}: {len(losses):,} tokens in {seconds:,.0f} s, {losses.mean():.3f} nats", flush=True)
-    return losses
+
+    def make() -> np.ndarray:
+        with_params, params = model()
+        began = time.perf_counter()
+        row = tokens[None].astype(np.int32)
+        program = jax.jit(lambda p, x, y, w: with_params(p).losses(x, y, w))
+        losses = np.asarray(program(params, row[:, :-1], row[:, 1:], np.ones((1, len(tokens) - 1), np.float32)))[0]
+        print(f"{name}: {len(losses):,} tokens in {time.perf_counter() - began:,.0f} s, {losses.mean():.3f} nats", flush=True)
+        if not np.isfinite(losses).all():
+            raise SystemExit(f"{name}: a loss is not finite")
+        return np.minimum(np.round(_QUANTUM * losses), 2**16 - 1).astype(np.uint16)
+
+    return store.get(f"{name}|{len(tokens) - 1}|{digest(tokens)}", make) / _QUANTUM
+
+
+def digest(tokens: np.ndarray) -> str:
+    """Returns the beginning of the SHA-256 of tokens, which says whether two machines read the same text."""
+    return hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()[:16]
 
 
 def perplexities(losses: np.ndarray, lengths: Sequence[int]) -> list[float]:

@@ -10,11 +10,13 @@ names larger models as future work). Three kinds of runs, with the same rows of 
     RoPE + CoPE, CoPE     CoPE's embeddings are trained alone, 4,096 numbers in each of 30 layers, at a rate of their own
 
 The loss is that of the windows of English and of Python that context_extension.py reads, in the trained 8,192 tokens and past them;
-it is compared with the model's before fine-tuning. Every run and pass is stored in runs/experiments/retrofit_cope; rerun the
-command to resume. Writes results/retrofit_cope.json and results/retrofit_cope.png.
+it is compared with the model's before fine-tuning. Rerun the command to resume: every pass is stored in
+results/retrofit_cope_passes.npz, which has the loss of every token, and runs in runs/experiments/retrofit_cope. Writes
+results/retrofit_cope.json and results/retrofit_cope.png.
 """
 
 import argparse
+import functools
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,7 +26,7 @@ from typing import Any
 import numpy as np
 import smollm2
 from common import RESULTS, markdown, write
-from long_context import THETA, TRAINED, digests, stored_losses, windows
+from long_context import THETA, TRAINED, Store, digest, losses_of, windows
 
 import posjax as pj
 from posjax.lab.statistics import summary
@@ -92,21 +94,31 @@ def main() -> None:
     options = parser.parse_args()
     path = smollm2.fetch()
     texts = windows(tokenizer_of(path), options.english, options.windows, options.length)
-    rows = []
-    with_params, params = functional(Transformer.from_pretrained(path, max_length=options.length))
+    store, rows = Store(RESULTS / "retrofit_cope_passes.npz"), []
+    before = functools.cache(lambda: functional(Transformer.from_pretrained(path, max_length=options.length)))
     for text, tokens in texts.items():
-        rows.append(row_of("before", None, text, stored_losses(FOLDER, f"before {text}", with_params, params, tokens)))
+        rows.append(row_of("before", None, text, losses_of(store, f"before {text}", before, tokens)))
     for seed in options.seeds:
         for label in RUNS:
-            workdir = train(path, label, seed, options.train_english, options.steps)
-            run = pj.load(workdir)
+
+            @functools.cache
+            def tuned(label: str = label, seed: int = seed) -> tuple[Any, Any]:
+                run = pj.load(train(path, label, seed, options.train_english, options.steps))
+                return run.with_params, run.params
+
             for text, tokens in texts.items():
-                losses = stored_losses(FOLDER, f"{workdir.name} {text}", run.with_params, run.params, tokens)
+                losses = losses_of(store, f"{label} {options.steps} {seed} {text}", tuned, tokens)
                 rows.append(row_of(label, seed, text, losses))
     table = "\n\n".join([loss_table(rows), difference_table(rows)])
     plot(rows)
     settings = {label: dict(zip(("encoding", "trainable", "learning_rate"), own, strict=True)) for label, own in RUNS.items()}
-    about = dict(settings=settings, steps=options.steps, row=ROW, seeds=list(options.seeds), texts=digests(texts))
+    about = dict(
+        settings=settings,
+        steps=options.steps,
+        row=ROW,
+        seeds=list(options.seeds),
+        texts={name: digest(text) for name, text in texts.items()},
+    )
     print(table, write("retrofit_cope", rows, **about, table=table), sep="\n\n")
 
 

@@ -55,7 +55,8 @@ class Cache:
       used: int32 [], number of slots written; not counted in a window cache.
       state: the encoding's ``ScoreModifications.state`` after the last call, zeros before the first; None if it has none.
       next_coordinate: [B], one past the largest coordinate of each row on any axis; None if coordinates are the positions.
-      window: number of earlier positions that a token attends to, equal to S; None: a full-length cache, where it attends to all.
+      window: number of earlier positions that a token attends to, equal to S; None: a full-length cache.
+      local_window_size: number of earlier positions that a token attends to in a full-length cache; None: all.
       made_for: pytree structure of the encoding that the cache was created for.
     """
 
@@ -70,6 +71,7 @@ class Cache:
     state: Any = None
     next_coordinate: Array | None = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    local_window_size: int | None = dataclasses.field(default=None, metadata={"static": True})
     made_for: Any = dataclasses.field(default=None, metadata={"static": True})
 
 
@@ -203,7 +205,11 @@ def attend(
     positions, segments = next_positions(cache, key.shape[1], positions, segment_ids)
     coordinates, next_coordinate = _of_new_tokens(coordinates, cache, positions, segments)
     options: dict[str, Any] = dict(
-        is_causal=True, local_window_size=cache.window, scale=scale, logits_soft_cap=logits_soft_cap, query_positions=positions
+        is_causal=True,
+        local_window_size=cache.local_window_size if cache.window is None else cache.window,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        query_positions=positions,
     )
     new = dataclasses.replace(
         cache,

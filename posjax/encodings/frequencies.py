@@ -208,10 +208,12 @@ class DynamicNtkScaling(Scaling):
     """Multiplies theta by g^(R / (R-2)), where g = s n / L - (s-1) grows with the length n of the sequence; not below n = L.
 
     n is one more than the largest position among the tokens of a segment, or of a row if there are no segments. All keys move with
-    every token past L, so decoders cache them unrotated and rotate them again in every call. vLLM differs: it uses the one base of
+    every token past L, so decoders cache them unrotated and rotate them again in every call. Attention of a new token then equals
+    that of a call on the whole sequence. In a model with several layers, what earlier tokens passed on to the second layer is still
+    that of the length at which they were read; only a new cache, filled at once, changes it. vLLM differs: it uses the one base of
     its longest sequence, which is ``ntk_scaling(factor=g)``.
 
-    Up to L, phases are exact. Beyond, frequencies have a relative error of up to 3e-7.
+    Up to L, phases are exact. Beyond, they are float32 products with a relative error of up to 2e-7.
 
     Args:
       factor: s, at least 1.
@@ -369,8 +371,8 @@ class LongRopeScaling(Scaling):
 
     The length of a sequence is one more than the largest position among the tokens of its segment, or of its row if there are no
     segments. The rotation of all keys changes when a sequence grows past L, so decoders cache keys unrotated and rotate them again
-    in every call. ``use`` selects one list at all lengths instead, and keys are cached rotated; vLLM selects "long" if its longest
-    sequence is above L.
+    in every call; fill a new cache to also recompute what earlier tokens passed on to later layers. ``use`` selects one list at all
+    lengths instead, and keys are cached rotated; vLLM selects "long" if its longest sequence is above L.
 
     Rotated queries and keys are multiplied by the attention factor a = sqrt(1 + ln s / ln L) at all lengths.
 

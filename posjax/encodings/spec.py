@@ -19,6 +19,7 @@ import io
 import numbers
 import re
 import tokenize
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -357,8 +358,12 @@ def _with(call: ast.Call, argument: str, value: ast.expr) -> ast.Call:
 
 
 def slug(spec: str) -> str:
-    """Returns a file or folder name for an encoding: "cope(64) / identity" becomes cope-64-then-identity."""
-    return re.sub(r"[^a-z0-9_]+", "-", spec.lower().replace("/", " then ")).strip("-")
+    """Returns a file or folder name for an encoding: "cope(64) / identity" becomes cope-64-then-identity.
+
+    The end of a name that would be long is a sum of the whole text, because file systems limit names to 255 bytes.
+    """
+    name = re.sub(r"[^a-z0-9_]+", "-", spec.lower().replace("/", " then ")).strip("-")
+    return name if len(name) <= 150 else f"{name[:140].rstrip('-')}-{zlib.crc32(spec.encode()):08x}"
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from posjax.models.pretrained.architecture import Architecture
 from posjax.models.pretrained.families import architecture_of
 from posjax.models.pretrained.files import open_checkpoint
 from posjax.models.pretrained.load import FREE_FIELDS, architecture_in, pattern_of
-from posjax.models.pretrained.tokenizer import adds_bos, special_tokens
+from posjax.models.pretrained.tokenizer import adds_bos, special_tokens, with_all_stops
 from posjax.models.transformer import TransformerConfig
 from posjax.parallel.mesh import parse_mesh
 from posjax.storage import is_bucket, run_path
@@ -262,7 +262,7 @@ class Pretrained:
     """What a run knows about the checkpoint that it starts from; its workdir holds it as pretrained.json.
 
     Attributes:
-      config: the checkpoint's config.json.
+      config: the checkpoint's config.json, with the stop tokens of its generation_config.json.
       adds_bos: whether its tokenizer puts a token before a text.
     """
 
@@ -278,7 +278,7 @@ class Pretrained:
 def _pretrained_of(path: str, changed: int) -> Pretrained:
     checkpoint = open_checkpoint(path)
     architecture_in(checkpoint)
-    return Pretrained(dict(checkpoint.config), adds_bos(checkpoint))
+    return Pretrained(with_all_stops(checkpoint), adds_bos(checkpoint))
 
 
 @functools.lru_cache(maxsize=8)

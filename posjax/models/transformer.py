@@ -229,7 +229,7 @@ class Transformer(nnx.Module):
         Args:
           batch_size: B, the number of sequences.
           max_length: number of tokens that the cache holds, padding included. None means ``config.max_length``. It has no effect on
-            layers with a local window, which cache only that window, or with linear attention, which cache only running sums.
+            layers with a shorter local window, which cache only that window, or with linear attention, which cache running sums.
           window: number of earlier tokens that are kept and attended to; ``config.local_window_size`` applies if it is smaller.
           coordinate_dtype: dtype of the coordinates that calls of ``decode`` will receive; None if none will receive any.
 
@@ -253,9 +253,13 @@ class Transformer(nnx.Module):
                 sums = jnp.zeros((*shape, shape[-1])), jnp.zeros(shape)
                 return LinearCache(*sums, next_position=jnp.zeros(shape[:2], jnp.int32))
             nearest = min((w for w in (window, own_window) if w is not None), default=None)
-            length = None if nearest is not None else config.max_length if max_length is None else max_length
-            how = dict(max_length=length, window=nearest, coordinate_dtype=coordinate_dtype, dtype=jnp.dtype(config.compute_dtype))
-            one = kv_cache.init_cache(self.encodings[index], config.dims, batch_size, **how)
+            length = config.max_length if max_length is None else max_length
+            # Not for a window of the caller, who may decode more than max_length tokens.
+            is_full = nearest is None or (window is None and max_length is not None and nearest >= length)
+            slots = dict(max_length=length) if is_full else dict(window=nearest)
+            how = dict(coordinate_dtype=coordinate_dtype, dtype=jnp.dtype(config.compute_dtype))
+            one = kv_cache.init_cache(self.encodings[index], config.dims, batch_size, **slots, **how)
+            one = dataclasses.replace(one, local_window_size=nearest) if is_full else one
             return jax.tree.map(lambda x: jnp.repeat(x[None], layers, axis=0), one)
 
         return tuple(empty(index, own_window, rows.stop - rows.start) for index, own_window, rows in self._runs())

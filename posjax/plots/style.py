@@ -63,7 +63,10 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
     """
     by_name: dict[str, Style] = {}
     for name in names:
-        base = re.sub(r"\([^()]*\)", "", name).replace(" ", "").lower()
+        base, nested = name, 1
+        while nested:  # an argument may be a call: rope(scaling=linear_scaling(4.0))
+            base, nested = re.subn(r"\([^()]*\)", "", base)
+        base = base.replace(" ", "").lower()
         known = _STYLES.get(_ALIASES.get(base, base))
         first = zlib.crc32(name.encode())
         spare = (_SPARE[(first + step) % len(_SPARE)] for step in range(len(_SPARE)))

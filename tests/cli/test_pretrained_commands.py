@@ -11,6 +11,9 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from checkpoints import CONFIG, VOCAB, llama_arrays, write_folder, write_tokenizer
 
+import posjax
+from posjax.models.pretrained import from_pretrained, save_pretrained, tokenizer_of
+
 TEXT = "the word of every line is a word, or not\n"
 OTHER = "or the line is not a word of every word\n" * 60
 FIELDS = [
@@ -72,9 +75,6 @@ def test_an_ablation_starts_from_random_parameters(run, home):
 @pytest.mark.thorough
 def test_generate_needs_no_workdir(run, home):
     """Against a loop over the whole sequence, of which the most likely token is taken."""
-    from posjax.models.pretrained.load import from_pretrained
-    from posjax.models.pretrained.tokenizer import tokenizer_of
-
     code, out, err = run("generate", "--from_pretrained", "tiny", "--prompt", "the word", "--max_new_tokens", 6, "--temperature", 0)
     assert (code, err) == (0, "")
     model, tokenizer = from_pretrained("tiny"), tokenizer_of("tiny", data_dir=home / "data")
@@ -89,9 +89,6 @@ def test_generate_needs_no_workdir(run, home):
 
 @pytest.mark.thorough
 def test_evaluate_needs_no_workdir(run, home):
-    from posjax.models.pretrained.load import from_pretrained
-    from posjax.models.pretrained.tokenizer import tokenizer_of
-
     flags = ("--data", "a.txt", "--validation_data", "b.txt", "--seq_length", 8, "--eval_lengths", 1, "--eval_tokens", 10_000)
     code, out, err = run("evaluate", "--from_pretrained", "tiny", *flags)
     assert (code, err) == (0, "") and "loss (bits per byte) of tiny" in out and "Nothing was written" in out
@@ -126,10 +123,14 @@ def test_a_run_starts_from_a_checkpoint_and_resumes(run, home):
 
 @pytest.mark.thorough
 def test_the_first_step_of_a_run_has_the_loss_of_the_checkpoint(run, home):
-    """An embedding of zeros makes every token equally likely: log V nats."""
+    """An output projection of zeros makes every token equally likely: log V nats."""
     arrays = {name: np.zeros_like(array) if name == "lm_head.weight" else array for name, array in llama_arrays().items()}
     write_tokenizer(write_folder(home / "flat", arrays))
     code, _, err = run("train", *FIELDS, "--from_pretrained", "flat", "--workdir", "flat-run")
     assert (code, err) == (0, "")
     first = json.loads((home / "flat-run" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["step"] == 1 and abs(first["loss"] - np.log(VOCAB)) < 1e-4
+    trained = posjax.load("flat-run").model
+    save_pretrained(trained, "flat-saved", "flat")
+    tokens = np.asarray([[3, 1, 4, 1, 5]])
+    assert np.array_equal(from_pretrained("flat-saved")(tokens), trained(tokens)) and np.asarray(trained(tokens)).any()

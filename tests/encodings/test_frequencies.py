@@ -232,6 +232,13 @@ def test_positions_up_to_a_million_are_exact():
         np.testing.assert_allclose(np.exp(1j * np.asarray(phase[0, 0], np.float64)), np.exp(1j * want), atol=3e-6)
 
 
+def test_phases_of_dynamic_ntk_are_float32_products_past_the_original_length():
+    scaling, length = pj.dynamic_ntk_scaling(4.0, 4096), 10_000
+    phase, _ = scaling.rotation(THETA, R, jnp.asarray([[4095, 9999]]), jnp.asarray([[length]]))
+    want = np.asarray([[4095], [9999]]) * scaling.frequencies(THETA, R, length)
+    np.testing.assert_allclose(phase[0], want, rtol=2.5e-7)
+
+
 WRONG = [
     (lambda: pj.linear_scaling(0.5), r"factor must be at least 1, got 0.5"),
     (lambda: pj.linear_scaling("4"), r"factor must be a number .*got '4'"),

@@ -75,7 +75,9 @@ def test_a_path_is_that_of_a_file_or_of_its_folder(tmp_path):
             pj.mrope((20, 22, 22), layout="alternating", theta=500_000.0, pairing="interleaved"),
         ),
         ({"model_type": "cohere", "rope_theta": 8e6}, pj.rope(theta=8e6, pairing="interleaved")),
+        ({"model_type": "roformer", "hidden_size": 768, "rotary_value": False}, pj.rope(pairing="interleaved")),
         ({"model_type": "granitemoehybrid", "position_embedding_type": "nope"}, pj.identity()),
+        (LLAMA | {"use_rope": False}, pj.identity()),
     ],
     ids=lambda x: x.get("model_type") if isinstance(x, dict) else None,
 )
@@ -179,7 +181,8 @@ def test_one_in_no_rope_layers_stands_for_rotation():
 def test_layers_without_rotation():
     """By type (Cohere 2, EXAONE 4 with a window), by a theta of 0 (Muse Spark), or all of them (Kimi Linear)."""
     assert pj.rope_from_config({"model_type": "cohere2"}, FULL) == pj.identity()
-    assert pj.rope_from_config({"model_type": "cohere2"}, SLIDING) == pj.rope(pairing="interleaved")
+    cohere = {"model_type": "cohere2", "position_embedding_type": "rope_gptj", "rotary_pct": 1.0, "num_hidden_layers": 4}
+    assert pj.rope_from_config(cohere, SLIDING) == pj.rope(pairing="interleaved") == pj.rope_from_config(cohere, layer=2)
     exaone = {"model_type": "exaone4", "num_hidden_layers": 4, "sliding_window": 4096, "rope_theta": 1e6}
     assert [pj.rope_from_config(exaone, layer=n).name for n in range(4)] == ["rope"] * 3 + ["identity"]
     assert pj.rope_from_config(exaone | {"sliding_window": None}, FULL) == pj.rope(theta=1e6)
@@ -205,6 +208,7 @@ BAD = {
         r"the key 'beta_fst' of a configuration with rope_type 'yarn' is not supported, got 32; .*did you mean 'beta_fast'\?",
     ),
     "key of another type": (scaled(rope_type="linear", factor=4.0, beta_fast=32), r"'beta_fast' .*with rope_type 'linear' is not"),
+    "rotated values": ({"model_type": "roformer", "rotary_value": True}, r"the key 'rotary_value' .* is not supported, got True"),
     "unknown key outside": (LLAMA | {"rope_thta": 5.0}, r"the key 'rope_thta' .*got 5.0; .*did you mean 'rope_theta'\?"),
     "factor below 1": (scaled(rope_type="linear", factor=0.5), r"factor must be at least 1, got 0.5"),
     "factor that is no number": (scaled(rope_type="linear", factor="4"), r"factor must be a number .*, got '4'"),

@@ -157,7 +157,7 @@ def test_a_workdir_that_is_older_than_a_field_has_its_default(tmp_path):
     init_or_check_workdir(config)
     fields = json.loads((tmp_path / "config.json").read_text())
     later = {"optimizer", "z_loss", "ema_decay", "validation_data", "include", "exclude", "text_key", "init_from", "decay_steps"}
-    later |= {"from_pretrained"}
+    later |= {"from_pretrained", "trainable"}
     old = {name: value for name, value in fields.items() if name not in later}
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert init_or_check_workdir(config) == tmp_path
@@ -286,6 +286,8 @@ def test_names_for_folders():
     assert slug("cope(64)") == "cope-64"
     assert slug("rope + cope(64)") == "rope-cope-64"
     assert slug("rope / cope(64)") == "rope-then-cope-64"
+    long = [f"rope(scaling=longrope_scaling({(1.5,) * 48}, {(last,) * 48}, 4096))" for last in (2.5, 3.5)]
+    assert all(len(slug(spec)) < 160 for spec in long) and slug(long[0]) != slug(long[1])
 
 
 # Results as files ----------------------------------------------------------------------------------------------------

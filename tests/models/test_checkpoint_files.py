@@ -415,8 +415,13 @@ def test_the_tokenizer_of_a_folder(tmp_path):
     assert tokenizer.token_bytes(1) == b"<|end|>"
     assert tokenizer.prompt("").tolist() == [0] and tokenizer.prompt("<|end|>").tolist() == [1]
     (tmp_path / "model" / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [7, 1]}')
     tokenizer = tokenizer_of(tmp_path / "model", data_dir=tmp_path / "data")
-    assert tokenizer.prompt("<|end|>").tolist() == [0, 1] and tokenizer.prompt("<|begin|><|end|>").tolist() == [0, 1]
+    assert (
+        tokenizer.stop_tokens == (1, 7)
+        and tokenizer.prompt("<|end|>").tolist() == [0, 1]
+        and tokenizer.prompt("<|begin|><|end|>").tolist() == [0, 1]
+    )
 
 
 @pytest.mark.parametrize(

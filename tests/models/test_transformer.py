@@ -201,8 +201,22 @@ def test_windows_by_layer_are_of_the_cache_too():
     assert [cache.key.shape[2] for cache in mixed.init_cache(2, 9)] == [3, 9]
     assert [cache.key.shape[2] for cache in mixed.init_cache(2, 9, window=2)] == [2, 2]
     assert len(same.init_cache(2, 9)) == 1
+    assert [(cache.key.shape[2], cache.window) for cache in mixed.init_cache(2, 2)] == [(2, None), (2, None)]
     with pytest.raises(ValueError, match=r"max_length of the cache must be at least 12 to add 12 tokens, got 9"):
         mixed.decode(TOKENS, mixed.init_cache(2, 9))
+
+
+def test_a_full_cache_keeps_the_window_where_positions_have_gaps():
+    model = build(num_layers=1, local_window_size=6)
+    positions = jnp.asarray([[0, 1, 2, 8, 9, 20]])
+    whole = model(TOKENS[:, :6], positions)
+    cache, parts = model.init_cache(2, 6), []
+    assert cache[0].window is None
+    for start in (0, 3):
+        logits, cache = model.decode(TOKENS[:, start : start + 3], cache, positions[:, start : start + 3])
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=2e-5)
+    assert float(jnp.abs(whole - model(TOKENS[:, :6])).max()) > 1e-3
 
 
 def test_token_types_are_added_to_the_embedding():

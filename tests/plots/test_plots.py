@@ -244,6 +244,8 @@ def test_an_encoding_looks_the_same_in_every_figure_and_no_two_look_alike():
     assert list(same.values()) == [styles[name] for name in ("NoPE", "RoPE", "RoPE+CoPE", "TUPE-A")]
     many = [f"cope(max_position={2**i})" for i in range(3, 10)] + list(string.ascii_lowercase[:8])
     assert len(set(plots.styles(many).values())) == len(many)
+    scaled = "rope(scaling=longrope_scaling((1.0, 2.0), (1.0, 4.0), 64))"
+    assert plots.styles([scaled])[scaled] == plots.styles(["rope"])["rope"]
     assert plots.styles(["a name of one's own"]) == plots.styles(["a name of one's own"])
 
 

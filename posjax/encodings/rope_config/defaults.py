@@ -34,7 +34,7 @@ INTERLEAVED = {"bailing_hybrid", "blt", "codegen", "cohere", "cohere2", "deepsee
 INTERLEAVED |= {"ernie4_5_moe", "ernie4_5_vl_moe_text", "glm", "glm4", "glm4v_text", "glm_moe_dsa", "glm_ocr_text", "gptj"}
 INTERLEAVED |= {"axk2", "dots3_note_text", "hy_v4_vl_text", "pe_audio_encoder", "pe_audio_video_encoder", "pe_video_encoder"}
 INTERLEAVED |= {"helium", "llama4_text", "longcat_flash", "moonshine", "moonshine_streaming", "moonshine_streaming_encoder"}
-INTERLEAVED |= {"openai_privacy_filter"}
+INTERLEAVED |= {"openai_privacy_filter", "roformer"}
 INTERLEAVE_OPTION = {"axk1", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "mistral4", "sarvam_mla", "youtu"}  # rope_interleave, True
 NOPE = {  # types of layers that do not rotate
     **dict.fromkeys(("afmoe", "cohere2", "exaone4", "exaone_moe"), ("full_attention",)),
@@ -46,7 +46,7 @@ PATTERN = {"cohere2": 4, "exaone4": 4, "gemma3_text": 6, "olmo3": 4}  # every n-
 _OTHERS = """afmoe arcee aria_text axk1 chameleon cohere2 deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 esm eurobert
 exaone4 exaone_moe falcon_h1 gemma gemma2 glm4_moe_lite glm4v_text glm_moe_dsa glm_ocr_text granite granitemoe granitemoehybrid
 granitemoeshared gpt_neox_japanese hunyuan_v1_dense hunyuan_v1_moe internlm2 internlm3 jais2 jetmoe kimi_k2 kimi_linear llama
-minicpm minicpm3 ministral mistral mistral4 moshi olmo olmo2 olmoe phi3 phi4_multimodal qwen2 qwen2_moe qwen3 qwen3_moe
+minicpm minicpm3 ministral mistral mistral4 moshi olmo olmo2 olmoe phi3 phi4_multimodal qwen2 qwen2_moe qwen3 qwen3_moe roformer
 sarvam_mla seed_oss starcoder2 vaultgemma youtu gptj codegen"""  # model types with all other defaults
 ROTARY = {*THETA, *LOCAL_THETA, *FRACTION, *ROTARY_DIM, *HEAD_DIM, *_OTHERS.split()}
 UNSUPPORTED = {

@@ -5,7 +5,7 @@ from typing import Any
 
 from posjax.checks import check, near, short
 from posjax.encodings.rope_config.defaults import ATTENTION, LOCAL_THETA, NOPE, NOPE_INTERVAL, NOT_ATTENTION, PATTERN, SCALED_FULL
-from posjax.encodings.rope_config.reading import Config, integer
+from posjax.encodings.rope_config.reading import FLAGS, Config, integer
 
 
 def _layers(config: Config) -> Sequence[str] | None:
@@ -85,6 +85,8 @@ def rotates(config: Config, layer_type: str | None, layer: int | None) -> bool:
     if config.get("position_embedding_type") == "nope" or config.get("qk_rope_head_dim") == 0 or model == "kimi_linear":
         return False
     if layer_type in NOT_ATTENTION or (model == "zamba2" and not config.get("use_mem_rope")):
+        return False
+    if any(config.get(flag) is False for flag in FLAGS):
         return False
     if (rotary := _no_rope_layers(config)) is not None:
         if layer is not None:

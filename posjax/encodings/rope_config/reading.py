@@ -19,7 +19,7 @@ _KEYS: dict[str, set[str]] = {  # of each type
     "default": set(),
     "linear": {"factor"},
     "dynamic": {"factor", "alpha"},
-    "yarn": _YARN | {"truncate", "llama_4_scaling_beta", "max_position_embeddings"},
+    "yarn": _YARN | {"truncate", "llama_4_scaling_beta", "max_position_embeddings", "finetuned"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "longrope": _LONGROPE | {"short_mscale", "long_mscale"},
     "proportional": {"factor"},
@@ -27,8 +27,9 @@ _KEYS: dict[str, set[str]] = {  # of each type
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
 _OUTSIDE = {"rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "global_rope_theta", "local_rope_theta"}
 _OUTSIDE |= {"layer_rope_theta", "compress_rope_theta", "partial_rotary_factor", "rotary_dim", "rotary_pct", "rotary_emb_base"}
-_OUTSIDE |= {"rotary_emb_fraction", "rotary_emb_interleaved", "rotary", "rope_interleave", "no_rope_layers"}
+_OUTSIDE |= {"rotary_emb_fraction", "rotary_emb_interleaved", "rope_interleave", "no_rope_layers"}
 _OUTSIDE |= {"no_rope_layer_interval", "qk_rope_head_dim"}
+FLAGS = {"rotary", "use_rope", "use_rotary", "use_rotary_embedding", "use_rotary_position_embeddings", "use_mem_rope"}
 _ROPE_LIKE = re.compile(r"rope|rotary|mscale")
 
 
@@ -52,10 +53,11 @@ def check_outside(config: Config, model: str) -> None:
     if model in UNSUPPORTED:
         raise ValueError(f"model_type {model!r} is not supported: {UNSUPPORTED[model]}")
     found = [key for key in config if _ROPE_LIKE.search(key) and config[key] not in (None, False)]
-    if unknown := [key for key in found if key not in _OUTSIDE and not isinstance(config[key], bool)]:
+    if unknown := [key for key in found if key not in _OUTSIDE | FLAGS]:
         raise unsupported(unknown[0], config[unknown[0]], _OUTSIDE)
     way = config.get("position_embedding_type")
-    is_rotary = way in (None, "rope", "rotary", "nope") or (way == "absolute" and bool(found))
+    is_rotary = way is None or any(word in str(way) for word in ("rope", "rotary", "nope"))  # "rope_gptj" of Cohere 2
+    is_rotary = is_rotary or (way == "absolute" and bool(found or model in ROTARY))  # a default of BERT's configurations
     if config.get("alibi") is True or not is_rotary:
         key, value = ("alibi", True) if config.get("alibi") is True else ("position_embedding_type", way)
         raise ValueError(f"config must be that of a model with a rotary encoding, got {key}={value!r}")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from posjax.checks import checked
+from posjax.encodings.frequencies import Scaling
 from posjax.encodings.spec import parametrize_spec, parse_encoding, parse_scaling, substitute, with_argument
 from posjax.lab.config import Config
 from posjax.lab.run import TRACED_FIELDS
@@ -26,7 +27,7 @@ class Point:
 
     Attributes:
       config: the configuration; its ``encoding`` is the encoding of the point.
-      settings: the swept values, by name.
+      settings: the swept values, by name; scalings as text, because results are files of JSON.
     """
 
     config: Config
@@ -122,7 +123,7 @@ def grid(config: Config, sweeps: Iterable[tuple[str, Sequence[Any]]]) -> list[Po
                 continue
             changed = with_argument(encoding, *name.split("."), value)
             if changed != encoding:
-                encoding, settings[name] = changed, value
+                encoding, settings[name] = changed, repr(value) if isinstance(value, Scaling) else value
         parse_encoding(encoding)
         changed = dataclasses.replace(config, **fields, encoding=encoding)
         point = Point(changed, settings)

@@ -76,7 +76,7 @@ def tokenizer_of(source: str | os.PathLike | Checkpoint, *, data_dir: str | Path
     size, own = int(checkpoint.config["vocab_size"]), num_ids(path)
     if own > size:
         raise ValueError(f"{checkpoint.path}: the tokenizer must have at most the {size:,} ids of the model, got {own:,}")
-    return opened(checkpoint.config, path, adds_bos(checkpoint))
+    return opened(with_all_stops(checkpoint), path, adds_bos(checkpoint))
 
 
 def opened(config: Mapping[str, Any], path: Path, adds_bos: bool) -> PretrainedTokenizer:
@@ -85,19 +85,32 @@ def opened(config: Mapping[str, Any], path: Path, adds_bos: bool) -> PretrainedT
     return PretrainedTokenizer(int(config["vocab_size"]), path, (begin, begin), adds_bos, stops)
 
 
+def with_all_stops(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns config.json with the stop tokens of generation_config.json too: chat models often end a turn by another token."""
+    config, path = dict(checkpoint.config), checkpoint.path / "generation_config.json"
+    if not path.is_file():
+        return config
+    stops = [token for one in (config, read_json(path)) for token in _stops(one)]
+    return config | ({"eos_token_id": list(dict.fromkeys(stops))} if stops else {})
+
+
+def _stops(config: Mapping[str, Any]) -> tuple[int, ...]:
+    ends = config.get("eos_token_id")
+    return tuple(map(int, ends)) if isinstance(ends, list | tuple) else () if ends is None else (int(ends),)
+
+
 def special_tokens(config: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
     """Returns the token that begins a document, and those that end a text, by config.json.
 
     Raises:
       ValueError: it names neither.
     """
-    ends = config.get("eos_token_id")
-    stops = tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
+    stops = _stops(config)
     begin = config.get("bos_token_id")
     begin = (stops or (None,))[0] if begin is None else begin
     if begin is None:
         raise ValueError("config.json must have bos_token_id or eos_token_id, got neither")
-    return int(begin), tuple(map(int, stops))
+    return int(begin), stops
 
 
 def adds_bos(checkpoint: Checkpoint) -> bool:

@@ -1,6 +1,7 @@
 """Grids in words, their points, and which runs are one program."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -41,6 +42,16 @@ def test_equal_layers_stay_equal_when_they_are_blanked():
 def test_an_argument_is_set_where_it_belongs(spec, change, expected):
     assert with_argument(spec, *change) == expected
     parse_encoding(expected)
+
+
+def test_scalings_are_swept():
+    """In results, which are JSON, a scaling is its text."""
+    points = grid(CONFIG, [parse_sweep("rope.scaling=None,yarn_scaling(4.0, 64)"), parse_sweep("rope.theta=1e4,1e5")])
+    yarn = "yarn_scaling(factor=4.0, original_max_length=64)"
+    assert points[2].config.encoding == f"rope(scaling={yarn}, theta=10000.0)"
+    assert json.loads(json.dumps(points[2].settings)) == {"rope.scaling": yarn, "rope.theta": 1e4}
+    assert parse_encoding(points[2].config.encoding) == pj.rope(scaling=pj.yarn_scaling(4.0, 64))
+    assert [len(group.runs) for group in groups(points, [0])] == [2, 2, 1, 2, 2]  # thetas of a scaling share a program
 
 
 @pytest.mark.parametrize(
