@@ -74,6 +74,16 @@ def test_a_path_is_that_of_a_file_or_of_its_folder(tmp_path):
             {"model_type": "ernie4_5_vl_moe_text", "rope_parameters": {"mrope_section": [22, 22, 20]}},
             pj.mrope((20, 22, 22), layout="alternating", theta=500_000.0, pairing="interleaved"),
         ),
+        # The class decides on layout and sections where a configuration is silent.
+        (
+            {"model_type": "qwen3_vl_text", "rope_parameters": {"mrope_section": [24, 20, 20]}},
+            pj.mrope((24, 20, 20), layout="interleaved", theta=500_000.0),
+        ),
+        ({"model_type": "qwen2_vl_text", "head_dim": 128}, pj.mrope((16, 24, 24), theta=1e6)),
+        (
+            {"model_type": "ernie4_5_vl_moe_text", "head_dim": 128},
+            pj.mrope((20, 22, 22), layout="alternating", theta=500_000.0, pairing="interleaved"),
+        ),
         ({"model_type": "cohere", "rope_theta": 8e6}, pj.rope(theta=8e6, pairing="interleaved")),
         ({"model_type": "roformer", "hidden_size": 768, "rotary_value": False}, pj.rope(pairing="interleaved")),
         ({"model_type": "granitemoehybrid", "position_embedding_type": "nope"}, pj.identity()),

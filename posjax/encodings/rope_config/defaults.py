@@ -36,6 +36,14 @@ INTERLEAVED |= {"axk2", "dots3_note_text", "hy_v4_vl_text", "pe_audio_encoder", 
 INTERLEAVED |= {"helium", "llama4_text", "longcat_flash", "moonshine", "moonshine_streaming", "moonshine_streaming_encoder"}
 INTERLEAVED |= {"openai_privacy_filter", "roformer"}
 INTERLEAVE_OPTION = {"axk1", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "mistral4", "sarvam_mla", "youtu"}  # rope_interleave, True
+MROPE = {  # layout and sections, as the configuration lists them; without "mrope_interleaved", the class interleaves all the same
+    **dict.fromkeys(("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "paddleocr_vl_text"), ("blocks", (16, 24, 24))),
+    **dict.fromkeys(("qwen2_5_omni_text", "qwen2_5_omni_talker"), ("blocks", (16, 24, 24))),
+    **dict.fromkeys(("glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glm_image_text"), ("blocks", (8, 12, 12))),
+    **dict.fromkeys(("qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_omni_moe_text"), ("interleaved", (24, 20, 20))),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), ("interleaved", (11, 11, 10))),
+    "ernie4_5_vl_moe_text": ("alternating", (22, 22, 20)),  # height, width, time
+}
 NOPE = {  # types of layers that do not rotate
     **dict.fromkeys(("afmoe", "cohere2", "exaone4", "exaone_moe"), ("full_attention",)),
     "kimi_linear": ("full_attention",),

@@ -5,6 +5,7 @@ import os
 from posjax.checks import check, checked
 from posjax.core.chain import chain
 from posjax.core.encoding import PositionalEncoding, identity
+from posjax.encodings.rope_config.defaults import MROPE
 from posjax.encodings.rope_config.layers import layer_type_of, parameters_of, rotates
 from posjax.encodings.rope_config.reading import Config, check_inside, check_outside, kind_of, read
 from posjax.encodings.rope_config.values import (
@@ -65,7 +66,7 @@ def rope_from_config(
     pairing = pairing_of(config)
     rotated, head_dim = rotated_channels(config, parameters, kind)
     scaling = scaling_of(kind, config, parameters, rotated)
-    if "mrope_section" in parameters:
+    if "mrope_section" in parameters or model in MROPE:
         encoding = mrope_of(config, parameters, theta, rotated, pairing, scaling)
     else:
         latent = bool(config.get("qk_rope_head_dim"))

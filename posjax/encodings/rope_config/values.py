@@ -7,9 +7,18 @@ from posjax.checks import INT32, check, short
 from posjax.core.encoding import PositionalEncoding
 from posjax.core.structures import Pairing
 from posjax.encodings import frequencies as scalings
-from posjax.encodings.multi_axis import MRopeLayout, mrope
+from posjax.encodings.multi_axis import mrope
 from posjax.encodings.query_scale import log_scale, query_scale
-from posjax.encodings.rope_config.defaults import FRACTION, HEAD_DIM, INTERLEAVE_OPTION, INTERLEAVED, LOCAL_THETA, ROTARY_DIM, THETA
+from posjax.encodings.rope_config.defaults import (
+    FRACTION,
+    HEAD_DIM,
+    INTERLEAVE_OPTION,
+    INTERLEAVED,
+    LOCAL_THETA,
+    MROPE,
+    ROTARY_DIM,
+    THETA,
+)
 from posjax.encodings.rope_config.reading import Config, integer, number
 from posjax.encodings.rotary import rotated_width
 
@@ -168,13 +177,15 @@ def scaling_of(kind: str, config: Config, parameters: Config, rotated: float) ->
 def mrope_of(
     config: Config, parameters: Config, theta: float, rotated: float, pairing: Pairing, scaling: scalings.Scaling | None
 ) -> PositionalEncoding:
-    """Returns M-RoPE with the sections of a configuration."""
-    sections = parameters["mrope_section"]
+    """Returns M-RoPE with the sections of a configuration, or those of its model type."""
+    layout, sections = MROPE.get(str(config.get("model_type")), ("blocks", None))
+    if parameters.get("mrope_interleaved"):
+        layout = "interleaved"
+    sections = parameters.get("mrope_section", sections)
     if not isinstance(sections, list | tuple) or len(sections) != 3 or not all(isinstance(n, int) for n in sections):
         raise ValueError(f"mrope_section must be three numbers of pairs, got {short(sections)}")
-    layout: MRopeLayout = "interleaved" if parameters.get("mrope_interleaved") else "blocks"
-    if str(config.get("model_type")).startswith("ernie4_5_vl"):  # height, width, time
-        layout, sections = "alternating", (sections[2], *sections[:2])
+    if layout == "alternating":  # height, width, time
+        sections = (sections[2], *sections[:2])
     fraction = rotated if rotated <= 1 else rotated / (_head_dim(config) or rotated)
     if (head_dim := _head_dim(config)) is not None and 2 * sum(sections) != round(fraction * head_dim):
         raise ValueError(
