@@ -66,7 +66,8 @@ def from_pretrained(
       encoding: a positional encoding, or one for each of several layers, in place of the checkpoint's; a text such as
         "rope(100000.0) + cope(64)" is parsed. Learned parameters are carried over where an encoding of the checkpoint is part of
         the new one. A warning says what is not.
-      dtype: dtype of the parameters. Softmax statistics are float32 in any case; the activations have ``compute_dtype``.
+      dtype: dtype of the matrices. Biases, scales of norms and parameters of encodings stay float32; activations have
+        ``compute_dtype``.
       mesh: mesh that the parameters are sharded over by ``posjax.parallel.partition_rules.SHARDED_RULES``; None puts them on the
         default device.
       seed: seed of the parameters of a new encoding.
@@ -113,9 +114,10 @@ def load_params(
     def filled(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         sharding = None if shardings is None else functools.reduce(lambda tree, key: tree[key.key], path, shardings)
-        own = DTYPES[dtype] if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+        is_matrix = name.endswith(("kernel", "embedding")) and not name.startswith("encoding/")
+        own = DTYPES[dtype] if is_matrix else leaf.dtype  # Gemma's 1 + w must not be rounded
         if name in new:
-            return new[name] if name.startswith("encoding/") else new[name].astype(own)
+            return new[name].astype(own)
         return _filled(name, leaf.shape, own, rows[name], sharding)
 
     return with_params, jax.tree_util.tree_map_with_path(filled, abstract)
