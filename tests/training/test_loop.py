@@ -199,6 +199,8 @@ def test_evaluation_shares_the_line_of_its_step(tmp_path):
     [(signal.SIGINT, Batches), (signal.SIGTERM, Replayed), (signal.SIGHUP, Batches), (signal.SIGUSR1, Batches)],
 )
 def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, capsys, straight, number, batches):
+    if signal.getsignal(number) is signal.SIG_IGN:  # under nohup
+        signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
 
     def hook(at):
