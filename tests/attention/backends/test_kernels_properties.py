@@ -215,6 +215,8 @@ def check(kernel, form: Form, encoding, seed: int, size: float, longest: int = L
     got = output_and_gradients(tiled, encoding, operands, hidden, weight, **static, **options)
     plain = {name: options[name] for name in ("query_positions", "key_positions") if name in options}
     plain |= {"mask": jnp.asarray(allowed(form, options, longest)), "logits_soft_cap": form.soft_cap}
+    if form.positions == "restarting":  # positions of one segment must not decrease
+        plain["segment_ids"] = options["segment_ids"]
     oracle = functools.partial(compiled(reference.attention), longest, longest)
     want = output_and_gradients(oracle, encoding, operands, hidden, weight, **plain)
     agree(got, want, operands)
