@@ -37,6 +37,20 @@ MOST_MAPS = 20_000
 finished = itertools.count(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their marks
+def pytest_collection_modifyitems(items):
+    """Marks the tests that thorough.txt names."""
+    lines = (Path(__file__).parent / "thorough.txt").read_text().splitlines()
+    names = tuple(line for line in lines if line and not line.startswith("#"))
+    found = set()
+    for item in items:
+        if begun := [name for name in names if item.nodeid.startswith(name)]:
+            item.add_marker(pytest.mark.thorough)
+            found.update(begun)
+    if len(items) > 2000 and (unknown := sorted(set(names) - found)):  # all tests were collected
+        raise pytest.UsageError(f"tests/thorough.txt must name tests, got {unknown[0]}")
+
+
 def pytest_runtest_teardown():
     """Every program that is kept maps memory, and with more than 65,530 maps Linux gives a process no memory and it aborts."""
     if next(finished) % 8 == 0 and MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST_MAPS:

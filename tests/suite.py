@@ -153,6 +153,11 @@ VARIANTS = (  # of other cases; README's command leaves them to the thorough tes
     "cope_mlp keys",
     "rope + cope content",
     "cope + alibi",
+    "tupe a",
+    "cope per head",
+    "cope content",
+    "cope + t5",
+    "learned + rope",
 )
 
 
