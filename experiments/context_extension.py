@@ -18,8 +18,6 @@ import argparse
 import functools
 import math
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +27,7 @@ import numpy as np
 import smollm2
 from common import RESULTS, markdown, write
 from flax import nnx
-from long_context import HEAD_DIM, LONGEST, THETA, TRAINED, Store, digest, losses_of, perplexities, windows
+from long_context import HEAD_DIM, LONGEST, THETA, TRAINED, Store, digest, fine_tune, losses_of, perplexities, windows
 
 import posjax as pj
 from posjax.encodings.spec import spec_of
@@ -250,34 +248,6 @@ def plot_passkeys(rows: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> 
 # Fine-tuning --------------------------------------------------------------------------------------------------------------------
 
 
-def train(model: Model, label: str, seed: int, english: Path, steps: int) -> Path:
-    """Trains all weights with an encoding, or resumes, by ``posjax train``, and returns the workdir."""
-    workdir = FOLDER / f"finetune {label} {steps} {seed}".replace(" ", "_")
-    flags = {
-        "from_pretrained": model.path,
-        "encoding": spec_of(methods()[label]),
-        "data": f"{english}:0.5,stdlib:0.5",
-        "workdir": workdir,
-        "seeds": seed,
-        "seq_length": ROW,
-        "batch_size": 1,
-        "steps": steps,
-        "learning_rate": 5e-5,
-        "warmup_steps": steps // 15,
-        "weight_decay": 0.0,
-        "beta2": 0.95,
-        "checkpoint_every": max(1, steps // 2),
-        "keep_last": 1,
-        "eval_lengths": 1,
-        "eval_tokens": ROW,
-    }
-    command = [sys.executable, "-m", "posjax", "train"]
-    for flag, value in flags.items():
-        command += [f"--{flag}", str(value)]
-    subprocess.run(command, check=True)
-    return workdir
-
-
 def finetune(
     store: Store, model: Model, texts: Mapping[str, np.ndarray], lengths: Sequence[int], english: Path, steps: int
 ) -> list[dict[str, Any]]:
@@ -288,7 +258,10 @@ def finetune(
 
             @functools.cache
             def tuned(label: str = label, seed: int = seed) -> tuple[Callable[[Params], Transformer], Params]:
-                run = pj.load(train(model, label, seed, english, steps))
+                workdir = FOLDER / f"finetune {label} {steps} {seed}".replace(" ", "_")
+                flags = dict(encoding=spec_of(methods()[label]), seeds=seed, seq_length=ROW, steps=steps, learning_rate=5e-5)
+                fine_tune(workdir, model.path, english, **flags)
+                run = pj.load(workdir)
                 return run.with_params, run.params
 
             for text, tokens in texts.items():

@@ -1,14 +1,19 @@
 """Code that the experiments with SmolLM2 on long texts share: the texts, and the loss of every token, stored. Not a program."""
 
 import hashlib
+import io
+import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from posjax.files import write_atomically
 from posjax.models.pretrained.tokenizer import PretrainedTokenizer
 from posjax.models.transformer import Transformer
 from posjax.typing import Params
@@ -49,10 +54,9 @@ class Store:
         """Returns the array of a key, which is made and stored if there is none."""
         if key not in self.arrays:
             self.arrays[key] = make()
-            part = self.path.with_suffix(".part")
-            with part.open("wb") as file:
-                np.savez_compressed(file, **self.arrays)
-            part.replace(self.path)
+            content = io.BytesIO()
+            np.savez_compressed(content, **self.arrays)
+            write_atomically(self.path, content.getvalue())
         return self.arrays[key]
 
 
@@ -95,3 +99,21 @@ def digest(tokens: np.ndarray) -> str:
 def perplexities(losses: np.ndarray, lengths: Sequence[int]) -> list[float]:
     """Returns exp(mean loss) of the first tokens of a text, for each number of tokens."""
     return [float(np.exp(losses[:length].mean(dtype=np.float64))) for length in lengths]
+
+
+def fine_tune(workdir: Path, model: Path, english: Path, **flags: Any) -> None:
+    """Fine-tunes a checkpoint by ``posjax train``, or resumes; half of the rows are English, half Python's library.
+
+    Args:
+      workdir: folder of the run.
+      model: the checkpoint.
+      english: file of English text.
+      **flags: encoding, seeds, seq_length, steps, learning_rate and other flags.
+    """
+    shared = dict(batch_size=1, warmup_steps=max(1, flags["steps"] // 15), weight_decay=0.0, beta2=0.95, keep_last=1)
+    shared |= dict(checkpoint_every=max(1, flags["steps"] // 2), eval_lengths=1, eval_tokens=flags["seq_length"])
+    paths = dict(from_pretrained=model, data=f"{english}:0.5,stdlib:0.5", workdir=workdir)
+    command = [sys.executable, "-m", "posjax", "train"]
+    for flag, value in (paths | shared | flags).items():
+        command += [f"--{flag}", str(value)]
+    subprocess.run(command, check=True)

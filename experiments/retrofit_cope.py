@@ -17,8 +17,6 @@ results/retrofit_cope.json and results/retrofit_cope.png.
 
 import argparse
 import functools
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from typing import Any
 import numpy as np
 import smollm2
 from common import RESULTS, markdown, write
-from long_context import THETA, TRAINED, Store, digest, losses_of, windows
+from long_context import THETA, TRAINED, Store, digest, fine_tune, losses_of, windows
 
 import posjax as pj
 from posjax.lab.statistics import summary
@@ -45,36 +43,6 @@ RUNS = {  # label -> encoding, what is trained, peak learning rate
 SEEDS, STEPS, ROW, LENGTH = (0, 1, 2), 200, 512, 12_288
 PARTS = {"in": slice(0, TRAINED), "past": slice(TRAINED, None)}
 BIN = 1024
-
-
-def train(path: Path, label: str, seed: int, english: Path, steps: int) -> Path:
-    """Trains a run, or resumes it, by ``posjax train``, and returns its workdir."""
-    spec, trainable, rate = RUNS[label]
-    workdir = FOLDER / f"{label} {steps} {seed}".replace(" ", "_").replace(",", "").replace("+", "and")
-    flags = {
-        "from_pretrained": path,
-        "encoding": spec,
-        "trainable": trainable,
-        "data": f"{english}:0.5,stdlib:0.5",
-        "workdir": workdir,
-        "seeds": seed,
-        "seq_length": ROW,
-        "batch_size": 1,
-        "steps": steps,
-        "learning_rate": rate,
-        "warmup_steps": max(1, steps // 15),
-        "weight_decay": 0.0,
-        "beta2": 0.95,
-        "checkpoint_every": max(1, steps // 2),
-        "keep_last": 1,
-        "eval_lengths": 1,
-        "eval_tokens": ROW,
-    }
-    command = [sys.executable, "-m", "posjax", "train"]
-    for flag, value in flags.items():
-        command += [f"--{flag}", str(value)]
-    subprocess.run(command, check=True)
-    return workdir
 
 
 def row_of(label: str, seed: int | None, text: str, losses: np.ndarray) -> dict[str, Any]:
@@ -103,7 +71,13 @@ def main() -> None:
 
             @functools.cache
             def tuned(label: str = label, seed: int = seed) -> tuple[Any, Any]:
-                run = pj.load(train(path, label, seed, options.train_english, options.steps))
+                spec, trainable, rate = RUNS[label]
+                workdir = FOLDER / f"{label} {options.steps} {seed}".replace(" ", "_").replace(",", "").replace("+", "and")
+                flags = dict(
+                    encoding=spec, trainable=trainable, seeds=seed, seq_length=ROW, steps=options.steps, learning_rate=rate
+                )
+                fine_tune(workdir, path, options.train_english, **flags)
+                run = pj.load(workdir)
                 return run.with_params, run.params
 
             for text, tokens in texts.items():

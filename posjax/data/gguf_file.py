@@ -26,7 +26,7 @@ _MOST_AXES = 4
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a file.
+    """Locates a tensor in a file.
 
     Attributes:
       name: its name.

@@ -259,7 +259,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """What a run knows about the checkpoint that it starts from; its workdir holds it as pretrained.json.
+    """Describes the checkpoint that a run starts from; its workdir holds this as pretrained.json.
 
     Attributes:
       config: the checkpoint's config.json, with the stop tokens of its generation_config.json.

@@ -33,7 +33,7 @@ Change = Callable[[np.ndarray, Config], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """How the models of one architecture are called in Hugging Face.
+    """Connects one architecture of GGUF with its names in Hugging Face.
 
     Attributes:
       model_type: the model type of config.json.

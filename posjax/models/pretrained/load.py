@@ -200,7 +200,7 @@ def not_carried_over(old: Sequence[PositionalEncoding], new: Sequence[Positional
 
 
 class _Old:
-    """Where the learned parameters of a checkpoint's encodings lie in a model with other encodings."""
+    """Finds the learned parameters of a checkpoint's encodings in a model with other encodings."""
 
     def __init__(self, old: tuple[PositionalEncoding, ...], new: tuple[PositionalEncoding, ...]):
         self.is_same = old == new
