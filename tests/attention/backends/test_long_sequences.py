@@ -1,6 +1,9 @@
 """Training on sequences of more than one tile: the walk learns what dense attention learns, without retraces or transfers."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -9,6 +12,7 @@ from suite import (
 )
 
 import posjax as pj
+from posjax.attention.backends.xla_chunked.layout import WIDE
 from posjax.lab.run import make_loss
 from posjax.models.transformer import Transformer, TransformerConfig, functional
 from posjax.parallel.mesh import make_mesh
@@ -46,6 +50,35 @@ def training(implementation: str | None):
     with_params, params = functional(Transformer(config, encoding, rngs=nnx.Rngs(0)))
     optimizer = make_optimizer(3e-3)
     return make_train_step(make_loss(with_params, dropout=False), optimizer), init_state(params, optimizer, seed=0)
+
+
+def test_wide_tiles_of_a_long_sequence():
+    """From 4,096 tokens on, tiles are wider; lengths that are not whole tiles, groups of heads, segments and biases included."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, 4100, heads, 8)).astype(np.float32) for heads in (2, 1, 1))
+    segments = (np.arange(4100) >= 1500).astype(np.int32)[None]
+
+    def loss(query, key, value, implementation):
+        out = pj.attention(
+            query, key, value, pj.alibi(), is_causal=True, segment_ids=(segments, segments), implementation=implementation
+        )
+        return (out * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)).sum(), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(functools.partial(loss, implementation="xla_chunked"), (0, 1, 2), has_aux=True))(
+        query, key, value
+    )
+    # Dense attention in float64 for rows at the edges of tiles and segments.
+    slopes = np.array([2.0**-4, 2.0**-8])  # ALiBi's for two heads
+    for t in (0, WIDE - 1, WIDE, 1499, 1500, 4095, 4096, 4099):
+        begin = 0 if t < 1500 else 1500
+        keys, values = (x[0, begin : t + 1, 0].astype(np.float64) for x in (key, value))
+        for head in range(2):
+            scores = keys @ query[0, t, head].astype(np.float64) / np.sqrt(8) - slopes[head] * np.arange(t - begin, -1, -1)
+            weights = np.exp(scores - scores.max())
+            np.testing.assert_allclose(out[0, t, head], weights @ values / weights.sum(), rtol=0, atol=1e-5)
+    whole = jax.jit(jax.grad(functools.partial(loss, implementation="xla"), (0, 1, 2), has_aux=True))(query, key, value)[0]
+    for ours, dense in zip(grads, whole, strict=True):
+        np.testing.assert_allclose(ours, dense, rtol=0, atol=1e-4 * np.abs(dense).max())
 
 
 @pytest.mark.thorough

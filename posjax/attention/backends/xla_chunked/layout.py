@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,8 +14,12 @@ from posjax.checks import is_symbolic, round_up
 from posjax.core.masks import Mask
 from posjax.typing import Array
 
-# Large enough for matrix products to run at full speed on a CPU, small enough to fit its cache and for rows to saturate early.
-ROWS = COLUMNS = 128
+# Queries and keys per tile: large enough for matrix products to run at full speed on a CPU, small enough for the scores of all
+# heads to fit its cache and for rows to saturate early. Long sequences of few heads take wider tiles, in which the work around the
+# products is a smaller part; there the pairs above the diagonal, of which they compute more, hardly count.
+SIZE, WIDE = 128, 256
+_LONG = 4096  # tokens
+_MOST_SCORES = 2**20  # in a wide tile, over batch and heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +63,8 @@ def to_operands(call: AttentionCall, *, tile: tuple[int, int] | None = None, is_
       tile: (queries, keys) per tile; None chooses both.
       is_part: as in ``Plan``.
     """
-    length, keys = call.query.shape[1], call.key.shape[1]
-    # Wider tiles where there are few queries.
-    rows, columns = tile or (ROWS, COLUMNS if is_symbolic(length) else max(COLUMNS, ROWS * COLUMNS // length))
+    length, keys, terms = call.query.shape[1], call.key.shape[1], bias_terms(call)
+    rows, columns = tile or _tile(call, terms)
     rows, columns = tile_size(rows, length), tile_size(columns, keys)
     pad_rows, pad_columns = functools.partial(pad, to=rows), functools.partial(pad, to=columns)
     plan = Plan(rows, columns, keys, call.logits_soft_cap, is_part)
@@ -68,7 +72,7 @@ def to_operands(call: AttentionCall, *, tile: tuple[int, int] | None = None, is_
         query=_blocks(pad_rows(call.query, axis=1), rows),
         key=_blocks(pad_columns(call.key, axis=1), columns),
         value=_blocks(pad_columns(call.value, axis=1), columns),
-        terms=tuple(pad_term(term, rows, columns) for term in bias_terms(call)),
+        terms=tuple(pad_term(term, rows, columns) for term in terms),
         mask=dataclasses.replace(
             call.mask,
             boolean=pad_columns(pad_rows(call.mask.boolean, axis=2), axis=3),
@@ -80,6 +84,17 @@ def to_operands(call: AttentionCall, *, tile: tuple[int, int] | None = None, is_
         key_positions=pad_columns(call.key_positions, axis=1),
         scale=call.scale,
     )
+
+
+def _tile(call: AttentionCall, terms: Sequence[BiasTerm]) -> tuple[int, int]:
+    """Chooses (queries, keys) per tile."""
+    batch, length, heads, _ = call.query.shape
+    if is_symbolic(length):
+        return SIZE, SIZE
+    has_room = not is_symbolic(batch) and batch * heads * WIDE**2 <= _MOST_SCORES
+    if has_room and length >= _LONG and call.mask.window == (None, None) and all(term.carry is None for term in terms):
+        return WIDE, WIDE
+    return SIZE, max(SIZE, SIZE**2 // length)  # more keys where there are few queries
 
 
 def tile_size(size: int, length: int) -> int:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from posjax.attention.backends.bias_terms import BiasTerm, Tile, bias_terms, value_index, value_terms
 from posjax.attention.backends.constants import EMPTY_LSE, INIT_MAX, MASK_VALUE
 from posjax.attention.backends.sinks import with_sink
-from posjax.attention.backends.xla_chunked.layout import COLUMNS, ROWS, pad, pad_term, tile_size
+from posjax.attention.backends.xla_chunked.layout import SIZE, pad, pad_term, tile_size
 from posjax.attention.backends.xla_chunked.query_tile import multiply_by_group
 from posjax.attention.call import AttentionCall
 from posjax.checks import round_up
@@ -39,7 +39,7 @@ def attention(call: AttentionCall, *, tile: tuple[int, int] | None = None) -> tu
       under ``StickBreaking`` the logarithm of what is left of the stick.
     """
     length, keys = call.query.shape[1], call.key.shape[1]
-    rows, columns = map(tile_size, tile or (ROWS, COLUMNS), (length, keys))
+    rows, columns = map(tile_size, tile or (SIZE, SIZE), (length, keys))
     padded, terms, values = _padded(call, rows, columns)
     tiles = round_up(length, rows) // rows
 
