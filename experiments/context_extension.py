@@ -116,19 +116,29 @@ def read_windows(store: Store, model: Model, texts: Mapping[str, np.ndarray], le
     for label, encoding in methods().items():
         own_model = functools.cache(lambda encoding=encoding: (model.with_encoding(encoding), model.params))
         for text, tokens in texts.items():
-            # Causal models read a prefix as they read it alone, unless frequencies depend on the length.
-            if encoding.cache == "raw":
-                passes = {n: losses_of(store, f"{label} {text}", own_model, tokens[: n + 1]) for n in lengths}
-                found = [perplexities(passes[n], [n])[0] for n in lengths]
-                losses = passes[max(lengths)]
-            else:
-                losses = losses_of(store, f"{label} {text}", own_model, tokens[: max(lengths) + 1])
-                found = perplexities(losses, lengths)
+            ends = {n: read_to(encoding, label, n, lengths) for n in lengths}
+            passes = {n: losses_of(store, f"{label} {text}", own_model, tokens[: ends[n] + 1]) for n in lengths}
+            found = [perplexities(passes[n], [n])[0] for n in lengths]
+            losses = passes[max(lengths)]
             bins = losses[: len(losses) // BIN * BIN].reshape(-1, BIN).mean(1, dtype=np.float64)
             own = {str(n): round(p, 3) for n, p in zip(lengths, found, strict=True)}
             curve = [round(float(x), 4) for x in bins]
             rows.append({"part": "perplexity", "method": label, "text": text, "perplexity": own, "loss_by_position": curve})
     return rows
+
+
+def read_to(encoding: pj.PositionalEncoding, label: str, length: int, lengths: Sequence[int]) -> int:
+    """Returns how many tokens to read for the losses of the first ``length``.
+
+    A causal model reads a prefix as it reads it alone, unless its frequencies depend on the length: to the trained length they are
+    the model's own, past it LongRoPE has one set, and dynamic NTK one for each length.
+    """
+    longest = max(lengths)
+    if encoding.cache != "raw":
+        return longest
+    if length <= TRAINED:
+        return min(TRAINED, longest)
+    return length if kind(label) == "dynamic NTK" else longest
 
 
 def perplexity_table(rows: Sequence[Mapping[str, Any]], lengths: Sequence[int], text: str) -> str:
