@@ -53,9 +53,8 @@ def test_a_part_of_a_file_larger_than_memory_can_be_read(tmp_path):
 
 
 def test_what_is_written_follows_the_format(tmp_path):
-    arrays = llama_arrays(dtype=ml_dtypes.bfloat16) | {"scalar": np.float32(3.0).reshape(()), "empty": np.zeros((0, 4), np.float32)}
-    entries = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-    write_tensors(tmp_path / "model.safetensors", entries, iter(arrays.values()))
+    arrays = llama_arrays(dtype=ml_dtypes.bfloat16) | {"scalar": np.asarray(3.0, np.float32), "empty": np.zeros((0, 4), np.float32)}
+    write_tensors(tmp_path / "model.safetensors", arrays)
     found, metadata = read_safetensors(tmp_path / "model.safetensors")
     assert metadata == {"format": "pt"}  # without which transformers refuses a file
     assert {name: array.tobytes() for name, array in found.items()} == {name: array.tobytes() for name, array in arrays.items()}
@@ -276,26 +275,21 @@ BAD_FOLDERS = {
     ),
     "pickles": (pickles, "with pytorch_model.bin, a pickle.*save_pretrained"),
     "an adapter": (adapter, "holds an adapter, which must be merged"),
-    "header of 0 bytes": (lambda f: cut(f / "model.safetensors", 0), "is no safetensors file, or is incomplete: it has 0 bytes"),
-    "header cut": (lambda f: cut(f / "model.safetensors", 300), "is no safetensors file, or is incomplete: its header would have"),
-    "data cut": (lambda f: cut(f / "model.safetensors", 5000), r"is incomplete: .* ends at byte [\d,]+, the file has 5,000"),
-    "another format": (lambda f: (f / "model.safetensors").write_bytes(b"<!DOCTYPE html>" * 9), "is no safetensors file"),
-    "header not JSON": (lambda f: with_header(f, lambda h: b"{" * 40), "damaged: its header cannot be read"),
-    "header a list": (lambda f: with_header(f, lambda h: b"[1, 2]"), "damaged: its header cannot be read: it is not an object"),
-    "a tensor twice": (lambda f: with_header(f, lambda h: DUPLICATE), "its header cannot be read: it holds a twice"),
-    "no shape": (lambda f: with_header(f, lambda h: entry(h, shape=None)), "model.norm.weight must have a dtype, a shape and"),
-    "negative size": (
-        lambda f: with_header(f, lambda h: entry(h, shape=[-16])),
-        "model.norm.weight must have a dtype, a shape and",
-    ),
-    "wrong size": (
-        lambda f: with_header(f, lambda h: entry(h, shape=[17])),
-        r"model.norm.weight of F32\[17\] must have 68 bytes, got 64",
-    ),
-    "overlap": (lambda f: with_header(f, lambda h: entry(h, data_offsets=[0, 64])), "the data of model.norm.weight and .* overlap"),
-    "unknown dtype": (
-        lambda f: with_header(f, lambda h: entry(h, dtype="F4")),
-        "model.norm.weight must have one of the dtypes .* got 'F4'",
+    "header of 0 bytes": (lambda f: cut(f / "model.safetensors", 0), "is damaged or incomplete: header too small"),
+    "header cut": (lambda f: cut(f / "model.safetensors", 300), "is damaged or incomplete: invalid header length"),
+    "data cut": (lambda f: cut(f / "model.safetensors", 5000), "is damaged or incomplete: .*; copy or download it again"),
+    "another format": (lambda f: (f / "model.safetensors").write_bytes(b"<!DOCTYPE html>" * 9), "is damaged or incomplete"),
+    "header not JSON": (lambda f: with_header(f, lambda h: b"{" * 40), "is damaged or incomplete: invalid JSON in header"),
+    "header a list": (lambda f: with_header(f, lambda h: b"[1, 2]"), "invalid JSON in header"),
+    "a tensor twice": (lambda f: with_header(f, lambda h: DUPLICATE), "is damaged or incomplete"),
+    "no shape": (lambda f: with_header(f, lambda h: entry(h, shape=None)), "invalid JSON in header"),
+    "negative size": (lambda f: with_header(f, lambda h: entry(h, shape=[-16])), "invalid JSON in header"),
+    "wrong size": (lambda f: with_header(f, lambda h: entry(h, shape=[17])), "invalid shape, data type, or offset for tensor"),
+    "overlap": (lambda f: with_header(f, lambda h: entry(h, data_offsets=[0, 64])), "invalid offset for tensor"),
+    "unknown dtype": (lambda f: with_header(f, lambda h: entry(h, dtype="X4")), "unknown variant `X4`, expected one of"),
+    "a dtype of another size": (
+        lambda f: with_header(f, lambda h: entry(h, dtype="F8_E8M0", shape=[64])),
+        "model.norm.weight must have one of the dtypes .* got 'F8_E8M0'",
     ),
     "index of a missing file": (
         lambda f: sharded_without(f, "model-00002-of-00002.safetensors"),
@@ -339,10 +333,10 @@ def of_dtype(path, number):
 
 BAD_GGUF = {
     "cut in the header": (lambda p: (gguf_file(p), cut(p, 200)), "damaged or incomplete"),
-    "cut in the data": (lambda p: (gguf_file(p), cut(p, 20_000)), r"is incomplete: .* ends at byte [\d,]+, the file has 20,000"),
-    "empty": (lambda p: p.write_bytes(b""), "is no GGUF file, or is incomplete: it has 0 bytes"),
+    "cut in the data": (lambda p: (gguf_file(p), cut(p, 20_000)), "is damaged or incomplete: .*; copy or download it again"),
+    "empty": (lambda p: p.write_bytes(b""), "is no GGUF file: it must begin with GGUF, got b''"),
     "not GGUF": (lambda p: p.write_bytes(b"safetensors, renamed to .gguf"), "it must begin with GGUF, got b'safe'"),
-    "big endian": (lambda p: p.write_bytes(b"GGUF" + struct.pack(">I", 3) + bytes(32)), "its version must be 2 or 3"),
+    "big endian": (lambda p: p.write_bytes(b"GGUF" + struct.pack(">I", 3) + bytes(32)), "(version|byte order)"),
     "unknown architecture": (lambda p: gguf_file(p, "lama"), "general.architecture must be one of llama, .*did you mean 'llama'"),
     "experts": (lambda p: gguf_file(p, keys={"expert_count": 8}), "a model without experts, got 8"),
     "one part of three": (lambda p: gguf_file(p, keys={"split.count": 3}), "a whole GGUF file, .* one of 3 parts; merge them"),
@@ -356,9 +350,9 @@ BAD_GGUF = {
         lambda p: gguf_file(p, arrays=TABLE | {"blk.0.conv.weight": np.ones(4, np.float32)}),
         "got blk.0.conv.weight",
     ),
-    "a tensor twice": (twice, "it has the tensor token_embd.weight twice"),
-    "unknown dtype": (lambda p: of_dtype(p, 999), "token_embd.weight has the unknown dtype 999"),
-    "rows of broken blocks": (lambda p: of_dtype(p, 8), r"rows of token_embd.weight must be multiples of 32 \(Q8_0\)"),
+    "a tensor twice": (twice, "duplicated tensor with name token_embd.weight"),
+    "unknown dtype": (lambda p: of_dtype(p, 999), r"999\)? is not a valid GGMLQuantizationType"),
+    "rows of broken blocks": (lambda p: of_dtype(p, 8), r"row size \(16\) is not a multiple of Q8_0 block size"),
     "unknown scaling": (
         lambda p: gguf_file(p, keys={"rope.scaling.type": "odd"}),
         "rope.scaling.type must be none, linear or yarn, got 'odd'",

@@ -8,18 +8,18 @@ Opening reads headers only. A tensor of a safetensors file is memory-mapped, so 
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import textwrap
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from posjax.checks import near
+from posjax.checks import near, require
 from posjax.files import DamagedFile, read_json
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -34,7 +34,6 @@ DTYPES = {
     **{f"{sign}{8 * size}": np.dtype(f"{kind}{size}") for sign, kind in (("I", "i"), ("U", "u")) for size in (1, 2, 4, 8)},
     "BOOL": np.dtype(bool),
 }
-_LARGEST_HEADER = 100_000_000  # bytes, by the format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
     Raises:
       ValueError: there is no such path, it holds no weights that can be read, or a file is damaged or incomplete.
-      ImportError: a package that reads GGUF files is not installed.
+      ImportError: the package that reads such files is not installed.
     """
     folder = Path(os.fspath(path)).expanduser()
     if folder.is_file() and folder.suffix.lower() == ".gguf":
@@ -140,96 +139,53 @@ def _indexed(index: Path) -> dict[str, Tensor]:
 def read_header(path: Path) -> dict[str, Tensor]:
     """Returns the tensors of a safetensors file, of which only the header is read.
 
-        bytes 0 to 8: the length n of the header, little-endian;  8 to 8 + n: JSON {name: {dtype, shape, data_offsets}};  then data
+    The package safetensors checks the file. It copies what it reads, so tensors are mapped here: of a mapped tensor, in any layout,
+    the part that a device holds can be read without the rest.
 
     Raises:
-      DamagedFile: the file is incomplete, or its header is not that of a safetensors file.
+      DamagedFile: the file is incomplete, or is no safetensors file.
+      ImportError: safetensors is not installed.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    require(path.name, "safetensors", extra="pretrained")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except SafetensorError as error:
+        why = textwrap.shorten(str(error).removeprefix("Error while deserializing header: "), 200)
+        raise DamagedFile(f"{path} is damaged or incomplete: {why}; copy or download it again") from None
+    with path.open("rb") as file:  # the length of the header, the header, the data
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            what = f"its header would have {length:,} bytes, the file has {size:,}" if size >= 8 else f"it has {size} bytes"
-            raise DamagedFile(f"{path} is no safetensors file, or is incomplete: {what}; copy or download it again")
-        text = file.read(length)
-    try:
-        header = json.loads(text, object_pairs_hook=_unique)
-        if not isinstance(header, dict):
-            raise ValueError("it is not an object")
-    except ValueError as error:
-        raise DamagedFile(f"{path} is damaged: its header cannot be read: {error}") from None
+        header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    tensors, spans = {}, []
-    for name, entry in header.items():
-        tensors[name], span = _entry(path, name, entry, 8 + length, size)
-        spans.append((*span, name))
-    spans.sort()
-    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
-        if begin < end:
-            raise DamagedFile(f"{path} is damaged: the data of {name} and {other} overlap")
-    return tensors
+    return {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
 
 
-def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> tuple[Tensor, tuple[int, int]]:
-    """Returns a tensor from its entry in a header, and where its bytes begin and end after the header."""
-    try:
-        stored, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (TypeError, KeyError, ValueError):
-        stored, shape, begin, end = "", (), -1, -1
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise DamagedFile(f"{path} is damaged: {name} must have a dtype, a shape and data_offsets, got {str(entry)[:100]}")
+def _tensor(path: Path, name: str, entry: Mapping[str, Any], start: int) -> Tensor:
+    """Returns a tensor from its entry in a header, after which the data start."""
+    stored, shape = entry["dtype"], tuple(entry["shape"])
     if stored not in DTYPES:
         raise ValueError(f"{path}: {name} must have one of the dtypes {', '.join(DTYPES)}, got {stored!r}")
     dtype = DTYPES[stored]
-    if end - begin != math.prod(shape) * dtype.itemsize:
-        expected = math.prod(shape) * dtype.itemsize
-        raise DamagedFile(f"{path} is damaged: {name} of {stored}{list(shape)} must have {expected:,} bytes, got {end - begin:,}")
-    if start + end > size:
-        raise DamagedFile(
-            f"{path} is incomplete: {name} ends at byte {start + end:,}, the file has {size:,}; copy or download it again"
-        )
 
     def read() -> np.ndarray:
         if not math.prod(shape):  # nothing can be mapped
             return np.zeros(shape, dtype)
-        return np.memmap(path, dtype, "r", start + begin, shape)
+        return np.memmap(path, dtype, "r", start + entry["data_offsets"][0], shape)
 
-    return Tensor(shape, dtype, stored, path, read), (begin, end)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes a dict of JSON pairs, and raises ValueError if a name occurs twice, which JSON readers otherwise accept."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it holds {next(name for name in names if names.count(name) > 1)} twice")
-    return found
+    return Tensor(shape, dtype, stored, path, read)
 
 
-def write_tensors(path: Path, entries: Mapping[str, tuple[np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
-    """Writes a safetensors file, of which one array at a time is in memory.
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file, which appears when it is complete."""
+    require(path.name, "safetensors", extra="pretrained")
+    from safetensors.numpy import save_file
 
-    Args:
-      path: the file, which appears when it is complete.
-      entries: dtype and shape of each tensor by name.
-      arrays: the tensors in the same order.
-    """
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without a format
-    end = 0
-    for name, (dtype, shape) in entries.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for (dtype, shape), array in zip(entries.values(), arrays, strict=True):
-                assert array.shape == shape
-                file.write(array.astype(dtype, copy=False).tobytes())
-            file.flush()
+        save_file(dict(tensors), part, metadata={"format": "pt"})  # transformers reads no file without a format
+        with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
     finally:

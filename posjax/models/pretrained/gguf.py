@@ -17,15 +17,18 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
-from posjax.checks import near, require, short
-from posjax.data.gguf_file import StoredTensor, read_gguf
+from posjax.checks import near, short
+from posjax.data.gguf_file import read_gguf
 from posjax.files import DamagedFile
 from posjax.models.pretrained.files import Checkpoint, Tensor
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
 
 Config = dict[str, Any]
 Change = Callable[[np.ndarray, Config], np.ndarray]
@@ -51,15 +54,14 @@ class _Kind:
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Opens a GGUF file. Its header is read, and no tensor.
+    """Opens a GGUF file. Its keys are read, and no tensor.
 
     Raises:
       ValueError: the file is damaged, incomplete or one of several parts, or its architecture is not supported.
       ImportError: gguf is not installed.
     """
-    require("a .gguf file", "gguf", extra="gguf")
-    header = read_gguf(path)
-    keys = _Keys(path, header.keys)
+    file = read_gguf(path)
+    keys = _Keys(path, file.keys)
     if (parts := keys.fields.get("split.count")) and int(parts) > 1:
         how = "merge them with llama-gguf-split --merge"
         raise ValueError(f"path must be a whole GGUF file, got {str(path)!r}, one of {parts} parts; {how}")
@@ -73,9 +75,9 @@ def open_gguf(path: Path) -> Checkpoint:
     if keys.get("expert_count", 0):
         raise ValueError(f"path must be a GGUF file of a model without experts, got {keys.get('expert_count')} in {str(path)!r}")
     kind = _KINDS[name]
-    config = _config(keys, kind, header.tensors)
+    config = _config(keys, kind, file.tensors)
     tensors = {}
-    for tensor in header.tensors.values():
+    for tensor in file.tensors.values():
         if tensor.name in _NOT_WEIGHTS:
             continue
         stem, _, suffix = tensor.name.rpartition(".")
@@ -88,38 +90,27 @@ def open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(path, config, tensors, path)
 
 
-def _tensor(path: Path, stored: StoredTensor, change: Change | None, config: Config) -> Tensor:
+def _tensor(path: Path, stored: "ReaderTensor", change: Change | None, config: Config) -> Tensor:
     import gguf
 
+    kind = stored.tensor_type
     kinds = gguf.GGMLQuantizationType
     plain = {kinds.F32: np.float32, kinds.F16: np.float16, kinds.BF16: ml_dtypes.bfloat16, kinds.F64: np.float64}
-    try:
-        kind = kinds(stored.dtype)
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    except (ValueError, KeyError):
-        raise ValueError(f"{path}: tensor {stored.name} has the unknown dtype {stored.dtype}") from None
-    shape = stored.shape
-    if not shape or shape[-1] % block:
-        raise DamagedFile(f"{path} is damaged: rows of {stored.name} must be multiples of {block} ({kind.name}), got {list(shape)}")
-    bytes_shape = (*shape[:-1], shape[-1] // block * block_bytes)
-    end = stored.offset + math.prod(bytes_shape)
-    if end > (size := path.stat().st_size):
-        what = f"{stored.name} ends at byte {end:,}, the file has {size:,}"
-        raise DamagedFile(f"{path} is incomplete: {what}; copy or download it again")
     dtype = np.dtype(plain.get(kind, np.float32))
+    shape = tuple(stored.shape.tolist())[::-1]  # GGUF begins with the axis along which elements are neighbors
 
     def read() -> np.ndarray:
-        data = np.memmap(path, np.uint8, "r", stored.offset, bytes_shape)
         try:
-            array = data.view(dtype) if kind in plain else gguf.dequantize(np.asarray(data), kind)
+            array = stored.data.view(dtype) if kind in plain else gguf.dequantize(np.asarray(stored.data), kind)
         except NotImplementedError:
             known = "which the package gguf does not dequantize; use a file of another quantization"
             raise ValueError(f"{path}: tensor {stored.name} has the dtype {kind.name}, {known}") from None
-        array = array.reshape(stored.shape)
+        array = array.reshape(shape)
         return array if change is None else change(array, config)
 
     if change is not None:  # a transposed kernel has another shape
-        shape = change(np.broadcast_to(np.zeros((), np.int8), shape), config).shape
+        changed = change(np.broadcast_to(np.zeros((), np.int8), shape), config).shape
+        return Tensor(changed, dtype, kind.name, path, read)
     return Tensor(shape, dtype, kind.name, path, read)
 
 
@@ -159,7 +150,7 @@ class _Keys:
 # The keys of config.json ---------------------------------------------------------------------------------------------------
 
 
-def _config(keys: _Keys, kind: _Kind, stored: Mapping[str, StoredTensor]) -> Config:
+def _config(keys: _Keys, kind: _Kind, stored: "Mapping[str, ReaderTensor]") -> Config:
     """Returns config.json for a file: the keys of all models, and those of its architecture."""
     if "token_embd.weight" not in stored:
         raise DamagedFile(f"{keys.path} must have the tensor token_embd.weight, got a GGUF file without it")
@@ -167,7 +158,7 @@ def _config(keys: _Keys, kind: _Kind, stored: Mapping[str, StoredTensor]) -> Con
     common = {
         "model_type": kind.model_type,
         "architectures": [kind.cls],
-        "vocab_size": stored["token_embd.weight"].shape[0],
+        "vocab_size": int(stored["token_embd.weight"].shape[-1]),
         "hidden_size": width,
         "num_hidden_layers": keys.size("block_count"),
         "num_attention_heads": heads,
@@ -193,7 +184,7 @@ def _rms_norm_config(keys: _Keys, common: Config) -> Config:
     }
 
 
-def _rope(keys: _Keys, common: Config, stored: Mapping[str, StoredTensor]) -> Config:
+def _rope(keys: _Keys, common: Config, stored: "Mapping[str, ReaderTensor]") -> Config:
     """Returns the keys of the rotation."""
     if keys.architecture in ("gpt2", "bloom"):
         return {}
@@ -233,7 +224,7 @@ def _scaling(keys: _Keys, common: Config) -> Config | None:
     return scaling
 
 
-def _factors(keys: _Keys, tensor: StoredTensor, common: Config, theta: float) -> Config:
+def _factors(keys: _Keys, tensor: "ReaderTensor", common: Config, theta: float) -> Config:
     """Returns the scaling for a file with a divisor of each frequency: Llama 3's if they are its, a list otherwise."""
     divisors = np.asarray(_tensor(keys.path, tensor, None, common).read(), np.float64)
     factor, low, high, length = float(divisors.max()), 1.0, 4.0, 8192

@@ -10,12 +10,13 @@ holds more than its share of the model, and one parameter's worth of buffers bes
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -396,22 +397,24 @@ def _write_weights(
     folder: Path, architecture: Architecture, params: Params, dtype: np.dtype, shard_bytes: int
 ) -> dict[str, list[str]]:
     """Writes the tensors, and returns the files with the names of their tensors."""
-    shards: list[dict[str, tuple[np.dtype, tuple[int, ...]]]] = [{}]
+    shards: list[list[str]] = [[]]
     size = 0
     for name, _, weight in architecture.tensors():
         own = math.prod(weight.shape) * dtype.itemsize
         if shards[-1] and size + own > shard_bytes:
-            shards.append({})
+            shards.append([])
             size = 0
-        shards[-1][name] = dtype, weight.shape
+        shards[-1].append(name)
         size += own
-    arrays: Iterator[np.ndarray] = (array for _, array in tensors_from(architecture, params))
-    names = [WEIGHTS] if len(shards) == 1 else [
+    files = [WEIGHTS] if len(shards) == 1 else [
         WEIGHTS.replace(".", f"-{number:05d}-of-{len(shards):05d}.") for number in range(1, len(shards) + 1)
     ]  # fmt: skip
-    for name, entries in zip(names, shards, strict=True):
-        write_tensors(folder / name, entries, (next(arrays) for _ in entries))
-    return {name: list(entries) for name, entries in zip(names, shards, strict=True)}
+    tensors = tensors_from(architecture, params)
+    for file, names in zip(files, shards, strict=True):  # the arrays of one file are in memory at a time
+        write_tensors(
+            folder / file, {name: array.astype(dtype, copy=False) for name, array in itertools.islice(tensors, len(names))}
+        )
+    return dict(zip(files, shards, strict=True))
 
 
 def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
