@@ -20,7 +20,8 @@ from posjax.core.encoding import registered
 from posjax.encodings.spec import parse_encoding
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+PAGES = [path for path in sorted(ROOT.glob("docs/**/*.md")) if path.relative_to(ROOT).parts[1] not in ("_build", "jupyter_execute")]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *PAGES)}
 README = TEXTS["README.md"]
 FENCED = re.compile(r"```python\n(.*?)```", re.DOTALL)
 EXAMPLES = {f"{name} {number}": code for name, text in TEXTS.items() for number, code in enumerate(FENCED.findall(text))}
@@ -36,8 +37,11 @@ def test_examples_run(name):
     exec(compile(EXAMPLES[name], name, "exec"), {"__name__": "example"})
 
 
-def anchors(text):
-    """The anchors of a page's headings, as GitHub makes them."""
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them; those of a page that includes another are the other's."""
+    text = page.read_text()
+    if included := re.match(r"```\{include\} (\S+)", text):
+        text = (page.parent / included[1]).read_text()
     heads = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
@@ -51,7 +55,7 @@ def test_links_lead_somewhere(name):
         path, _, anchor = target.partition("#")
         linked = (page.parent / path) if path else page
         assert linked.exists(), target
-        assert not anchor or anchor in anchors(linked.read_text()), target
+        assert not anchor or anchor in anchors(linked), target
 
 
 def where_it_runs(spec):
@@ -90,7 +94,7 @@ def test_the_table_has_every_encoding_and_where_it_runs():
 
 def test_the_map_has_every_module_in_its_folder():
     """A line that begins with a folder names what is in it, and so do the lines below it; what is indented deeper lies deeper."""
-    code_map = TEXTS["docs/layout.md"].split("# A map of the code")[1].split("Data flows one way")[0]
+    code_map = TEXTS["docs/contribute/layout.md"].split("# A map of the code")[1].split("Data flows one way")[0]
     folders: dict[int, Path] = {-1: ROOT}  # by how far they are indented
     listed = set()
     for line in filter(str.strip, code_map.splitlines()):
