@@ -200,26 +200,22 @@ def retrieve(store: Store, model: Model, lengths: Sequence[int], trials: int) ->
     """Returns a row for every method, length and depth: how many of the keys greedy decoding repeats."""
     rows = []
     for label, encoding in methods().items():
-        with_params = functools.cache(lambda encoding=encoding: model.with_encoding(encoding))
         for length in lengths:
-            right = np.zeros(len(DEPTHS), int)
-            for trial in range(trials):
-
-                def make(
-                    length: int = length, trial: int = trial, with_params: Any = with_params, label: str = label
-                ) -> np.ndarray:
-                    began, found = time.perf_counter(), []
-                    for depth in DEPTHS:
-                        key = random.Random(f"{length} {depth} {trial}").randint(10_000, 99_999)
-                        found.append(repeats(with_params(), model, length, depth, key))
-                    print(f"{label}, {length:,} tokens: {found} in {time.perf_counter() - began:,.0f} s", flush=True)
-                    return np.asarray(found)
-
-                right += store.get(f"passkey {label}|{length}|{trial}", make)
-            for depth, count in zip(DEPTHS, right.tolist(), strict=True):
-                own = {"method": label, "length": length, "depth": depth, "right": count, "trials": trials}
+            keys = {f"passkey {label}|{length}|{trial}": trial for trial in range(trials)}
+            found = [store.get(key, functools.partial(once, model, encoding, length, trial, key)) for key, trial in keys.items()]
+            for depth, right in zip(DEPTHS, np.sum(found, axis=0).tolist(), strict=True):
+                own = {"method": label, "length": length, "depth": depth, "right": right, "trials": trials}
                 rows.append({"part": "passkey"} | own)
     return rows
+
+
+def once(model: Model, encoding: pj.PositionalEncoding, length: int, trial: int, name: str) -> np.ndarray:
+    """Returns whether greedy decoding repeats a key at each depth, [D] bool."""
+    began, with_params = time.perf_counter(), model.with_encoding(encoding)
+    keys = [random.Random(f"{length} {depth} {trial}").randint(10_000, 99_999) for depth in DEPTHS]
+    found = np.asarray([repeats(with_params, model, length, depth, key) for depth, key in zip(DEPTHS, keys, strict=True)])
+    print(f"{name}: {found.sum()} of {len(found)} in {time.perf_counter() - began:,.0f} s", flush=True)
+    return found
 
 
 def repeats(with_params: Callable[[Params], Transformer], model: Model, length: int, depth: float, key: int) -> bool:
