@@ -367,6 +367,10 @@ class Identity(PositionalEncoding):
     """Adds no positional encoding (NoPE): scores are scale * q.k.
 
     A causal decoder can still distinguish positions through its mask; a bidirectional model is symmetric under permutation.
+
+    Example:
+      >>> encoding = pj.identity()
+
     Kazemnejad et al., arXiv:2305.19466.
     """
 

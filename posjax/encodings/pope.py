@@ -29,6 +29,10 @@ class PoPE(PositionalEncoding):
     Raises:
       ValueError: theta is not one positive number.
 
+    Example:
+      >>> encoding = pj.pope()
+      >>> params = encoding.init(jax.random.key(0), pj.Dims(num_heads=4, head_dim=8))
+
     Gopalakrishnan et al., arXiv:2509.10534.
     """
 

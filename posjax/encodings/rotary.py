@@ -39,6 +39,13 @@ class Rope(PositionalEncoding):
         pairing or channels is unknown, scaling is not a scaling, or (in ``attend``) fraction * H is not an even number of channels
         or does not fit the scaling.
 
+    Example:
+      >>> encoding = pj.rope()
+      >>> longer = pj.rope(scaling=pj.yarn_scaling(factor=4.0, original_max_length=8192))
+      >>> query = key = jax.random.normal(jax.random.key(0), (1, 16, 4, 8))
+      >>> pj.attention(query, key, key, encoding, is_causal=True).shape
+      (1, 16, 4, 8)
+
     Su et al., arXiv:2104.09864, equation 34.
     """
 
