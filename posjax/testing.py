@@ -32,6 +32,7 @@ from posjax.typing import Array, Params
 
 _BATCH, _LENGTH, _PAST = 2, 12, 5  # sequences, their tokens, and those that count as the past
 _DIMS = Dims(num_heads=4, head_dim=8, embed_dim=24, max_length=64, num_kv_heads=2)
+_WIDE = Dims(num_heads=4, head_dim=64, max_length=1024)
 _FAR = 1e-3  # outputs that should differ do so by more than this
 
 
@@ -364,9 +365,7 @@ def _check(rule: Callable[[_Layer], None], layer: _Layer) -> None:
 # Where an encoding runs ----------------------------------------------------------------------------------------------------------
 
 
-def where_it_runs(
-    encoding: PositionalEncoding, dims: Dims = Dims(num_heads=4, head_dim=64, max_length=1024), **options: Any
-) -> dict[str, str | None]:
+def where_it_runs(encoding: PositionalEncoding, dims: Dims = _WIDE, **options: Any) -> dict[str, str | None]:
     """Returns which backends run an encoding, for a causal call in bfloat16 of 1,024 tokens, without running anything.
 
     >>> import posjax as pj

@@ -132,17 +132,20 @@ def rst(doc: str) -> str:
         if name in ("", "after"):
             lines += [text, ""]
         else:
-            lines += [f"{name}:", textwrap.indent(text, "    "), ""]
+            lines += ["Args:" if name == "Attributes" else f"{name}:", textwrap.indent(text, "    "), ""]
     from sphinx.ext.napoleon import Config, GoogleDocstring
 
-    text = str(GoogleDocstring("\n".join(lines), Config(napoleon_use_ivar=True, napoleon_use_rtype=False)))
+    text = str(GoogleDocstring("\n".join(lines), Config(napoleon_use_param=False, napoleon_use_rtype=False)))
+    text = text.replace(":Parameters:", ":Attributes:") if "Attributes" in parts else text
     return text.strip("\n")
 
 
 def _escaped(text: str) -> str:
     """Escapes what reStructuredText would read as markup outside of ``code``."""
     parts = re.split(r"(``[^`]*``)", text)
-    return "".join(part if index % 2 else re.sub(r"(?<!^)([|*])|(?<=\w)(_)(?!\w)", r"\\\1\2", part) for index, part in enumerate(parts))
+    return "".join(
+        part if index % 2 else re.sub(r"(?<!^)([|*])|(?<=\w)(_)(?!\w)", r"\\\1\2", part) for index, part in enumerate(parts)
+    )
 
 
 def _with_blocks(text: str) -> str:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import api
-import examples
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tables
 
+import examples
 import posjax as pj
 from posjax.attention.backends.reference import scores_of
 from posjax.attention.call import AttentionCall, prepare
@@ -71,7 +71,7 @@ def _save(figure: "Figure", path: Path) -> None:
 
 def cards() -> str:
     """Returns the cards of the index and the table of contents."""
-    lines = ["````{grid} 1 2 3 3", ":gutter: 2", ""]
+    lines = ["````{grid} 1 1 2 2", ":gutter: 2", ""]
     for name in examples.names():
         lines += [f"```{{grid-item-card}} {name}", f":link: {name}", ":link-type: doc", f":img-top: figures/{name}.png"]
         lines += [f":img-alt: the effect of {name} on attention", "", _plain(one_line(name)), "```", ""]
@@ -83,7 +83,7 @@ def page(name: str, figures: Sequence[Path]) -> str:
     cls, example = registered()[name], examples.of(name)
     doc = api.sections(inspect.getdoc(cls) or "")
     about = "\n\n".join(filter(None, (doc[""], doc.get("after"))))
-    code = example.code or f"encoding = pj.{name}()\n"
+    code = used(example)
     spec = spec_of(example.encodings[0])
     parts = [
         f"# {name}\n",
@@ -91,7 +91,7 @@ def page(name: str, figures: Sequence[Path]) -> str:
         f"Arguments and errors: {{py:class}}`posjax.{name}`.\n",
         "## Use\n",
         f"```python\n{imports(code)}\n\n{code}```\n",
-        f"On the command line: `posjax train quickstart --encoding \"{spec}\"`.\n",
+        f'On the command line: `posjax train quickstart --encoding "{spec}"`.\n',
         "## Picture\n",
         f"```{{image}} figures/{figures[0].name}\n:alt: the effect of {name} on attention\n```\n",
         caption(example.encodings[0]),
@@ -99,12 +99,26 @@ def page(name: str, figures: Sequence[Path]) -> str:
     if len(figures) > 1:
         parts.append(f"```{{image}} figures/{figures[1].name}\n:alt: gates and contextual positions over a line of text\n```\n")
         parts.append(
-            "Gates (bars) and contextual positions (line) over a line of text; the last character is the query. The keys were chosen "
-            "so that gates open at spaces: positions count words.\n"
+            "Gates (bars) and contextual positions (line) over a line of text; the last character is the query. The keys were "
+            "chosen so that gates open at spaces: positions count words.\n"
         )
     parts += ["## Where it runs\n", where(example.encodings), "## Cost\n", cost(name), "## Loss and extrapolation\n", losses(name)]
     parts += ["## Checkpoints\n", checkpoints(name)]
     return "\n".join(parts)
+
+
+def used(example: examples.Example) -> str:
+    """Returns the code of an example, followed by a call of attention, after running it."""
+    sizes = f"pj.Dims(num_heads=4, head_dim={_dims(example.encodings[0]).head_dim}, max_length=128)"
+    shape = f"(1, 128, 4, {_dims(example.encodings[0]).head_dim})"
+    code = (
+        f"{example.code or f'encoding = pj.{example.encodings[0].registered_name}()'}\n"
+        f"params = encoding.init(jax.random.key(0), {sizes})\n"
+        f"query, key, value = (jax.random.normal(jax.random.key(i), {shape}) for i in (1, 2, 3))\n"
+        "out = pj.attention(query, key, value, encoding, params, is_causal=True)\n"
+    )
+    exec(code, dict(examples.GLOBALS))
+    return code
 
 
 def imports(code: str) -> str:
@@ -297,8 +311,10 @@ def where(encodings: Sequence[PositionalEncoding]) -> str:
     rows = list(tables.support_rows(encodings))
     lines = [tables.table(["encoding", *tables.BACKENDS.values()], rows, "lcccccc")]
     lines += [f"- {reason}: {', '.join(whom)}" for reason, whom in tables.reasons_of(encodings).items()]
-    return "\n".join(lines) + "\n\nEach call is causal, in bfloat16, alone, with packed rows and with a window. "\
+    return (
+        "\n".join(lines) + "\n\nEach call is causal, in bfloat16, alone, with packed rows and with a window. "
         "The kernels have never run on a TPU or a GPU: see [the log of hardware](../reference/hardware_log.md).\n"
+    )
 
 
 def _results(file: str) -> Mapping[str, Any]:
@@ -356,7 +372,12 @@ def _counting(name: str) -> Iterator[str]:
         "(`tpu_cost_of_counting_v6e.json`).\n"
     )
     rows = [
-        [f"{row['length']:,}", row["gates"], *(f"{row[part]['ratio']:.2f}" for part in ("forward", "backward")), f"{row['ratio']:.2f}"]
+        [
+            f"{row['length']:,}",
+            row["gates"],
+            *(f"{row[part]['ratio']:.2f}" for part in ("forward", "backward")),
+            f"{row['ratio']:.2f}",
+        ]
         for row in found["rows"]
     ]
     yield tables.table(["tokens", "gates", "forward", "backward", "both"], rows, "rlrrr")
@@ -430,7 +451,9 @@ def checkpoints(name: str) -> str:
     if whole:
         lines.append(f"`Transformer.from_pretrained` loads the model types {_listed(whole)}, which use it by default.\n")
     if alone:
-        lines.append("`pj.rope_from_config` reads the encoding of these model types; the arguments are those of a default config:\n")
+        lines.append(
+            "`pj.rope_from_config` reads the encoding of these model types; the arguments are those of a default config:\n"
+        )
         lines += [f"- `{spec}`: {', '.join(models)}" for spec, models in alone.items()]
     return "\n".join(lines) + "\n" if lines else "No model type that posjax reads uses it by default.\n"
 

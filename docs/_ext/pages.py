@@ -1,6 +1,7 @@
 """Pages that are generated when the site is built, from docstrings, dataclasses, the registry and experiments/results.
 
-A line ``<!-- api NAME -->`` or ``<!-- table NAME -->`` of a page, or ``<!-- gallery -->``, is replaced by what the code has. The gallery's pages are files.
+A line ``<!-- api NAME -->``, ``<!-- table NAME -->`` or ``<!-- gallery -->`` of a page is replaced by what the code has. In the
+gallery, every encoding has a file.
 """
 
 import re

@@ -13,8 +13,8 @@ from typing import Any
 from unittest import mock
 
 import api
-import examples
 
+import examples
 from posjax.core.encoding import PositionalEncoding
 from posjax.encodings.spec import spec_of
 from posjax.testing import where_it_runs
@@ -95,7 +95,7 @@ def _values(hint: Any) -> str:
 def _default(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(f'"{x}"' if " " in str(x) else str(x) for x in value)
-    return "" if value is dataclasses.MISSING or value is None and False else str(value)
+    return "" if value is dataclasses.MISSING else str(value)
 
 
 def _options(flags: Sequence[Flag], program: str) -> str:
@@ -140,22 +140,17 @@ def usage() -> str:
 
 def verbs() -> str:
     """Returns a section for every command, with its own flags."""
-    import importlib
-
     from posjax import cli
+    from posjax.cli.bench import BENCHMARKS
 
     parts = []
     for name, flags in commands().items():
         verb = name.split()[0]
-        module = importlib.import_module(f"posjax.cli.{'list_all' if verb == 'list' else verb}")
         if name.startswith("bench "):
-            from posjax.cli.bench import BENCHMARKS
-
             about = BENCHMARKS[name.removeprefix("bench ")]
         else:
             line = next(line for line in cli.USAGE.splitlines() if line.startswith(f"  {verb} "))
             about = line.split(maxsplit=1)[1]
-        del module
         parts.append(f"## posjax {name}\n\n{about[0].upper()}{about[1:].rstrip('.')}.\n")
         parts.append(_options(flags, f"posjax {name}") if flags else "It has no flags of its own.\n")
     return "\n".join(parts)
@@ -181,7 +176,9 @@ def configs() -> str:
         for field in dataclasses.fields(Config):
             value = getattr(config, field.name)
             if value != field.default and field.name != "workdir":
-                rows.append([f"`{field.name}`", f"`{_default(value)}`", f"`{_default(field.default)}`" if field.default != "" else ""])
+                rows.append(
+                    [f"`{field.name}`", f"`{_default(value)}`", f"`{_default(field.default)}`" if field.default != "" else ""]
+                )
         parts += [f"## {name}\n", f"````{{eval-rst}}\n{api.rst(doc)}\n````\n", table(["field", "value", "default"], rows)]
     return "\n".join(parts)
 

@@ -32,7 +32,6 @@ class Sinusoidal(PositionalEncoding):
 
     Example:
       >>> encoding = pj.sinusoidal()
-      >>> x = encoding.embed({}, jnp.zeros((1, 16, 32)), pj.Tokens.at(jnp.arange(16)))
 
     Vaswani et al., arXiv:1706.03762, section 3.5.
     """

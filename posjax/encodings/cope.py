@@ -65,10 +65,8 @@ class Cope(PositionalEncoding):
     Example:
       >>> encoding = pj.cope(max_position=64)
       >>> with_gate_keys = pj.cope(64, gates="keys")
-      >>> params = encoding.init(jax.random.key(0), pj.Dims(num_heads=4, head_dim=8))
-      >>> query = key = jax.random.normal(jax.random.key(0), (1, 16, 4, 8))
-      >>> pj.attention(query, key, key, encoding, params, is_causal=True).shape
-      (1, 16, 4, 8)
+      >>> encoding.init(jax.random.key(0), pj.Dims(num_heads=4, head_dim=8))["embedding"].shape
+      (64, 8)
 
     Golovneva et al., arXiv:2405.18719, equations 3 to 6 and Listing 1.
     """
@@ -183,7 +181,6 @@ class CopeMlp(PositionalEncoding):
 
     Example:
       >>> encoding = pj.cope_mlp(hidden_dim=64)
-      >>> params = encoding.init(jax.random.key(0), pj.Dims(num_heads=4, head_dim=8))
 
     Golovneva et al., arXiv:2405.18719, the CoPE_MLP row. The paper does not give the network's shape; this one is ours.
     """

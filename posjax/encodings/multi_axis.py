@@ -245,10 +245,8 @@ class AxialRope(PositionalEncoding):
     Example:
       >>> encoding = pj.axial_rope(theta=100.0)
       >>> coordinates = pj.axial_coordinates((4, 4))
-      >>> query = key = jax.random.normal(jax.random.key(0), (1, 16, 4, 8))
-      >>> at = dict(query_coordinates=coordinates, key_coordinates=coordinates)
-      >>> pj.attention(query, key, key, encoding, **at).shape
-      (1, 16, 4, 8)
+      >>> coordinates.shape
+      (16, 2)
 
     Heo et al., arXiv:2403.13298; Siméoni et al., arXiv:2508.10104 (DINOv3); Fang et al., arXiv:2303.11331 (EVA-02).
     """

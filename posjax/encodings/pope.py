@@ -31,7 +31,6 @@ class PoPE(PositionalEncoding):
 
     Example:
       >>> encoding = pj.pope()
-      >>> params = encoding.init(jax.random.key(0), pj.Dims(num_heads=4, head_dim=8))
 
     Gopalakrishnan et al., arXiv:2509.10534.
     """

@@ -43,9 +43,6 @@ class Alibi(PositionalEncoding):
 
     Example:
       >>> encoding = pj.alibi()
-      >>> query = key = jax.random.normal(jax.random.key(0), (1, 16, 4, 8))
-      >>> pj.attention(query, key, key, encoding, is_causal=True).shape
-      (1, 16, 4, 8)
 
     Press et al., arXiv:2108.12409.
     """

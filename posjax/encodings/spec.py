@@ -43,6 +43,9 @@ def spec_of(encoding: PositionalEncoding | Sequence[PositionalEncoding]) -> str:
     >>> spec_of(pj.chain(pj.rope(), pj.cope(64)))
     'rope + cope(max_position=64)'
 
+    Args:
+      encoding: an encoding, or one for each of several layers.
+
     Raises:
       ValueError: an encoding has no text form, because it is not registered or holds an array.
     """

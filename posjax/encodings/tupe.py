@@ -49,7 +49,6 @@ class Tupe(PositionalEncoding):
     Example:
       >>> encoding = pj.tupe()
       >>> with_distances = pj.tupe(relative=True)
-      >>> params = encoding.init(jax.random.key(0), pj.Dims(num_heads=4, head_dim=8, max_length=16))
 
     Ke et al., arXiv:2006.15595, section 3.
     """
