@@ -1,7 +1,7 @@
 """Encodings by name, as the examples in their docstrings construct them.
 
 An encoding is known by its registration alone: its docstring has the code to use it, and the values that this code constructs are
-the variants that tables and figures show. Without an example, the encoding with its default arguments is shown.
+the variants that tables and figures show; one is named ``encoding``. Without an example, the encoding with its default arguments is shown.
 """
 
 import dataclasses

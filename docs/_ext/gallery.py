@@ -25,7 +25,7 @@ from posjax.attention.call import AttentionCall, prepare
 from posjax.core.encoding import PositionalEncoding, Tokens, registered
 from posjax.core.structures import Rotate
 from posjax.encodings.rope_config import defaults
-from posjax.encodings.spec import one_line, spec_of
+from posjax.encodings.spec import one_line, parse_encoding, spec_of
 from posjax.lab.evaluation import MEASURES
 from posjax.lab.probes import cope_positions, counts_by_gates
 from posjax.plots import cope_over_line
@@ -88,7 +88,7 @@ def page(name: str, figures: Sequence[Path]) -> str:
     parts = [
         f"# {name}\n",
         f"````{{eval-rst}}\n{api.rst(about)}\n````\n",
-        f"Arguments and errors: {{py:class}}`posjax.{name}`.\n",
+        f"Arguments and errors: {{py:class}}`posjax.{name}`.\n" if hasattr(pj, name) else "",
         "## Use\n",
         f"```python\n{imports(code)}\n\n{code}```\n",
         f'On the command line: `posjax train quickstart --encoding "{spec}"`.\n',
@@ -108,23 +108,35 @@ def page(name: str, figures: Sequence[Path]) -> str:
 
 
 def used(example: examples.Example) -> str:
-    """Returns the code of an example, followed by a call of attention, after running it."""
-    sizes = f"pj.Dims(num_heads=4, head_dim={_dims(example.encodings[0]).head_dim}, max_length=128)"
-    shape = f"(1, 128, 4, {_dims(example.encodings[0]).head_dim})"
-    code = (
-        f"{example.code or f'encoding = pj.{example.encodings[0].registered_name}()'}\n"
-        f"params = encoding.init(jax.random.key(0), {sizes})\n"
-        f"query, key, value = (jax.random.normal(jax.random.key(i), {shape}) for i in (1, 2, 3))\n"
-        "out = pj.attention(query, key, value, encoding, params, is_causal=True)\n"
-    )
-    exec(code, dict(examples.GLOBALS))
+    """Returns the code of an example, followed by its use on 128 tokens, after running it."""
+    encoding = example.encodings[0]
+    dims, name = _dims(encoding), encoding.registered_name
+    constructed = f"encoding = pj.{name}()\n" if hasattr(pj, name) else f'encoding = parse_encoding("{name}")\n'
+    code = example.code or constructed
+    code += f"params = encoding.init(jax.random.key(0), pj.Dims(num_heads=4, head_dim={dims.head_dim}, max_length=128))\n"
+    if encoding.axes == 1 and _embedded(encoding, dims).any():
+        code += (
+            f"x = jnp.zeros((1, 128, {dims.embed_dim}))  # the embeddings of 128 tokens\n"
+            "x = encoding.embed(params, x, pj.Tokens.at(jnp.arange(128)))\n"
+        )
+    else:
+        shape, hidden = f"(1, 128, 4, {dims.head_dim})", ""
+        if encoding.needs_hidden:
+            code += f"x = jax.random.normal(jax.random.key(4), (1, 128, {dims.embed_dim}))\n"
+            hidden = ", hidden=x"
+        code += (
+            f"query, key, value = (jax.random.normal(jax.random.key(i), {shape}) for i in (1, 2, 3))\n"
+            f"out = pj.attention(query, key, value, encoding, params, is_causal=True{hidden})\n"
+        )
+    exec(code, examples.GLOBALS | {"parse_encoding": parse_encoding})
     return code
 
 
 def imports(code: str) -> str:
     """Returns the imports that a piece of code needs."""
     known = {"jax": "import jax", "jnp": "import jax.numpy as jnp", "np": "import numpy as np", "pj": "import posjax as pj"}
-    return "\n".join(line for name, line in known.items() if re.search(rf"\b{name}\.", code))
+    lines = [line for name, line in known.items() if re.search(rf"\b{name}\.", code)]
+    return "\n".join(lines + ["from posjax.encodings.spec import parse_encoding"] * ("parse_encoding(" in code))
 
 
 def _plain(text: str) -> str:
