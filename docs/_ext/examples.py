@@ -1,7 +1,8 @@
 """Encodings by name, as the examples in their docstrings construct them.
 
 An encoding is known by its registration alone: its docstring has the code to use it, and the values that this code constructs are
-the variants that tables and figures show; one is named ``encoding``. Without an example, the encoding with its default arguments is shown.
+the variants that tables and figures show. The first is named ``encoding``. Without an example, it is the encoding with its default
+arguments.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ class Example:
     """Holds the example of an encoding.
 
     Attributes:
-      code: the code, without prompts.
+      code: the code, without prompts, results and parameters.
       encodings: the encodings of the class that it constructs, without duplicates.
     """
 
@@ -66,7 +67,8 @@ def of(name: str) -> Example:
         if any(field.default is dataclasses.MISSING for field in dataclasses.fields(cls)):
             raise ValueError(f"the docstring of {name!r} must have an example, because it needs arguments")
         unique = (cls(),)
-    return Example("".join(example.source for example in parsed), unique)
+    shown = [example.source for example in parsed if not example.want and not example.source.startswith("params ")]
+    return Example("".join(shown), unique)
 
 
 def _is_plain(encoding: PositionalEncoding) -> bool:

@@ -4,6 +4,7 @@ An encoding gets its page by registration. The text is its docstring's, the code
 structures that ``attend`` returns; support, cost, losses and checkpoints are looked up by its name.
 """
 
+import functools
 import inspect
 import json
 import re
@@ -120,13 +121,16 @@ def used(example: examples.Example) -> str:
             "x = encoding.embed(params, x, pj.Tokens.at(jnp.arange(128)))\n"
         )
     else:
-        shape, hidden = f"(1, 128, 4, {dims.head_dim})", ""
+        tokens, options = "128", "is_causal=True"
+        if "coordinates" in example.code:
+            tokens, options = "len(coordinates)", "query_coordinates=coordinates, key_coordinates=coordinates"
         if encoding.needs_hidden:
-            code += f"x = jax.random.normal(jax.random.key(4), (1, 128, {dims.embed_dim}))\n"
-            hidden = ", hidden=x"
+            code += f"x = jax.random.normal(jax.random.key(4), (1, {tokens}, {dims.embed_dim}))\n"
+            options += ", hidden=x"
         code += (
-            f"query, key, value = (jax.random.normal(jax.random.key(i), {shape}) for i in (1, 2, 3))\n"
-            f"out = pj.attention(query, key, value, encoding, params, is_causal=True{hidden})\n"
+            f"shape = (1, {tokens}, 4, {dims.head_dim})\n"
+            "query, key, value = (jax.random.normal(jax.random.key(i), shape) for i in (1, 2, 3))\n"
+            f"out = pj.attention(query, key, value, encoding, params, {options})\n"
         )
     exec(code, examples.GLOBALS | {"parse_encoding": parse_encoding})
     return code
@@ -146,10 +150,12 @@ def _plain(text: str) -> str:
 # Pictures ------------------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def is_counting(encoding: PositionalEncoding) -> bool:
     return encoding.needs_causal and counts_by_gates(encoding, _dims(encoding))
 
 
+@functools.cache
 def _dims(encoding: PositionalEncoding) -> pj.Dims:
     """Returns sizes of heads that fit the encoding: 64 channels, or 128."""
 
@@ -164,6 +170,7 @@ def _dims(encoding: PositionalEncoding) -> pj.Dims:
         return fitting(128)
 
 
+@functools.cache
 def _params(encoding: PositionalEncoding, dims: pj.Dims) -> Any:
     """Returns parameters in which tables that start at zero hold random numbers, as training would leave them."""
     params = encoding.init(jax.random.key(0), dims)
@@ -211,6 +218,7 @@ def effect(encoding: PositionalEncoding) -> np.ndarray:
     return np.where(np.broadcast_to(allowed.reshape(-1, *added.shape[1:])[:1], added.shape), added, np.nan)
 
 
+@functools.cache
 def _embedded(encoding: PositionalEncoding, dims: pj.Dims) -> np.ndarray:
     """Returns what an encoding adds to the embeddings, [T, D]."""
     zeros = jnp.zeros((1, TOKENS, dims.embed_dim))
