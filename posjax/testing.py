@@ -15,7 +15,7 @@ import math
 import pickle
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -399,7 +399,7 @@ def where_it_runs(encoding: PositionalEncoding, dims: Dims = _WIDE, **options: A
         given |= {"hidden": hidden} if encoding.needs_hidden else {}
         call = with_prefix_sums(prepare(query, key, key, encoding, params, is_causal=True, **given))
         reasons.update({name: backend.unsupported_reason(call) for name, backend in backends.items()})
-        reasons["ring"] = ring.unsupported_reason(call, types.SimpleNamespace(parts=4))
+        reasons["ring"] = ring.unsupported_reason(call, cast(Any, types.SimpleNamespace(parts=4)))
         reasons["decoding"] = _unsupported_decoding(encoding, dims, params, options.get("local_window_size"))
         return query
 
