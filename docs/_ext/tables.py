@@ -122,7 +122,7 @@ def commands() -> dict[str, list[Flag]]:
             for name in BENCHMARKS:
                 found[f"bench {name}"] = flags_of(*parsed_classes(["bench", name]))
         else:
-            cls, default = parsed_classes([verb, "quickstart"])
+            cls, default = parsed_classes([verb, "--help"])
             if cls.__name__ == "Both":
                 own, _ = (field.type for field in dataclasses.fields(cls))
                 found[verb] = flags_of(own)
