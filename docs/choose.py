@@ -1,0 +1,137 @@
+"""Fills the tables of docs/choose.md from the results of the experiments: python docs/choose.py
+
+The text between <!-- table NAME --> and <!-- end --> is generated: contrasts from the claims of experiments/results, with the verdicts
+of experiments/README.md, and times. The text around the tables is written by hand; a test compares both with the results.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "experiments" / "results"
+sys.path.append(str(HERE.parent / "experiments"))
+
+from common import markdown  # noqa: E402
+from contrasts import adjusted, claims_table  # noqa: E402
+from readme import BLOCK as RESULT  # noqa: E402
+from readme import DIGITS  # noqa: E402
+
+BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+WINDOW = "any length, window 1x"
+CONTRASTS = {  # by table: (experiment, claim, test set); of several numbers of steps, the largest
+    "short": [
+        ("language_code_cpu", "learned less rope", "64 tokens"),
+        ("language_code_cpu", "cope(64) less rope", "64 tokens"),
+        ("language_code_cpu", "rope + cope(64) less rope", "64 tokens"),
+        ("language_text_cpu", "learned less rope", "128 tokens"),
+        ("language_text_cpu", "cope(64) less rope", "128 tokens"),
+        ("language_text_cpu", "rope + cope(64) less rope", "128 tokens"),
+        ("more_steps_cpu", "alibi less rope", "1x"),
+        ("more_steps_cpu", "rope + cope(64) less rope", "1x"),
+    ],
+    "long": [
+        ("extrapolation_cpu", "rope: 8x less window of 1x", "8x"),
+        ("extrapolation_cpu", "alibi: 8x less window of 1x", "8x"),
+        ("extrapolation_cpu", "rope, window, less alibi at 8x without", WINDOW),
+        ("extrapolation_cpu", "alibi less rope", WINDOW),
+        ("more_steps_cpu", "alibi less rope", WINDOW),
+        ("extrapolation_cpu", "rope + cope(64): 2x less 1x", "2x"),
+        ("extrapolation_cpu", "rope + cope(64): 4x less window of 1x", "4x"),
+    ],
+    "encoder": [
+        ("tupe_cpu", "TUPE-R less TUPE-A", "masked words"),
+        ("tupe_cpu", "TUPE-R less BERT-R", "masked words"),
+        ("tupe_cpu", "TUPE-A less sinusoidal", "masked words"),
+        ("tupe_cpu", "TUPE-A less BERT-A", "masked words"),
+        ("tupe_cpu", "BERT-A less no positions", "masked words"),
+        ("tupe_cpu", "TUPE-A less TUPE-A, tied [CLS]", "masked words"),
+    ],
+    "tasks": [
+        ("flip_flop_cpu", "cope(64) less rope", "in distribution"),
+        ("flip_flop_cpu", "cope(64) less rope", "4x, in distribution"),
+        ("flip_flop_cpu", "cope(64) less rope", "4x, dense"),
+        ("flip_flop_cpu", "cope(64) less rope", "4x, sparse"),
+        ("flip_flop_variants_cpu", "cope_alibi(slope=1.0) less rope", "4x, in distribution"),
+        ("selective_copy_cpu", "cope(64) less rope", "in distribution"),
+        ("selective_copy_cpu", "cope(64) less rope", "dense"),
+        ("selective_copy_cpu", "cope(64) less rope", "sparse"),
+        ("counting_cpu", "cope(64) less rope", "in distribution"),
+    ],
+    "linear": [
+        ("roformer_linear_cpu", "rope, attention=linear less identity, attention=linear", "64 tokens"),
+        ("roformer_linear_cpu", "rope, attention=linear less identity, attention=linear", "256 tokens"),
+    ],
+}
+STEPS = ("language_code_cpu", "language_text_cpu", "flip_flop_cpu", "flip_flop_variants_cpu", "counting_cpu", "tupe_cpu")
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def contrasts() -> dict[str, str]:
+    """Returns the tables of contrasts, with p values adjusted over all claims of experiments/README.md, as there."""
+    names = [name for _, name, _ in RESULT.findall((HERE.parent / "experiments" / "README.md").read_text())]
+    found = {name: load(name) for name in names if (RESULTS / f"{name}.json").exists()}
+    claims = adjusted({name: result["claims"] for name, result in found.items() if "claims" in result})
+
+    def row(experiment: str, title: str, column: str) -> list[str]:
+        matching = [claim for claim in claims[experiment] if (claim["claim"], claim["column"]) == (title, column)]
+        part = matching[0]["part"]  # of several parts, such as numbers of variables, the first
+        claim = max((c for c in matching if c["part"] == part), key=lambda claim: claim["equal_steps"]["steps"])
+        digits = DIGITS.get(found[experiment]["parts"][part]["measure"], 3)
+        cells = claims_table([claim], digits).splitlines()[2].strip("| ").split(" | ")
+        return [experiment.removesuffix("_cpu").replace("_", " "), *cells[:4], str(claim["equal_steps"]["seeds"]), cells[4]]
+
+    head = ["experiment", "contrast", "on", "equal steps", "equal time", "seeds", "verdict"]
+    return {name: markdown(head, [row(*each) for each in rows]) for name, rows in CONTRASTS.items()}
+
+
+def step_times() -> str:
+    """Returns the seconds of a training step relative to RoPE's."""
+    lines = []
+    for name in STEPS:
+        times = {}
+        for row in load(f"{name}_steps")["rows"]:
+            if row["part"] in ("main", "1 variable"):
+                times[row["label"]] = row["seconds_a_step"]
+        first = "rope" if "rope" in times else "learned"
+        relative = ", ".join(f"{label} {time / times[first]:.2f}" for label, time in times.items() if label != first)
+        lines.append([name.removesuffix("_cpu").replace("_", " "), f"{first} {1e3 * times[first]:.1f} ms", relative])
+    return markdown(["experiment", "a step", "relative to it"], lines)
+
+
+def attention_times() -> str:
+    """Returns the time of attention over tiles relative to attention without positions, at two lengths."""
+    tables = [
+        {(row["encoding"], row["gates"]): row["ratio_to_identity"] for row in load(name)["rows"] if row["implementation"] == "xla_chunked"}
+        for name in ("attention_2048_cpu", "attention_8192_cpu")
+    ]
+    gates = {None: "-", "half": "near 1/2", "sparse": "near 0.02"}
+
+    def cell(table: dict[Any, float], case: Any) -> str:
+        return f"{table[case]:.2f}" if case in table else "-"
+
+    lines = [[f"`{case[0]}`", gates[case[1]], *(cell(table, case) for table in tables)] for case in tables[0] if case[0] != "identity"]
+    return markdown(["encoding", "gates", "2,048 tokens", "8,192 tokens"], lines)
+
+
+def schedule() -> str:
+    """Returns CoPE's forward and backward kernels relative to those without positions, in bundles of the TPU compiler's schedule."""
+    rows = [row for row in load("tpu_cost_of_counting_v6e")["rows"] if row["gates"] in ("trained", "sparse")]
+    lines = [[f"{row['length']:,}", row["gates"], f"{row['forward']['ratio']:.2f}", f"{row['backward']['ratio']:.2f}"] for row in rows]
+    return markdown(["tokens", "gates", "forward", "backward"], lines)
+
+
+def filled(text: str) -> str:
+    """Returns the page with all tables replaced by those of the results."""
+    tables = contrasts() | dict(steps=step_times(), attention=attention_times(), schedule=schedule())
+    return BLOCK.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n\n{match[3]}", text)
+
+
+if __name__ == "__main__":
+    page = HERE / "choose.md"
+    page.write_text(filled(page.read_text()))
