@@ -1,7 +1,7 @@
 """Fills the tables of docs/choose.md from the results of the experiments: python docs/choose.py
 
-The text between <!-- table NAME --> and <!-- end --> is generated: contrasts from the claims of experiments/results, with the verdicts
-of experiments/README.md, and times. The text around the tables is written by hand; a test compares both with the results.
+The text between <!-- table NAME --> and <!-- end --> is generated: contrasts from the claims of experiments/results, with the
+verdicts of experiments/README.md, and times. The text around the tables is written by hand; a test compares both with the results.
 """
 
 import json
@@ -15,7 +15,7 @@ RESULTS = HERE.parent / "experiments" / "results"
 sys.path.append(str(HERE.parent / "experiments"))
 
 from common import markdown  # noqa: E402
-from contrasts import adjusted, claims_table  # noqa: E402
+from contrasts import adjusted, word  # noqa: E402
 from readme import BLOCK as RESULT  # noqa: E402
 from readme import DIGITS  # noqa: E402
 
@@ -65,7 +65,8 @@ CONTRASTS = {  # by table: (experiment, claim, test set); of several numbers of 
         ("roformer_linear_cpu", "rope, attention=linear less identity, attention=linear", "256 tokens"),
     ],
 }
-STEPS = ("language_code_cpu", "language_text_cpu", "flip_flop_cpu", "flip_flop_variants_cpu", "counting_cpu", "tupe_cpu")
+STEPS = ("language_code_cpu", "language_text_cpu", "flip_flop_cpu", "flip_flop_variants_cpu", "counting_cpu")
+LABELS = ("learned", "alibi", "cope_alibi(slope=1.0)", "cope(64)", "rope + cope(64)")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -83,31 +84,41 @@ def contrasts() -> dict[str, str]:
         part = matching[0]["part"]  # of several parts, such as numbers of variables, the first
         claim = max((c for c in matching if c["part"] == part), key=lambda claim: claim["equal_steps"]["steps"])
         digits = DIGITS.get(found[experiment]["parts"][part]["measure"], 3)
-        cells = claims_table([claim], digits).splitlines()[2].strip("| ").split(" | ")
-        return [experiment.removesuffix("_cpu").replace("_", " "), *cells[:4], str(claim["equal_steps"]["seeds"]), cells[4]]
+        name = experiment.removesuffix("_cpu").replace("_", " ")
+        differences = [difference(claim[kind], digits) for kind in ("equal_steps", "equal_time")]
+        return [name, f"{title}; {column}", *differences, word(claim).replace("*", "")]
 
-    head = ["experiment", "contrast", "on", "equal steps", "equal time", "seeds", "verdict"]
+    head = ["experiment", "contrast; test set", "equal steps", "equal time", "verdict"]
     return {name: markdown(head, [row(*each) for each in rows]) for name, rows in CONTRASTS.items()}
 
 
+def difference(one: dict[str, Any] | None, digits: int) -> str:
+    """Formats a difference and its interval in a way that keeps each of them on one line."""
+    if one is None:
+        return "-"
+    mean, low, high = (f"{number:+.{digits}f}".replace("-", "\u2212") for number in (one["mean"], *one["interval"]))
+    return f"{mean} [{low},\u00a0{high}]"
+
+
 def step_times() -> str:
-    """Returns the seconds of a training step relative to RoPE's."""
+    """Returns the time of a training step relative to RoPE's."""
     lines = []
     for name in STEPS:
-        times = {}
-        for row in load(f"{name}_steps")["rows"]:
-            if row["part"] in ("main", "1 variable"):
-                times[row["label"]] = row["seconds_a_step"]
-        first = "rope" if "rope" in times else "learned"
-        relative = ", ".join(f"{label} {time / times[first]:.2f}" for label, time in times.items() if label != first)
-        lines.append([name.removesuffix("_cpu").replace("_", " "), f"{first} {1e3 * times[first]:.1f} ms", relative])
-    return markdown(["experiment", "a step", "relative to it"], lines)
+        rows = [row for row in load(f"{name}_steps")["rows"] if row["part"] in ("main", "1 variable")]
+        times = {row["label"]: row["seconds_a_step"] for row in rows}
+        cells = [f"{times[label] / times['rope']:.2f}" if label in times else "-" for label in LABELS]
+        lines.append([name.removesuffix("_cpu").replace("_", " "), f"{1e3 * times['rope']:.1f} ms", *cells])
+    return markdown(["experiment", "`rope`", *(f"`{label}`" for label in LABELS)], lines)
 
 
 def attention_times() -> str:
     """Returns the time of attention over tiles relative to attention without positions, at two lengths."""
     tables = [
-        {(row["encoding"], row["gates"]): row["ratio_to_identity"] for row in load(name)["rows"] if row["implementation"] == "xla_chunked"}
+        {
+            (row["encoding"], row["gates"]): row["ratio_to_identity"]
+            for row in load(name)["rows"]
+            if row["implementation"] == "xla_chunked"
+        }
         for name in ("attention_2048_cpu", "attention_8192_cpu")
     ]
     gates = {None: "-", "half": "near 1/2", "sparse": "near 0.02"}
@@ -115,15 +126,24 @@ def attention_times() -> str:
     def cell(table: dict[Any, float], case: Any) -> str:
         return f"{table[case]:.2f}" if case in table else "-"
 
-    lines = [[f"`{case[0]}`", gates[case[1]], *(cell(table, case) for table in tables)] for case in tables[0] if case[0] != "identity"]
+    lines = [
+        [f"`{case[0]}`", gates[case[1]], *(cell(table, case) for table in tables)] for case in tables[0] if case[0] != "identity"
+    ]
     return markdown(["encoding", "gates", "2,048 tokens", "8,192 tokens"], lines)
 
 
 def schedule() -> str:
-    """Returns CoPE's forward and backward kernels relative to those without positions, in bundles of the TPU compiler's schedule."""
-    rows = [row for row in load("tpu_cost_of_counting_v6e")["rows"] if row["gates"] in ("trained", "sparse")]
-    lines = [[f"{row['length']:,}", row["gates"], f"{row['forward']['ratio']:.2f}", f"{row['backward']['ratio']:.2f}"] for row in rows]
-    return markdown(["tokens", "gates", "forward", "backward"], lines)
+    """Returns CoPE's forward and backward kernels relative to those without positions, in bundles of the TPU's schedule."""
+    rows = {(row["length"], row["gates"]): row for row in load("tpu_cost_of_counting_v6e")["rows"]}
+    lines = [
+        [
+            f"{length:,}",
+            *(f"{rows[length, gates][way]['ratio']:.2f}" for gates in ("trained", "sparse") for way in ("forward", "backward")),
+        ]
+        for length in (2048, 8192, 32768, 65536)
+    ]
+    head = ["tokens", "gates of a trained model: forward", "backward", "gates near 0.02: forward", "backward"]
+    return markdown(head, lines)
 
 
 def filled(text: str) -> str:

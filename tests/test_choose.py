@@ -18,7 +18,9 @@ def load_choose():
 
 def test_the_tables_are_those_of_the_results():
     text = PAGE.read_text()
-    assert load_choose().filled(text) == text, "a result has changed: run `python docs/choose.py`, and check the text around the tables"
+    assert load_choose().filled(text) == text, (
+        "a result has changed: run `python docs/choose.py`, and check the text around the tables"
+    )
 
 
 def test_every_number_of_the_text_is_in_a_table_of_its_section():

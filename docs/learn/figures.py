@@ -29,7 +29,7 @@ from posjax.plots.style import BLUE, GREEN, GREY, ORANGE, RED, SKY, new_figure, 
 HERE = Path(__file__).parent
 FOLDER = HERE.parent / "_static" / "learn"
 GATES = HERE / "cope_line.json"
-LINE = "        return self.name, sorted(self.values, key=len)"  # of the kind of code that the run was trained on
+LINE = "return sorted(self.values, key=len)"  # of the kind of code that the run was trained on
 HEADS = {"layer 1, head 1": (0, 0), "layer 3, head 2": (2, 1)}
 
 
@@ -43,7 +43,7 @@ def weights_by_word() -> Any:
         "no positions, causal mask": dict(encoding=pj.identity(), is_causal=True),
         "RoPE": dict(encoding=pj.rope()),
     }
-    figure, panels = new_figure(9, 3.3, 1, 3)
+    figure, panels = new_figure(7.4, 2.9, 1, 3)
     for axes, (title, options) in zip(panels, cases.items(), strict=True):
         weights = np.asarray(pj.attention_weights(x, x, scale=0.06, **options)[0, 0])
         _grid_of_numbers(axes, weights, "{:.2f}", title)
@@ -56,7 +56,7 @@ def weights_by_word() -> Any:
 
 def absolute_table() -> Any:
     """Sinusoids, and their products by position."""
-    figure, panels = new_figure(9.5, 3.0, 1, 3)
+    figure, panels = new_figure(7.4, 2.6, 1, 3)
     width, length = 64, 128
     tokens = pj.Tokens(jnp.arange(length)[None])
     table = np.asarray(pj.sinusoidal().embed({}, jnp.zeros((1, length, width)), tokens)[0])
@@ -69,28 +69,26 @@ def absolute_table() -> Any:
     drawn = np.asarray(learned.embed(params, jnp.zeros((1, length, width)), tokens)[0])
     for axes, vectors, title in (
         (panels[1], table, "sinusoidal: products"),
-        (panels[2], drawn, "learned: products"),
+        (panels[2], drawn, "learned, untrained"),
     ):
         for position, color in ((32, BLUE), (80, ORANGE)):
             axes.plot(vectors @ vectors[position] / np.sum(vectors[position] ** 2), color=color, label=f"with position {position}")
         axes.set(title=title, xlabel="position", ylim=(-0.6, 1.1))
     panels[1].set_ylabel("product, relative to its own")
     panels[1].legend(fontsize=8, loc="lower right")
-    _small_titles(figure)
-    panels[2].set_title(panels[2].get_title(), fontsize=9)
-    return figure
+    return _small_titles(figure)
 
 
 def rotation() -> Any:
     """RoPE's wavelengths by theta, and two pairs of channels turning."""
-    figure, panels = new_figure(9, 3.2, 1, 3, width_ratios=[1.5, 1, 1])
+    figure, panels = new_figure(7.4, 2.8, 1, 3, width_ratios=[1.5, 1, 1])
     width = 128
     for theta, color in ((1e4, BLUE), (5e5, ORANGE), (1e6, GREEN)):
         frequencies = np.asarray(geometric_frequencies(theta, width))
         panels[0].plot(2 * np.pi / frequencies, color=color, label=f"theta {theta:,.0f}")
     panels[0].axhline(8192, color=GREY, linestyle="--", linewidth=1)
     panels[0].text(1, 8192 * 1.2, "8,192 tokens", fontsize=8, color=GREY)
-    panels[0].set(title="wavelength of each pair, R = 128", xlabel="pair m", ylabel="positions per turn", yscale="log")
+    panels[0].set(title="wavelengths, R = 128", xlabel="pair m", ylabel="positions per turn", yscale="log")
     panels[0].legend(fontsize=8, loc="lower right")
     head = 8
     positions = jnp.arange(7)
@@ -104,7 +102,7 @@ def rotation() -> Any:
             if pair == 0 or position % 3 == 0:
                 axes.text(1.18 * x, 1.18 * y, str(position), fontsize=8, ha="center", va="center")
         turn = 100.0 ** (-pair / 4)
-        axes.set(title=f"pair {pair}: {turn:g} rad per position", xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal")
+        axes.set(title=f"pair {pair}: {turn:g} rad each", xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal")
         axes.set_xlabel(f"channel {pair}")
         axes.set_ylabel(f"channel {pair + 4}")
     return _small_titles(figure)
@@ -113,7 +111,7 @@ def rotation() -> Any:
 def rotation_scores() -> Any:
     """Scores by distance of equal queries and keys, under RoPE, xPos and PoPE."""
     dims, distances = pj.Dims(num_heads=1, head_dim=64), np.arange(0, 513)
-    figure, panels = new_figure(9, 2.9, 1, 3, sharex=True)
+    figure, panels = new_figure(7.4, 2.6, 1, 3, sharex=True)
     cases = {
         "RoPE": {"theta 10,000": pj.rope(), "theta 500,000": pj.rope(theta=500_000.0)},
         "xPos": {"theta 10,000": pj.xpos()},
@@ -137,14 +135,14 @@ def scalings() -> Any:
     cases = {
         "linear": [("", pj.linear_scaling(8.0), None)],
         "NTK": [("", pj.ntk_scaling(8.0), None)],
-        "NTK, theta times s": [("", pj.ntk_theta_scaling(8.0), None)],
+        "NTK, base times s": [("", pj.ntk_theta_scaling(8.0), None)],
         "NTK, fixed": [("b = 1", pj.ntk_fixed_scaling(8.0), None), ("b = 0.625", pj.ntk_fixed_scaling(8.0, mixed_b=0.625), None)],
         "dynamic NTK": [(f"{n} L", pj.dynamic_ntk_scaling(2.0, length), n * length) for n in (1, 2, 4)],
         "YaRN": [("", pj.yarn_scaling(8.0, length), None)],
         "Llama 3": [("", pj.llama3_scaling(8.0), None)],
-        "proportional, p = 1/4": [("", pj.proportional_scaling(0.25), None)],
+        "proportional, 1/4": [("", pj.proportional_scaling(0.25), None)],
     }
-    figure, panels = new_figure(9.5, 4.6, 2, 4, sharex=True, sharey=True)
+    figure, panels = new_figure(7.4, 4.2, 2, 4, sharex=True, sharey=True)
     for axes, (title, lines) in zip(panels.flat, cases.items(), strict=True):
         for (label, scaling, n), color in zip(lines, (BLUE, ORANGE, GREEN), strict=False):
             scaled = np.asarray(scaling.frequencies(theta, width, n))
@@ -163,16 +161,14 @@ def scalings() -> Any:
 
 def biases() -> Any:
     """ALiBi's penalties, T5's buckets, and a table read by bucket."""
-    figure, panels = new_figure(9, 3.1, 1, 3)
+    figure, panels = new_figure(7.4, 2.8, 1, 3)
     distances = np.arange(0, 161)
     for head, slope in enumerate(alibi_slopes(8)):
         panels[0].plot(distances, -slope * distances, color=GREEN, alpha=1 - 0.1 * head)
         panels[0].text(
             162, max(-slope * 160, -30), f"1/{round(1 / slope)}", fontsize=7, va="center"
         ) if 0.005 < slope < 0.2 else None
-    panels[0].set(
-        title="ALiBi, 8 heads: slopes 1/2 to 1/256", xlabel="distance i - j (tokens)", ylabel="bias (nats)", ylim=(-30, 1)
-    )
+    panels[0].set(title="ALiBi: slopes 1/2 to 1/256", xlabel="distance i - j (tokens)", ylabel="bias (nats)", ylim=(-30, 1))
     panels[0].set_xlim(0, 182)
     signed = np.arange(-160, 161)
     panels[1].step(signed, np.asarray(t5_bucket(jnp.asarray(-signed), 32, 128, False)), color=BLUE, where="mid", label="decoder")
@@ -183,7 +179,7 @@ def biases() -> Any:
     zeros = jnp.zeros((1, 161, 1, 8))
     scores = np.asarray(scores_of(prepare(zeros, zeros, zeros, pj.t5(), {"bias": table}, is_causal=True))[1])[0, 0]
     panels[2].step(distances, scores[160, ::-1], color=BLUE, where="mid")
-    panels[2].set(title="T5: bias read from a random table", xlabel="distance i - j (tokens)", ylabel="bias (nats)")
+    panels[2].set(title="T5: a random table", xlabel="distance i - j (tokens)", ylabel="bias (nats)")
     return _small_titles(figure)
 
 
@@ -191,7 +187,7 @@ def untied() -> Any:
     """TUPE's position scores, with [CLS] tied and untied, and with TUPE-R's relative bias."""
     dims, length = pj.Dims(num_heads=1, head_dim=32, max_length=16), 16
     zeros = jnp.zeros((1, length, 1, 32))
-    figure, panels = new_figure(9, 3.1, 1, 3)
+    figure, panels = new_figure(7.4, 2.8, 1, 3)
     near = -0.25 * jnp.abs(jnp.arange(32) % 16).astype(jnp.float32)[:, None]
     for axes, (title, encoding) in zip(
         panels,
@@ -213,18 +209,18 @@ def untied() -> Any:
         axes.set_xticks([0, 5, 10, 15], ["[CLS]", 5, 10, 15])
         axes.set_yticks([0, 5, 10, 15], ["[CLS]", 5, 10, 15])
         axes.grid(False)
-    figure.colorbar(image, ax=panels, shrink=0.8, label="score of positions alone (nats)")
+    figure.colorbar(image, ax=panels, shrink=0.8, label="score of positions alone")
     return _small_titles(figure)
 
 
 def grids() -> Any:
     """M-RoPE's coordinates of a text with an image, and scores of patches around a query under three rotations."""
-    figure, panels = new_figure(9.5, 2.9, 1, 4, width_ratios=[1.5, 1, 1, 1])
+    figure, panels = new_figure(7.4, 2.6, 1, 4, width_ratios=[1.7, 1, 1, 1])
     coordinates, _ = pj.mrope_positions([6, (1, 8, 12), 6])
     for axis, (name, color, line) in enumerate((("time", BLUE, "-"), ("height", ORANGE, "--"), ("width", GREEN, ":"))):
         panels[0].step(np.arange(len(coordinates)), coordinates[:, axis], color=color, linestyle=line, where="mid", label=name)
     panels[0].axvspan(5.5, 29.5, color=SKY, alpha=0.15)
-    panels[0].text(8, 15.6, "image, 4 x 6 tokens", fontsize=8)
+    panels[0].text(8, 15.6, "image, 4 x 6", fontsize=8)
     panels[0].set(title="M-RoPE: coordinates", xlabel="token", ylabel="coordinate", ylim=(-0.5, 17.5))
     panels[0].legend(fontsize=8, loc="lower right")
     size, head = 15, 64
@@ -259,7 +255,7 @@ def cope_bias() -> Any:
     max_position, positions = 8, np.asarray(head["positions"])
     embedding = np.random.default_rng(1).normal(size=max_position)  # z_n = q.e_n of one query
     x = np.linspace(0, 20, 401)
-    figure, panels = new_figure(9, 3.0, 1, 2)
+    figure, panels = new_figure(7.4, 2.8, 1, 2)
     panels[0].plot(x, np.interp(x, np.arange(max_position), embedding), color=RED)
     panels[0].plot(np.arange(max_position), embedding, "o", color=BLUE, label="q · e[n], n = 0 .. 7")
     panels[0].axvline(max_position - 1, color=GREY, linestyle="--", linewidth=1)
@@ -277,7 +273,7 @@ def tiles() -> Any:
     length, tile, last = 1024, 64, 63
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (1, length, 1, 16)) for key in keys)
-    figure, panels = new_figure(9, 3.9, 1, 2)
+    figure, panels = new_figure(7.4, 3.7, 1, 2)
     params = pj.cope(last + 1).init(keys[0], pj.Dims(num_heads=1, head_dim=16))
     colors = np.asarray([[0.96, 0.96, 0.96], [0.34, 0.71, 0.91], [0.84, 0.37, 0.0]])
     for axes, bias in zip(panels, (0.0, -2.0), strict=True):
@@ -291,7 +287,7 @@ def tiles() -> Any:
         axes.imshow(colors[kind])
         mean = float(np.asarray(gates)[0, 0][np.tril_indices(length)].mean())
         counted = int((kind == 2).sum())
-        axes.set(title=f"gates of {mean:.2f} on average: {counted} of {int((kind > 0).sum())} tiles count")
+        axes.set(title=f"mean gate {mean:.2f}: {counted} of {int((kind > 0).sum())} tiles count")
         axes.set(xlabel="key tile", ylabel="query tile")
         axes.set_xticks(np.arange(-0.5, 16), minor=True)
         axes.set_yticks(np.arange(-0.5, 16), minor=True)
@@ -300,7 +296,7 @@ def tiles() -> Any:
         axes.tick_params(which="minor", length=0)
     from matplotlib.patches import Patch
 
-    names = ("skipped: no key is allowed", "plain: every row has saturated", "counts")
+    names = ("skipped", "plain (saturated)", "counts")
     handles = [Patch(facecolor=color, edgecolor="0.6", label=name) for color, name in zip(colors, names, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return _small_titles(figure)
@@ -355,7 +351,7 @@ def _grid_of_numbers(axes: Any, values: np.ndarray, form: str, title: str) -> No
     for (row, column), value in np.ndenumerate(values):
         if value > 0:
             color = "white" if value > 0.7 * np.nanmax(values) else "black"
-            axes.text(column, row, form.format(value), ha="center", va="center", fontsize=8, color=color)
+            axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7, color=color)
     axes.set_title(title, fontsize=10)
     axes.grid(False)
 
