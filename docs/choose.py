@@ -21,48 +21,58 @@ from readme import DIGITS  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WINDOW = "any length, window 1x"
-CONTRASTS = {  # by table: (experiment, claim, test set); of several numbers of steps, the largest
+CONTRASTS = {  # by table: (words, experiment, claim, test set); of several numbers of steps, the largest
     "short": [
-        ("language_code_cpu", "learned less rope", "64 tokens"),
-        ("language_code_cpu", "cope(64) less rope", "64 tokens"),
-        ("language_code_cpu", "rope + cope(64) less rope", "64 tokens"),
-        ("language_text_cpu", "learned less rope", "128 tokens"),
-        ("language_text_cpu", "cope(64) less rope", "128 tokens"),
-        ("language_text_cpu", "rope + cope(64) less rope", "128 tokens"),
-        ("more_steps_cpu", "alibi less rope", "1x"),
-        ("more_steps_cpu", "rope + cope(64) less rope", "1x"),
+        ("learned less RoPE, code", "language_code_cpu", "learned less rope", "64 tokens"),
+        ("CoPE less RoPE, code", "language_code_cpu", "cope(64) less rope", "64 tokens"),
+        ("RoPE + CoPE less RoPE, code", "language_code_cpu", "rope + cope(64) less rope", "64 tokens"),
+        ("learned less RoPE, text", "language_text_cpu", "learned less rope", "128 tokens"),
+        ("CoPE less RoPE, text", "language_text_cpu", "cope(64) less rope", "128 tokens"),
+        ("RoPE + CoPE less RoPE, text", "language_text_cpu", "rope + cope(64) less rope", "128 tokens"),
+        ("ALiBi less RoPE, code, more steps", "more_steps_cpu", "alibi less rope", "1x"),
+        ("RoPE + CoPE less RoPE, code, more steps", "more_steps_cpu", "rope + cope(64) less rope", "1x"),
     ],
     "long": [
-        ("extrapolation_cpu", "rope: 8x less window of 1x", "8x"),
-        ("extrapolation_cpu", "alibi: 8x less window of 1x", "8x"),
-        ("extrapolation_cpu", "rope, window, less alibi at 8x without", WINDOW),
-        ("extrapolation_cpu", "alibi less rope", WINDOW),
-        ("more_steps_cpu", "alibi less rope", WINDOW),
-        ("extrapolation_cpu", "rope + cope(64): 2x less 1x", "2x"),
-        ("extrapolation_cpu", "rope + cope(64): 4x less window of 1x", "4x"),
+        ("RoPE: 8 times the length, without a window less with", "extrapolation_cpu", "rope: 8x less window of 1x", "8x"),
+        ("ALiBi: the same", "extrapolation_cpu", "alibi: 8x less window of 1x", "8x"),
+        ("RoPE with a window less ALiBi without", "extrapolation_cpu", "rope, window, less alibi at 8x without", WINDOW),
+        ("ALiBi less RoPE, both with a window", "extrapolation_cpu", "alibi less rope", WINDOW),
+        ("the same, more steps", "more_steps_cpu", "alibi less rope", WINDOW),
+        ("RoPE + CoPE: twice the length less the length", "extrapolation_cpu", "rope + cope(64): 2x less 1x", "2x"),
+        ("RoPE + CoPE: 4 times the length, without less with", "extrapolation_cpu", "rope + cope(64): 4x less window of 1x", "4x"),
     ],
     "encoder": [
-        ("tupe_cpu", "TUPE-R less TUPE-A", "masked words"),
-        ("tupe_cpu", "TUPE-R less BERT-R", "masked words"),
-        ("tupe_cpu", "TUPE-A less sinusoidal", "masked words"),
-        ("tupe_cpu", "TUPE-A less BERT-A", "masked words"),
-        ("tupe_cpu", "BERT-A less no positions", "masked words"),
-        ("tupe_cpu", "TUPE-A less TUPE-A, tied [CLS]", "masked words"),
+        ("TUPE-R less TUPE-A", "tupe_cpu", "TUPE-R less TUPE-A", "masked words"),
+        ("TUPE-R less T5", "tupe_cpu", "TUPE-R less BERT-R", "masked words"),
+        ("TUPE-A less sinusoidal", "tupe_cpu", "TUPE-A less sinusoidal", "masked words"),
+        ("TUPE-A less learned", "tupe_cpu", "TUPE-A less BERT-A", "masked words"),
+        ("learned less no positions", "tupe_cpu", "BERT-A less no positions", "masked words"),
+        ("TUPE-A less the same with [CLS] tied", "tupe_cpu", "TUPE-A less TUPE-A, tied [CLS]", "masked words"),
     ],
     "tasks": [
-        ("flip_flop_cpu", "cope(64) less rope", "in distribution"),
-        ("flip_flop_cpu", "cope(64) less rope", "4x, in distribution"),
-        ("flip_flop_cpu", "cope(64) less rope", "4x, dense"),
-        ("flip_flop_cpu", "cope(64) less rope", "4x, sparse"),
-        ("flip_flop_variants_cpu", "cope_alibi(slope=1.0) less rope", "4x, in distribution"),
-        ("selective_copy_cpu", "cope(64) less rope", "in distribution"),
-        ("selective_copy_cpu", "cope(64) less rope", "dense"),
-        ("selective_copy_cpu", "cope(64) less rope", "sparse"),
-        ("counting_cpu", "cope(64) less rope", "in distribution"),
+        ("flip-flop: CoPE less RoPE", "flip_flop_cpu", "cope(64) less rope", "in distribution"),
+        ("4 times the length", "flip_flop_cpu", "cope(64) less rope", "4x, in distribution"),
+        ("4 times the length, dense", "flip_flop_cpu", "cope(64) less rope", "4x, dense"),
+        ("4 times the length, sparse", "flip_flop_cpu", "cope(64) less rope", "4x, sparse"),
+        (
+            "4 times the length: CoPE_ALiBi less RoPE",
+            "flip_flop_variants_cpu",
+            "cope_alibi(slope=1.0) less rope",
+            "4x, in distribution",
+        ),
+        ("copying: CoPE less RoPE", "selective_copy_cpu", "cope(64) less rope", "in distribution"),
+        ("half the blanks", "selective_copy_cpu", "cope(64) less rope", "dense"),
+        ("twice the blanks", "selective_copy_cpu", "cope(64) less rope", "sparse"),
+        ("counting, 1 variable: CoPE less RoPE", "counting_cpu", "cope(64) less rope", "in distribution"),
     ],
     "linear": [
-        ("roformer_linear_cpu", "rope, attention=linear less identity, attention=linear", "64 tokens"),
-        ("roformer_linear_cpu", "rope, attention=linear less identity, attention=linear", "256 tokens"),
+        ("RoPE less no positions", "roformer_linear_cpu", "rope, attention=linear less identity, attention=linear", "64 tokens"),
+        (
+            "the same, 4 times the length",
+            "roformer_linear_cpu",
+            "rope, attention=linear less identity, attention=linear",
+            "256 tokens",
+        ),
     ],
 }
 STEPS = ("language_code_cpu", "language_text_cpu", "flip_flop_cpu", "flip_flop_variants_cpu", "counting_cpu")
@@ -79,17 +89,16 @@ def contrasts() -> dict[str, str]:
     found = {name: load(name) for name in names if (RESULTS / f"{name}.json").exists()}
     claims = adjusted({name: result["claims"] for name, result in found.items() if "claims" in result})
 
-    def row(experiment: str, title: str, column: str) -> list[str]:
+    def row(words: str, experiment: str, title: str, column: str) -> list[str]:
         matching = [claim for claim in claims[experiment] if (claim["claim"], claim["column"]) == (title, column)]
         part = matching[0]["part"]  # of several parts, such as numbers of variables, the first
         claim = max((c for c in matching if c["part"] == part), key=lambda claim: claim["equal_steps"]["steps"])
         digits = DIGITS.get(found[experiment]["parts"][part]["measure"], 3)
-        name = experiment.removesuffix("_cpu").replace("_", " ")
         differences = [difference(claim[kind], digits) for kind in ("equal_steps", "equal_time")]
-        return [name, f"{title}; {column}", *differences, word(claim).replace("*", "")]
+        return [words, *differences, word(claim).replace("*", "")]
 
-    head = ["experiment", "contrast; test set", "equal steps", "equal time", "verdict"]
-    return {name: markdown(head, [row(*each) for each in rows]) for name, rows in CONTRASTS.items()}
+    head = ["difference", "equal steps", "equal time", "verdict"]
+    return {name: markdown(head, [row(*each) for each in rows]).replace("---:", "---") for name, rows in CONTRASTS.items()}
 
 
 def difference(one: dict[str, Any] | None, digits: int) -> str:
@@ -102,13 +111,14 @@ def difference(one: dict[str, Any] | None, digits: int) -> str:
 
 def step_times() -> str:
     """Returns the time of a training step relative to RoPE's."""
-    lines = []
+    columns = []
     for name in STEPS:
         rows = [row for row in load(f"{name}_steps")["rows"] if row["part"] in ("main", "1 variable")]
         times = {row["label"]: row["seconds_a_step"] for row in rows}
-        cells = [f"{times[label] / times['rope']:.2f}" if label in times else "-" for label in LABELS]
-        lines.append([name.removesuffix("_cpu").replace("_", " "), f"{1e3 * times['rope']:.1f} ms", *cells])
-    return markdown(["experiment", "`rope`", *(f"`{label}`" for label in LABELS)], lines)
+        relative = (f"{times[label] / times['rope']:.2f}" if label in times else "-" for label in LABELS)
+        columns.append([f"{1e3 * times['rope']:.1f} ms", *relative])
+    lines = zip(("`rope`", *(f"`{label}`" for label in LABELS)), *columns, strict=True)
+    return markdown(["encoding", *(name.removesuffix("_cpu").replace("_", " ") for name in STEPS)], list(lines))
 
 
 def attention_times() -> str:
