@@ -42,6 +42,7 @@ from posjax.typing import Params
 FOLDER = Path("runs/experiments/context_extension")
 PARTS = ("perplexity", "passkey", "finetune")
 LENGTHS = (2048, 4096, 8192, 12_288, 16_384, 24_576, 32_768)
+PASSKEY_LENGTHS = (2048, 8192, 16_384)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 BIN = 256  # tokens of a point in the figure
 TUNED = ("linear x4", "YaRN x4")
@@ -199,23 +200,22 @@ def retrieve(store: Store, model: Model, lengths: Sequence[int], trials: int) ->
     """Returns a row for every method, length and depth: how many of the keys greedy decoding repeats."""
     rows = []
     for label, encoding in methods().items():
-        with_params = model.with_encoding(encoding)
         for length in lengths:
-
-            def make(length: int = length, with_params: Any = with_params, label: str = label) -> np.ndarray:
-                began, right = time.perf_counter(), []
-                for depth in DEPTHS:
-                    rng = random.Random(f"{length} {depth}")
-                    keys = [rng.randint(10_000, 99_999) for _ in range(trials)]
-                    right.append(sum(repeats(with_params, model, length, depth, key) for key in keys))
-                print(f"{label}, {length:,} tokens: {right} in {time.perf_counter() - began:,.0f} s", flush=True)
-                return np.asarray(right)
-
-            found = store.get(f"passkey {label}|{length}|{trials}", make)
-            for depth, right in zip(DEPTHS, found.tolist(), strict=True):
+            keys = {f"passkey {label}|{length}|{trial}": trial for trial in range(trials)}
+            found = [store.get(key, functools.partial(once, model, encoding, length, trial, key)) for key, trial in keys.items()]
+            for depth, right in zip(DEPTHS, np.sum(found, axis=0).tolist(), strict=True):
                 own = {"method": label, "length": length, "depth": depth, "right": right, "trials": trials}
                 rows.append({"part": "passkey"} | own)
     return rows
+
+
+def once(model: Model, encoding: pj.PositionalEncoding, length: int, trial: int, name: str) -> np.ndarray:
+    """Returns whether greedy decoding repeats a key at each depth, [D] bool."""
+    began, with_params = time.perf_counter(), model.with_encoding(encoding)
+    keys = [random.Random(f"{length} {depth} {trial}").randint(10_000, 99_999) for depth in DEPTHS]
+    found = np.asarray([repeats(with_params, model, length, depth, key) for depth, key in zip(DEPTHS, keys, strict=True)])
+    print(f"{name}: {found.sum()} of {len(found)} in {time.perf_counter() - began:,.0f} s", flush=True)
+    return found
 
 
 def repeats(with_params: Callable[[Params], Transformer], model: Model, length: int, depth: float, key: int) -> bool:
@@ -311,8 +311,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run; the others keep their results")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--windows", type=int, default=2, help="texts of each kind")
-    parser.add_argument("--trials", type=int, default=2, help="passkeys at each depth and length")
-    parser.add_argument("--passkey_lengths", type=int, nargs="+", default=LENGTHS[:5])
+    parser.add_argument("--trials", type=int, default=1, help="passkeys at each depth and length")
+    parser.add_argument("--passkey_lengths", type=int, nargs="+", default=PASSKEY_LENGTHS)
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
     if "finetune" in options.only and options.train_english is None:
