@@ -43,11 +43,11 @@ def test_every_number_of_the_text_is_in_a_table_of_its_section():
         check_numbers(*map("\n".join, rows), section.splitlines()[0])
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("learn/*.md")), ids=lambda page: page.stem)
-def test_paragraphs_that_cite_an_experiment_have_its_numbers(page):
+@pytest.mark.parametrize("path", sorted(DOCS.glob("learn/*.md")), ids=lambda path: path.stem)
+def test_paragraphs_that_cite_an_experiment_have_its_numbers(path):
     sections = re.split(r"^# ", (DOCS.parent / "experiments" / "README.md").read_text(), flags=re.MULTILINE)
     by_anchor = {re.sub(r"[^\w\- ]", "", text.splitlines()[0].lower()).replace(" ", "-"): text for text in sections[1:]}
-    for paragraph in re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL).split("\n\n"):
+    for paragraph in re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL).split("\n\n"):
         cited = re.findall(r"experiments\.md#([\w-]+)\)", paragraph)
         if cited:
             check_numbers(paragraph, "\n".join(by_anchor[anchor] for anchor in cited), " and ".join(cited))
