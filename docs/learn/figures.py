@@ -305,7 +305,7 @@ def tiles() -> Any:
 def memory() -> Any:
     """Bytes that attention's backward pass needs, dense and tiled, from the compiler's own count."""
     lengths = [256, 512, 1024, 2048, 4096]
-    figure, axes = new_figure(5.2, 3.2)
+    figure, axes = new_figure(7.4, 2.8)
     for label, implementation, color, marker in (("dense", "xla", ORANGE, "s"), ("over tiles", "xla_chunked", BLUE, "o")):
         used = [_temporary_bytes(length, implementation) / 2**20 for length in lengths]
         axes.plot(lengths, used, color=color, marker=marker, label=label)
