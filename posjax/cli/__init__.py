@@ -1,6 +1,6 @@
-"""The command line: posjax train | compare | ablate | evaluate | generate | plan | bench | list.
+"""The command line: posjax train | compare | ablate | evaluate | generate | plot | explore | report | plan | bench | list.
 
-Each verb is a module of this package and is imported, with its dependencies, only when it is called.
+Each verb is a function of the same name in a module of this package, which is imported, with its dependencies, only when it is called.
 """
 
 import functools
@@ -23,6 +23,8 @@ usage: posjax VERB CONFIG [--field value ...] [--workdir DIR]
   evaluate   evaluates the newest checkpoint of a run: posjax evaluate RUN --eval_lengths 1 4 16
   generate   completes a prompt with the newest checkpoint of a run: posjax generate RUN --prompt "def "
   plot       draws the table and figures of runs again: posjax plot RUN
+  explore    writes a page of HTML with attention, gates and losses over a text: posjax explore RUN [RUN2] --text FILE
+  report     writes a page of HTML with the results of runs: posjax report RUN ...
   plan       predicts memory and time of a step on chips that are not attached: --topology v5p:8x8x8 [--search]
   bench      runs a benchmark: attention [--lengths 2048 8192 ...] | schedule [--generations v6e ...] | gpu | tune
   list       lists the encodings and the configs
@@ -45,7 +47,8 @@ resume from the newest checkpoint.
 The first signal lets the current step finish and saves. A second Ctrl-C ends the command within seconds, and a third
 at once; checkpoints that are complete stay so.
 """
-VERBS = ("train", "compare", "ablate", "evaluate", "generate", "plot", "plan", "bench", "list")
+VERBS = ("train", "compare", "ablate", "evaluate", "generate", "plot", "explore", "report", "plan", "bench", "list")
+MODULES = {"explore": "pages", "report": "pages"}  # the other verbs are modules of their own
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,11 +92,11 @@ def _run(argv: list[str]) -> None:
     endings.hide_tracebacks()
     config = None
     try:
-        module = importlib.import_module(f"posjax.cli.{verb}")
-        run = getattr(module, verb)  # each verb's module has a function of the same name
+        module = importlib.import_module(f"posjax.cli.{MODULES.get(verb, verb)}")
+        run = getattr(module, verb)
         if verb in ("bench", "generate", "plan", "plot"):
             return run(rest)
-        if verb == "ablate":
+        if verb in ("ablate", "explore", "report"):
             with endings.terminable():
                 return run(rest, shlex.join(["posjax", *argv]))
         parsed = module.arguments(rest) if hasattr(module, "arguments") else (parse(rest, verb),)

@@ -264,7 +264,7 @@ def rows_of(
                 result = runs.evaluate_params(trained.config, trained.config.encoding, trained.params, source)
             rows.append({"encoding": reading.encoding, "seed": reading.seed, "workdir": workdir} | result)
     assert first is not None  # there is at least one workdir
-    return _distinct(_of_common_columns(rows, measure_in(rows))), first, configs
+    return with_distinct_names(_of_common_columns(rows, measure_in(rows))), first, configs
 
 
 def bare(config: Config) -> Source:
@@ -304,14 +304,12 @@ def _of_common_columns(rows: list[dict[str, Any]], measure: str) -> list[dict[st
     ]
 
 
-def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Names the workdir in the encoding of runs in different workdirs that have the same encoding."""
+def with_distinct_names(rows: list[dict[str, Any]], name: str = "encoding") -> list[dict[str, Any]]:
+    """Adds the workdir to the names of rows in different workdirs that have the same name."""
     workdirs: dict[str, set[str]] = {}
     for row in rows:
-        workdirs.setdefault(row["encoding"], set()).add(row["workdir"])
-    return [
-        row | {"encoding": f"{row['encoding']} ({row['workdir']})"} if len(workdirs[row["encoding"]]) > 1 else row for row in rows
-    ]
+        workdirs.setdefault(row[name], set()).add(row["workdir"])
+    return [row | {name: f"{row[name]} ({row['workdir']})"} if len(workdirs[row[name]]) > 1 else row for row in rows]
 
 
 # What a trained model does with a text -----------------------------------------------------------------------------------

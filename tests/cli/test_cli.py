@@ -4,6 +4,7 @@ What needs a process of its own (signals, exit codes) has one; all else calls ``
 Both share compiled programs.
 """
 
+import dataclasses
 import inspect
 import json
 import os
@@ -22,12 +23,18 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+import posjax as pj
 from posjax import cli
 from posjax.attention.backends.compile_errors import translate_compile_errors
 from posjax.cli.common import parse, print_table
 from posjax.core.encoding import registered
 from posjax.lab import config, named_configs, prompting, report, source
 from posjax.lab import run as runs
+from posjax.lab.pages import over_text
+from posjax.lab.pages.over_text import NO_KEY, explorer_data
+from posjax.lab.trained import attention_maps, gates_and_positions, token_losses
+from posjax.plots import explorer
+from posjax.plots.explorer.page import _unpacked
 from posjax.training.checkpoints import Checkpoints
 
 OPTIMIZED = True  # see conftest.py
@@ -506,3 +513,94 @@ def test_text_of_others_is_escaped(run, home, capsys):
     print_table([spec], [["[red]not markup[/red]\x1b[2J"]])
     out = capsys.readouterr().out
     assert "\x1b" not in out and "<img src=x>" in out and "[red]not markup[/red]" in out
+
+
+def within_half(page, expected):
+    """Whether numbers of a page are others, rounded to float16."""
+    return np.allclose(page, expected, rtol=2**-11, atol=2**-24)
+
+
+def test_explore_shows_what_the_loaded_run_computes(run, straight, home):
+    text = "return a b ( range )"
+    code, out, err = run("explore", "straight", "--text", text, "--out", home / "pages" / "one.html")
+    assert code == 0 and str(home / "pages" / "one.html") in out, err
+    page, arrays = explorer.read_page(home / "pages" / "one.html")
+    trained = pj.load(straight)
+    maps, (layers, gates, positions) = attention_maps(trained, text), gates_and_positions(trained, text)
+    losses = token_losses(trained, text)
+    assert page["tokens"] == ["<bos>", *text] and page["kept"] is None and layers == [0]
+    (entry,) = page["runs"]
+    numbers = {name: arrays[number] for name, number in entry["layers"][0]["arrays"].items()}
+    assert set(numbers) == {
+        *("weight", "gate", "position", "bias", "rotation", "query_cos", "query_sin", "key_cos", "key_sin")
+    }
+    assert within_half(numbers["weight"], maps[0]) and maps[0].max() > 0.1
+    assert within_half(numbers["gate"], gates[0]) and within_half(numbers["position"], positions[0])
+    assert entry["loss"][0] is None and np.allclose(entry["loss"][1:], losses, rtol=1e-5)
+    angles = np.arange(21)[:, None] * 10_000.0 ** (-np.arange(0, 8, 2) / 8)  # of RoPE with eight channels of a head
+    assert np.allclose(numbers["query_cos"][:, 0], np.cos(angles), atol=1e-3)
+    assert np.allclose(numbers["key_sin"][:, 0], np.sin(angles), atol=1e-3)
+    assert len(arrays) == 7  # the phases of queries are those of keys
+    assert dict(page["provenance"])["command"].startswith("posjax explore straight --text")
+
+
+@pytest.mark.thorough
+def test_a_small_page_keeps_the_largest_weights(straight):
+    text, trained = "range ( a b c ) = " * 8, pj.load(straight)
+    most = explorer.fixed_size("explorer") + 100_000 + 60 * 145 + 30_000
+    data, arrays = explorer_data([trained], text, [[]], most_bytes=most)
+    (layer,), maps = data["runs"][0]["layers"], attention_maps(trained, text)[0]
+    assert arrays.size <= 30_000 and 1 <= data["kept"] < 145
+    key, weight = (_unpacked(arrays.texts[n], **arrays.entries[n]) for n in (layer["arrays"]["key"], layer["arrays"]["weight"]))
+    kept = key != NO_KEY
+    assert within_half(weight[kept], np.take_along_axis(maps, np.where(kept, key, 0).astype(int), axis=-1)[kept])
+    best = np.sort(maps, axis=-1)[..., -data["kept"] :].sum(-1)
+    assert np.allclose(weight.astype(np.float32).sum(-1), best, atol=2e-3) and kept[:, -1].all()
+    assert np.allclose(layer["share"], best.sum(1) / maps.sum((1, 2)), atol=2e-3) and min(layer["share"]) < 0.999
+
+
+def test_report_shows_every_seed(run, straight, home):
+    code, out, err = run("report", "straight", "--out", home / "report.html")
+    assert code == 0 and "report.html" in out, err
+    page, _ = explorer.read_page(home / "report.html")
+    (row,) = strict((straight / "results.json").read_text())["rows"]
+    summary, seeds = page["tables"]
+    assert seeds["columns"] == ["setting", "seed", *row["metrics"]["bits_per_byte"]]
+    assert [cell["value"] for cell in seeds["rows"][0][1:]] == [0, *row["metrics"]["bits_per_byte"].values()]
+    assert summary["rows"][0][0] == "rope + cope(8)" and summary["rows"][0][-1]["value"] == row["metrics"]["parameters"]
+    facts = dict(page["provenance"][0]["facts"])
+    assert facts["digest of the train data"] == strict((straight / "run.json").read_text())["data"]["train"]
+    assert {"versions", "hardware", "configuration", "to train again"} <= set(facts)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("explore", "posjax explore must be followed by the workdir of a run, got nothing"),
+        ("explore nowhere", "runs to explore must be workdirs, which hold a config.json, got 'nowhere'"),
+        ("report straight nowhere", "runs to report must be workdirs, which hold a config.json, got 'nowhere'"),
+        ("explore straight straight straight", "posjax explore shows one run or two, got 3: "),
+        ("explore straight --from_pretrained text", "--from_pretrained must stand alone, without a run, got straight"),
+        ("explore straight --out text", "out must be a file to write, got 'text', which is a folder"),
+        ("explore straight --out", "--out"),
+        ("explore straight --layer 3", "--layer"),
+    ],
+)
+def test_pages_are_refused_in_one_line(run, straight, command, message):
+    code, out, err = run(*command.split())
+    assert code == 2 and message in err and len(err.splitlines()) == 1 and not out.strip(), err
+
+
+def test_a_text_that_a_page_cannot_show_is_refused(straight, monkeypatch):
+    trained = pj.load(straight)
+    with pytest.raises(ValueError, match="text must have at least one token, got an empty text"):
+        explorer_data([trained], "", [[]])
+    monkeypatch.setattr(over_text, "MOST_PAIRS", 2 * 8**2)
+    with pytest.raises(ValueError, match="text must have at most 8 tokens with 2 heads, got 11"):
+        explorer_data([trained], "0123456789", [[]])
+    linear = dataclasses.replace(trained, config=dataclasses.replace(trained.config, encoding="rope", attention="linear"))
+    with pytest.raises(ValueError, match="run must have softmax attention, because linear attention has no probabilities"):
+        explorer_data([linear], "a", [[]])
+    other = dataclasses.replace(trained, tokenizer=dataclasses.replace(trained.tokenizer, vocab_size=300))
+    with pytest.raises(ValueError, match="runs to explore must have the same tokenizer"):
+        explorer_data([trained, other], "a", [[], []])
