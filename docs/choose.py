@@ -1,6 +1,6 @@
 """Fills the tables of docs/choose.md from the results of the experiments: python docs/choose.py
 
-The text between <!-- table NAME --> and <!-- end --> is generated: contrasts from the claims of experiments/results, with the
+The text between <!-- results NAME --> and <!-- end --> is generated: contrasts from the claims of experiments/results, with the
 verdicts of experiments/README.md, and times. The text around the tables is written by hand; a test compares both with the results.
 """
 
@@ -19,7 +19,7 @@ from contrasts import adjusted, word  # noqa: E402
 from readme import BLOCK as RESULT  # noqa: E402
 from readme import DIGITS  # noqa: E402
 
-BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WINDOW = "any length, window 1x"
 CONTRASTS = {  # by table: (words, experiment, claim, test set); of several numbers of steps, the largest
     "short": [
