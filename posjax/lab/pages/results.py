@@ -170,7 +170,10 @@ def _heading(configs: Sequence[Config], label: str, rows: Sequence[Mapping[str, 
 def _facts(folder: str, config: Config, results: Mapping[str, Any]) -> list[list[str]]:
     """Returns what a workdir says about where its results come from."""
     data = read_facts(run_path(folder)).get("data") or results.get("data") or {}
-    facts = [["to train again", f"posjax train {folder}/config.json --workdir NEW"]] if not _is_ablation(results) else []
+    facts = []
+    if not _is_ablation(results):
+        verb = "train" if (run_path(folder) / "checkpoints").is_dir() else "compare"
+        facts.append(["to train again", f"posjax {verb} {folder}/config.json --workdir NEW"])
     facts += [[f"digest of the {name} data", digest] for name, digest in data.items()]
     if versions := results.get("versions"):
         facts.append(["versions", ", ".join(f"{name} {number}" for name, number in versions.items())])

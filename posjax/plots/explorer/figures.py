@@ -57,7 +57,7 @@ def loss_by_length_figure(series: Sequence[Mapping[str, Any]], train_length: int
     if train_length is not None:
         line = {"color": "#666666", "width": 1, "dash": "dash"}
         shapes.append({"type": "line", "x0": train_length, "x1": train_length, "yref": "paper", "y0": 0, "y1": 1, "line": line})
-        place = {"x": math.log10(train_length), "yref": "paper", "y": 1, "yanchor": "bottom", "showarrow": False}
+        place = {"x": math.log10(train_length), "xanchor": "left", "yref": "paper", "y": 1, "yanchor": "top", "showarrow": False}
         notes.append(place | {"text": f"trained on {train_length:,}"})
     layout = {"xaxis": _AXIS | axis, "yaxis": _AXIS | {"title": {"text": label}}, "shapes": shapes, "annotations": notes}
     words = "Mean over seeds; bars are 95 % intervals of the mean, small points are seeds."
