@@ -1,4 +1,4 @@
-"""Checks of an encoding's behaviour, for the tests of anybody who writes one.
+"""Checks of an encoding's behaviour, for the tests of anybody who writes one, and where an encoding runs.
 
     from posjax.testing import check_encoding
 
@@ -13,8 +13,9 @@ import dataclasses
 import functools
 import math
 import pickle
+import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from posjax.typing import Array, Params
 
 _BATCH, _LENGTH, _PAST = 2, 12, 5  # sequences, their tokens, and those that count as the past
 _DIMS = Dims(num_heads=4, head_dim=8, embed_dim=24, max_length=64, num_kv_heads=2)
+_WIDE = Dims(num_heads=4, head_dim=64, max_length=1024)
 _FAR = 1e-3  # outputs that should differ do so by more than this
 
 
@@ -358,3 +360,64 @@ def _check(rule: Callable[[_Layer], None], layer: _Layer) -> None:
         raise AssertionError(f"{said} Here {error}.") from None
     except Exception as error:
         raise AssertionError(f"{said} Here an error was raised: {type(error).__name__}: {error}") from error
+
+
+# Where an encoding runs ----------------------------------------------------------------------------------------------------------
+
+
+def where_it_runs(encoding: PositionalEncoding, dims: Dims = _WIDE, **options: Any) -> dict[str, str | None]:
+    """Returns which backends run an encoding, for a causal call in bfloat16 of 1,024 tokens, without running anything.
+
+    >>> import posjax as pj
+    >>> {backend for backend, reason in where_it_runs(pj.cope_mlp()).items() if reason is not None} == {"tpu", "gpu"}
+    True
+
+    Args:
+      encoding: the encoding.
+      dims: sizes of the heads, and the longest sequence of an encoding with a table.
+      **options: further arguments of ``posjax.attention``, such as ``local_window_size=256``. ``segment_ids=True`` packs several
+        sequences into each row.
+
+    Returns:
+      {backend: reason}: "xla", "xla_chunked", "tpu" and "gpu" for the backends on one device, "ring" for a sequence that is sharded
+      over four devices, and "decoding" for ``posjax.attend`` with a cache. A reason is None where the call is supported.
+
+    Raises:
+      ValueError: an option is not an argument of ``posjax.attention`` or has a wrong value.
+    """
+    from posjax.attention.backends.gpu import attention as gpu
+    from posjax.attention.backends.ring import attention as ring
+    from posjax.attention.backends.tpu import attention as tpu
+    from posjax.attention.prefix_sums import with_prefix_sums
+
+    length, reasons = 1024, {}
+    backends = {"xla": reference, "xla_chunked": xla_chunked, "tpu": tpu, "gpu": gpu}
+
+    def ask(query: Array, key: Array, hidden: Array, segment_ids: Array) -> Array:
+        params = encoding.init(jax.random.key(0), dims)
+        given = options | ({"segment_ids": segment_ids} if options.get("segment_ids") is True else {})
+        given |= {"hidden": hidden} if encoding.needs_hidden else {}
+        call = with_prefix_sums(prepare(query, key, key, encoding, params, is_causal=True, **given))
+        reasons.update({name: backend.unsupported_reason(call) for name, backend in backends.items()})
+        reasons["ring"] = ring.unsupported_reason(call, cast(Any, types.SimpleNamespace(parts=4)))
+        reasons["decoding"] = _unsupported_decoding(encoding, dims, params, options.get("local_window_size"))
+        return query
+
+    heads, keys = (jax.ShapeDtypeStruct((1, length, n, dims.head_dim), jnp.bfloat16) for n in (dims.num_heads, dims.num_kv_heads))
+    hidden = jax.ShapeDtypeStruct((1, length, dims.embed_dim), jnp.bfloat16)
+    jax.eval_shape(ask, heads, keys, hidden, jax.ShapeDtypeStruct((1, length), jnp.int32))
+    return reasons
+
+
+def _unsupported_decoding(encoding: PositionalEncoding, dims: Dims, params: Params, window: int | None) -> str | None:
+    """Returns why a token cannot be decoded with a cache, or None if it can."""
+    sizes = dict(max_length=8) if window is None else dict(window=window)
+    try:
+        cache = kv_cache.init_cache(encoding, dims, batch_size=1, **sizes)
+        query = jnp.zeros((1, 1, dims.num_heads, dims.head_dim))
+        key = jnp.zeros((1, 1, dims.num_kv_heads, dims.head_dim))
+        hidden = jnp.zeros((1, 1, dims.embed_dim)) if encoding.needs_hidden else None
+        kv_cache.attend(query, key, key, encoding, params, cache, hidden=hidden)
+    except (ValueError, NotImplementedError) as error:
+        return str(error)
+    return None

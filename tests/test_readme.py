@@ -1,14 +1,30 @@
-"""The examples of README.md and of docs/ run as they stand, their links lead somewhere, and the table of encodings is true."""
+"""The examples of README.md and of docs/ run as they stand, their links lead somewhere, and the table of encodings is true.
 
+A block of Python may begin with a comment that names what it needs:
+
+    # pip install equinox         a package that the extra [test] lacks: skipped where it is not installed
+    # needs runs/mine             a run, or models/SmolLM2-135M-Instruct, a checkpoint: tiny ones are made here; thorough
+    # takes a minute              thorough
+
+Commands in blocks of sh are parsed by the command line, and go no further.
+"""
+
+import importlib.metadata
+import itertools
 import re
+import shlex
+import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+import tyro
 
 import posjax as pj
+from posjax import cli
 from posjax.attention.backends import reference
 from posjax.attention.backends.gpu import attention as gpu
 from posjax.attention.backends.ring import attention as ring
@@ -16,15 +32,48 @@ from posjax.attention.backends.tpu import attention as tpu
 from posjax.attention.backends.xla_chunked import attention as xla_chunked
 from posjax.attention.call import prepare
 from posjax.attention.prefix_sums import with_prefix_sums
-from posjax.core.encoding import registered
+from posjax.cli import common
+from posjax.core import encoding
 from posjax.encodings.spec import parse_encoding
+from posjax.lab import config, named_configs, workdir
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests" / "models"))
+import checkpoints  # noqa: E402
+
 PAGES = [path for path in sorted(ROOT.glob("docs/**/*.md")) if path.relative_to(ROOT).parts[1] not in ("_build", "jupyter_execute")]
-TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *PAGES)}
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES)}
 README = TEXTS["README.md"]
-FENCED = re.compile(r"```python\n(.*?)```", re.DOTALL)
-EXAMPLES = {f"{name} {number}": code for name, text in TEXTS.items() for number, code in enumerate(FENCED.findall(text))}
+FENCED = re.compile(r"^ *```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+BLOCKS = {
+    f"{name} {number}": (language, textwrap.dedent(code))
+    for name, text in TEXTS.items()
+    for number, (language, code) in enumerate(FENCED.findall(text))
+}
+EXAMPLES = {name: code for name, (language, code) in BLOCKS.items() if language == "python"}
+PIP_INSTALL, NEEDS, TAKES = (re.compile(rf"# {words}\n") for words in (r"pip install (\S+)", r"needs \S+", r"takes .+"))
+
+
+def commands(text):
+    """The words of each posjax command in a text of sh, also of those that another command starts."""
+    for line in text.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words = list(lexer)
+        for inner in words:
+            if inner.startswith("posjax "):
+                yield from commands(inner)
+        while "posjax" in words:
+            words = words[words.index("posjax") + 1 :]
+            yield list(itertools.takewhile(lambda word: word not in ("&&", "||", "|", ">", ";"), words))
+
+
+COMMANDS = {
+    shlex.join(words): f"{name}: posjax {shlex.join(words)}"
+    for name, (language, code) in BLOCKS.items()
+    if language == "sh"
+    for words in commands(code)
+}
 
 
 def test_the_readme_is_two_screens_and_its_first_example_ten_lines():
@@ -32,9 +81,83 @@ def test_the_readme_is_two_screens_and_its_first_example_ten_lines():
     assert len(EXAMPLES["README.md 0"].strip().splitlines()) <= 10
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_run(name):
-    exec(compile(EXAMPLES[name], name, "exec"), {"__name__": "example"})
+def test_blocks_are_in_languages_that_are_tested():
+    """A block in another language may say anything; text is for output and equations."""
+    assert {language for language, _ in BLOCKS.values()} <= {"python", "sh", "text"}
+
+
+def ours():
+    return {name: cls for name, cls in encoding.registered().items() if cls.__module__.startswith("posjax.")}
+
+
+def examples():
+    thorough = [name for name, code in EXAMPLES.items() if NEEDS.match(code) or TAKES.match(code)]
+    return [pytest.param(name, marks=[pytest.mark.thorough] if name in thorough else [], id=name) for name in EXAMPLES]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with a run, runs/mine, and a checkpoint, models/SmolLM2-135M-Instruct."""
+    folder = tmp_path_factory.mktemp("prepared")
+    checkpoints.write_tokenizer(checkpoints.write_folder(folder / "models/SmolLM2-135M-Instruct"))
+    (folder / "text").mkdir()
+    (folder / "text/train.txt").write_text("def f(x):\n    return x + 1\n" * 200)
+    sizes = "--num_layers 1 --embed_dim 16 --num_heads 2 --seq_length 16 --batch_size 8 --steps 2 --eval_tokens 64 --eval_lengths 1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("POSJAX_DATA_DIR", str(folder / "data"))
+        cli.main(shlex.split(f"train quickstart --encoding 'rope + cope(8)' --data text --workdir runs/mine {sizes}"))
+    return folder
+
+
+@pytest.mark.parametrize("name", examples())
+def test_examples_run(name, request, monkeypatch):
+    code = EXAMPLES[name]
+    monkeypatch.setattr(encoding, "_REGISTRY", ours())  # blocks may use the names of each other's encodings
+    monkeypatch.syspath_prepend(ROOT / "examples")  # the page says that the file is in the current folder
+    if package := PIP_INSTALL.match(code):
+        try:
+            importlib.metadata.distribution(package[1])
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"needs the package {package[1]}")
+    if NEEDS.match(code):
+        monkeypatch.chdir(request.getfixturevalue("prepared"))
+    exec(compile(code, name, "exec"), {"__name__": "example"})
+
+
+class Parsed(Exception):
+    """Raised in place of what a command does: its flags and their values are right."""
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=COMMANDS.values())
+def test_commands_are_right(command, monkeypatch):
+    def parse(*args, **kwargs):
+        parsed(*args, **kwargs)
+        raise Parsed
+
+    def load(path):
+        return loaded(path if path in named_configs() else "quickstart")  # a run, or a file of the reader's
+
+    parsed, loaded = tyro.cli, config.load_config
+    monkeypatch.setattr(tyro, "cli", parse)
+    monkeypatch.setattr(config, "load_config", load)
+    monkeypatch.setattr(workdir, "is_workdir", lambda path: str(path).startswith(("runs/", "/shared/")))
+    monkeypatch.setattr(common, "_warmup_steps", lambda config, flags: 0)  # reads a run
+    if command == "list":
+        return
+    with pytest.raises(Parsed):
+        cli.main(shlex.split(command))
+
+
+def test_the_page_on_encodings_has_the_example():
+    """They differ in the docstring and in comments."""
+    page, file = EXAMPLES["docs/how_to/your_encoding.md 0"], (ROOT / "examples/forgetting_gate.py").read_text()
+
+    def lines(text):
+        code = re.sub(r'    """Adds.*?"""|  # [^\n]*', "", text, flags=re.DOTALL)
+        return [line for line in code[code.index("def log_gate") :].splitlines() if line]
+
+    assert lines(page.partition("encoding = ")[0]) == lines(file)
 
 
 def anchors(page):
@@ -46,7 +169,7 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("name", [*TEXTS, "CONTRIBUTING.md", "experiments/README.md"])
+@pytest.mark.parametrize("name", [*TEXTS, "experiments/README.md"])
 def test_links_lead_somewhere(name):
     page = ROOT / name
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
@@ -60,19 +183,19 @@ def test_links_lead_somewhere(name):
 
 def where_it_runs(spec):
     """The columns XLA, TPU kernel, GPU kernel, ring and decoding of the table, for a causal call in bfloat16."""
-    encoding, dims = parse_encoding(spec), pj.Dims(num_heads=4, head_dim=64, max_length=1024)
+    one, dims = parse_encoding(spec), pj.Dims(num_heads=4, head_dim=64, max_length=1024)
     shape = jax.ShapeDtypeStruct((1, 1024, 4, 64), jnp.bfloat16)
     found = []
 
     def ask(query, hidden):
-        params = encoding.init(jax.random.key(0), dims)
-        options = dict(is_causal=True, hidden=hidden if encoding.needs_hidden else None)
-        call = with_prefix_sums(prepare(query, query, query, encoding, params, **options))
+        params = one.init(jax.random.key(0), dims)
+        options = dict(is_causal=True, hidden=hidden if one.needs_hidden else None)
+        call = with_prefix_sums(prepare(query, query, query, one, params, **options))
         runs = [kernel.unsupported_reason(call) is None for kernel in (reference, xla_chunked, tpu, gpu)]
-        cache = pj.init_cache(encoding, dims, batch_size=1, max_length=8)
+        cache = pj.init_cache(one, dims, batch_size=1, max_length=8)
         token = query[:, :1].astype(cache.key.dtype)
-        hidden = hidden[:, :1].astype(token.dtype) if encoding.needs_hidden else None
-        out, _ = pj.attend(token, token, token, encoding, params, cache, hidden=hidden)
+        hidden = hidden[:, :1].astype(token.dtype) if one.needs_hidden else None
+        out, _ = pj.attend(token, token, token, one, params, cache, hidden=hidden)
         decodes = out.shape == token.shape
         found.extend([all(runs[:2]), *runs[2:], ring.unsupported_reason(call, SimpleNamespace(parts=4)) is None, decodes])
         return query
@@ -87,8 +210,7 @@ ARGUMENTS = {"cope": "cope(64)", 'cope(gates="keys")': "cope(64, gates='keys')"}
 
 def test_the_table_has_every_encoding_and_where_it_runs():
     specs = [row[0].strip("`") for row in ROWS]
-    ours = {name for name, cls in registered().items() if cls.__module__.startswith("posjax.")}
-    assert {spec.partition("(")[0] for spec in specs} == ours
+    assert {spec.partition("(")[0] for spec in specs} == set(ours())
     assert [row[3:] for row in ROWS] == [where_it_runs(ARGUMENTS.get(spec, spec)) for spec in specs]
 
 

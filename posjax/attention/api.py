@@ -105,6 +105,12 @@ def attention(
       ValueError: an argument has an unsupported shape, dtype or value; the message names it.
       TypeError: ``encoding`` is not a PositionalEncoding, or ``block_sizes`` is neither Blocks nor GpuBlocks.
       NotImplementedError: the given implementation does not support the call; the message names one that does.
+
+    Example:
+      >>> query = jax.random.normal(jax.random.key(0), (2, 16, 8, 64))
+      >>> key = value = jax.random.normal(jax.random.key(1), (2, 16, 2, 64))  # two key heads for eight query heads
+      >>> pj.attention(query, key, value, pj.rope(), is_causal=True, local_window_size=4).shape
+      (2, 16, 8, 64)
     """
     plain, params, mask, bias = in_jax_order(encoding, params, mask, bias)
     tokens = dict(query_positions=query_positions, key_positions=key_positions, segment_ids=segment_ids, hidden=hidden)
@@ -166,6 +172,15 @@ def attention_weights(
       query, key, encoding, params: as in ``attention``.
       value: needed only if the encoding uses values (``cope(gates="values")``).
       **options: keyword arguments of ``attention`` other than ``implementation``, ``block_sizes`` and ``return_residual``.
+
+    Returns:
+      [B, N, T, S] float32. Each row sums to one, or to less with a sink; rows without an allowed key are zero.
+
+    Example:
+      >>> query = key = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+      >>> weights = pj.attention_weights(query, key, pj.alibi(), is_causal=True)
+      >>> bool(jnp.allclose(weights.sum(-1), 1.0))
+      True
     """
     query, key, given, options, is_single = add_batch_axis(query, key, key if value is None else value, options)
     check_operands(query, key, given)

@@ -49,8 +49,9 @@ def attention_fn(
         with S keys and a mask is cross attention, and its position is 0. None: such calls raise an error, because they are
         ambiguous.
 
-    Raises (in the call):
-      ValueError: an argument is invalid, a call may be either decoding or cross attention, or the module has custom einsums.
+    Raises:
+      ValueError: (in the call) an argument is invalid, a call may be either decoding or cross attention, or the module has custom
+        einsums.
     """
     encoding, causal = check_encoding(encoding), check("is_causal", is_causal, bool)
     check_params(params)

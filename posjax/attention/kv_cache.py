@@ -102,9 +102,17 @@ def init_cache(
         coordinates are the positions.
       dtype: dtype of query, key and value.
 
+    Returns:
+      The cache, without tokens.
+
     Raises:
       ValueError: neither or both of max_length and window are given, a size is below 1, or the encoding caches raw keys although
         it has a state or needs ``hidden``.
+
+    Example:
+      >>> cache = pj.init_cache(pj.rope(), pj.Dims(num_heads=4, head_dim=8), batch_size=2, max_length=128)
+      >>> int(cache.used)
+      0
     """
     encoding = check_encoding(encoding)
     if (max_length is None) == (window is None):
@@ -185,6 +193,14 @@ def attend(
 
     Raises:
       ValueError: an argument is invalid, or there are more tokens than the cache has free slots.
+
+    Example:
+      >>> encoding, dims = pj.rope(), pj.Dims(num_heads=4, head_dim=8)
+      >>> cache = pj.init_cache(encoding, dims, batch_size=2, max_length=128)
+      >>> query = key = value = jax.random.normal(jax.random.key(0), (2, 10, 4, 8))
+      >>> out, cache = pj.attend(query, key, value, encoding, {}, cache)  # the next call continues after these ten tokens
+      >>> int(cache.used)
+      10
     """
     check_operands(query, key, value)
     if not isinstance(cache, Cache):
@@ -446,6 +462,12 @@ def cache_layout(encoding: PositionalEncoding | None, dims: Dims, dtype: Any = j
 
     Args:
       encoding, dims, dtype: as in ``init_cache``.
+
+    Returns:
+      An entry for each array, with its shape, dtype and bytes per token.
+
+    Example:
+      >>> entries = pj.cache_layout(pj.rope(), pj.Dims(num_heads=4, head_dim=8))
     """
     encoding = check_encoding(encoding)
     _check_dims(dims)

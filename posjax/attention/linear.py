@@ -56,6 +56,11 @@ def linear_attention(
     Raises:
       ValueError: an argument is invalid, the encoding has biases, or T differs from S with is_causal or segment_ids.
 
+    Example:
+      >>> query = key = value = jax.random.normal(jax.random.key(0), (1, 16, 4, 8))
+      >>> pj.linear_attention(query, key, value, pj.rope(), is_causal=True).shape
+      (1, 16, 4, 8)
+
     Su et al., arXiv:2104.09864, equation 19.
     """
     check_operands(query, key, value)

@@ -8,24 +8,25 @@ from pathlib import Path
 
 from posjax.cli.common import fail, parse_flags
 
+BENCHMARKS = {
+    "attention": "time, memory and error of attention, by encoding, implementation and package",
+    "schedule": "cycles of the attention kernels as the TPU compiler schedules them; needs no TPU",
+    "gpu": "speed and accuracy of the kernels on this machine's GPU, and speed of a decoder with a billion parameters",
+    "tune": "the fastest block sizes of the kernels on this machine's GPU",
+}
+
 
 def bench(args: Sequence[str]) -> None:
     """Runs posjax bench attention | schedule | gpu | tune."""
-    known = {
-        "attention": "time, memory and error of attention, by encoding, implementation and package",
-        "schedule": "cycles of the attention kernels as the TPU compiler schedules them; needs no TPU",
-        "gpu": "speed and accuracy of the kernels on this machine's GPU, and speed of a decoder with a billion parameters",
-        "tune": "the fastest block sizes of the kernels on this machine's GPU",
-    }
     if not args or args[0] in ("-h", "--help"):
-        lines = [f"  {name:<12}{about}" for name, about in known.items()]
+        lines = [f"  {name:<12}{about}" for name, about in BENCHMARKS.items()]
         usage, more = "usage: posjax bench NAME [--field value ...]", "Run posjax bench NAME --help for all fields."
         print("\n".join([usage, "", *lines, "", more]))
         sys.exit(0 if args else 2)
-    if args[0] not in known:
-        near = difflib.get_close_matches(args[0], known, n=1)
+    if args[0] not in BENCHMARKS:
+        near = difflib.get_close_matches(args[0], BENCHMARKS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"benchmark must be one of {', '.join(known)}, got {args[0]!r}{hint}")
+        raise ValueError(f"benchmark must be one of {', '.join(BENCHMARKS)}, got {args[0]!r}{hint}")
     module = importlib.import_module(f"posjax.bench.{args[0]}")
     tables = importlib.import_module("posjax.bench.results") if args[0] == "attention" else module
     names = {"attention": "AttentionBench", "schedule": "ScheduleBench", "gpu": "GpuBench", "tune": "Tune"}

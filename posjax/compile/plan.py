@@ -23,6 +23,7 @@ from typing import Any
 from posjax.compile import aot
 from posjax.compile.hlo import Collective
 from posjax.compile.roofline import chip_of, seconds_of
+from posjax.lab import named_configs
 from posjax.lab.config import Config, load_config
 from posjax.lab.flops import attention_flops, model_flops
 
@@ -156,7 +157,7 @@ def make_plans(
     """Compiles the training step of a configuration for a topology, once per variant, and returns the cost of each.
 
     Args:
-      config: path of a config file.
+      config: name or path of a config file.
       topology: such as "v5p:8x8x8", or "h200:1x1x8".
       variants: the fields of the configuration that each variant changes.
       done: called with each plan as soon as it is complete.
@@ -166,10 +167,11 @@ def make_plans(
       ImportError: the compiler is not installed.
     """
     plans, base = [], load_config(config)
+    path = os.path.abspath(named_configs().get(config, config))  # for another process
     for fields in variants:
         with tempfile.TemporaryDirectory() as folder:
             changed = dataclasses.replace(base, **fields)  # raises for an invalid field before a process starts
-            job = "posjax.compile.plan:step_job", dict(config=os.path.abspath(config), folder=folder) | dict(fields)
+            job = "posjax.compile.plan:step_job", dict(config=path, folder=folder) | dict(fields)
             (report,) = aot.compile_all([job], topology, schedules=False)
             note_file = Path(folder, "note.json")
             if not note_file.exists():

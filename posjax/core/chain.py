@@ -22,9 +22,17 @@ def chain(*encodings: PositionalEncoding) -> PositionalEncoding:
       *encodings: at least one encoding. ``init`` returns {name: params} of the members that have parameters; a second member with
         the same name is called name_1, and so on.
 
+    Returns:
+      The chain, or the encoding itself if it is the only one.
+
     Raises:
       ValueError: no encoding is given.
       TypeError: an argument is not a PositionalEncoding.
+
+    Example:
+      >>> encoding = pj.chain(pj.rope(), pj.cope(64))
+      >>> sorted(encoding.init(jax.random.key(0), pj.Dims(num_heads=4, head_dim=8)))
+      ['cope']
     """
     if not encodings:
         raise ValueError("encodings must be at least one, got none; identity() is an encoding without effect")

@@ -82,7 +82,18 @@ class Tokens:
     def at(
         cls, positions: Array, *, coordinates: Array | None = None, segments: Array | None = None, hidden: Array | None = None
     ) -> "Tokens":
-        """Creates tokens at positions, integers [T], [1, T] or [B, T]."""
+        """Creates tokens at positions, integers [T], [1, T] or [B, T].
+
+        Args:
+          positions: integers [T], [1, T] or [B, T].
+          coordinates, segments, hidden: as in ``Tokens``.
+
+        Returns:
+          Tokens whose order is the positions.
+
+        Raises:
+          ValueError: positions are not integers of these shapes.
+        """
         if not is_array(positions, jnp.integer) or positions.ndim not in (1, 2):
             raise ValueError(f"positions must be integers [T] or [B, T], got {short(positions)}")
         return cls(positions if jnp.ndim(positions) == 2 else positions[None], coordinates, segments, hidden)
@@ -93,7 +104,11 @@ class Tokens:
         return self.order if self.coordinates is None else self.coordinates[..., 0]
 
     def on_axes(self, axes: int) -> Array:
-        """Returns the coordinates, [B or 1, T, A], or, if there are none, the order on each of ``axes`` axes."""
+        """Returns the coordinates, [B or 1, T, A], or, if there are none, the order on each of ``axes`` axes.
+
+        Args:
+          axes: A, the number of axes.
+        """
         if self.coordinates is not None:
             return self.coordinates
         return jnp.broadcast_to(self.order[..., None], (*self.order.shape, axes))
@@ -197,7 +212,12 @@ class PositionalEncoding:
 
     @_with_checked_arguments
     def init(self, key: Array, dims: Dims) -> Params:
-        """Returns the learned arrays, float32; {} if nothing is learned."""
+        """Returns the learned arrays, float32; {} if nothing is learned.
+
+        Args:
+          key: PRNG key.
+          dims: sizes of the model.
+        """
         return {}
 
     def place(self, tokens: Tokens, key: Array | None = None) -> Array | None:
@@ -210,15 +230,30 @@ class PositionalEncoding:
         return tokens.coordinates
 
     def embed(self, params: Params, x: Float[Array, "B T D"], tokens: Tokens) -> Float[Array, "B T D"]:
-        """Returns x with the encoding of its tokens' coordinates added."""
+        """Returns x with the encoding of its tokens' coordinates added.
+
+        Args:
+          params: parameters from ``init``.
+          x: embeddings [B, T, D].
+          tokens: the tokens, with the coordinates that ``place`` returned.
+        """
         return x
 
     def attend(self, params: Params, inputs: AttentionInputs) -> ScoreModifications:
-        """Returns the modifications of the scores of an attention call."""
+        """Returns the modifications of the scores of an attention call.
+
+        Args:
+          params: parameters from ``init``.
+          inputs: query, key, value and tokens of the call.
+        """
         return ScoreModifications()
 
     def max_length(self, dims: Dims) -> int | None:
-        """Returns the longest sequence that the parameters support, in tokens; None for no limit."""
+        """Returns the longest sequence that the parameters support, in tokens; None for no limit.
+
+        Args:
+          dims: sizes of the model.
+        """
         return None
 
     def _key(self) -> tuple[Any, ...]:
@@ -367,6 +402,10 @@ class Identity(PositionalEncoding):
     """Adds no positional encoding (NoPE): scores are scale * q.k.
 
     A causal decoder can still distinguish positions through its mask; a bidirectional model is symmetric under permutation.
+
+    Example:
+      >>> encoding = pj.identity()
+
     Kazemnejad et al., arXiv:2305.19466.
     """
 
@@ -396,6 +435,18 @@ def encoding(
       name: name in tables and messages.
       init, place, embed, attend, max_length: methods of PositionalEncoding without ``self``; None: the base class's method.
       per_layer, axes, needs_hidden, needs_causal, cache: as in PositionalEncoding.
+
+    Returns:
+      An encoding that calls the functions.
+
+    Raises:
+      TypeError: an argument that must be a function is not one.
+
+    Example:
+      >>> def halved(params, inputs):
+      ...     query, key = inputs.turned_query, inputs.turned_key
+      ...     return pj.ScoreModifications(transforms=(pj.Replace(query / 2, key),))
+      >>> encoding = pj.encoding("halved", attend=halved)
     """
     given = dict(init=init, place=place, embed=embed, attend=attend, max_length=max_length)
     for point, function in given.items():

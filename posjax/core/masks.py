@@ -36,11 +36,20 @@ class Mask:
         check("is_causal", self.is_causal, bool)
 
     def replace(self, **fields: Any) -> "Mask":
-        """Returns the mask with some of its fields replaced."""
+        """Returns the mask with some of its fields replaced.
+
+        Args:
+          **fields: new values of the fields.
+        """
         return dataclasses.replace(self, **fields)
 
     def cut(self, row_start: Any, row_size: int, column_start: Any, column_size: int) -> "Mask":
-        """Returns the mask of one tile of ``row_size`` queries and ``column_size`` keys."""
+        """Returns the mask of one tile of ``row_size`` queries and ``column_size`` keys.
+
+        Args:
+          row_start, row_size: first query of the tile, which may be traced, and their number.
+          column_start, column_size: likewise, for keys.
+        """
 
         return dataclasses.replace(
             self,
@@ -53,6 +62,10 @@ class Mask:
         """Returns the boolean mask of a tile for its positions, [B or 1, N or 1, t, s].
 
         The mask must have been cut to the tile.
+
+        Args:
+          query_positions: [B or 1, t] integers.
+          key_positions: [B or 1, s] integers.
         """
         distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
         allowed = jnp.ones(distance.shape, bool)

@@ -28,6 +28,12 @@ def prefix_sum(
 
     Returns:
       (high, low), [B, N, T] float32. Only ``high`` has gradients.
+
+    Example:
+      >>> from posjax.core.sequence import prefix_sum
+      >>> high, low = prefix_sum(jnp.ones((1, 1, 4)), jnp.asarray([[1, 1, 2, 2]]))
+      >>> high[0, 0].tolist()
+      [1.0, 2.0, 1.0, 2.0]
     """
     starts = jnp.zeros((1, 1, x.shape[2]), bool)
     if segments is not None:

@@ -219,7 +219,11 @@ class Rotate:
     learned: bool = static(default=True)
 
     def applied(self, query: Array, key: Array) -> tuple[Array, Array]:
-        """Returns query [B, T, N, H] and key [B, S, K, H] rotated, in their own dtypes."""
+        """Returns query [B, T, N, H] and key [B, S, K, H] rotated, in their own dtypes.
+
+        Args:
+          query, key: [B, T, N, H] and [B, S, K, H].
+        """
 
         def rotated(x: Array, phase: Array | None, gain: Array | None) -> Array:
             if phase is None:
@@ -246,7 +250,11 @@ class Replace:
     key: Leaf = vectors("key")
 
     def applied(self, query: Array, key: Array) -> tuple[Array, Array]:
-        """Returns the new query and key."""
+        """Returns the new query and key.
+
+        Args:
+          query, key: [B, T, N, H] and [B, S, K, H].
+        """
         return self.query, self.key
 
 
@@ -271,7 +279,11 @@ class Transport:
     log_decay: Leaf = vectors("key", default=None)
 
     def applied(self, query: Array, key: Array) -> tuple[Array, Array]:
-        """Returns query and key unchanged, because the effect depends on the pair."""
+        """Returns query and key unchanged, because the effect depends on the pair.
+
+        Args:
+          query, key: [B, T, N, H] and [B, S, K, H].
+        """
         return query, key
 
 

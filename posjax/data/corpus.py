@@ -75,10 +75,12 @@ class Corpus(Vocabulary):
 
     @property
     def num_documents(self) -> int:
+        """Returns the number of documents."""
         return len(self.offsets) - 1
 
     @property
     def num_tokens(self) -> int:
+        """Returns the number of tokens."""
         return len(self.tokens)
 
     @property
@@ -88,6 +90,7 @@ class Corpus(Vocabulary):
 
     @property
     def weights(self) -> tuple[float, ...]:
+        """Returns the weight of each of ``parts``: one."""
         return (1.0,)
 
 
@@ -109,6 +112,7 @@ class Mixture(Vocabulary):
 
     @property
     def vocab_size(self) -> int:
+        """Returns V, which all parts share."""
         return self.parts[0].vocab_size
 
     @property
@@ -117,18 +121,22 @@ class Mixture(Vocabulary):
 
     @property
     def tokenizer_path(self) -> Path | None:
+        """Returns the file of the tokenizer, which all parts share; None if tokens are bytes."""
         return self.parts[0].tokenizer_path
 
     @property
     def num_documents(self) -> int:
+        """Returns the number of documents in all parts."""
         return sum(part.num_documents for part in self.parts)
 
     @property
     def num_tokens(self) -> int:
+        """Returns the number of tokens in all parts."""
         return sum(part.num_tokens for part in self.parts)
 
     @property
     def num_bytes(self) -> int | None:
+        """Returns the number of bytes in all parts; None if that of a part is not known."""
         return _total(part.num_bytes for part in self.parts)
 
     @property
@@ -138,6 +146,7 @@ class Mixture(Vocabulary):
 
     @property
     def notes(self) -> tuple[str, ...]:
+        """Returns a line for each part, with its share of the rows, and the notes of the parts."""
         shares = zip(self.parts, self.weights, strict=True)
         lines = (f"{shown(part.source)}: {share:.2%} of rows, {part.num_tokens:,} tokens" for part, share in shares)
         return (*lines, *(f"{shown(part.source)}: {note}" for part in self.parts for note in part.notes))
@@ -179,6 +188,9 @@ def load_corpus(
       include, exclude: patterns of the files of a folder to read and to leave out, such as "*.txt" or "books/**/*.txt".
       text_key: the key of JSONL, or column of Parquet and Arrow, that holds the text.
       workdir: folder of a run, which is not text even if it lies in the folder of the source.
+
+    Returns:
+      A corpus, or a mixture if the source names several.
 
     Raises:
       ValueError: an argument is invalid, the split is empty, or a file is not text.
@@ -368,6 +380,9 @@ def unigram_bits(corpus: Corpus) -> float:
 
 def unigram_bits_per_byte(corpus: Corpus) -> float:
     """Returns the bits per byte of a unigram model, a baseline that any model must beat.
+
+    Args:
+      corpus: the text.
 
     Raises:
       ValueError: the corpus has tokens of an unknown tokenizer, and thus no bytes.

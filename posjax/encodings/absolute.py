@@ -30,6 +30,9 @@ class Sinusoidal(PositionalEncoding):
     Raises:
       ValueError: theta is not one positive number (a traced theta that is not positive gives NaN), or (in ``embed``) D is odd.
 
+    Example:
+      >>> encoding = pj.sinusoidal()
+
     Vaswani et al., arXiv:1706.03762, section 3.5.
     """
 
@@ -55,6 +58,12 @@ class Learned(PositionalEncoding):
 
     Raises:
       ValueError: init_scale is negative, ``Dims.max_length`` is not given, or (in ``embed``) a position is past the table.
+
+    Example:
+      >>> encoding = pj.learned()
+      >>> params = encoding.init(jax.random.key(0), pj.Dims(num_heads=4, head_dim=8, max_length=16))
+      >>> params["embedding"].shape
+      (16, 32)
 
     Gehring et al., arXiv:1705.03122; Devlin et al., arXiv:1810.04805.
     """

@@ -62,6 +62,12 @@ class Cope(PositionalEncoding):
       ValueError: max_position is below 2 or above 2^24, gates is unknown, gate_bias is not finite, clamp is out of range (a traced
         one gives NaN), gates="keys" is used without ``hidden``, or (in attention) neither is_causal nor a mask is given.
 
+    Example:
+      >>> encoding = pj.cope(max_position=64)
+      >>> with_gate_keys = pj.cope(64, gates="keys")
+      >>> encoding.init(jax.random.key(0), pj.Dims(num_heads=4, head_dim=8))["embedding"].shape
+      (64, 8)
+
     Golovneva et al., arXiv:2405.18719, equations 3 to 6 and Listing 1.
     """
 
@@ -118,6 +124,9 @@ class CopeAlibi(PositionalEncoding):
       ValueError: slope is not one positive number (a traced one that is not positive gives NaN), gates is unknown, or gate_bias is
         not finite.
 
+    Example:
+      >>> encoding = pj.cope_alibi()
+
     Golovneva et al., arXiv:2405.18719, the CoPE_ALiBi rows.
     """
 
@@ -169,6 +178,9 @@ class CopeMlp(PositionalEncoding):
 
     Raises:
       ValueError: hidden_dim is below 1, gates is unknown, or gate_bias is not finite.
+
+    Example:
+      >>> encoding = pj.cope_mlp(hidden_dim=64)
 
     Golovneva et al., arXiv:2405.18719, the CoPE_MLP row. The paper does not give the network's shape; this one is ours.
     """

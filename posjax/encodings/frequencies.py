@@ -126,6 +126,10 @@ class LinearScaling(Scaling):
     Raises:
       ValueError: factor is below 1.
 
+    Example:
+      >>> pj.linear_scaling(4.0).frequencies(10_000.0, 4)
+      array([0.25  , 0.0025])
+
     Chen et al., arXiv:2306.15595.
     """
 
@@ -149,6 +153,10 @@ class NtkScaling(Scaling):
       ValueError: factor is below 1, or fewer than four channels are rotated.
 
     bloc97, "NTK-Aware Scaled RoPE", reddit.com/r/LocalLLaMA, 2023.
+
+    Example:
+      >>> pj.ntk_scaling(4.0).frequencies(10_000.0, 4)
+      array([1.    , 0.0025])
     """
 
     factor: float = _factor()
@@ -168,6 +176,10 @@ class NtkThetaScaling(Scaling):
 
     Raises:
       ValueError: factor is below 1.
+
+    Example:
+      >>> pj.ntk_theta_scaling(4.0).frequencies(10_000.0, 4)
+      array([1.   , 0.005])
     """
 
     factor: float = _factor()
@@ -191,6 +203,10 @@ class NtkFixedScaling(Scaling):
       ValueError: factor is below 1, or mixed_b is not positive.
 
     Su, kexue.fm/archives/9706.
+
+    Example:
+      >>> pj.ntk_fixed_scaling(4.0).frequencies(10_000.0, 4)
+      array([0.5   , 0.0025])
     """
 
     factor: float = _factor()
@@ -223,6 +239,11 @@ class DynamicNtkScaling(Scaling):
       ValueError: an argument is below 1, or fewer than four channels are rotated.
 
     emozilla, "Dynamically Scaled RoPE", reddit.com/r/LocalLLaMA, 2023.
+
+    Example:
+      >>> scaling = pj.dynamic_ntk_scaling(4.0, original_max_length=4096)
+      >>> scaling.frequencies(10_000.0, 4, length=4096)
+      array([1.  , 0.01])
     """
 
     factor: float = _factor()
@@ -272,6 +293,11 @@ class YarnScaling(Scaling):
     Raises:
       ValueError: factor or original_max_length is below 1, beta_fast is below beta_slow, another argument is out of range, or theta
         is not above 1.
+
+    Example:
+      >>> scaling = pj.yarn_scaling(factor=4.0, original_max_length=8192)
+      >>> round(scaling.gain(), 4)
+      1.1386
 
     Peng et al., arXiv:2309.00071.
     """
@@ -339,6 +365,9 @@ class Llama3Scaling(Scaling):
     Raises:
       ValueError: an argument is out of range, or high_freq_factor is below low_freq_factor.
 
+    Example:
+      >>> encoding = pj.rope(theta=500_000.0, scaling=pj.llama3_scaling(factor=8.0))
+
     Grattafiori et al., arXiv:2407.21783; the ramp is that of the released code.
     """
 
@@ -387,6 +416,11 @@ class LongRopeScaling(Scaling):
     Raises:
       ValueError: a list is empty or not of positive numbers, has not R / 2 numbers (when frequencies are computed), or another
         argument is out of range.
+
+    Example:
+      >>> scaling = pj.longrope_scaling((1.0, 1.5), (2.0, 8.0), original_max_length=4096, factor=32.0)
+      >>> scaling.frequencies(10_000.0, 4, length=100_000)
+      array([0.5    , 0.00125])
 
     Ding et al., arXiv:2402.13753; the attention factor is that of Phi-3.
     """
@@ -455,6 +489,10 @@ class ProportionalScaling(Scaling):
 
     Raises:
       ValueError: an argument is out of range, or no pair is left to rotate.
+
+    Example:
+      >>> pj.proportional_scaling(0.5).frequencies(10_000.0, 8)
+      array([1. , 0.1, 0. , 0. ])
 
     Barbero et al., arXiv:2410.06205.
     """

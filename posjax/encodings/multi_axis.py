@@ -58,6 +58,13 @@ class MRope(PositionalEncoding):
       ValueError: sections are not three numbers of pairs, do not fit the layout, or (in ``attend``) do not sum to R / 2; or
         ``rope`` rejects an argument.
 
+    Example:
+      >>> encoding = pj.mrope((8, 12, 12))
+      >>> interleaved = pj.mrope((12, 10, 10), layout="interleaved")
+      >>> coordinates, following = pj.mrope_positions([7, (1, 28, 42), 12])  # a text, an image in patches, a text
+      >>> coordinates.shape
+      (313, 3)
+
     Wang et al., arXiv:2409.12191, section 2.1; interleaved: Qwen3-VL, arXiv:2511.21631; alternating: Wei et al., arXiv:2502.05173.
     """
 
@@ -235,6 +242,12 @@ class AxialRope(PositionalEncoding):
       ValueError: an argument is out of bounds, widths do not fit the layout, order is not a permutation of the axes, or (in
         ``attend``) channels cannot be distributed over the axes.
 
+    Example:
+      >>> encoding = pj.axial_rope(theta=100.0)
+      >>> coordinates = pj.axial_coordinates((4, 4))
+      >>> coordinates.shape
+      (16, 2)
+
     Heo et al., arXiv:2403.13298; Siméoni et al., arXiv:2508.10104 (DINOv3); Fang et al., arXiv:2303.11331 (EVA-02).
     """
 
@@ -383,6 +396,11 @@ class RopeMixed(PositionalEncoding):
 
     Raises:
       ValueError: theta is not one positive number, or (in ``init``) H is not a multiple of 4.
+
+    Example:
+      >>> encoding = pj.rope_mixed()
+      >>> encoding.init(jax.random.key(0), pj.Dims(num_heads=4, head_dim=8))["frequencies"].shape
+      (2, 4, 4)
 
     Heo et al., arXiv:2403.13298, section 3.2.
     """

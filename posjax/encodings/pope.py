@@ -29,6 +29,9 @@ class PoPE(PositionalEncoding):
     Raises:
       ValueError: theta is not one positive number.
 
+    Example:
+      >>> encoding = pj.pope()
+
     Gopalakrishnan et al., arXiv:2509.10534.
     """
 

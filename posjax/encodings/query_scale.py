@@ -33,6 +33,10 @@ class LogScale(PositionalEncoding):
     Raises:
       ValueError: length is below 1, beta is negative or not one number, or rule is unknown.
 
+    Example:
+      >>> encoding = pj.log_scale(length=16)
+      >>> chained = pj.chain(encoding, pj.rope())
+
     Meta, Llama 4 (2025); Mistral AI, Ministral 3 (2025); after Nakanishi, arXiv:2501.19399.
     """
 
@@ -74,6 +78,10 @@ class QueryScale(PositionalEncoding):
 
     Raises:
       ValueError: factor is not one positive number.
+
+    Example:
+      >>> encoding = pj.query_scale(1.25)
+      >>> chained = pj.chain(encoding, pj.rope())
 
     DeepSeek-AI, arXiv:2405.04434, section 3.1.4.
     """

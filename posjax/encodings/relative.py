@@ -41,6 +41,9 @@ class Alibi(PositionalEncoding):
       ValueError: slope is neither one positive number nor one per head (a traced one that is not positive gives NaN), or it is None
         inside a ``jax.shard_map`` over an axis that shards heads, where a call does not see all heads.
 
+    Example:
+      >>> encoding = pj.alibi()
+
     Press et al., arXiv:2108.12409.
     """
 
@@ -69,6 +72,12 @@ class T5(PositionalEncoding):
 
     Raises:
       ValueError: num_buckets is too small, or odd although bidirectional, or max_distance does not exceed the exact buckets.
+
+    Example:
+      >>> encoding = pj.t5(num_buckets=32, max_distance=128)
+      >>> params = encoding.init(jax.random.key(0), pj.Dims(num_heads=4, head_dim=8))
+      >>> params["bias"].shape
+      (32, 4)
 
     Raffel et al., arXiv:1910.10683, section 2.1.
     """

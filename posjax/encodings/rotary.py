@@ -39,6 +39,10 @@ class Rope(PositionalEncoding):
         pairing or channels is unknown, scaling is not a scaling, or (in ``attend``) fraction * H is not an even number of channels
         or does not fit the scaling.
 
+    Example:
+      >>> encoding = pj.rope()
+      >>> longer = pj.rope(scaling=pj.yarn_scaling(factor=4.0, original_max_length=8192))
+
     Su et al., arXiv:2104.09864, equation 34.
     """
 
@@ -101,8 +105,16 @@ def convert_pairing(
       target: pairing that the projection will be used with.
       fraction: ``fraction`` of ``rope``.
 
+    Returns:
+      The array with its last axis reordered.
+
     Raises:
       ValueError: a pairing is unknown, or fraction * H is not an even number of channels.
+
+    Example:
+      >>> kernel = jnp.arange(4.0)[None]
+      >>> pj.convert_pairing(kernel, source="interleaved", target="half").tolist()
+      [[0.0, 2.0, 1.0, 3.0]]
     """
     check("source", source, Pairing)
     check("target", target, Pairing)

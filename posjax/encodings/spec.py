@@ -40,8 +40,11 @@ def traced_arguments(make: Callable[..., Any]) -> tuple[str, ...]:
 def spec_of(encoding: PositionalEncoding | Sequence[PositionalEncoding]) -> str:
     """Returns the text form of an encoding, or of one per layer, from which ``parse_encoding`` constructs an equal one.
 
-    >>> spec_of(chain(rope(), cope(64)))
+    >>> spec_of(pj.chain(pj.rope(), pj.cope(64)))
     'rope + cope(max_position=64)'
+
+    Args:
+      encoding: an encoding, or one for each of several layers.
 
     Raises:
       ValueError: an encoding has no text form, because it is not registered or holds an array.

@@ -46,6 +46,10 @@ class Tupe(PositionalEncoding):
     Raises:
       ValueError: Dims.max_length is not given, a position exceeds it, or ``t5`` rejects the bucket arguments.
 
+    Example:
+      >>> encoding = pj.tupe()
+      >>> with_distances = pj.tupe(relative=True)
+
     Ke et al., arXiv:2006.15595, section 3.
     """
 

@@ -35,6 +35,9 @@ class XPos(PositionalEncoding):
     Raises:
       ValueError: an argument is out of bounds, (in ``attend``) H is odd, or a position is out of reach.
 
+    Example:
+      >>> encoding = pj.xpos()
+
     Sun et al., arXiv:2212.10554, section 3.2.
     """
 

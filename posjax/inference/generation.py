@@ -24,8 +24,16 @@ def generate(
 ) -> list[np.ndarray]:
     """Generates a continuation of each prompt. The arguments are those of ``stream``.
 
+    Args:
+      with_params, params: a decoder in the form that ``functional`` returns.
+      prompts: B non-empty sequences of token ids.
+      **options: max_new_tokens and the other keyword arguments of ``stream``.
+
     Returns:
       The new tokens of each prompt, an int32 array of at most ``max_new_tokens``.
+
+    Raises:
+      ValueError: as ``stream``.
     """
     steps = [*stream(with_params, params, prompts, **options)]
     rows = np.stack(steps, axis=1) if steps else np.zeros((len(prompts), 0), np.int32)
@@ -64,9 +72,10 @@ def stream(
       coordinates: B arrays [tokens of the prompt, A] for encodings that read coordinates, such as those of ``mrope_positions``. New
         tokens continue from a row's own largest coordinate plus one, on all axes. None: coordinates are the positions.
 
-    Raises (when called, before anything is compiled):
-      ValueError: there are no prompts, one is empty, ids lie outside the vocabulary, a size is below 1, there are more tokens than
-        the encoding supports, coordinates do not fit the prompts, or the model cannot decode.
+    Raises:
+      ValueError: (when called, before anything is compiled) there are no prompts, one is empty, ids lie outside the vocabulary, a
+        size is below 1, there are more tokens than the encoding supports, coordinates do not fit the prompts, or the model cannot
+        decode.
     """
     for name, size in (("max_new_tokens", max_new_tokens), ("chunk", chunk), ("window", window)):
         if size is not None or name != "window":

@@ -38,6 +38,13 @@ def filtered_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Ar
     """Divides logits by the temperature and masks the tokens that top_k and top_p exclude with minus infinity, in float32.
 
     With temperature 0, only the most likely token is not masked.
+
+    Args:
+      logits: [B, V].
+      sampling: the temperature, top_k and top_p.
+
+    Returns:
+      [B, V] float32.
     """
     logits = logits.astype(jnp.float32)
     greedy = sampling.temperature == 0
@@ -56,7 +63,22 @@ def filtered_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Ar
 
 
 def sample(key: Array, logits: Float[Array, "B V"], sampling: Sampling = PLAIN) -> Int[Array, " B"]:
-    """Draws one int32 token per row. The draw of a row depends only on the key, the row's index and the row's logits."""
+    """Draws one int32 token per row. The draw of a row depends only on the key, the row's index and the row's logits.
+
+    Args:
+      key: PRNG key.
+      logits: [B, V].
+      sampling: how tokens are drawn.
+
+    Returns:
+      [B] int32.
+
+    Example:
+      >>> from posjax.inference.sampling import Sampling, sample
+      >>> logits = jnp.asarray([[0.0, 3.0, 1.0]])
+      >>> sample(jax.random.key(0), logits, Sampling(temperature=0.0)).tolist()
+      [1]
+    """
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(logits.shape[0]))

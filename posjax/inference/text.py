@@ -21,11 +21,22 @@ class TextRow:
         self._held = ""
 
     def add(self, token: int) -> str:
-        """Adds a token and returns the text that can now be shown."""
+        """Adds a token and returns the text that can now be shown.
+
+        Args:
+          token: id of the token.
+
+        Returns:
+          The text, which may be empty.
+        """
         return self._show(self._decoder.decode(self._bytes_of(token)), last=False)
 
     def end(self) -> str:
-        """Ends the row and returns the text that was still held back."""
+        """Ends the row and returns the text that was still held back.
+
+        Returns:
+          The text, which may be empty.
+        """
         return self._show(self._decoder.decode(b"", True), last=True)
 
     def _show(self, new: str, last: bool) -> str:

@@ -230,6 +230,9 @@ class Config:
         """Returns the model configuration; tables of positions are as long as the training sequences.
 
         With ``from_pretrained``, the sizes are the checkpoint's, the vocabulary and the tables of positions included.
+
+        Args:
+          vocab_size: V, that of the tokenizer or of the task.
         """
         names = {f.name for f in dataclasses.fields(self)}
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(TransformerConfig) if f.name in names}
@@ -254,6 +257,7 @@ class Config:
 
     @property
     def seed(self) -> int:
+        """Returns the first of the seeds, with which ``posjax train`` runs."""
         return self.seeds[0]
 
 
@@ -333,8 +337,16 @@ def load_config(path: str | os.PathLike) -> Config:
     Args:
       path: name of a configuration of posjax, such as quickstart, or path of a Python file, or a workdir or its config.json.
 
+    Returns:
+      The configuration.
+
     Raises:
       ValueError: there is no such name or file, the file raises an exception, or it has no ``get_config() -> Config``.
+
+    Example:
+      >>> from posjax.lab.config import load_config
+      >>> load_config("quickstart").encoding
+      'rope'
     """
     from posjax.lab.workdir import is_workdir, read_config
 

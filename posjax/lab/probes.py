@@ -135,7 +135,17 @@ def cope_positions(
 
 
 def counts_by_gates(encoding: PositionalEncoding, dims: Dims) -> bool:
-    """Returns whether an encoding has exactly one bias that is read at a count by gates, as ``cope_positions`` requires."""
+    """Returns whether an encoding has exactly one bias that is read at a count by gates, as ``cope_positions`` requires.
+
+    Args:
+      encoding: the encoding.
+      dims: sizes of the heads.
+
+    Example:
+      >>> from posjax.lab.probes import counts_by_gates
+      >>> counts_by_gates(pj.cope(64), pj.Dims(num_heads=4, head_dim=8))
+      True
+    """
 
     def scans(key: Array) -> tuple[Scan, ...]:
         heads = (dims.num_heads, dims.num_kv_heads, dims.num_kv_heads)
@@ -192,6 +202,12 @@ def decay_curve(
 
     Raises:
       ValueError: a distance exceeds the encoding's max_length, or is negative for a contextual encoding.
+
+    Example:
+      >>> from posjax.lab.probes import decay_curve
+      >>> dims = pj.Dims(num_heads=8, head_dim=8)
+      >>> decay_curve(pj.alibi(), {}, np.arange(3), dims)[0].tolist()
+      [0.0, -0.5, -1.0]
     """
     distances = np.asarray(distances)
     if distances.ndim != 1 or not np.issubdtype(distances.dtype, np.integer) or not distances.size:

@@ -318,6 +318,10 @@ def with_distinct_names(rows: list[dict[str, Any]], name: str = "encoding") -> l
 def tokens_of(run: TrainedRun, text: str) -> Int[np.ndarray, " T"]:
     """Returns the tokens that the model reads for a text: ``bos`` and the text's tokens; of a synthetic task, the words.
 
+    Args:
+      run: a trained run, from ``posjax.load``.
+      text: the text; for a synthetic task, words of the task.
+
     Raises:
       ValueError: the text has a word that is not in the task's vocabulary, or more tokens than the encoding supports.
     """
@@ -351,6 +355,10 @@ def task_tokens(task: synthetic.Task, text: str, argument: str) -> Int[np.ndarra
 def token_losses(run: TrainedRun, text: str) -> Float[np.ndarray, " T"]:
     """Returns the loss of every token of a text, given those before it.
 
+    Args:
+      run: a trained run, from ``posjax.load``.
+      text: the text; for a synthetic task, words of the task.
+
     Returns:
       float32 [T], nats: -log p of each token that ``run.tokenizer.encode(text)`` returns; for a synthetic task, of each word but
       the first.
@@ -371,6 +379,10 @@ def token_losses(run: TrainedRun, text: str) -> Float[np.ndarray, " T"]:
 def attention_maps(run: TrainedRun, text: str) -> Float[np.ndarray, "L N T T"]:
     """Returns the attention probabilities of every layer and head over a text.
 
+    Args:
+      run: a trained run, from ``posjax.load``.
+      text: the text; for a synthetic task, words of the task.
+
     Returns:
       float32 [L, N, T, T]: of queries (rows) for keys (columns), for the T tokens that ``tokens_of`` returns.
 
@@ -389,6 +401,10 @@ def attention_maps(run: TrainedRun, text: str) -> Float[np.ndarray, "L N T T"]:
 
 def gates_and_positions(run: TrainedRun, text: str) -> tuple[list[int], Float[np.ndarray, "M N T T"], Float[np.ndarray, "M N T T"]]:
     """Returns CoPE's gates and contextual positions over a text, in the layers whose encoding counts by gates.
+
+    Args:
+      run: a trained run, from ``posjax.load``.
+      text: the text; for a synthetic task, words of the task.
 
     Returns:
       (layers, gates, positions): the M layers, from 0, and float32 [M, N, T, T] each, query by key, for the T tokens that

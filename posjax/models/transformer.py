@@ -122,6 +122,9 @@ class Transformer(nnx.Module):
           path: a folder with config.json and safetensors files, or a .gguf file.
           **options: encoding, dtype, mesh, seed and others of ``posjax.models.pretrained.from_pretrained``.
 
+        Returns:
+          The model, with the weights of the checkpoint.
+
         Raises:
           ValueError: the checkpoint is damaged, incomplete or of a model that posjax does not have, or an option does not fit it.
         """
@@ -167,6 +170,9 @@ class Transformer(nnx.Module):
         place_key: Array | None = None,
     ) -> Float[Array, "B C"]:
         """Returns float32 logits over ``num_classes`` computed from the first token, [CLS]. Takes the arguments of ``__call__``.
+
+        Args:
+          tokens, positions, segment_ids, coordinates, token_types, dropout_key, place_key: as in ``__call__``.
 
         Raises:
           ValueError: the model has no classification head.
@@ -215,7 +221,11 @@ class Transformer(nnx.Module):
         coordinates: Array | None = None,
         token_types: Int[Array, "_ T"] | None = None,
     ) -> list[LayerRecord]:
-        """Returns the attention inputs of every layer, from the first layer to the last."""
+        """Returns the attention inputs of every layer, from the first layer to the last.
+
+        Args:
+          tokens, positions, segment_ids, coordinates, token_types: as in ``__call__``.
+        """
         return self._hidden(tokens, positions, segment_ids, coordinates, token_types, keep=True)[1]
 
     def init_cache(
@@ -314,7 +324,11 @@ class Transformer(nnx.Module):
         return self._logits(hidden), cache
 
     def encoding_params(self, layer: int) -> Params:
-        """Returns the encoding parameters of one layer, in the structure that ``encoding.init`` returns."""
+        """Returns the encoding parameters of one layer, in the structure that ``encoding.init`` returns.
+
+        Args:
+          layer: index of the layer.
+        """
         index = self.layout[layer]
         return _layer_params(self.encodings[index], self._encoding_params(index), self.layout[:layer].count(index))
 
@@ -489,8 +503,19 @@ def functional(model: nnx.Module) -> tuple[Callable[[Params], nnx.Module], Param
 
     ``with_params(params)(tokens)`` is a pure function of the parameters.
 
+    Args:
+      model: the model, which is not changed.
+
     Returns:
       ``with_params``, which returns the model with the given parameters, and the current parameters, a nested dict of arrays.
+
+    Example:
+      >>> from flax import nnx
+      >>> from posjax.models.transformer import Transformer, TransformerConfig, functional
+      >>> config = TransformerConfig(vocab_size=16, num_layers=1, embed_dim=16, num_heads=2)
+      >>> with_params, params = functional(Transformer(config, pj.rope(), rngs=nnx.Rngs(0)))
+      >>> with_params(params)(jnp.zeros((1, 4), jnp.int32)).shape
+      (1, 4, 16)
     """
     graph, state = nnx.split(model)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)

@@ -23,6 +23,9 @@ def cost_by_length(
     Args:
       panels: {pass: {measure with its unit: {contestant: {length in tokens: value}}}}; values are positive.
       looks: {contestant: (encoding, implementation, gates)}, which determine color, line and marker, and the order of the legend.
+
+    Returns:
+      A figure, which ``posjax.plots.save`` writes to a file.
     """
     columns = list(dict.fromkeys(label for row in panels.values() for label in row))
     lengths = sorted({n for row in panels.values() for curves in row.values() for curve in curves.values() for n in curve})
@@ -63,6 +66,9 @@ def bars(panels: Mapping[str, tuple[str, Mapping[str, float]]], looks: Mapping[s
     Args:
       panels: {title: (axis label with the unit, {contestant: number})}.
       looks: {contestant: encoding}, which determines the color.
+
+    Returns:
+      A figure, which ``posjax.plots.save`` writes to a file.
     """
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)

@@ -27,6 +27,9 @@ def loss_by_length(
       rows: {encoding: {length in tokens: loss of each seed}}; lengths that the encoding does not support are absent or empty.
       train_length: training length in tokens, marked by a vertical line.
       label: axis label of the loss, with its unit.
+
+    Returns:
+      A figure, which ``posjax.plots.save`` writes to a file.
     """
     lengths = sorted({length for row in rows.values() for length in row})
     figure, axes = new_figure(8.0, 4.6)
@@ -70,6 +73,9 @@ def loss_by_index(curves: Mapping[str, tuple[Array, Array]], train_length: int, 
       curves: {encoding: (index in tokens [S], loss [S] or [seeds, S])}, as ``posjax.lab.probes.loss_by_index`` returns them.
       train_length: training length in tokens, marked by a vertical line.
       label: axis label of the loss, with its unit.
+
+    Returns:
+      A figure, which ``posjax.plots.save`` writes to a file.
     """
     figure, axes = new_figure(8.0, 4.6)
     for name, style in styles(curves).items():

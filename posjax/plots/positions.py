@@ -23,6 +23,9 @@ def cope_over_line(text: str, gates: Array, positions: Array, titles: Sequence[s
       positions: [M, S], sums of the gates from a character to the query.
       titles: M panel titles, such as "layer 3, head 1".
 
+    Returns:
+      A figure, which ``posjax.plots.save`` writes to a file.
+
     Raises:
       ValueError: the shapes do not match.
     """
@@ -70,6 +73,9 @@ def attention_distance(data: Mapping[str, Array]) -> "Figure":
     Args:
       data: {encoding: [L, N] or [seeds, L, N] mean distance in tokens}; each layer is as
         ``posjax.lab.probes.attention_distance`` returns it.
+
+    Returns:
+      A figure, which ``posjax.plots.save`` writes to a file.
     """
     columns, rows = _grid(len(data))
     figure, panels = new_figure(1.0 + 2.0 * columns, 0.8 + 1.9 * rows, rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -107,6 +113,9 @@ def decay_curves(curves: Mapping[str, tuple[Array, Array]], bounds: Mapping[str,
     Args:
       curves: {encoding: (distances in tokens [S], values [N, S] in nats)}, as ``posjax.lab.probes.decay_curve`` returns them.
       bounds: {encoding: (distances, values [S])}, drawn dashed, such as those of ``posjax.lab.probes.rope_bound``.
+
+    Returns:
+      A figure, which ``posjax.plots.save`` writes to a file.
     """
     columns, rows = _grid(len(curves))
     bound = None

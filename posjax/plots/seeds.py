@@ -27,6 +27,9 @@ def dots(panels: Mapping[str, Mapping[str, Sequence[float]]], label: str, encodi
         a seed whose training diverged; a setting without values in a panel is labeled "no result" there.
       label: axis label of the values, with the unit.
       encodings: {setting: encoding}, which determines color and marker; None: settings are encodings.
+
+    Returns:
+      A figure, which ``posjax.plots.save`` writes to a file.
     """
     settings = list(dict.fromkeys(setting for rows in panels.values() for setting in rows))
     looks = _looks(settings, encodings)
@@ -92,6 +95,9 @@ def curves(
         settings are encodings.
       every_seed: draws a thin line per seed in place of the band.
       log_x: uses a logarithmic x axis; x must be positive.
+
+    Returns:
+      A figure, which ``posjax.plots.save`` writes to a file.
     """
     from posjax.lab.statistics import summary
 

@@ -26,7 +26,11 @@ GREEN, BLUE, RED, PURPLE = "#009e73", "#0072b2", "#d55e00", "#cc79a7"
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """Holds the matplotlib color, line style and marker of an encoding."""
+    """Holds the look of an encoding in all figures.
+
+    Attributes:
+      color, line, marker: as matplotlib takes them.
+    """
 
     color: str
     line: str
@@ -60,6 +64,14 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
 
     An unknown name, or one whose style an earlier name of the same figure already has, gets a spare style that depends on the name
     alone, or the next free one if two such names collide.
+
+    Args:
+      names: encodings, or labels that begin with one.
+
+    Example:
+      >>> from posjax.plots import styles
+      >>> styles(["RoPE", "rope(theta=500000)"])["RoPE"].marker
+      '^'
     """
     by_name: dict[str, Style] = {}
     for name in names:
@@ -79,6 +91,10 @@ def save(figure: "Figure", path: str | Path) -> None:
     """Writes a figure as the suffix of the path says: .png (150 dots per inch; also without a suffix), .svg or .pdf.
 
     The figure need not be closed, because it is not registered with pyplot.
+
+    Args:
+      figure: the figure.
+      path: the file.
 
     Raises:
       ValueError: the suffix is another one.

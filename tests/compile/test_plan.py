@@ -18,7 +18,7 @@ from posjax.compile.hlo import Collective, read_cost
 from posjax.compile.plan import Plan, advice, candidates, make_plans
 from posjax.compile.roofline import Chip, seconds_of
 from posjax.hardware import GPUS, gpu_by_kind, peak_flops
-from posjax.lab.config import Config
+from posjax.lab.config import Config, load_config
 from posjax.lab.flops import attention_flops, model_flops
 from posjax.lab.run import abstract_step
 
@@ -289,6 +289,17 @@ def test_candidates_fit_the_batch(batch, length):
         sizes = dict(data=1, fsdp=1, context=1, tensor=1) | {k: int(v) for k, v in (p.split("=") for p in one["mesh"].split(","))}
         assert math.prod(sizes.values()) == 64
         assert batch % (sizes["data"] * sizes["fsdp"]) == 0 and length % (2 * sizes["context"]) == 0 and 4 % sizes["tensor"] == 0
+
+
+def test_a_config_may_be_given_by_name(monkeypatch):
+    def compile_all(jobs, topology, *, schedules):
+        ((_, kwargs),) = jobs
+        assert load_config(kwargs["config"]) == load_config("pretrain_125m")
+        raise NotImplementedError("compiled")
+
+    monkeypatch.setattr(plan.aot, "compile_all", compile_all)
+    with pytest.raises(NotImplementedError, match="compiled"):
+        make_plans("pretrain_125m", "v5e:4x4", [{}])
 
 
 @pytest.mark.parametrize(

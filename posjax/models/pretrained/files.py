@@ -75,6 +75,12 @@ class Checkpoint:
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Opens a folder with config.json and safetensors files, in one piece or in shards, or a GGUF file.
 
+    Args:
+      path: a folder, or a .gguf file.
+
+    Returns:
+      The checkpoint. Its tensors are read when they are needed.
+
     Raises:
       ValueError: there is no such path, it holds no weights that can be read, or a file is damaged or incomplete.
       ImportError: the package that reads such files is not installed.

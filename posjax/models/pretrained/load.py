@@ -93,7 +93,15 @@ def load_params(
     seed: int = 0,
     **fields: Any,
 ) -> tuple[Callable[[Params], Transformer], Params]:
-    """Returns the model of a checkpoint as ``posjax.models.transformer.functional`` does; see ``from_pretrained``."""
+    """Returns the model of a checkpoint as ``posjax.models.transformer.functional`` does; see ``from_pretrained``.
+
+    Args:
+      checkpoint: the checkpoint, from ``open_checkpoint``.
+      encoding, dtype, mesh, seed, fields: as in ``from_pretrained``.
+
+    Raises:
+      ValueError: as ``from_pretrained``.
+    """
     check_one_of("dtype", dtype, ("float32", "bfloat16"))
     architecture = architecture_in(checkpoint)
     config = configured(architecture.config, fields)

@@ -28,6 +28,7 @@ class PretrainedTokenizer(Vocabulary):
       special_ids: the token that begins a document, twice: a decoder has no [MASK].
       adds_bos: whether a prompt begins with this token.
       stop_tokens: ids that end a generated text.
+      num_bytes: length of a text in bytes, as in ``Vocabulary``; 0, because there is none.
     """
 
     vocab_size: int
@@ -44,6 +45,9 @@ class PretrainedTokenizer(Vocabulary):
         Args:
           text: the text.
           special: whether names of special tokens in the text, such as "<|im_start|>", are these tokens. By default they are text.
+
+        Returns:
+          The tokens.
         """
         if not special:
             return super().encode(text)
@@ -51,7 +55,14 @@ class PretrainedTokenizer(Vocabulary):
         return np.asarray(_with_special_tokens(self.tokenizer_path).encode(content, add_special_tokens=False).ids, np.int32)
 
     def prompt(self, text: str) -> np.ndarray:
-        """Encodes a prompt, int32 [n], with special tokens, and with ``bos`` if the model expects it or the text is empty."""
+        """Encodes a prompt, int32 [n], with special tokens, and with ``bos`` if the model expects it or the text is empty.
+
+        Args:
+          text: the text.
+
+        Returns:
+          The tokens.
+        """
         tokens = self.encode(text, special=True)
         begins = len(tokens) > 0 and tokens[0] == self.bos
         return tokens if len(tokens) and (begins or not self.adds_bos) else np.concatenate([[self.bos], tokens]).astype(np.int32)
