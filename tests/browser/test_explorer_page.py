@@ -77,7 +77,10 @@ def test_a_page_opens_from_a_file_without_errors(pages, open_page, name, width):
 
 def test_a_click_changes_what_is_shown(pages, open_page):
     page = started(open_page(pages.one))
-    before, colors = status(page), page.locator('[role="option"]').evaluate_all("all => all.map((one) => one.style.backgroundColor)")
+    before, colors = (
+        status(page),
+        page.locator('[role="option"]').evaluate_all("all => all.map((one) => one.style.backgroundColor)"),
+    )
     page.locator('[data-token="7"]').click()
     page.wait_for_function("document.getElementById('status').textContent.startsWith('Token 7,')")
     assert status(page) != before and selected(page) == [7]
