@@ -137,7 +137,7 @@ def rst(doc: str) -> str:
 
     text = str(GoogleDocstring("\n".join(lines), Config(napoleon_use_param=False, napoleon_use_rtype=False)))
     text = text.replace(":Parameters:", ":Attributes:") if "Attributes" in parts else text
-    return text.strip("\n")
+    return text.replace("** -- ", "**: ").strip("\n")
 
 
 def _escaped(text: str) -> str:
