@@ -79,7 +79,11 @@ def members(cls: type) -> Iterator[tuple[str, Any]]:
     for name, value in vars(cls).items():
         value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
         is_shown = inspect.isfunction(value) or isinstance(value, property)
-        if is_shown and not name.startswith("_") and name not in inherited | fields | set(getattr(cls, "_fields", ())):
+        if (
+            is_shown
+            and (name == "__call__" or not name.startswith("_"))
+            and name not in inherited | fields | set(getattr(cls, "_fields", ()))
+        ):
             yield name, value
 
 
