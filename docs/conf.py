@@ -30,6 +30,7 @@ html_theme_options = {
     "use_source_button": False,
 }
 
+smartquotes_action = "qe"  # flags keep their two hyphens
 myst_enable_extensions = ["colon_fence", "dollarmath", "amsmath", "deflist"]
 myst_heading_anchors = 4
 myst_update_mathjax = False

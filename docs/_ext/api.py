@@ -79,7 +79,11 @@ def members(cls: type) -> Iterator[tuple[str, Any]]:
     for name, value in vars(cls).items():
         value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
         is_shown = inspect.isfunction(value) or isinstance(value, property)
-        if is_shown and not name.startswith("_") and name not in inherited | fields | set(getattr(cls, "_fields", ())):
+        if (
+            is_shown
+            and (name == "__call__" or not name.startswith("_"))
+            and name not in inherited | fields | set(getattr(cls, "_fields", ()))
+        ):
             yield name, value
 
 
@@ -137,7 +141,7 @@ def rst(doc: str) -> str:
 
     text = str(GoogleDocstring("\n".join(lines), Config(napoleon_use_param=False, napoleon_use_rtype=False)))
     text = text.replace(":Parameters:", ":Attributes:") if "Attributes" in parts else text
-    return text.strip("\n")
+    return text.replace("** -- ", "**: ").strip("\n")
 
 
 def _escaped(text: str) -> str:

@@ -15,6 +15,8 @@ import api
 import gallery
 import tables
 
+MARK = re.compile(r"^<!-- generated (gallery|api|table)( (\w+))? -->$", re.MULTILINE)
+
 
 def _generated(app: Any, name: str, source: list[str]) -> None:
     def text(match: re.Match) -> str:
@@ -22,11 +24,17 @@ def _generated(app: Any, name: str, source: list[str]) -> None:
             return gallery.cards()
         return api.page(match[3]) if match[1] == "api" else getattr(tables, match[3])()
 
-    source[0] = re.sub(r"^<!-- generated (gallery|api|table)( (\w+))? -->$", text, source[0], flags=re.MULTILINE)
+    source[0] = MARK.sub(text, source[0])
+
+
+def _outdated(app: Any, env: Any, *_: Any) -> list[str]:
+    """Returns the pages with generated text, which Sphinx must read again although their files have not changed."""
+    return [name for name in env.found_docs if MARK.search(Path(env.doc2path(name)).read_text())]
 
 
 def setup(app: Any) -> dict[str, bool]:
     """Registers the hooks with Sphinx."""
     app.connect("builder-inited", lambda app: gallery.write(Path(app.srcdir) / "gallery"))
+    app.connect("env-get-outdated", _outdated)
     app.connect("source-read", _generated)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -104,7 +104,8 @@ def _options(flags: Sequence[Flag], program: str) -> str:
         values = f" <{flag.values}>" if flag.values else ""
         default = f" Default: ``{flag.default}``." if flag.default not in ("", "None") else ""
         about = re.sub(r"([*|_`\\])", r"\\\1", flag.about)
-        lines += [f".. option:: --{flag.name}{values}", "", f"   {about[0].upper()}{about[1:].rstrip('.')}.{default}", ""]
+        about = about[0].upper() + about[1:] if re.match(r"[a-z]+[ ,]", about) else about
+        lines += [f".. option:: --{flag.name}{values}", "", f"   {about.rstrip('.')}.{default}", ""]
     return "\n".join([*lines, "````", ""])
 
 
