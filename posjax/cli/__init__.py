@@ -1,6 +1,7 @@
 """The command line: posjax train | compare | ablate | evaluate | generate | plot | explore | report | plan | bench | list.
 
-Each verb is a function of the same name in a module of this package, which is imported, with its dependencies, only when it is called.
+Each verb is a function of the same name in a module of this package, which is imported, with its dependencies, only when it is
+called.
 """
 
 import functools

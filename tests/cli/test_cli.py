@@ -531,9 +531,7 @@ def test_explore_shows_what_the_loaded_run_computes(run, straight, home):
     assert page["tokens"] == ["<bos>", *text] and page["kept"] is None and layers == [0]
     (entry,) = page["runs"]
     numbers = {name: arrays[number] for name, number in entry["layers"][0]["arrays"].items()}
-    assert set(numbers) == {
-        *("weight", "gate", "position", "bias", "rotation", "query_cos", "query_sin", "key_cos", "key_sin")
-    }
+    assert set(numbers) == {*("weight", "gate", "position", "bias", "rotation", "query_cos", "query_sin", "key_cos", "key_sin")}
     assert within_half(numbers["weight"], maps[0]) and maps[0].max() > 0.1
     assert within_half(numbers["gate"], gates[0]) and within_half(numbers["position"], positions[0])
     assert entry["loss"][0] is None and np.allclose(entry["loss"][1:], losses, rtol=1e-5)

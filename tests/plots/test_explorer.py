@@ -20,7 +20,9 @@ def halves():
 
 def test_arrays_come_back_bit_by_bit_and_are_stored_once(tmp_path, halves):
     arrays = explorer.Arrays()
-    numbers = [arrays.add(each) for each in (halves.reshape(4, -1), np.arange(60_000, dtype=np.uint16), halves.reshape(4, -1).copy())]
+    numbers = [
+        arrays.add(each) for each in (halves.reshape(4, -1), np.arange(60_000, dtype=np.uint16), halves.reshape(4, -1).copy())
+    ]
     assert numbers == [0, 1, 0]
     data = {"text": "</script><script>alert(1)</script> {{PLOTLY}} ∅", "numbers": numbers}
     size = explorer.write_page(tmp_path / "a" / "page.html", "report", "a & b", data, arrays)

@@ -219,7 +219,7 @@ def explorer_data(
       ValueError: a run cannot be explored or cannot read the text, or the runs have different tokenizers or tasks.
     """
     check_alike(opened)
-    tokens = [check_text(run, text) for run in opened][0]
+    *_, tokens = [check_text(run, text) for run in opened]
     room = most_bytes - fixed_size("explorer") - 100_000 - 60 * len(tokens)
     arrays, runs, kept = _fitted(opened, tokens, room)
     labels = _labels(opened[0], tokens)

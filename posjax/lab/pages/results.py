@@ -145,7 +145,9 @@ def _figures(
     }
     if by_index:
         words = "A line for every seed."
-        figures.append(curves_figure("Loss by index of the token", words, by_index, "index of the token in its text (tokens)", label))
+        figures.append(
+            curves_figure("Loss by index of the token", words, by_index, "index of the token in its text (tokens)", label)
+        )
     curves = {
         name: (group[0]["curve"]["step"], [row["curve"]["loss"] for row in group])
         for name, group in grouped.items()
@@ -160,17 +162,18 @@ def _heading(configs: Sequence[Config], label: str, rows: Sequence[Mapping[str, 
     seeds = len({row["seed"] for row in rows})
     first = configs[0]
     settings = len({row["label"] for row in rows})
-    return (
-        f"{label[0].upper()}{label[1:]} of {settings} setting{'s' if settings > 1 else ''} and {seeds} "
-        f"seed{'s' if seeds > 1 else ''}, trained for {first.steps:,} steps of {first.batch_size} sequences. Lower is better. Click the "
-        "head of a column to sort by it."
-    )
+    counts = f"{settings} setting{'s' if settings > 1 else ''} and {seeds} seed{'s' if seeds > 1 else ''}"
+    trained = f"trained for {first.steps:,} steps of {first.batch_size} sequences"
+    return f"{label[0].upper()}{label[1:]} of {counts}, {trained}. Lower is better. Click the head of a column to sort by it."
 
 
 def _facts(folder: str, config: Config, results: Mapping[str, Any]) -> list[list[str]]:
     """Returns what a workdir says about where its results come from."""
     data = read_facts(run_path(folder)).get("data") or results.get("data") or {}
-    facts = [["to train again", f"posjax train {folder}/config.json --workdir NEW"]] if not _is_ablation(results) else []
+    facts = []
+    if not _is_ablation(results):
+        verb = "train" if (run_path(folder) / "checkpoints").is_dir() else "compare"
+        facts.append(["to train again", f"posjax {verb} {folder}/config.json --workdir NEW"])
     facts += [[f"digest of the {name} data", digest] for name, digest in data.items()]
     if versions := results.get("versions"):
         facts.append(["versions", ", ".join(f"{name} {number}" for name, number in versions.items())])

@@ -6,7 +6,7 @@ const QUANTITIES = {
   gate: { label: "gate", digits: 3, most: 1 },
   position: { label: "contextual position", digits: 2, unit: "tokens" },
   bias: { label: "bias of the score", digits: 3, unit: "nats", diverging: true },
-  rotation: { label: "change of the score by rotation", digits: 3, unit: "nats", diverging: true },
+  rotation: { label: "effect of rotation", digits: 3, unit: "nats", diverging: true },
 };
 const BLUE = [86, 180, 233], ORANGE = [230, 159, 0], MOST_CELLS = 90000;
 const TOKENS = DATA.tokens, COUNT = TOKENS.length, ARE_FEW = COUNT * COUNT <= MOST_CELLS;
@@ -53,8 +53,9 @@ class Side {
     Object.assign(this, { run, number, layer: run.layers.length - 1, head: 0, job: 0 });
     const choice = (label, count, change) => {
       const options = Array.from({ length: count }, (_, n) => element("option", { value: n, text: n + 1 }));
-      const select = element("select", { onchange: () => change(Number(select.value)) }, ...options);
-      return [element("label", {}, `${label} `, select), select];
+      const id = `${label.toLowerCase()}-${number}`;
+      const select = element("select", { id, onchange: () => change(Number(select.value)) }, ...options);
+      return [element("span", { class: "field" }, element("label", { for: id, text: label }), select), select];
     };
     const [layerLabel, layers] = choice("Layer", run.layers.length, (layer) => selectHead(this, layer, this.head));
     const [headLabel, heads] = choice("Head", run.heads, (head) => selectHead(this, this.layer, head));
@@ -183,7 +184,7 @@ class Side {
       return;
     }
     const names = Object.keys(QUANTITIES).filter((name) => name in row);
-    const heads = ["token", "index", "distance", ...names.map((name) => QUANTITIES[name].label)];
+    const heads = ["token", "index", "distance", ...names.map((name) => (name === "weight" ? "attention" : name))];
     const lines = this.strongest(row, 8).map((place) => [
       shown(TOKENS[row.keys[place]]), row.keys[place], state.query - row.keys[place],
       ...names.map((name) => row[name][place].toFixed(QUANTITIES[name].digits)),
@@ -214,7 +215,7 @@ class Side {
       height: 270, bargap: 0.1, showlegend: counts, hovermode: "closest",
       xaxis: { title: { text: "index of the key (tokens)" }, range: [-0.8, COUNT - 0.2], zeroline: false },
       yaxis: { title: { text: counts ? "gate" : labelOf(name) }, zeroline: true, ...(counts ? { range: [0, 1.05] } : {}) },
-      ...(counts ? { yaxis2: { title: { text: "position (tokens)" }, overlaying: "y", side: "right", rangemode: "tozero", showgrid: false }, margin: { l: 60, r: 60, t: 24, b: 48 } } : {}),
+      ...(counts ? { yaxis2: { title: { text: "position (tokens)" }, overlaying: "y", side: "right", rangemode: "tozero", showgrid: false }, margin: { l: 60, r: 60, t: 36, b: 48 } } : {}),
       shapes: [{ type: "line", x0: state.query, x1: state.query, yref: "paper", y0: 0, y1: 1, line: { color: "#666", width: 1, dash: "dot" } }],
     };
     await draw(this.figure, traces, layout, `${labelOf(name)} of every key for token ${state.query}. The largest are in the table below.`);
@@ -336,9 +337,10 @@ function start() {
   if (DATA.runs.some((run) => run.loss)) options.push(element("option", { value: "loss", text: "loss of each token" }));
   const quantity = element("select", { id: "quantity", onchange: () => { state.quantity = quantity.value; updateAll(); } }, ...options);
   const controls = document.getElementById("controls");
-  controls.append(element("label", {}, "Colors show ", quantity));
+  controls.append(element("span", { class: "field" }, element("label", { for: "quantity", text: "Colors show" }), quantity));
   if (sides.length > 1) {
-    controls.append(element("label", {}, element("input", { type: "checkbox", id: "together", checked: "" }), "Same layer and head on both sides"));
+    controls.append(element("span", { class: "field" }, element("input", { type: "checkbox", id: "together", checked: "" }),
+      element("label", { for: "together", text: "Same layer and head on both sides" })));
   }
   document.getElementById("sides").append(...sides.map((side) => side.root));
   document.getElementById("provenance").append(

@@ -1,7 +1,7 @@
 """Figures of pages, as JSON values that plotly.js takes: {"title", "description", "data", "layout"}.
 
-They show what the figures of ``posjax.plots`` of the same name show, in the same colors. A series is the summary of a row of a table,
-as ``posjax.lab.pages.tables.series_of_seeds`` returns it.
+They show what the figures of ``posjax.plots`` of the same name show, in the same colors. A series is the summary of a row of a
+table, as ``posjax.lab.pages.tables.series_of_seeds`` returns it.
 """
 
 import math
@@ -52,12 +52,17 @@ def loss_by_length_figure(series: Sequence[Mapping[str, Any]], train_length: int
             dots = {"name": f"{one['name']}, seeds", "x": [n for n, _ in points], "y": [value for _, value in points]}
             traces.append(dots | {"mode": "markers", "marker": color | {"size": 5, "opacity": 0.45}, "showlegend": False})
     ticks = sorted({int(column) for one in series for column in one["columns"]})
-    axis = {"type": "log", "title": {"text": "evaluation length (tokens)"}, "tickvals": ticks, "ticktext": [f"{n:,}" for n in ticks]}
+    axis = {
+        "type": "log",
+        "title": {"text": "evaluation length (tokens)"},
+        "tickvals": ticks,
+        "ticktext": [f"{n:,}" for n in ticks],
+    }
     shapes, notes = [], []
     if train_length is not None:
         line = {"color": "#666666", "width": 1, "dash": "dash"}
         shapes.append({"type": "line", "x0": train_length, "x1": train_length, "yref": "paper", "y0": 0, "y1": 1, "line": line})
-        place = {"x": math.log10(train_length), "yref": "paper", "y": 1, "yanchor": "bottom", "showarrow": False}
+        place = {"x": math.log10(train_length), "xanchor": "left", "yref": "paper", "y": 1, "yanchor": "top", "showarrow": False}
         notes.append(place | {"text": f"trained on {train_length:,}"})
     layout = {"xaxis": _AXIS | axis, "yaxis": _AXIS | {"title": {"text": label}}, "shapes": shapes, "annotations": notes}
     words = "Mean over seeds; bars are 95 % intervals of the mean, small points are seeds."
@@ -100,7 +105,9 @@ def dots_figure(column: str, series: Sequence[Mapping[str, Any]], label: str) ->
         look = {"color": style.color}
         traces.append({"x": values, "y": [one["name"]] * len(values), "mode": "markers", "marker": look | {"opacity": 0.45}})
         if mean is not None:
-            bars = {"type": "data", "symmetric": False, "array": [high - mean], "arrayminus": [mean - low]} if low is not None else {}
+            bars = (
+                {"type": "data", "symmetric": False, "array": [high - mean], "arrayminus": [mean - low]} if low is not None else {}
+            )
             point = {"x": [mean], "y": [one["name"]], "mode": "markers", "marker": look | {"size": 11, "symbol": "diamond"}}
             traces.append(point | {"error_x": bars or {"visible": False}})
     layout = {

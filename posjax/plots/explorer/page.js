@@ -2,8 +2,8 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const BLANK_LAYOUT = {
-  autosize: true, margin: { l: 60, r: 12, t: 24, b: 48 }, font: { family: "system-ui, sans-serif", size: 13, color: "#1a1a1a" },
-  paper_bgcolor: "#fff", plot_bgcolor: "#fff", legend: { orientation: "h", y: -0.25 }, height: 380,
+  autosize: true, margin: { l: 60, r: 12, t: 36, b: 48 }, font: { family: "system-ui, sans-serif", size: 13, color: "#1a1a1a" },
+  paper_bgcolor: "#fff", plot_bgcolor: "#fff", legend: { orientation: "h", x: 1, xanchor: "right", y: 1, yanchor: "bottom" }, height: 380,
 };
 const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
 
