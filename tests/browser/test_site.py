@@ -1,4 +1,4 @@
-"""The built site in Chromium: pages fit wide and narrow windows, search finds words, nothing fails, and axe-core finds nothing serious.
+"""The built site in Chromium: pages fit wide and narrow windows, search finds words, and axe-core finds nothing serious.
 
     POSJAX_SITE=docs/_build/html pytest -m browser -n 0 tests/browser/test_site.py
 
