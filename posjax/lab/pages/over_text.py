@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.attention.backends.bias_terms import Tile, bias_terms
+from posjax.attention.backends.bias_terms import bias_terms
 from posjax.attention.backends.reference import scores_of
 from posjax.attention.call import prepare
 from posjax.core.structures import Rotate
