@@ -1,6 +1,6 @@
 """Pages of the API, from docstrings.
 
-A page of docs/reference/api holds a line ``<!-- api NAME -->``, which ``pages.py`` replaces by the names of a subject below.
+A page of docs/reference/api holds a line ``<!-- generated api NAME -->``, which ``pages.py`` replaces by the names of a subject.
 """
 
 import ast

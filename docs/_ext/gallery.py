@@ -5,6 +5,7 @@ structures that ``attend`` returns; support, cost, losses and checkpoints are lo
 """
 
 import functools
+import hashlib
 import inspect
 import json
 import re
@@ -41,9 +42,15 @@ HEADS = 4
 
 
 def write(folder: Path) -> None:
-    """Writes all pages and figures, and removes those of encodings that are no longer registered."""
+    """Writes all pages and figures, and removes those of encodings that are no longer registered.
+
+    Nothing is done if neither the code nor a result has changed since the last time.
+    """
     (folder / "figures").mkdir(exist_ok=True)
-    written = {folder / "index.md"}
+    digest, made_from = _digest(), folder / "figures" / "made_from.txt"
+    if made_from.exists() and made_from.read_text() == digest:
+        return
+    written = {folder / "index.md", made_from}
     for name in examples.names():
         encoding = examples.of(name).encodings[0]
         figures = [folder / "figures" / f"{name}.png"]
@@ -56,6 +63,17 @@ def write(folder: Path) -> None:
     for path in (*folder.glob("*.md"), *folder.glob("figures/*")):
         if path not in written:
             path.unlink()
+    made_from.write_text(digest)
+
+
+def _digest() -> str:
+    """Returns the SHA-256 of everything that the gallery is made from."""
+    root = Path(__file__).parents[2]
+    found = hashlib.sha256()
+    for pattern in ("posjax/**/*.py", "docs/_ext/*.py", "experiments/results/*.json"):
+        for path in sorted(root.glob(pattern)):
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -332,7 +350,7 @@ def where(encodings: Sequence[PositionalEncoding]) -> str:
     lines = [tables.table(["encoding", *tables.BACKENDS.values()], rows, "lcccccc")]
     lines += [f"- {reason}: {', '.join(whom)}" for reason, whom in tables.reasons_of(encodings).items()]
     return (
-        "\n".join(lines) + "\n\nEach call is causal, in bfloat16, alone, with packed rows and with a window. "
+        "\n".join(lines) + "\n\nChecked for causal calls in bfloat16: alone, with packed rows, and with a window. "
         "The kernels have never run on a TPU or a GPU: see [the log of hardware](../reference/hardware_log.md).\n"
     )
 

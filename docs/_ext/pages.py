@@ -1,6 +1,6 @@
 """Pages that are generated when the site is built, from docstrings, dataclasses, the registry and experiments/results.
 
-A line ``<!-- api NAME -->``, ``<!-- table NAME -->`` or ``<!-- gallery -->`` of a page is replaced by what the code has. In the
+A line ``<!-- generated api NAME -->``, ``table NAME`` or ``gallery`` of a page is replaced by what the code has. In the
 gallery, every encoding has a file.
 """
 
@@ -22,7 +22,7 @@ def _generated(app: Any, name: str, source: list[str]) -> None:
             return gallery.cards()
         return api.page(match[3]) if match[1] == "api" else getattr(tables, match[3])()
 
-    source[0] = re.sub(r"^<!-- (gallery|api|table)( (\w+))? -->$", text, source[0], flags=re.MULTILINE)
+    source[0] = re.sub(r"^<!-- generated (gallery|api|table)( (\w+))? -->$", text, source[0], flags=re.MULTILINE)
 
 
 def setup(app: Any) -> dict[str, bool]:

@@ -255,4 +255,5 @@ def _machine(found: Mapping[str, Any]) -> tuple[str, str, str]:
     target = f"TPU (libtpu {found.get('libtpu') or versions.get('libtpu')})" if "libtpu" in {*found, *versions} else ""
     chips = {row.get("chip") for row in found.get("rows", ()) if isinstance(row, Mapping)} | {found.get("chip")}
     chips = ", ".join(sorted(filter(None, chips)))
-    return str(hardware) or "CPU", f"{target} {chips}".strip(), str(versions.get("jax", ""))
+    target = f"{target} {chips or found.get('compiled_for', '')}".strip()
+    return str(hardware) or ("nothing, only compiled" if target else "not recorded"), target, str(versions.get("jax", ""))
