@@ -1,4 +1,4 @@
-"""Pages in Chromium: a browser for all tests, and pages whose messages are kept.
+"""Pages in Chromium: a browser for all tests, and pages whose errors are kept.
 
 Chromium is $POSJAX_CHROMIUM, or the first of chromium, chromium-browser and google-chrome on the path, or playwright's own.
 """
@@ -35,15 +35,15 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """Opens an address; the page's messages are in ``page.messages``, and the addresses that it asked for in ``page.requests``."""
+    """Opens an address; ``page.errors`` and ``page.requests`` are its errors and the addresses that it asked for."""
     pages = []
 
     def open_page(address, width=1280, height=900):
         page = browser.new_page(viewport={"width": width, "height": height})
         pages.append(page)
-        page.messages, page.requests = [], []
-        page.on("console", lambda message: page.messages.append(message.text) if message.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: page.messages.append(str(error)))
+        page.errors, page.requests = [], []
+        page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
         page.on("request", lambda request: page.requests.append(request.url))
         page.goto(address)
         return page

@@ -70,7 +70,7 @@ def test_a_page_opens_from_a_file_without_errors(pages, open_page, name, width):
     page = open_page(getattr(pages, name), width)
     page.wait_for_selector("#figures .main-svg")
     page.wait_for_function("document.querySelectorAll('.figure:not(.js-plotly-plot)').length <= 4")
-    assert page.messages == [] and overflow(page) <= 0
+    assert page.errors == [] and overflow(page) <= 0
     assert all(request.startswith(("file:", "data:", "blob:")) for request in page.requests)
     assert serious_violations(page) == []
 
@@ -125,7 +125,7 @@ def test_two_encodings_are_compared_on_one_text(pages, open_page):
     page.wait_for_function("document.body.textContent.includes('encoding has no gate')")
     page.get_by_label("Colors show").select_option("loss")
     page.wait_for_function("/loss \\d/.test(document.getElementById('status').textContent)")
-    assert page.messages == []
+    assert page.errors == []
 
 
 def test_the_numbers_in_the_browser_are_those_of_the_loaded_run(pages, open_page):

@@ -1,4 +1,4 @@
-"""The built site in Chromium: pages fit wide and narrow windows, search finds words, axe-core finds nothing serious.
+"""The built site in Chromium: pages fit wide and narrow windows, search finds words, and axe-core finds nothing serious.
 
     POSJAX_SITE=docs/_build/html pytest -m browser -n 0 tests/browser/test_site.py
 
@@ -33,7 +33,7 @@ PAGES = (
     "gallery/index.html",
     "contribute/index.html",
 )
-# Messages of the browser about addresses outside the site, which a machine without a network cannot open.
+# Errors of the browser about addresses outside the site, which a machine without a network cannot open.
 OUTSIDE = ("net::ERR_", "Failed to load resource")
 
 
@@ -71,8 +71,8 @@ def open_site(open_page, site, browser):
     return open_site
 
 
-def own_messages(page):
-    return [message for message in page.messages if not any(words in message for words in OUTSIDE)]
+def own_errors(page):
+    return [error for error in page.errors if not any(words in error for words in OUTSIDE)]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -80,7 +80,7 @@ def own_messages(page):
 def test_a_page_fits_and_has_no_faults(open_site, site, path, width):
     page = open_site(path, width)
     assert page.locator("h1").count() >= 1 and overflow(page) <= 0
-    assert own_messages(page) == [] and serious_violations(page) == []
+    assert own_errors(page) == [] and serious_violations(page) == []
 
 
 def test_every_page_fits_a_narrow_window(open_site, site):
@@ -93,8 +93,8 @@ def test_every_page_fits_a_narrow_window(open_site, site):
         if name.startswith(("_static", "_modules", "genindex", "search", "py-modindex")):
             continue
         page = open_site(name, 390)
-        if overflow(page) > 0 or own_messages(page):
-            wide[name] = (overflow(page), own_messages(page))
+        if overflow(page) > 0 or own_errors(page):
+            wide[name] = (overflow(page), own_errors(page))
         page.close()
     assert wide == {}
 
@@ -108,7 +108,7 @@ def test_search_finds(open_site, words):
     assert results.count() >= 1
     found = results.evaluate_all("all => all.map((one) => one.closest('li').textContent.toLowerCase())")
     assert any(words.lower() in text for text in found), found
-    assert own_messages(page) == []
+    assert own_errors(page) == []
 
 
 def test_the_explorer_in_the_site_works(open_site):
@@ -116,4 +116,4 @@ def test_the_explorer_in_the_site_works(open_site):
     frame = page.frame_locator("iframe")
     frame.locator('[data-token="8"]').first.click()
     frame.locator('#status:has-text("Token 8,")').wait_for()
-    assert own_messages(page) == []
+    assert own_errors(page) == []

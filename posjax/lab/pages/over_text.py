@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posjax.attention.backends.bias_terms import Tile, bias_terms
+from posjax.attention.backends.bias_terms import bias_terms
 from posjax.attention.backends.reference import scores_of
 from posjax.attention.call import prepare
 from posjax.core.structures import Rotate
@@ -37,7 +37,7 @@ _PAIR_BYTES = 4  # of a pair in a page, roughly: a weight and another number, co
 # One layer -----------------------------------------------------------------------------------------------------------------------
 
 
-def layers_of(run: TrainedRun, tokens: Array) -> Iterator[dict[str, np.ndarray]]:
+def layers_of(run: TrainedRun, tokens: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
     """Yields the numbers of one layer after another over a text; only one layer's are in memory.
 
     Args:
@@ -80,16 +80,12 @@ def _numbers(config: Any, layer: int, counts: bool, record: LayerRecord) -> dict
     length, heads = record.query.shape[1:3]
     allowed = jnp.broadcast_to(tile.allowed, (1, heads, length, length))[0]
     if terms := bias_terms(call.transformed()):
-        found["bias"] = jnp.where(allowed, _sum_of_biases(terms, tile)[0], 0.0)
+        found["bias"] = jnp.where(allowed, jnp.stack([term.dense(tile) for term in terms]).sum(0)[0], 0.0)
     if call.rotations:
         unrotated, _ = scores_of(call.replace(transforms=tuple(t for t in call.transforms if not isinstance(t, Rotate)), biases=()))
         found["rotation"] = jnp.where(allowed, (tile.logits - unrotated.logits)[0], 0.0)
         found |= _phases(call.rotations, length, heads)
     return found
-
-
-def _sum_of_biases(terms: Sequence[Any], tile: Tile) -> Array:
-    return sum((term.dense(tile) for term in terms[1:]), start=terms[0].dense(tile))
 
 
 def _phases(rotations: Sequence[Rotate], length: int, heads: int) -> dict[str, Array]:
@@ -264,6 +260,7 @@ def check_alike(opened: Sequence[TrainedRun]) -> None:
     def reading(run: TrainedRun) -> tuple[Any, ...]:
         if run.task is not None:
             return run.task.words
+        assert run.tokenizer is not None  # every run of a text has one
         path = run.tokenizer.tokenizer_path
         return run.tokenizer.vocab_size, run.tokenizer.bos, b"" if path is None else path.read_bytes()
 

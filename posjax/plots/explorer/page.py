@@ -92,7 +92,7 @@ def write_page(path: Path, kind: str, title: str, data: dict[str, Any], arrays: 
 
 
 def _page(kind: str, title: str, data: dict[str, Any], arrays: Arrays) -> str:
-    folder = resources.files(__package__)
+    folder = resources.files("posjax.plots.explorer")
 
     def template(name: str) -> str:
         return folder.joinpath(name).read_text(encoding="utf-8")
