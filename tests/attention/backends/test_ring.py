@@ -105,8 +105,7 @@ def test_packed_rows_windows_soft_caps_and_a_learned_scale(encoding):
 @pytest.mark.parametrize("encoding", [pytest.param(pj.t5(8, 32), id="t5"), GATED])
 def test_keys_in_several_pieces(encoding, monkeypatch):
     """Packed documents that end in any piece; tiles of eight, of which a chunk has three or four and both as one six or eight."""
-    monkeypatch.setattr(layout, "ROWS", 8)
-    monkeypatch.setattr(layout, "COLUMNS", 8)
+    monkeypatch.setattr(layout, "SIZE", 8)
     monkeypatch.setattr(ring, "_PIECE", 8)
     pieces, stacked = set(), ring._stacked
     monkeypatch.setattr(ring, "_stacked", lambda plan, slots: pieces.add(plan.pieces) or stacked(plan, slots))
@@ -118,8 +117,7 @@ def test_keys_in_several_pieces(encoding, monkeypatch):
 @pytest.mark.thorough
 def test_keys_with_padding_go_around_in_one_piece(monkeypatch):
     """Chunks of 52 keys in tiles of eight have four places of padding, so equal pieces hold unequal numbers of keys."""
-    monkeypatch.setattr(layout, "ROWS", 8)
-    monkeypatch.setattr(layout, "COLUMNS", 8)
+    monkeypatch.setattr(layout, "SIZE", 8)
     monkeypatch.setattr(ring, "_PIECE", 7)
     check(Ring(1, 2), pj.alibi(), length=104, heads=HEADS, is_causal=True)
 
