@@ -5,7 +5,6 @@ verdicts of experiments/README.md, and times. The text around the tables is writ
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,8 @@ sys.path.append(str(HERE.parent / "experiments"))
 
 from common import markdown  # noqa: E402
 from contrasts import adjusted, word  # noqa: E402
-from readme import BLOCK as RESULT  # noqa: E402
-from readme import DIGITS  # noqa: E402
+from readme import BLOCK, DIGITS  # noqa: E402
 
-BLOCK = re.compile(r"(<!-- results (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WINDOW = "any length, window 1x"
 CONTRASTS = {  # by table: (words, experiment, claim, test set); of several numbers of steps, the largest
     "short": [
@@ -85,7 +82,7 @@ def load(name: str) -> dict[str, Any]:
 
 def contrasts() -> dict[str, str]:
     """Returns the tables of contrasts, with p values adjusted over all claims of experiments/README.md, as there."""
-    names = [name for _, name, _ in RESULT.findall((HERE.parent / "experiments" / "README.md").read_text())]
+    names = [name for _, name, _ in BLOCK.findall((HERE.parent / "experiments" / "README.md").read_text())]
     found = {name: load(name) for name in names if (RESULTS / f"{name}.json").exists()}
     claims = adjusted({name: result["claims"] for name, result in found.items() if "claims" in result})
 

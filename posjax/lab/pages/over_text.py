@@ -1,4 +1,4 @@
-"""What trained models do with a text, layer by layer, as the data of an explorer page.
+"""Collects what trained models do with a text, layer by layer, as the data of an explorer page.
 
 Numbers of a pair of tokens are float16, [N, T, T] if all pairs fit into the page. Otherwise the k keys with the largest weights of
 every query and head are kept: their indices in ascending order, uint16 [N, T, k], and their numbers, [N, T, k].

@@ -108,10 +108,9 @@ def _tensor(path: Path, stored: "ReaderTensor", change: Change | None, config: C
         array = array.reshape(shape)
         return array if change is None else change(array, config)
 
-    if change is not None:  # a transposed kernel has another shape
-        changed = change(np.broadcast_to(np.zeros((), np.int8), shape), config).shape
-        return Tensor(changed, dtype, kind.name, path, read)
-    return Tensor(shape, dtype, kind.name, path, read)
+    # A transposed kernel has another shape.
+    changed = shape if change is None else change(np.broadcast_to(np.zeros((), np.int8), shape), config).shape
+    return Tensor(changed, dtype, kind.name, path, read)
 
 
 class _Keys:
